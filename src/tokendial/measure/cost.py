@@ -1,0 +1,75 @@
+"""Multiply-accumulates and parameters of a model, counted on the model itself without memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs at one degree."""
+
+    degree: int
+    """The degree of the dial."""
+    params: int
+    """All parameters: backbone, adapters, head."""
+    trainable_params: int
+    """Parameters that train, the classification head left out (as the papers count)."""
+    macs: int
+    """Multiply-accumulates for one image."""
+    tokens_per_layer: tuple[int, ...]
+    """Tokens (prefix included) that leave each block."""
+
+    @property
+    def gmacs(self) -> float:
+        """Multiply-accumulates in units of 1e9, what papers print as GFLOPs."""
+        return self.macs / 1e9
+
+
+def count_macs(module: nn.Module, run: Callable[[nn.Module], Any]) -> int:
+    """Multiply-accumulates of a forward pass, counted operator by operator on the meta device.
+
+    One per multiply-accumulate of linear layers, convolutions and matrix products (attention
+    included), 5 per element of a LayerNorm, 0 for the rest: the rule that reproduces the
+    published costs to the last digit (17.58 G for ViT-B/16 at 224).
+
+    Args:
+        module: The model; its weights are neither touched nor copied.
+        run: Called with the module whose weights are on the meta device; does the forward pass
+            (with inputs on the meta device).
+    """
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    meta = {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops},
+    )
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), counter:
+            functional_call(_Call(module, run), {f"module.{n}": v for n, v in meta.items()}, ())
+    finally:
+        module.train(training)
+    return int(counter.get_total_flops()) // 2
+
+
+class _Call(nn.Module):
+    """Lets `functional_call` run any method of a module, not only its forward."""
+
+    def __init__(self, module: nn.Module, run: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self) -> Any:
+        return self.run(self.module)
+
+
+def _layer_norm_flops(shape: torch.Size, *args: Any, **kwargs: Any) -> int:
+    # The counter's unit is FLOPs, two to a multiply-accumulate.
+    return 2 * 5 * shape.numel()

@@ -1,0 +1,141 @@
+"""Pictures of what the dial does to the tokens of one image."""
+
+# Shape legend: P patches, H and W pixels.
+
+from dataclasses import dataclass
+
+import matplotlib.figure
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokendial.vit import DialViT
+
+_DROPPED = np.array([40, 40, 40], dtype=np.uint8)
+_BORDER = np.array([255, 255, 255], dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMaps:
+    """Where the patches of one image went."""
+
+    origin: tuple[np.ndarray, ...]
+    """For each layer [rows, columns]: the token that holds each patch, -1 where dropped."""
+    num_tokens: tuple[int, ...]
+    """Tokens (prefix included) that leave each layer."""
+    class_attention: np.ndarray | None
+    """[rows, columns] attention of the class token in the last layer, a merged token's shared out
+    among its patches; None without a class token."""
+
+
+@torch.no_grad()
+def token_maps(model: DialViT, image: Tensor) -> TokenMaps:
+    """Follow the patches of one image through the model at its present degree.
+
+    Args:
+        model: A wrapped model.
+        image: [3, H, W], normalised.
+    """
+    training = model.training
+    model.eval()
+    needs = frozenset({"class_attention"} if model.vit.has_class_token else ())
+    origins, counts, attention = [], [], None
+    before: Tensor | None = None
+    entering: Tensor | None = None
+    for step in model.steps(image.unsqueeze(0), track=True, needs=needs):
+        assert step.tokens.origin is not None
+        attention = step.attended.class_attention
+        origin = step.tokens.origin[0, step.tokens.prefix :]
+        # Attention of a layer belongs to the tokens that entered it.
+        before, entering = entering, origin
+        origins.append(origin.reshape(step.tokens.grid).cpu().numpy())
+        counts.append(step.tokens.x.shape[1])
+    model.train(training)
+    heat = None
+    if attention is not None:
+        held = torch.arange(origin.numel()) + step.tokens.prefix if before is None else before.cpu()
+        heat = _per_patch(attention[0].float().cpu(), held).reshape(step.tokens.grid).numpy()
+    return TokenMaps(tuple(origins), tuple(counts), heat)
+
+
+def _per_patch(attention_N: Tensor, held_P: Tensor) -> Tensor:
+    """Share each token's attention evenly among the patches that it holds; dropped ones get 0."""
+    kept = held_P >= 0
+    patches = torch.bincount(held_P[kept], minlength=attention_N.numel())
+    return (attention_N / patches.clamp(min=1))[held_P.clamp(min=0)] * kept
+
+
+def paint_tokens(pixels: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """Fill each token's patches with their mean colour, and draw borders between tokens.
+
+    Args:
+        pixels: [H, W, 3] uint8, H and W divisible by the rows and columns of `origin`.
+        origin: [rows, columns] token of each patch; -1 (dropped) is painted dark.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    height, width = pixels.shape[0] // origin.shape[0], pixels.shape[1] // origin.shape[1]
+    of_pixel = origin.repeat(height, axis=0).repeat(width, axis=1)
+    painted = pixels.copy()
+    for token in np.unique(origin):
+        inside = of_pixel == token
+        if token < 0:
+            painted[inside] = _DROPPED
+        elif inside.sum() > height * width:
+            painted[inside] = pixels[inside].mean(axis=0).astype(np.uint8)
+    below = of_pixel[1:] != of_pixel[:-1]
+    right = of_pixel[:, 1:] != of_pixel[:, :-1]
+    painted[1:][below] = _BORDER
+    painted[:, 1:][right] = _BORDER
+    return painted
+
+
+def token_figure(
+    model: DialViT, image: Tensor, pixels: np.ndarray, *, title: str = ""
+) -> matplotlib.figure.Figure:
+    """One row of panels: the image, its tokens after each layer that reduces, class attention.
+
+    Args:
+        model: A wrapped model, at the degree to show.
+        image: [3, H, W], normalised.
+        pixels: [H, W, 3] uint8, the same image to look at.
+        title: Line above the panels.
+    """
+    maps = token_maps(model, image)
+    # Enlarged so that the one-pixel borders stay thin beside small patches.
+    enlarge = max(1, 448 // max(pixels.shape[:2]))
+    large = pixels.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    panels = [("image", large)]
+    shown = _layers_to_show(maps.num_tokens, maps.origin[0].size + model.vit.num_prefix_tokens)
+    for layer in shown:
+        count = maps.num_tokens[layer - 1]
+        panels.append(
+            (f"layer {layer}: {count} tokens", paint_tokens(large, maps.origin[layer - 1]))
+        )
+    columns = len(panels) + (maps.class_attention is not None)
+    figure = matplotlib.figure.Figure(figsize=(2.1 * columns, 2.6), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis, (name, panel) in zip(axes, panels, strict=False):
+        axis.imshow(panel)
+        axis.set_title(name, fontsize=8)
+    if maps.class_attention is not None:
+        axes[-1].imshow(large)
+        extent = (0, large.shape[1], large.shape[0], 0)
+        axes[-1].imshow(maps.class_attention, alpha=0.6, cmap="inferno", extent=extent)
+        axes[-1].set_title("class attention", fontsize=8)
+    for axis in axes:
+        axis.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def _layers_to_show(num_tokens: tuple[int, ...], at_start: int, most: int = 6) -> list[int]:
+    """Layers after which there are fewer tokens than before, thinned out evenly to `most`."""
+    before = (at_start, *num_tokens[:-1])
+    layers = [n + 1 for n, (b, a) in enumerate(zip(before, num_tokens, strict=True)) if a < b]
+    if len(layers) <= most:
+        return layers
+    picked = np.linspace(0, len(layers) - 1, most).round().astype(int)
+    return [layers[i] for i in picked]

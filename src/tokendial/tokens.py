@@ -1,0 +1,150 @@
+"""Tokens, which flow from block to block, and Grouping, one reduction as data."""
+
+# Shape legend: B batch, N tokens (prefix + patch), G tokens after a reduction, S tokens that are
+# absorbed by another one, P original positions (prefix + patch), D any feature width.
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Grouping:
+    """One reduction: which old token each new token comes from, and which old ones it absorbs.
+
+    New token `g` starts from old token `keep[g]`; old token `src[s]` is absorbed by new token
+    `dst[s]`. An old token named in neither is dropped. Holding the kept rows apart from the few
+    absorbed ones lets `merge` be one gather and one small scatter.
+    """
+
+    keep: Tensor
+    """[B, G] old index that each new token starts from."""
+    src: Tensor
+    """[B, S] old indices that are absorbed (S may be 0)."""
+    dst: Tensor
+    """[B, S] new index that absorbs each of them."""
+    num_tokens: int
+    """N, the number of old tokens."""
+    weight: Tensor | None = None
+    """[B, N] weight of each old token in its group; None: the token's size."""
+    how: Literal["mean", "sum"] = "mean"
+    """Whether a group is the weighted mean or the weighted sum of its members."""
+
+    @property
+    def index(self) -> Tensor:
+        """[B, N] new index of every old token, -1 where it was dropped."""
+        num_images, num_groups = self.keep.shape
+        groups = torch.arange(num_groups, device=self.keep.device).expand(num_images, -1)
+        index = self.keep.new_full((num_images, self.num_tokens), -1)
+        return index.scatter(1, self.keep, groups).scatter(1, self.src, self.dst)
+
+    def merge(self, x_BND: Tensor, weight_BN: Tensor | None = None) -> Tensor:
+        """Features of the new tokens.
+
+        Args:
+            x_BND: Features of the old tokens.
+            weight_BN: Weights of the old tokens; None: `self.weight`, or all equal.
+
+        Returns:
+            [B, G, D], the weighted mean or sum (`self.how`) of each group.
+        """
+        weight_BN = self.weight if weight_BN is None else weight_BN
+        if self.src.shape[1] == 0 and (self.how == "mean" or weight_BN is None):
+            return take(x_BND, self.keep)
+        if weight_BN is None:
+            weight_BN = x_BND.new_ones(x_BND.shape[:2])
+        weight_BN1 = weight_BN.to(x_BND.dtype).unsqueeze(-1)
+        merged = self.sum(x_BND * weight_BN1)
+        return merged if self.how == "sum" else merged / self.sum(weight_BN1)
+
+    def sum(self, x_BND: Tensor) -> Tensor:
+        """Plain sum of each group's members, [B, G, D]."""
+        kept = take(x_BND, self.keep)
+        if self.src.shape[1] == 0:
+            return kept
+        dst = self.dst.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1])
+        return kept.scatter_add(1, dst, take(x_BND, self.src))
+
+    def unmerge(self, y_BGD: Tensor) -> Tensor:
+        """Give every old token its group's features; dropped tokens get zeros. [B, N, D]."""
+        index = self.index
+        return take(y_BGD, index.clamp(min=0)) * (index >= 0).unsqueeze(-1)
+
+    def follow(self, origin_BP: Tensor) -> Tensor:
+        """Update the map from original positions to tokens. [B, P], -1 where dropped."""
+        followed = self.index.gather(1, origin_BP.clamp(min=0))
+        return torch.where(origin_BP < 0, origin_BP, followed)
+
+
+@dataclass(slots=True)
+class Tokens:
+    """What passes from block to block."""
+
+    x: Tensor
+    """[B, N, D] features, prefix tokens (class, distillation, register) first."""
+    prefix: int
+    """Number of prefix tokens."""
+    grid: tuple[int, int]
+    """Rows and columns of patches in the image."""
+    size: Tensor | None = None
+    """[B, N] float32 patches that each token stands for; None: one each."""
+    origin: Tensor | None = None
+    """[B, P] token that holds each original position, -1 where dropped; None: not tracked."""
+    lost: Tensor | None = None
+    """[B, P, D] features of the dropped positions when they were dropped; with `origin`."""
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    """Features [B, N, *] that follow the tokens through each reduction."""
+
+    def tracked(self) -> "Tokens":
+        """The same tokens, with `origin` kept from here on."""
+        num_images, num_tokens = self.x.shape[:2]
+        origin = torch.arange(num_tokens, device=self.x.device).expand(num_images, -1)
+        return dataclasses.replace(self, origin=origin, lost=torch.zeros_like(self.x))
+
+    def reduced(self, grouping: Grouping, *, track_size: bool = False) -> "Tokens":
+        """The tokens after `grouping`: features, sizes, positions and carried features alike.
+
+        Args:
+            grouping: The reduction.
+            track_size: Keep counting sizes from here on, if nothing counted them before.
+        """
+        size = self.size
+        if size is None and track_size:
+            size = torch.ones(self.x.shape[:2], device=self.x.device)
+        weight = size if grouping.weight is None else grouping.weight
+        origin, lost = self.origin, self.lost
+        if origin is not None and lost is not None:
+            followed = grouping.follow(origin)
+            dropped_now = ((followed < 0) & (origin >= 0)).unsqueeze(-1)
+            lost = torch.where(dropped_now, take(self.x, origin.clamp(min=0)), lost)
+            origin = followed
+        return dataclasses.replace(
+            self,
+            x=grouping.merge(self.x, weight),
+            size=None if size is None else grouping.sum(size.unsqueeze(-1)).squeeze(-1),
+            origin=origin,
+            lost=lost,
+            carried={name: grouping.merge(y, weight) for name, y in self.carried.items()},
+        )
+
+    def restored(self) -> Tensor:
+        """Features at every original position, [B, P, D]: all reductions undone.
+
+        A merged token is copied back to each of its positions; a dropped position has the
+        features that it had when it was dropped.
+
+        Raises:
+            ValueError: If positions were not tracked.
+        """
+        if self.origin is None or self.lost is None:
+            raise ValueError("origin is not tracked: start from Tokens.tracked().")
+        held = take(self.x, self.origin.clamp(min=0))
+        return torch.where((self.origin < 0).unsqueeze(-1), self.lost, held)
+
+
+def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
+    """Rows of each image's tokens, in the order of `index_BK`. [B, K, D]."""
+    return x_BND.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
