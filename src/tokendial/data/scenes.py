@@ -1,0 +1,231 @@
+"""Dense scenes composed of real images: nine items on a photograph, no empty cell.
+
+Every token matters in such a scene, so reducing tokens costs a model accuracy as it does on large
+photographs. Items come from Fashion-MNIST (Xiao et al., https://arxiv.org/abs/1708.07747),
+backgrounds from scikit-image's public-domain photographs.
+"""
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from tokendial.data.splits import Splits
+from tokendial.methods import register
+
+CELLS = 3
+ITEMS = ("T-shirt", "trouser", "pullover", "dress", "coat",
+         "sandal", "shirt", "sneaker", "bag", "boot")  # fmt: skip
+SNEAKER, BAG = ITEMS.index("sneaker"), ITEMS.index("bag")
+CLASSES = {
+    "present": ITEMS,
+    "count": ("0", "1", "2", "3", "4"),
+    "where": tuple(f"row {r} column {c}" for r in (1, 2, 3) for c in (1, 2, 3)),
+    "which": ITEMS,
+}
+_HELD_OUT = 5000
+_SPLITS = ("train", "val")
+
+
+@register("data", "scenes")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scenes:
+    """Scenes of nine items, with one of four questions."""
+
+    task: Literal["present", "count", "where", "which"] = "count"
+    """present: which kinds of items are there (multi-label); count: how many sneakers, 0 to 4;
+    where: in which cell the only bag is; which: the kind that is there three times."""
+    items: str = "shipped"
+    """"shipped" (3,000 items), or the folder with Fashion-MNIST's four gzipped IDX files, whose
+    60,000 training items are used (the last 5,000 of them for validation)."""
+    train_size: int = 2000
+    """Scenes in the training set."""
+    val_size: int = 1000
+    """Scenes in the validation set."""
+    img_size: int = 48
+    """Side of a scene in pixels, divisible by 3."""
+
+    def __post_init__(self) -> None:
+        if self.task not in CLASSES:
+            raise ValueError(f"task must be one of {', '.join(CLASSES)}, got {self.task!r}.")
+        for name in ("train_size", "val_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.img_size < 24 or self.img_size % CELLS:
+            raise ValueError(
+                f"img_size must be at least 24 and divisible by {CELLS}, got {self.img_size}."
+            )
+
+    def build(self, seed: int) -> Splits:
+        """The two sets; scene i of a set depends on (seed, set, i) alone."""
+        backgrounds = _backgrounds()
+        sets = {
+            split: SceneSet(
+                *_load_items(self.items, split),
+                backgrounds,
+                task=self.task,
+                num_scenes=self.train_size if split == "train" else self.val_size,
+                seed=(seed, _SPLITS.index(split)),
+                img_size=self.img_size,
+            )
+            for split in _SPLITS
+        }
+        return Splits(
+            train=sets["train"],
+            val=sets["val"],
+            classes=CLASSES[self.task],
+            multi_label=self.task == "present",
+        )
+
+
+class SceneSet(Dataset[tuple[Image.Image, Any]]):
+    """Composes scene `i` when it is asked for."""
+
+    def __init__(
+        self,
+        items: np.ndarray,
+        labels: np.ndarray,
+        backgrounds: Sequence[np.ndarray],
+        *,
+        task: str,
+        num_scenes: int,
+        seed: tuple[int, ...],
+        img_size: int,
+    ) -> None:
+        """Prepare the items.
+
+        Args:
+            items: [N, 28, 28] uint8, bright on black.
+            labels: [N] kinds, 0 to 9.
+            backgrounds: Photographs, [H, W, 3] uint8, larger than a scene.
+            task: A key of `CLASSES`.
+            num_scenes: Length of the set.
+            seed: With the index of a scene, the seed of its random numbers.
+            img_size: Side of a scene in pixels.
+        """
+        self.labels, self.backgrounds = labels, backgrounds
+        self.task, self.num_scenes, self.seed, self.img_size = task, num_scenes, seed, img_size
+        cell = img_size // CELLS
+        self.sprites = [_resized(items, side) for side in (cell - 2, cell, cell + 2)]
+        self.by_kind = [np.flatnonzero(labels == kind) for kind in range(len(ITEMS))]
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
+        """Scene `index` [img_size x img_size RGB] and its target."""
+        rng = self._rng(index)
+        kinds = _draw_kinds(self.task, rng)
+        return Image.fromarray(self._compose(kinds, rng)), _target(self.task, kinds)
+
+    def layout(self, index: int) -> np.ndarray:
+        """The kinds of items in the nine cells of scene `index`, row by row."""
+        return _draw_kinds(self.task, self._rng(index))
+
+    def _rng(self, index: int) -> np.random.Generator:
+        if not 0 <= index < self.num_scenes:
+            raise IndexError(index)
+        return np.random.default_rng((*self.seed, index))
+
+    def _compose(self, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        side = self.img_size
+        photo = self.backgrounds[rng.integers(len(self.backgrounds))]
+        top, left = (rng.integers(n - side + 1) for n in photo.shape[:2])
+        scene = photo[top : top + side, left : left + side].astype(np.float32)
+        scene = scene[:, :: 1 if rng.random() < 0.5 else -1] * rng.uniform(0.5, 1.0)
+        scene = np.ascontiguousarray(scene)
+        cell = side // CELLS
+        for place, kind in enumerate(kinds):
+            sprites = self.sprites[rng.integers(len(self.sprites))]
+            candidates = self.by_kind[kind]
+            item = sprites[candidates[rng.integers(len(candidates))]]
+            item = item[:, :: 1 if rng.random() < 0.5 else -1].astype(np.float32)
+            size = item.shape[0]
+            spare = (cell - size) // 2
+            corner = np.array(divmod(place, CELLS)) * cell + spare + rng.integers(-1, 2, 2)
+            y, x = np.clip(corner, 0, side - size)
+            matte = np.minimum(item / 48.0, 1.0)[..., None]
+            # A tint and a floor keep dark garments visible without making items stand out alike.
+            tint = rng.uniform(0.7, 1.0, 3) * rng.uniform(0.7, 1.0)
+            window = scene[y : y + size, x : x + size]
+            window += matte * ((40.0 + 0.84 * item)[..., None] * tint - window)
+        return scene.clip(0, 255).astype(np.uint8)
+
+
+def _draw_kinds(task: str, rng: np.random.Generator) -> np.ndarray:
+    """Kinds of items in the nine cells, drawn so that the answers of the task are balanced."""
+    num_cells, num_kinds = CELLS * CELLS, len(ITEMS)
+    if task == "present":
+        return rng.integers(num_kinds, size=num_cells)
+    if task == "which":
+        kinds = rng.permutation(num_kinds)[: num_cells - 2]
+        return rng.permutation(np.concatenate([kinds, kinds[:1].repeat(2)]))
+    wanted = SNEAKER if task == "count" else BAG
+    others = np.delete(np.arange(num_kinds), wanted)
+    kinds = rng.choice(others, num_cells)
+    count = rng.integers(len(CLASSES["count"])) if task == "count" else 1
+    kinds[rng.permutation(num_cells)[:count]] = wanted
+    return kinds
+
+
+def _target(task: str, kinds: np.ndarray) -> Any:
+    if task == "present":
+        return torch.from_numpy(np.bincount(kinds, minlength=len(ITEMS)) > 0).float()
+    if task == "count":
+        return int((kinds == SNEAKER).sum())
+    if task == "where":
+        return int(np.flatnonzero(kinds == BAG)[0])
+    return int(np.bincount(kinds).argmax())
+
+
+def _resized(items: np.ndarray, side: int) -> np.ndarray:
+    tensor = torch.from_numpy(items.copy()).unsqueeze(1).float()
+    small = torch.nn.functional.interpolate(tensor, (side, side), mode="bilinear", antialias=True)
+    return small.squeeze(1).round().clamp(0, 255).byte().numpy()
+
+
+@lru_cache(maxsize=2)
+def _load_items(items: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    if items == "shipped":
+        assets = files("tokendial") / "assets"
+        labels = np.array(json.loads((assets / f"items_{split}.json").read_text()))
+        with (assets / f"items_{split}.png").open("rb") as file:
+            sheet = np.asarray(Image.open(file))
+        rows, columns = sheet.shape[0] // 28, sheet.shape[1] // 28
+        return sheet.reshape(rows, 28, columns, 28).swapaxes(1, 2).reshape(-1, 28, 28), labels
+    part = slice(None, -_HELD_OUT) if split == "train" else slice(-_HELD_OUT, None)
+    folder = Path(items)
+    images = _read_idx(folder / "train-images-idx3-ubyte.gz")
+    return images[part], _read_idx(folder / "train-labels-idx1-ubyte.gz")[part]
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    try:
+        data = gzip.decompress(path.read_bytes())
+    except OSError:
+        raise ValueError(
+            f"data.items: {path} is missing or unreadable; Debian's package dataset-fashion-mnist "
+            f"installs Fashion-MNIST in /usr/share/datasets/fashion-mnist."
+        ) from None
+    header = 4 + 4 * data[3]
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4)]
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+@lru_cache(maxsize=1)
+def _backgrounds() -> tuple[np.ndarray, ...]:
+    folder = files("tokendial") / "assets" / "backgrounds"
+    photos = []
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        with entry.open("rb") as file:
+            photos.append(np.asarray(Image.open(file).convert("RGB")))
+    return tuple(photos)

@@ -1,0 +1,20 @@
+"""What every data set gives: a training set, a validation set and the classes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """A data set, ready to be transformed and batched."""
+
+    train: Dataset[tuple[Any, Any]]
+    """Pairs of a PIL image (RGB) and a target: a class index, or float32 [classes] of 0 and 1."""
+    val: Dataset[tuple[Any, Any]]
+    """The same, to evaluate on."""
+    classes: tuple[str, ...]
+    """Names of the classes, in the order of the model's logits."""
+    multi_label: bool = False
+    """Whether any number of classes can be right at once."""
