@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
-CELLS = 3
+ITEM_SIDES = (14, 16, 18)
 ITEMS = ("T-shirt", "trouser", "pullover", "dress", "coat",
          "sandal", "shirt", "sneaker", "bag", "boot")  # fmt: skip
 SNEAKER, BAG = ITEMS.index("sneaker"), ITEMS.index("bag")
@@ -52,7 +52,9 @@ class Scenes:
     val_size: int = 1000
     """Scenes in the validation set."""
     img_size: int = 48
-    """Side of a scene in pixels, divisible by 3."""
+    """Side of a scene in pixels."""
+    cells: int = 3
+    """Rows and columns of items: 3, or 1 for a single item (with the task "which" only)."""
 
     def __post_init__(self) -> None:
         if self.task not in CLASSES:
@@ -60,9 +62,12 @@ class Scenes:
         for name in ("train_size", "val_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.img_size < 24 or self.img_size % CELLS:
+        if self.cells not in (1, 3) or (self.cells == 1 and self.task != "which"):
+            raise ValueError(f"cells must be 3, or 1 with the task which, got {self.cells}.")
+        if not 16 * self.cells <= self.img_size <= 160:
             raise ValueError(
-                f"img_size must be at least 24 and divisible by {CELLS}, got {self.img_size}."
+                f"img_size must lie in [{16 * self.cells}, 160] with {self.cells} cells a side, "
+                f"got {self.img_size}."
             )
 
     def build(self, seed: int) -> Splits:
@@ -76,6 +81,7 @@ class Scenes:
                 num_scenes=self.train_size if split == "train" else self.val_size,
                 seed=(seed, _SPLITS.index(split)),
                 img_size=self.img_size,
+                cells=self.cells,
             )
             for split in _SPLITS
         }
@@ -100,6 +106,7 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
         num_scenes: int,
         seed: tuple[int, ...],
         img_size: int,
+        cells: int,
     ) -> None:
         """Prepare the items.
 
@@ -111,11 +118,12 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
             num_scenes: Length of the set.
             seed: With the index of a scene, the seed of its random numbers.
             img_size: Side of a scene in pixels.
+            cells: Rows and columns of items.
         """
         self.labels, self.backgrounds = labels, backgrounds
         self.task, self.num_scenes, self.seed, self.img_size = task, num_scenes, seed, img_size
-        cell = img_size // CELLS
-        self.sprites = [_resized(items, side) for side in (cell - 2, cell, cell + 2)]
+        self.cells = cells
+        self.sprites = [_resized(items, side) for side in ITEM_SIDES]
         self.by_kind = [np.flatnonzero(labels == kind) for kind in range(len(ITEMS))]
 
     def __len__(self) -> int:
@@ -124,12 +132,12 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         """Scene `index` [img_size x img_size RGB] and its target."""
         rng = self._rng(index)
-        kinds = _draw_kinds(self.task, rng)
+        kinds = _draw_kinds(self.task, rng, self.cells**2)
         return Image.fromarray(self._compose(kinds, rng)), _target(self.task, kinds)
 
     def layout(self, index: int) -> np.ndarray:
         """The kinds of items in the nine cells of scene `index`, row by row."""
-        return _draw_kinds(self.task, self._rng(index))
+        return _draw_kinds(self.task, self._rng(index), self.cells**2)
 
     def _rng(self, index: int) -> np.random.Generator:
         if not 0 <= index < self.num_scenes:
@@ -143,15 +151,16 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
         scene = photo[top : top + side, left : left + side].astype(np.float32)
         scene = scene[:, :: 1 if rng.random() < 0.5 else -1] * rng.uniform(0.5, 1.0)
         scene = np.ascontiguousarray(scene)
-        cell = side // CELLS
+        cell = side // self.cells
         for place, kind in enumerate(kinds):
             sprites = self.sprites[rng.integers(len(self.sprites))]
             candidates = self.by_kind[kind]
             item = sprites[candidates[rng.integers(len(candidates))]]
             item = item[:, :: 1 if rng.random() < 0.5 else -1].astype(np.float32)
             size = item.shape[0]
-            spare = (cell - size) // 2
-            corner = np.array(divmod(place, CELLS)) * cell + spare + rng.integers(-1, 2, 2)
+            spare = cell - size
+            jitter = rng.integers(min(0, spare) - 1, max(0, spare) + 2, 2)
+            corner = np.array(divmod(place, self.cells)) * cell + jitter
             y, x = np.clip(corner, 0, side - size)
             matte = np.minimum(item / 48.0, 1.0)[..., None]
             # A tint and a floor keep dark garments visible without making items stand out alike.
@@ -161,11 +170,13 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
         return scene.clip(0, 255).astype(np.uint8)
 
 
-def _draw_kinds(task: str, rng: np.random.Generator) -> np.ndarray:
-    """Kinds of items in the nine cells, drawn so that the answers of the task are balanced."""
-    num_cells, num_kinds = CELLS * CELLS, len(ITEMS)
+def _draw_kinds(task: str, rng: np.random.Generator, num_cells: int) -> np.ndarray:
+    """Kinds of items in the cells, drawn so that the answers of the task are balanced."""
+    num_kinds = len(ITEMS)
     if task == "present":
         return rng.integers(num_kinds, size=num_cells)
+    if num_cells == 1:
+        return rng.integers(num_kinds, size=1)
     if task == "which":
         kinds = rng.permutation(num_kinds)[: num_cells - 2]
         return rng.permutation(np.concatenate([kinds, kinds[:1].repeat(2)]))

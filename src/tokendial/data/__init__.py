@@ -1,0 +1,19 @@
+"""Data sets and transforms: one file per family of data sets."""
+
+from tokendial.data.folder import ImageFolder
+from tokendial.data.images import ImageError, find_images, read_image
+from tokendial.data.scenes import Scenes
+from tokendial.data.splits import Splits
+from tokendial.data.transforms import Augment, eval_transform, train_transform
+
+__all__ = [
+    "Augment",
+    "ImageError",
+    "ImageFolder",
+    "Scenes",
+    "Splits",
+    "eval_transform",
+    "find_images",
+    "read_image",
+    "train_transform",
+]

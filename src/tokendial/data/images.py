@@ -1,0 +1,77 @@
+"""Reading images of every kind that people have on disk."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used; the message is one line that names the file."""
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image as 8-bit RGB, upright.
+
+    16-bit greys are scaled to 8 bits, transparent pixels lie on white, CMYK, palette and grey
+    images are converted, and the orientation that a camera noted is applied.
+
+    Raises:
+        ImageError: If the file is missing, not an image, truncated, or too large to be sane.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ImageError(f"no such image: {path}.")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path} is empty.")
+    try:
+        with Image.open(path) as image:
+            return _rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels.") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{path} is not an image.") from None
+    # Pillow's decoders raise what they please on broken data; all of it means the same here.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
+        raise ImageError(f"{path} cannot be decoded ({str(error).splitlines()[0]}).") from None
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Image files among `paths`; folders are searched through, sorted by name.
+
+    Raises:
+        ImageError: If a path does not exist, or nothing is found.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ImageError(f"no such image or folder: {path}.")
+    if not found:
+        raise ImageError(f"no images found in {', '.join(map(str, paths))}.")
+    return found
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return _from_deep(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    # Integer greys are 16-bit images, also where Pillow opens them as 32-bit; floats are in [0, 1]
+    # unless their values say otherwise.
+    top = 65535.0 if image.mode.startswith("I") else max(1.0, float(np.nanmax(values)))
+    grey = np.nan_to_num(values / top * 255.0).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")

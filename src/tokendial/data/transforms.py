@@ -1,0 +1,105 @@
+"""Transforms of training and test images: torchvision's and timm's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import v2
+
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Augment:
+    """How training images are varied, and how test images are cut."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic, not a field
+
+    crop: bool = True
+    """Crop a random part (RandomResizedCrop); False: resize to the image size."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the area that a random crop takes."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    randaugment: str | None = None
+    """RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1"; None: off."""
+    color_jitter: float = 0.0
+    """Strength of the jitter of brightness, contrast and saturation."""
+    erasing: float = 0.0
+    """Probability of random erasing."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0: off."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0: off."""
+    smoothing: float = 0.0
+    """Label smoothing, in [0, 1)."""
+    test_crop_ratio: float = 0.875
+    """Share of the short side that the centre crop of a test image takes; 1: no crop, resize."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "erasing"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not 0.0 <= self.smoothing < 1.0:
+            raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}.")
+        if not 0.0 < self.test_crop_ratio <= 1.0:
+            raise ValueError(f"test_crop_ratio must lie in (0, 1], got {self.test_crop_ratio}.")
+        if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
+            raise ValueError(f"scale must be two numbers in (0, 1], got {self.scale}.")
+        if self.randaugment is not None and not self.randaugment.startswith("rand-"):
+            raise ValueError(
+                f"randaugment must look like rand-m9-mstd0.5-inc1, got {self.randaugment!r}."
+            )
+
+
+def train_transform(
+    augment: Augment,
+    img_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Transform:
+    """From a PIL image to a varied, normalised [3, H, W] float32 tensor."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    steps: list[Callable[[Any], Any]] = [
+        v2.RandomResizedCrop(img_size, augment.scale, interpolation=bicubic)
+        if augment.crop
+        else v2.Resize(img_size, bicubic),
+        v2.RandomHorizontalFlip(augment.flip),
+    ]
+    if augment.randaugment:
+        fill = tuple(round(255 * channel) for channel in mean)
+        hparams = {"translate_const": int(min(img_size) * 0.45), "img_mean": fill}
+        steps.append(rand_augment_transform(augment.randaugment, hparams))
+    if augment.color_jitter:
+        steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
+    steps += _to_tensor(mean, std)
+    if augment.erasing:
+        steps.append(RandomErasing(augment.erasing, mode="pixel", device="cpu"))
+    return v2.Compose(steps)
+
+
+def eval_transform(
+    augment: Augment,
+    img_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Transform:
+    """From a PIL image to a normalised [3, H, W] float32 tensor, without chance."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    if augment.test_crop_ratio == 1.0 or img_size[0] != img_size[1]:
+        steps: list[Callable[[Any], Any]] = [v2.Resize(img_size, bicubic)]
+    else:
+        short = round(img_size[0] / augment.test_crop_ratio)
+        steps = [v2.Resize(short, bicubic), v2.CenterCrop(img_size)]
+    return v2.Compose(steps + _to_tensor(mean, std))
+
+
+def _to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[Callable[[Any], Any]]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]

@@ -1,0 +1,90 @@
+"""Image classification: loss and metrics, one label or several."""
+
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MultilabelAccuracy,
+    MultilabelAveragePrecision,
+)
+
+from tokendial.data.transforms import Augment
+
+
+class Classification:
+    """Loss, batch-wise augmentation and metrics of a classification task."""
+
+    def __init__(self, num_classes: int, *, multi_label: bool, augment: Augment) -> None:
+        """Check that the settings fit the task.
+
+        Args:
+            num_classes: Number of logits.
+            multi_label: Whether targets are float [B, num_classes] of 0 and 1.
+            augment: Mixup, cutmix and label smoothing.
+
+        Raises:
+            ValueError: If mixup, cutmix or smoothing are asked for with several labels.
+        """
+        self.num_classes, self.multi_label, self.augment = num_classes, multi_label, augment
+        mixes = augment.mixup > 0 or augment.cutmix > 0
+        if multi_label and (mixes or augment.smoothing):
+            raise ValueError("augment: mixup, cutmix and smoothing need one label per image.")
+        self.mix = (
+            Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                label_smoothing=augment.smoothing,
+                num_classes=num_classes,
+            )
+            if mixes
+            else None
+        )
+
+    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix the images of a training batch; targets become [B, num_classes] if it does.
+
+        timm's mixup pairs images, so a batch of an odd number is left as it is.
+        """
+        if self.mix is None or len(images) % 2:
+            return images, targets
+        images, targets = self.mix(images, targets)
+        return images, targets
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch; logits [B, num_classes]."""
+        logits = logits.float()
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, targets)
+        # Mixed targets have been smoothed already.
+        smoothing = 0.0 if targets.is_floating_point() else self.augment.smoothing
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def metrics(self) -> MetricCollection:
+        """Metrics over an evaluation set; the one named accuracy is what runs are judged by."""
+        metrics: dict[str, Metric | MetricCollection]
+        if self.multi_label:
+            metrics = {
+                "accuracy": MultilabelAccuracy(self.num_classes, average="micro"),
+                "mean_average_precision": MultilabelAveragePrecision(self.num_classes),
+            }
+        else:
+            metrics = {"accuracy": MulticlassAccuracy(self.num_classes, average="micro")}
+            if self.num_classes > 5:
+                metrics["accuracy_top5"] = MulticlassAccuracy(
+                    self.num_classes, average="micro", top_k=5
+                )
+        return MetricCollection(metrics)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities [B, num_classes]: independent ones with several labels."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
+
+    def hits(self, logits: Tensor, targets: Tensor) -> float:
+        """Share of right answers in a training batch; for mixed targets, of the larger part."""
+        if self.multi_label:
+            return float(((logits > 0) == (targets > 0)).float().mean())
+        if targets.is_floating_point():
+            targets = targets.argmax(dim=1)
+        return float((logits.argmax(dim=1) == targets).float().mean())

@@ -1,0 +1,7 @@
+"""Training: recipes, the loop, checkpoints, evaluation."""
+
+from tokendial.train.loop import Interrupted, train
+from tokendial.train.recipe import Recipe, read_recipe
+from tokendial.train.runs import Run
+
+__all__ = ["Interrupted", "Recipe", "Run", "read_recipe", "train"]

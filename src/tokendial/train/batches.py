@@ -1,0 +1,128 @@
+"""Batches that are the same whatever happens: any number of workers, killed and resumed."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tokendial.data.transforms import Transform
+
+
+class Prepared(Dataset[tuple[Tensor, Any]]):
+    """Transforms the images of a data set; chance depends on (seed, epoch, index) alone."""
+
+    def __init__(self, source: Dataset[tuple[Any, Any]], transform: Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]  # map-style sets have a length
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
+        epoch, index = key
+        image, target = self.source[index]
+        with seeded(self.seed, epoch, index):
+            return self.transform(image), target
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed the global generators of torch, NumPy and Python from `key`, and put them back after.
+
+    Transforms and timm's mixup draw from all three.
+    """
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_all(*key)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+def seed_all(*key: int) -> None:
+    """Seed the global generators of torch (all devices), NumPy and Python from `key`."""
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+class EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) for one epoch and one process, from any step on.
+
+    The order of an epoch depends on (seed, epoch) alone. Update `u` takes the next
+    `batch_size * accumulate * processes` samples, so that two processes see together what one
+    process with twice the batch would see. What is left at the end is not used in this epoch.
+    """
+
+    def __init__(
+        self, size: int, *, batch_size: int, accumulate: int, seed: int, rank: int, processes: int
+    ) -> None:
+        """Set up the sampler.
+
+        Raises:
+            ValueError: If the data set is smaller than one update.
+        """
+        self.size, self.batch_size, self.accumulate = size, batch_size, accumulate
+        self.seed, self.rank, self.processes = seed, rank, processes
+        self.per_update = batch_size * accumulate * processes
+        self.updates = size // self.per_update
+        self.epoch, self.first_update = 0, 0
+        if not self.updates:
+            raise ValueError(
+                f"train.batch_size: one update takes {self.per_update} images, but the training "
+                f"set has {size}."
+            )
+
+    def start(self, epoch: int, update: int = 0) -> None:
+        """Choose the epoch, and how many of its updates have been done already."""
+        self.epoch, self.first_update = epoch, update
+
+    def __len__(self) -> int:
+        return (self.updates - self.first_update) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size).tolist()
+        for update in range(self.first_update, self.updates):
+            first = update * self.per_update
+            mine = order[first + self.rank : first + self.per_update : self.processes]
+            for part in range(self.accumulate):
+                batch = mine[part * self.batch_size : (part + 1) * self.batch_size]
+                yield [(self.epoch, index) for index in batch]
+
+
+def train_loader(dataset: Prepared, sampler: EpochSampler, workers: int) -> DataLoader[Any]:
+    """Loader of the batches that `sampler` names."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,  # type: ignore[arg-type]  # indices are pairs here
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def eval_loader(
+    source: Dataset[tuple[Any, Any]],
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+) -> DataLoader[Any]:
+    """Loader of every sample once, in order; each process gets its share."""
+    dataset = Prepared(source, transform, seed=0)
+    keys = [(0, index) for index in range(rank, len(dataset), processes)]
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=keys,  # type: ignore[arg-type]  # indices are pairs here
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )

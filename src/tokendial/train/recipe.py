@@ -1,0 +1,218 @@
+"""Recipes: everything about a run in one YAML file, checked before anything is started."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+import tokendial.data  # noqa: F401  # registers the data sets
+from tokendial.backbones import Backbone
+from tokendial.data.transforms import Augment
+from tokendial.methods import known, method_class, to_json
+
+
+def _method(kind: str) -> Any:
+    """A field that holds a registered method, written as a mapping with its name."""
+
+    def read(value: Any) -> Any:
+        if value is None or dataclasses.is_dataclass(value):
+            return value
+        if not isinstance(value, dict) or "name" not in value:
+            raise ValueError(f"must be a mapping with a name, one of {', '.join(known(kind))}")
+        cls = method_class(kind, value["name"])
+        return TypeAdapter(cls).validate_python({k: v for k, v in value.items() if k != "name"})
+
+    def write(value: Any) -> Any:
+        return None if value is None else to_json(kind, value)
+
+    return Annotated[Any, BeforeValidator(read), PlainSerializer(write)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The backbone."""
+
+    name: str
+    """timm's model name, or scenes_vit for the small model that is shipped."""
+    weights: str | None = "pretrained"
+    """pretrained (timm's, from the hub), shipped, null (random), or the path of a state dict."""
+    img_size: int | tuple[int, int] | None = None
+    """Side of the images, or height and width, in pixels; null: the model's own."""
+    drop_path: float = Field(0.0, ge=0.0, lt=1.0)
+    """Stochastic depth: probability at the last layer, rising from 0 at the first."""
+    args: dict[str, Any] = {}
+    """Further arguments of the timm model, such as patch_size or global_pool."""
+
+    def backbone(self, num_classes: int) -> Backbone:
+        """How to build it, with a fresh head for `num_classes`."""
+        args = dict(self.args) | {"num_classes": num_classes}
+        if self.img_size is not None:
+            args["img_size"] = self.img_size
+        if self.drop_path:
+            args["drop_path_rate"] = self.drop_path
+        weights = self.weights
+        if weights not in (None, "pretrained", "shipped"):
+            weights = str(Path(weights).resolve())
+        return Backbone(name=self.name, weights=weights, args=args)
+
+
+class TrainSection(_Section):
+    """The optimisation."""
+
+    epochs: int = Field(100, ge=1)
+    """Passes over the training set."""
+    batch_size: int = Field(64, ge=1)
+    """Images of one process in one forward pass."""
+    accumulate: int = Field(1, ge=1)
+    """Forward passes whose gradients are summed up for one update."""
+    lr: float = Field(1e-3, gt=0.0)
+    """Peak learning rate, as it is: not scaled by the batch."""
+    min_lr: float = Field(0.0, ge=0.0)
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = Field(0.0, ge=0.0)
+    """Epochs over which the rate rises linearly from 0."""
+    weight_decay: float = Field(0.05, ge=0.0)
+    """AdamW's weight decay; biases, norms and other vectors have none."""
+    clip_grad: float | None = Field(None, gt=0.0)
+    """Largest norm of the gradient; null: not clipped."""
+    ema: float | None = Field(None, gt=0.0, lt=1.0)
+    """Decay of the moving average of the weights, which is then evaluated and saved; null: off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass."""
+    degree: int | None = Field(None, ge=0)
+    """Degree of the dial to train at; null: the one that the reduction method describes."""
+    workers: int = Field(0, ge=0)
+    """Processes that load images; 0: the training process itself."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Updates between two checkpoints; there is one at the end of each epoch in any case."""
+
+
+class Recipe(_Section):
+    """A run: model, methods, data, augmentation, optimisation."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of everything that is drawn at random."""
+    output: str
+    """Folder of the run."""
+    model: ModelSection
+    reduce: _method("reduce") = None  # type: ignore[valid-type]
+    """Token reduction; null: none."""
+    adapt: _method("adapt")  # type: ignore[valid-type]
+    """Fine-tuning method."""
+    data: _method("data")  # type: ignore[valid-type]
+    """Data set."""
+    augment: Augment = Augment()
+    train: TrainSection = TrainSection()
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as `train.epochs=10`.
+
+    Args:
+        path: YAML file, or the name of a recipe that is shipped. Without `output` in it, the run
+            goes to runs/NAME.
+        overrides: `dotted.field=value`, the value written as in YAML.
+
+    Raises:
+        ValueError: In one line: which field, its value, and what is allowed.
+    """
+    path = _find(path)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}.") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"recipe {path} must be a mapping of fields, got {type(data).__name__}.")
+    for override in overrides:
+        _override(data, override)
+    data.setdefault("output", f"runs/{path.stem}")
+    return check_recipe(data)
+
+
+def check_recipe(data: dict[str, Any]) -> Recipe:
+    """Make a recipe of a mapping; a ValueError in one line says what is wrong with it."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(_one_line(error.errors()[0])) from None
+
+
+def _find(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_file():
+        return path
+    # Recipes lie beside the sources in a checkout, and inside the package when it is installed.
+    here = Path(__file__).parent.parent
+    for folder in (here / "recipes", here.parent.parent / "recipes"):
+        for name in (path.name, f"{path.name}.yaml"):
+            if str(path) == path.name and (folder / name).is_file():
+                return folder / name
+    raise ValueError(f"no such recipe: {path}.")
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"an override must look like train.epochs=10, got {override!r}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{name}: {text!r} is not a YAML value.") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text, because the dot is missing.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, last = name.split(".")
+    place = data
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise ValueError(f"{name}: {parent} is not a mapping, so it has no field {last}.")
+    place[last] = value
+
+
+def _one_line(error: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part not in ("int", "float", "str"))
+    message = error["msg"].removeprefix("Value error, ").rstrip(".")
+    value = error["input"]
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        name = str(error["loc"][-1])
+        near = difflib.get_close_matches(name, _all_fields(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        return f"{where} is not a field of a recipe{hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing from the recipe."
+    got = f", got {value!r}" if "got" not in message and not isinstance(value, dict) else ""
+    return f"{where}: {message}{got}."
+
+
+def _all_fields() -> list[str]:
+    names = [*Recipe.model_fields, *ModelSection.model_fields, *TrainSection.model_fields]
+    methods = [method_class(k, n) for k in ("reduce", "adapt", "data") for n in known(k)]
+    for cls in (Augment, *methods):
+        names += [field.name for field in dataclasses.fields(cls)]
+    return names
+

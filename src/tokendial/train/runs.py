@@ -1,0 +1,86 @@
+"""The folder of a run: what lies where, and that no two runs share one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tokendial.atomic import replacing
+from tokendial.saving import load
+from tokendial.train.recipe import Recipe, check_recipe
+from tokendial.vit import DialViT
+
+
+class Run:
+    """Paths and records of a run folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.recipe_file = self.folder / "recipe.yaml"
+        self.classes_file = self.folder / "classes.json"
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.checkpoints = self.folder / "checkpoints"
+        self.best, self.last = self.folder / "best", self.folder / "last"
+
+    def claim(self, recipe: Recipe, classes: tuple[str, ...]) -> None:
+        """Make the folder this recipe's, or find that it is already.
+
+        Raises:
+            ValueError: If another run is in it, or files that are not a run's.
+        """
+        if self.recipe_file.exists():
+            old = _flat(yaml.safe_load(self.recipe_file.read_text()))
+            new = _flat(yaml.safe_load(recipe.to_yaml()))
+            for name in sorted(old.keys() | new.keys()):
+                if old.get(name) != new.get(name) and name not in ("output", "train.workers"):
+                    raise ValueError(
+                        f"output: {self.folder} holds another run: its {name} is "
+                        f"{old.get(name)}, not {new.get(name)}; choose another output."
+                    )
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"output: {self.folder} is not empty and holds no run.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.classes_file) as path:
+            path.write_text(json.dumps(classes) + "\n")
+        with replacing(self.recipe_file) as path:
+            path.write_text(recipe.to_yaml())
+
+    def recipe(self) -> Recipe:
+        """The recipe of the run; a ValueError if the folder holds none."""
+        if not self.recipe_file.is_file():
+            raise ValueError(f"{self.folder} is not the folder of a run: recipe.yaml is missing.")
+        return check_recipe(yaml.safe_load(self.recipe_file.read_text()))
+
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the logits."""
+        return tuple(json.loads(self.classes_file.read_text()))
+
+    def model(self) -> DialViT:
+        """The best model of the run, ready for inference."""
+        if not self.best.is_dir():
+            raise ValueError(f"{self.folder} has no finished epoch yet, so there is no model.")
+        return load(self.best)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per finished epoch."""
+        if not self.metrics_file.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Add the record of an epoch, in place of what may stand from this epoch on."""
+        kept = [line for line in self.metrics() if line["epoch"] < metrics["epoch"]]
+        with replacing(self.metrics_file) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, metrics]))
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
