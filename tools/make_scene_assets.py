@@ -20,9 +20,15 @@ from PIL import Image
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 BACKGROUNDS = (
-    "astronaut.png brick.png chelsea.png coffee.png grass.png gravel.png hubble_deep_field.jpg "
-    "rocket.jpg"
-).split()
+    "astronaut.png",
+    "brick.png",
+    "chelsea.png",
+    "coffee.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "rocket.jpg",
+)
 PER_CLASS = {"train": 200, "val": 100}
 COLUMNS = 50
 

@@ -42,8 +42,8 @@ class Backbone:
     name: str
     """timm's model name, or "scenes_vit" for the small model that is shipped."""
     weights: str | None = "pretrained"
-    """"pretrained" (timm's, from the hub), "shipped", None (random), or the path of a state
-    dict (.safetensors, .pth)."""
+    """"pretrained" (timm's, from the hub), "shipped", None (random), or a path: a state dict
+    (.safetensors, .pth), or a folder with a fully fine-tuned model of ours."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model, such as img_size, num_classes, drop_path_rate."""
 
@@ -133,12 +133,16 @@ def load_weights(vit: VisionTransformer, path: Path) -> None:
     Raises:
         ValueError: If the file cannot be read or its tensors do not fit the model.
     """
+    if path.is_dir():
+        path = path / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"model.weights: no such file {path}.")
     # timm logs every resized position embedding as if it were a warning.
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
-        state = checkpoint_filter_fn(load_state_dict(str(path)), vit)
+        state = load_state_dict(str(path))
+        state = {name.removeprefix("vit."): value for name, value in state.items()}
+        state = checkpoint_filter_fn(state, vit)
     except Exception as error:
         raise ValueError(f"model.weights: {path} is not a ViT state dict ({error}).") from error
     own = vit.state_dict()

@@ -1,6 +1,10 @@
 """The command line: `tokendial COMMAND`. Each command parses, calls the library, and reports."""
 
+import csv
+import dataclasses
+import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,15 +20,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One fine-tuned Vision Transformer, run at any cost.",
 )
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides such as train.epochs=10 data.root=/images")
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Degree = Annotated[
+    int | None, typer.Option(help="Degree of the dial; default: the one that was trained.")
 ]
+Degrees = Annotated[str, typer.Option(help="Such as 0,4,8 or 0..16 or 0..16:4 or all.")]
+
+
+class Format(StrEnum):
+    """Formats of predictions."""
+
+    csv = "csv"
+    jsonl = "jsonl"
 
 
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 2."""
-    from tokendial.train.loop import Interrupted
-
     try:
         app()
     except ValueError as error:
@@ -32,8 +43,8 @@ def main() -> None:
         line = str(error).strip().splitlines()[-1]
         print(f"error: {line.removeprefix('tokendial.data.images.ImageError: ')}", file=sys.stderr)
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt):
-        print("stopped; the same command goes on from here.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -50,14 +61,154 @@ def version(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Such as train.epochs=10 data.root=/images.")
+    ] = None,
 ) -> None:
     """Train as a recipe says; started again, go on where the run stopped."""
-    from tokendial.train import read_recipe
+    from tokendial.train import InterruptedRunError, read_recipe
     from tokendial.train import train as run_training
 
-    run = run_training(read_recipe(recipe, overrides or []))
+    try:
+        run = run_training(read_recipe(recipe, overrides or []))
+    except InterruptedRunError:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(f"best model: {run.best}")
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    degrees: Degrees = "all",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+) -> None:
+    """Accuracy, cost and speed of a run along the dial: table, CSV and plot."""
+    from tokendial.atomic import replacing
+    from tokendial.show.plots import dial_figure
+    from tokendial.show.report import png
+    from tokendial.train import Run
+    from tokendial.train.evaluate import evaluate as run_evaluation
+    from tokendial.train.evaluate import write_rows
+
+    rows = run_evaluation(Run(run), degrees, batch_size=batch_size)
+    table = Table("degree", "accuracy", "GMACs", "images/s", "tokens left")
+    for row in rows:
+        table.add_row(
+            str(row.degree),
+            f"{row.accuracy:.2%}",
+            f"{row.gmacs:.4f}",
+            f"{row.images_per_s:.0f}",
+            str(row.tokens),
+        )
+    Console().print(table)
+    folder = run / "eval"
+    write_rows(rows, folder / "degrees.csv")
+    with replacing(folder / "degrees.png") as path:
+        path.write_bytes(png(dial_figure(rows, title=str(run))))
+    print(f"wrote {folder / 'degrees.csv'} and {folder / 'degrees.png'}")
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    degree: Degree = None,
+    form: Annotated[Format, typer.Option("--format", help="Form of the output.")] = Format.csv,
+    top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 1,
+) -> None:
+    """Class and probability of each image; exit code 1 if some could not be read."""
+    from tokendial.data.images import ImageError, find_images
+    from tokendial.train import Run
+    from tokendial.train.evaluate import predict as run_prediction
+
+    failed = False
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    answers = run_prediction(Run(run), find_images(paths), degree=degree, top=top)
+    for number, answer in enumerate(answers):
+        if number == 0 and form is Format.csv:
+            writer.writerow(["path", "class", "probability"])
+        if isinstance(answer, ImageError):
+            failed = True
+            print(f"error: {answer}", file=sys.stderr)
+        elif form is Format.jsonl:
+            print(json.dumps(dataclasses.asdict(answer)))
+        else:
+            for name, probability in zip(answer.classes, answer.probabilities, strict=True):
+                writer.writerow([answer.path, name, f"{probability:.6f}"])
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="A timm model, such as deit_base_patch16_224.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Such as reduce.r=8 adapt.dim=32 model.img_size=[224,320]."),
+    ] = None,
+    reduce: Annotated[str | None, typer.Option(help="Reduction method: tome, evit.")] = None,
+    adapt: Annotated[
+        str | None, typer.Option(help="Fine-tuning method, such as dense_adapter.")
+    ] = None,
+    degrees: Annotated[str | None, typer.Option(help="Such as 0..16; default: as set.")] = None,
+    num_classes: Annotated[int, typer.Option(min=0, help="Width of the head.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Parameters, multiply-accumulates and tokens per layer at each degree; no weights needed."""
+    from tokendial.train.profile import profile as run_profile
+
+    overrides = list(settings or [])
+    overrides += [f"reduce.name={reduce}"] * bool(reduce) + [f"adapt.name={adapt}"] * bool(adapt)
+    costs = run_profile(model, overrides, degrees=degrees, num_classes=num_classes)
+    if as_json:
+        for cost in costs:
+            print(json.dumps(dataclasses.asdict(cost)))
+        return
+    first = costs[0]
+    print(f"{model}: {first.params / 1e6:.2f} M parameters, ", end="")
+    print(f"{first.trainable_params / 1e6:.2f} M of them trained (head not counted)")
+    table = Table("degree", "GMACs", "share", "tokens after each layer")
+    for cost in costs:
+        table.add_row(
+            str(cost.degree),
+            f"{cost.gmacs:.2f}" if cost.gmacs >= 1 else f"{cost.gmacs:.4f}",
+            f"{cost.macs / first.macs:.0%}",
+            " ".join(map(str, cost.tokens_per_layer)),
+        )
+    Console().print(table)
+
+
+@app.command()
+def show(
+    run: RunFolder,
+    image: Annotated[Path, typer.Argument(help="An image.")],
+    degree: Degree = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("tokens.png"),
+) -> None:
+    """Draw the tokens that are left at each depth, and the class attention."""
+    from tokendial.atomic import replacing
+    from tokendial.data.images import read_image
+    from tokendial.show.report import png
+    from tokendial.show.tokens import run_figure
+    from tokendial.train import Run
+
+    figure = run_figure(Run(run), read_image(image), degree=degree, title=image.name)
+    if not out.parent.is_dir():
+        raise ValueError(f"out: no such folder: {out.parent}.")
+    with replacing(out) as path:
+        path.write_bytes(png(figure, dpi=150))
+    print(f"wrote {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run and the report.")] = Path("demo"),
+) -> None:
+    """The whole story in a minute or two, offline: fine-tune the shipped model, turn the dial."""
+    from tokendial.demo import run_demo
+
+    run_demo(out)
 
 
 if __name__ == "__main__":

@@ -37,19 +37,16 @@ class ImageFolder:
         classes = tuple(train)
         if unknown := sorted(set(val) - set(train)):
             raise ValueError(
-                f"data.val: class {unknown[0]!r} of {root / self.val} is not in {root / self.train}."
+                f"data.val: class {unknown[0]!r} of {root / self.val} is not in "
+                f"{root / self.train}."
             )
         numbers = {name: number for number, name in enumerate(classes)}
-        return Splits(
-            train=_Files(train, numbers), val=_Files(val, numbers), classes=classes
-        )
+        return Splits(train=_Files(train, numbers), val=_Files(val, numbers), classes=classes)
 
 
 class _Files(Dataset[tuple[Image.Image, int]]):
     def __init__(self, by_class: dict[str, list[Path]], numbers: dict[str, int]) -> None:
-        self.files = [
-            (path, numbers[name]) for name, paths in by_class.items() for path in paths
-        ]
+        self.files = [(path, numbers[name]) for name, paths in by_class.items() for path in paths]
 
     def __len__(self) -> int:
         return len(self.files)

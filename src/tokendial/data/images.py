@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -31,8 +31,10 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise ImageError(f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels.") from None
-    except Image.UnidentifiedImageError:
+        raise ImageError(
+            f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels."
+        ) from None
+    except UnidentifiedImageError:
         raise ImageError(f"{path} is not an image.") from None
     # Pillow's decoders raise what they please on broken data; all of it means the same here.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:

@@ -146,7 +146,7 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
 
     def _compose(self, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         side = self.img_size
-        photo = self.backgrounds[rng.integers(len(self.backgrounds))]
+        photo = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
         top, left = (rng.integers(n - side + 1) for n in photo.shape[:2])
         scene = photo[top : top + side, left : left + side].astype(np.float32)
         scene = scene[:, :: 1 if rng.random() < 0.5 else -1] * rng.uniform(0.5, 1.0)

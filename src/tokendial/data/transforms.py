@@ -81,8 +81,9 @@ def train_transform(
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
     steps += _to_tensor(mean, std)
     if augment.erasing:
-        steps.append(RandomErasing(augment.erasing, mode="pixel", device="cpu"))
-    return v2.Compose(steps)
+        steps.append(RandomErasing(augment.erasing, mode="pixel", device="cpu"))  # type: ignore[no-untyped-call]
+    composed: Transform = v2.Compose(steps)
+    return composed
 
 
 def eval_transform(
@@ -98,7 +99,8 @@ def eval_transform(
     else:
         short = round(img_size[0] / augment.test_crop_ratio)
         steps = [v2.Resize(short, bicubic), v2.CenterCrop(img_size)]
-    return v2.Compose(steps + _to_tensor(mean, std))
+    composed: Transform = v2.Compose(steps + _to_tensor(mean, std))
+    return composed
 
 
 def _to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[Callable[[Any], Any]]:

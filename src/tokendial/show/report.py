@@ -14,8 +14,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #e2e8f0; }
-img { max-width: 100%; display: block; margin: .75rem 0; } pre { background: #f7fafc; padding: .8rem;
-overflow-x: auto; }
+img { max-width: 100%; display: block; margin: .75rem 0; }
+pre { background: #f7fafc; padding: .8rem; overflow-x: auto; }
 @media (prefers-color-scheme: dark) { body { background: #16191f; color: #e2e8f0; }
   pre { background: #232831; } img { background: #fff; border-radius: 4px; } }
 """

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import matplotlib.figure
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from tokendial.train.evaluate import run_transform
+from tokendial.train.loop import image_statistics
+from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
 _DROPPED = np.array([40, 40, 40], dtype=np.uint8)
@@ -129,6 +133,26 @@ def token_figure(
     if title:
         figure.suptitle(title, fontsize=9)
     return figure
+
+
+def run_figure(
+    run: Run, image: Image.Image, *, degree: int | None = None, title: str = ""
+) -> matplotlib.figure.Figure:
+    """The panels of `token_figure` for an image and the best model of a run.
+
+    Args:
+        run: A run with a model.
+        image: An RGB image of any size.
+        degree: Degree of the dial; None: the one that was trained.
+        title: Line above the panels.
+    """
+    model = run.model()
+    if degree is not None:
+        model.set_degree(degree)
+    tensor = run_transform(run, model)(image)
+    mean, std = (torch.tensor(values)[:, None, None] for values in image_statistics(model))
+    pixels = ((tensor * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    return token_figure(model, tensor, pixels, title=f"{title}, degree {model.degree}")
 
 
 def _layers_to_show(num_tokens: tuple[int, ...], at_start: int, most: int = 6) -> list[int]:

@@ -32,7 +32,7 @@ class Classification:
         if multi_label and (mixes or augment.smoothing):
             raise ValueError("augment: mixup, cutmix and smoothing need one label per image.")
         self.mix = (
-            Mixup(
+            Mixup(  # type: ignore[no-untyped-call]
                 mixup_alpha=augment.mixup,
                 cutmix_alpha=augment.cutmix,
                 label_smoothing=augment.smoothing,

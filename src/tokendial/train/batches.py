@@ -101,7 +101,7 @@ def train_loader(dataset: Prepared, sampler: EpochSampler, workers: int) -> Data
     """Loader of the batches that `sampler` names."""
     return DataLoader(
         dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]  # indices are pairs here
+        batch_sampler=sampler,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )
@@ -122,7 +122,7 @@ def eval_loader(
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=keys,  # type: ignore[arg-type]  # indices are pairs here
+        sampler=keys,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )

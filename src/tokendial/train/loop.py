@@ -33,7 +33,7 @@ from tokendial.vit import DialViT, wrap
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM); a checkpoint has been written."""
 
 
@@ -58,7 +58,7 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
     Raises:
         ValueError: If the recipe does not fit the data or the model, or the folder holds another
             run.
-        Interrupted: If the process was asked to stop.
+        InterruptedRunError: If the process was asked to stop.
     """
     return _Trainer(recipe, quiet=quiet).run_to_end()
 
@@ -118,7 +118,7 @@ class _Trainer:
             parameter_groups(model, settings.weight_decay), lr=settings.lr
         )
         if self.main:
-            self.run.claim(recipe, data.classes)
+            self.run.claim(recipe, data.classes, multi_label=data.multi_label)
         self.accelerator.wait_for_everyone()
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -193,7 +193,7 @@ class _Trainer:
             if self.stop or self.at.update % self.settings.checkpoint_every == 0:
                 self._checkpoint()
             if self.stop:
-                raise Interrupted
+                raise InterruptedRunError
 
     def _update(self, loader: Iterator[Any]) -> tuple[float, float]:
         """One optimizer step; returns mean loss and share of hits of this process."""

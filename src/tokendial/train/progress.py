@@ -34,7 +34,11 @@ class Display:
         speed = self._images / max(now - self._start, 1e-9)
         text = f"epoch {epoch} loss {loss:.4f} accuracy {accuracy:.1%} {speed:.0f} images/s"
         self.bar.update(self.task, completed=done, description=text)
-        if not self.quiet and not self.console.is_terminal and now - self._last_line > _LINE_EVERY_S:
+        if (
+            not self.quiet
+            and not self.console.is_terminal
+            and now - self._last_line > _LINE_EVERY_S
+        ):
             self._last_line = now
             left = (now - self._start) / (done - self._first) * (self.total - done)
             self.console.print(f"{text} update {done}/{self.total}, {left / 60:.1f} min left")

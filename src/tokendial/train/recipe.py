@@ -1,9 +1,10 @@
 """Recipes: everything about a run in one YAML file, checked before anything is started."""
 
+import contextlib
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -42,6 +43,9 @@ def _method(kind: str) -> Any:
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+SectionT = TypeVar("SectionT", bound=_Section)
 
 
 class ModelSection(_Section):
@@ -142,18 +146,38 @@ def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise ValueError(f"recipe {path} must be a mapping of fields, got {type(data).__name__}.")
-    for override in overrides:
-        _override(data, override)
+    apply_overrides(data, overrides)
     data.setdefault("output", f"runs/{path.stem}")
     return check_recipe(data)
 
 
 def check_recipe(data: dict[str, Any]) -> Recipe:
     """Make a recipe of a mapping; a ValueError in one line says what is wrong with it."""
+    return check_section(Recipe, data)
+
+
+def check_section(section: type[SectionT], data: dict[str, Any]) -> SectionT:
+    """Make a section of a recipe of a mapping; a ValueError in one line says what is wrong."""
     try:
-        return Recipe.model_validate(data)
+        return section.model_validate(data)
     except ValidationError as error:
         raise ValueError(_one_line(error.errors()[0])) from None
+
+
+def check_method(kind: str, data: dict[str, Any] | None) -> Any:
+    """Make a method of a mapping with its name; a ValueError in one line says what is wrong."""
+    try:
+        return TypeAdapter(_method(kind)).validate_python(data)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ValueError(_one_line(detail | {"loc": (kind, *detail["loc"])})) from None
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Write `dotted.field=value` overrides into `data` and return it."""
+    for override in overrides:
+        _override(data, override)
+    return data
 
 
 def _find(path: str | Path) -> Path:
@@ -179,10 +203,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ValueError(f"{name}: {text!r} is not a YAML value.") from None
     if isinstance(value, str):
         # YAML 1.1 reads 1e-3 as text, because the dot is missing.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *parents, last = name.split(".")
     place = data
     for parent in parents:
@@ -215,4 +237,3 @@ def _all_fields() -> list[str]:
     for cls in (Augment, *methods):
         names += [field.name for field in dataclasses.fields(cls)]
     return names
-

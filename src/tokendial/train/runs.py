@@ -23,7 +23,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.best, self.last = self.folder / "best", self.folder / "last"
 
-    def claim(self, recipe: Recipe, classes: tuple[str, ...]) -> None:
+    def claim(self, recipe: Recipe, classes: tuple[str, ...], *, multi_label: bool) -> None:
         """Make the folder this recipe's, or find that it is already.
 
         Raises:
@@ -43,7 +43,7 @@ class Run:
             raise ValueError(f"output: {self.folder} is not empty and holds no run.")
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.classes_file) as path:
-            path.write_text(json.dumps(classes) + "\n")
+            path.write_text(json.dumps({"classes": classes, "multi_label": multi_label}) + "\n")
         with replacing(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
@@ -55,7 +55,11 @@ class Run:
 
     def classes(self) -> tuple[str, ...]:
         """Names of the classes in the order of the logits."""
-        return tuple(json.loads(self.classes_file.read_text()))
+        return tuple(json.loads(self.classes_file.read_text())["classes"])
+
+    def multi_label(self) -> bool:
+        """Whether any number of classes can be right at once."""
+        return bool(json.loads(self.classes_file.read_text())["multi_label"])
 
     def model(self) -> DialViT:
         """The best model of the run, ready for inference."""

@@ -1,0 +1,208 @@
+"""Using a finished run: accuracy, cost and speed along the dial, and predictions."""
+
+import csv
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from tokendial.atomic import replacing
+from tokendial.data.images import ImageError, read_image
+from tokendial.data.transforms import Transform, eval_transform
+from tokendial.tasks.classification import Classification
+from tokendial.train.batches import eval_loader
+from tokendial.train.loop import evaluate_loader, image_statistics
+from tokendial.train.runs import Run
+from tokendial.vit import DialViT
+
+_SPEED_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DegreeRow:
+    """A run at one degree of the dial."""
+
+    degree: int
+    """Degree of the dial."""
+    accuracy: float
+    """On the validation set, in [0, 1]: top-1, or the mean over labels."""
+    gmacs: float
+    """Multiply-accumulates for one image, in 1e9."""
+    images_per_s: float
+    """Measured on this machine, this batch size, forward pass alone."""
+    tokens: int
+    """Tokens (prefix included) that leave the last layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Classes of one image, most probable first."""
+
+    path: str
+    """The image file."""
+    classes: tuple[str, ...]
+    """Names of the classes."""
+    probabilities: tuple[float, ...]
+    """Their probabilities."""
+
+
+def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
+    """Degrees written as "0,4,8", "0..16", "0..16:4" or "all".
+
+    Raises:
+        ValueError: If the text is none of these, or a degree is not offered.
+    """
+    if text == "all":
+        return list(offered)
+    degrees: list[int] = []
+    for part in text.split(","):
+        span, _, step = part.partition(":")
+        first, dots, last = span.partition("..")
+        try:
+            if dots:
+                degrees += range(int(first), int(last) + 1, int(step or 1))
+            else:
+                degrees.append(int(part))
+        except ValueError:
+            raise ValueError(
+                f"degrees must look like 0,4,8 or 0..16 or 0..16:4 or all, got {text!r}."
+            ) from None
+    if bad := [degree for degree in degrees if degree not in offered]:
+        raise ValueError(f"degrees must lie in [0, {offered[-1]}], got {bad[0]}.")
+    return degrees
+
+
+def evaluate(
+    run: Run, degrees: str = "all", *, batch_size: int = 64, device: str | None = None
+) -> list[DegreeRow]:
+    """Accuracy, cost and measured speed of a run's best model at several degrees.
+
+    Raises:
+        ValueError: If the run has no model, or a degree is not offered.
+    """
+    recipe, model = run.recipe(), run.model().to(device or default_device())
+    wanted = parse_degrees(degrees, model.degrees)
+    data = recipe.data.build(recipe.seed)
+    task = Classification(len(data.classes), multi_label=data.multi_label, augment=recipe.augment)
+    loader = eval_loader(
+        data.val, run_transform(run, model), batch_size=batch_size, workers=recipe.train.workers
+    )
+    rows = []
+    for degree in wanted:
+        model.set_degree(degree)
+        cost = model.cost()
+        rows.append(
+            DegreeRow(
+                degree=degree,
+                accuracy=evaluate_loader(model, loader, task)["accuracy"],
+                gmacs=cost.gmacs,
+                images_per_s=images_per_second(model, batch_size),
+                tokens=cost.tokens_per_layer[-1],
+            )
+        )
+    return rows
+
+
+def default_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
+
+
+def run_transform(run: Run, model: DialViT) -> Transform:
+    """The transform of the run's test images."""
+    size = tuple(model.vit.patch_embed.img_size)
+    return eval_transform(run.recipe().augment, size, *image_statistics(model))
+
+
+@torch.no_grad()
+def images_per_second(model: DialViT, batch_size: int) -> float:
+    """Throughput of the forward pass at the present degree: median over about a second of runs."""
+    parameter = next(model.parameters())
+    size = model.vit.patch_embed.img_size
+    images = torch.rand(batch_size, model.vit.in_chans, *size, device=parameter.device)
+    model.eval()
+    seconds: list[float] = []
+    # The first passes choose kernels and fill caches; they do not count.
+    for _ in range(2):
+        _timed(model, images)
+    while len(seconds) < 5 or (sum(seconds) < _SPEED_SECONDS and len(seconds) < 200):
+        seconds.append(_timed(model, images))
+    return batch_size / median(seconds)
+
+
+def _timed(model: DialViT, images: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(images)
+    if images.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def write_rows(rows: list[DegreeRow], path: Path) -> None:
+    """Write the table as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+@torch.no_grad()
+def predict(
+    run: Run,
+    files: Iterable[Path],
+    *,
+    degree: int | None = None,
+    top: int = 1,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> Iterator[Prediction | ImageError]:
+    """Classes of images, in order; a file that cannot be read gives its error instead.
+
+    Args:
+        run: A run with a model.
+        files: Image files.
+        degree: Degree of the dial; None: the one that the model was trained at.
+        top: How many classes to give for each image.
+        batch_size: Images per forward pass.
+        device: Where to compute; None: the accelerator if there is one.
+    """
+    model = run.model().to(device or default_device())
+    if degree is not None:
+        model.set_degree(degree)
+    classes, recipe = run.classes(), run.recipe()
+    if not 1 <= top <= len(classes):
+        raise ValueError(f"top must lie in [1, {len(classes)}] (classes), got {top}.")
+    task = Classification(len(classes), multi_label=run.multi_label(), augment=recipe.augment)
+    transform = run_transform(run, model)
+    batch: list[Path | ImageError] = []
+    images: list[torch.Tensor] = []
+
+    def answered() -> Iterator[Prediction | ImageError]:
+        if images:
+            device = next(model.parameters()).device
+            found = task.probabilities(model(torch.stack(images).to(device)).float()).topk(top)
+        row = 0
+        for entry in batch:
+            if isinstance(entry, ImageError):
+                yield entry
+                continue
+            names = tuple(classes[i] for i in found.indices[row].tolist())
+            yield Prediction(str(entry), names, tuple(found.values[row].tolist()))
+            row += 1
+        batch.clear()
+        images.clear()
+
+    for path in files:
+        try:
+            images.append(transform(read_image(path)))
+            batch.append(path)
+        except ImageError as error:
+            batch.append(error)
+        if len(batch) == batch_size:
+            yield from answered()
+    yield from answered()

@@ -1,0 +1,45 @@
+"""Cost of a model under a method, without weights and without memory."""
+
+import torch
+
+from tokendial.measure.cost import Cost
+from tokendial.train.evaluate import parse_degrees
+from tokendial.train.recipe import ModelSection, apply_overrides, check_method, check_section
+from tokendial.vit import wrap
+
+
+def profile(
+    model: str,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    degrees: str | None = None,
+    num_classes: int = 1000,
+) -> list[Cost]:
+    """Cost of a timm model at each degree.
+
+    Args:
+        model: timm's name.
+        overrides: Settings of the recipe sections model, reduce and adapt, such as
+            `reduce.name=tome` or `model.img_size=384`.
+        degrees: Such as "0..16"; None: the one that the method describes.
+        num_classes: Width of the head.
+
+    Raises:
+        ValueError: If the model, a setting or a degree is not allowed.
+    """
+    data = apply_overrides({}, overrides)
+    if unknown := sorted(set(data) - {"model", "reduce", "adapt"}):
+        raise ValueError(f"{unknown[0]}: profile takes settings of model, reduce and adapt only.")
+    section = check_section(
+        ModelSection, {"weights": None} | data.get("model", {}) | {"name": model}
+    )
+    backbone = section.backbone(num_classes)
+    with torch.device("meta"):
+        wrapped = wrap(
+            backbone.create(),
+            reduce=check_method("reduce", data.get("reduce")),
+            adapt=check_method("adapt", data.get("adapt")),
+            backbone=backbone,
+        )
+    wanted = parse_degrees(degrees, wrapped.degrees) if degrees else [wrapped.degree]
+    return [wrapped.cost(degree) for degree in wanted]
