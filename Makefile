@@ -1,0 +1,32 @@
+# Each target sets up .venv first when there is none, or when the dependencies have changed.
+PYTHON ?= python3
+BIN := .venv/bin
+CORE := tokens attention methods atomic backbones saving vit
+CORE_FILES := $(CORE:%=src/tokendial/%.py) src/tokendial/reduce/* src/tokendial/adapt/* src/tokendial/measure/*
+comma := ,
+empty :=
+space := $(empty) $(empty)
+
+.PHONY: demo test lint setup
+
+demo: .venv/ready
+	$(BIN)/tokendial demo
+
+test: .venv/ready
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report --fail-under=95 --include='$(subst $(space),$(comma),$(strip $(CORE_FILES)))'
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,54 @@
+import timm
+import torch
+from conftest import images, perturbed, tiny_vit
+
+import tokendial as td
+
+
+@torch.no_grad()
+def test_outputs_follow_the_equations_with_a_reduction_in_between():
+    """Six layers, EViT at layer 4, written out from the definition."""
+    vit = tiny_vit(depth=6)
+    model = td.wrap(
+        vit, reduce=td.EViT(keep_rate=[0.5], layers=(4,)), adapt=td.DenseAdapter(dim=5, scale=0.7)
+    )
+    perturbed(model.adapter, std=0.3)
+    adapters = model.adapter.layers
+    x = vit._pos_embed(vit.patch_embed(images()))
+    z = {}
+    for n in range(1, 7):
+        block, adapter = vit.blocks[n - 1], adapters[n - 1]
+        u = x + block.attn(block.norm1(x))
+        if n == 4:
+            q, k, _ = block.attn.qkv(block.norm1(x)).reshape(2, 65, 3, 3, 16).permute(2, 0, 3, 1, 4)
+            scores = (q @ k.transpose(-1, -2) / 4).softmax(-1).mean(1)[:, 0, 1:]
+            order = scores.argsort(descending=True)
+
+            def reduced(y, order=order, scores=scores):
+                rows = torch.stack([y[b, 1:][order[b]] for b in range(2)])
+                weights = scores.gather(1, order)[:, 32:, None]
+                rest = (rows[:, 32:] * weights).sum(1, keepdim=True)
+                return torch.cat([y[:, :1], rows[:, :32], rest], dim=1)
+
+            u, z = reduced(u), {m: reduced(y) for m, y in z.items()}
+        h = adapter["down"][0](u)
+        if n > 1:
+            h = h + adapter["down"][1](z[n - 1])
+        if n >= 4:
+            h = h + adapter["down"][2](z[n - 3])
+        z[n] = 0.7 * adapter["up"](h.relu())
+        x = u + block.mlp(block.norm2(u)) + z[n]
+    torch.testing.assert_close(model(images()), vit.forward_head(vit.norm(x)))
+
+
+def test_parameters_of_sparse_tuning_on_vit_base():
+    with torch.device("meta"):
+        model = td.wrap(timm.create_model("vit_base_patch16_224"), adapt=td.DenseAdapter(dim=32))
+    # 12 up and 32 down projections, a bias for each.
+    assert model.cost().trainable_params == 44 * 768 * 32 + 32 * 32 + 12 * 768
+
+
+def test_only_what_is_read_later_is_carried(vit):
+    model = td.wrap(vit, adapt=td.DenseAdapter(dim=4))
+    carried = [set(step.tokens.carried) for step in model.steps(images())]
+    assert [len(names) for names in carried] == [1, 2, 3, 3]

@@ -1,0 +1,57 @@
+import pytest
+import timm
+import torch
+from conftest import tiny_vit
+
+import tokendial as td
+
+
+def base(name: str = "vit_base_patch16_224", **kwargs):
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+def test_vit_base_costs_what_the_papers_print():
+    cost = td.wrap(base(num_classes=100)).cost()
+    assert round(cost.gmacs, 3) == 17.582
+    assert round(cost.trainable_params / 1e6, 2) == 85.80
+
+
+def test_sparse_tuning_costs_what_the_paper_prints():
+    cost = td.wrap(base(num_classes=100), reduce=td.EViT(), adapt=td.DenseAdapter(dim=32)).cost()
+    assert cost.gmacs == pytest.approx(11.70, rel=0.006)
+    assert cost.trainable_params / 1e6 == pytest.approx(1.10, rel=0.02)
+    assert cost.tokens_per_layer == (197,) * 3 + (140,) * 3 + (100,) * 3 + (72,) * 3
+
+
+@pytest.mark.parametrize(
+    ("r", "gmacs"), [(0, 17.58), (2, 16.46), (4, 15.34), (8, 13.12), (12, 10.93), (16, 8.78)]
+)
+def test_tome_costs_what_the_paper_prints(r, gmacs):
+    model = td.wrap(base("deit_base_patch16_224"), reduce=td.ToMe(r=r))
+    assert model.cost().gmacs == pytest.approx(gmacs, abs=0.006)
+
+
+def test_one_block_is_counted_as_by_hand():
+    vit = tiny_vit(depth=1, num_classes=0)
+    n, d, p = 65, 48, 64
+    linear = p * d * 3 * 16 + n * (3 * d * d + d * d + 8 * d * d)
+    attention, norms = 2 * n * n * d, 5 * 3 * n * d
+    assert td.wrap(vit).cost().macs == linear + attention + norms
+
+
+def test_looking_at_another_degree_leaves_the_dial_alone():
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=8))
+    assert model.cost(3).degree == 3
+    assert model.degree == 8
+    with pytest.raises(ValueError, match=r"degree must be an integer in \[0, 32\], got 33"):
+        model.cost(33)
+    assert model.degree == 8
+
+
+def test_counting_leaves_weights_and_mode_alone():
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=8)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.cost()
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

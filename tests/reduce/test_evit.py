@@ -1,0 +1,148 @@
+import pytest
+import timm
+import torch
+from conftest import golden, golden_vit, images, tiny_vit
+
+import tokendial as td
+from tokendial.attention import attend
+from tokendial.reduce.evit import attentive_grouping, num_kept_tokens, shrunk_keep_rate
+from tokendial.tokens import Tokens
+
+RATES = {"sched": [0.7, 0.7], "runtime": [0.5, 0.9]}
+REST = {"fuse": "merge", "nofuse": "drop"}
+
+
+@pytest.mark.parametrize("rest", REST)
+@pytest.mark.parametrize("rates", RATES)
+@torch.no_grad()
+def test_whole_model_equals_the_reference(rates, rest):
+    _, tensors, vit = golden_vit("evit_vit")
+    model = td.wrap(vit, reduce=td.EViT(keep_rate=RATES[rates], layers=(2, 4), rest=REST[rest]))
+    expected = f"output.{rates}_{rest}."
+    logits = tensors[f"{expected}logits"]
+    torch.testing.assert_close(model(tensors["input"]), logits, atol=1e-4, rtol=0)
+    needs = frozenset({"class_attention"})
+    steps = list(model.steps(tensors["input"], needs=needs))
+    counts = [step.tokens.x.shape[1] for step in steps]
+    assert counts == tensors[f"{expected}tokens_per_layer"].tolist()
+    for block, step in ((1, steps[1]), (3, steps[3])):
+        scores = step.attended.class_attention[:, 1:]
+        wanted = tensors[f"{expected}block{block}.cls_attn"]
+        ordered = (scores.sort().values, wanted.sort().values)
+        torch.testing.assert_close(*ordered, atol=1e-5, rtol=0)
+        kept = tensors[f"{expected}block{block}.kept_idx"]
+        grouping = attentive_grouping(scores, kept.shape[1], rest=REST[rest])
+        mine = (grouping.keep[:, 1 : 1 + kept.shape[1]] - 1).sort().values
+        # Tokens of the second selection may stand in another order where scores nearly tie.
+        aligned = scores.gather(1, mine).sort().values
+        torch.testing.assert_close(aligned, wanted.gather(1, kept).sort().values, atol=1e-5, rtol=0)
+        if block == 1:
+            assert torch.equal(mine, kept.sort().values)
+
+
+@pytest.mark.parametrize("rest", REST)
+@torch.no_grad()
+def test_one_block_equals_the_reference(rest):
+    meta, tensors = golden("evit_fused_token")
+    block = timm.models.vision_transformer.Block(48, 3, qkv_bias=True)
+    block.load_state_dict(
+        {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+    )
+    block = block.eval()
+    x = tensors["input"]
+    attended = attend(block.attn, block.norm1(x), needs=frozenset({"class_attention"}))
+    scores = attended.class_attention[:, 1:]
+    torch.testing.assert_close(scores, tensors["output.rate.cls_attn"], atol=1e-5, rtol=0)
+    num_kept = num_kept_tokens(scores.shape[1], meta["settings"]["block_keep_rate"])
+    grouping = attentive_grouping(scores, num_kept, rest=REST[rest])
+    assert torch.equal(grouping.keep[:, 1 : 1 + num_kept] - 1, tensors["output.rate.kept_idx"])
+    tokens = Tokens(x + attended.out, 1, (4, 8)).reduced(grouping)
+    before = tensors[f"output.rate_{rest}.tokens_before_mlp"]
+    torch.testing.assert_close(tokens.x, before, atol=1e-5, rtol=0)
+    out = tokens.x + block.mlp(block.norm2(tokens.x))
+    torch.testing.assert_close(out, tensors[f"output.rate_{rest}.out"], atol=1e-5, rtol=0)
+
+
+def schedule_rows() -> list[dict]:
+    return golden("evit_keep_rate_schedule")[0]["rows"]
+
+
+@pytest.mark.parametrize("row", schedule_rows())
+def test_the_shrinking_keep_rate_equals_the_reference(row):
+    arguments = row["args"]
+    rate = shrunk_keep_rate(
+        arguments["base_keep_rate"],
+        step=arguments["iters"],
+        steps_per_epoch=arguments["ITERS_PER_EPOCH"],
+        start_epoch=arguments["warmup_epochs"],
+        end_epoch=arguments["total_epochs"],
+    )
+    assert rate == pytest.approx(row["result"], abs=1e-9)
+
+
+def fused(fuse_weights: str) -> list[float]:
+    """Four one-dimensional patches after a class token; patches 2 and 4 are kept."""
+    scores = torch.tensor([[0.1, 0.3, 0.2, 0.4]])
+    grouping = attentive_grouping(scores, 2, fuse_weights=fuse_weights)
+    return grouping.merge(torch.tensor([[9.0, 1.0, 2.0, 3.0, 4.0]]).unsqueeze(-1)).flatten().tolist()
+
+
+def test_the_worked_example_sums_the_others_with_raw_weights():
+    assert fused("raw") == pytest.approx([9.0, 4.0, 2.0, 0.1 * 1 + 0.2 * 3])
+
+
+def test_the_worked_example_averages_the_others_with_normalised_weights():
+    assert fused("normalised") == pytest.approx([9.0, 4.0, 2.0, (0.1 * 1 + 0.2 * 3) / 0.3])
+
+
+def test_argmax_appends_the_best_of_the_others():
+    grouping = attentive_grouping(torch.tensor([[0.1, 0.3, 0.2, 0.4]]), 2, rest="argmax")
+    assert grouping.keep.tolist() == [[0, 4, 2, 3]]
+    assert grouping.index.tolist() == [[0, -1, 2, 3, 1]]
+
+
+def test_keeping_all_is_no_reduction():
+    assert attentive_grouping(torch.rand(1, 4), 4) is None
+    assert attentive_grouping(torch.rand(1, 4), 3, rest="argmax") is None
+
+
+def test_token_count_ignores_binary_rounding():
+    assert 0.07 * 100 > 7
+    assert num_kept_tokens(100, 0.07) == 7
+
+
+@pytest.mark.parametrize("rest", ["merge", "argmax", "drop"])
+def test_r_tokens_go_in_every_layer(rest):
+    model = td.wrap(tiny_vit(), reduce=td.EViT(r=9, rest=rest))
+    assert model.cost().tokens_per_layer == (56, 47, 38, 29)
+
+
+@pytest.mark.parametrize("rest", ["merge", "argmax", "drop"])
+def test_at_least_one_patch_token_stays(rest):
+    model = td.wrap(tiny_vit(), reduce=td.EViT(r=32, rest=rest))
+    assert model.cost().tokens_per_layer[-1] >= 2
+    assert model(images()).isfinite().all()
+
+
+def test_degrees_of_a_keep_rate_are_tenths():
+    model = td.wrap(tiny_vit(), reduce=td.EViT(keep_rate=0.7, layers=(2,)))
+    assert (model.degree, model.degrees) == (3, tuple(range(10)))
+    model.set_degree(5)
+    assert model.cost().tokens_per_layer[1] == 1 + 32 + 1
+
+
+def test_a_keep_rate_between_the_tenths_is_sorted_in():
+    model = td.wrap(tiny_vit(), reduce=td.EViT(keep_rate=0.75, layers=(2,)))
+    assert (model.degree, model.degrees) == (3, tuple(range(11)))
+    assert model.cost().tokens_per_layer[1] == 1 + 48 + 1
+
+
+def test_a_layer_that_the_model_has_not_raises(vit):
+    with pytest.raises(ValueError, match=r"layers must lie in \[1, 4\] .*, got 7"):
+        td.wrap(vit, reduce=td.EViT())
+
+
+def test_a_backbone_without_class_token_raises():
+    vit = tiny_vit(class_token=False, global_pool="avg")
+    with pytest.raises(ValueError, match="EViT needs a backbone with a class token"):
+        td.wrap(vit, reduce=td.EViT(r=2))

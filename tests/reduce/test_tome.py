@@ -1,0 +1,173 @@
+import pytest
+import torch
+from conftest import golden, golden_vit, images, tiny_vit
+
+import tokendial as td
+from tokendial.reduce.tome import bipartite_matching, kth_bipartite_matching, merge_schedule
+from tokendial.tokens import Grouping, Tokens
+
+MATCHING = [
+    "tome_matching_cls",
+    "tome_matching_cls_dist",
+    "tome_matching_cls_even",
+    "tome_matching_cls_rmax",
+    "tome_matching_plain",
+    "tome_matching_plain_even_rmax",
+]
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def source_of(grouping: Grouping) -> torch.Tensor:
+    """0/1 matrix [B, G, N]: which old tokens are in which new one."""
+    groups = torch.arange(grouping.keep.shape[1])[:, None]
+    return (grouping.index[:, None, :] == groups).float()
+
+
+def matching(case: str) -> tuple[dict, dict, Grouping, int]:
+    meta, tensors = golden(case)
+    settings = meta["settings"]
+    prefix = settings["class_token"] + settings["distill_token"]
+    grouping = bipartite_matching(tensors["input.metric"], settings["r"], num_prefix_tokens=prefix)
+    assert grouping is not None
+    return settings, tensors, grouping, prefix
+
+
+# The reference's element-wise maximum ("amax") is not something that this project does.
+@pytest.mark.parametrize("case", MATCHING)
+def test_matching_equals_the_reference(case):
+    _, tensors, grouping, prefix = matching(case)
+    unm, src, dst = (tensors[f"output.{name}_idx"] for name in ("unm", "src", "dst"))
+    assert torch.equal(grouping.src, 2 * src)
+    left, odd = 2 * unm, torch.arange(1, grouping.num_tokens, 2).expand(len(unm), -1)
+    even_prefix, odd_prefix = (prefix + 1) // 2, prefix // 2
+    expected = [left[:, :even_prefix], odd[:, :odd_prefix], left[:, even_prefix:], odd[:, odd_prefix:]]
+    assert torch.equal(grouping.keep, torch.cat(expected, dim=1))
+    absorbing = grouping.keep.gather(1, grouping.dst)
+    assert torch.equal(absorbing, 2 * dst + 1)
+
+
+@pytest.mark.parametrize("case", MATCHING)
+def test_merging_equals_the_reference(case):
+    _, tensors, grouping, _ = matching(case)
+    x, size = tensors["input.x"], tensors["input.size"]
+    torch.testing.assert_close(grouping.merge(x), tensors["output.merge_mean"], **CLOSE)
+    torch.testing.assert_close(grouping.sum(x), tensors["output.merge_sum"], **CLOSE)
+    torch.testing.assert_close(grouping.merge(x), tensors["output.wavg_size_none.x"], **CLOSE)
+    tokens = Tokens(x, 0, (1, 1), size=size.squeeze(-1)).reduced(grouping)
+    torch.testing.assert_close(tokens.x, tensors["output.wavg.x"], **CLOSE)
+    torch.testing.assert_close(tokens.size, tensors["output.wavg.size"].squeeze(-1), **CLOSE)
+    assert torch.equal(source_of(grouping), tensors["output.source_none"])
+
+
+@pytest.mark.parametrize("case", [case for case in MATCHING if case != "tome_matching_cls_dist"])
+def test_unmerging_equals_the_reference(case):
+    # With a distillation token the reference's unmerge does not invert its merge (see its JSON).
+    _, tensors, grouping, _ = matching(case)
+    restored = grouping.unmerge(grouping.merge(tensors["input.x"]))
+    torch.testing.assert_close(restored, tensors["output.unmerge_of_merge_mean"], **CLOSE)
+
+
+@pytest.mark.parametrize("case", MATCHING)
+def test_a_second_step_equals_the_reference(case):
+    settings, tensors, grouping, prefix = matching(case)
+    size = tensors["input.size"].squeeze(-1)
+    tokens = Tokens(tensors["input.x"], prefix, (1, 1), size=size).reduced(grouping)
+    second = bipartite_matching(
+        tensors["input.metric2"], settings["r_second"], num_prefix_tokens=prefix
+    )
+    assert second is not None
+    tokens = tokens.reduced(second)
+    torch.testing.assert_close(tokens.x, tensors["output.second.x"], **CLOSE)
+    torch.testing.assert_close(tokens.size, tensors["output.second.size"].squeeze(-1), **CLOSE)
+    source = source_of(second) @ source_of(grouping)
+    assert torch.equal(source, tensors["output.second.source"])
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_kth_matching_equals_the_reference(k):
+    _, tensors = golden(f"tome_kth_k{k}")
+    grouping = kth_bipartite_matching(tensors["input.metric"], k)
+    assert grouping is not None
+    x = tensors["input.x"]
+    assert torch.equal(grouping.dst, tensors["output.dst_idx"])
+    torch.testing.assert_close(grouping.merge(x), tensors["output.merge_mean"], **CLOSE)
+    torch.testing.assert_close(grouping.sum(x), tensors["output.merge_sum"], **CLOSE)
+    restored = grouping.unmerge(grouping.merge(x))
+    torch.testing.assert_close(restored, tensors["output.unmerge_of_merge_mean"], **CLOSE)
+    tokens = Tokens(x, 0, (1, 1)).reduced(grouping, track_size=True)
+    torch.testing.assert_close(tokens.x, tensors["output.wavg_size_none.x"], **CLOSE)
+    assert torch.equal(tokens.size, tensors["output.wavg_size_none.size"].squeeze(-1))
+    assert torch.equal(source_of(grouping), tensors["output.source_none"])
+
+
+def test_kth_matching_keeps_the_tokens_of_an_incomplete_group():
+    grouping = kth_bipartite_matching(torch.randn(1, 11, 4), 4)
+    assert grouping is not None
+    assert grouping.keep.tolist() == [[3, 7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize("k", [0, 1, 12])
+def test_kth_matching_without_a_group_merges_nothing(k):
+    assert kth_bipartite_matching(torch.randn(1, 11, 4), k) is None
+
+
+def schedule_rows() -> list[dict]:
+    return golden("tome_parse_r")[0]["rows"]
+
+
+@pytest.mark.parametrize("row", schedule_rows())
+def test_schedules_equal_the_reference(row):
+    r = row["r"]
+    arguments = (r[0], row["layers"], r[1]) if row["r_type"] == "tuple" else (r, row["layers"])
+    assert merge_schedule(*arguments) == row["result"]
+
+
+def tome_variants() -> dict[str, dict]:
+    return golden("tome_vit")[0]["settings"]["variants"]
+
+
+@pytest.mark.parametrize("variant", tome_variants())
+@torch.no_grad()
+def test_whole_model_equals_the_reference(variant):
+    meta, tensors, vit = golden_vit("tome_vit")
+    settings = meta["settings"]["variants"][variant]
+    r = tuple(settings["r"]) if settings["r_type"] == "tuple" else settings["r"]
+    model = td.wrap(vit, reduce=td.ToMe(r=r, proportional_attention=settings["prop_attn"]))
+    expected = {
+        key.removeprefix(f"output.{variant}."): value
+        for key, value in tensors.items()
+        if key.startswith(f"output.{variant}.")
+    }
+    torch.testing.assert_close(model(tensors["input"]), expected["logits"], atol=1e-4, rtol=0)
+    steps = list(model.steps(tensors["input"], track=True))
+    counts = [step.tokens.x.shape[1] for step in steps]
+    assert counts == expected["tokens_per_layer"].tolist()
+    last = steps[-1].tokens
+    torch.testing.assert_close(last.x, expected["final_tokens"], atol=2e-4, rtol=0)
+    if "final_size" in expected:
+        assert torch.equal(last.size, expected["final_size"].squeeze(-1))
+        groups = torch.arange(last.x.shape[1])[:, None]
+        source = (last.origin[:, None, :] == groups).to(torch.uint8)
+        assert torch.equal(source, expected["final_source"])
+
+
+def test_a_list_longer_than_the_model_is_deep_raises(vit):
+    with pytest.raises(ValueError, match=r"r must have at most 4 entries \(one per layer\), got 5"):
+        td.wrap(vit, reduce=td.ToMe(r=[1] * 5))
+
+
+def test_a_list_of_r_can_be_turned_off(vit):
+    model = td.wrap(vit, reduce=td.ToMe(r=[4, 2]))
+    assert (model.degree, model.degrees) == (1, (0, 1))
+    model.set_degree(0)
+    assert torch.equal(model(images()), vit(images()))
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "map"])
+def test_pooling_counts_merged_tokens_by_their_size(pool):
+    model = td.wrap(tiny_vit(global_pool=pool, class_token=False), reduce=td.ToMe(r=6))
+    with torch.no_grad():
+        for step in model.steps(images(), track=True):
+            tokens = step.tokens
+        restored = model.vit.norm(tokens.restored())
+        torch.testing.assert_close(model(images()), model.vit.forward_head(restored))

@@ -1,0 +1,107 @@
+import pytest
+import timm
+import torch
+from conftest import TINY, images, tiny_vit
+from safetensors.torch import save_file
+
+import tokendial as td
+from tokendial.backbones import fingerprint, same_backbone
+
+TINY_NAME = "vit_tiny_patch16_224"
+
+
+def tiny(weights=None, **args):
+    return td.Backbone(name=TINY_NAME, weights=weights, args=TINY | args)
+
+
+def test_a_description_builds_the_same_model_again():
+    vit = timm.create_model("deit3_small_patch16_224", img_size=(64, 96), depth=2, num_classes=3)
+    again = td.Backbone.of(vit)
+    assert again.name == "deit3_small_patch16_224.fb_in1k"
+    rebuilt = td.Backbone(name=again.name, weights=None, args=again.args).create()
+    shapes = {name: value.shape for name, value in vit.state_dict().items()}
+    assert {name: value.shape for name, value in rebuilt.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_are_read_from_a_file(tmp_path, suffix):
+    vit, path = tiny_vit(), tmp_path / f"weights{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(vit.state_dict(), path)
+    loaded = tiny(str(path)).create().eval()
+    torch.testing.assert_close(loaded(images()), vit(images()))
+
+
+def test_weights_are_read_from_a_fully_trained_model(tmp_path):
+    vit = tiny_vit()
+    td.wrap(vit, adapt=td.Full()).save_pretrained(tmp_path)
+    loaded = tiny(str(tmp_path)).create().eval()
+    torch.testing.assert_close(loaded(images()), vit(images()))
+
+
+def test_a_head_of_another_width_is_left_fresh_and_positions_are_resized(tmp_path):
+    vit, path = tiny_vit(), tmp_path / "weights.safetensors"
+    save_file(vit.state_dict(), path)
+    loaded = tiny(str(path), num_classes=3, img_size=48).create()
+    assert loaded.pos_embed.shape[1] == 145
+    assert torch.equal(loaded.blocks[0].mlp.fc1.weight, vit.blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: td.Backbone(name="vit_tinny", weights=None), "'vit_tinny' is not a timm model"),
+        (lambda _: td.Backbone(name="vit_tiny_patch16_225", weights=None), "did you mean"),
+        (lambda _: tiny(img_size=30), "img_size must be divisible by the patch size 4x4, got 30x30"),
+        (lambda _: tiny(nonsense=1), "model 'vit_tiny_patch16_224' cannot be built"),
+        (lambda _: tiny("/nowhere.pth"), "no such file /nowhere.pth"),
+        (lambda _: tiny("shipped"), "'shipped' exist for scenes_vit only"),
+        (lambda path: tiny(str(path / "text.pth")), "text.pth is not a ViT state dict"),
+        (lambda path: tiny(str(path / "deep.pth")), "another backbone: 0 tensors of another shape"),
+        (lambda path: tiny(str(path / "wide.pth")), "belongs to another backbone"),
+    ],
+)
+def test_what_cannot_be_built_says_why(tmp_path, make, message):
+    (tmp_path / "text.pth").write_text("not a model")
+    torch.save(tiny_vit(depth=5).state_dict(), tmp_path / "deep.pth")
+    torch.save(tiny_vit(embed_dim=24).state_dict(), tmp_path / "wide.pth")
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path).create()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: timm.create_model("resnet18"), "ResNet is not a timm VisionTransformer"),
+        (lambda: tiny_vit(patch_drop_rate=0.1), "it drops patches at random"),
+        (lambda: tiny_vit(global_pool="prr"), "it pools with AttentionPoolPrr"),
+        (
+            lambda: timm.create_model("vit_small_patch16_18x2_224", depth=1),
+            "its blocks are ParallelThingsBlock",
+        ),
+        (lambda: tiny_vit(attn_layer="diff"), "its attention layers are DiffAttention"),
+    ],
+)
+def test_a_model_that_is_not_supported_says_what_is(make, message):
+    with pytest.raises(ValueError, match=f"not supported: .*{message}.* Supported is .*SigLIP"):
+        td.wrap(make())
+
+
+def test_an_image_of_the_wrong_size_says_what_to_do():
+    model = td.wrap(tiny_vit())
+    with pytest.raises(ValueError, match="images must be 32x32, got 32x48; create the timm model"):
+        model(images(1, 32, 48))
+
+
+def test_a_dynamic_image_has_to_be_divisible_by_the_patch():
+    model = td.wrap(tiny_vit(dynamic_img_size=True))
+    with pytest.raises(ValueError, match="sides divisible by the patch size 4x4, got 32x33"):
+        model(images(1, 32, 33))
+
+
+def test_fingerprints_survive_half_precision_and_tell_models_apart():
+    vit = tiny_vit()
+    first = fingerprint(vit)
+    assert same_backbone(first, fingerprint(vit.bfloat16().float()))
+    torch.manual_seed(5)
+    assert not same_backbone(first, fingerprint(timm.create_model(TINY_NAME, **TINY)))
+    assert not same_backbone(first, [])

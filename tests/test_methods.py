@@ -1,0 +1,82 @@
+import pytest
+from conftest import ADAPTERS, REDUCERS
+
+import tokendial as td
+from tokendial.data import ImageFolder, Scenes
+from tokendial.methods import from_json, known, to_json
+
+OTHERS = [
+    ("reduce", td.ToMe(r=(8, -1.0), proportional_attention=False)),
+    ("reduce", td.ToMe(r=[4, 2])),
+    ("reduce", td.EViT(r=3, rest="drop")),
+    ("reduce", td.EViT(keep_rate=[0.9, 0.5], layers=(2, 3), fuse_weights="normalised")),
+    ("data", ImageFolder(root="somewhere")),
+    ("data", Scenes(task="where")),
+]
+ALL = [
+    *(("reduce", method) for method in REDUCERS.values()),
+    *(("adapt", method) for method in ADAPTERS.values()),
+    *OTHERS,
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), ALL)
+def test_json_gives_the_same_method_back(kind, method):
+    assert from_json(kind, to_json(kind, method)) == method
+
+
+def test_every_registered_method_has_an_example():
+    assert set(known("reduce")) == set(REDUCERS)
+    assert set(known("adapt")) == set(ADAPTERS)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"name": "none"}, r"reduce\.name must be one of evit, tome, got 'none'"),
+        ({"r": 8}, "reduce must be a mapping with a name"),
+        ({"name": "tome", "rr": 8}, r"reduce\.rr is not a field of tome; allowed: inflection,"),
+    ],
+)
+def test_a_method_that_does_not_exist_names_what_does(data, message):
+    with pytest.raises(ValueError, match=message):
+        from_json("reduce", data)
+
+
+def test_an_unregistered_object_has_no_json():
+    with pytest.raises(ValueError, match="int is not a registered reduce method"):
+        to_json("reduce", 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: td.ToMe(r=-1), "r must be an integer of at least 0"),
+        (lambda: td.ToMe(r=[]), "r must be an integer of at least 0, or a list"),
+        (lambda: td.ToMe(r=(8, 0.5, 1)), r"r as a tuple must be \(r, inflection\)"),
+        (lambda: td.ToMe(r=(8, 1.5)), r"inflection must lie in \[-1, 1\], got 1.5"),
+        (lambda: td.ToMe(r=[8, 8], inflection=0.5), "inflection needs one number"),
+        (lambda: td.EViT(keep_rate=0.0), r"keep_rate must be in \(0, 1\], got 0.0"),
+        (lambda: td.EViT(keep_rate=1.2), r"keep_rate must be in \(0, 1\], got 1.2"),
+        (lambda: td.EViT(keep_rate=[0.5]), "keep_rate must have one entry for each of the 3"),
+        (lambda: td.EViT(keep_rate=0.5, r=2), "give keep_rate or r, not both"),
+        (lambda: td.EViT(r=-2), "r must be an integer of at least 0, got -2"),
+        (lambda: td.EViT(layers=()), "layers must be integers from 1 up"),
+        (lambda: td.EViT(layers=(0, 4)), "layers must be integers from 1 up"),
+        (lambda: td.EViT(layers=(4, 4)), "layers must differ from each other"),
+        (lambda: td.EViT(rest="fuse"), "rest must be one of merge, argmax, drop, got 'fuse'"),
+        (lambda: td.EViT(fuse_weights="x"), "fuse_weights must be one of raw, normalised"),
+        (lambda: td.DenseAdapter(dim=0), "dim must be an integer of at least 1, got 0"),
+        (lambda: td.DenseAdapter(scale=0), "scale must be a number above 0, got 0"),
+        (lambda: td.DenseAdapter(interval=1), "interval must be an integer of at least 2"),
+        (lambda: td.DenseAdapter(start=3), r"start must be an integer above the interval \(3\)"),
+        (lambda: td.AdaptFormer(dim=1.5), "dim must be an integer"),
+        (lambda: td.LoRA(rank=0), "rank must be an integer of at least 1"),
+        (lambda: td.LoRA(alpha=0), "alpha must be above 0"),
+        (lambda: td.LoRA(dropout=1.0), r"dropout must lie in \[0, 1\)"),
+        (lambda: td.LoRA(target_modules=()), "target_modules must name at least one layer"),
+    ],
+)
+def test_impossible_settings_raise_when_the_method_is_written(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

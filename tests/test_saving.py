@@ -1,0 +1,126 @@
+import json
+
+import pytest
+import torch
+from conftest import ADAPTERS, REDUCERS, TINY, images, perturbed, tiny_vit
+from huggingface_hub import HfApi
+
+import tokendial as td
+
+BACKBONE = td.Backbone(name="vit_tiny_patch16_224", weights=None, args=TINY)
+
+
+def model(adapt=td.AdaptFormer(dim=4), reduce=td.ToMe(r=4)):  # noqa: B008  # both are immutable
+    wrapped = td.wrap(tiny_vit(), reduce=reduce, adapt=adapt, backbone=BACKBONE)
+    with torch.no_grad():
+        for parameter in wrapped.trainable_parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return wrapped.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("adapt", ADAPTERS)
+@pytest.mark.parametrize("reduce", REDUCERS)
+@torch.no_grad()
+def test_a_loaded_model_has_the_same_logits(tmp_path, adapt, reduce):
+    wrapped = model(ADAPTERS[adapt], REDUCERS[reduce])
+    wrapped.set_degree(2)
+    wrapped.save_pretrained(tmp_path)
+    loaded = td.load(tmp_path, vit=tiny_vit())
+    assert loaded.degree == 2
+    assert torch.equal(loaded(images()), wrapped(images()))
+
+
+def test_only_what_was_trained_is_written(saved):
+    from safetensors.torch import load_file
+
+    tensors = load_file(saved / "model.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"adapter", "vit"}
+    assert {name for name in tensors if name.startswith("vit.")} == {"vit.head.weight", "vit.head.bias"}
+
+
+def test_a_fully_trained_model_needs_no_backbone(tmp_path):
+    wrapped = model(td.Full())
+    wrapped.save_pretrained(tmp_path)
+    assert torch.equal(td.load(tmp_path)(images()), wrapped(images()))
+
+
+def test_a_model_without_methods_is_saved_whole(tmp_path):
+    wrapped = td.wrap(tiny_vit(), backbone=BACKBONE)
+    wrapped.save_pretrained(tmp_path)
+    assert torch.equal(td.load(tmp_path)(images()), wrapped(images()))
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def spoil(folder, name, text):
+    (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no saved model: config.json"),
+        (lambda folder: spoil(folder, "config.json", "{"), "config.json is not valid JSON"),
+        (lambda folder: edit(folder, format=2), "format must be 1, got"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+        (lambda folder: spoil(folder, "model.safetensors", "x"), "model.safetensors cannot be read"),
+        (lambda folder: edit(folder, adapt={"name": "linear"}), "does not fit this backbone: 16 "),
+    ],
+)
+def test_a_broken_folder_says_what_is_wrong(saved, break_it, message):
+    break_it(saved)
+    with pytest.raises(ValueError, match=message):
+        td.load(saved, vit=tiny_vit())
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere"])
+def test_a_folder_that_is_not_there_says_so(name):
+    with pytest.raises(ValueError, match="no such folder: nowhere"):
+        td.load(name)
+
+
+def test_another_backbone_of_the_same_shape_is_refused(saved):
+    other = perturbed(tiny_vit(), std=0.2)
+    with pytest.raises(ValueError, match="trained on another backbone"):
+        td.load(saved, vit=other)
+
+
+def test_a_backbone_of_another_shape_is_refused(saved):
+    with pytest.raises(ValueError, match="does not fit this backbone"):
+        td.load(saved, vit=tiny_vit(embed_dim=24))
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
+    uploaded = {}
+
+    class Repo:
+        repo_id = "me/pets"
+
+    def upload(self, *, repo_id, folder_path):
+        from pathlib import Path
+
+        uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+        return "address"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: Repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert model().push_to_hub("pets") == "address"
+    assert uploaded == {"me/pets": {"config.json", "model.safetensors"}}
+
+
+def test_a_repository_that_cannot_be_reached_is_one_line(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network\nmore about it")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ValueError, match="me/pets is neither a folder nor on the hub: no network$"):
+        td.load("me/pets")
