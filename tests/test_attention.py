@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from conftest import perturbed
+from examples import perturbed
 from timm.layers.attention import Attention
 
 from tokendial.attention import attend

@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from conftest import TINY, images, tiny_vit
+from examples import TINY, images, tiny_vit
 from safetensors.torch import save_file
 
 import tokendial as td
@@ -51,7 +51,10 @@ def test_a_head_of_another_width_is_left_fresh_and_positions_are_resized(tmp_pat
     [
         (lambda _: td.Backbone(name="vit_tinny", weights=None), "'vit_tinny' is not a timm model"),
         (lambda _: td.Backbone(name="vit_tiny_patch16_225", weights=None), "did you mean"),
-        (lambda _: tiny(img_size=30), "img_size must be divisible by the patch size 4x4, got 30x30"),
+        (
+            lambda _: tiny(img_size=30),
+            "img_size must be divisible by the patch size 4x4, got 30x30",
+        ),
         (lambda _: tiny(nonsense=1), "model 'vit_tiny_patch16_224' cannot be built"),
         (lambda _: tiny("/nowhere.pth"), "no such file /nowhere.pth"),
         (lambda _: tiny("shipped"), "'shipped' exist for scenes_vit only"),

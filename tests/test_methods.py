@@ -1,5 +1,5 @@
 import pytest
-from conftest import ADAPTERS, REDUCERS
+from examples import ADAPTERS, REDUCERS
 
 import tokendial as td
 from tokendial.data import ImageFolder, Scenes

@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from conftest import ADAPTERS, REDUCERS, TINY, images, perturbed, tiny_vit
+from examples import ADAPTERS, REDUCERS, TINY, images, perturbed, tiny_vit
 from huggingface_hub import HfApi
 
 import tokendial as td
 
-BACKBONE = td.Backbone(name="vit_tiny_patch16_224", weights=None, args=TINY)
+BACKBONE = td.Backbone(name="vit_tiny_patch16_224", args=TINY)
 
 
 def model(adapt=td.AdaptFormer(dim=4), reduce=td.ToMe(r=4)):  # noqa: B008  # both are immutable
@@ -41,11 +41,21 @@ def test_only_what_was_trained_is_written(saved):
 
     tensors = load_file(saved / "model.safetensors")
     assert {name.split(".")[0] for name in tensors} == {"adapter", "vit"}
-    assert {name for name in tensors if name.startswith("vit.")} == {"vit.head.weight", "vit.head.bias"}
+    assert {name for name in tensors if name.startswith("vit.")} == {
+        "vit.head.weight",
+        "vit.head.bias",
+    }
 
 
 def test_a_fully_trained_model_needs_no_backbone(tmp_path):
     wrapped = model(td.Full())
+    wrapped.save_pretrained(tmp_path)
+    assert torch.equal(td.load(tmp_path)(images()), wrapped(images()))
+
+
+def test_a_frozen_backbone_with_random_weights_is_saved_too(tmp_path):
+    backbone = td.Backbone(name="vit_tiny_patch16_224", weights=None, args=TINY)
+    wrapped = td.wrap(backbone.create().eval(), adapt=td.AdaptFormer(dim=4), backbone=backbone)
     wrapped.save_pretrained(tmp_path)
     assert torch.equal(td.load(tmp_path)(images()), wrapped(images()))
 
@@ -71,8 +81,14 @@ def spoil(folder, name, text):
         (lambda folder: (folder / "config.json").unlink(), "holds no saved model: config.json"),
         (lambda folder: spoil(folder, "config.json", "{"), "config.json is not valid JSON"),
         (lambda folder: edit(folder, format=2), "format must be 1, got"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors cannot be read"),
-        (lambda folder: spoil(folder, "model.safetensors", "x"), "model.safetensors cannot be read"),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "model.safetensors cannot be read",
+        ),
+        (
+            lambda folder: spoil(folder, "model.safetensors", "x"),
+            "model.safetensors cannot be read",
+        ),
         (lambda folder: edit(folder, adapt={"name": "linear"}), "does not fit this backbone: 16 "),
     ],
 )

@@ -12,7 +12,10 @@ from tokendial.tokens import Grouping, Tokens
 def worked_example() -> Grouping:
     """Five tokens: 0 stays, 3 absorbs 1, 2 is dropped, 4 stays."""
     return Grouping(
-        keep=torch.tensor([[0, 3, 4]]), src=torch.tensor([[1]]), dst=torch.tensor([[1]]), num_tokens=5
+        keep=torch.tensor([[0, 3, 4]]),
+        src=torch.tensor([[1]]),
+        dst=torch.tensor([[1]]),
+        num_tokens=5,
     )
 
 

@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from conftest import images, perturbed, tiny_vit
+from examples import images, perturbed, tiny_vit
 
 import tokendial as td
 

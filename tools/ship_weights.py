@@ -1,6 +1,6 @@
 """Write the weights of a fully trained run in half precision, as they are shipped.
 
-    python tools/ship_weights.py runs/pretrain_scenes/best src/tokendial/assets
+python tools/ship_weights.py runs/pretrain_scenes/best src/tokendial/assets
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -18,15 +19,19 @@ from tokendial.train.runs import Run
 _PICTURES = (0, 1)
 
 
-def run_demo(out: Path) -> Path:
+def run_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
     """Run the recipe demo.yaml into `out`, evaluate it along the dial, write `out/report.html`.
 
     A demo that was stopped goes on; one that has finished is evaluated anew.
 
+    Args:
+        out: Folder for the run and the report.
+        overrides: Settings of the recipe to change, such as `train.epochs=1`.
+
     Returns:
         The path of the report.
     """
-    recipe = read_recipe("demo", [f"output={out / 'run'}"])
+    recipe = read_recipe("demo", [f"output={out / 'run'}", *overrides])
     console = Console()
     console.print("Sparse-Tuning a small ViT to count sneakers in crowded pictures, then the dial.")
     run = train(recipe)
@@ -78,7 +83,9 @@ def _table(rows: list[DegreeRow]) -> Table:
     return table
 
 
-def _report(run: Run, recipe: Recipe, rows: list[DegreeRow], plot, pictures) -> str:  # type: ignore[no-untyped-def]
+def _report(
+    run: Run, recipe: Recipe, rows: list[DegreeRow], plot: Figure, pictures: list[Figure]
+) -> str:
     trained = run.model().cost()
     sections = [
         Section(

@@ -23,7 +23,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def save(model: DialViT, directory: Path) -> None:
     """Write `config.json` and `model.safetensors` into `directory`.
 
-    Saved are the weights that train and the adapter's own; a frozen backbone is only named.
+    Saved are the weights that train and the adapter's own; a frozen backbone is only named, unless
+    its weights are random and could not be had again.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _saved(model).items()}
@@ -90,7 +91,7 @@ def _config(model: DialViT) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "backbone": dataclasses.asdict(model.backbone),
-        "whole": all(p.requires_grad for p in model.vit.parameters()),
+        "whole": _whole(model),
         "fingerprint": model.fingerprint,
         "reduce": to_json("reduce", reduce) if reduce else None,
         "adapt": to_json("adapt", adapt) if adapt else None,
@@ -99,8 +100,14 @@ def _config(model: DialViT) -> dict[str, Any]:
 
 
 def _saved(model: DialViT) -> dict[str, Tensor]:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    whole = model.backbone.weights is None
+    trained = {name: p for name, p in model.named_parameters() if whole or p.requires_grad}
     return trained | {f"adapter.{name}": t for name, t in model.adapter.state_dict().items()}
+
+
+def _whole(model: DialViT) -> bool:
+    saved = _saved(model)
+    return all(f"vit.{name}" in saved for name, _ in model.vit.named_parameters())
 
 
 def _folder(directory: str | Path) -> Path:

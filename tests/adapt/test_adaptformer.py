@@ -1,6 +1,6 @@
 import timm
 import torch
-from conftest import images, perturbed
+from examples import images, perturbed
 
 import tokendial as td
 

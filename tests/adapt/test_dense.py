@@ -1,6 +1,6 @@
 import timm
 import torch
-from conftest import images, perturbed, tiny_vit
+from examples import images, perturbed, tiny_vit
 
 import tokendial as td
 

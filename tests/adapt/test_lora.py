@@ -2,7 +2,7 @@ import peft
 import pytest
 import timm
 import torch
-from conftest import images, perturbed, tiny_vit
+from examples import images, perturbed, tiny_vit
 
 import tokendial as td
 

@@ -1,4 +1,4 @@
-from conftest import tiny_vit
+from examples import tiny_vit
 
 import tokendial as td
 

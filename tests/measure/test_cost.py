@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from conftest import tiny_vit
+from examples import tiny_vit
 
 import tokendial as td
 

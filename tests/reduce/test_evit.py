@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from conftest import golden, golden_vit, images, tiny_vit
+from examples import golden, golden_vit, images, tiny_vit
 
 import tokendial as td
 from tokendial.attention import attend
@@ -84,7 +84,9 @@ def fused(fuse_weights: str) -> list[float]:
     """Four one-dimensional patches after a class token; patches 2 and 4 are kept."""
     scores = torch.tensor([[0.1, 0.3, 0.2, 0.4]])
     grouping = attentive_grouping(scores, 2, fuse_weights=fuse_weights)
-    return grouping.merge(torch.tensor([[9.0, 1.0, 2.0, 3.0, 4.0]]).unsqueeze(-1)).flatten().tolist()
+    return (
+        grouping.merge(torch.tensor([[9.0, 1.0, 2.0, 3.0, 4.0]]).unsqueeze(-1)).flatten().tolist()
+    )
 
 
 def test_the_worked_example_sums_the_others_with_raw_weights():

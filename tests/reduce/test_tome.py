@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import golden, golden_vit, images, tiny_vit
+from examples import golden, golden_vit, images, tiny_vit
 
 import tokendial as td
 from tokendial.reduce.tome import bipartite_matching, kth_bipartite_matching, merge_schedule
@@ -40,7 +40,12 @@ def test_matching_equals_the_reference(case):
     assert torch.equal(grouping.src, 2 * src)
     left, odd = 2 * unm, torch.arange(1, grouping.num_tokens, 2).expand(len(unm), -1)
     even_prefix, odd_prefix = (prefix + 1) // 2, prefix // 2
-    expected = [left[:, :even_prefix], odd[:, :odd_prefix], left[:, even_prefix:], odd[:, odd_prefix:]]
+    expected = [
+        left[:, :even_prefix],
+        odd[:, :odd_prefix],
+        left[:, even_prefix:],
+        odd[:, odd_prefix:],
+    ]
     assert torch.equal(grouping.keep, torch.cat(expected, dim=1))
     absorbing = grouping.keep.gather(1, grouping.dst)
     assert torch.equal(absorbing, 2 * dst + 1)

@@ -27,8 +27,8 @@ class ToMe(ReducerConfig):
     """Merge the `r` most similar token pairs in each layer, between attention and FFN."""
 
     r: int | list[int] | tuple[int, float] = 8
-    """Tokens merged per layer: one number, a list (one entry per layer, missing ones are 0), or a
-    tuple (r, inflection)."""
+    """Tokens merged per layer: one number, a list (one entry per layer, missing ones are 0), or in
+    Python a tuple (r, inflection), which sets both fields."""
     inflection: float = 0.0
     """Slope of the schedule over depth in [-1, 1]: 0 constant, 1 from 0 up to 2r, -1 from 2r
     down to 0. With one number r only."""

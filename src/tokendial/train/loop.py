@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
@@ -103,6 +104,8 @@ class _Trainer:
             len(data.classes), multi_label=data.multi_label, augment=recipe.augment
         )
         model = build_model(recipe, len(data.classes))
+        # One process may train twice, in another precision; Accelerate remembers the first one.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision=_PRECISION[settings.precision],
             gradient_accumulation_steps=settings.accumulate,

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokendial.data.images import ImageError, find_images, read_image
+
+
+def gradient(height: int = 6, width: int = 8) -> np.ndarray:
+    return np.linspace(0, 255, height * width).reshape(height, width).astype(np.uint8)
+
+
+def test_sixteen_bit_greys_are_scaled_to_eight(tmp_path):
+    Image.fromarray(gradient().astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    image = read_image(tmp_path / "deep.png")
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.stack([gradient()] * 3, axis=-1))
+
+
+def test_float_images_are_taken_to_lie_between_0_and_1(tmp_path):
+    Image.fromarray(gradient().astype(np.float32) / 255).save(tmp_path / "float.tif")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "float.tif"))[..., 0], gradient())
+
+
+def test_transparent_pixels_lie_on_white(tmp_path):
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[0, 0] = (10, 20, 30, 255)
+    Image.fromarray(pixels).save(tmp_path / "alpha.png")
+    image = np.asarray(read_image(tmp_path / "alpha.png"))
+    assert image[0, 0].tolist() == [10, 20, 30]
+    assert image[1, 1].tolist() == [255, 255, 255]
+
+
+def test_palettes_with_transparency_lie_on_white_too(tmp_path):
+    image = Image.fromarray(np.zeros((4, 4), np.uint8)).convert("P")
+    image.save(tmp_path / "palette.png", transparency=0)
+    assert np.asarray(read_image(tmp_path / "palette.png")).min() == 255
+
+
+def test_cmyk_is_converted(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=95)
+    red, green, blue = np.asarray(read_image(tmp_path / "print.jpg"))[4, 4].tolist()
+    assert red > 200
+    assert max(green, blue) < 60
+
+
+def test_the_noted_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
+def photograph(path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.jpg", b"not an image at all", "text.jpg is not an image"),
+        ("empty.png", b"", "empty.png is empty"),
+        ("missing.png", None, "no such image: .*missing.png"),
+    ],
+)
+def test_a_file_that_is_no_image_is_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageError, match=message):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_truncated_file_is_named_and_gives_no_pixels(tmp_path, suffix, share):
+    whole = photograph(tmp_path / f"whole.{suffix}")
+    path = tmp_path / f"cut.{suffix}"
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ImageError, match=rf"cut\.{suffix}") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_of_insane_size_is_refused(tmp_path, monkeypatch):
+    photograph(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="huge.png has more than 200 pixels"):
+        read_image(tmp_path / "huge.png")
+
+
+def test_folders_are_searched_and_sorted(tmp_path):
+    for name in ("b.png", "a/c.JPG", "a/note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = [str(path.relative_to(tmp_path)) for path in find_images([tmp_path])]
+    assert found == ["a/c.JPG", "b.png"]
+
+
+def test_nothing_found_raises(tmp_path):
+    with pytest.raises(ImageError, match="no images found in"):
+        find_images([tmp_path])
+    with pytest.raises(ImageError, match="no such image or folder: .*nowhere"):
+        find_images([tmp_path / "nowhere"])

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokendial.data import Augment, eval_transform, train_transform
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+
+
+def picture(width=40, height=30) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(),
+        Augment(crop=False),
+        Augment(randaugment="rand-m9-mstd0.5-inc1", color_jitter=0.3, erasing=1.0),
+    ],
+)
+def test_both_transforms_give_tensors_of_the_asked_size(augment, size):
+    for make in (train_transform, eval_transform):
+        tensor = make(augment, size, MEAN, STD)(picture())
+        assert tensor.shape == (3, *size)
+        assert tensor.dtype == torch.float32
+
+
+def test_pixels_are_normalised():
+    grey = Image.new("RGB", (8, 8), (51, 102, 255))
+    tensor = eval_transform(Augment(), (8, 8), MEAN, STD)(grey)
+    expected = (torch.tensor([0.2, 0.4, 1.0]) - torch.tensor(MEAN)) / 0.2
+    torch.testing.assert_close(tensor[:, 4, 4], expected, atol=1e-5, rtol=0)
+
+
+def test_the_centre_is_cropped_in_tests():
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[16:48, 16:48] = 255
+    transform = eval_transform(Augment(test_crop_ratio=0.5), (32, 32), (0, 0, 0), (1, 1, 1))
+    assert transform(Image.fromarray(pixels)).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flip": 1.5}, r"flip must lie in \[0, 1\], got 1.5"),
+        ({"mixup": -1.0}, "mixup must be at least 0, got -1.0"),
+        ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\), got 1.0"),
+        ({"test_crop_ratio": 0.0}, r"test_crop_ratio must lie in \(0, 1\], got 0.0"),
+        ({"scale": (0.0, 1.0)}, r"scale must be two numbers in \(0, 1\]"),
+        ({"randaugment": "m9"}, "randaugment must look like rand-m9-mstd0.5-inc1, got 'm9'"),
+    ],
+)
+def test_impossible_settings_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Augment(**settings)

@@ -1,0 +1,66 @@
+import numpy as np
+import torch
+from examples import images, tiny_vit
+
+import tokendial as td
+from tokendial.show import token_figure, token_maps
+from tokendial.show.tokens import paint_tokens
+
+
+def test_maps_follow_the_tokens_to_the_end():
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=8))
+    maps = token_maps(model, images(1)[0])
+    assert maps.num_tokens == (57, 49, 41, 33)
+    assert [len(np.unique(origin)) for origin in maps.origin] == [56, 48, 40, 32]
+    assert maps.origin[0].shape == (8, 8)
+
+
+@torch.no_grad()
+def test_class_attention_is_that_of_the_last_layer_shared_among_patches():
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=8))
+    maps = token_maps(model, images(1)[0])
+    *_, last = model.steps(images(1), needs=frozenset({"class_attention"}))
+    to_patches = last.attended.class_attention[0, 1:].sum().item()
+    np.testing.assert_allclose(maps.class_attention.sum(), to_patches, rtol=1e-5)
+
+
+def test_class_attention_of_dropped_patches_is_zero():
+    model = td.wrap(tiny_vit(), reduce=td.EViT(keep_rate=[0.5], layers=(2,), rest="drop"))
+    maps = token_maps(model, images(1)[0])
+    assert ((maps.class_attention == 0) == (maps.origin[1] < 0)).all()
+
+
+def test_a_model_of_one_layer_has_class_attention_too():
+    maps = token_maps(td.wrap(tiny_vit(depth=1)), images(1)[0])
+    assert maps.class_attention.shape == (8, 8)
+
+
+def test_a_model_without_class_token_has_no_class_attention():
+    model = td.wrap(tiny_vit(class_token=False, global_pool="avg"), reduce=td.ToMe(r=8))
+    assert token_maps(model, images(1)[0]).class_attention is None
+
+
+def test_tokens_are_painted_with_their_mean_colour_and_dropped_ones_dark():
+    pixels = np.zeros((6, 9, 3), np.uint8)
+    pixels[:, 3:6] = 100
+    origin = np.array([[5, 5, -1], [7, 5, -1]])
+    painted = paint_tokens(pixels, origin)
+    # The token of three patches is the mean of black, grey and grey.
+    assert painted[1, 1].tolist() == [66, 66, 66]
+    assert painted[4, 1].tolist() == [0, 0, 0]
+    assert painted[1, 8].tolist() == [40, 40, 40]
+    assert painted[3, 1].tolist() == [255, 255, 255]
+    assert painted[1, 3].tolist() == [66, 66, 66]
+
+
+def test_the_figure_has_a_panel_for_every_layer_that_reduces():
+    model = td.wrap(tiny_vit(), reduce=td.EViT(keep_rate=0.5, layers=(2, 4)))
+    figure = token_figure(model, images(1)[0], np.zeros((32, 32, 3), np.uint8))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["image", "layer 2: 34 tokens", "layer 4: 19 tokens", "class attention"]
+
+
+def test_a_deep_model_is_thinned_out_to_six_panels():
+    model = td.wrap(tiny_vit(depth=9), reduce=td.ToMe(r=3))
+    figure = token_figure(model, images(1)[0], np.zeros((32, 32, 3), np.uint8))
+    assert len(figure.axes) == 1 + 6 + 1

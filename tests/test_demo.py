@@ -1,0 +1,16 @@
+import csv
+
+from tokendial.demo import run_demo
+
+
+def test_the_demo_trains_turns_the_dial_and_reports(tmp_path):
+    small = ("data.train_size=100", "data.val_size=60", "train.epochs=1", "train.warmup_epochs=0")
+    report = run_demo(tmp_path / "demo", small)
+    page = report.read_text()
+    assert page.count("<img") == 5
+    assert "http" not in page
+    with (tmp_path / "demo" / "degrees.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["degree"] for row in rows] == [str(degree) for degree in range(10)]
+    assert float(rows[9]["gmacs"]) < 0.6 * float(rows[0]["gmacs"])
+    assert (tmp_path / "demo" / "run" / "best" / "model.safetensors").exists()

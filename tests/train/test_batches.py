@@ -1,0 +1,66 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tokendial.train.batches import EpochSampler, Prepared, seeded
+
+
+def sampler(rank=0, processes=1, batch_size=4, accumulate=2, size=50):
+    return EpochSampler(
+        size, batch_size=batch_size, accumulate=accumulate, seed=5, rank=rank, processes=processes
+    )
+
+
+def indices(sampler, epoch=0, update=0):
+    sampler.start(epoch, update)
+    return [[index for _, index in batch] for batch in sampler]
+
+
+def test_an_epoch_shows_every_sample_at_most_once():
+    shown = [index for batch in indices(sampler()) for index in batch]
+    assert len(shown) == len(set(shown)) == 48
+    assert len(indices(sampler())) == len(sampler())
+
+
+def test_epochs_differ_in_order():
+    assert indices(sampler(), epoch=0) != indices(sampler(), epoch=1)
+
+
+def test_starting_later_gives_the_rest():
+    assert indices(sampler(), update=4) == indices(sampler())[8:]
+
+
+def test_two_processes_see_together_what_one_sees_with_twice_the_batch():
+    one = indices(sampler(batch_size=8, accumulate=1))
+    parts = [indices(sampler(rank, 2, 4, 1)) for rank in range(2)]
+    for whole, first, second in zip(one, *parts, strict=True):
+        assert set(whole) == {*first, *second}
+
+
+def test_a_set_smaller_than_one_update_raises():
+    with pytest.raises(ValueError, match="one update takes 8 images, but the training set has 7"):
+        sampler(size=7)
+
+
+def test_a_sample_is_varied_by_epoch_and_index_alone():
+    def noise(image):
+        return torch.rand(1) + random.random() + float(np.random.rand())  # noqa: NPY002
+
+    prepared = Prepared([(None, 0)] * 3, noise, seed=0)
+    first = prepared[(0, 1)][0]
+    random.random()
+    torch.rand(3)
+    assert torch.equal(prepared[(0, 1)][0], first)
+    assert not torch.equal(prepared[(1, 1)][0], first)
+    assert not torch.equal(prepared[(0, 2)][0], first)
+
+
+def test_seeding_a_block_leaves_the_generators_as_they_were():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    with seeded(1, 2, 3):
+        torch.rand(5)
+    assert torch.equal(torch.rand(1), expected)

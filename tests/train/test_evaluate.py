@@ -1,0 +1,179 @@
+import csv
+import json
+import shutil
+
+import pytest
+
+from tokendial.data import read_image
+from tokendial.train import Run
+from tokendial.train.evaluate import evaluate, parse_degrees, predict
+
+
+@pytest.mark.parametrize(
+    ("text", "degrees"),
+    [
+        ("0,4,8", [0, 4, 8]),
+        ("0..3", [0, 1, 2, 3]),
+        ("0..8:4,1", [0, 4, 8, 1]),
+        ("all", [*range(9)]),
+    ],
+)
+def test_degrees_can_be_written_in_several_ways(text, degrees):
+    assert parse_degrees(text, tuple(range(9))) == degrees
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a", "degrees must look like"), ("3..", "must look"), ("0..99", r"lie in \[0, 8\], got 9")],
+)
+def test_degrees_that_make_no_sense_raise(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_degrees(text, tuple(range(9)))
+
+
+def test_rows_hold_what_the_model_does_at_each_degree(run):
+    rows = evaluate(run, "0,8")
+    assert [row.degree for row in rows] == [0, 8]
+    assert rows[1].gmacs < rows[0].gmacs
+    assert (rows[0].tokens, rows[1].tokens) == (17, 3)
+    assert rows[0].accuracy > 0.5
+    assert all(row.images_per_s > 0 for row in rows)
+
+
+def test_the_accuracy_at_the_trained_degree_is_the_one_of_the_run(run):
+    best = max(line["val_accuracy"] for line in run.metrics())
+    assert evaluate(run, "2")[0].accuracy == pytest.approx(best)
+
+
+def test_predictions_come_in_order_with_errors_in_their_place(run, digits, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    files = sorted((digits / "val" / "digit 0").iterdir())[:3]
+    answers = list(predict(run, [files[0], broken, files[1]], top=4, batch_size=2))
+    assert [getattr(answer, "path", None) for answer in answers] == [
+        str(files[0]),
+        None,
+        str(files[1]),
+    ]
+    assert "broken.png is not an image" in str(answers[1])
+    assert sum(answers[0].probabilities) == pytest.approx(1.0, abs=1e-5)
+    assert list(answers[0].probabilities) == sorted(answers[0].probabilities, reverse=True)
+
+
+def test_predictions_are_mostly_right(run, digits):
+    files = sorted(digits.glob("val/*/*.png"))
+    answers = list(predict(run, files))
+    right = [
+        answer.classes[0] == file.parent.name for answer, file in zip(answers, files, strict=True)
+    ]
+    assert sum(right) / len(right) == pytest.approx(evaluate(run, "2")[0].accuracy)
+
+
+def test_more_classes_than_there_are_raise(run, digits):
+    with pytest.raises(ValueError, match=r"top must lie in \[1, 4\] \(classes\), got 5"):
+        list(predict(run, sorted(digits.glob("val/*/*.png")), top=5))
+
+
+def test_a_folder_that_is_no_run_says_so(tmp_path):
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        evaluate(Run(tmp_path))
+
+
+def test_the_command_line_evaluates(cli, run):
+    code, out, _ = cli("eval", run.folder, "--degrees", "0..8:4")
+    assert code == 0
+    with (run.folder / "eval" / "degrees.csv").open() as file:
+        assert [row["degree"] for row in csv.DictReader(file)] == ["0", "4", "8"]
+    assert read_image(run.folder / "eval" / "degrees.png").size[0] > 400
+    assert "images/s" in out
+
+
+def test_the_command_line_predicts_csv_and_json(cli, run, digits, tmp_path):
+    picture = digits / "val" / "digit 3" / "0.png"
+    code, out, _ = cli("predict", run.folder, picture, "--top", 2)
+    rows = list(csv.DictReader(out.splitlines()))
+    assert (code, len(rows)) == (0, 2)
+    assert rows[0]["path"] == str(picture)
+    code, out, _ = cli("predict", run.folder, picture, "--format", "jsonl", "--degree", 8)
+    assert json.loads(out)["path"] == str(picture)
+
+
+def test_the_command_line_reports_what_it_cannot_read_and_does_the_rest(cli, run, digits, tmp_path):
+    shutil.copy(digits / "val" / "digit 3" / "0.png", tmp_path / "z.png")
+    (tmp_path / "a.jpg").write_text("text")
+    code, out, err = cli("predict", run.folder, tmp_path)
+    assert code == 1
+    assert err.strip() == f"error: {tmp_path / 'a.jpg'} is not an image."
+    assert len(out.splitlines()) == 2
+
+
+def test_the_command_line_draws_tokens(cli, run, digits, tmp_path):
+    out = tmp_path / "picture.png"
+    code, _, _ = cli("show", run.folder, digits / "val" / "digit 3" / "0.png", "--out", out)
+    assert code == 0
+    assert read_image(out).size[0] > 400
+
+
+def test_the_command_line_profiles(cli):
+    code, out, _ = cli("profile", "deit_base_patch16_224", "--reduce", "tome", "--degrees", "8,16")
+    assert code == 0
+    assert "13.12" in out
+    assert "8.78" in out
+    code, out, _ = cli(
+        "profile", "vit_base_patch16_224", "reduce.name=evit", "--adapt", "dense_adapter", "--json"
+    )
+    cost = json.loads(out)
+    assert 11.6e9 < cost["macs"] < 11.76e9
+    assert 1.08e6 < cost["trainable_params"] < 1.12e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "no such recipe: nowhere.yaml."),
+        (["train", "demo", "train.epoch=1"], "train.epoch is not a field of a recipe"),
+        (["train", "demo", "data={name: image_folder, root: /none}"], "no such folder: /none."),
+        (["train", "demo", "reduce.layers=[4, 13]"], "layers must lie in [1, 12]"),
+        (["train", "demo", "train.degree=20"], "degree must be an integer in [0, 9], got 20."),
+        (["train", "demo", "model.img_size=50"], "img_size must be divisible by the patch size"),
+        (["eval", "/none"], "/none is not the folder of a run: recipe.yaml is missing."),
+        (["predict", "/none", "/none"], "no such image or folder: /none."),
+        (["profile", "resnet50"], "This model is not supported: ResNet is not"),
+        (["profile", "deit_base_patch16_224", "data.x=1"], "data: profile takes settings of model"),
+        (
+            ["profile", "deit_base_patch16_224", "reduce.name=evit", "reduce.keep_rate=0"],
+            "keep_rate",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_code_2(cli, tmp_path, arguments, message):
+    extra = [f"output={tmp_path / 'run'}"] if arguments[0] == "train" else []
+    code, _, err = cli(*arguments, *extra)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_in_a_loading_process_is_one_line_too(cli, digits, recipe_file, tmp_path):
+    shutil.copytree(digits, tmp_path / "digits")
+    (tmp_path / "digits" / "train" / "digit 1" / "5.png").write_text("text")
+    code, _, err = cli(
+        "train", recipe_file, f"data.root={tmp_path / 'digits'}", f"output={tmp_path / 'run'}",
+        "train.workers=1",
+    )  # fmt: skip
+    assert code == 2
+    assert err.splitlines()[-1].endswith("digit 1/5.png is not an image.")
+    assert err.splitlines()[-1].startswith("error: /")
+
+
+def test_the_version_is_printed(cli):
+    code, out, _ = cli("--version")
+    assert (code, out.split()[0]) == (0, "tokendial")
+
+
+def test_speed_is_measured_on_the_device_of_the_model(run):
+    from tokendial.train.evaluate import images_per_second
+
+    assert images_per_second(run.model(), batch_size=2) > 0

@@ -1,0 +1,174 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tokendial
+import tokendial as td
+from tokendial.train import InterruptedRunError, Run, read_recipe, train
+from tokendial.train.loop import build_model, parameter_groups
+
+# Everything that draws at random or keeps state: a resumed run has to get each of it right.
+HARD = [
+    "train.epochs=3",
+    "train.workers=1",
+    "train.ema=0.9",
+    "train.accumulate=2",
+    "train.batch_size=10",
+    "train.clip_grad=1.0",
+    "train.checkpoint_every=4",
+    "model.drop_path=0.2",
+    "augment.flip=0.5",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.erasing=0.5",
+    "augment.randaugment=rand-m9-mstd0.5-inc1",
+]
+
+
+def weights(run: Run, which: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run.folder / which / "model.safetensors")
+
+
+def test_a_run_learns_and_leaves_everything_behind(run):
+    metrics = run.metrics()
+    assert [line["epoch"] for line in metrics] == list(range(1, 9))
+    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
+    assert run.classes() == ("digit 0", "digit 1", "digit 2", "digit 3")
+    assert list((run.folder / "tensorboard").glob("events*"))
+    assert run.recipe().train.epochs == 8
+    best = max(line["val_accuracy"] for line in metrics)
+    assert best > 0.5
+    td.load(run.best)
+    td.load(run.last)
+
+
+def command(recipe_file: Path, output: Path) -> list[str]:
+    code = "from tokendial.cli import main; main()"
+    return [sys.executable, "-c", code, "train", str(recipe_file), f"output={output}", *HARD]
+
+
+def environment() -> dict[str, str]:
+    source = str(Path(tokendial.__file__).parent.parent)
+    return os.environ | {"PYTHONPATH": source, "PYTHONWARNINGS": "ignore"}
+
+
+def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(recipe_file, tmp_path):
+    alone = train(read_recipe(recipe_file, [*HARD, f"output={tmp_path / 'alone'}"]), quiet=True)
+    killed = Run(tmp_path / "killed")
+    process = subprocess.Popen(command(recipe_file, killed.folder), env=environment())
+    # Updates 4, 8, 12 (end of epoch 1), 16: the second epoch is under way.
+    deadline = time.monotonic() + 240
+    while not (killed.checkpoints / "update-00000016.pt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert [line["epoch"] for line in killed.metrics()] == [1]
+    train(read_recipe(recipe_file, [*HARD, f"output={killed.folder}"]), quiet=True)
+    for which in ("last", "best"):
+        expected = weights(alone, which)
+        assert all(torch.equal(w, expected[n]) for n, w in weights(killed, which).items())
+    assert killed.metrics() == alone.metrics()
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_path, monkeypatch):
+    alone = train(read_recipe(recipe_file, [f"output={tmp_path / 'alone'}"]), quiet=True)
+    recipe = read_recipe(recipe_file, [f"output={tmp_path / 'stopped'}"])
+    from tokendial.train import loop
+
+    evaluate = loop.evaluate_loader
+
+    def ask_to_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "evaluate_loader", ask_to_stop)
+        with pytest.raises(InterruptedRunError):
+            train(recipe, quiet=True)
+    run = train(recipe, quiet=True)
+    expected = weights(alone)
+    assert all(torch.equal(w, expected[n]) for n, w in weights(run).items())
+
+
+def test_a_finished_run_is_left_alone(run):
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    train(run.recipe(), quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
+
+
+def test_another_run_is_not_overwritten(run, recipe_file):
+    other = read_recipe(recipe_file, [f"output={run.folder}", "train.lr=0.5"])
+    with pytest.raises(ValueError, match=r"holds another run: its train.lr is 0.003, not 0.5"):
+        train(other, quiet=True)
+
+
+def test_a_folder_with_other_files_is_not_used(recipe_file, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        train(read_recipe(recipe_file, [f"output={tmp_path}"]), quiet=True)
+
+
+def test_a_broken_training_image_is_named(recipe_file, digits, tmp_path):
+    import shutil
+
+    shutil.copytree(digits, tmp_path / "digits")
+    broken = tmp_path / "digits" / "train" / "digit 1" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    recipe = read_recipe(
+        recipe_file, [f"output={tmp_path / 'run'}", f"data.root={tmp_path / 'digits'}"]
+    )
+    with pytest.raises(ValueError, match=r"digit 1/5\.png cannot be decoded"):
+        train(recipe, quiet=True)
+
+
+def test_a_loss_that_explodes_says_what_to_do(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file, [f"output={tmp_path / 'run'}", "train.lr=1e30"])
+    with pytest.raises(ValueError, match="the loss is not finite at update .*: lower train.lr"):
+        train(recipe, quiet=True)
+
+
+@pytest.mark.parametrize("overrides", [["augment.mixup=0.5"], ["augment.smoothing=0.1"]])
+def test_several_labels_cannot_be_mixed(tmp_path, overrides):
+    recipe = read_recipe(
+        "pretrain_scenes",
+        [f"output={tmp_path / 'run'}", "data.items=shipped", "model.weights=null", *overrides],
+    )
+    with pytest.raises(ValueError, match="mixup, cutmix and smoothing need one label"):
+        train(recipe, quiet=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sparse_tuning_with_several_labels_trains(tmp_path, precision):
+    recipe = read_recipe(
+        "demo",
+        [
+            f"output={tmp_path / 'run'}",
+            "data={name: scenes, task: present, train_size: 8, val_size: 40}",
+            "model.weights=null",
+            "train.epochs=1",
+            "train.batch_size=4",
+            f"train.precision={precision}",
+            "train.degree=5",
+        ],
+    )
+    run = train(recipe, quiet=True)
+    assert set(run.metrics()[0]) >= {"val_accuracy", "val_mean_average_precision"}
+    assert run.model().degree == 5
+
+
+def test_only_matrices_decay(recipe_file):
+    model = build_model(read_recipe(recipe_file), 4)
+    decayed, plain = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    exempt = {id(p) for p in plain["params"]}
+    assert {id(model.vit.pos_embed), id(model.vit.cls_token), id(model.vit.head.bias)} <= exempt

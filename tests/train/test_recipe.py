@@ -1,0 +1,109 @@
+import pytest
+import yaml
+
+import tokendial as td
+from tokendial.data import ImageFolder
+from tokendial.train import read_recipe
+from tokendial.train.recipe import check_recipe
+
+MINIMAL = {
+    "output": "out",
+    "model": {"name": "deit_small_patch16_224"},
+    "adapt": {"name": "linear"},
+    "data": {"name": "image_folder", "root": "pets"},
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "pets.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"reduce": {"name": "evit", "layers": [4, 7]}}))
+    return path
+
+
+def test_methods_are_values(file):
+    recipe = read_recipe(file)
+    assert recipe.reduce == td.EViT(layers=(4, 7))
+    assert recipe.adapt == td.Linear()
+    assert recipe.data == ImageFolder(root="pets")
+
+
+def test_overrides_reach_every_depth(file):
+    recipe = read_recipe(
+        file, ["train.epochs=3", "train.lr=1e-4", "reduce.keep_rate=0.5", "model.img_size=[96, 64]"]
+    )
+    assert (recipe.train.epochs, recipe.train.lr) == (3, 1e-4)
+    assert recipe.reduce.keep_rate == 0.5
+    assert recipe.model.img_size == (96, 64)
+
+
+def test_the_run_is_named_after_the_recipe(tmp_path):
+    path = tmp_path / "cats.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != "output"}))
+    assert read_recipe(path).output == "runs/cats"
+
+
+def test_a_schedule_of_tome_is_written_with_its_inflection(file):
+    recipe = read_recipe(file, ["reduce={name: tome, r: 8, inflection: -1.0}"])
+    assert recipe.reduce == td.ToMe(r=(8, -1.0))
+
+
+def test_what_is_written_reads_back_the_same(file):
+    recipe = read_recipe(file, ["augment.mixup=0.8", "adapt={name: lora, rank: 4}"])
+    assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "pretrain_scenes", "pretrain_items"])
+def test_shipped_recipes_are_found_by_name(name):
+    assert read_recipe(name).model.name == "scenes_vit"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", "train.epoch is not a field of a recipe; did you mean epochs?"),
+        ("zzz=3", "zzz is not a field of a recipe."),
+        ("train.epochs=many", "train.epochs: Input should be a valid integer.*, got 'many'"),
+        ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1, got 0"),
+        ("train.lr=-1", "train.lr: Input should be greater than 0, got -1"),
+        ("train.precision=fp8", "train.precision: Input should be 'fp32', 'bf16' or 'fp16'"),
+        ("augment.flip=2", r"augment: flip must lie in \[0, 1\], got 2"),
+        ("augment.flop=2", "augment.flop is not a field of a recipe; did you mean flip?"),
+        ("reduce.name=none", "reduce: reduce.name must be one of evit, tome, got 'none'"),
+        ("reduce.keep_rate=0", r"reduce: keep_rate must be in \(0, 1\], got 0"),
+        ("reduce.layers=[1.5]", "reduce.layers.0: Input should be a valid integer"),
+        (
+            "reduce.keep_rates=0.5",
+            "reduce.keep_rates is not a field of a recipe; did you mean keep_",
+        ),
+        ("adapt=8", "adapt: must be a mapping with a name, one of adaptformer, dense_adapter"),
+        ("data.root=null", "data.root: Input should be a valid string, got None"),
+        ("train.lr", "an override must look like train.epochs=10, got 'train.lr'"),
+        ("seed.x=1", "seed.x: seed is not a mapping"),
+        ("train.lr=[", r"train.lr: '\[' is not a YAML value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_field(file, override, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read_recipe(file, ["seed=0", override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("just text", "must be a mapping of fields, got str"),
+        ("a: [", "cannot be read"),
+        ("output: x", "model is missing from the recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_says_so(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_recipe(tmp_path / "bad.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_says_so():
+    with pytest.raises(ValueError, match=r"no such recipe: nowhere\.yaml"):
+        read_recipe("nowhere.yaml")
