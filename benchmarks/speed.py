@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py --model vit_base_patch16_224 --batch 8 --dtype fp32,bf16
 
-Plain timm and every setting take turns, so that a busy machine slows all of them alike; the ratio is
-that of the medians. Results go to benchmarks/results/MODEL_HARDWARE_DATE.json.
+Plain timm and every setting take turns, so that a busy machine slows all of them alike; the ratio
+is that of the medians. Results go to benchmarks/results/MODEL_HARDWARE_DATE.json.
 """
 
 import argparse
