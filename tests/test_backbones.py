@@ -3,6 +3,7 @@ import timm
 import torch
 from examples import TINY, images, tiny_vit
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 
 import tokendial as td
 from tokendial.backbones import fingerprint, same_backbone
@@ -21,6 +22,15 @@ def test_a_description_builds_the_same_model_again():
     rebuilt = td.Backbone(name=again.name, weights=None, args=again.args).create()
     shapes = {name: value.shape for name, value in vit.state_dict().items()}
     assert {name: value.shape for name, value in rebuilt.state_dict().items()} == shapes
+
+
+def test_a_model_built_by_its_class_is_wrapped_saved_and_loaded(tmp_path):
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3).eval()
+    model = td.wrap(vit, reduce=td.ToMe(r=2), adapt=td.AdaptFormer(dim=4))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(td.load(tmp_path, vit=vit)(images()), model(images()))
+    with pytest.raises(ValueError, match="'VisionTransformer' is not a timm model"):
+        td.load(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

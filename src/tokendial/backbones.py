@@ -49,8 +49,12 @@ class Backbone:
 
     @classmethod
     def of(cls, vit: VisionTransformer) -> "Backbone":
-        """Describe a model that `timm.create_model` has built."""
-        cfg: Any = vit.pretrained_cfg
+        """Describe a timm model, as far as it knows itself.
+
+        One that was built by its class instead of `timm.create_model` has no name; to load what was
+        saved from it, the model has to be given again.
+        """
+        cfg: Any = getattr(vit, "pretrained_cfg", {"architecture": type(vit).__name__})
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
         # timm notes the arguments of create_model here; older releases do not, so the ones that
         # change shapes are read from the model itself.

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from torch.utils.data import Dataset
 
-from tokendial.data.images import IMAGE_SUFFIXES, read_image
+from tokendial.data.images import images_in, read_image
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -66,10 +66,7 @@ def _class_folders(root: Path, split: str) -> dict[str, list[Path]]:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not classes:
         raise ValueError(f"data: {folder} has no class folders.")
-    found = {
-        path.name: sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        for path in classes
-    }
+    found = {path.name: images_in(path) for path in classes}
     for name, files in found.items():
         if not files:
             raise ValueError(f"data: class folder {folder / name} holds no images.")

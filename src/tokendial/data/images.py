@@ -32,12 +32,14 @@ def read_image(path: str | Path) -> Image.Image:
             return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise ImageError(
-            f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels."
+            f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, "
+            f"as decompression bombs have."
         ) from None
     except UnidentifiedImageError:
         raise ImageError(f"{path} is not an image.") from None
-    # Pillow's decoders raise what they please on broken data; all of it means the same here.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
+    # Pillow's decoders raise what they please on broken data; all of it means the same here, and
+    # so do their warnings where the caller has made these errors.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, Warning) as error:
         raise ImageError(f"{path} cannot be decoded ({str(error).splitlines()[0]}).") from None
 
 
@@ -47,10 +49,11 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         ImageError: If a path does not exist, or nothing is found.
     """
+    paths = list(map(Path, paths))
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found += images_in(path)
         elif path.exists():
             found.append(path)
         else:
@@ -58,6 +61,15 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     if not found:
         raise ImageError(f"no images found in {', '.join(map(str, paths))}.")
     return found
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Image files anywhere below `folder`, sorted; told by their suffix."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -71,9 +83,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
     # Integer greys are 16-bit images, also where Pillow opens them as 32-bit; floats are in [0, 1]
     # unless their values say otherwise.
-    top = 65535.0 if image.mode.startswith("I") else max(1.0, float(np.nanmax(values)))
-    grey = np.nan_to_num(values / top * 255.0).round().clip(0, 255).astype(np.uint8)
+    top = 65535.0 if image.mode.startswith("I") else max(1.0, values.max())
+    grey = (values / top * 255.0).round().clip(0, 255).astype(np.uint8)
+    # A PNG may name one grey level as the transparent one.
+    grey[values == image.info.get("transparency")] = 255
     return Image.fromarray(grey).convert("RGB")

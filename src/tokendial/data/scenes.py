@@ -7,6 +7,8 @@ backgrounds from scikit-image's public-domain photographs.
 
 import gzip
 import json
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +35,9 @@ CLASSES = {
     "which": ITEMS,
 }
 _HELD_OUT = 5000
+_LEVELS = np.arange(256, dtype=np.float32)
+# Opacity and shade of an item by its grey level; the floor keeps dark garments visible.
+_MATTE, _SHADE = np.minimum(_LEVELS / 48.0, 1.0), 40.0 + 0.84 * _LEVELS
 _SPLITS = ("train", "val")
 
 
@@ -64,14 +69,19 @@ class Scenes:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.cells not in (1, 3) or (self.cells == 1 and self.task != "which"):
             raise ValueError(f"cells must be 3, or 1 with the task which, got {self.cells}.")
-        if not 16 * self.cells <= self.img_size <= 160:
+        smallest = max(16 * self.cells, ITEM_SIDES[-1])
+        if not smallest <= self.img_size <= 160:
             raise ValueError(
-                f"img_size must lie in [{16 * self.cells}, 160] with {self.cells} cells a side, "
+                f"img_size must lie in [{smallest}, 160] with {self.cells} cells a side, "
                 f"got {self.img_size}."
             )
 
     def build(self, seed: int) -> Splits:
-        """The two sets; scene i of a set depends on (seed, set, i) alone."""
+        """The two sets; scene i of a set depends on (seed, set, i) alone.
+
+        Raises:
+            ValueError: If `items` is a folder without Fashion-MNIST's training files.
+        """
         backgrounds = _backgrounds()
         sets = {
             split: SceneSet(
@@ -148,26 +158,30 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
         side = self.img_size
         photo = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
         top, left = (rng.integers(n - side + 1) for n in photo.shape[:2])
-        scene = photo[top : top + side, left : left + side].astype(np.float32)
-        scene = scene[:, :: 1 if rng.random() < 0.5 else -1] * rng.uniform(0.5, 1.0)
-        scene = np.ascontiguousarray(scene)
+        photo = photo[top : top + side, left : left + side]
+        photo = photo[:, :: 1 if rng.random() < 0.5 else -1]
+        # Channels first: numpy is slow over a last axis of three.
+        scene = np.ascontiguousarray(photo.transpose(2, 0, 1), np.float32)
+        scene *= rng.uniform(0.5, 1.0)
         cell = side // self.cells
         for place, kind in enumerate(kinds):
             sprites = self.sprites[rng.integers(len(self.sprites))]
             candidates = self.by_kind[kind]
             item = sprites[candidates[rng.integers(len(candidates))]]
-            item = item[:, :: 1 if rng.random() < 0.5 else -1].astype(np.float32)
+            item = item[:, :: 1 if rng.random() < 0.5 else -1]
             size = item.shape[0]
             spare = cell - size
-            jitter = rng.integers(min(0, spare) - 1, max(0, spare) + 2, 2)
-            corner = np.array(divmod(place, self.cells)) * cell + jitter
-            y, x = np.clip(corner, 0, side - size)
-            matte = np.minimum(item / 48.0, 1.0)[..., None]
-            # A tint and a floor keep dark garments visible without making items stand out alike.
+            jitter = rng.integers(min(0, spare) - 1, max(0, spare) + 2, 2).tolist()
+            corner = (number * cell for number in divmod(place, self.cells))
+            y, x = (
+                min(max(0, start + shift), side - size)
+                for start, shift in zip(corner, jitter, strict=True)
+            )
+            # A tint keeps items from standing out alike.
             tint = rng.uniform(0.7, 1.0, 3) * rng.uniform(0.7, 1.0)
-            window = scene[y : y + size, x : x + size]
-            window += matte * ((40.0 + 0.84 * item)[..., None] * tint - window)
-        return scene.clip(0, 255).astype(np.uint8)
+            window = scene[:, y : y + size, x : x + size]
+            window += _MATTE[item] * (_SHADE[item] * tint[:, None, None] - window)
+        return np.ascontiguousarray(scene.transpose(1, 2, 0).astype(np.uint8))
 
 
 def _draw_kinds(task: str, rng: np.random.Generator, num_cells: int) -> np.ndarray:
@@ -216,19 +230,27 @@ def _load_items(items: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     part = slice(None, -_HELD_OUT) if split == "train" else slice(-_HELD_OUT, None)
     folder = Path(items)
     images = _read_idx(folder / "train-images-idx3-ubyte.gz")
-    return images[part], _read_idx(folder / "train-labels-idx1-ubyte.gz")[part]
+    labels = _read_idx(folder / "train-labels-idx1-ubyte.gz")
+    if images.shape != (len(labels), 28, 28) or set(labels[part].tolist()) != set(range(10)):
+        raise ValueError(
+            f"data.items: {folder} must hold labelled 28x28 items of all ten kinds before and among "
+            f"the last {_HELD_OUT:,}, got images {images.shape} and labels {labels.shape}."
+        )
+    return images[part], labels[part]
 
 
 def _read_idx(path: Path) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes())
-    except OSError:
+    except (OSError, EOFError, zlib.error):
         raise ValueError(
             f"data.items: {path} is missing or unreadable; Debian's package dataset-fashion-mnist "
             f"installs Fashion-MNIST in /usr/share/datasets/fashion-mnist."
         ) from None
-    header = 4 + 4 * data[3]
+    header = 4 + 4 * int.from_bytes(data[3:4], "big")
     shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4)]
+    if data[:3] != b"\0\0\x08" or len(data) != header + math.prod(shape):
+        raise ValueError(f"data.items: {path} is not an IDX file of unsigned bytes.")
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 

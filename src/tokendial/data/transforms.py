@@ -45,18 +45,21 @@ class Augment:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
         for name in ("color_jitter", "mixup", "cutmix"):
-            if getattr(self, name) < 0.0:
+            if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         if not 0.0 <= self.smoothing < 1.0:
             raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}.")
         if not 0.0 < self.test_crop_ratio <= 1.0:
             raise ValueError(f"test_crop_ratio must lie in (0, 1], got {self.test_crop_ratio}.")
-        if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
-            raise ValueError(f"scale must be two numbers in (0, 1], got {self.scale}.")
-        if self.randaugment is not None and not self.randaugment.startswith("rand-"):
-            raise ValueError(
-                f"randaugment must look like rand-m9-mstd0.5-inc1, got {self.randaugment!r}."
-            )
+        if len(self.scale) != 2 or not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
+            raise ValueError(f"scale must be two rising numbers in (0, 1], got {self.scale}.")
+        if self.randaugment is not None:
+            try:
+                rand_augment_transform(self.randaugment, {})
+            except (AssertionError, ValueError):  # timm asserts
+                raise ValueError(
+                    f"randaugment must look like rand-m9-mstd0.5-inc1, got {self.randaugment!r}."
+                ) from None
 
 
 def train_transform(
