@@ -21,6 +21,17 @@ def test_float_images_are_taken_to_lie_between_0_and_1(tmp_path):
     assert np.array_equal(np.asarray(read_image(tmp_path / "float.tif"))[..., 0], gradient())
 
 
+def test_float_pixels_that_are_no_numbers_are_black(tmp_path):
+    Image.fromarray(np.float32([[np.nan, np.inf, -np.inf, 1.0]])).save(tmp_path / "float.tif")
+    assert np.asarray(read_image(tmp_path / "float.tif"))[0, :, 0].tolist() == [0, 0, 0, 255]
+
+
+def test_the_transparent_level_of_a_sixteen_bit_grey_is_white(tmp_path):
+    pixels = np.array([[0x1234, 0x8080]], np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "deep.png", transparency=0x1234)
+    assert np.asarray(read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [255, 128]
+
+
 def test_transparent_pixels_lie_on_white(tmp_path):
     pixels = np.zeros((4, 4, 4), np.uint8)
     pixels[0, 0] = (10, 20, 30, 255)
@@ -85,8 +96,28 @@ def test_a_truncated_file_is_named_and_gives_no_pixels(tmp_path, suffix, share):
 def test_an_image_of_insane_size_is_refused(tmp_path, monkeypatch):
     photograph(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match="huge.png has more than 200 pixels"):
+    with pytest.raises(ImageError, match=r"huge.png has more than 200 pixels.*bomb"):
         read_image(tmp_path / "huge.png")
+
+
+def test_a_warning_that_is_an_error_names_the_file(tmp_path, monkeypatch):
+    photograph(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    with pytest.raises(ImageError, match="large.png cannot be decoded .*bomb"):
+        read_image(tmp_path / "large.png")
+
+
+def test_an_unfinished_tiff_directory_names_the_file(tmp_path):
+    whole = photograph(tmp_path / "whole.tif")
+    (tmp_path / "cut.tif").write_bytes(whole[:12])
+    with pytest.raises(ImageError, match=r"cut\.tif"):
+        read_image(tmp_path / "cut.tif")
+
+
+def test_a_folder_named_like_an_image_is_not_one(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "folder.jpg" / "a.png").write_bytes(b"")
+    assert find_images(iter([tmp_path])) == [tmp_path / "folder.jpg" / "a.png"]
 
 
 def test_folders_are_searched_and_sorted(tmp_path):
@@ -100,5 +131,7 @@ def test_folders_are_searched_and_sorted(tmp_path):
 def test_nothing_found_raises(tmp_path):
     with pytest.raises(ImageError, match="no images found in"):
         find_images([tmp_path])
+    with pytest.raises(ImageError, match=f"no images found in {tmp_path}"):
+        find_images(iter([tmp_path]))
     with pytest.raises(ImageError, match="no such image or folder: .*nowhere"):
         find_images([tmp_path / "nowhere"])

@@ -91,6 +91,7 @@ def test_the_last_training_items_of_fashion_mnist_are_held_out(tmp_path):
         ({"train_size": 0}, "train_size must be at least 1, got 0"),
         ({"cells": 2}, "cells must be 3, or 1 with the task which, got 2"),
         ({"cells": 1}, "cells must be 3, or 1 with the task which, got 1"),
+        ({"task": "which", "cells": 1, "img_size": 16}, r"img_size must lie in \[18, 160\]"),
         ({"img_size": 32}, r"img_size must lie in \[48, 160\] with 3 cells a side, got 32"),
     ],
 )
@@ -102,6 +103,37 @@ def test_impossible_scenes_raise(settings, message):
 def test_missing_items_say_where_to_get_them(tmp_path):
     with pytest.raises(ValueError, match="Debian's package dataset-fashion-mnist"):
         Scenes(items=str(tmp_path)).build(0)
+
+
+LABELS = bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 3])
+IMAGES = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 28 * 28)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (b"plain text", "images.* is missing or unreadable"),
+        (gzip.compress(IMAGES)[:-12], "images.* is missing or unreadable"),
+        (gzip.compress(IMAGES)[:10] + b"\xff" * 40, "images.* is missing or unreadable"),
+        (gzip.compress(b""), "images.* is not an IDX file"),
+        (gzip.compress(IMAGES[:-1]), "images.* is not an IDX file"),
+        (gzip.compress(IMAGES), r"all ten kinds .* images \(2, 28, 28\), labels \(2,\)"),
+        (gzip.compress(LABELS), r"28x28 items, .* images \(2,\), labels \(2,\)"),
+    ],
+    ids=["text", "cut", "damaged", "empty", "short", "few", "flat"],
+)
+def test_item_files_that_cannot_be_used_are_named(tmp_path, images, message):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(images)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(LABELS))
+    with pytest.raises(ValueError, match=message) as caught:
+        Scenes(items=str(tmp_path)).build(0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [18, 24, 160])
+def test_a_single_item_fits_into_every_allowed_size(size):
+    scenes = splits("which", cells=1, img_size=size).train
+    assert {scenes[number][0].size for number in range(20)} == {(size, size)}
 
 
 def test_a_scene_that_is_not_there_raises():

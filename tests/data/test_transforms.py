@@ -50,7 +50,10 @@ def test_the_centre_is_cropped_in_tests():
         ({"mixup": -1.0}, "mixup must be at least 0, got -1.0"),
         ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\), got 1.0"),
         ({"test_crop_ratio": 0.0}, r"test_crop_ratio must lie in \(0, 1\], got 0.0"),
-        ({"scale": (0.0, 1.0)}, r"scale must be two numbers in \(0, 1\]"),
+        ({"color_jitter": float("nan")}, "color_jitter must be at least 0, got nan"),
+        ({"scale": (0.0, 1.0)}, r"scale must be two rising numbers in \(0, 1\]"),
+        ({"scale": (0.5,)}, r"scale must be two rising numbers in \(0, 1\]"),
+        ({"randaugment": "rand-m9-q5"}, "randaugment must look like rand-m9-mstd0.5-inc1"),
         ({"randaugment": "m9"}, "randaugment must look like rand-m9-mstd0.5-inc1, got 'm9'"),
     ],
 )

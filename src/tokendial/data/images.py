@@ -49,9 +49,9 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         ImageError: If a path does not exist, or nothing is found.
     """
-    paths = list(map(Path, paths))
+    searched = list(map(Path, paths))
     found: list[Path] = []
-    for path in paths:
+    for path in searched:
         if path.is_dir():
             found += images_in(path)
         elif path.exists():
@@ -59,7 +59,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         else:
             raise ImageError(f"no such image or folder: {path}.")
     if not found:
-        raise ImageError(f"no images found in {', '.join(map(str, paths))}.")
+        raise ImageError(f"no images found in {', '.join(map(str, searched))}.")
     return found
 
 

@@ -171,11 +171,10 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
             item = item[:, :: 1 if rng.random() < 0.5 else -1]
             size = item.shape[0]
             spare = cell - size
-            jitter = rng.integers(min(0, spare) - 1, max(0, spare) + 2, 2).tolist()
-            corner = (number * cell for number in divmod(place, self.cells))
+            low, high = min(0, spare) - 1, max(0, spare) + 2
             y, x = (
-                min(max(0, start + shift), side - size)
-                for start, shift in zip(corner, jitter, strict=True)
+                min(max(0, number * cell + int(rng.integers(low, high))), side - size)
+                for number in divmod(place, self.cells)
             )
             # A tint keeps items from standing out alike.
             tint = rng.uniform(0.7, 1.0, 3) * rng.uniform(0.7, 1.0)
@@ -233,8 +232,8 @@ def _load_items(items: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     labels = _read_idx(folder / "train-labels-idx1-ubyte.gz")
     if images.shape != (len(labels), 28, 28) or set(labels[part].tolist()) != set(range(10)):
         raise ValueError(
-            f"data.items: {folder} must hold labelled 28x28 items of all ten kinds before and among "
-            f"the last {_HELD_OUT:,}, got images {images.shape} and labels {labels.shape}."
+            f"data.items: {folder} must hold labelled 28x28 items, all ten kinds both among the "
+            f"last {_HELD_OUT:,} and before, got images {images.shape}, labels {labels.shape}."
         )
     return images[part], labels[part]
 
