@@ -38,14 +38,20 @@ def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 2."""
     try:
         app()
-    except ValueError as error:
-        # A message from a loader's process comes wrapped in a traceback; its last line is ours.
-        line = str(error).strip().splitlines()[-1]
-        print(f"error: {line.removeprefix('tokendial.data.images.ImageError: ')}", file=sys.stderr)
+    # Of the system: no such folder, no permission, disk full, the hub out of reach.
+    except (ValueError, OSError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    last = text.splitlines()[-1]
+    # A loading process wraps its error in a traceback, which ends with "Type: message".
+    return last.partition(": ")[2] if "Original Traceback" in text else last
 
 
 @app.callback(invoke_without_command=True)
@@ -70,11 +76,10 @@ def train(
     from tokendial.train import train as run_training
 
     try:
-        run = run_training(read_recipe(recipe, overrides or []))
+        run_training(read_recipe(recipe, overrides or []))
     except InterruptedRunError:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(f"best model: {run.best}")
 
 
 @app.command("eval")

@@ -24,7 +24,12 @@ def test_degrees_can_be_written_in_several_ways(text, degrees):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a", "degrees must look like"), ("3..", "must look"), ("0..99", r"lie in \[0, 8\], got 9")],
+    [
+        ("a", "degrees must look like"),
+        ("3..", "must look"),
+        ("0..99", r"lie in \[0, 8\], got 9"),
+        ("8..0", "'8..0' names none"),
+    ],
 )
 def test_degrees_that_make_no_sense_raise(text, message):
     with pytest.raises(ValueError, match=message):
@@ -139,6 +144,7 @@ def test_the_command_line_profiles(cli):
         (["eval", "/none"], "/none is not the folder of a run: recipe.yaml is missing."),
         (["predict", "/none", "/none"], "no such image or folder: /none."),
         (["profile", "resnet50"], "This model is not supported: ResNet is not"),
+        (["profile", "deit_base_patch16_224", "model=8"], "model: must be a mapping of settings"),
         (["profile", "deit_base_patch16_224", "data.x=1"], "data: profile takes settings of model"),
         (
             ["profile", "deit_base_patch16_224", "reduce.name=evit", "reduce.keep_rate=0"],

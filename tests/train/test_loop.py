@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 import tokendial
 import tokendial as td
 from tokendial.train import InterruptedRunError, Run, read_recipe, train
-from tokendial.train.loop import build_model, parameter_groups
+from tokendial.train.loop import build_model
+from tokendial.train.optimizer import cosine, parameter_groups
+from tokendial.train.recipe import TrainSection
 
 # Everything that draws at random or keeps state: a resumed run has to get each of it right.
 HARD = [
     "train.epochs=3",
-    "train.workers=1",
+    "train.workers=2",
     "train.ema=0.9",
     "train.accumulate=2",
     "train.batch_size=10",
@@ -72,7 +74,9 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(recipe_file, tmp_path
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert [line["epoch"] for line in killed.metrics()] == [1]
-    train(read_recipe(recipe_file, [*HARD, f"output={killed.folder}"]), quiet=True)
+    # Who loads the images does not matter either.
+    overrides = [*HARD, f"output={killed.folder}", "train.workers=0"]
+    train(read_recipe(recipe_file, overrides), quiet=True)
     for which in ("last", "best"):
         expected = weights(alone, which)
         assert all(torch.equal(w, expected[n]) for n, w in weights(killed, which).items())
@@ -163,6 +167,43 @@ def test_sparse_tuning_with_several_labels_trains(tmp_path, precision):
     run = train(recipe, quiet=True)
     assert set(run.metrics()[0]) >= {"val_accuracy", "val_mean_average_precision"}
     assert run.model().degree == 5
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_with_twice_the_batch(recipe_file, tmp_path):
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    short = ["train.epochs=2"]
+    train(read_recipe(recipe_file, [*short, f"output={one.folder}"]), quiet=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    module = ["-m", "tokendial.cli", "train", str(recipe_file), f"output={two.folder}"]
+    subprocess.run(
+        [*launch, *module, *short, "train.batch_size=10"],
+        env=environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=240,
+        check=True,
+    )
+    expected = weights(one)
+    for name, value in weights(two).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(two.metrics(), one.metrics(), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+
+
+def test_the_rate_warms_up_to_its_peak_and_falls_to_its_end():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    settings = TrainSection(epochs=4, lr=0.1, min_lr=0.01, warmup_epochs=1)
+    optimizer = torch.optim.SGD([parameter], lr=settings.lr)
+    schedule = cosine(optimizer, settings, updates_per_epoch=10)
+    rates = []
+    for update in range(41):
+        schedule.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == 0.0
+    assert rates[5] == pytest.approx(0.05)
+    assert rates[10] == max(rates) == pytest.approx(0.1)
+    assert rates[25] == pytest.approx(0.055)
+    assert rates[40] == pytest.approx(0.01)
 
 
 def test_only_matrices_decay(recipe_file):

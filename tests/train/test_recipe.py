@@ -66,6 +66,13 @@ def test_shipped_recipes_are_found_by_name(name):
         ("train.epochs=many", "train.epochs: Input should be a valid integer.*, got 'many'"),
         ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1, got 0"),
         ("train.lr=-1", "train.lr: Input should be greater than 0, got -1"),
+        ("train.lr=.inf", "train.lr: Input should be a finite number, got inf"),
+        (
+            "train.warmup_epochs=101",
+            r"train: warmup_epochs must be at most epochs \(100\), got 101",
+        ),
+        ("train.min_lr=1", r"train: min_lr must be at most lr \(0.001\), got 1"),
+        ("model.args.num_classes=3", "model: args.num_classes cannot be set"),
         ("train.precision=fp8", "train.precision: Input should be 'fp32', 'bf16' or 'fp16'"),
         ("augment.flip=2", r"augment: flip must lie in \[0, 1\], got 2"),
         ("augment.flop=2", "augment.flop is not a field of a recipe; did you mean flip?"),
@@ -87,6 +94,12 @@ def test_a_mistake_is_one_line_that_names_the_field(file, override, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_recipe(file, ["seed=0", override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mix", ["augment.mixup=0.5", "augment.cutmix=1"])
+def test_mixing_needs_pairs(file, mix):
+    with pytest.raises(ValueError, match=r"^train.batch_size must be even for .*, got 33\.$"):
+        read_recipe(file, [mix, "train.batch_size=33"])
 
 
 @pytest.mark.parametrize(

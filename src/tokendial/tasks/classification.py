@@ -43,11 +43,8 @@ class Classification:
         )
 
     def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the images of a training batch; targets become [B, num_classes] if it does.
-
-        timm's mixup pairs images, so a batch of an odd number is left as it is.
-        """
-        if self.mix is None or len(images) % 2:
+        """Mix the images of a training batch, an even number; targets become [B, num_classes]."""
+        if self.mix is None:
             return images, targets
         images, targets = self.mix(images, targets)
         return images, targets

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokendial.data.transforms import Transform
+from tokendial.train.signals import leave_signals_to_the_parent
 
 
 class Prepared(Dataset[tuple[Tensor, Any]]):
@@ -103,6 +104,7 @@ def train_loader(dataset: Prepared, sampler: EpochSampler, workers: int) -> Data
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -124,5 +126,6 @@ def eval_loader(
         batch_size=batch_size,
         sampler=keys,
         num_workers=workers,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),
     )

@@ -4,10 +4,12 @@ import csv
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from tokendial.atomic import replacing
 from tokendial.data.images import ImageError, read_image
@@ -70,6 +72,8 @@ def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
             raise ValueError(
                 f"degrees must look like 0,4,8 or 0..16 or 0..16:4 or all, got {text!r}."
             ) from None
+    if not degrees:
+        raise ValueError(f"degrees: {text!r} names none; a span must rise, as in 0..16.")
     if bad := [degree for degree in degrees if degree not in offered]:
         raise ValueError(f"degrees must lie in [0, {offered[-1]}], got {bad[0]}.")
     return degrees
@@ -134,7 +138,7 @@ def images_per_second(model: DialViT, batch_size: int) -> float:
     return batch_size / median(seconds)
 
 
-def _timed(model: DialViT, images: torch.Tensor) -> float:
+def _timed(model: DialViT, images: Tensor) -> float:
     start = time.perf_counter()
     model(images)
     if images.device.type != "cpu":
@@ -171,7 +175,8 @@ def predict(
         batch_size: Images per forward pass.
         device: Where to compute; None: the accelerator if there is one.
     """
-    model = run.model().to(device or default_device())
+    on = device or default_device()
+    model = run.model().to(on)
     if degree is not None:
         model.set_degree(degree)
     classes, recipe = run.classes(), run.recipe()
@@ -179,30 +184,24 @@ def predict(
         raise ValueError(f"top must lie in [1, {len(classes)}] (classes), got {top}.")
     task = Classification(len(classes), multi_label=run.multi_label(), augment=recipe.augment)
     transform = run_transform(run, model)
-    batch: list[Path | ImageError] = []
-    images: list[torch.Tensor] = []
 
-    def answered() -> Iterator[Prediction | ImageError]:
-        if images:
-            device = next(model.parameters()).device
-            found = task.probabilities(model(torch.stack(images).to(device)).float()).topk(top)
-        row = 0
-        for entry in batch:
+    left = iter(files)
+    while some := list(islice(left, batch_size)):
+        read = [_read(path, transform) for path in some]
+        images = [image for image in read if isinstance(image, Tensor)]
+        logits = model(torch.stack(images).to(on)).float() if images else torch.empty(0, top)
+        likely = iter(zip(*task.probabilities(logits).topk(top), strict=True))
+        for path, entry in zip(some, read, strict=True):
             if isinstance(entry, ImageError):
                 yield entry
                 continue
-            names = tuple(classes[i] for i in found.indices[row].tolist())
-            yield Prediction(str(entry), names, tuple(found.values[row].tolist()))
-            row += 1
-        batch.clear()
-        images.clear()
+            values, indices = next(likely)
+            names = tuple(classes[index] for index in indices.tolist())
+            yield Prediction(str(path), names, tuple(values.tolist()))
 
-    for path in files:
-        try:
-            images.append(transform(read_image(path)))
-            batch.append(path)
-        except ImageError as error:
-            batch.append(error)
-        if len(batch) == batch_size:
-            yield from answered()
-    yield from answered()
+
+def _read(path: Path, transform: Transform) -> Tensor | ImageError:
+    try:
+        return transform(read_image(path))
+    except ImageError as error:
+        return error

@@ -1,18 +1,15 @@
 """The training loop, on Accelerate: one process or many, any device, killed and resumed."""
 
-import signal
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from timm.scheduler.cosine_lr import CosineLRScheduler
-from torch import nn
 from torch.utils.data import DataLoader
 
 from tokendial.data.splits import Splits
@@ -26,9 +23,11 @@ from tokendial.train.checkpoint import (
     save_checkpoint,
     trained,
 )
+from tokendial.train.optimizer import cosine, parameter_groups
 from tokendial.train.progress import Display, display
 from tokendial.train.recipe import Recipe
 from tokendial.train.runs import Run
+from tokendial.train.signals import StopRequest, stop_requests
 from tokendial.vit import DialViT, wrap
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -80,20 +79,6 @@ def image_statistics(model: DialViT) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(cfg["mean"]), tuple(cfg["std"])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trained parameters in two groups: matrices decay; biases, norms and other vectors do not."""
-    exempt = {"cls_token", "dist_token", "reg_token", "pos_embed"}
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
-    for name, parameter in trained(model).items():
-        groups[parameter.ndim < 2 or name.rsplit(".", 1)[-1] in exempt].append(parameter)
-    decays = (weight_decay, 0.0)
-    return [
-        {"params": group, "weight_decay": decay}
-        for group, decay in zip(groups, decays, strict=True)
-        if group
-    ]
-
-
 class _Trainer:
     def __init__(self, recipe: Recipe, *, quiet: bool) -> None:
         settings = recipe.train
@@ -125,18 +110,10 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
         self.bare = model
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        warmup = round(settings.warmup_epochs * self.sampler.updates)
-        self.scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=max(1, self.updates - warmup),
-            lr_min=settings.min_lr,
-            warmup_t=warmup,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
+        self.scheduler = cosine(optimizer, settings, self.sampler.updates)
         self.ema = Ema(model, settings.ema) if settings.ema else None
         self.at = _Position()
-        self.stop = False
+        self.stop = StopRequest()
 
     def _loaders(self, data: Splits, model: DialViT) -> None:
         recipe, settings, accelerator = self.recipe, self.settings, self.accelerator
@@ -166,16 +143,19 @@ class _Trainer:
         self._resume()
         with display(self.updates, self.at.update, quiet=self.quiet) as shown:
             if self.at.update == self.updates:
-                shown.note(f"{self.run.folder} is finished: nothing to do.")
+                shown.note(
+                    f"{self.run.folder} is finished: nothing to do; best model: {self.run.best}"
+                )
                 return self.run
             if self.at.update:
                 shown.note(f"resuming at update {self.at.update} of {self.updates}")
             self.accelerator.init_trackers("tensorboard")
-            with _on_signal(self):
+            with stop_requests() as self.stop:
                 for epoch in range(self.at.update // self.sampler.updates, self.settings.epochs):
                     self._train_epoch(epoch, shown)
                     self._finish_epoch(epoch, shown)
             self.accelerator.end_training()
+            shown.note(f"best model: {self.run.best}")
         return self.run
 
     def _train_epoch(self, epoch: int, shown: Display) -> None:
@@ -184,7 +164,7 @@ class _Trainer:
         loader = iter(self.train_loader)
         for _ in range(self.sampler.updates - self.sampler.first_update):
             self.scheduler.step_update(self.at.update)
-            loss, hits = self._update(loader)
+            loss, hits, stop = self._together(*self._update(loader))
             self.at.update += 1
             self.at.loss_sum += loss
             self.at.hits_sum += hits
@@ -193,9 +173,9 @@ class _Trainer:
             if self.at.update % 10 == 0:
                 rate = self.optimizer.param_groups[0]["lr"]
                 self.accelerator.log({"loss": loss, "lr": rate}, step=self.at.update)
-            if self.stop or self.at.update % self.settings.checkpoint_every == 0:
+            if stop or self.at.update % self.settings.checkpoint_every == 0:
                 self._checkpoint()
-            if self.stop:
+            if stop:
                 raise InterruptedRunError
 
     def _update(self, loader: Iterator[Any]) -> tuple[float, float]:
@@ -219,14 +199,23 @@ class _Trainer:
                 self.optimizer.zero_grad()
             losses += loss.item()
             hits += self.task.hits(logits.detach(), targets)
-        if not torch.isfinite(torch.tensor(losses)):
+        if self.ema:
+            self.ema.update(self.bare)
+        return losses / self.settings.accumulate, hits / self.settings.accumulate
+
+    def _together(self, loss: float, hits: float) -> tuple[float, float, bool]:
+        """Means over all processes, and whether any of them was asked to stop.
+
+        Every process gets the same answer, so that all of them stop, or fail, at the same update.
+        """
+        mine = torch.tensor([loss, hits, float(self.stop.asked)], device=self.accelerator.device)
+        loss, hits, stop = self.accelerator.reduce(mine, "mean").tolist()
+        if not math.isfinite(loss):
             raise ValueError(
                 f"the loss is not finite at update {self.at.update}: lower train.lr "
                 f"({self.settings.lr}) or set train.clip_grad."
             )
-        if self.ema:
-            self.ema.update(self.bare)
-        return losses / self.settings.accumulate, hits / self.settings.accumulate
+        return loss, hits, stop > 0
 
     def _finish_epoch(self, epoch: int, shown: Display) -> None:
         at = self.at
@@ -295,18 +284,3 @@ def evaluate_loader(
             logits = model(images.to(device))
         metrics.update(logits.float(), targets.to(device).long())
     return {name: float(value) for name, value in metrics.compute().items()}
-
-
-@contextmanager
-def _on_signal(trainer: _Trainer) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run after the update at hand, with a checkpoint."""
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        trainer.stop = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

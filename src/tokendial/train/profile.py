@@ -30,9 +30,10 @@ def profile(
     data = apply_overrides({}, overrides)
     if unknown := sorted(set(data) - {"model", "reduce", "adapt"}):
         raise ValueError(f"{unknown[0]}: profile takes settings of model, reduce and adapt only.")
-    section = check_section(
-        ModelSection, {"weights": None} | data.get("model", {}) | {"name": model}
-    )
+    settings = data.get("model", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"model: must be a mapping of settings, got {settings!r}.")
+    section = check_section(ModelSection, {"weights": None} | settings | {"name": model})
     backbone = section.backbone(num_classes)
     with torch.device("meta"):
         wrapped = wrap(

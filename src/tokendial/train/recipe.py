@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -15,6 +15,7 @@ from pydantic import (
     PlainSerializer,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -42,7 +43,9 @@ def _method(kind: str) -> Any:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 SectionT = TypeVar("SectionT", bound=_Section)
@@ -61,6 +64,12 @@ class ModelSection(_Section):
     """Stochastic depth: probability at the last layer, rising from 0 at the first."""
     args: dict[str, Any] = {}
     """Further arguments of the timm model, such as patch_size or global_pool."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "num_classes" in self.args:
+            raise ValueError("args.num_classes cannot be set: the data set says how many there are")
+        return self
 
     def backbone(self, num_classes: int) -> Backbone:
         """How to build it, with a fresh head for `num_classes`."""
@@ -105,6 +114,16 @@ class TrainSection(_Section):
     checkpoint_every: int = Field(500, ge=1)
     """Updates between two checkpoints; there is one at the end of each epoch in any case."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be at most epochs ({self.epochs}), got {self.warmup_epochs}"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr must be at most lr ({self.lr}), got {self.min_lr}")
+        return self
+
 
 class Recipe(_Section):
     """A run: model, methods, data, augmentation, optimisation."""
@@ -122,6 +141,16 @@ class Recipe(_Section):
     """Data set."""
     augment: Augment = Augment()
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
+        if mixes and self.train.batch_size % 2:
+            raise ValueError(
+                "train.batch_size must be even for augment.mixup and augment.cutmix, which pair "
+                f"images, got {self.train.batch_size}"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
@@ -228,7 +257,7 @@ def _one_line(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"{where} is missing from the recipe."
     got = f", got {value!r}" if "got" not in message and not isinstance(value, dict) else ""
-    return f"{where}: {message}{got}."
+    return f"{where}: {message}{got}." if where else f"{message}{got}."
 
 
 def _all_fields() -> list[str]:

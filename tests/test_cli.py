@@ -1,0 +1,83 @@
+"""The command line as processes meet it: exit codes, signals, one line for a mistake."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tokendial
+from tokendial.train import Run
+
+# The demo on so few images that it starts at once, and for so long that it does not end.
+LONG = [
+    "train",
+    "demo",
+    "model.weights=null",
+    "data.train_size=200",
+    "data.val_size=10",
+    "train.epochs=500",
+    "train.checkpoint_every=1",
+]
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start the command line in a process group of its own."""
+    source = str(Path(tokendial.__file__).parent.parent)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tokendial.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": source, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_stops_a_run_cleanly(tmp_path, number):
+    run = Run(tmp_path / "run")
+    process = start(*LONG, f"output={run.folder}", "train.workers=2")
+    deadline = time.monotonic() + 120
+    while not list(run.checkpoints.glob("update-*.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert err == "stopped; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "demo", "output=/proc/none/run"], "No such file or directory: '/proc/none'"),
+        (["train", "demo", "output=FILE"], "File exists: "),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_one_line_and_code_2(tmp_path, arguments, message):
+    (tmp_path / "file").write_text("in the way")
+    arguments = [text.replace("FILE", str(tmp_path / "file")) for text in arguments]
+    process = start(*arguments, "model.weights=null", "data.train_size=50", "data.val_size=10")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_pretrained_weights_without_the_hub_are_one_line_and_code_2(tmp_path):
+    process = start(
+        "train", "demo", "model={name: vit_tiny_patch16_224, img_size: 48}", "data.train_size=50",
+        f"output={tmp_path / 'run'}",
+    )  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
