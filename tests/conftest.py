@@ -1,4 +1,5 @@
 import pytest
+import torch
 from examples import tiny_vit
 from hypothesis import settings
 from torch import nn
@@ -6,6 +7,8 @@ from torch import nn
 # The same examples in every run, and no limit on their time: the machine may be busy.
 settings.register_profile("tokendial", derandomize=True, deadline=None)
 settings.load_profile("tokendial")
+# The models of the tests are too small to share; threads that wait for each other cost more.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -64,3 +66,18 @@ def test_seeding_a_block_leaves_the_generators_as_they_were():
     with seeded(1, 2, 3):
         torch.rand(5)
     assert torch.equal(torch.rand(1), expected)
+
+
+STUCK = """
+import sys
+from tokendial.train.batches import eval_loader
+loading = iter(eval_loader(range(8), None, batch_size=1, workers=1))
+sys.excepthook = lambda *error: setattr(sys, "kept", (loading, error))
+raise RuntimeError
+"""
+
+
+def test_a_program_that_fails_while_processes_load_ends():
+    # What an error holds on to is still there when Python ends, processes that load included.
+    done = subprocess.run([sys.executable, "-c", STUCK], timeout=120, capture_output=True)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -1,5 +1,7 @@
 """Signals that ask a run to stop: Ctrl-C, and the SIGTERM of schedulers and containers."""
 
+import atexit
+import multiprocessing.util  # its own exit handler has to be registered before ours
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,3 +42,16 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_loading_processes() -> None:
+    """Kill what still loads when Python ends, after an error for instance.
+
+    Without this, multiprocessing would ask the deaf processes to terminate and wait for ever.
+    """
+    if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would call the end a crash
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
