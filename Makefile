@@ -1,8 +1,9 @@
 # Each target sets up .venv first when there is none, or when the dependencies have changed.
 PYTHON ?= python3
 BIN := .venv/bin
-CORE := tokens attention methods atomic backbones saving vit
-CORE_FILES := $(CORE:%=src/tokendial/%.py) src/tokendial/reduce/* src/tokendial/adapt/* src/tokendial/measure/*
+CORE := tokens attention methods atomic saving reference vit
+ROOMS := backbones reduce adapt measure
+CORE_FILES := $(CORE:%=src/tokendial/%.py) $(ROOMS:%=src/tokendial/%/*)
 comma := ,
 empty :=
 space := $(empty) $(empty)

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from examples import tiny_vit
@@ -9,6 +11,7 @@ settings.register_profile("tokendial", derandomize=True, deadline=None)
 settings.load_profile("tokendial")
 # The models of the tests are too small to share; threads that wait for each other cost more.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 
 
 @pytest.fixture

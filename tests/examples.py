@@ -24,13 +24,26 @@ TINY = {
 REDUCERS = {
     "tome": td.ToMe(r=8),
     "evit": td.EViT(keep_rate=0.6, layers=(2, 4)),
+    "dynamicvit": td.DynamicViT(keep_rate=0.6, layers=(2, 4)),
+    "dyt": td.DyT(target_ratio=0.5),
+    "dar": td.DAR(target_ratio=0.5),
+    "ffn_merge": td.FFNMerge(r=16),
 }
 ADAPTERS = {
     "dense_adapter": td.DenseAdapter(dim=6, start=4, interval=3),
     "adaptformer": td.AdaptFormer(dim=6, scale=0.5),
+    "dar": td.DARAdapter(dims=(6, 4)),
     "lora": td.LoRA(rank=2),
     "linear": td.Linear(),
     "full": td.Full(),
+}
+# DAR's adapter needs the whole token grid.
+SHRINKING = {"tome", "evit", "dynamicvit"}
+PAIRS = {
+    f"{reduce}-{adapt}": (REDUCERS[reduce], ADAPTERS[adapt])
+    for reduce in REDUCERS
+    for adapt in ADAPTERS
+    if not (adapt == "dar" and reduce in SHRINKING)
 }
 
 
@@ -61,10 +74,20 @@ def golden(case: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return meta, load_file(path) if path.exists() else {}
 
 
+def split(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def replay_noise(monkeypatch: Any, noise: Tensor) -> None:
+    """Let DyT and DAR draw recorded noise [B, depth, L, 1], one layer after the other."""
+    layers = iter(noise.squeeze(-1).unbind(1))
+    monkeypatch.setattr("tokendial.reduce.select.logistic_noise", lambda like: next(layers))
+
+
 def golden_vit(case: str) -> tuple[dict[str, Any], dict[str, Tensor], nn.Module]:
     """A golden case and the timm model with its weights."""
     meta, tensors = golden(case)
     vit = timm.create_model("vit_tiny_patch16_224", **meta["settings"]["model"])
-    weights = {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
-    vit.load_state_dict(weights)
+    vit.load_state_dict(split(tensors, "weight."))
     return meta, tensors, vit.eval()

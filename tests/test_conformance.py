@@ -1,22 +1,30 @@
 """Properties that every method has; a new method joins by its example in examples.py."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from examples import ADAPTERS, REDUCERS, images, perturbed, tiny_vit
+from examples import ADAPTERS, PAIRS, REDUCERS, images, perturbed, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokendial as td
+import tokendial.vit
+from tokendial.attention import Attended
+from tokendial.data.transforms import Augment
+from tokendial.tasks.classification import Classification
+from tokendial.train.objective import Objective
 
 each_reducer = pytest.mark.parametrize("reduce", REDUCERS.values(), ids=REDUCERS)
+each_pair = pytest.mark.parametrize(("reduce", "adapt"), PAIRS.values(), ids=PAIRS)
 each_adapter = pytest.mark.parametrize("adapt", ADAPTERS.values(), ids=ADAPTERS)
 
 
-def noisy(reduce=None, adapt=None, **kwargs):
+def noisy(reduce=None, adapt=None, vit=None):
     """A wrapped model whose adapter is not the identity any more."""
-    model = td.wrap(tiny_vit(**kwargs), reduce=reduce, adapt=adapt)
+    torch.manual_seed(1)
+    model = td.wrap(vit or tiny_vit(), reduce=reduce, adapt=adapt)
     with torch.no_grad():
         for parameter in model.trainable_parameters():
             parameter += 0.05 * torch.randn(parameter.shape)
@@ -35,7 +43,8 @@ def test_degree_0_is_the_identity(reduce):
 @each_reducer
 def test_a_higher_degree_costs_less(reduce):
     model = td.wrap(tiny_vit(), reduce=reduce)
-    macs = [model.cost(degree).macs for degree in model.degrees[::3]]
+    degrees = sorted({*model.degrees[::3], model.degrees[-1]})
+    macs = [model.cost(degree).macs for degree in degrees]
     assert macs == sorted(macs, reverse=True)
     assert macs[-1] < macs[0]
 
@@ -47,7 +56,7 @@ def test_permuting_the_images_permutes_the_logits(reduce, seed):
     generator = torch.Generator().manual_seed(seed)
     pictures = torch.randn(4, 3, 32, 32, generator=generator)
     order = torch.randperm(4, generator=generator)
-    model = td.wrap(tiny_vit(), reduce=reduce)
+    model = td.wrap(tiny_vit(), reduce=reduce).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(pictures[order]), model(pictures)[order])
 
@@ -55,14 +64,14 @@ def test_permuting_the_images_permutes_the_logits(reduce, seed):
 @each_reducer
 @torch.no_grad()
 def test_an_image_alone_gives_what_it_gives_in_a_batch(reduce):
-    model = td.wrap(tiny_vit(), reduce=reduce)
+    model = td.wrap(tiny_vit(), reduce=reduce).eval()
     torch.testing.assert_close(model(images(3)[1:2]), model(images(3))[1:2])
 
 
 @each_reducer
 @torch.no_grad()
 def test_every_position_is_somewhere_or_dropped(reduce):
-    model = td.wrap(tiny_vit(reg_tokens=2), reduce=reduce)
+    model = td.wrap(tiny_vit(reg_tokens=2), reduce=reduce).eval()
     for step in model.steps(images(), track=True):
         tokens = step.tokens
         assert torch.equal(tokens.origin[:, :3], torch.arange(3).expand(2, -1))
@@ -77,30 +86,74 @@ def test_gradients_reach_the_image(reduce):
     assert (pictures.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
 
 
+def replay_choices(monkeypatch, model):
+    """Let the second pass choose tokens by what the first one computed.
+
+    In half precision a near tie may fall the other way, and then another token is merged: that is
+    the method's own discontinuity, and says nothing of how exactly it is computed.
+    """
+    seen = {}
+
+    def replay(owner, name):
+        own, calls = getattr(owner, name), iter(range(10**6))
+
+        def called(*args, **kwargs):
+            out, number = own(*args, **kwargs), next(calls)
+            if not isinstance(out, Attended):
+                return seen.setdefault((name, number % depth), out)
+            first = seen.setdefault((name, number % depth), out)
+            return dataclasses.replace(first, out=out.out)
+
+        depth = model.anatomy.shape.depth
+        monkeypatch.setattr(owner, name, called)
+
+    replay(tokendial.vit, "attend")
+    if hasattr(model.reducer, "logits"):
+        replay(model.reducer, "logits")
+    for predictor in getattr(model.reducer, "predictors", ()):
+        scores = {}
+        own = predictor.forward
+        monkeypatch.setattr(
+            predictor, "forward", lambda *a, s=scores, f=own: s.setdefault(0, f(*a))
+        )
+
+
 @each_reducer
 @torch.no_grad()
-def test_half_precision_stays_as_close_as_plain_timm(reduce):
+def test_half_precision_stays_as_close_as_plain_timm(reduce, monkeypatch):
     vit = tiny_vit()
-    model = td.wrap(vit, reduce=reduce)
+    model = td.wrap(vit, reduce=reduce).eval()
+    replay_choices(monkeypatch, model)
+    exact, plain = model(images(16)), vit(images(16))
     with torch.autocast("cpu", torch.bfloat16):
-        half, plain_half = model(images()).float(), vit(images()).float()
-    plain_error = (plain_half - vit(images())).abs().max()
-    assert (half - model(images())).abs().max() <= 4 * plain_error + 1e-3
+        error = (model(images(16)).float() - exact).abs().mean()
+        plain_error = (vit(images(16)).float() - plain).abs().mean()
+    assert error <= 1.5 * plain_error
 
 
-@each_adapter
-@each_reducer
+@each_pair
 @torch.no_grad()
 def test_a_fresh_adapter_is_the_identity(reduce, adapt):
-    without = td.wrap(tiny_vit(), reduce=reduce)(images())
-    assert torch.equal(td.wrap(tiny_vit(), reduce=reduce, adapt=adapt)(images()), without)
+    without = td.wrap(tiny_vit(), reduce=reduce).eval()
+    model = td.wrap(tiny_vit(), reduce=reduce, adapt=adapt).eval()
+    model.reducer.load_state_dict(without.reducer.state_dict())
+    assert torch.equal(model(images()), without(images()))
 
 
-@each_adapter
-@each_reducer
+def objective(model):
+    """The loss of a training step on two images, the same noise every time."""
+    torch.manual_seed(3)
+    loss, _ = Objective(model, Classification(7, multi_label=False, augment=Augment()))(
+        images(), torch.tensor([1, 4])
+    )
+    return loss
+
+
+@each_pair
 def test_gradients_reach_what_trains_and_nothing_else(reduce, adapt):
-    model = noisy(reduce, adapt)
-    model(images()).square().sum().backward()
+    # Average pooling reads the patch tokens of the last layer too, which some adapters act on.
+    model = noisy(reduce, adapt, vit=tiny_vit(global_pool="avg")).train()
+    objective(model).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
@@ -109,13 +162,13 @@ def test_gradients_reach_what_trains_and_nothing_else(reduce, adapt):
             assert parameter.grad is None, name
 
 
-@each_adapter
-def test_a_step_of_training_lowers_the_loss(adapt):
-    model = noisy(REDUCERS["evit"], adapt)
+@each_pair
+def test_steps_of_training_lower_the_loss(reduce, adapt):
+    model = noisy(reduce, adapt).train()
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1e-3)
     losses = []
     for _ in range(5):
-        loss = torch.nn.functional.cross_entropy(model(images()), torch.tensor([1, 4]))
+        loss = objective(model)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -123,10 +176,20 @@ def test_a_step_of_training_lowers_the_loss(adapt):
     assert losses[-1] < losses[0]
 
 
+def test_a_method_of_training_that_learns_from_no_teacher_refuses_one(vit):
+    teacher = td.wrap(tiny_vit())
+    with pytest.raises(ValueError, match=r"train\.teacher: only DynamicViT learns from a teacher"):
+        Objective(
+            td.wrap(vit, reduce=td.ToMe()),
+            Classification(7, multi_label=False, augment=Augment()),
+            teacher,
+        )
+
+
 @each_adapter
 @torch.no_grad()
 def test_a_copy_is_independent_and_equal(adapt):
-    model = noisy(REDUCERS["tome"], adapt)
+    model = noisy(REDUCERS["ffn_merge"], adapt)
     clone = copy.deepcopy(model)
     perturbed(model)
     assert not torch.equal(clone(images()), model(images()))

@@ -33,7 +33,10 @@ def test_every_registered_method_has_an_example():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"name": "none"}, r"reduce\.name must be one of evit, tome, got 'none'"),
+        (
+            {"name": "none"},
+            r"reduce\.name must be one of dar, dynamicvit, dyt, evit, ffn_merge, tome, got 'none'",
+        ),
         ({"r": 8}, "reduce must be a mapping with a name"),
         ({"name": "tome", "rr": 8}, r"reduce\.rr is not a field of tome; allowed: inflection,"),
     ],

@@ -1,98 +1,96 @@
 import pytest
-import timm
 import torch
-from examples import images, perturbed, tiny_vit
+from examples import images
+from zoo import EVERY, TIMM, backbone, own_output
 
 import tokendial as td
-
-# Name, arguments, and a second image size that is not a square.
-BACKBONES = {
-    "vit": ("vit_tiny_patch16_224", {}, (64, 96)),
-    "augreg": ("vit_small_patch32_224.augreg_in21k", {}, (96, 64)),
-    "deit": ("deit_tiny_patch16_224", {}, (64, 96)),
-    "deit distilled": ("deit_tiny_distilled_patch16_224", {}, (64, 96)),
-    "deit3": ("deit3_small_patch16_224", {}, (96, 64)),
-    "dino": ("vit_small_patch16_224.dino", {}, (64, 96)),
-    "dinov2": ("vit_small_patch14_dinov2", {"num_classes": 5}, (56, 84)),
-    "dinov2 registers": ("vit_small_patch14_reg4_dinov2", {"num_classes": 5}, (84, 56)),
-    "mae": ("vit_base_patch16_224.mae", {"global_pool": "avg", "num_classes": 5}, (64, 96)),
-    "clip": ("vit_base_patch32_clip_224", {}, (64, 96)),
-    "siglip": ("vit_base_patch16_siglip_224", {"num_classes": 5}, (64, 96)),
-    "siglip average": ("vit_base_patch16_siglip_gap_224", {"num_classes": 5}, (64, 96)),
-}
-SQUARE = {14: (70, 70), 16: (64, 64), 32: (64, 64)}
+from tokendial.tokens import Grouping
 
 
-def backbone(name: str, size: tuple[int, int] | None = None, **kwargs):
-    model, arguments, other = BACKBONES[name]
-    patch = 14 if "patch14" in model else 32 if "patch32" in model else 16
-    size = size or SQUARE[patch]
-    torch.manual_seed(0)
-    vit = timm.create_model(model, img_size=size, depth=2, **(arguments | kwargs))
-    return perturbed(vit, std=0.02), images(2, *size), other
-
-
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
-def test_degree_0_equals_timm(name):
-    vit, pictures, _ = backbone(name)
+def test_degree_0_equals_the_model_itself(name, square):
+    vit, size = backbone(name, square=square)
+    pictures = images(2, *size)
     model = td.wrap(vit, reduce=td.ToMe(r=0))
-    torch.testing.assert_close(model(pictures), vit(pictures), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(pictures), own_output(vit)(pictures), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-@torch.no_grad()
-def test_degree_0_equals_timm_on_an_image_that_is_not_square(name):
-    vit, pictures, _ = backbone(name, BACKBONES[name][2])
-    model = td.wrap(vit, reduce=td.ToMe(r=0))
-    torch.testing.assert_close(model(pictures), vit(pictures), atol=1e-5, rtol=0)
-
-
+@pytest.mark.parametrize("name", ["vit", "dinov3"])
 @pytest.mark.parametrize("size", [(64, 96), (32, 32)])
 @torch.no_grad()
-def test_degree_0_equals_timm_at_any_size_with_dynamic_images(size):
-    vit, _, _ = backbone("vit", dynamic_img_size=True)
+def test_degree_0_equals_timm_at_any_size_with_dynamic_images(name, size):
+    vit, _ = backbone(name, dynamic_img_size=True)
     model = td.wrap(vit, reduce=td.ToMe(r=0))
     torch.testing.assert_close(model(images(2, *size)), vit(images(2, *size)), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ["vit", "dinov2 registers", "dinov3", "eva02"])
 @torch.no_grad()
-def test_feature_map_has_the_full_grid_at_the_largest_degree(name):
-    vit, pictures, _ = backbone(name, BACKBONES[name][2])
+def test_feature_maps_at_degree_0_are_timms_intermediates(name):
+    vit, size = backbone(name)
+    pictures = images(2, *size)
     model = td.wrap(vit, reduce=td.ToMe(r=0))
-    model.set_degree(model.degrees[-1])
-    rows, columns = vit.patch_embed.grid_size
-    assert model.feature_map(pictures).shape == (2, vit.embed_dim, rows, columns)
-    assert model(pictures).isfinite().all()
+    for norm in (False, True):
+        theirs = vit.forward_intermediates(
+            pictures, indices=[0, 1], norm=norm, intermediates_only=True
+        )
+        ours = model.feature_maps(pictures, [2, 1], norm=norm)
+        torch.testing.assert_close(ours[::-1], theirs)
+    torch.testing.assert_close(model.feature_map(pictures), theirs[1])
 
 
-@pytest.mark.parametrize("rest", ["merge", "argmax", "drop"])
-@pytest.mark.parametrize("name", ["deit distilled", "dinov2 registers", "clip"])
+@pytest.mark.parametrize("name", [name for name in TIMM if "rope" in name or "dino" in name])
 @torch.no_grad()
-def test_evit_keeps_the_full_grid_for_feature_maps(name, rest):
-    vit, pictures, _ = backbone(name)
-    model = td.wrap(vit, reduce=td.EViT(keep_rate=0.1, layers=(1, 2), rest=rest))
-    rows, columns = vit.patch_embed.grid_size
-    feature_map = model.feature_map(pictures)
-    assert feature_map.shape == (2, vit.embed_dim, rows, columns)
-    assert feature_map.isfinite().all()
+def test_merging_with_itself_changes_nothing_where_every_token_stays(name):
+    # A reduction that reorders tokens and takes none away: positions have to follow.
+    vit, size = backbone(name)
+    model = td.wrap(vit, reduce=td.EViT(keep_rate=0.5, layers=(1,)))
+    prefix = model.anatomy.shape.num_prefix_tokens
+
+    def reorder(layer, degree, tokens, attended):
+        order = torch.arange(tokens.x.shape[1] - prefix).flip(0) + prefix
+        keep = torch.cat([torch.arange(prefix), order]).expand(len(tokens.x), -1)
+        return Grouping(keep, keep[:, :0], keep[:, :0], keep.shape[1])
+
+    model.reducer.group = reorder
+    pictures = images(2, *size)
+    torch.testing.assert_close(model(pictures), vit(pictures), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_feature_maps_at_degree_0_are_timms_intermediates():
-    vit, pictures, _ = backbone("dinov2 registers")
-    model = td.wrap(vit, reduce=td.ToMe(r=0))
-    inner = vit.forward_intermediates(pictures, indices=[0], intermediates_only=True)
-    last = vit.forward_intermediates(pictures, indices=[1], norm=True, intermediates_only=True)
-    torch.testing.assert_close(model.feature_map(pictures, layer=1), inner[0])
-    torch.testing.assert_close(model.feature_map(pictures), last[0])
+def test_fused_positions_are_restored_as_they_were_or_as_the_fused_token(vit):
+    model = td.wrap(vit, reduce=td.EViT(keep_rate=0.25, layers=(2,)))
+    plain = td.wrap(vit).feature_map(images(), layer=1)
+    *_, last = model.steps(images(), track=True)
+    fused = last.tokens.origin[0, 1:] == last.tokens.x.shape[1] - 1
+    assert fused.sum() == 48
+    own = model.feature_map(images(), layer=4)[0].flatten(1)[:, fused]
+    shared = model.feature_map(images(), layer=4, dropped="fused")[0].flatten(1)[:, fused]
+    assert (shared == shared[:, :1]).all()
+    attended = vit.blocks[1].attn(vit.blocks[1].norm1(_tokens(vit, 1)))
+    when_dropped = (_tokens(vit, 1) + attended)[0, 1:].T
+    torch.testing.assert_close(own, when_dropped[:, fused])
+    assert plain.shape == (2, 48, 8, 8)
+
+
+def _tokens(vit, layers):
+    x = vit._pos_embed(vit.patch_embed(images()))
+    for block in vit.blocks[:layers]:
+        x = block(x)
+    return x
+
+
+def test_another_way_to_restore_raises(vit):
+    with pytest.raises(ValueError, match="dropped must be one of own, fused, got 'zero'"):
+        td.wrap(vit).feature_map(images(), dropped="zero")
 
 
 def test_both_heads_of_a_distilled_model_train():
-    vit, pictures, _ = backbone("deit distilled")
+    vit, size = backbone("deit distilled")
     model = td.wrap(vit, reduce=td.ToMe(r=2), adapt=td.Linear())
-    model(pictures).sum().backward()
+    model(images(2, *size)).sum().backward()
     assert vit.head.weight.grad.abs().sum() > 0
     assert vit.head_dist.weight.grad.abs().sum() > 0
 
@@ -136,17 +134,3 @@ def test_gradients_stop_at_the_frozen_backbone(vit):
     model(images()).sum().backward()
     assert vit.blocks[0].mlp.fc1.weight.grad is None
     assert vit.head.weight.grad is not None
-
-
-@pytest.mark.parametrize("reduce", [td.ToMe(r=0), td.EViT(r=0)], ids=["tome", "evit"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore")  # the compiler's own, of the machine and of Python
-def test_compiled_as_one_graph_equals_eager(reduce, backend):
-    torch._dynamo.reset()
-    model = td.wrap(tiny_vit(depth=2), reduce=reduce)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    # The default compiler takes its time; one degree of it stands for the three.
-    for degree in (0, 8, 16) if backend == "aot_eager" else (8,):
-        model.set_degree(degree)
-        torch.testing.assert_close(compiled(images()), model(images()), atol=1e-5, rtol=0)

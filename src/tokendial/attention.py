@@ -1,13 +1,15 @@
-"""Self-attention of a timm block, with token sizes and the by-products that reducers ask for."""
+"""Scaled dot-product attention with token sizes, masks, and the by-products that reducers read."""
 
-# Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
+# Shape legend: B batch, H heads, N tokens, C head_dim.
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers.attention import Attention
 from torch import Tensor
+
+BY_PRODUCTS = frozenset({"mean_keys", "class_attention", "mean_attention", "attention"})
+"""What `attend` can return besides its output."""
 
 
 @dataclass(slots=True)
@@ -15,31 +17,44 @@ class Attended:
     """Output of one attention layer and what was read off on the way."""
 
     out: Tensor
-    """[B, N, D] output after projection and dropout."""
+    """[B, N, H * C] weighted values of all heads, before the output projection."""
     mean_keys: Tensor | None = None
     """[B, N, C] keys, mean over heads (the metric of ToMe)."""
     class_attention: Tensor | None = None
     """[B, N] attention of the first token to every token, mean over heads (the score of EViT)."""
+    mean_attention: Tensor | None = None
+    """[B, N] attention that every token receives, mean over heads and queries."""
+    attention: Tensor | None = None
+    """[B, H, N, N] the whole attention map; rows are queries."""
 
 
 def attend(
-    layer: Attention,
-    x_BND: Tensor,
+    q_BHNC: Tensor,
+    k_BHNC: Tensor,
+    v_BHNC: Tensor,
     *,
+    scale: float | None = None,
+    dropout: float = 0.0,
     size_BN: Tensor | None = None,
+    policy_BN: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
 ) -> Attended:
-    """Run a timm attention layer, optionally weighting keys by token size.
+    """Attention of every token to every token.
 
-    The layer's own modules are called (so adapters put into them by PEFT act), and the fused
-    kernel of PyTorch computes the product; class attention costs one extra row, not a second pass.
+    The fused kernel of PyTorch computes it unless there is a policy; class attention costs one
+    extra row, not a second pass.
 
     Args:
-        layer: timm's `Attention`.
-        x_BND: Normalised tokens.
+        q_BHNC: Queries.
+        k_BHNC: Keys.
+        v_BHNC: Values.
+        scale: Factor on the dot products; None: 1 / sqrt(C).
+        dropout: Probability of dropping an attention weight.
         size_BN: Patches per token; the logarithm is added to the attention logits of the key
             (proportional attention). None: all tokens weigh the same.
-        needs: Of "mean_keys", "class_attention": by-products to return.
+        policy_BN: 1 for tokens that others may see, 0 for those that only see themselves. None:
+            all are seen.
+        needs: Which of `BY_PRODUCTS` to return.
 
     Returns:
         The output and the by-products asked for.
@@ -47,24 +62,60 @@ def attend(
     Source:
         Proportional attention: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023,
         https://arxiv.org/abs/2210.09461, section 3. Class attention: Liang et al., EViT,
-        ICLR 2022, https://arxiv.org/abs/2202.07800, section 3.2.
+        ICLR 2022, https://arxiv.org/abs/2202.07800, section 3.2. Policy: see `masked_softmax`.
     """
-    num_images, num_tokens, _ = x_BND.shape
-    qkv = layer.qkv(x_BND).reshape(num_images, num_tokens, 3, layer.num_heads, layer.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = layer.q_norm(q), layer.k_norm(k)
-    bias = None if size_BN is None else size_BN.log().to(q.dtype)[:, None, None, :]
-    dropout = layer.attn_drop.p if layer.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    out = layer.norm(out.transpose(1, 2).reshape(num_images, num_tokens, layer.attn_dim))
-    if layer.gate is not None:
-        out = out * layer.gate(x_BND).sigmoid()
-    attended = Attended(layer.proj_drop(layer.proj(out)))
+    scale = q_BHNC.shape[-1] ** -0.5 if scale is None else scale
+    bias = None if size_BN is None else size_BN.log().to(q_BHNC.dtype)[:, None, None, :]
+    if policy_BN is None:
+        out = F.scaled_dot_product_attention(
+            q_BHNC, k_BHNC, v_BHNC, attn_mask=bias, dropout_p=dropout, scale=scale
+        )
+    else:
+        logits = (q_BHNC * scale) @ k_BHNC.transpose(-2, -1)
+        weights = masked_softmax(logits if bias is None else logits + bias, policy_BN)
+        out = F.dropout(weights, dropout).to(v_BHNC.dtype) @ v_BHNC
+    attended = Attended(out.transpose(1, 2).flatten(2))
     if "mean_keys" in needs:
-        attended.mean_keys = k.mean(dim=1)
+        attended.mean_keys = k_BHNC.mean(dim=1)
     if "class_attention" in needs:
-        logits_BH1N = (q[:, :, :1] * layer.scale) @ k.transpose(-2, -1)
-        if bias is not None:
-            logits_BH1N = logits_BH1N + bias
-        attended.class_attention = logits_BH1N.softmax(dim=-1, dtype=torch.float32).mean(1)[:, 0]
+        attended.class_attention = _weights(q_BHNC[:, :, :1], k_BHNC, scale, bias).mean(1)[:, 0]
+    if needs & {"mean_attention", "attention"}:
+        weights = _weights(q_BHNC, k_BHNC, scale, bias)
+        if "mean_attention" in needs:
+            attended.mean_attention = weights.mean(dim=(1, 2))
+        if "attention" in needs:
+            attended.attention = weights
     return attended
+
+
+def masked_softmax(logits_BHNN: Tensor, policy_BN: Tensor, eps: float = 1e-6) -> Tensor:
+    """Softmax over the keys that the policy keeps and, in each row, the token itself.
+
+    The gradient reaches the policy, which a hard mask on the logits would not let through.
+
+    Args:
+        logits_BHNN: Scaled attention logits.
+        policy_BN: 1 for kept tokens, 0 for dropped ones.
+        eps: Spread evenly over all keys, so that no row is empty.
+
+    Returns:
+        [B, H, N, N] float32 attention weights.
+
+    Source:
+        Rao et al., "DynamicViT", NeurIPS 2021, https://arxiv.org/abs/2106.02034, equations 10 and
+        11; the authors' code for `eps` and for the maximum over all keys.
+    """
+    num_tokens = logits_BHNN.shape[-1]
+    itself = torch.eye(num_tokens, device=logits_BHNN.device)
+    keep_BN = policy_BN.float()[:, None, None, :]
+    keep = keep_BN + (1.0 - keep_BN) * itself
+    logits = logits_BHNN.float()
+    exponential = (logits - logits.amax(dim=-1, keepdim=True)).exp() * keep
+    total = exponential.sum(dim=-1, keepdim=True)
+    return (exponential + eps / num_tokens) / (total + eps)
+
+
+def _weights(q_BHMC: Tensor, k_BHNC: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """Float32 attention weights [B, H, M, N]."""
+    logits = (q_BHMC * scale) @ k_BHNC.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(dim=-1, dtype=torch.float32)

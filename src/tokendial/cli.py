@@ -190,15 +190,19 @@ def show(
     image: Annotated[Path, typer.Argument(help="An image.")],
     degree: Degree = None,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("tokens.png"),
+    diversity: Annotated[
+        bool, typer.Option("--diversity", help="Plot attention diversity by depth instead.")
+    ] = False,
 ) -> None:
     """Draw the tokens that are left at each depth, and the class attention."""
     from tokendial.atomic import replacing
     from tokendial.data.images import read_image
     from tokendial.show.report import png
-    from tokendial.show.tokens import run_figure
+    from tokendial.show.tokens import run_diversity_figure, run_figure
     from tokendial.train import Run
 
-    figure = run_figure(Run(run), read_image(image), degree=degree, title=image.name)
+    draw = run_diversity_figure if diversity else run_figure
+    figure = draw(Run(run), read_image(image), degree=degree, title=image.name)
     if not out.parent.is_dir():
         raise ValueError(f"out: no such folder: {out.parent}.")
     with replacing(out) as path:

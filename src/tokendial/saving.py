@@ -8,8 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendial.atomic import replacing
 from tokendial.backbones import Backbone, same_backbone
@@ -34,7 +33,7 @@ def save(model: DialViT, directory: Path) -> None:
         path.write_text(json.dumps(_config(model), indent=2) + "\n")
 
 
-def load(directory: str | Path, vit: VisionTransformer | None = None) -> DialViT:
+def load(directory: str | Path, vit: nn.Module | None = None) -> DialViT:
     """Load a model that `save_pretrained` has written.
 
     Args:

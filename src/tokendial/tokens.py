@@ -33,6 +33,11 @@ class Grouping:
     how: Literal["mean", "sum"] = "mean"
     """Whether a group is the weighted mean or the weighted sum of its members."""
 
+    @classmethod
+    def keeping(cls, keep: Tensor, num_tokens: int) -> "Grouping":
+        """The reduction that keeps the old tokens `keep` [B, G] and drops all others."""
+        return cls(keep, keep[:, :0], keep[:, :0], num_tokens)
+
     @property
     def index(self) -> Tensor:
         """[B, N] new index of every old token, -1 where it was dropped."""
@@ -55,9 +60,10 @@ class Grouping:
         if self.src.shape[1] == 0 and (self.how == "mean" or weight_BN is None):
             return take(x_BND, self.keep)
         if weight_BN is None:
-            weight_BN = x_BND.new_ones(x_BND.shape[:2])
-        weight_BN1 = weight_BN.to(x_BND.dtype).unsqueeze(-1)
-        merged = self.sum(x_BND * weight_BN1)
+            merged, weight_BN1 = self.sum(x_BND), x_BND.new_ones(*x_BND.shape[:2], 1)
+        else:
+            weight_BN1 = weight_BN.to(x_BND.dtype).unsqueeze(-1)
+            merged = self.sum(x_BND * weight_BN1)
         return merged if self.how == "sum" else merged / self.sum(weight_BN1)
 
     def sum(self, x_BND: Tensor) -> Tensor:
@@ -65,17 +71,30 @@ class Grouping:
         kept = take(x_BND, self.keep)
         if self.src.shape[1] == 0:
             return kept
-        dst = self.dst.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1])
-        return kept.scatter_add(1, dst, take(x_BND, self.src))
+        absorbed = take(x_BND, self.src).flatten(0, 1)
+        into = _flat(self.dst, kept.shape[1])
+        return kept.flatten(0, 1).index_add(0, into, absorbed).view(kept.shape)
 
     def unmerge(self, y_BGD: Tensor) -> Tensor:
         """Give every old token its group's features; dropped tokens get zeros. [B, N, D]."""
         index = self.index
+        if self.keep.shape[1] + self.src.shape[1] == self.num_tokens:  # nothing was dropped
+            return take(y_BGD, index)
         return take(y_BGD, index.clamp(min=0)) * (index >= 0).unsqueeze(-1)
 
-    def follow(self, origin_BP: Tensor) -> Tensor:
-        """Update the map from original positions to tokens. [B, P], -1 where dropped."""
-        followed = self.index.gather(1, origin_BP.clamp(min=0))
+    def follow(self, origin_BP: Tensor, *, fused_count: bool = True) -> Tensor:
+        """Update the map from original positions to tokens. [B, P], -1 where dropped.
+
+        Args:
+            origin_BP: The map so far.
+            fused_count: Whether members of a weighted sum are found in it, or count as dropped.
+        """
+        index = self.index
+        if self.how == "sum" and not fused_count:
+            fused = torch.zeros_like(self.keep).scatter(1, self.dst, 1)
+            in_fused = (index >= 0) & (fused.gather(1, index.clamp(min=0)) > 0)
+            index = index.masked_fill(in_fused, -1)
+        followed = index.gather(1, origin_BP.clamp(min=0))
         return torch.where(origin_BP < 0, origin_BP, followed)
 
 
@@ -95,14 +114,32 @@ class Tokens:
     """[B, P] token that holds each original position, -1 where dropped; None: not tracked."""
     lost: Tensor | None = None
     """[B, P, D] features of the dropped positions when they were dropped; with `origin`."""
+    fused_count: bool = True
+    """Whether `origin` follows tokens into a fused one (a weighted sum of what was given up);
+    if not, they count as dropped."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """Features [B, N, *] that follow the tokens through each reduction."""
+    rope: Tensor | None = None
+    """Rotary table of the backbone over the original patches; None: it has none."""
+    position: Tensor | None = None
+    """[B, N] original position (prefix included) that each token stands at, with `rope`: that of
+    the token which absorbs others; None: nothing was reduced yet."""
+    policy: Tensor | None = None
+    """[B, N] 1 for tokens that attention sees and 0 for dropped ones, in training with masks;
+    None: it sees all."""
+    selected: Tensor | None = None
+    """[B, N] 1 for tokens that the last FFN processed and 0 for skipped ones; None: all."""
 
-    def tracked(self) -> "Tokens":
-        """The same tokens, with `origin` kept from here on."""
+    def tracked(self, *, fused_count: bool = True) -> "Tokens":
+        """The same tokens, with `origin` kept from here on.
+
+        Args:
+            fused_count: Whether positions follow their tokens into a fused one.
+        """
         num_images, num_tokens = self.x.shape[:2]
         origin = torch.arange(num_tokens, device=self.x.device).expand(num_images, -1)
-        return dataclasses.replace(self, origin=origin, lost=torch.zeros_like(self.x))
+        lost = torch.zeros_like(self.x)
+        return dataclasses.replace(self, origin=origin, lost=lost, fused_count=fused_count)
 
     def reduced(self, grouping: Grouping, *, track_size: bool = False) -> "Tokens":
         """The tokens after `grouping`: features, sizes, positions and carried features alike.
@@ -117,10 +154,13 @@ class Tokens:
         weight = size if grouping.weight is None else grouping.weight
         origin, lost = self.origin, self.lost
         if origin is not None and lost is not None:
-            followed = grouping.follow(origin)
+            followed = grouping.follow(origin, fused_count=self.fused_count)
             dropped_now = ((followed < 0) & (origin >= 0)).unsqueeze(-1)
             lost = torch.where(dropped_now, take(self.x, origin.clamp(min=0)), lost)
             origin = followed
+        position = self.position
+        if self.rope is not None:
+            position = grouping.keep if position is None else position.gather(1, grouping.keep)
         return dataclasses.replace(
             self,
             x=grouping.merge(self.x, weight),
@@ -128,13 +168,14 @@ class Tokens:
             origin=origin,
             lost=lost,
             carried={name: grouping.merge(y, weight) for name, y in self.carried.items()},
+            position=position,
         )
 
     def restored(self) -> Tensor:
         """Features at every original position, [B, P, D]: all reductions undone.
 
         A merged token is copied back to each of its positions; a dropped position has the
-        features that it had when it was dropped.
+        features that it had when it was dropped. See `tracked` for those that were fused.
 
         Raises:
             ValueError: If positions were not tracked.
@@ -147,4 +188,18 @@ class Tokens:
 
 def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     """Rows of each image's tokens, in the order of `index_BK`. [B, K, D]."""
-    return x_BND.gather(1, index_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+    # Whole rows at once; a gather would look up each feature by itself, seven times slower.
+    rows = x_BND.flatten(0, 1).index_select(0, _flat(index_BK, x_BND.shape[1]))
+    return rows.view(*index_BK.shape, x_BND.shape[2])
+
+
+def _flat(index_BK: Tensor, num_tokens: int) -> Tensor:
+    """The same indices into the tokens of all images laid end to end. [B * K]."""
+    first = num_tokens * torch.arange(len(index_BK), device=index_BK.device)
+    return (index_BK + first.unsqueeze(1)).flatten()
+
+
+def patch_grid(tokens: Tokens) -> Tensor:
+    """Patch tokens of a complete sequence as a map, [B, D, rows, columns]."""
+    patches = tokens.x[:, tokens.prefix :]
+    return patches.transpose(1, 2).reshape(len(patches), -1, *tokens.grid)

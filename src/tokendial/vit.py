@@ -1,49 +1,43 @@
-"""DialViT: runs a timm ViT block by block, with a reducer, an adapter and the dial."""
+"""DialViT: runs a ViT block by block, with a reducer, an adapter and the dial."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.attention import Attended, attend
-from tokendial.backbones import (
-    HEADS,
-    Backbone,
-    check_supported,
-    classify,
-    embed,
-    fingerprint,
-    shape_of,
-)
+from tokendial.backbones import Backbone, anatomy_of, fingerprint
 from tokendial.measure.cost import Cost, count_macs
-from tokendial.reduce.base import ReducerConfig
+from tokendial.reduce.base import Outcome, ReducerConfig
 from tokendial.tokens import Tokens
 
 
 def wrap(
-    vit: VisionTransformer,
+    vit: nn.Module,
     *,
     reduce: ReducerConfig | None = None,
     adapt: AdapterConfig | None = None,
     backbone: Backbone | None = None,
 ) -> "DialViT":
-    """Give a timm ViT token reduction, an adapter and the dial.
+    """Give a ViT token reduction, an adapter and the dial.
 
     Args:
-        vit: A timm model made of the standard pre-norm block. It stays `model.vit`; with an
-            adapter its weights are frozen as the method says.
+        vit: A model of timm (VisionTransformer, Eva) or of transformers (ViT, DeiT, Dinov2,
+            CLIPVisionModel). It stays `model.vit`; with an adapter its weights are frozen as the
+            method says.
         reduce: Reduction method, such as `ToMe(r=8)`; None: none.
         adapt: Fine-tuning method, such as `DenseAdapter(dim=32)`; None: which weights train is
             left as it is.
         backbone: How `vit` was built, written into saved models; None: read from `vit`.
 
     Returns:
-        A module with the logits of `vit` at degree 0.
+        A module with the logits of `vit` at degree 0 (a model without a head: its pooled
+        features).
 
     Raises:
         ValueError: If the model is not supported or a method does not fit it.
@@ -58,8 +52,7 @@ def wrap(
         >>> model.cost().tokens_per_layer
         (189, 181)
     """
-    check_supported(vit)
-    return DialViT(vit, reduce=reduce, adapt=adapt, backbone=backbone or Backbone.of(vit))
+    return DialViT(vit, reduce=reduce, adapt=adapt, backbone=backbone)
 
 
 @dataclass(slots=True)
@@ -75,27 +68,33 @@ class Step:
 
 
 class DialViT(nn.Module):
-    """A timm ViT with token reduction, an adapter and a dial; built by `wrap`."""
+    """A ViT with token reduction, an adapter and a dial; built by `wrap`."""
 
     def __init__(
         self,
-        vit: VisionTransformer,
+        vit: nn.Module,
         *,
         reduce: ReducerConfig | None,
         adapt: AdapterConfig | None,
-        backbone: Backbone,
+        backbone: Backbone | None,
     ) -> None:
         super().__init__()
-        shape = shape_of(vit)
-        self.reduce_config, self.adapt_config, self.backbone = reduce, adapt, backbone
+        self.anatomy = anatomy_of(vit)
+        self.reduce_config, self.adapt_config = reduce, adapt
+        self.backbone = backbone or Backbone.of(vit)
         self.fingerprint = fingerprint(vit)
-        self.reducer = reduce.build(shape) if reduce else None
-        self.adapter = adapt.build(shape) if adapt else Adapter()
-        self.vit = vit
+        self.reducer = reduce.build(self.anatomy.shape) if reduce else None
+        self.adapter = adapt.build(self.anatomy.shape) if adapt else Adapter()
+        self.vit: Any = vit
+        if self.adapter.needs_grid and self.reducer and not self.reducer.keeps_grid:
+            raise ValueError(
+                f"{type(adapt).__name__} needs the tokens of all patches in every layer, but "
+                f"{type(reduce).__name__} takes some away; use it with DAR, DyT or FFNMerge."
+            )
         if adapt:
             vit.requires_grad_(False)
             self.adapter.install(vit)
-            for head in self._heads():
+            for head in self.anatomy.heads:
                 head.requires_grad_(True)
         self.degree = 0
         self.set_degree(self.reducer.degree if self.reducer else 0)
@@ -104,6 +103,12 @@ class DialViT(nn.Module):
     def degrees(self) -> tuple[int, ...]:
         """Degrees that the dial offers, from 0 (no reduction) to the cheapest."""
         return self.reducer.degrees if self.reducer else (0,)
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the logits; 0 without a head."""
+        heads = self.anatomy.heads
+        return int(getattr(heads[0], "out_features", 0)) if heads else 0
 
     def set_degree(self, degree: int) -> None:
         """Turn the dial.
@@ -120,13 +125,21 @@ class DialViT(nn.Module):
         """Logits [B, num_classes] of images [B, 3, H, W] at the present degree."""
         for step in self.steps(images):
             tokens = step.tokens
-        return classify(self.vit, tokens)
+        return self.anatomy.classify(tokens)
+
+    def outcome(self, images: Tensor) -> Outcome:
+        """Logits, features and the tokens of every layer: what the losses of methods read."""
+        tokens = [step.tokens for step in self.steps(images)]
+        last = tokens[-1]
+        logits, features = self.anatomy.classify(last).float(), self.anatomy.norm(last.x)
+        return Outcome(self.degree, logits, features, tokens)
 
     def steps(
         self,
         images: Tensor,
         *,
         track: bool = False,
+        dropped: Literal["own", "fused"] = "fused",
         needs: frozenset[str] = frozenset(),
     ) -> Iterator[Step]:
         """Run block by block.
@@ -134,45 +147,70 @@ class DialViT(nn.Module):
         Args:
             images: [B, 3, H, W], normalised.
             track: Keep for each original position which token holds it.
-            needs: By-products of attention ("mean_keys", "class_attention") to return for every
-                block, besides those that the reducer needs.
+            dropped: With `track`: which features restored positions get that were given up for a
+                fused token, see `feature_map`.
+            needs: By-products of attention (see `tokendial.attention.BY_PRODUCTS`) to return for
+                every block, besides those that the reducer needs.
 
         Yields:
             The state after each block, before the final norm.
         """
-        tokens = embed(self.vit, images)
+        tokens = self.anatomy.embed(images)
         if track:
-            tokens = tokens.tracked()
-        for layer in range(1, len(self.vit.blocks) + 1):
+            tokens = tokens.tracked(fused_count=dropped == "fused")
+        for layer in range(1, len(self.anatomy.blocks) + 1):
             tokens, attended = self._block(layer, tokens, needs)
             yield Step(layer, tokens, attended)
 
     def _block(self, layer: int, tokens: Tokens, needs: frozenset[str]) -> tuple[Tokens, Attended]:
-        block: Any = self.vit.blocks[layer - 1]
-        reducer = self.reducer
+        anatomy = self.anatomy
+        reducer = self.reducer if self.degree else None
         acts = reducer is not None and reducer.acts(layer, self.degree)
+        if reducer:
+            tokens = reducer.before_block(layer, self.degree, tokens)
+        x = anatomy.attention_input(layer, tokens.x)
+        scale, dropout = anatomy.attention_settings(layer)
         attended = attend(
-            block.attn,
-            block.norm1(tokens.x),
+            *anatomy.qkv(layer, x, tokens),
+            scale=scale,
+            dropout=dropout,
             size_BN=tokens.size if reducer and reducer.proportional_attention else None,
+            policy_BN=tokens.policy,
             needs=needs | reducer.needs if acts and reducer else needs,
         )
-        tokens = replace(tokens, x=tokens.x + block.drop_path1(block.ls1(attended.out)))
+        tokens = replace(tokens, x=tokens.x + anatomy.attention_branch(layer, attended.out, x))
         if acts and reducer:
             grouping = reducer.group(layer, self.degree, tokens, attended)
             if grouping is not None:
                 tokens = tokens.reduced(grouping, track_size=reducer.tracks_size)
-        x = tokens.x + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens.x))))
+        ffn = partial(anatomy.ffn, layer)
+        if acts and reducer:
+            out, selected = reducer.around_ffn(layer, self.degree, tokens, attended, ffn)
+        else:
+            out, selected = ffn(tokens.x), None
+        x = tokens.x + out
         branch, carried = self.adapter.beside_ffn(layer, tokens)
-        return replace(tokens, x=x if branch is None else x + branch, carried=carried), attended
+        x = x if branch is None else x + branch
+        return replace(tokens, x=x, carried=carried, selected=selected), attended
 
-    def feature_map(self, images: Tensor, layer: int | None = None) -> Tensor:
+    def feature_map(
+        self,
+        images: Tensor,
+        layer: int | None = None,
+        *,
+        dropped: Literal["own", "fused"] = "own",
+    ) -> Tensor:
         """Features at every patch, all reductions undone.
+
+        Merged tokens are copied back to all their positions.
 
         Args:
             images: [B, 3, H, W], normalised.
             layer: Block after which to look, counted from 1, before the final norm; None: after
                 the last one and the final norm.
+            dropped: What positions get whose tokens were given up for a fused one: the features
+                that they had then ("own"), or those of the fused token ("fused"). Tokens that were
+                dropped without a fused one always keep their own.
 
         Returns:
             [B, D, rows, columns]; the class and other prefix tokens are left out.
@@ -180,17 +218,46 @@ class DialViT(nn.Module):
         Raises:
             ValueError: If there is no such layer.
         """
-        depth = len(self.vit.blocks)
-        if layer is not None and not 1 <= layer <= depth:
-            raise ValueError(f"layer must lie in [1, {depth}] (counted from 1), got {layer}.")
-        for step in self.steps(images, track=True):
-            if step.layer == layer:
+        layers = None if layer is None else [layer]
+        return self.feature_maps(images, layers, dropped=dropped, norm=layer is None)[0]
+
+    def feature_maps(
+        self,
+        images: Tensor,
+        layers: Sequence[int] | None = None,
+        *,
+        dropped: Literal["own", "fused"] = "own",
+        norm: bool = False,
+    ) -> list[Tensor]:
+        """Feature maps after several blocks in one run; like timm's `forward_intermediates`.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            layers: Blocks, counted from 1, each once; None: the last one.
+            dropped: As in `feature_map`.
+            norm: Apply the final norm to each.
+
+        Returns:
+            [B, D, rows, columns] for each layer, in the order of `layers`.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        depth = len(self.anatomy.blocks)
+        layers = [depth] if layers is None else list(layers)
+        if bad := [layer for layer in layers if not 1 <= layer <= depth]:
+            raise ValueError(f"layer must lie in [1, {depth}] (counted from 1), got {bad[0]}.")
+        if dropped not in ("own", "fused"):
+            raise ValueError(f"dropped must be one of own, fused, got {dropped!r}.")
+        maps: dict[int, Tensor] = {}
+        for step in self.steps(images, track=True, dropped=dropped):
+            if step.layer in layers:
+                x = step.tokens.restored()
+                x = (self.anatomy.norm(x) if norm else x)[:, step.tokens.prefix :]
+                maps[step.layer] = x.transpose(1, 2).reshape(*x.shape[::2], *step.tokens.grid)
+            if step.layer == max(layers):
                 break
-        x = step.tokens.restored()
-        if layer is None:
-            x = self.vit.norm(x)
-        rows, columns = step.tokens.grid
-        return x[:, step.tokens.prefix :].transpose(1, 2).reshape(*x.shape[::2], rows, columns)
+        return [maps[layer] for layer in layers]
 
     def cost(self, degree: int | None = None) -> Cost:
         """Parameters, multiply-accumulates and tokens of one image of the configured size.
@@ -205,12 +272,11 @@ class DialViT(nn.Module):
         tokens: list[int] = []
 
         def run(call: nn.Module) -> None:
-            images = torch.empty(
-                1, self.vit.in_chans, *self.vit.patch_embed.img_size, device="meta"
-            )
+            size = self.anatomy.image_size
+            images = torch.empty(1, self.anatomy.in_chans, *size, device="meta")
             for step in self.steps(images):
                 tokens.append(step.tokens.x.shape[1])
-            classify(self.vit, step.tokens)
+            self.anatomy.classify(step.tokens)
 
         try:
             if degree is not None:
@@ -219,7 +285,7 @@ class DialViT(nn.Module):
             at = self.degree
         finally:
             self.degree = before
-        heads = {id(p) for head in self._heads() for p in head.parameters()}
+        heads = {id(p) for head in self.anatomy.heads for p in head.parameters()}
         return Cost(
             degree=at,
             params=sum(p.numel() for p in self.parameters()),
@@ -247,6 +313,3 @@ class DialViT(nn.Module):
         from tokendial.saving import push
 
         return push(self, repo_id, private=private, token=token)
-
-    def _heads(self) -> list[nn.Module]:
-        return [head for name in HEADS if (head := getattr(self.vit, name, None)) is not None]

@@ -1,11 +1,12 @@
 import pytest
-import timm
 import torch
-from examples import golden, golden_vit, images, tiny_vit
+from examples import golden, golden_vit, images, split, tiny_vit
 
 import tokendial as td
 from tokendial.attention import attend
-from tokendial.reduce.evit import attentive_grouping, num_kept_tokens, shrunk_keep_rate
+from tokendial.backbones import anatomy_of
+from tokendial.reduce.base import num_kept_tokens
+from tokendial.reduce.evit import attentive_grouping, shrunk_keep_rate
 from tokendial.tokens import Tokens
 
 RATES = {"sched": [0.7, 0.7], "runtime": [0.5, 0.9]}
@@ -44,22 +45,22 @@ def test_whole_model_equals_the_reference(rates, rest):
 @torch.no_grad()
 def test_one_block_equals_the_reference(rest):
     meta, tensors = golden("evit_fused_token")
-    block = timm.models.vision_transformer.Block(48, 3, qkv_bias=True)
-    block.load_state_dict(
-        {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
-    )
-    block = block.eval()
-    x = tensors["input"]
-    attended = attend(block.attn, block.norm1(x), needs=frozenset({"class_attention"}))
+    vit = tiny_vit(depth=1)
+    vit.blocks[0].load_state_dict(split(tensors, "weight."))
+    anatomy, x = anatomy_of(vit), tensors["input"]
+    normed = anatomy.attention_input(1, x)
+    heads = anatomy.qkv(1, normed, Tokens(x, 1, (4, 8)))
+    attended = attend(*heads, needs=frozenset({"class_attention"}))
     scores = attended.class_attention[:, 1:]
     torch.testing.assert_close(scores, tensors["output.rate.cls_attn"], atol=1e-5, rtol=0)
     num_kept = num_kept_tokens(scores.shape[1], meta["settings"]["block_keep_rate"])
     grouping = attentive_grouping(scores, num_kept, rest=REST[rest])
     assert torch.equal(grouping.keep[:, 1 : 1 + num_kept] - 1, tensors["output.rate.kept_idx"])
-    tokens = Tokens(x + attended.out, 1, (4, 8)).reduced(grouping)
+    after = x + anatomy.attention_branch(1, attended.out, normed)
+    tokens = Tokens(after, 1, (4, 8)).reduced(grouping)
     before = tensors[f"output.rate_{rest}.tokens_before_mlp"]
     torch.testing.assert_close(tokens.x, before, atol=1e-5, rtol=0)
-    out = tokens.x + block.mlp(block.norm2(tokens.x))
+    out = tokens.x + anatomy.ffn(1, tokens.x)
     torch.testing.assert_close(out, tensors[f"output.rate_{rest}.out"], atol=1e-5, rtol=0)
 
 
@@ -146,5 +147,50 @@ def test_a_layer_that_the_model_has_not_raises(vit):
 
 def test_a_backbone_without_class_token_raises():
     vit = tiny_vit(class_token=False, global_pool="avg")
-    with pytest.raises(ValueError, match="EViT needs a backbone with a class token"):
+    with pytest.raises(
+        ValueError, match="EViT needs a backbone with a class token; for this one use score='mean'"
+    ):
         td.wrap(vit, reduce=td.EViT(r=2))
+
+
+def test_the_keep_rate_of_training_shrinks_and_that_of_inference_does_not():
+    model = td.wrap(tiny_vit(), reduce=td.EViT(keep_rate=0.5, layers=(2,), shrink=(1, 3)))
+
+    def tokens_in_training(step):
+        model.train()
+        model.reducer.at_step(step, steps_per_epoch=10)
+        *_, last = model.steps(images())
+        return last.tokens.x.shape[1] - 2
+
+    counts = [tokens_in_training(step) for step in (0, 9, 15, 20, 25, 30, 50)]
+    assert counts[:2] == [63, 63]  # nothing is reduced yet, there is no fused token
+    assert counts == sorted(counts, reverse=True)
+    assert counts[3] == 64 * 0.75
+    assert counts[-2:] == [32, 32]
+    model.reducer.at_step(0, steps_per_epoch=10)
+    model.eval()
+    assert model.cost().tokens_per_layer[-1] == 1 + 32 + 1
+
+
+def test_without_class_token_the_mean_attention_can_rank():
+    vit = tiny_vit(class_token=False, global_pool="avg")
+    model = td.wrap(vit, reduce=td.EViT(keep_rate=0.5, layers=(2,), score="mean", rest="drop"))
+    needs = frozenset({"attention"})
+    steps = list(model.steps(images(), track=True, needs=needs))
+    received = steps[1].attended.attention.mean((1, 2))
+    kept = (steps[-1].tokens.origin >= 0).nonzero()[:, 1].reshape(2, 32)
+    assert torch.equal(received.topk(32).indices.sort().values, kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shrink": (5, 5)}, r"shrink must be two rising epochs, got \(5, 5\)"),
+        ({"shrink": (5,)}, "shrink must be two rising epochs"),
+        ({"shrink": (0, 5), "r": 8}, "shrink goes with keep_rate, not with r"),
+        ({"score": "max"}, "score must be one of class, mean, got 'max'"),
+    ],
+)
+def test_bad_schedules_and_scores_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        td.EViT(**settings)

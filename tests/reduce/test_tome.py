@@ -1,9 +1,11 @@
 import pytest
 import torch
 from examples import golden, golden_vit, images, tiny_vit
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tokendial as td
-from tokendial.reduce.tome import bipartite_matching, kth_bipartite_matching, merge_schedule
+from tokendial.reduce.tome import bipartite_matching, merge_schedule, random_matching
 from tokendial.tokens import Grouping, Tokens
 
 MATCHING = [
@@ -91,10 +93,11 @@ def test_a_second_step_equals_the_reference(case):
 @pytest.mark.parametrize("k", [2, 4])
 def test_kth_matching_equals_the_reference(k):
     _, tensors = golden(f"tome_kth_k{k}")
-    grouping = kth_bipartite_matching(tensors["input.metric"], k)
+    x, metric = tensors["input.x"], tensors["input.metric"]
+    grouping = bipartite_matching(metric, x.shape[1], stride=k)
     assert grouping is not None
-    x = tensors["input.x"]
-    assert torch.equal(grouping.dst, tensors["output.dst_idx"])
+    sources = [n for n in range(x.shape[1]) if n % k != k - 1]
+    assert torch.equal(grouping.index[:, sources], tensors["output.dst_idx"])
     torch.testing.assert_close(grouping.merge(x), tensors["output.merge_mean"], **CLOSE)
     torch.testing.assert_close(grouping.sum(x), tensors["output.merge_sum"], **CLOSE)
     restored = grouping.unmerge(grouping.merge(x))
@@ -105,15 +108,74 @@ def test_kth_matching_equals_the_reference(k):
     assert torch.equal(source_of(grouping), tensors["output.source_none"])
 
 
-def test_kth_matching_keeps_the_tokens_of_an_incomplete_group():
-    grouping = kth_bipartite_matching(torch.randn(1, 11, 4), 4)
-    assert grouping is not None
-    assert grouping.keep.tolist() == [[3, 7, 8, 9, 10]]
+@given(
+    num_tokens=st.integers(1, 40),
+    prefix=st.integers(0, 6),
+    r=st.integers(0, 40),
+    stride=st.integers(2, 5),
+    random=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_matching_protects_the_prefix_and_loses_no_token(
+    num_tokens, prefix, r, stride, random, seed
+):
+    num_tokens += prefix
+    metric = torch.randn(2, num_tokens, 4, generator=torch.Generator().manual_seed(seed))
+    if random:
+        stride = 2
+        grouping = random_matching(metric, r, num_prefix_tokens=prefix, seed=(seed,))
+    else:
+        grouping = bipartite_matching(metric, r, num_prefix_tokens=prefix, stride=stride)
+    free = num_tokens - prefix
+    merged = min(r, free * (stride - 1) // stride) if free >= stride else 0
+    if merged == 0:
+        assert grouping is None
+        return
+    index = grouping.index
+    assert grouping.keep.shape == (2, num_tokens - merged)
+    assert torch.equal(index[:, :prefix], torch.arange(prefix).expand(2, -1))
+    assert (index[:, prefix:] >= prefix).all()
+    for image in index:
+        assert set(image.tolist()) == set(range(num_tokens - merged))
 
 
-@pytest.mark.parametrize("k", [0, 1, 12])
-def test_kth_matching_without_a_group_merges_nothing(k):
-    assert kth_bipartite_matching(torch.randn(1, 11, 4), k) is None
+def test_random_matching_depends_on_the_seed_and_the_layer():
+    model = {
+        seed: td.wrap(tiny_vit(), reduce=td.ToMe(r=8, matching="random", seed=seed))
+        for seed in (0, 1)
+    }
+
+    def kept(seed, layer):
+        steps = list(model[seed].steps(images(1), track=True))
+        return steps[layer - 1].tokens.origin.tolist()
+
+    with torch.no_grad():
+        assert kept(0, 1) == kept(0, 1)
+        assert kept(0, 1) != kept(1, 1)
+    metric = torch.randn(1, 65, 4)
+    first, second = (random_matching(metric, 8, seed=(0, layer)).src for layer in (1, 2))
+    assert not torch.equal(first, second)
+
+
+def test_a_larger_stride_offers_more_degrees():
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=8, stride=4))
+    assert model.degrees[-1] == 48
+    assert model.cost(48).tokens_per_layer == (17, 5, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"matching": "greedy"}, "matching must be one of bipartite, random, got 'greedy'"),
+        ({"stride": 1}, "stride must be an integer of at least 2, got 1"),
+        ({"stride": 4, "matching": "random"}, "stride goes with bipartite matching, got 4"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+    ],
+)
+@pytest.mark.parametrize("method", [td.ToMe, td.FFNMerge])
+def test_bad_settings_of_a_matching_raise(method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        method(**settings)
 
 
 def schedule_rows() -> list[dict]:

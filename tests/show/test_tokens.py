@@ -53,6 +53,16 @@ def test_tokens_are_painted_with_their_mean_colour_and_dropped_ones_dark():
     assert painted[1, 3].tolist() == [66, 66, 66]
 
 
+def test_tokens_that_the_ffn_skips_are_shown_as_missing():
+    model = td.wrap(tiny_vit(), reduce=td.DyT(target_ratio=0.25, selection="topk"))
+    maps = token_maps(model, images(1)[0])
+    assert maps.num_tokens == (17,) * 4
+    assert maps.reduces == (True,) * 4
+    assert [(origin < 0).sum() for origin in maps.origin] == [48] * 4
+    figure = token_figure(model, images(1)[0], np.zeros((32, 32, 3), np.uint8))
+    assert len(figure.axes) == 6
+
+
 def test_the_figure_has_a_panel_for_every_layer_that_reduces():
     model = td.wrap(tiny_vit(), reduce=td.EViT(keep_rate=0.5, layers=(2, 4)))
     figure = token_figure(model, images(1)[0], np.zeros((32, 32, 3), np.uint8))

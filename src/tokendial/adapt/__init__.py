@@ -2,6 +2,7 @@
 
 from tokendial.adapt.adaptformer import AdaptFormer
 from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.adapt.dar import DARAdapter
 from tokendial.adapt.dense import DenseAdapter
 from tokendial.adapt.lora import LoRA
 from tokendial.adapt.plain import Full, Linear
@@ -10,6 +11,7 @@ __all__ = [
     "AdaptFormer",
     "Adapter",
     "AdapterConfig",
+    "DARAdapter",
     "DenseAdapter",
     "Full",
     "Linear",

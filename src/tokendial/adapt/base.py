@@ -1,6 +1,7 @@
 """What every fine-tuning method provides."""
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ class Adapter(nn.Module):
     Every hook does nothing unless a method overrides it, and a fresh adapter leaves the model's
     outputs unchanged.
     """
+
+    needs_grid: ClassVar[bool] = False
+    """Whether it reads the patches as a map, which no reduction may have thinned out."""
 
     def install(self, vit: nn.Module) -> None:
         """Put layers into `vit` in place and choose which of its weights train.

@@ -74,7 +74,8 @@ class LoRAAdapter(Adapter):
         """
         import peft
 
-        endings = {name.rsplit(".", 1)[-1] for name, _ in vit.blocks.named_modules()}  # type: ignore[union-attr]
+        linear = [name for name, part in vit.named_modules() if isinstance(part, nn.Linear)]
+        endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
         if missing := [name for name in self.config.target_modules if name not in endings]:
             raise ValueError(
                 f"target_modules must name layers of the blocks (qkv, proj, fc1, fc2), "

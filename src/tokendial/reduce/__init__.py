@@ -1,7 +1,22 @@
 """Token reduction: one file per method."""
 
-from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape
+from tokendial.reduce.base import Outcome, Reducer, ReducerConfig, ViTShape
+from tokendial.reduce.dar import DAR
+from tokendial.reduce.dynamicvit import DynamicViT
+from tokendial.reduce.dyt import DyT
 from tokendial.reduce.evit import EViT
+from tokendial.reduce.ffn_merge import FFNMerge
 from tokendial.reduce.tome import ToMe
 
-__all__ = ["EViT", "Reducer", "ReducerConfig", "ToMe", "ViTShape"]
+__all__ = [
+    "DAR",
+    "DyT",
+    "DynamicViT",
+    "EViT",
+    "FFNMerge",
+    "Outcome",
+    "Reducer",
+    "ReducerConfig",
+    "ToMe",
+    "ViTShape",
+]

@@ -1,10 +1,15 @@
 """What every token-reduction method provides."""
 
+# Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim.
+
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tokendial.attention import Attended
 from tokendial.tokens import Grouping, Tokens
@@ -38,17 +43,37 @@ class ReducerConfig(ABC):
         """
 
 
-class Reducer(nn.Module, ABC):
-    """Runs a reduction method between attention and FFN.
+@dataclass(slots=True)
+class Outcome:
+    """A forward pass as the losses of methods see it."""
 
-    Token counts follow from (layer, degree, number of tokens) alone, never from values, so that
-    each degree compiles and exports as one graph.
+    degree: int
+    """The degree that it ran at."""
+    logits: Tensor
+    """[B, num_classes], float32."""
+    features: Tensor
+    """[B, N, D] tokens after the final norm."""
+    tokens: list[Tokens]
+    """Tokens that leave each block."""
+
+
+class Reducer(nn.Module, ABC):
+    """Runs a reduction method: before a block, between its attention and FFN, or around its FFN.
+
+    A method overrides the one hook that it needs; none is called at degree 0. Token counts follow
+    from (layer, degree, number of tokens) alone, never from values, so that each degree compiles
+    and exports as one graph; methods that cannot promise that say so.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """By-products of attention that `group` reads."""
+    needs: frozenset[str] = frozenset()
+    """By-products of attention that `group` and `around_ffn` read."""
     tracks_size: ClassVar[bool] = False
     """Whether tokens count the patches they stand for."""
+    keeps_grid: ClassVar[bool] = False
+    """Whether every token leaves every block, so that adapters find the whole patch grid."""
+    also_runs: frozenset[str] = frozenset()
+    """Passes that `losses` reads besides the student's: "complete" (the same model at degree 0,
+    with gradients), "teacher" (a trained model, if there is one)."""
     proportional_attention: bool = False
     """Whether token sizes weigh keys in attention."""
     degrees: tuple[int, ...]
@@ -58,11 +83,115 @@ class Reducer(nn.Module, ABC):
 
     @abstractmethod
     def acts(self, layer: int, degree: int) -> bool:
-        """Whether `group` may reduce in `layer` (counted from 1), so that it gets its needs."""
+        """Whether the method reduces in `layer` (counted from 1), after its attention."""
 
-    @abstractmethod
+    def before_block(self, layer: int, degree: int, tokens: Tokens) -> Tokens:
+        """Tokens that enter `layer`; called in every layer."""
+        return tokens
+
     def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
         """The reduction of `tokens` after attention of `layer`; None: nothing to do."""
+        return None
+
+    def around_ffn(
+        self,
+        layer: int,
+        degree: int,
+        tokens: Tokens,
+        attended: Attended,
+        ffn: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the FFN of `layer`, on fewer tokens if the method does so.
+
+        Args:
+            layer: The block, counted from 1.
+            degree: The degree of the dial.
+            tokens: The tokens that enter the FFN.
+            attended: Output and by-products of attention.
+            ffn: The FFN with its norm and scale, of [..., D].
+
+        Returns:
+            What is added to the tokens, [B, N, D], and which tokens were processed, [B, N] (None:
+            all).
+        """
+        return ffn(tokens.x), None
+
+    def losses(
+        self,
+        student: Outcome,
+        *,
+        complete: Outcome | None,
+        teacher: Outcome | None,
+        task_loss: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """Losses of the method, weighted, to be added to the task's.
+
+        Args:
+            student: The pass at the degree that trains.
+            complete: The pass at degree 0, if `also_runs` asks for it.
+            teacher: The teacher's pass, if `also_runs` asks for it and there is a teacher.
+            task_loss: The task's loss as a function of logits.
+        """
+        return {}
+
+    def at_step(self, step: int, steps_per_epoch: int) -> None:
+        """Told before each step of training how many were done, for methods with a schedule."""
+
+
+DIAL_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+def dial_of(rate: float) -> tuple[tuple[float, ...], int]:
+    """Rates 1, 0.9, ... 0.1 with `rate` sorted in, and its position: the degrees of a share."""
+    rates = tuple(sorted({1.0, float(rate), *DIAL_RATES}, reverse=True))
+    return rates, rates.index(float(rate))
+
+
+def num_kept_tokens(num_patches: int, keep_rate: float) -> int:
+    """Number of patch tokens left at `keep_rate`, rounded up and never below one.
+
+    Example:
+        >>> num_kept_tokens(196, 0.7)
+        138
+    """
+    # The epsilon absorbs binary rounding: 0.07 * 100 is 7.000000000000001, not 7.
+    return max(1, math.ceil(keep_rate * num_patches - 1e-9))
+
+
+def best_tokens(scores_BL: Tensor, count: int, num_prefix_tokens: int) -> Tensor:
+    """Indices of the prefix tokens and then the best patch tokens, best first.
+
+    Args:
+        scores_BL: One score per patch token.
+        count: Patch tokens to name; a Python int, so that shapes are static.
+        num_prefix_tokens: Leading tokens that are always named.
+
+    Returns:
+        [B, num_prefix_tokens + count].
+    """
+    prefix = torch.arange(num_prefix_tokens, device=scores_BL.device).expand(len(scores_BL), -1)
+    best = scores_BL.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.cat([prefix, num_prefix_tokens + best], dim=1)
+
+
+def check_share(name: str, share: object) -> None:
+    """Raise a ValueError unless `share` is a number in (0, 1]."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {share}.")
+
+
+def check_own_layers(layers: tuple[int, ...]) -> None:
+    """Raise a ValueError unless `layers` are layers, each named once."""
+    if not layers or any(type(n) is not int or n < 1 for n in layers):
+        raise ValueError(f"layers must be integers from 1 up, got {layers}.")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers must differ from each other, got {layers}.")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def check_layers(layers: tuple[int, ...], depth: int) -> None:

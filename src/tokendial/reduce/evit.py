@@ -3,26 +3,38 @@
 Source: Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
 Reorganizations", ICLR 2022, https://arxiv.org/abs/2202.07800, and the authors' code: the kept
 tokens stand in descending order of attention, the fused token comes last and its weights are the
-raw attention values. Departures: the number kept is not raised by binary rounding error
-(0.07 of 100 tokens are 7, not 8). The variant with `r` tokens less in every layer is Token
-Compensator's (Jie et al., ECCV 2024, https://arxiv.org/abs/2408.06798).
+raw attention values. Departures: the number kept is not raised by binary rounding error (0.07 of
+100 tokens are 7, not 8); backbones without a class token can be scored by the attention that
+tokens receive from all others, which is not in the paper. The variant with `r` tokens less in
+every layer is Token Compensator's (Jie et al., ECCV 2024, https://arxiv.org/abs/2408.06798).
 """
 
 # Shape legend: B batch, N tokens (prefix + patch), L patch tokens, K kept patch tokens.
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokendial.attention import Attended
 from tokendial.methods import register
-from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape, check_layers
+from tokendial.reduce.base import (
+    Reducer,
+    ReducerConfig,
+    ViTShape,
+    best_tokens,
+    check_choice,
+    check_layers,
+    check_own_layers,
+    check_share,
+    dial_of,
+    num_kept_tokens,
+)
 from tokendial.tokens import Grouping, Tokens
-
-DIAL_KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @register("reduce", "evit")
@@ -43,6 +55,12 @@ class EViT(ReducerConfig):
     fuse_weights: Literal["raw", "normalised"] = "raw"
     """Weights of the fused token: attention as it is (sums to less than 1), or divided by its
     sum."""
+    score: Literal["class", "mean"] = "class"
+    """Attention that ranks the tokens: the class token's, or, for backbones without one, the mean
+    over all tokens (one more attention map in each layer that reduces)."""
+    shrink: tuple[int, int] | None = None
+    """Epochs of training (counted from 0) between which the keep rate shrinks from 1 to its
+    target; null: the target from the start."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -52,25 +70,23 @@ class EViT(ReducerConfig):
             raise ValueError(f"give keep_rate or r, not both; got {self.keep_rate} and {self.r}.")
         if self.r is not None and (type(self.r) is not int or self.r < 0):
             raise ValueError(f"r must be an integer of at least 0, got {self.r}.")
-        if not self.layers or any(type(n) is not int or n < 1 for n in self.layers):
-            raise ValueError(f"layers must be integers from 1 up, got {self.layers}.")
-        if len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers must differ from each other, got {self.layers}.")
+        check_own_layers(self.layers)
         self._check_rates()
-        for name, allowed in (
-            ("rest", ("merge", "argmax", "drop")),
-            ("fuse_weights", ("raw", "normalised")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
-                )
+        check_choice("rest", self.rest, ("merge", "argmax", "drop"))
+        check_choice("fuse_weights", self.fuse_weights, ("raw", "normalised"))
+        check_choice("score", self.score, ("class", "mean"))
+        if self.shrink is not None:
+            object.__setattr__(self, "shrink", tuple(self.shrink))
+            if len(self.shrink) != 2 or not 0 <= self.shrink[0] < self.shrink[1]:
+                raise ValueError(f"shrink must be two rising epochs, got {self.shrink}.")
+            if self.r is not None:
+                raise ValueError("shrink goes with keep_rate, not with r.")
 
     def _check_rates(self) -> None:
         rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate]
         for rate in rates:
-            if rate is not None and not (isinstance(rate, int | float) and 0.0 < rate <= 1.0):
-                raise ValueError(f"keep_rate must be in (0, 1], got {rate}.")
+            if rate is not None:
+                check_share("keep_rate", rate)
         if isinstance(self.keep_rate, list) and len(self.keep_rate) != len(self.layers):
             raise ValueError(
                 f"keep_rate must have one entry for each of the {len(self.layers)} layers, "
@@ -89,16 +105,18 @@ class EViTReducer(Reducer):
     (into which another rate is sorted); with a list of keep rates, 0 (off) or 1 (as listed).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"class_attention"})
-
     def __init__(self, config: EViT, vit: ViTShape) -> None:
         super().__init__()
-        if not vit.has_class_token:
-            raise ValueError("EViT needs a backbone with a class token; use ToMe for this one.")
+        if config.score == "class" and not vit.has_class_token:
+            raise ValueError(
+                "EViT needs a backbone with a class token; for this one use score='mean' or ToMe."
+            )
         self.config = config
+        self.needs = frozenset({f"{config.score}_attention"})
         self.layers = tuple(range(1, vit.depth + 1)) if config.r is not None else config.layers
         check_layers(self.layers, vit.depth)
         self._rates: list[dict[int, float]] = []
+        self._shrinking: Callable[[float], float] | None = None
         if config.r is not None:
             self.degrees = tuple(range(vit.num_patches // 2 + 1))
             self.degree = config.r
@@ -109,29 +127,45 @@ class EViTReducer(Reducer):
             self.degree = 1
         else:
             assert config.keep_rate is not None
-            steps = sorted({1.0, float(config.keep_rate), *DIAL_KEEP_RATES}, reverse=True)
-            self._rates = [dict.fromkeys(config.layers, rate) for rate in steps]
-            self.degree = steps.index(config.keep_rate)
+            rates, self.degree = dial_of(config.keep_rate)
+            self._rates = [dict.fromkeys(config.layers, rate) for rate in rates]
         self.degrees = tuple(range(len(self._rates)))
+
+    def at_step(self, step: int, steps_per_epoch: int) -> None:
+        """Shrink the keep rate of training as `shrink` says."""
+        if self.config.shrink:
+            first, last = self.config.shrink
+            self._shrinking = partial(
+                shrunk_keep_rate,
+                step=step,
+                steps_per_epoch=steps_per_epoch,
+                start_epoch=first,
+                end_epoch=last,
+            )
+
+    def keep_rate(self, layer: int, degree: int) -> float:
+        """Share of the patch tokens that `layer` keeps, at this step if in training."""
+        rate = self._rates[degree].get(layer, 1.0)
+        return self._shrinking(rate) if self.training and self._shrinking else rate
 
     def num_kept(self, layer: int, degree: int, num_patches: int) -> int:
         """Patch tokens kept apart in `layer`; a fused or argmax token comes on top."""
         if self.config.r is None:
-            return num_kept_tokens(num_patches, self._rates[degree].get(layer, 1.0))
+            return num_kept_tokens(num_patches, self.keep_rate(layer, degree))
         extra = self.config.rest != "drop"
         # A fused token stands for what goes, so removing r tokens takes r + 1 out.
-        return max(1, num_patches - degree - extra) if degree else num_patches
+        return max(1, num_patches - degree - extra)
 
     def acts(self, layer: int, degree: int) -> bool:
         """Whether this layer has a keep rate below 1, or r is above 0."""
-        if self.config.r is None:
-            return self._rates[degree].get(layer, 1.0) < 1.0
-        return degree > 0
+        return self.config.r is not None or self.keep_rate(layer, degree) < 1.0
 
     def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
-        """Keep the patch tokens that the class token attends to most."""
-        assert attended.class_attention is not None
-        scores_BL = attended.class_attention[:, tokens.prefix :]
+        """Keep the patch tokens that are attended to most."""
+        by_class = self.config.score == "class"
+        scores = attended.class_attention if by_class else attended.mean_attention
+        assert scores is not None
+        scores_BL = scores[:, tokens.prefix :]
         return attentive_grouping(
             scores_BL,
             self.num_kept(layer, degree, scores_BL.shape[1]),
@@ -139,17 +173,6 @@ class EViTReducer(Reducer):
             rest=self.config.rest,
             fuse_weights=self.config.fuse_weights,
         )
-
-
-def num_kept_tokens(num_patches: int, keep_rate: float) -> int:
-    """Number of patch tokens left at `keep_rate`, rounded up and never below one.
-
-    Example:
-        >>> num_kept_tokens(196, 0.7)
-        138
-    """
-    # The epsilon absorbs binary rounding: 0.07 * 100 is 7.000000000000001, not 7.
-    return max(1, math.ceil(keep_rate * num_patches - 1e-9))
 
 
 def attentive_grouping(
@@ -177,16 +200,13 @@ def attentive_grouping(
     num_images, num_patches = scores_BL.shape
     if num_kept + (rest == "argmax") >= num_patches:
         return None
-    order_BL = scores_BL.argsort(dim=1, descending=True, stable=True)
-    num_stay = num_kept + (rest != "drop")
-    prefix = torch.arange(num_prefix_tokens, device=scores_BL.device).expand(num_images, -1)
-    keep = torch.cat([prefix, num_prefix_tokens + order_BL[:, :num_stay]], dim=1)
+    num_stay = num_prefix_tokens + num_kept + (rest != "drop")
     num_tokens = num_prefix_tokens + num_patches
+    order = best_tokens(scores_BL, num_patches, num_prefix_tokens)
+    keep, src = order[:, :num_stay], order[:, num_stay:]
     if rest != "merge":
-        nothing = keep[:, :0]
-        return Grouping(keep, nothing, nothing, num_tokens)
-    src = num_prefix_tokens + order_BL[:, num_stay:]
-    kept = order_BL[:, :num_kept]
+        return Grouping.keeping(keep, num_tokens)
+    kept = keep[:, num_prefix_tokens:-1] - num_prefix_tokens
     weight = scores_BL
     if fuse_weights == "normalised":
         weight = scores_BL / scores_BL.scatter(1, kept, 0.0).sum(dim=1, keepdim=True)

@@ -2,22 +2,27 @@
 
 Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023,
 https://arxiv.org/abs/2210.09461, section 3 and appendix D (schedules), and the authors' code for
-order and rounding. Departures: any number of prefix tokens is protected, where the code knows a
-class and a distillation token; k-th matching keeps the tokens of an incomplete last group, where
-the code drops them.
+order and rounding. The family: bipartite soft matching; k-th bipartite matching, where one token
+in `stride` absorbs; random bipartite matching, a baseline. Departures: any number of prefix tokens
+is protected, where the code knows a class and a distillation token; k-th matching can merge fewer
+tokens than it might, and merges those of an incomplete last group, where the code drops them;
+random matching draws the same tokens for every image of a batch, so that an image does not depend
+on its neighbours.
 """
 
-# Shape legend: B batch, N tokens, C metric width, A tokens of the even set, E tokens of the odd.
+# Shape legend: B batch, N tokens, C metric width, A tokens that may be absorbed, E that absorb.
 
+import random
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.attention import Attended
 from tokendial.methods import register
-from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape
+from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape, check_choice
 from tokendial.tokens import Grouping, Tokens
 
 
@@ -34,8 +39,16 @@ class ToMe(ReducerConfig):
     down to 0. With one number r only."""
     proportional_attention: bool = True
     """Add the logarithm of token sizes to the attention logits."""
+    matching: Literal["bipartite", "random"] = "bipartite"
+    """Which tokens may be absorbed: fixed positions, the most similar first, or random ones."""
+    stride: int = 2
+    """One token in `stride` absorbs the others (k-th matching), so that up to (stride - 1) /
+    stride of them can merge in one layer. With bipartite matching only."""
+    seed: int = 0
+    """Seed of random matching."""
 
     def __post_init__(self) -> None:
+        check_matching(self.matching, self.stride, self.seed)
         if isinstance(self.r, tuple):
             if len(self.r) != 2 or self.inflection:
                 raise ValueError(f"r as a tuple must be (r, inflection), got {self.r}.")
@@ -59,8 +72,8 @@ class ToMe(ReducerConfig):
 class ToMeReducer(Reducer):
     """Runs ToMe. The degree is r; with a list of r, it is 0 (off) or 1 (as listed)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"mean_keys"})
-    tracks_size: ClassVar[bool] = True
+    needs = frozenset({"mean_keys"})
+    tracks_size = True
 
     def __init__(self, config: ToMe, vit: ViTShape) -> None:
         super().__init__()
@@ -73,8 +86,9 @@ class ToMeReducer(Reducer):
                 )
             self.degrees, self.degree = (0, 1), 1
         else:
-            # At most half of the unprotected tokens can merge in one layer; more changes nothing.
-            self.degrees = tuple(range(vit.num_patches // 2 + 1))
+            # No more can merge in one layer; more changes nothing.
+            most = most_merged(vit.num_patches, config.stride)
+            self.degrees = tuple(range(most + 1))
             self.degree = int(config.r)  # type: ignore[arg-type]  # not a tuple after the checks
 
     def schedule(self, degree: int) -> list[int]:
@@ -90,8 +104,14 @@ class ToMeReducer(Reducer):
     def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
         """Merge along the keys of this layer."""
         assert attended.mean_keys is not None
-        r = self.schedule(degree)[layer - 1]
-        return bipartite_matching(attended.mean_keys, r, num_prefix_tokens=tokens.prefix)
+        config, r = self.config, self.schedule(degree)[layer - 1]
+        if config.matching == "random":
+            return random_matching(
+                attended.mean_keys, r, num_prefix_tokens=tokens.prefix, seed=(config.seed, layer)
+            )
+        return bipartite_matching(
+            attended.mean_keys, r, num_prefix_tokens=tokens.prefix, stride=config.stride
+        )
 
 
 def merge_schedule(r: int | list[int], depth: int, inflection: float = 0.0) -> list[int]:
@@ -113,77 +133,110 @@ def merge_schedule(r: int | list[int], depth: int, inflection: float = 0.0) -> l
     return [int(first + step * layer) for layer in range(depth)]
 
 
+def most_merged(num_patches: int, stride: int = 2) -> int:
+    """How many of the unprotected tokens can merge in one step: half of them at stride 2."""
+    return num_patches * (stride - 1) // stride if num_patches >= stride else 0
+
+
+def check_matching(matching: str, stride: int, seed: int) -> None:
+    """Raise a ValueError unless the settings of a matching make sense."""
+    check_choice("matching", matching, ("bipartite", "random"))
+    if type(stride) is not int or stride < 2:
+        raise ValueError(f"stride must be an integer of at least 2, got {stride}.")
+    if stride != 2 and matching == "random":
+        raise ValueError(f"stride goes with bipartite matching, got {stride} with random.")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed must be an integer of at least 0, got {seed}.")
+
+
 def bipartite_matching(
-    metric_BNC: Tensor, r: int, *, num_prefix_tokens: int = 0
+    metric_BNC: Tensor, r: int, *, num_prefix_tokens: int = 0, stride: int = 2
 ) -> Grouping | None:
-    """Match even tokens with their most similar odd tokens and merge the `r` best pairs.
+    """Match tokens with their most similar `stride`-th token and merge the `r` best pairs.
 
     Args:
         metric_BNC: What similarity is measured on (keys, mean over heads).
-        r: Pairs to merge; capped at half of the unprotected tokens.
+        r: Tokens to merge; capped at `most_merged` of the unprotected ones.
         num_prefix_tokens: Leading tokens that neither absorb nor are absorbed.
+        stride: The tokens at positions stride - 1, 2 * stride - 1, ... absorb the others. 2 is
+            ToMe's split into even and odd tokens; with larger ones and the largest r it is k-th
+            matching.
 
     Returns:
-        The grouping, or None if nothing merges. Order of the new tokens: prefix, even tokens
-        that are left, odd tokens.
+        The grouping, or None if nothing merges. Order of the new tokens: prefix, tokens of the
+        absorbed set that are left, tokens that absorb.
 
     Source:
         ToMe, appendix D. As in the authors' code the even tokens that are left keep their image
         order when there is a prefix token, and run from most to least similar when there is none.
     """
-    num_tokens = metric_BNC.shape[1]
-    r = min(r, (num_tokens - num_prefix_tokens) // 2)
+    num_images, num_tokens, _ = metric_BNC.shape
+    r = min(r, most_merged(num_tokens - num_prefix_tokens, stride))
     if r <= 0:
         return None
+    device = metric_BNC.device
     with torch.no_grad():
-        metric_BNC = metric_BNC / metric_BNC.norm(dim=-1, keepdim=True)
-        scores_BAE = metric_BNC[:, ::2] @ metric_BNC[:, 1::2].transpose(-1, -2)
-        num_even_prefix, num_odd_prefix = (num_prefix_tokens + 1) // 2, num_prefix_tokens // 2
+        target = torch.arange(stride - 1, num_tokens, stride, device=device)
+        number = torch.arange(num_tokens - len(target), device=device)
+        source = number + number // (stride - 1)
+        targets_in_prefix = num_prefix_tokens // stride
+        sources_in_prefix = num_prefix_tokens - targets_in_prefix
+        scores_BAE = _similarity(metric_BNC, source, target)
         if num_prefix_tokens:
-            scores_BAE[:, :num_even_prefix] = -torch.inf
-            scores_BAE[:, :, :num_odd_prefix] = -torch.inf
+            scores_BAE[:, :sources_in_prefix] = -torch.inf
+            scores_BAE[:, :, :targets_in_prefix] = -torch.inf
         best_BA, partner_BA = scores_BAE.max(dim=-1)
         order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
-        src_Br, left = order_BA[:, :r], order_BA[:, r:]
+        merged, left = order_BA[:, :r], order_BA[:, r:]
         if num_prefix_tokens:
-            left = left.sort(dim=-1).values[:, num_even_prefix:]
-        odd = torch.arange(2 * num_odd_prefix + 1, num_tokens, 2, device=metric_BNC.device)
-        prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
-        num_images = metric_BNC.shape[0]
-        keep = torch.cat(
-            [prefix.expand(num_images, -1), 2 * left, odd.expand(num_images, -1)], dim=1
-        )
-        first_odd = num_prefix_tokens + left.shape[1] - num_odd_prefix
-        return Grouping(keep, 2 * src_Br, first_odd + partner_BA.gather(1, src_Br), num_tokens)
+            left = left.sort(dim=-1).values[:, sources_in_prefix:]
+        prefix = torch.arange(num_prefix_tokens, device=device).expand(num_images, -1)
+        absorbing = target[targets_in_prefix:].expand(num_images, -1)
+        keep = torch.cat([prefix, source[left], absorbing], dim=1)
+        first = num_prefix_tokens + left.shape[1] - targets_in_prefix
+        return Grouping(keep, source[merged], first + partner_BA.gather(1, merged), num_tokens)
 
 
-def kth_bipartite_matching(metric_BNC: Tensor, k: int) -> Grouping | None:
-    """Merge every token but each k-th into the most similar one of the k-th tokens.
+def random_matching(
+    metric_BNC: Tensor, r: int, *, num_prefix_tokens: int = 0, seed: tuple[int, ...] = (0,)
+) -> Grouping | None:
+    """Merge `r` tokens, drawn at random, into the most similar of the others: a baseline.
 
     Args:
         metric_BNC: What similarity is measured on.
-        k: One token in k is left; at most 1: nothing merges.
+        r: Tokens to merge; capped at half of the unprotected ones.
+        num_prefix_tokens: Leading tokens that neither absorb nor are absorbed.
+        seed: Decides which tokens; they are the same for each image.
 
     Returns:
-        The grouping, or None if nothing merges.
+        The grouping, or None if nothing merges. The new tokens keep their image order.
 
     Source:
-        ToMe, appendix D (alternating with larger strides); the authors' code.
+        ToMe, table 1 (random partition); the authors' code.
     """
     num_images, num_tokens, _ = metric_BNC.shape
-    if k <= 1 or num_tokens < k:
+    num_free = num_tokens - num_prefix_tokens
+    r = min(r, most_merged(num_free))
+    if r <= 0:
         return None
     with torch.no_grad():
-        metric_BNC = metric_BNC / metric_BNC.norm(dim=-1, keepdim=True)
-        position = torch.arange(num_tokens, device=metric_BNC.device)
-        complete = position < num_tokens // k * k
-        target = position[complete & (position % k == k - 1)]
-        source = position[complete & (position % k != k - 1)]
-        scores = metric_BNC[:, source] @ metric_BNC[:, target].transpose(-1, -2)
-        keep = torch.cat([target, position[~complete]])
-        return Grouping(
-            keep.expand(num_images, -1),
-            source.expand(num_images, -1),
-            scores.argmax(dim=-1),
-            num_tokens,
-        )
+        drawn = torch.tensor(_draw(seed, num_free), device=metric_BNC.device)
+        order = num_prefix_tokens + drawn
+        source, target = order[:r], order[r:].sort().values
+        partner_Br = _similarity(metric_BNC, source, target).argmax(dim=-1)
+        prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
+        keep = torch.cat([prefix, target]).expand(num_images, -1)
+        src = source.expand(num_images, -1)
+        return Grouping(keep, src, num_prefix_tokens + partner_Br, num_tokens)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _draw(seed: tuple[int, ...], count: int) -> list[int]:
+    """A permutation of `count` numbers, the same on every device and in every process."""
+    return random.Random(f"{seed} {count}").sample(range(count), count)
+
+
+def _similarity(metric_BNC: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Cosines [B, sources, targets] in float32, so that half precision does not blur the order."""
+    unit = F.normalize(metric_BNC.float(), dim=-1, eps=0.0)
+    return unit[:, source] @ unit[:, target].transpose(-1, -2)

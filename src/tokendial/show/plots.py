@@ -1,9 +1,11 @@
-"""Plots of the dial: accuracy against cost and against measured speed."""
+"""Plots: accuracy against cost and speed along the dial; attention diversity by depth."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import matplotlib.figure
+
+from tokendial.measure.diversity import LayerDiversity
 
 
 class DialPoint(Protocol):
@@ -51,6 +53,34 @@ def dial_figure(
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     left.set_ylabel(f"{metric} (%)")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def diversity_figure(
+    curves: Mapping[str, Sequence[LayerDiversity]], *, title: str = ""
+) -> matplotlib.figure.Figure:
+    """Draw the diversity of attention by depth, one curve for each setting.
+
+    Args:
+        curves: What to call each curve, and its layers.
+        title: Line above the plots.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, layers in curves.items():
+        depth = [layer.layer for layer in layers]
+        left.plot(depth, [layer.distance for layer in layers], "o-", markersize=4, label=name)
+        ranks = [layer.effective_rank for layer in layers]
+        right.plot(depth, ranks, "o-", markersize=4, label=name)
+    left.set_ylabel("distance between attention rows")
+    right.set_ylabel("effective rank of attention")
+    for axis in (left, right):
+        axis.set_xlabel("layer")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    left.legend(fontsize=8)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tokendial.measure.diversity import attention_diversity
+from tokendial.show.plots import diversity_figure
 from tokendial.train.evaluate import run_transform
-from tokendial.train.loop import image_statistics
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
@@ -24,9 +25,12 @@ class TokenMaps:
     """Where the patches of one image went."""
 
     origin: tuple[np.ndarray, ...]
-    """For each layer [rows, columns]: the token that holds each patch, -1 where dropped."""
+    """For each layer [rows, columns]: the token that holds each patch, -1 where it was dropped or
+    the FFN skipped it."""
     num_tokens: tuple[int, ...]
-    """Tokens (prefix included) that leave each layer."""
+    """Tokens (prefix included) that leave each layer, or that its FFN processed."""
+    reduces: tuple[bool, ...]
+    """For each layer, whether it merges, drops or skips tokens."""
     class_attention: np.ndarray | None
     """[rows, columns] attention of the class token in the last layer, a merged token's shared out
     among its patches; None without a class token."""
@@ -42,8 +46,9 @@ def token_maps(model: DialViT, image: Tensor) -> TokenMaps:
     """
     training = model.training
     model.eval()
-    needs = frozenset({"class_attention"} if model.vit.has_class_token else ())
-    origins, counts, attention = [], [], None
+    needs = frozenset({"class_attention"} if model.anatomy.shape.has_class_token else ())
+    origins, counts, reduces, attention = [], [], [], None
+    entered = 0
     before: Tensor | None = None
     entering: Tensor | None = None
     for step in model.steps(image.unsqueeze(0), track=True, needs=needs):
@@ -52,14 +57,22 @@ def token_maps(model: DialViT, image: Tensor) -> TokenMaps:
         origin = step.tokens.origin[0, step.tokens.prefix :]
         # Attention of a layer belongs to the tokens that entered it.
         before, entering = entering, origin
-        origins.append(origin.reshape(step.tokens.grid).cpu().numpy())
-        counts.append(step.tokens.x.shape[1])
+        shown, count = origin, step.tokens.x.shape[1]
+        entered = entered or step.tokens.prefix + origin.numel()
+        if step.tokens.selected is not None:
+            processed = step.tokens.selected[0] > 0
+            shown = origin.masked_fill(~processed[step.tokens.prefix :], -1)
+            count = int(processed.sum())
+        origins.append(shown.reshape(step.tokens.grid).cpu().numpy())
+        counts.append(count)
+        reduces.append(count < entered)
+        entered = step.tokens.x.shape[1]
     model.train(training)
     heat = None
     if attention is not None:
         held = torch.arange(origin.numel()) + step.tokens.prefix if before is None else before.cpu()
         heat = _per_patch(attention[0].float().cpu(), held).reshape(step.tokens.grid).numpy()
-    return TokenMaps(tuple(origins), tuple(counts), heat)
+    return TokenMaps(tuple(origins), tuple(counts), tuple(reduces), heat)
 
 
 def _per_patch(attention_N: Tensor, held_P: Tensor) -> Tensor:
@@ -74,7 +87,7 @@ def paint_tokens(pixels: np.ndarray, origin: np.ndarray) -> np.ndarray:
 
     Args:
         pixels: [H, W, 3] uint8, H and W divisible by the rows and columns of `origin`.
-        origin: [rows, columns] token of each patch; -1 (dropped) is painted dark.
+        origin: [rows, columns] token of each patch; -1 (dropped, skipped) is painted dark.
 
     Returns:
         [H, W, 3] uint8.
@@ -111,8 +124,7 @@ def token_figure(
     enlarge = max(1, 448 // max(pixels.shape[:2]))
     large = pixels.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
     panels = [("image", large)]
-    shown = _layers_to_show(maps.num_tokens, maps.origin[0].size + model.vit.num_prefix_tokens)
-    for layer in shown:
+    for layer in _layers_to_show(maps.reduces):
         count = maps.num_tokens[layer - 1]
         panels.append(
             (f"layer {layer}: {count} tokens", paint_tokens(large, maps.origin[layer - 1]))
@@ -146,19 +158,42 @@ def run_figure(
         degree: Degree of the dial; None: the one that was trained.
         title: Line above the panels.
     """
-    model = run.model()
-    if degree is not None:
-        model.set_degree(degree)
-    tensor = run_transform(run, model)(image)
-    mean, std = (torch.tensor(values)[:, None, None] for values in image_statistics(model))
+    model, tensor = _model_and_image(run, image, degree)
+    mean, std = (torch.tensor(values)[:, None, None] for values in model.anatomy.statistics)
     pixels = ((tensor * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     return token_figure(model, tensor, pixels, title=f"{title}, degree {model.degree}")
 
 
-def _layers_to_show(num_tokens: tuple[int, ...], at_start: int, most: int = 6) -> list[int]:
-    """Layers after which there are fewer tokens than before, thinned out evenly to `most`."""
-    before = (at_start, *num_tokens[:-1])
-    layers = [n + 1 for n, (b, a) in enumerate(zip(before, num_tokens, strict=True)) if a < b]
+def run_diversity_figure(
+    run: Run, image: Image.Image, *, degree: int | None = None, title: str = ""
+) -> matplotlib.figure.Figure:
+    """Attention diversity by depth for an image, with the best model's reduction and without.
+
+    Args:
+        run: A run with a model.
+        image: An RGB image of any size.
+        degree: Degree of the dial; None: the one that was trained.
+        title: Line above the plots.
+    """
+    model, tensor = _model_and_image(run, image, degree)
+    curves = {}
+    for at in sorted({0, model.degree}):
+        model.set_degree(at)
+        name = f"degree {at}" if at else "no reduction"
+        curves[name] = attention_diversity(model, tensor.unsqueeze(0))
+    return diversity_figure(curves, title=title)
+
+
+def _model_and_image(run: Run, image: Image.Image, degree: int | None) -> tuple[DialViT, Tensor]:
+    model = run.model()
+    if degree is not None:
+        model.set_degree(degree)
+    return model, run_transform(run, model)(image)
+
+
+def _layers_to_show(reduces: tuple[bool, ...], most: int = 6) -> list[int]:
+    """Layers that reduce, thinned out evenly to `most`."""
+    layers = [number + 1 for number, does in enumerate(reduces) if does]
     if len(layers) <= most:
         return layers
     picked = np.linspace(0, len(layers) - 1, most).round().astype(int)

@@ -16,7 +16,7 @@ from tokendial.data.images import ImageError, read_image
 from tokendial.data.transforms import Transform, eval_transform
 from tokendial.tasks.classification import Classification
 from tokendial.train.batches import eval_loader
-from tokendial.train.loop import evaluate_loader, image_statistics
+from tokendial.train.loop import evaluate_loader
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
@@ -118,16 +118,16 @@ def default_device() -> str:
 
 def run_transform(run: Run, model: DialViT) -> Transform:
     """The transform of the run's test images."""
-    size = tuple(model.vit.patch_embed.img_size)
-    return eval_transform(run.recipe().augment, size, *image_statistics(model))
+    anatomy = model.anatomy
+    return eval_transform(run.recipe().augment, anatomy.image_size, *anatomy.statistics)
 
 
 @torch.no_grad()
 def images_per_second(model: DialViT, batch_size: int) -> float:
     """Throughput of the forward pass at the present degree: median over about a second of runs."""
     parameter = next(model.parameters())
-    size = model.vit.patch_embed.img_size
-    images = torch.rand(batch_size, model.vit.in_chans, *size, device=parameter.device)
+    shape = (model.anatomy.in_chans, *model.anatomy.image_size)
+    images = torch.rand(batch_size, *shape, device=parameter.device)
     model.eval()
     seconds: list[float] = []
     # The first passes choose kernels and fill caches; they do not count.

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from tokendial.data.splits import Splits
 from tokendial.data.transforms import eval_transform, train_transform
+from tokendial.saving import load
 from tokendial.tasks.classification import Classification
 from tokendial.train.batches import EpochSampler, Prepared, eval_loader, seed_all, train_loader
 from tokendial.train.checkpoint import (
@@ -23,6 +24,7 @@ from tokendial.train.checkpoint import (
     save_checkpoint,
     trained,
 )
+from tokendial.train.objective import Objective
 from tokendial.train.optimizer import cosine, parameter_groups
 from tokendial.train.progress import Display, display
 from tokendial.train.recipe import Recipe
@@ -73,12 +75,6 @@ def build_model(recipe: Recipe, num_classes: int) -> DialViT:
     return model
 
 
-def image_statistics(model: DialViT) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that the backbone's images are normalised with."""
-    cfg: Any = model.vit.pretrained_cfg
-    return tuple(cfg["mean"]), tuple(cfg["std"])
-
-
 class _Trainer:
     def __init__(self, recipe: Recipe, *, quiet: bool) -> None:
         settings = recipe.train
@@ -109,7 +105,10 @@ class _Trainer:
             self.run.claim(recipe, data.classes, multi_label=data.multi_label)
         self.accelerator.wait_for_everyone()
         self.bare = model
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        objective = Objective(
+            model, self.task, load(settings.teacher) if settings.teacher else None
+        )
+        self.model, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.scheduler = cosine(optimizer, settings, self.sampler.updates)
         self.ema = Ema(model, settings.ema) if settings.ema else None
         self.at = _Position()
@@ -117,8 +116,8 @@ class _Trainer:
 
     def _loaders(self, data: Splits, model: DialViT) -> None:
         recipe, settings, accelerator = self.recipe, self.settings, self.accelerator
-        size = tuple(model.vit.patch_embed.img_size)
-        statistics = image_statistics(model)
+        size = model.anatomy.image_size
+        statistics = model.anatomy.statistics
         prepared = Prepared(
             data.train, train_transform(recipe.augment, size, *statistics), recipe.seed
         )
@@ -164,6 +163,8 @@ class _Trainer:
         loader = iter(self.train_loader)
         for _ in range(self.sampler.updates - self.sampler.first_update):
             self.scheduler.step_update(self.at.update)
+            if self.bare.reducer:
+                self.bare.reducer.at_step(self.at.update, self.sampler.updates)
             loss, hits, stop = self._together(*self._update(loader))
             self.at.update += 1
             self.at.loss_sum += loss
@@ -188,8 +189,7 @@ class _Trainer:
             images, targets = self.task.mixed(images, targets)
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
-                    logits = self.model(images)
-                loss = self.task.loss(logits, targets)
+                    loss, logits = self.model(images, targets)
                 self.accelerator.backward(loss)
                 if self.settings.clip_grad and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(

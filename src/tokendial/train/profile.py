@@ -21,7 +21,7 @@ def profile(
         model: timm's name.
         overrides: Settings of the recipe sections model, reduce and adapt, such as
             `reduce.name=tome` or `model.img_size=384`.
-        degrees: Such as "0..16"; None: the one that the method describes.
+        degrees: Such as "0..16"; None: 0 and the one that the method describes.
         num_classes: Width of the head.
 
     Raises:
@@ -42,5 +42,5 @@ def profile(
             adapt=check_method("adapt", data.get("adapt")),
             backbone=backbone,
         )
-    wanted = parse_degrees(degrees, wrapped.degrees) if degrees else [wrapped.degree]
+    wanted = parse_degrees(degrees, wrapped.degrees) if degrees else sorted({0, wrapped.degree})
     return [wrapped.cost(degree) for degree in wanted]

@@ -67,6 +67,11 @@ class ModelSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.name.startswith("transformers."):
+            raise ValueError(
+                f"name must be a timm model, got {self.name!r}; wrap models of transformers in "
+                "Python"
+            )
         if "num_classes" in self.args:
             raise ValueError("args.num_classes cannot be set: the data set says how many there are")
         return self
@@ -109,6 +114,9 @@ class TrainSection(_Section):
     """Arithmetic of the forward pass."""
     degree: int | None = Field(None, ge=0)
     """Degree of the dial to train at; null: the one that the reduction method describes."""
+    teacher: str | None = None
+    """Folder of a trained model of the same shape whose logits and tokens DynamicViT learns to
+    give; null: none."""
     workers: int = Field(0, ge=0)
     """Processes that load images; 0: the training process itself."""
     checkpoint_every: int = Field(500, ge=1)

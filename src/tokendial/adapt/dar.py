@@ -1,0 +1,87 @@
+"""DAR's adapter: a bottleneck for every token and a convolutional compensator for the patches.
+
+Source: "Rethinking Token Reduction with Parameter-Efficient Fine-Tuning in ViT for Pixel-Level
+Tasks", CVPR 2025, and the authors' code: both read the un-normalised tokens that enter the FFN;
+their sum is scaled by one learned number per layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck, init_bottleneck
+from tokendial.methods import register
+from tokendial.reduce.base import ViTShape
+from tokendial.tokens import Tokens, patch_grid
+
+
+@register("adapt", "dar")
+@dataclass(frozen=True, kw_only=True)
+class DARAdapter(AdapterConfig):
+    """Adapter and compensator beside the FFN of each layer."""
+
+    dims: tuple[int, int] = (72, 48)
+    """Widths of the adapter's and of the compensator's bottleneck."""
+    scale: float = 2.0
+    """First value of the learned factor on both."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", tuple(self.dims))
+        if len(self.dims) != 2:
+            raise ValueError(f"dims must be two widths (adapter, compensator), got {self.dims}.")
+        for dim in self.dims:
+            check_bottleneck(dim, self.scale)
+
+    def build(self, vit: ViTShape) -> "DARAdapters":
+        """Make the modules."""
+        return DARAdapters(self, vit)
+
+
+class Compensator(nn.Module):
+    """Brings back what the neighbours of a skipped patch know; the token grid stays complete."""
+
+    def __init__(self, embed_dim: int, dim: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(embed_dim, dim, 1)
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.pointwise = nn.Conv2d(dim, dim, 1)
+        self.up = nn.Conv2d(dim, embed_dim, 1)
+        for conv in (self.down, self.depthwise, self.pointwise):
+            nn.init.kaiming_uniform_(conv.weight, a=5**0.5)
+        nn.init.zeros_(self.up.weight)
+        for conv in (self.down, self.depthwise, self.pointwise, self.up):
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # they have one
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, D, rows, columns] to the same."""
+        hidden = self.pointwise(self.depthwise(self.down(patches)))
+        out: Tensor = self.up(nn.functional.gelu(hidden))
+        return out
+
+
+class DARAdapters(Adapter):
+    """Runs the adapters of all layers; 195,722 parameters each for D = 768 with DAR's widths."""
+
+    needs_grid = True
+
+    def __init__(self, config: DARAdapter, vit: ViTShape) -> None:
+        super().__init__()
+        width, narrow = config.dims
+        self.down = nn.ModuleList(nn.Linear(vit.embed_dim, width) for _ in range(vit.depth))
+        self.up = nn.ModuleList(nn.Linear(width, vit.embed_dim) for _ in range(vit.depth))
+        for down, up in zip(self.down, self.up, strict=True):
+            init_bottleneck(down, up)  # type: ignore[arg-type]  # ModuleList forgets its type
+        self.compensators = nn.ModuleList(
+            Compensator(vit.embed_dim, narrow) for _ in range(vit.depth)
+        )
+        self.scales = nn.ParameterList(torch.tensor(float(config.scale)) for _ in range(vit.depth))
+
+    def beside_ffn(self, layer: int, tokens: Tokens) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The branch of this layer."""
+        grid = patch_grid(tokens)
+        adapted = self.up[layer - 1](self.down[layer - 1](tokens.x).relu())
+        patches = self.compensators[layer - 1](grid).flatten(2).transpose(1, 2)
+        prefix, rest = adapted.tensor_split([tokens.prefix], dim=1)
+        both = torch.cat([prefix, rest + patches], dim=1)
+        return self.scales[layer - 1] * both, tokens.carried

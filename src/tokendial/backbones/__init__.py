@@ -1,0 +1,21 @@
+"""Backbones: which kinds of ViT can be run block by block, and how to build them again."""
+
+from tokendial.backbones.anatomy import Anatomy
+from tokendial.backbones.build import (
+    SHIPPED_NAME,
+    Backbone,
+    anatomy_of,
+    fingerprint,
+    load_weights,
+    same_backbone,
+)
+
+__all__ = [
+    "SHIPPED_NAME",
+    "Anatomy",
+    "Backbone",
+    "anatomy_of",
+    "fingerprint",
+    "load_weights",
+    "same_backbone",
+]

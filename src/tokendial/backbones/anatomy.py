@@ -1,0 +1,106 @@
+"""What the library needs to know of a kind of ViT to run it block by block."""
+
+# Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokendial.reduce.base import ViTShape
+from tokendial.tokens import Tokens
+
+
+class Anatomy(ABC):
+    """One kind of ViT, taken apart; every block is pre-norm attention and then an FFN.
+
+    It owns no weights: it calls the modules of `vit`, so that layers which PEFT puts into them
+    act. Layers count from 1.
+    """
+
+    def __init__(self, vit: nn.Module) -> None:
+        self.vit: Any = vit
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks, in order."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> ViTShape:
+        """The numbers that methods need."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that it is configured for."""
+
+    @property
+    @abstractmethod
+    def in_chans(self) -> int:
+        """Channels of the images."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> list[nn.Module]:
+        """The classification heads, which train in every method of fine-tuning."""
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation that images are normalised with."""
+        return (0.5,) * self.in_chans, (0.5,) * self.in_chans
+
+    @abstractmethod
+    def embed(self, images_B3HW: Tensor) -> Tokens:
+        """Patches with positions and prefix tokens, as they enter the first block.
+
+        Raises:
+            ValueError: If the image size does not fit the model.
+        """
+
+    @abstractmethod
+    def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
+        """What attention of `layer` reads: the normalised tokens."""
+
+    @abstractmethod
+    def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, N, C], rotated where the model rotates them."""
+
+    @abstractmethod
+    def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
+        """What is added to the tokens, from the heads' outputs and the input of attention."""
+
+    @abstractmethod
+    def attention_settings(self, layer: int) -> tuple[float, float]:
+        """Scale of the dot products and dropout of the attention weights."""
+
+    @abstractmethod
+    def ffn(self, layer: int, x_BND: Tensor) -> Tensor:
+        """What the FFN adds to the tokens, its norm and scale included; [..., D] is allowed."""
+
+    @abstractmethod
+    def norm(self, x_BND: Tensor) -> Tensor:
+        """The norm after the last block."""
+
+    @abstractmethod
+    def classify(self, tokens: Tokens) -> Tensor:
+        """Logits [B, num_classes] (features without a head) from the last block's tokens.
+
+        Pooling counts a merged token as often as the patches it stands for, so that merging equal
+        tokens changes nothing.
+        """
+
+
+def split_heads(x_BND: Tensor, num_heads: int) -> Tensor:
+    """[B, N, H * C] to [B, H, N, C]."""
+    return x_BND.reshape(*x_BND.shape[:2], num_heads, -1).transpose(1, 2)
+
+
+def mean_by_size(x_BND: Tensor, size_BN: Tensor | None) -> Tensor:
+    """Mean over tokens [B, D], each counted by its size."""
+    if size_BN is None:
+        return x_BND.mean(dim=1)
+    share = (size_BN / size_BN.sum(dim=1, keepdim=True)).to(x_BND.dtype)
+    return (x_BND * share.unsqueeze(-1)).sum(dim=1)

@@ -1,0 +1,221 @@
+"""ViTs of the transformers library: ViT, DeiT, DINOv2 (with registers), CLIP's image tower."""
+
+# Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
+from tokendial.reduce.base import ViTShape
+from tokendial.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a family of transformers calls the parts of a model and of a block."""
+
+    trunk: str
+    """Where the model lies inside one that classifies."""
+    blocks: str
+    attention: str = "attention"
+    output: str = "o_proj"
+    norm1: str = "layernorm_before"
+    norm2: str = "layernorm_after"
+    scales: tuple[str, str] | None = None
+    dropout: str | None = "dropout"
+    pre_norm: str | None = None
+    norm: str = "layernorm"
+
+
+_VIT = _Names(trunk="vit", blocks="layers")
+_DINOV2 = _Names(
+    trunk="dinov2",
+    blocks="encoder.layer",
+    norm1="norm1",
+    norm2="norm2",
+    scales=("layer_scale1", "layer_scale2"),
+    dropout="drop_path",
+)
+_CLIP = _Names(
+    trunk="vision_model",
+    blocks="encoder.layers",
+    attention="self_attn",
+    output="out_proj",
+    norm1="layer_norm1",
+    norm2="layer_norm2",
+    dropout=None,
+    pre_norm="pre_layrnorm",
+    norm="post_layernorm",
+)
+_FAMILIES = {
+    "ViT": _VIT,
+    "DeiT": _Names(trunk="deit", blocks="layers"),
+    "Dinov2": _DINOV2,
+    "Dinov2WithRegisters": _Names(
+        trunk="dinov2_with_registers",
+        blocks=_DINOV2.blocks,
+        norm1=_DINOV2.norm1,
+        norm2=_DINOV2.norm2,
+        scales=_DINOV2.scales,
+        dropout=_DINOV2.dropout,
+    ),
+    "CLIP": _CLIP,
+}
+_CLASSES = {
+    name: names
+    for family, names in _FAMILIES.items()
+    for name in (f"{family}Model", f"{family}ForImageClassification")
+} | {
+    "DeiTForImageClassificationWithTeacher": _FAMILIES["DeiT"],
+    "CLIPVisionModel": _CLIP,
+    "CLIPVisionModelWithProjection": _CLIP,
+}
+del _CLASSES["CLIPModel"]  # has a text tower
+
+
+class HuggingFaceViT(Anatomy):
+    """A ViT of the transformers library, as releases from 5.23 on build it."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        self.names = _CLASSES[type(vit).__name__]
+        self.trunk: Any = getattr(vit, self.names.trunk, vit)
+
+    @staticmethod
+    def problem(vit: nn.Module) -> str | None:
+        """Why `vit` cannot be run block by block; None: it can."""
+        name = type(vit).__name__
+        if not type(vit).__module__.startswith("transformers.") or name not in _CLASSES:
+            return f"{name} is of another class"
+        names = _CLASSES[name]
+        try:
+            blocks: Any = getattr(vit, names.trunk, vit).get_submodule(names.blocks)
+            blocks[0].get_submodule(names.attention).q_proj  # noqa: B018  # is it there?
+        except AttributeError:
+            return f"this {name} is of another release of transformers than 5.23 and later"
+        return None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.trunk.get_submodule(self.names.blocks)  # type: ignore[no-any-return]
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the image tower."""
+        return self.trunk.config
+
+    @property
+    def shape(self) -> ViTShape:
+        height, width = self.image_size
+        prefix = 1 + getattr(self.config, "num_register_tokens", 0)
+        if self.names.trunk == "deit":
+            prefix += 1  # the distillation token
+        return ViTShape(
+            depth=len(self.blocks),
+            embed_dim=self.config.hidden_size,
+            num_prefix_tokens=prefix,
+            num_patches=(height // self._patch[0]) * (width // self._patch[1]),
+            has_class_token=True,
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return _pair(self.config.image_size)
+
+    @property
+    def _patch(self) -> tuple[int, int]:
+        return _pair(self.config.patch_size)
+
+    @property
+    def in_chans(self) -> int:
+        return int(self.config.num_channels)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        names = ("classifier", "cls_classifier", "distillation_classifier")
+        return [head for name in names if (head := getattr(self.vit, name, None)) is not None]
+
+    def embed(self, images_B3HW: Tensor) -> Tokens:
+        height, width = images_B3HW.shape[-2:]
+        patch = self._patch
+        if height % patch[0] or width % patch[1]:
+            raise ValueError(
+                f"images must have sides divisible by the patch size {patch[0]}x{patch[1]}, "
+                f"got {height}x{width}."
+            )
+        # DINOv2 resizes its positions by itself, the others when they are asked to.
+        options = {}
+        if (height, width) != self.image_size and self.names.scales is None:
+            options["interpolate_pos_encoding"] = True
+        x = self.trunk.embeddings(images_B3HW, **options)
+        if self.names.pre_norm:
+            x = getattr(self.trunk, self.names.pre_norm)(x)
+        grid = (height // patch[0], width // patch[1])
+        return Tokens(x, x.shape[1] - grid[0] * grid[1], grid)
+
+    def _part(self, layer: int, name: str) -> Any:
+        return getattr(self.blocks[layer - 1], name)
+
+    def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
+        return self._part(layer, self.names.norm1)(x_BND)  # type: ignore[no-any-return]
+
+    def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self._part(layer, self.names.attention)
+        heads = self.config.num_attention_heads
+        q, k, v = (split_heads(p(x_BND), heads) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        return q, k, v
+
+    def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
+        attn = self._part(layer, self.names.attention)
+        return self._residual(layer, getattr(attn, self.names.output)(out_BND), 0)
+
+    def attention_settings(self, layer: int) -> tuple[float, float]:
+        attn = self._part(layer, self.names.attention)
+        # CLIP calls it `dropout`.
+        dropout: Any = getattr(attn, "attention_dropout", None) or getattr(attn, "dropout", 0.0)
+        return attn.head_dim**-0.5, dropout if attn.training else 0.0
+
+    def ffn(self, layer: int, x_BND: Tensor) -> Tensor:
+        hidden = self._part(layer, self.names.norm2)(x_BND)
+        return self._residual(layer, self._part(layer, "mlp")(hidden), 1)
+
+    def _residual(self, layer: int, x_BND: Tensor, branch: int) -> Tensor:
+        """The branch, scaled and dropped as the block does it."""
+        if self.names.scales:
+            x_BND = self._part(layer, self.names.scales[branch])(x_BND)
+        if self.names.dropout:
+            x_BND = self._part(layer, self.names.dropout)(x_BND)
+        return x_BND
+
+    def norm(self, x_BND: Tensor) -> Tensor:
+        return getattr(self.trunk, self.names.norm)(x_BND)  # type: ignore[no-any-return]
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        vit: Any = self.vit
+        name = type(vit).__name__
+        patches = slice(tokens.prefix, None)
+        size = None if tokens.size is None else tokens.size[:, patches]
+        if name == "CLIPForImageClassification":  # it does not apply the last norm
+            return vit.classifier(mean_by_size(tokens.x[:, patches], size))  # type: ignore[no-any-return]
+        x = self.norm(tokens.x)
+        first = x[:, 0]
+        if name == "DeiTForImageClassificationWithTeacher":
+            both = vit.cls_classifier(first) + vit.distillation_classifier(x[:, 1])
+            return both / 2  # type: ignore[no-any-return]
+        if name == "CLIPVisionModelWithProjection":
+            return vit.visual_projection(first)  # type: ignore[no-any-return]
+        if not hasattr(vit, "classifier"):
+            pooler = getattr(vit, "pooler", None)
+            return first if pooler is None else pooler(x)
+        if self.names.scales:  # DINOv2 reads the class token and the mean of the patches
+            first = torch.cat([first, mean_by_size(x[:, patches], size)], dim=1)
+        return vit.classifier(first)  # type: ignore[no-any-return]
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height, width

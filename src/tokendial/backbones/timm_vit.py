@@ -1,0 +1,149 @@
+"""timm's VisionTransformer: ViT, DeiT, DeiT-III, DINO, DINOv2, MAE, AugReg, CLIP, SigLIP."""
+
+# Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.patch_dropout import PatchDropout
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
+from tokendial.reduce.base import ViTShape
+from tokendial.tokens import Tokens
+
+HEADS = ("head", "head_dist")
+"""Names of timm's classification heads; the second is DeiT's distillation head."""
+
+
+class TimmAnatomy(Anatomy):
+    """What timm's two classes of ViT have in common."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.vit.blocks  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> ViTShape:
+        return ViTShape(
+            depth=len(self.vit.blocks),
+            embed_dim=self.vit.embed_dim,
+            num_prefix_tokens=self.vit.num_prefix_tokens,
+            num_patches=self.vit.patch_embed.num_patches,
+            has_class_token=self.vit.cls_token is not None,
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        height, width = self.vit.patch_embed.img_size
+        return height, width
+
+    @property
+    def in_chans(self) -> int:
+        return int(self.vit.in_chans)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        return [head for name in HEADS if (head := getattr(self.vit, name, None)) is not None]
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        cfg = self.vit.pretrained_cfg
+        return tuple(cfg["mean"]), tuple(cfg["std"])
+
+    def grid(self, images_B3HW: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches; a ValueError if the image size does not fit."""
+        vit = self.vit
+        height, width = images_B3HW.shape[-2:]
+        if vit.dynamic_img_size:
+            patch = vit.patch_embed.patch_size
+            if not vit.patch_embed.dynamic_img_pad and (height % patch[0] or width % patch[1]):
+                raise ValueError(
+                    f"images must have sides divisible by the patch size {patch[0]}x{patch[1]}, "
+                    f"got {height}x{width}."
+                )
+        elif (height, width) != self.image_size:
+            size = self.image_size
+            raise ValueError(
+                f"images must be {size[0]}x{size[1]}, got {height}x{width}; create the timm model "
+                f"with img_size=({height}, {width}) or dynamic_img_size=True."
+            )
+        rows, columns = vit.patch_embed.dynamic_feat_size((height, width))
+        return rows, columns
+
+    def attention_settings(self, layer: int) -> tuple[float, float]:
+        attn = self.vit.blocks[layer - 1].attn
+        return attn.scale, attn.attn_drop.p if attn.training else 0.0
+
+    def norm(self, x_BND: Tensor) -> Tensor:
+        return self.vit.norm(x_BND)  # type: ignore[no-any-return]
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        # ToMe's code weighs average pooling by size; for attention pooling that is proportional
+        # attention.
+        vit = self.vit
+        x = self.norm(tokens.x)
+        if tokens.size is None or (vit.attn_pool is None and vit.global_pool in ("token", "")):
+            return vit.forward_head(x)  # type: ignore[no-any-return]
+        size = tokens.size
+        if not getattr(vit, "pool_include_prefix", vit.attn_pool is not None):
+            x, size = x[:, tokens.prefix :], size[:, tokens.prefix :]
+        if vit.attn_pool is not None:
+            pooled = vit.attn_pool(x, attn_mask=size.log().to(x.dtype)[:, None, None, :])
+        else:
+            mean, largest = mean_by_size(x, size), x.amax(dim=1)
+            pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (mean + largest)}[
+                vit.global_pool
+            ]
+        return vit.head(vit.head_drop(vit.fc_norm(pooled)))  # type: ignore[no-any-return]
+
+
+class TimmViT(TimmAnatomy):
+    """VisionTransformer made of the standard pre-norm Block."""
+
+    @staticmethod
+    def problem(vit: nn.Module) -> str | None:
+        """Why `vit` cannot be run block by block; None: it can."""
+        if not isinstance(vit, VisionTransformer):
+            return f"{type(vit).__name__} is of another class"
+        if type(vit).forward_features is not VisionTransformer.forward_features:
+            return f"{type(vit).__name__} has a forward pass of its own"
+        if isinstance(vit.patch_drop, PatchDropout):
+            return "it drops patches at random (patch_drop_rate)"
+        if vit.attn_pool is not None and not isinstance(vit.attn_pool, AttentionPoolLatent):
+            return f"it pools with {type(vit.attn_pool).__name__}"
+        for block in vit.blocks:
+            if type(block) is not Block:
+                return f"its blocks are {type(block).__name__}"
+            if type(block.attn) is not Attention:
+                return f"its attention layers are {type(block.attn).__name__}"
+        return None
+
+    def embed(self, images_B3HW: Tensor) -> Tokens:
+        vit = self.vit
+        grid = self.grid(images_B3HW)
+        x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images_B3HW)))
+        return Tokens(x, vit.num_prefix_tokens, grid)
+
+    def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
+        return self.vit.blocks[layer - 1].norm1(x_BND)  # type: ignore[no-any-return]
+
+    def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        attn: Any = self.vit.blocks[layer - 1].attn
+        q, k, v = (split_heads(part, attn.num_heads) for part in attn.qkv(x_BND).chunk(3, dim=-1))
+        return attn.q_norm(q), attn.k_norm(k), v
+
+    def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
+        block: Any = self.vit.blocks[layer - 1]
+        out = block.attn.norm(out_BND)
+        if block.attn.gate is not None:
+            out = out * block.attn.gate(x_BND).sigmoid()
+        out = block.attn.proj_drop(block.attn.proj(out))
+        return block.drop_path1(block.ls1(out))  # type: ignore[no-any-return]
+
+    def ffn(self, layer: int, x_BND: Tensor) -> Tensor:
+        block: Any = self.vit.blocks[layer - 1]
+        return block.drop_path2(block.ls2(block.mlp(block.norm2(x_BND))))  # type: ignore[no-any-return]

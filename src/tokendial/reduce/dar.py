@@ -1,0 +1,71 @@
+"""DAR: a convolution over the token grid decides which tokens the FFN processes.
+
+Source: "Rethinking Token Reduction with Parameter-Efficient Fine-Tuning in ViT for Pixel-Level
+Tasks", CVPR 2025, and the authors' code: the convolution reads the un-normalised tokens after
+attention; attention sees every token; adapter and compensator beside the FFN (`DARAdapter`) act on
+every token. Departures: any batch size and any shape of the grid at inference, where the code runs
+one image with a square grid.
+"""
+
+# Shape legend: B batch, L patch tokens, D embed_dim.
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.methods import register
+from tokendial.reduce.base import Outcome, ViTShape
+from tokendial.reduce.select import SelectConfig, Selector, selected_patches
+from tokendial.tokens import Tokens, patch_grid
+
+
+@register("reduce", "dar")
+@dataclass(frozen=True, kw_only=True)
+class DAR(SelectConfig):
+    """Process about `target_ratio` of the patch tokens in each FFN; goes with `DARAdapter`."""
+
+    def build(self, vit: ViTShape) -> "DARReducer":
+        """Make the convolutions."""
+        return DARReducer(self, vit)
+
+
+class DARReducer(Selector):
+    """Runs DAR: one 3x3 convolution per layer, 9 D + 1 parameters."""
+
+    def __init__(self, config: DAR, vit: ViTShape) -> None:
+        super().__init__(config, vit)
+        self.dispatchers = nn.ModuleList(
+            nn.Conv2d(vit.embed_dim, 1, 3, padding=1) for _ in range(vit.depth)
+        )
+
+    def logits(self, layer: int, tokens: Tokens) -> Tensor:
+        """The convolution's logits of the patch tokens."""
+        logits: Tensor = self.dispatchers[layer - 1](patch_grid(tokens))
+        return logits.flatten(1)
+
+    def losses(
+        self,
+        student: Outcome,
+        *,
+        complete: Outcome | None,
+        teacher: Outcome | None,
+        task_loss: Callable[[Tensor], Tensor],
+    ) -> dict[str, Tensor]:
+        """The share of tokens."""
+        rate = ada_loss(selected_patches(student), self.rates[student.degree])
+        return {"rate": self.config.ratio_weight * rate}
+
+
+def ada_loss(selected_BL: Tensor, target: float) -> Tensor:
+    """Squared distance between each image's share of selected tokens and the target, mean.
+
+    Args:
+        selected_BL: Decisions [B, depth, L].
+        target: The share that is wanted.
+
+    Source:
+        DAR's code (AdaLoss): unlike DyT's, one share per image.
+    """
+    return torch.mean((selected_BL.mean(dim=(1, 2)) - target) ** 2)

@@ -1,0 +1,81 @@
+"""Checkpoints of the public implementations, put into wrapped models.
+
+Each of them keeps the backbone under timm's names and adds its own modules; a table per system says
+where those live here.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tokendial.vit import DialViT
+
+_NOTHING: tuple[tuple[str, str], ...] = ()
+_ADAPTER = (
+    (r"blocks\.(\d+)\.adapt(?:mlp|er)\.down_proj\.(\w+)", r"adapter.down.\1.\2"),
+    (r"blocks\.(\d+)\.adapt(?:mlp|er)\.up_proj\.(\w+)", r"adapter.up.\1.\2"),
+)
+_COMPENSATOR = r"blocks\.(\d+)\.compensator\."
+SYSTEMS = {
+    "tome": _NOTHING,
+    "evit": _NOTHING,
+    "dynamicvit": (
+        (r"score_predictor\.(\d+)\.in_conv\.(.+)", r"reducer.predictors.\1.inside.\2"),
+        (r"score_predictor\.(\d+)\.out_conv\.(.+)", r"reducer.predictors.\1.outside.\2"),
+    ),
+    "dyt": (
+        *_ADAPTER,
+        (r"blocks\.(\d+)\.mlp_token_select\.mlp_head\.(\w+)", r"reducer.dispatchers.\1.\2"),
+    ),
+    "dar": (
+        *_ADAPTER,
+        (_COMPENSATOR + r"down_conv1\.(\w+)", r"adapter.compensators.\1.down.\2"),
+        (_COMPENSATOR + r"down_conv2\.0\.(\w+)", r"adapter.compensators.\1.depthwise.\2"),
+        (_COMPENSATOR + r"down_conv2\.1\.(\w+)", r"adapter.compensators.\1.pointwise.\2"),
+        (_COMPENSATOR + r"up_conv\.(\w+)", r"adapter.compensators.\1.up.\2"),
+        (r"blocks\.(\d+)\.token_mask_gen\.conv\.(\w+)", r"reducer.dispatchers.\1.\2"),
+        (r"blocks\.(\d+)\.scale", r"adapter.scales.\1"),
+    ),
+}
+"""For each system: its own names (from the start) and ours."""
+
+
+def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
+    """Put a state dict of a public implementation into a wrapped model.
+
+    Args:
+        model: Wrapped with the method, and where the system has adapters with those: DyT with
+            `AdaptFormer`, DAR with `DARAdapter`.
+        state_dict: Tensors by the implementation's names, or a checkpoint that holds them under
+            "model".
+        system: One of `SYSTEMS`.
+
+    Raises:
+        ValueError: If the system is unknown, or names are missing or unexpected or shapes differ;
+            the message lists them, and the model is left as it was.
+    """
+    if system not in SYSTEMS:
+        raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}.")
+    own, state_dict = model.state_dict(), state_dict.get("model", state_dict)
+    renamed: dict[str, Any] = {our_name(name, system): value for name, value in state_dict.items()}
+    missing = [name for name in own if name not in renamed]
+    unexpected = [name for name in renamed if name not in own]
+    wrong = [n for n, value in renamed.items() if n in own and own[n].shape != value.shape]
+    problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+    if any(names for _, names in problems):
+        told = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
+        raise ValueError(f"this is not a {system} state dict of this model; {told}.")
+    model.load_state_dict(renamed)
+
+
+def our_name(name: str, system: str) -> str:
+    """What a parameter of a public implementation is called in a wrapped model."""
+    for pattern, ours in SYSTEMS[system]:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(ours)
+    return f"vit.{name}"
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,82 @@
+"""What training minimises: the task's loss and those of the reduction method."""
+
+from torch import Tensor, nn, no_grad
+
+from tokendial.reduce.base import Outcome, Reducer
+from tokendial.tasks.classification import Classification
+from tokendial.vit import DialViT
+
+
+class Objective(nn.Module):
+    """Runs every pass that the losses of a method read, in one forward.
+
+    One forward holds them all because distributed training counts forwards.
+    """
+
+    def __init__(
+        self, model: DialViT, task: Classification, teacher: DialViT | None = None
+    ) -> None:
+        """Put model, task and teacher together.
+
+        Raises:
+            ValueError: If there is a teacher that the method does not learn from, or that does not
+                fit the model.
+        """
+        super().__init__()
+        self.model, self.task = model, task
+        reducer = model.reducer
+        if teacher is not None:
+            if reducer is None or "teacher" not in reducer.also_runs:
+                raise ValueError("train.teacher: only DynamicViT learns from a teacher.")
+            _check_teacher(model, teacher)
+            teacher.eval().requires_grad_(False)
+            teacher.set_degree(0)
+        # In a tuple, so that it is no part of the model: not saved, not trained, not averaged.
+        self._teacher = (teacher,)
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the logits [B, num_classes] at the degree that trains."""
+        model = self.model
+        reducer = model.reducer if model.degree else None
+        if reducer is None or type(reducer).losses is Reducer.losses:
+            logits = model(images).float()
+            return self.task.loss(logits, targets), logits
+        student = model.outcome(images)
+        losses = reducer.losses(
+            student,
+            complete=self._complete(images) if "complete" in reducer.also_runs else None,
+            teacher=self._taught(images),
+            task_loss=lambda logits: self.task.loss(logits, targets),
+        )
+        loss = self.task.loss(student.logits, targets)
+        return loss + sum(losses.values()), student.logits
+
+    def _complete(self, images: Tensor) -> Outcome:
+        degree = self.model.degree
+        self.model.set_degree(0)
+        try:
+            return self.model.outcome(images)
+        finally:
+            self.model.set_degree(degree)
+
+    def _taught(self, images: Tensor) -> Outcome | None:
+        (teacher,) = self._teacher
+        if teacher is None:
+            return None
+        with no_grad():
+            return teacher.to(images.device).outcome(images)
+
+
+def _check_teacher(model: DialViT, teacher: DialViT) -> None:
+    ours, theirs = model.anatomy.shape, teacher.anatomy.shape
+    for name in ("embed_dim", "num_prefix_tokens", "num_patches"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"train.teacher: its {name} is {getattr(theirs, name)}, but the model's is "
+                f"{getattr(ours, name)}."
+            )
+    if model.num_classes != teacher.num_classes:
+        raise ValueError(
+            f"train.teacher: it knows {teacher.num_classes} classes, but the model "
+            f"{model.num_classes}."
+        )

@@ -1,0 +1,170 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from examples import golden, images, split, tiny_vit
+
+import tokendial as td
+from tokendial.attention import attend, masked_softmax
+from tokendial.backbones import anatomy_of
+
+
+def policy_case():
+    _, tensors = golden("dynamicvit_policy_softmax")
+    return tensors, tensors["input.policy"].squeeze(-1)
+
+
+def test_the_masked_softmax_equals_the_reference():
+    tensors, policy = policy_case()
+    weights = masked_softmax(tensors["input.attn_logits"], policy)
+    torch.testing.assert_close(weights, tensors["output.softmax_with_policy"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_masked_attention_layer_equals_the_reference(masked):
+    tensors, policy = policy_case()
+    weights = split(tensors, "weight.")
+    qkv = F.linear(tensors["input.x"], weights["qkv.weight"])
+    q, k, v = qkv.unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+    out = attend(q, k, v, policy_BN=policy if masked else None).out
+    out = F.linear(out, weights["proj.weight"], weights["proj.bias"])
+    expected = tensors[f"output.attention_{'with' if masked else 'without'}_policy"]
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+
+
+def reference_model(**settings):
+    meta, tensors = golden("dynamicvit_vit")
+    sizes = {k: v for k, v in meta["settings"]["model"].items() if k != "mlp_ratio"}
+    vit = tiny_vit(**sizes)
+    model = td.wrap(vit, reduce=td.DynamicViT(keep_rate=0.7, layers=(2, 3, 4), **settings))
+    state = split(tensors, "weight.") | split(tensors, "extra.")
+    td.load_reference(model, state, system="dynamicvit")
+    return tensors, model
+
+
+@torch.no_grad()
+def test_inference_equals_the_reference():
+    tensors, model = reference_model()
+    model.eval()
+    steps = list(model.steps(tensors["input"], track=True))
+    counts = [step.tokens.x.shape[1] for step in steps]
+    assert counts == tensors["output.eval.tokens_per_layer"].tolist()
+    torch.testing.assert_close(
+        model(tensors["input"]), tensors["output.eval.logits"], atol=1e-4, rtol=0
+    )
+    # Which patches are left after the last step: those that the reference kept of those it kept.
+    kept = tensors["output.eval.stage0.kept_idx"]
+    for stage in (1, 2):
+        kept = kept.gather(1, tensors[f"output.eval.stage{stage}.kept_idx"])
+    left = (steps[-1].tokens.origin[:, 1:] >= 0).nonzero()[:, 1].reshape(2, -1)
+    assert torch.equal(left, kept.sort().values)
+
+
+def train_pass(model, tensors, monkeypatch):
+    """The student's pass in training, with the recorded noise."""
+    noise = [tensors[f"input.train.stage{stage}.gumbel"] for stage in range(3)]
+
+    def replay(scores, hard):
+        soft = (scores + noise.pop(0)).softmax(-1)
+        decided = F.one_hot(soft.argmax(-1), 2).to(soft.dtype)
+        return decided - soft.detach() + soft
+
+    monkeypatch.setattr(F, "gumbel_softmax", replay)
+    return model.train().outcome(tensors["input"])
+
+
+def losses_of(model, tensors, student):
+    teacher = td.reduce.Outcome(
+        0,
+        tensors["input.teacher_logits"],
+        F.pad(tensors["input.teacher_tokens"], (0, 0, 1, 0)),
+        [],
+    )
+    return model.reducer.losses(
+        student, complete=None, teacher=teacher, task_loss=lambda logits: logits.sum()
+    )
+
+
+def test_training_equals_the_reference(monkeypatch):
+    tensors, model = reference_model()
+    student = train_pass(model, tensors, monkeypatch)
+    for stage, layer in enumerate((2, 3, 4)):
+        decision = student.tokens[layer - 1].policy[:, 1:]
+        assert torch.equal(decision.round(), tensors[f"output.train.stage{stage}.keep_decision"])
+    close = {"atol": 1e-4, "rtol": 0}
+    torch.testing.assert_close(student.logits, tensors["output.train.logits"], **close)
+    torch.testing.assert_close(student.features[:, 1:], tensors["output.train.features"], **close)
+
+
+@pytest.mark.parametrize("kind", ["default", "mse"])
+def test_losses_equal_the_reference(kind, monkeypatch):
+    token_loss = {"default": "kl", "mse": "mse"}[kind]
+    tensors, model = reference_model(token_loss=token_loss)
+    losses = losses_of(model, tensors, train_pass(model, tensors, monkeypatch))
+    expected = split(tensors, f"output.train.loss.{kind}.")
+    close = {"rtol": 1e-4, "atol": 0}
+    # The reference prints the sum over the three steps, and adds their mean to the total.
+    torch.testing.assert_close(losses["ratio"], 2.0 * expected["ratio"] / 3, **close)
+    torch.testing.assert_close(losses["distilled_logits"], 0.5 * expected["cls_kl"], **close)
+    torch.testing.assert_close(losses["distilled_tokens"], 0.5 * expected["token_kl"], **close)
+    if kind == "mse":
+        total = expected["cls"] + sum(losses.values())
+        torch.testing.assert_close(total, expected["total"], **close)
+
+
+def test_gradients_of_the_predictors_equal_the_reference(monkeypatch):
+    tensors, model = reference_model(token_loss="mse")
+    student = train_pass(model, tensors, monkeypatch)
+    task = F.cross_entropy(student.logits, tensors["input.labels"])
+    (task + sum(losses_of(model, tensors, student).values())).backward()
+    expected = split(tensors, "output.train.grad.score_predictor.")
+    for name, value in expected.items():
+        name = name.replace("in_conv", "inside").replace("out_conv", "outside")
+        gradient = model.reducer.predictors.get_parameter(name).grad
+        torch.testing.assert_close(gradient, value, rtol=1e-3, atol=1e-7)
+
+
+def test_counts_follow_the_dial_and_the_image():
+    model = td.wrap(tiny_vit(), reduce=td.DynamicViT(keep_rate=0.5, layers=(2, 4)))
+    assert model.degree == 5
+    assert model.cost().tokens_per_layer == (65, 33, 33, 17)
+    assert model.cost(0).tokens_per_layer == (65, 65, 65, 65)
+    wide = td.wrap(tiny_vit(dynamic_img_size=True), reduce=td.DynamicViT(layers=(2,))).eval()
+    assert list(wide.steps(images(1, 32, 16)))[-1].tokens.x.shape[1] == 1 + int(32 * 0.7)
+
+
+def test_the_predictors_have_the_published_size():
+    import timm
+
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224")
+        model = td.wrap(vit, reduce=td.DynamicViT())
+    assert sum(p.numel() for p in model.reducer.parameters()) == 3 * 961_730
+
+
+def test_without_a_teacher_only_the_ratio_is_trained(vit):
+    model = td.wrap(vit, reduce=td.DynamicViT(layers=(2,))).train()
+    student = model.outcome(images())
+    losses = model.reducer.losses(student, complete=None, teacher=None, task_loss=torch.sum)
+    assert list(losses) == ["ratio"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": (4, 2)}, "layers must rise, got"),
+        ({"keep_rate": 0}, r"keep_rate must be in \(0, 1\], got 0"),
+        ({"token_loss": "l1"}, "token_loss must be one of mse, kl, got 'l1'"),
+        ({"ratio_weight": -1}, "ratio_weight must be at least 0, got -1"),
+    ],
+)
+def test_bad_settings_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        td.DynamicViT(**settings)
+
+
+def test_attention_with_a_policy_of_ones_is_nearly_plain_attention(vit):
+    anatomy = anatomy_of(vit)
+    tokens = anatomy.embed(images())
+    q, k, v = anatomy.qkv(1, anatomy.attention_input(1, tokens.x), tokens)
+    masked = attend(q, k, v, policy_BN=torch.ones(2, 65))
+    torch.testing.assert_close(masked.out, attend(q, k, v).out, atol=1e-5, rtol=0)

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from examples import golden, split, tiny_vit
+
+import tokendial as td
+
+
+@pytest.mark.parametrize(
+    ("system", "reduce"), [("tome", td.ToMe(r=8)), ("evit", td.EViT(layers=(2, 4)))]
+)
+@torch.no_grad()
+def test_a_checkpoint_of_a_system_without_own_weights_is_loaded(system, reduce):
+    meta, tensors = golden(f"{system}_vit")
+    model = td.wrap(tiny_vit(**meta["settings"]["model"]), reduce=reduce)
+    # Checkpoints of training hold the weights under "model", beside other things.
+    td.load_reference(model, {"model": split(tensors, "weight."), "epoch": 30}, system)
+    assert torch.equal(model.vit.head.weight, tensors["weight.head.weight"])
+
+
+def dyt_model():
+    meta, tensors = golden("dyt_vit")
+    sizes = {k: v for k, v in meta["settings"]["model"].items() if k != "mlp_ratio"}
+    model = td.wrap(tiny_vit(**sizes), reduce=td.DyT(), adapt=td.AdaptFormer(dim=8))
+    return model, split(tensors, "weight.") | split(tensors, "extra.")
+
+
+def test_all_wrong_names_are_in_one_line_and_the_model_is_left_alone():
+    model, state = dyt_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    del state["blocks.0.adaptmlp.down_proj.weight"], state["norm.bias"]
+    state["blocks.0.router.weight"] = torch.zeros(1)
+    state["head.bias"] = torch.zeros(99)
+    with pytest.raises(ValueError, match="this is not a dyt state dict of this model") as raised:
+        td.load_reference(model, state, system="dyt")
+    message = str(raised.value)
+    assert "missing: adapter.down.0.weight, vit.norm.bias;" in message
+    assert "unexpected: vit.blocks.0.router.weight;" in message
+    assert "of another shape: vit.head.bias." in message
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_many_wrong_names_are_counted():
+    model, _ = dyt_model()
+    with pytest.raises(ValueError, match=r"missing: (\S+, ){4}\S+ and \d+ more\.$"):
+        td.load_reference(model, {}, system="dyt")
+
+
+def test_an_unknown_system_raises(vit):
+    with pytest.raises(ValueError, match="system must be one of tome, .*, got 'ats'"):
+        td.load_reference(td.wrap(vit), {}, system="ats")
