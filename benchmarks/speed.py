@@ -78,6 +78,11 @@ def hardware(device: str) -> str:
     return f"{platform.machine()}-{torch.get_num_threads()}threads"
 
 
+def today() -> str:
+    """The date, as it stands in the names of results."""
+    return datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m%d")
+
+
 def main() -> None:
     """Measure, print, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,8 +111,8 @@ def main() -> None:
             spread = f"{row['min_ms']:.0f} to {row['max_ms']:.0f}"
             ratio = row["speed_over_timm"]
             print(f"  {name:14} {row['median_ms']:8.1f} ms ({spread})  {ratio:.2f}x")
-    date = datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m%d")
-    path = Path(__file__).parent / "results" / f"{options.model}_{result['hardware']}_{date}.json"
+    name = f"{options.model}_{result['hardware']}_{today()}.json"
+    path = Path(__file__).parent / "results" / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")
