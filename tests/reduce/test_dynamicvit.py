@@ -79,9 +79,7 @@ def losses_of(model, tensors, student):
         F.pad(tensors["input.teacher_tokens"], (0, 0, 1, 0)),
         [],
     )
-    return model.reducer.losses(
-        student, complete=None, teacher=teacher, task_loss=lambda logits: logits.sum()
-    )
+    return model.reducer.losses(td.reduce.Passes(student, None, teacher, torch.sum))
 
 
 def test_training_equals_the_reference(monkeypatch):
@@ -144,7 +142,7 @@ def test_the_predictors_have_the_published_size():
 def test_without_a_teacher_only_the_ratio_is_trained(vit):
     model = td.wrap(vit, reduce=td.DynamicViT(layers=(2,))).train()
     student = model.outcome(images())
-    losses = model.reducer.losses(student, complete=None, teacher=None, task_loss=torch.sum)
+    losses = model.reducer.losses(td.reduce.Passes(student, None, None, torch.sum))
     assert list(losses) == ["ratio"]
 
 

@@ -22,6 +22,11 @@ class Anatomy(ABC):
     def __init__(self, vit: nn.Module) -> None:
         self.vit: Any = vit
 
+    @classmethod
+    @abstractmethod
+    def problem(cls, vit: nn.Module) -> str | None:
+        """Why `vit` cannot be run block by block; None: it can."""
+
     @property
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:

@@ -138,7 +138,7 @@ def anatomy_of(vit: nn.Module) -> Anatomy:
         ValueError: If it is of no supported kind; it says what is.
     """
     if isinstance(vit, Eva):
-        kind: type[TimmEva | TimmViT | HuggingFaceViT] = TimmEva
+        kind: type[Anatomy] = TimmEva
     elif type(vit).__module__.startswith("transformers."):
         kind = HuggingFaceViT
     else:

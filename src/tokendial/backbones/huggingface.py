@@ -85,9 +85,8 @@ class HuggingFaceViT(Anatomy):
         self.names = _CLASSES[type(vit).__name__]
         self.trunk: Any = getattr(vit, self.names.trunk, vit)
 
-    @staticmethod
-    def problem(vit: nn.Module) -> str | None:
-        """Why `vit` cannot be run block by block; None: it can."""
+    @classmethod
+    def problem(cls, vit: nn.Module) -> str | None:
         name = type(vit).__name__
         if not type(vit).__module__.startswith("transformers.") or name not in _CLASSES:
             return f"{name} is of another class"

@@ -8,7 +8,7 @@ import torch
 from timm.layers.attention import AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokendial.backbones.anatomy import split_heads
 from tokendial.backbones.timm_vit import TimmAnatomy
@@ -18,21 +18,9 @@ from tokendial.tokens import Tokens
 class TimmEva(TimmAnatomy):
     """Eva, pre- or post-norm; a token that absorbs others keeps its own rotary position."""
 
-    @staticmethod
-    def problem(vit: nn.Module) -> str | None:
-        """Why `vit` cannot be run block by block; None: it can."""
-        if not isinstance(vit, Eva):
-            return f"{type(vit).__name__} is of another class"
-        if type(vit).forward_features is not Eva.forward_features:
-            return f"{type(vit).__name__} has a forward pass of its own"
-        if vit.patch_drop is not None:
-            return "it drops patches at random (patch_drop_rate)"
-        for block in vit.blocks:
-            if type(block) not in (EvaBlock, EvaBlockPostNorm):
-                return f"its blocks are {type(block).__name__}"
-            if type(block.attn) not in (EvaAttention, AttentionRope):
-                return f"its attention layers are {type(block.attn).__name__}"
-        return None
+    model_class = Eva
+    block_classes = (EvaBlock, EvaBlockPostNorm)
+    attention_classes = (EvaAttention, AttentionRope)
 
     def embed(self, images_B3HW: Tensor) -> Tokens:
         vit = self.vit

@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
-from timm.layers.patch_dropout import PatchDropout
+from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -21,6 +21,28 @@ HEADS = ("head", "head_dist")
 
 class TimmAnatomy(Anatomy):
     """What timm's two classes of ViT have in common."""
+
+    model_class: type[nn.Module]
+    block_classes: tuple[type[nn.Module], ...]
+    attention_classes: tuple[type[nn.Module], ...]
+
+    @classmethod
+    def problem(cls, vit: Any) -> str | None:
+        own: Any = cls.model_class
+        if not isinstance(vit, own):
+            return f"{type(vit).__name__} is of another class"
+        if type(vit).forward_features is not own.forward_features:
+            return f"{type(vit).__name__} has a forward pass of its own"
+        if isinstance(vit.patch_drop, PatchDropout | PatchDropoutWithIndices):
+            return "it drops patches at random (patch_drop_rate)"
+        if vit.attn_pool is not None and not isinstance(vit.attn_pool, AttentionPoolLatent):
+            return f"it pools with {type(vit.attn_pool).__name__}"
+        for block in vit.blocks:
+            if type(block) not in cls.block_classes:
+                return f"its blocks are {type(block).__name__}"
+            if type(block.attn) not in cls.attention_classes:
+                return f"its attention layers are {type(block.attn).__name__}"
+        return None
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -104,23 +126,9 @@ class TimmAnatomy(Anatomy):
 class TimmViT(TimmAnatomy):
     """VisionTransformer made of the standard pre-norm Block."""
 
-    @staticmethod
-    def problem(vit: nn.Module) -> str | None:
-        """Why `vit` cannot be run block by block; None: it can."""
-        if not isinstance(vit, VisionTransformer):
-            return f"{type(vit).__name__} is of another class"
-        if type(vit).forward_features is not VisionTransformer.forward_features:
-            return f"{type(vit).__name__} has a forward pass of its own"
-        if isinstance(vit.patch_drop, PatchDropout):
-            return "it drops patches at random (patch_drop_rate)"
-        if vit.attn_pool is not None and not isinstance(vit.attn_pool, AttentionPoolLatent):
-            return f"it pools with {type(vit.attn_pool).__name__}"
-        for block in vit.blocks:
-            if type(block) is not Block:
-                return f"its blocks are {type(block).__name__}"
-            if type(block.attn) is not Attention:
-                return f"its attention layers are {type(block.attn).__name__}"
-        return None
+    model_class = VisionTransformer
+    block_classes = (Block,)
+    attention_classes = (Attention,)
 
     def embed(self, images_B3HW: Tensor) -> Tokens:
         vit = self.vit

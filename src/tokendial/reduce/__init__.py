@@ -1,6 +1,6 @@
 """Token reduction: one file per method."""
 
-from tokendial.reduce.base import Outcome, Reducer, ReducerConfig, ViTShape
+from tokendial.reduce.base import Outcome, Passes, Reducer, ReducerConfig, ViTShape
 from tokendial.reduce.dar import DAR
 from tokendial.reduce.dynamicvit import DynamicViT
 from tokendial.reduce.dyt import DyT
@@ -15,6 +15,7 @@ __all__ = [
     "EViT",
     "FFNMerge",
     "Outcome",
+    "Passes",
     "Reducer",
     "ReducerConfig",
     "ToMe",

@@ -57,6 +57,20 @@ class Outcome:
     """Tokens that leave each block."""
 
 
+@dataclass(slots=True)
+class Passes:
+    """What the losses of a method read: the passes of one training step."""
+
+    student: Outcome
+    """The pass at the degree that trains."""
+    complete: Outcome | None
+    """The same model at degree 0, with gradients, if `Reducer.also_runs` asks for it."""
+    teacher: Outcome | None
+    """A trained model's pass, if `Reducer.also_runs` asks for it and there is a teacher."""
+    task_loss: Callable[[Tensor], Tensor]
+    """The task's loss as a function of logits."""
+
+
 class Reducer(nn.Module, ABC):
     """Runs a reduction method: before a block, between its attention and FFN, or around its FFN.
 
@@ -72,8 +86,7 @@ class Reducer(nn.Module, ABC):
     keeps_grid: ClassVar[bool] = False
     """Whether every token leaves every block, so that adapters find the whole patch grid."""
     also_runs: frozenset[str] = frozenset()
-    """Passes that `losses` reads besides the student's: "complete" (the same model at degree 0,
-    with gradients), "teacher" (a trained model, if there is one)."""
+    """Passes that `losses` reads besides the student's: "complete", "teacher" (see `Passes`)."""
     proportional_attention: bool = False
     """Whether token sizes weigh keys in attention."""
     degrees: tuple[int, ...]
@@ -116,22 +129,8 @@ class Reducer(nn.Module, ABC):
         """
         return ffn(tokens.x), None
 
-    def losses(
-        self,
-        student: Outcome,
-        *,
-        complete: Outcome | None,
-        teacher: Outcome | None,
-        task_loss: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
-        """Losses of the method, weighted, to be added to the task's.
-
-        Args:
-            student: The pass at the degree that trains.
-            complete: The pass at degree 0, if `also_runs` asks for it.
-            teacher: The teacher's pass, if `also_runs` asks for it and there is a teacher.
-            task_loss: The task's loss as a function of logits.
-        """
+    def losses(self, passes: Passes) -> dict[str, Tensor]:
+        """Losses of the method, weighted, to be added to the task's loss of the student."""
         return {}
 
     def at_step(self, step: int, steps_per_epoch: int) -> None:

@@ -9,14 +9,13 @@ one image with a square grid.
 
 # Shape legend: B batch, L patch tokens, D embed_dim.
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tokendial.methods import register
-from tokendial.reduce.base import Outcome, ViTShape
+from tokendial.reduce.base import Passes, ViTShape
 from tokendial.reduce.select import SelectConfig, Selector, selected_patches
 from tokendial.tokens import Tokens, patch_grid
 
@@ -45,16 +44,10 @@ class DARReducer(Selector):
         logits: Tensor = self.dispatchers[layer - 1](patch_grid(tokens))
         return logits.flatten(1)
 
-    def losses(
-        self,
-        student: Outcome,
-        *,
-        complete: Outcome | None,
-        teacher: Outcome | None,
-        task_loss: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
+    def losses(self, passes: Passes) -> dict[str, Tensor]:
         """The share of tokens."""
-        rate = ada_loss(selected_patches(student), self.rates[student.degree])
+        target = self.rates[passes.student.degree]
+        rate = ada_loss(selected_patches(passes.student), target)
         return {"rate": self.config.ratio_weight * rate}
 
 

@@ -8,7 +8,6 @@ nothing leaves, dropped tokens are masked out of attention, in every layer and f
 
 # Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim.
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from tokendial.methods import register
 from tokendial.reduce.base import (
-    Outcome,
+    Passes,
     Reducer,
     ReducerConfig,
     ViTShape,
@@ -126,16 +125,10 @@ class DynamicViTReducer(Reducer):
         keep = best_tokens(scores, count, tokens.prefix)
         return tokens.reduced(Grouping.keeping(keep, tokens.x.shape[1]))
 
-    def losses(
-        self,
-        student: Outcome,
-        *,
-        complete: Outcome | None,
-        teacher: Outcome | None,
-        task_loss: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
+    def losses(self, passes: Passes) -> dict[str, Tensor]:
         """The shares of tokens, and with a teacher the distillation of logits and tokens."""
-        config, rate = self.config, self.rates[student.degree]
+        config, student, teacher = self.config, passes.student, passes.teacher
+        rate = self.rates[student.degree]
         policies = [self._policy(student.tokens[layer - 1]) for layer in config.layers]
         shares = [policy.mean(dim=1) - rate ** (i + 1) for i, policy in enumerate(policies)]
         losses = {"ratio": config.ratio_weight * torch.stack(shares).square().mean()}

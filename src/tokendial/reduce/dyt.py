@@ -9,14 +9,13 @@ code computes all and multiplies by the mask.
 
 # Shape legend: B batch, L patch tokens, D embed_dim.
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.methods import register
-from tokendial.reduce.base import Outcome, ViTShape, check_share
+from tokendial.reduce.base import Passes, ViTShape, check_share
 from tokendial.reduce.select import SelectConfig, Selector, selected_patches
 from tokendial.tokens import Tokens
 
@@ -58,16 +57,9 @@ class DyTReducer(Selector):
         patches = tokens.x[:, tokens.prefix :]
         return self.dispatchers[layer - 1](patches).squeeze(-1)  # type: ignore[no-any-return]
 
-    def losses(
-        self,
-        student: Outcome,
-        *,
-        complete: Outcome | None,
-        teacher: Outcome | None,
-        task_loss: Callable[[Tensor], Tensor],
-    ) -> dict[str, Tensor]:
+    def losses(self, passes: Passes) -> dict[str, Tensor]:
         """The share of tokens, the complete model's task loss, and its distillation."""
-        config = self.config
+        config, student, complete = self.config, passes.student, passes.complete
         rate = rate_loss(
             selected_patches(student),
             self.rates[student.degree],
@@ -76,7 +68,7 @@ class DyTReducer(Selector):
         )
         losses = {"rate": config.ratio_weight * rate}
         if complete is not None:
-            losses["complete"] = task_loss(complete.logits)
+            losses["complete"] = passes.task_loss(complete.logits)
             losses["distilled"] = F.kl_div(
                 student.logits.log_softmax(-1),
                 complete.logits.detach().log_softmax(-1),

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn, no_grad
 
-from tokendial.reduce.base import Outcome, Reducer
+from tokendial.reduce.base import Outcome, Passes, Reducer
 from tokendial.tasks.classification import Classification
 from tokendial.vit import DialViT
 
@@ -42,12 +42,13 @@ class Objective(nn.Module):
             logits = model(images).float()
             return self.task.loss(logits, targets), logits
         student = model.outcome(images)
-        losses = reducer.losses(
+        passes = Passes(
             student,
             complete=self._complete(images) if "complete" in reducer.also_runs else None,
             teacher=self._taught(images),
             task_loss=lambda logits: self.task.loss(logits, targets),
         )
+        losses = reducer.losses(passes)
         loss = self.task.loss(student.logits, targets)
         return loss + sum(losses.values()), student.logits
 
