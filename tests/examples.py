@@ -33,17 +33,28 @@ ADAPTERS = {
     "dense_adapter": td.DenseAdapter(dim=6, start=4, interval=3),
     "adaptformer": td.AdaptFormer(dim=6, scale=0.5),
     "dar": td.DARAdapter(dims=(6, 4)),
+    "houlsby": td.Houlsby(dim=6),
+    "vpt": td.VPT(prompts=3),
+    "vpt_shallow": td.VPT(prompts=3, deep=False),
+    "ssf": td.SSF(),
+    "fact": td.FacT(rank=3),
+    "fact_tk": td.FacT(rank=3, kind="tk"),
+    "convpass": td.ConvPass(dim=4),
+    "bitfit": td.BitFit(),
+    "last_blocks": td.LastBlocks(blocks=2),
     "lora": td.LoRA(rank=2),
+    "peft": td.PEFT(method="loha", options={"r": 2}),
     "linear": td.Linear(),
     "full": td.Full(),
 }
-# DAR's adapter needs the whole token grid.
+# Some adapters need the whole token grid.
+ON_THE_GRID = {"dar", "convpass"}
 SHRINKING = {"tome", "evit", "dynamicvit"}
 PAIRS = {
     f"{reduce}-{adapt}": (REDUCERS[reduce], ADAPTERS[adapt])
     for reduce in REDUCERS
     for adapt in ADAPTERS
-    if not (adapt == "dar" and reduce in SHRINKING)
+    if not (adapt in ON_THE_GRID and reduce in SHRINKING)
 }
 
 

@@ -1,6 +1,21 @@
 """Tokendial: one fine-tuned Vision Transformer, run at any cost."""
 
-from tokendial.adapt import AdaptFormer, DARAdapter, DenseAdapter, Full, Linear, LoRA
+from tokendial.adapt import (
+    PEFT,
+    SSF,
+    VPT,
+    AdaptFormer,
+    BitFit,
+    ConvPass,
+    DARAdapter,
+    DenseAdapter,
+    FacT,
+    Full,
+    Houlsby,
+    LastBlocks,
+    Linear,
+    LoRA,
+)
 from tokendial.backbones import Backbone
 from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, ToMe
 from tokendial.reference import load_reference
@@ -9,8 +24,13 @@ from tokendial.vit import DialViT, wrap
 
 __all__ = [
     "DAR",
+    "PEFT",
+    "SSF",
+    "VPT",
     "AdaptFormer",
     "Backbone",
+    "BitFit",
+    "ConvPass",
     "DARAdapter",
     "DenseAdapter",
     "DialViT",
@@ -18,7 +38,10 @@ __all__ = [
     "DynamicViT",
     "EViT",
     "FFNMerge",
+    "FacT",
     "Full",
+    "Houlsby",
+    "LastBlocks",
     "Linear",
     "LoRA",
     "ToMe",

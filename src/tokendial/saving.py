@@ -25,6 +25,8 @@ def save(model: DialViT, directory: Path) -> None:
     Saved are the weights that train and the adapter's own; a frozen backbone is only named, unless
     its weights are random and could not be had again.
     """
+    if model.adapter.merged:
+        raise ValueError("merged adapters cannot be saved: call unmerge_adapters() first.")
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in _saved(model).items()}
     with replacing(directory / WEIGHTS) as path:

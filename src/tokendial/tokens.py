@@ -122,8 +122,8 @@ class Tokens:
     rope: Tensor | None = None
     """Rotary table of the backbone over the original patches; None: it has none."""
     position: Tensor | None = None
-    """[B, N] original position (prefix included) that each token stands at, with `rope`: that of
-    the token which absorbs others; None: nothing was reduced yet."""
+    """[B, L] patch that each patch token stands at, with `rope`: that of the token which absorbs
+    others; None: nothing was reduced yet."""
     policy: Tensor | None = None
     """[B, N] 1 for tokens that attention sees and 0 for dropped ones, in training with masks;
     None: it sees all."""
@@ -160,7 +160,8 @@ class Tokens:
             origin = followed
         position = self.position
         if self.rope is not None:
-            position = grouping.keep if position is None else position.gather(1, grouping.keep)
+            patches = grouping.keep[:, self.prefix :] - self.prefix
+            position = patches if position is None else position.gather(1, patches)
         return dataclasses.replace(
             self,
             x=grouping.merge(self.x, weight),
@@ -169,6 +170,42 @@ class Tokens:
             lost=lost,
             carried={name: grouping.merge(y, weight) for name, y in self.carried.items()},
             position=position,
+        )
+
+    def with_prompts(self, prompts_PD: Tensor) -> "Tokens":
+        """The same tokens with prompts, the same for each image, as the last prefix tokens."""
+        at, count = self.prefix, len(prompts_PD)
+
+        def insert(values: Tensor, new: Tensor | float) -> Tensor:
+            between = values.new_zeros(len(values), count, *values.shape[2:]) + new
+            return torch.cat([values[:, :at], between, values[:, at:]], dim=1)
+
+        return dataclasses.replace(
+            self,
+            x=insert(self.x, prompts_PD.to(self.x.dtype)),
+            prefix=at + count,
+            size=None if self.size is None else insert(self.size, 1.0),
+            policy=None if self.policy is None else insert(self.policy, 1.0),
+            origin=_moved(self.origin, at, count),
+            carried={name: insert(y, 0.0) for name, y in self.carried.items()},
+        )
+
+    def without_prompts(self, count: int) -> "Tokens":
+        """The same tokens without the last `count` prefix tokens."""
+        at = self.prefix - count
+
+        def remove(values: Tensor) -> Tensor:
+            return torch.cat([values[:, :at], values[:, self.prefix :]], dim=1)
+
+        return dataclasses.replace(
+            self,
+            x=remove(self.x),
+            prefix=at,
+            size=None if self.size is None else remove(self.size),
+            policy=None if self.policy is None else remove(self.policy),
+            selected=None if self.selected is None else remove(self.selected),
+            origin=_moved(self.origin, self.prefix, -count),
+            carried={name: remove(y) for name, y in self.carried.items()},
         )
 
     def restored(self) -> Tensor:
@@ -191,6 +228,11 @@ def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     # Whole rows at once; a gather would look up each feature by itself, seven times slower.
     rows = x_BND.flatten(0, 1).index_select(0, _flat(index_BK, x_BND.shape[1]))
     return rows.view(*index_BK.shape, x_BND.shape[2])
+
+
+def _moved(origin_BP: Tensor | None, first: int, by: int) -> Tensor | None:
+    """The map to tokens after those from `first` on have moved by some places."""
+    return None if origin_BP is None else origin_BP + by * (origin_BP >= first)
 
 
 def _flat(index_BK: Tensor, num_tokens: int) -> Tensor:

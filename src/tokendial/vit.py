@@ -1,6 +1,6 @@
 """DialViT: runs a ViT block by block, with a reducer, an adapter and the dial."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.attention import Attended, attend
@@ -93,9 +94,12 @@ class DialViT(nn.Module):
             )
         if adapt:
             vit.requires_grad_(False)
-            self.adapter.install(vit)
+            self.adapter.install(vit, self.anatomy.blocks)
             for head in self.anatomy.heads:
                 head.requires_grad_(True)
+        self.checkpoint_activations = False
+        """Whether training recomputes the blocks in the backward pass instead of keeping their
+        activations: less memory, more time."""
         self.degree = 0
         self.set_degree(self.reducer.degree if self.reducer else 0)
 
@@ -158,40 +162,80 @@ class DialViT(nn.Module):
         tokens = self.anatomy.embed(images)
         if track:
             tokens = tokens.tracked(fused_count=dropped == "fused")
+        run = self._block
+        if self.checkpoint_activations and self.training:
+            run = partial(checkpoint, self._block, use_reentrant=False)
+        degree = self.degree  # a recomputed block has to find it as it was
         for layer in range(1, len(self.anatomy.blocks) + 1):
-            tokens, attended = self._block(layer, tokens, needs)
+            tokens, attended = run(layer, degree, tokens, needs)
             yield Step(layer, tokens, attended)
 
-    def _block(self, layer: int, tokens: Tokens, needs: frozenset[str]) -> tuple[Tokens, Attended]:
-        anatomy = self.anatomy
-        reducer = self.reducer if self.degree else None
-        acts = reducer is not None and reducer.acts(layer, self.degree)
+    def _block(
+        self, layer: int, degree: int, tokens: Tokens, needs: frozenset[str]
+    ) -> tuple[Tokens, Attended]:
+        reducer = self.reducer if degree else None
         if reducer:
-            tokens = reducer.before_block(layer, self.degree, tokens)
+            tokens = reducer.before_block(layer, degree, tokens)
+        tokens = self.adapter.before_block(layer, tokens)
+        acting = reducer if reducer and reducer.acts(layer, degree) else None
+        tokens, attended = self._attention(
+            layer,
+            tokens,
+            needs=needs | acting.needs if acting else needs,
+            size_BN=tokens.size if reducer and reducer.proportional_attention else None,
+        )
+        if acting:
+            grouping = acting.group(layer, degree, tokens, attended)
+            if grouping is not None:
+                tokens = tokens.reduced(grouping, track_size=acting.tracks_size)
+        around = partial(acting.around_ffn, layer, degree, tokens, attended) if acting else None
+        tokens = self._ffn(layer, tokens, around)
+        return self.adapter.after_block(layer, tokens), attended
+
+    def _attention(
+        self, layer: int, tokens: Tokens, *, needs: frozenset[str], size_BN: Tensor | None
+    ) -> tuple[Tokens, Attended]:
+        anatomy = self.anatomy
         x = anatomy.attention_input(layer, tokens.x)
+        q, k, v = anatomy.qkv(layer, x, tokens)
         scale, dropout = anatomy.attention_settings(layer)
         attended = attend(
-            *anatomy.qkv(layer, x, tokens),
+            q,
+            k,
+            v,
             scale=scale,
             dropout=dropout,
-            size_BN=tokens.size if reducer and reducer.proportional_attention else None,
+            size_BN=size_BN,
             policy_BN=tokens.policy,
-            needs=needs | reducer.needs if acts and reducer else needs,
+            needs=needs,
         )
-        tokens = replace(tokens, x=tokens.x + anatomy.attention_branch(layer, attended.out, x))
-        if acts and reducer:
-            grouping = reducer.group(layer, self.degree, tokens, attended)
-            if grouping is not None:
-                tokens = tokens.reduced(grouping, track_size=reducer.tracks_size)
-        ffn = partial(anatomy.ffn, layer)
-        if acts and reducer:
-            out, selected = reducer.around_ffn(layer, self.degree, tokens, attended, ffn)
-        else:
-            out, selected = ffn(tokens.x), None
-        x = tokens.x + out
-        branch, carried = self.adapter.beside_ffn(layer, tokens)
-        x = x if branch is None else x + branch
-        return replace(tokens, x=x, carried=carried, selected=selected), attended
+        out = tokens.x + anatomy.attention_branch(layer, attended.out, x)
+        beside = self.adapter.beside_attention(layer, x, tokens)
+        return replace(tokens, x=out if beside is None else out + beside), attended
+
+    def _ffn(
+        self,
+        layer: int,
+        tokens: Tokens,
+        around: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor | None]] | None,
+    ) -> Tokens:
+        anatomy, adapter = self.anatomy, self.adapter
+        known: list[Tensor] = []
+
+        def normed() -> Tensor:
+            # Adapters may read what the FFN reads; it is computed once.
+            if not known:
+                known.append(anatomy.ffn_input(layer, tokens.x))
+            return known[0]
+
+        def ffn(x: Tensor) -> Tensor:
+            y = normed() if x is tokens.x else anatomy.ffn_input(layer, x)
+            return adapter.after_ffn(layer, anatomy.ffn_branch(layer, y))
+
+        out, selected = around(ffn) if around else (ffn(tokens.x), None)
+        branch, carried = adapter.beside_ffn(layer, tokens, normed)
+        x = tokens.x + out if branch is None else tokens.x + out + branch
+        return replace(tokens, x=x, carried=carried, selected=selected)
 
     def feature_map(
         self,
@@ -299,6 +343,29 @@ class DialViT(nn.Module):
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train: adapters and heads, or everything in full fine-tuning."""
         return (p for p in self.parameters() if p.requires_grad)
+
+    def merge_adapters(self) -> None:
+        """Put linear adapters (LoRA, SSF, FacT) into the backbone's weights: they cost nothing.
+
+        Outputs stay the same up to rounding. The original weights are kept in memory, so that
+        `unmerge_adapters` brings back their bits.
+
+        Raises:
+            ValueError: If the adapter is not linear, or is merged already.
+        """
+        if self.adapter.merged:
+            raise ValueError("the adapters are merged already.")
+        self.adapter.merge()
+
+    def unmerge_adapters(self) -> None:
+        """Undo `merge_adapters`, to the bit.
+
+        Raises:
+            ValueError: If nothing is merged.
+        """
+        if not self.adapter.merged:
+            raise ValueError("the adapters are not merged.")
+        self.adapter.unmerge()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write what was trained, the configuration and the backbone's name; see `load`."""

@@ -1,3 +1,4 @@
+import pytest
 import timm
 import torch
 from examples import images, perturbed, tiny_vit
@@ -36,7 +37,7 @@ def test_outputs_follow_the_equations_with_a_reduction_in_between():
             h = h + adapter["down"][1](z[n - 1])
         if n >= 4:
             h = h + adapter["down"][2](z[n - 3])
-        z[n] = 0.7 * adapter["up"](h.relu())
+        z[n] = 0.7 * adapter["up"][0](h.relu())
         x = u + block.mlp(block.norm2(u)) + z[n]
     torch.testing.assert_close(model(images()), vit.forward_head(vit.norm(x)))
 
@@ -52,3 +53,48 @@ def test_only_what_is_read_later_is_carried(vit):
     model = td.wrap(vit, adapt=td.DenseAdapter(dim=4))
     carried = [set(step.tokens.carried) for step in model.steps(images())]
     assert [len(names) for names in carried] == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("fusion", ["input", "inner", "output"])
+@pytest.mark.parametrize("reads", [(), ("previous",), ("earlier",), ("previous", "earlier")])
+def test_variants_have_the_matrices_of_the_paper(fusion, reads):
+    with torch.device("meta"):
+        adapt = td.DenseAdapter(dim=32, fusion=fusion, reads=reads)
+        model = td.wrap(timm.create_model("vit_base_patch16_224"), adapt=adapt)
+    inputs = 12 + 11 * ("previous" in reads) + 9 * ("earlier" in reads)
+    downs = 12 if fusion == "input" else inputs
+    ups = inputs if fusion == "output" else 12
+    expected = (downs + ups) * 768 * 32 + downs * 32 + ups * 768
+    assert model.cost().trainable_params == expected
+
+
+@pytest.mark.parametrize("fusion", ["input", "output"])
+@torch.no_grad()
+def test_features_are_summed_up_where_the_fusion_says(fusion):
+    vit = tiny_vit(depth=2)
+    model = td.wrap(vit, adapt=td.DenseAdapter(dim=5, fusion=fusion))
+    perturbed(model.adapter, std=0.3)
+    _, second = model.eval().adapter.layers
+    tokens = [step.tokens for step in model.steps(images())]
+    z = tokens[0].carried["dense_adapter-1"]
+    entered = tokens[0].x + vit.blocks[1].attn(vit.blocks[1].norm1(tokens[0].x))
+    if fusion == "input":
+        expected = second["up"][0](second["down"][0](entered + z).relu())
+    else:
+        expected = sum(
+            up(down(x).relu())
+            for up, down, x in zip(second["up"], second["down"], (entered, z), strict=True)
+        )
+    torch.testing.assert_close(tokens[1].carried["dense_adapter-1"], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reads": ("next",)}, "reads must be one of previous, earlier, got 'next'"),
+        ({"fusion": "outer"}, "fusion must be one of input, inner, output, got 'outer'"),
+    ],
+)
+def test_unknown_variants_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        td.DenseAdapter(**settings)

@@ -25,5 +25,5 @@ def test_it_is_peft_on_the_bare_model():
 
 
 def test_a_layer_that_does_not_exist_raises(vit):
-    with pytest.raises(ValueError, match=r"target_modules must name layers .*, got 'query'"):
+    with pytest.raises(ValueError, match=r"target_modules must name linear layers .*, got 'query'"):
         td.wrap(vit, adapt=td.LoRA(target_modules=("query",)))

@@ -34,7 +34,7 @@ def wrapped(**sizes):
 def run_block(model, x):
     from tokendial.tokens import Tokens
 
-    return model._block(1, Tokens(x, 1, (6, 6)), frozenset())[0]
+    return model._block(1, 1, Tokens(x, 1, (6, 6)), frozenset())[0]
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def test_adapter_and_compensator_equal_the_reference():
     tensors, model = reference_block()
     from tokendial.tokens import Tokens
 
-    branch, _ = model.adapter.beside_ffn(1, Tokens(tensors["input"], 1, (6, 6)))
+    branch, _ = model.adapter.beside_ffn(1, Tokens(tensors["input"], 1, (6, 6)), None)
     expected = tensors["output.adapter"].clone()
     expected[:, 1:] += tensors["output.compensator"]
     torch.testing.assert_close(branch / model.adapter.scales[0], expected, atol=1e-4, rtol=1e-4)

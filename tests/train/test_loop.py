@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples import tiny_vit
 from safetensors.torch import load_file
 
 import tokendial
@@ -208,8 +209,27 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_its_end():
 
 def test_only_matrices_decay(recipe_file):
     model = build_model(read_recipe(recipe_file), 4)
-    decayed, plain = parameter_groups(model, 0.05)
+    plain, decayed = parameter_groups(model, 0.05, 1e-3)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     assert all(p.ndim >= 2 for p in decayed["params"])
     exempt = {id(p) for p in plain["params"]}
     assert {id(model.vit.pos_embed), id(model.vit.cls_token), id(model.vit.head.bias)} <= exempt
+
+
+def test_the_rate_of_the_backbone_falls_towards_the_input(vit):
+    model = td.wrap(vit, adapt=td.Full())
+    groups = parameter_groups(model, 0.05, lr=1.0, layer_decay=0.5)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates[id(vit.head.weight)] == 1.0
+    assert rates[id(vit.norm.weight)] == 0.5
+    of_blocks = [rates[id(block.mlp.fc1.weight)] for block in vit.blocks]
+    assert of_blocks == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert rates[id(vit.patch_embed.proj.weight)] == rates[id(vit.pos_embed)] == 1 / 32
+
+
+def test_prompts_and_scales_do_not_decay(vit):
+    for adapt in (td.VPT(), td.SSF()):
+        model = td.wrap(tiny_vit(), adapt=adapt)
+        groups = parameter_groups(model, 0.05, lr=1.0)
+        decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        assert decayed == {id(model.vit.head.weight)}

@@ -2,18 +2,32 @@
 
 from tokendial.adapt.adaptformer import AdaptFormer
 from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.adapt.convpass import ConvPass
 from tokendial.adapt.dar import DARAdapter
 from tokendial.adapt.dense import DenseAdapter
+from tokendial.adapt.fact import FacT
+from tokendial.adapt.houlsby import Houlsby
 from tokendial.adapt.lora import LoRA
-from tokendial.adapt.plain import Full, Linear
+from tokendial.adapt.peft import PEFT
+from tokendial.adapt.plain import BitFit, Full, LastBlocks, Linear
+from tokendial.adapt.ssf import SSF
+from tokendial.adapt.vpt import VPT
 
 __all__ = [
+    "PEFT",
+    "SSF",
+    "VPT",
     "AdaptFormer",
     "Adapter",
     "AdapterConfig",
+    "BitFit",
+    "ConvPass",
     "DARAdapter",
     "DenseAdapter",
+    "FacT",
     "Full",
+    "Houlsby",
+    "LastBlocks",
     "Linear",
     "LoRA",
 ]

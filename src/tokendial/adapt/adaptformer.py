@@ -5,6 +5,7 @@ NeurIPS 2022, https://arxiv.org/abs/2205.13535, section 3.2: the branch reads th
 tokens that enter the FFN, without a LayerNorm of its own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -45,7 +46,9 @@ class AdaptFormerAdapter(Adapter):
         for down, up in zip(self.down, self.up, strict=True):
             init_bottleneck(down, up)  # type: ignore[arg-type]  # ModuleList forgets its type
 
-    def beside_ffn(self, layer: int, tokens: Tokens) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def beside_ffn(
+        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The branch of this layer."""
         hidden = F.relu(self.down[layer - 1](tokens.x))
         return self.scale * self.up[layer - 1](hidden), tokens.carried

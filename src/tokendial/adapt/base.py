@@ -1,6 +1,7 @@
 """What every fine-tuning method provides."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -30,21 +31,63 @@ class Adapter(nn.Module):
 
     needs_grid: ClassVar[bool] = False
     """Whether it reads the patches as a map, which no reduction may have thinned out."""
+    merged: bool = False
+    """Whether its weights are part of the backbone's at present."""
 
-    def install(self, vit: nn.Module) -> None:
+    def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Put layers into `vit` in place and choose which of its weights train.
 
         The backbone is frozen before this is called; the heads are made trainable after it.
+
+        Args:
+            vit: The backbone.
+            blocks: Its blocks, in order.
+
+        Raises:
+            ValueError: If the backbone has not the layers that the method acts on.
         """
 
-    def beside_ffn(self, layer: int, tokens: Tokens) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def merge(self) -> None:
+        """Put the adapter into the backbone's weights; a ValueError if it is not linear."""
+        raise ValueError(
+            f"{type(self).__name__} cannot be merged: only LoRA, SSF, FacT and linear methods of "
+            "PEFT can."
+        )
+
+    def unmerge(self) -> None:
+        """Bring back the backbone's own weights."""
+
+    def before_block(self, layer: int, tokens: Tokens) -> Tokens:
+        """Tokens that enter `layer` (counted from 1), after a reduction before it."""
+        return tokens
+
+    def beside_attention(self, layer: int, x_BND: Tensor, tokens: Tokens) -> Tensor | None:
+        """What is added to the output of attention, from its normalised input; None: nothing."""
+        return None
+
+    def after_ffn(self, layer: int, out: Tensor) -> Tensor:
+        """Act on what the FFN adds to the tokens that it processed, [..., D]."""
+        return out
+
+    def beside_ffn(
+        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Act on the tokens that enter the FFN of `layer` (after attention and reduction).
+
+        Args:
+            layer: The block, counted from 1.
+            tokens: The tokens, un-normalised.
+            normed: Computes their normalised features [B, N, D], which the FFN reads.
 
         Returns:
             What is added to the output of the block ([B, N, D], or None for nothing), and the
             features to carry on to the next layers.
         """
         return None, tokens.carried
+
+    def after_block(self, layer: int, tokens: Tokens) -> Tokens:
+        """Tokens that leave `layer`."""
+        return tokens
 
 
 def init_bottleneck(down: nn.Linear, up: nn.Linear) -> None:

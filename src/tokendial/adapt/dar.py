@@ -5,6 +5,7 @@ Tasks", CVPR 2025, and the authors' code: both read the un-normalised tokens tha
 their sum is scaled by one learned number per layer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,9 @@ class DARAdapters(Adapter):
         )
         self.scales = nn.ParameterList(torch.tensor(float(config.scale)) for _ in range(vit.depth))
 
-    def beside_ffn(self, layer: int, tokens: Tokens) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def beside_ffn(
+        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The branch of this layer."""
         grid = patch_grid(tokens)
         adapted = self.up[layer - 1](self.down[layer - 1](tokens.x).relu())

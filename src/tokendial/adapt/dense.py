@@ -8,18 +8,22 @@ Inference", version 3, https://arxiv.org/abs/2405.14700, overview figure and tab
     y_n = x_n + FFN(LN x_n) + z_n
 
 where x_n are the tokens after attention and reduction, and S makes the features of earlier layers
-follow the reductions since. Departure: the published parameter counts have one more vector of
-width D per layer, whose role the paper does not tell; it is left out (0.8 % of the parameters).
+follow the reductions since. The variants of tables VI (which features an adapter reads) and VII
+(where they are summed up) are settings. Departure: the published parameter counts have one more
+vector of width D per layer, whose role the paper does not tell; it is left out (0.8 % of the
+parameters).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck, init_bottleneck
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.reduce.base import ViTShape, check_choice
 from tokendial.tokens import Tokens
 
 
@@ -37,9 +41,19 @@ class DenseAdapter(AdapterConfig):
     paper)."""
     interval: int = 3
     """How many layers back the long connection reaches."""
+    reads: tuple[Literal["previous", "earlier"], ...] = ("previous", "earlier")
+    """What an adapter reads besides its layer's tokens: the previous layer's adapter, and the one
+    `interval` layers back."""
+    fusion: Literal["input", "inner", "output"] = "inner"
+    """Where the features are summed up: before one down-projection, after one each, or after a
+    whole bottleneck each."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "reads", tuple(self.reads))
         check_bottleneck(self.dim, self.scale)
+        for name in self.reads:
+            check_choice("reads", name, ("previous", "earlier"))
+        check_choice("fusion", self.fusion, ("input", "inner", "output"))
         if type(self.interval) is not int or self.interval < 2:
             raise ValueError(f"interval must be an integer of at least 2, got {self.interval}.")
         if type(self.start) is not int or self.start <= self.interval:
@@ -60,26 +74,41 @@ class DenseAdapters(Adapter):
         self.config = config
         self.layers = nn.ModuleList()
         for layer in range(1, vit.depth + 1):
-            inputs = 1 + (layer > 1) + (layer >= config.start)
-            down = nn.ModuleList(nn.Linear(vit.embed_dim, config.dim) for _ in range(inputs))
-            up = nn.Linear(config.dim, vit.embed_dim)
-            for linear in down:
-                init_bottleneck(linear, up)  # type: ignore[arg-type]  # ModuleList forgets its type
+            inputs = 1 + len(self._reads(layer))
+            downs = 1 if config.fusion == "input" else inputs
+            ups = inputs if config.fusion == "output" else 1
+            down = nn.ModuleList(nn.Linear(vit.embed_dim, config.dim) for _ in range(downs))
+            up = nn.ModuleList(nn.Linear(config.dim, vit.embed_dim) for _ in range(ups))
+            for number in range(downs):
+                init_bottleneck(down[number], up[min(number, ups - 1)])  # type: ignore[arg-type]
             self.layers.append(nn.ModuleDict({"down": down, "up": up}))
 
-    def beside_ffn(self, layer: int, tokens: Tokens) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _reads(self, layer: int) -> list[str]:
+        """Names of the carried features that the adapter of `layer` reads."""
+        config = self.config
+        names = []
+        if layer > 1 and "previous" in config.reads:
+            names.append(_name(1))
+        if layer >= config.start and "earlier" in config.reads:
+            names.append(_name(config.interval))
+        return names
+
+    def beside_ffn(
+        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The adapter of this layer; carries on its output and those it still needs."""
-        adapter = self.layers[layer - 1]
-        inputs = [tokens.x]
-        if layer > 1:
-            inputs.append(tokens.carried[_name(1)])
-        if layer >= self.config.start:
-            inputs.append(tokens.carried[_name(self.config.interval)])
-        downs = zip(adapter["down"], inputs, strict=True)  # type: ignore[index]
-        hidden = sum(down(x) for down, x in downs)
-        z = self.config.scale * adapter["up"](F.relu(hidden))  # type: ignore[index]
+        adapter: Any = self.layers[layer - 1]
+        inputs = [tokens.x, *(tokens.carried[name] for name in self._reads(layer))]
+        if self.config.fusion == "input":
+            inputs = [sum(inputs[1:], start=inputs[0])]
+        hidden = [down(x) for down, x in zip(adapter["down"], inputs, strict=True)]
+        if self.config.fusion == "inner":
+            hidden = [sum(hidden[1:], start=hidden[0])]
+        outs = [up(F.relu(h)) for up, h in zip(adapter["up"], hidden, strict=True)]
+        z = self.config.scale * sum(outs[1:], start=outs[0])
         carried = dict(tokens.carried)
-        for back in range(self.config.interval, 1, -1):
+        furthest = self.config.interval if "earlier" in self.config.reads else 1
+        for back in range(furthest, 1, -1):
             if _name(back - 1) in carried:
                 carried[_name(back)] = carried[_name(back - 1)]
         return z, carried | {_name(1): z}

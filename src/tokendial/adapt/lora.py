@@ -8,9 +8,8 @@ LoRA on it has the parameters of separate pairs on query and value (4 * D * rank
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.adapt.base import AdapterConfig
+from tokendial.adapt.peft import PEFTLayers
 from tokendial.methods import register
 from tokendial.reduce.base import ViTShape
 
@@ -59,26 +58,8 @@ class LoRA(AdapterConfig):
         )
 
 
-class LoRAAdapter(Adapter):
-    """Lets PEFT put its layers into the backbone; owns no weights itself."""
+class LoRAAdapter(PEFTLayers):
+    """Runs LoRA."""
 
     def __init__(self, config: LoRA) -> None:
-        super().__init__()
-        self.config = config
-
-    def install(self, vit: nn.Module) -> None:
-        """Inject PEFT's LoRA layers.
-
-        Raises:
-            ValueError: If a target module does not exist.
-        """
-        import peft
-
-        linear = [name for name, part in vit.named_modules() if isinstance(part, nn.Linear)]
-        endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        if missing := [name for name in self.config.target_modules if name not in endings]:
-            raise ValueError(
-                f"target_modules must name layers of the blocks (qkv, proj, fc1, fc2), "
-                f"got {missing[0]!r}."
-            )
-        peft.inject_adapter_in_model(self.config.peft_config(), vit)
+        super().__init__(config.peft_config(), config.target_modules)

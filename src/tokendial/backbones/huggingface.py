@@ -178,9 +178,11 @@ class HuggingFaceViT(Anatomy):
         dropout: Any = getattr(attn, "attention_dropout", None) or getattr(attn, "dropout", 0.0)
         return attn.head_dim**-0.5, dropout if attn.training else 0.0
 
-    def ffn(self, layer: int, x_BND: Tensor) -> Tensor:
-        hidden = self._part(layer, self.names.norm2)(x_BND)
-        return self._residual(layer, self._part(layer, "mlp")(hidden), 1)
+    def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
+        return self._part(layer, self.names.norm2)(x_BND)  # type: ignore[no-any-return]
+
+    def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
+        return self._residual(layer, self._part(layer, "mlp")(x_BND), 1)
 
     def _residual(self, layer: int, x_BND: Tensor, branch: int) -> Tensor:
         """The branch, scaled and dropped as the block does it."""

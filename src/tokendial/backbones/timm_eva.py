@@ -2,6 +2,7 @@
 
 # Shape legend: B batch, H heads, N tokens, L patch tokens, C head_dim, D embed_dim.
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,28 +47,23 @@ class TimmEva(TimmAnatomy):
         k = attn.k_norm(split_heads(k, attn.num_heads // groups))
         v = split_heads(v, attn.num_heads // groups)
         if tokens.rope is not None:
-            table = self._rotations(layer, tokens)
-            q, k = (self._rotated(attn, part, table).type_as(v) for part in (q, k))
+            rotate = partial(self._rotated, layer, tokens)
+            q, k = rotate(q).type_as(v), rotate(k).type_as(v)
         if groups > 1:
             k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
         return q, k, v
 
-    def _rotations(self, layer: int, tokens: Tokens) -> Tensor:
-        """Sines and cosines of every patch token, [L, *] or [B, 1 or H, L, *]."""
-        table: Any = tokens.rope
+    def _rotated(self, layer: int, tokens: Tokens, x_BHNC: Tensor) -> Tensor:
+        """Patch tokens turned by where they stand; prefix tokens stand nowhere."""
+        table: Any = tokens.rope  # sines and cosines of the image's patches, [L, *] or [H, L, *]
         if self.vit.rope_mixed:
             table = table[layer - 1]
-        if tokens.position is None:
-            return table  # type: ignore[no-any-return]
-        patches = tokens.position[:, tokens.prefix :] - tokens.prefix
-        if self.vit.rope_mixed:
-            return table[:, patches].transpose(0, 1)  # type: ignore[no-any-return]
-        return table[patches].unsqueeze(1)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def _rotated(attn: Any, x_BHNC: Tensor, table: Tensor) -> Tensor:
-        prefix, patches = x_BHNC.tensor_split([attn.num_prefix_tokens], dim=2)
-        return torch.cat([prefix, apply_rot_embed_cat(patches, table, half=attn.rotate_half)], 2)
+        if tokens.position is not None:
+            table = table[..., tokens.position, :]
+            table = table.transpose(0, 1) if self.vit.rope_mixed else table.unsqueeze(1)
+        prefix, patches = x_BHNC.tensor_split([tokens.prefix], dim=2)
+        half = self.vit.blocks[layer - 1].attn.rotate_half
+        return torch.cat([prefix, apply_rot_embed_cat(patches, table, half=half)], dim=2)
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         block: Any = self.vit.blocks[layer - 1]
@@ -81,12 +77,15 @@ class TimmEva(TimmAnatomy):
             out = block.gamma_1 * out
         return block.drop_path1(out)  # type: ignore[no-any-return]
 
-    def ffn(self, layer: int, x_BND: Tensor) -> Tensor:
+    def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
         block: Any = self.vit.blocks[layer - 1]
+        return x_BND if isinstance(block, EvaBlockPostNorm) else block.norm2(x_BND)
+
+    def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
+        block: Any = self.vit.blocks[layer - 1]
+        out = block.mlp(x_BND)
         if isinstance(block, EvaBlockPostNorm):
-            out = block.norm2(block.mlp(x_BND))
-        else:
-            out = block.mlp(block.norm2(x_BND))
-            if block.gamma_2 is not None:
-                out = block.gamma_2 * out
+            out = block.norm2(out)
+        elif block.gamma_2 is not None:
+            out = block.gamma_2 * out
         return block.drop_path2(out)  # type: ignore[no-any-return]

@@ -152,6 +152,9 @@ class TimmViT(TimmAnatomy):
         out = block.attn.proj_drop(block.attn.proj(out))
         return block.drop_path1(block.ls1(out))  # type: ignore[no-any-return]
 
-    def ffn(self, layer: int, x_BND: Tensor) -> Tensor:
+    def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
+        return self.vit.blocks[layer - 1].norm2(x_BND)  # type: ignore[no-any-return]
+
+    def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
         block: Any = self.vit.blocks[layer - 1]
-        return block.drop_path2(block.ls2(block.mlp(block.norm2(x_BND))))  # type: ignore[no-any-return]
+        return block.drop_path2(block.ls2(block.mlp(x_BND)))  # type: ignore[no-any-return]

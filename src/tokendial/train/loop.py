@@ -72,6 +72,7 @@ def build_model(recipe: Recipe, num_classes: int) -> DialViT:
     model = wrap(backbone.create(), reduce=recipe.reduce, adapt=recipe.adapt, backbone=backbone)
     if recipe.train.degree is not None:
         model.set_degree(recipe.train.degree)
+    model.checkpoint_activations = recipe.train.checkpoint_activations
     return model
 
 
@@ -98,9 +99,8 @@ class _Trainer:
         self.quiet = quiet or not self.main
         self._loaders(data, model)
         self.updates = self.sampler.updates * settings.epochs
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings.weight_decay), lr=settings.lr
-        )
+        groups = parameter_groups(model, settings.weight_decay, settings.lr, settings.layer_decay)
+        optimizer = torch.optim.AdamW(groups)
         if self.main:
             self.run.claim(recipe, data.classes, multi_label=data.multi_label)
         self.accelerator.wait_for_everyone()

@@ -104,6 +104,8 @@ class TrainSection(_Section):
     """Learning rate at the end of the cosine."""
     warmup_epochs: float = Field(0.0, ge=0.0)
     """Epochs over which the rate rises linearly from 0."""
+    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    """Factor on the rate of the backbone from one block to the one before it; null: 1."""
     weight_decay: float = Field(0.05, ge=0.0)
     """AdamW's weight decay; biases, norms and other vectors have none."""
     clip_grad: float | None = Field(None, gt=0.0)
@@ -119,6 +121,8 @@ class TrainSection(_Section):
     give; null: none."""
     workers: int = Field(0, ge=0)
     """Processes that load images; 0: the training process itself."""
+    checkpoint_activations: bool = False
+    """Recompute the blocks in the backward pass: less memory, more time."""
     checkpoint_every: int = Field(500, ge=1)
     """Updates between two checkpoints; there is one at the end of each epoch in any case."""
 

@@ -1,0 +1,95 @@
+"""ConvPass: convolutional bypasses beside attention and FFN.
+
+Source: Jie and Deng, "Convolutional Bypasses Are Better Vision Transformer Adapters", 2022,
+https://arxiv.org/abs/2207.07039, section 3.2: both bypasses read the normalised tokens; prefix
+tokens pass the convolution as images of one pixel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck
+from tokendial.methods import register
+from tokendial.reduce.base import ViTShape
+from tokendial.tokens import Tokens
+
+
+@register("adapt", "convpass")
+@dataclass(frozen=True, kw_only=True)
+class ConvPass(AdapterConfig):
+    """Add `scale * up(GELU(conv3x3(GELU(down(x)))))` beside attention and beside the FFN."""
+
+    dim: int = 8
+    """Width of the bypass."""
+    scale: float = 1.0
+    """Factor on the bypasses."""
+
+    def __post_init__(self) -> None:
+        check_bottleneck(self.dim, self.scale)
+
+    def build(self, vit: ViTShape) -> "Bypasses":
+        """Make the module."""
+        return Bypasses(self, vit)
+
+
+class Bypass(nn.Module):
+    """One bypass: 2 * D * dim + 9 * dim ** 2 + 2 * dim + D parameters."""
+
+    def __init__(self, embed_dim: int, dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(embed_dim, dim)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.up = nn.Linear(dim, embed_dim)
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.zeros_(self.conv.weight)
+        # The convolution starts as the identity, the bypass as zero.
+        nn.init.dirac_(self.conv.weight)
+        nn.init.zeros_(self.up.weight)
+        for layer in (self.down, self.conv, self.up):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x_BND: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+        """[B, N, D] to the same; `prefix` tokens and then the patches of `grid`."""
+        hidden = _quick_gelu(self.down(x_BND))
+        first, patches = hidden.tensor_split([prefix], dim=1)
+        images, _, width = hidden.shape
+        patches = patches.transpose(1, 2).reshape(images, width, *grid)
+        pixels = first.reshape(images * prefix, width, 1, 1)
+        first = self.conv(pixels).reshape(images, prefix, width) if prefix else first
+        patches = self.conv(patches).flatten(2).transpose(1, 2)
+        out: Tensor = self.up(_quick_gelu(torch.cat([first, patches], dim=1)))
+        return out
+
+
+class Bypasses(Adapter):
+    """Runs ConvPass."""
+
+    needs_grid = True
+
+    def __init__(self, config: ConvPass, vit: ViTShape) -> None:
+        super().__init__()
+        self.scale = config.scale
+        self.attention, self.ffn = (
+            nn.ModuleList(Bypass(vit.embed_dim, config.dim) for _ in range(vit.depth))
+            for _ in range(2)
+        )
+
+    def beside_attention(self, layer: int, x_BND: Tensor, tokens: Tokens) -> Tensor:
+        """The bypass of attention."""
+        out: Tensor = self.attention[layer - 1](x_BND, tokens.prefix, tokens.grid)
+        return self.scale * out
+
+    def beside_ffn(
+        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The bypass of the FFN."""
+        out = self.ffn[layer - 1](normed(), tokens.prefix, tokens.grid)
+        return self.scale * out, tokens.carried
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * (1.702 * x).sigmoid()

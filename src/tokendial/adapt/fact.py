@@ -1,0 +1,131 @@
+"""FacT: the updates of all weight matrices, stacked into one tensor and factorised together.
+
+Source: Jie and Deng, "FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer", AAAI
+2023, https://arxiv.org/abs/2212.03145, section 3.2: query, key, value and output matrices and the
+four D x D parts of each FFN matrix, 12 per layer, share two factors. Tensor train (TT) gives each
+its own core, Tucker (TK) mixes the cores from a small set.
+"""
+
+# Shape legend: D embed_dim, R rank, M matrices of D x D in one layer of the backbone.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.adapt.base import AdapterConfig
+from tokendial.adapt.hooks import HookedAdapter, OutputLayer
+from tokendial.methods import register
+from tokendial.reduce.base import ViTShape, check_choice
+
+
+@register("adapt", "fact")
+@dataclass(frozen=True, kw_only=True)
+class FacT(AdapterConfig):
+    """Add `scale * U core V^T` to every D x D part of the blocks' weight matrices."""
+
+    rank: int = 16
+    """Width of the cores."""
+    scale: float = 1.0
+    """Factor on the updates."""
+    kind: Literal["tt", "tk"] = "tt"
+    """Tensor train, or Tucker."""
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank must be an integer of at least 1, got {self.rank}.")
+        if not self.scale > 0:
+            raise ValueError(f"scale must be above 0, got {self.scale}.")
+        check_choice("kind", self.kind, ("tt", "tk"))
+
+    def build(self, vit: ViTShape) -> "Factors":
+        """Make the shared factors; the cores follow when it is installed."""
+        return Factors(self, vit)
+
+
+class Factors(HookedAdapter):
+    """Runs FacT: 2 D R parameters, and for TT R * R per matrix, for TK R ** 3 and R per matrix."""
+
+    def __init__(self, config: FacT, vit: ViTShape) -> None:
+        super().__init__()
+        self.config, self.embed_dim = config, vit.embed_dim
+        self.left = nn.Linear(vit.embed_dim, config.rank, bias=False)
+        self.right = nn.Linear(config.rank, vit.embed_dim, bias=False)
+        nn.init.zeros_(self.right.weight)
+        self.cores: nn.Parameter | None = None
+        self.mix: nn.Parameter | None = None
+
+    def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Act on every linear layer of the blocks.
+
+        Raises:
+            ValueError: If a layer's width is no multiple of the model's.
+        """
+        first = 0
+        for block in blocks:
+            for name, module in block.named_modules():
+                if isinstance(module, nn.Linear):
+                    count = self._count(name, module)
+                    self.act_on(module, _Update(self, first, module.in_features))
+                    first += count
+        rank = self.config.rank
+        if self.config.kind == "tt":
+            self.cores = nn.Parameter(torch.empty(first, rank, rank))
+        else:
+            self.cores = nn.Parameter(torch.empty(rank, rank, rank))
+            self.mix = nn.Parameter(torch.empty(first, rank))
+            nn.init.xavier_uniform_(self.mix)
+        nn.init.xavier_uniform_(self.cores)
+
+    def _count(self, name: str, module: nn.Linear) -> int:
+        dim = self.embed_dim
+        if module.in_features % dim or module.out_features % dim:
+            raise ValueError(
+                f"FacT needs layers whose widths are multiples of {dim}, but {name} is "
+                f"{module.in_features} x {module.out_features}."
+            )
+        return (module.in_features // dim) * (module.out_features // dim)
+
+    def core(self, first: int, count: int) -> Tensor:
+        """Cores [count, R, R] of some matrices, in order."""
+        assert self.cores is not None
+        if self.mix is None:
+            return self.cores[first : first + count]
+        mixed: Tensor = torch.einsum("mk,kij->mij", self.mix[first : first + count], self.cores)
+        return mixed
+
+
+class _Update(OutputLayer):
+    """What FacT adds to the output of one linear layer."""
+
+    def __init__(self, factors: Factors, first: int, in_features: int) -> None:
+        super().__init__()
+        # Not as a submodule: the factors own their weights, and are owned by the model.
+        self._factors = (factors,)
+        self.first, self.parts = first, in_features // factors.embed_dim
+
+    def _cores(self, outs: int) -> Tensor:
+        """Cores [parts of the input, parts of the output, R, R]."""
+        (factors,) = self._factors
+        cores = factors.core(self.first, self.parts * outs)
+        return cores.view(self.parts, outs, *cores.shape[1:])
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """The layer's output and the update's."""
+        (factors,) = self._factors
+        cores = self._cores(output.shape[-1] // factors.embed_dim)
+        hidden = factors.left(x.reshape(*x.shape[:-1], self.parts, factors.embed_dim))
+        mixed = torch.einsum("...pi,poij->...oj", hidden, cores.to(hidden.dtype))
+        update: Tensor = factors.right(mixed).flatten(-2)
+        return output + factors.config.scale * update
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor]:
+        """The weight with the update added to each of its parts."""
+        (factors,) = self._factors
+        weight = module.get_parameter("weight")
+        cores = self._cores(weight.shape[0] // factors.embed_dim)
+        left, right = factors.left.weight, factors.right.weight
+        update = torch.einsum("dj,poij,ie->odpe", right, cores, left).reshape(weight.shape)
+        return {"weight": weight + factors.config.scale * update}

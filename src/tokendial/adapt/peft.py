@@ -1,0 +1,103 @@
+"""Any method of the PEFT library that puts layers into linear ones: LoHa, LoKr, OFT, IA3, DoRA.
+
+Source: the PEFT library, https://github.com/huggingface/peft, whose configuration classes say what
+each method's options mean. `LoRA` has a class of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.methods import register
+from tokendial.reduce.base import ViTShape
+
+
+@register("adapt", "peft")
+@dataclass(frozen=True, kw_only=True)
+class PEFT(AdapterConfig):
+    """A method of PEFT on linear layers of the backbone."""
+
+    method: str
+    """PEFT's name of the method, such as loha, lokr, oft, ia3, or lora with options of its own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of PEFT's configuration of that method, such as r, alpha, use_dora."""
+    target_modules: tuple[str, ...] = ("qkv",)
+    """Endings of the names of the layers: qkv, proj, fc1, fc2."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if not self.target_modules:
+            raise ValueError("target_modules must name at least one layer, got none.")
+
+    def build(self, vit: ViTShape) -> "PEFTLayers":
+        """Make the module; raises a ValueError for a method or an option that PEFT has not."""
+        return PEFTLayers(self.peft_config(), self.target_modules)
+
+    def peft_config(self) -> Any:
+        """The same settings as PEFT's own config."""
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        names = sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+        if self.method.lower() not in names:
+            raise ValueError(f"method must be one of {', '.join(names)}, got {self.method!r}.")
+        make: Any = PEFT_TYPE_TO_CONFIG_MAPPING[self.method.upper()]  # type: ignore[index]
+        try:
+            return make(target_modules=list(self.target_modules), **self.options)
+        except TypeError as error:
+            raise ValueError(f"options do not fit {self.method}: {error}.") from None
+
+
+class PEFTLayers(Adapter):
+    """Lets PEFT put its layers into the backbone; owns no weights itself."""
+
+    def __init__(self, peft_config: Any, target_modules: tuple[str, ...]) -> None:
+        super().__init__()
+        self.peft_config, self.target_modules = peft_config, target_modules
+        self._layers: list[Any] = []
+        self._kept: list[dict[str, Tensor]] = []
+
+    def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Inject PEFT's layers.
+
+        Raises:
+            ValueError: If a target module does not exist, or the method does not act on layers.
+        """
+        import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        _check_targets(vit, self.target_modules)
+        try:
+            peft.inject_adapter_in_model(self.peft_config, vit)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"PEFT cannot put its layers into this model: {error}") from None
+        self._layers = [module for module in vit.modules() if isinstance(module, BaseTunerLayer)]
+
+    def merge(self) -> None:
+        """Let PEFT merge its layers, and keep the weights that they change."""
+        bases = [layer.get_base_layer() for layer in self._layers]
+        self._kept = [
+            {name: p.detach().clone() for name, p in base.named_parameters()} for base in bases
+        ]
+        for layer in self._layers:
+            layer.merge()
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Put the kept weights back: PEFT subtracts what it added, which leaves rounding errors."""
+        for layer, kept in zip(self._layers, self._kept, strict=True):
+            layer.unmerge()
+            layer.get_base_layer().load_state_dict(kept)
+        self._kept, self.merged = [], False
+
+
+def _check_targets(vit: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raise a ValueError unless every target is the ending of the name of a linear layer."""
+    linear = [name for name, part in vit.named_modules() if isinstance(part, nn.Linear)]
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if missing := [name for name in targets if name not in endings]:
+        raise ValueError(
+            f"target_modules must name linear layers ({', '.join(endings)}), got {missing[0]!r}."
+        )

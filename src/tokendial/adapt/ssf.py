@@ -1,0 +1,79 @@
+"""SSF: a learned scale and shift after every layer of the backbone.
+
+Source: Lian et al., "Scaling & Shifting Your Features", NeurIPS 2022,
+https://arxiv.org/abs/2210.08823, section 3.2: after each norm, each linear layer and the patch
+embedding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.adapt.base import AdapterConfig
+from tokendial.adapt.hooks import HookedAdapter, OutputLayer
+from tokendial.methods import register
+from tokendial.reduce.base import ViTShape
+
+
+@register("adapt", "ssf")
+@dataclass(frozen=True, kw_only=True)
+class SSF(AdapterConfig):
+    """Scale and shift the features after every norm, linear layer and the patch embedding."""
+
+    def build(self, vit: ViTShape) -> "ScalesAndShifts":
+        """Make the module; it gets its parameters when it is installed."""
+        return ScalesAndShifts()
+
+
+class ScaleShift(OutputLayer):
+    """`scale * output + shift` along one dimension of a layer's output."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.shape = (-1,) + (1,) * (-dim - 1)
+        self.scale = nn.Parameter(torch.ones(width))
+        self.shift = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Act on the layer's output; its input does not matter."""
+        return output * self.scale.view(self.shape) + self.shift.view(self.shape)
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor]:
+        """Scaled weight; scaled and shifted bias."""
+        weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+        if bias is None:
+            raise ValueError(f"SSF cannot be merged into a {type(module).__name__} without bias.")
+        scale = self.scale.view(-1, *(1,) * (weight.ndim - 1))
+        return {"weight": weight * scale, "bias": bias * self.scale + self.shift}
+
+
+class ScalesAndShifts(HookedAdapter):
+    """Runs SSF: two numbers per output channel of every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+
+    def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Find the layers: all of the blocks, and the norms and convolutions outside of them."""
+        inside = {id(module) for block in blocks for module in block.modules()}
+        for name, module in list(vit.named_modules()):
+            width, dim = _output(module)
+            if width and (id(module) in inside or not isinstance(module, nn.Linear)):
+                layer = ScaleShift(width, dim)
+                self.layers[name.replace(".", "-")] = layer
+                self.act_on(module, layer)
+
+
+def _output(module: nn.Module) -> tuple[int, int]:
+    """Width of a layer's output, and the dimension it lies along; 0 for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, -1
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, -3
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.ndim == 1:
+        return len(weight), -1  # a norm
+    return 0, -1
