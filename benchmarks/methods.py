@@ -8,13 +8,10 @@ that they would be trained to. Results go to benchmarks/results/methods_MODEL_HA
 """
 
 import argparse
-import json
-import sys
-from pathlib import Path
 
 import timm
 import torch
-from speed import hardware, measure, today
+from speed import hardware, measure, write_result
 from torch import Tensor, nn
 
 import tokendial as td
@@ -87,17 +84,7 @@ def main() -> None:
             f"| {name} | {row['degree']} | {costs[name]:.2f} | {cheaper:.2f}x | "
             f"{row['speed_over_timm']:.2f}x |"
         )
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": hardware(options.device),
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "batch": options.batch,
-        "fp32": rows,
-    }
-    name = f"methods_{options.model}_{hardware(options.device)}_{today()}.json"
-    path = Path(__file__).parent / "results" / name
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {path}")
+    write_result(f"methods_{options.model}", options.device, options.batch, {"fp32": rows})
 
 
 if __name__ == "__main__":

@@ -78,9 +78,19 @@ def hardware(device: str) -> str:
     return f"{platform.machine()}-{torch.get_num_threads()}threads"
 
 
-def today() -> str:
-    """The date, as it stands in the names of results."""
-    return datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m%d")
+def write_result(name: str, device: str, batch: int, rows: dict[str, object]) -> None:
+    """Write rows to results/NAME_HARDWARE_DATE.json, with how they were made."""
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": hardware(device),
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "batch": batch,
+    }
+    date = datetime.datetime.now(tz=datetime.UTC).strftime("%Y%m%d")
+    path = Path(__file__).parent / "results" / f"{name}_{hardware(device)}_{date}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result | rows, indent=2) + "\n")
+    print(f"wrote {path}")
 
 
 def main() -> None:
@@ -95,27 +105,18 @@ def main() -> None:
     options = parser.parse_args()
     degrees = [int(degree) for degree in options.degrees.split(",")]
     makers = settings(options.model, degrees)
-    result: dict[str, object] = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": hardware(options.device),
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "batch": options.batch,
-    }
+    result: dict[str, object] = {}
     for dtype in options.dtype.split(","):
         models = {n: make().to(options.device, DTYPES[dtype]) for n, make in makers.items()}
         size = timm.create_model(options.model).patch_embed.img_size
         images = torch.randn(options.batch, 3, *size, device=options.device, dtype=DTYPES[dtype])
         result[dtype] = rows = measure(models, images, options.repeats)
-        print(f"{options.model}, batch {options.batch}, {dtype}, {result['hardware']}")
+        print(f"{options.model}, batch {options.batch}, {dtype}, {hardware(options.device)}")
         for name, row in rows.items():
             spread = f"{row['min_ms']:.0f} to {row['max_ms']:.0f}"
             ratio = row["speed_over_timm"]
             print(f"  {name:14} {row['median_ms']:8.1f} ms ({spread})  {ratio:.2f}x")
-    name = f"{options.model}_{result['hardware']}_{today()}.json"
-    path = Path(__file__).parent / "results" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {path}")
+    write_result(options.model, options.device, options.batch, result)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from speed import hardware, today
+from speed import hardware, write_result
 
 import tokendial as td
 from tokendial.data.transforms import Augment
@@ -109,17 +108,7 @@ def main() -> None:
             f"| {name} | {row['trained_m']:.2f} | {row['seconds']:.2f} | {time_share:.2f} | "
             f"{row['memory_mb']:.0f} | {memory_share:.2f} |"
         )
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": hardware(options.device),
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "batch": options.batch,
-        "rows": rows,
-    }
-    name = f"training_{options.model}_{hardware(options.device)}_{today()}.json"
-    path = Path(__file__).parent / "results" / name
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {path}")
+    write_result(f"training_{options.model}", options.device, options.batch, {"rows": rows})
 
 
 if __name__ == "__main__":

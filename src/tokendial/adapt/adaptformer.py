@@ -8,10 +8,9 @@ tokens that enter the FFN, without a LayerNorm of its own.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck, init_bottleneck
+from tokendial.adapt.base import AdapterConfig, Bottlenecks, check_bottleneck
 from tokendial.methods import register
 from tokendial.reduce.base import ViTShape
 from tokendial.tokens import Tokens
@@ -32,23 +31,14 @@ class AdaptFormer(AdapterConfig):
 
     def build(self, vit: ViTShape) -> "AdaptFormerAdapter":
         """Make the module."""
-        return AdaptFormerAdapter(self, vit)
+        return AdaptFormerAdapter(vit, self.dim, self.scale)
 
 
-class AdaptFormerAdapter(Adapter):
-    """Runs AdaptFormer: 2 * D * dim + dim + D parameters per layer."""
-
-    def __init__(self, config: AdaptFormer, vit: ViTShape) -> None:
-        super().__init__()
-        self.scale = config.scale
-        self.down = nn.ModuleList(nn.Linear(vit.embed_dim, config.dim) for _ in range(vit.depth))
-        self.up = nn.ModuleList(nn.Linear(config.dim, vit.embed_dim) for _ in range(vit.depth))
-        for down, up in zip(self.down, self.up, strict=True):
-            init_bottleneck(down, up)  # type: ignore[arg-type]  # ModuleList forgets its type
+class AdaptFormerAdapter(Bottlenecks):
+    """Runs AdaptFormer."""
 
     def beside_ffn(
         self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The branch of this layer."""
-        hidden = F.relu(self.down[layer - 1](tokens.x))
-        return self.scale * self.up[layer - 1](hidden), tokens.carried
+        return self.bottleneck(layer, tokens.x), tokens.carried

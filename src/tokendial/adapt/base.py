@@ -90,6 +90,23 @@ class Adapter(nn.Module):
         return tokens
 
 
+class Bottlenecks(Adapter):
+    """One bottleneck per layer: 2 * D * dim + dim + D parameters each, zero at the start."""
+
+    def __init__(self, vit: ViTShape, dim: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.down = nn.ModuleList(nn.Linear(vit.embed_dim, dim) for _ in range(vit.depth))
+        self.up = nn.ModuleList(nn.Linear(dim, vit.embed_dim) for _ in range(vit.depth))
+        for down, up in zip(self.down, self.up, strict=True):
+            init_bottleneck(down, up)  # type: ignore[arg-type]  # ModuleList forgets its type
+
+    def bottleneck(self, layer: int, x: Tensor) -> Tensor:
+        """`scale * up(ReLU(down(x)))` of one layer (counted from 1)."""
+        out: Tensor = self.up[layer - 1](self.down[layer - 1](x).relu())
+        return self.scale * out
+
+
 def init_bottleneck(down: nn.Linear, up: nn.Linear) -> None:
     """Initialise a bottleneck so that it starts as zero: Kaiming down, zeros up and biases."""
     nn.init.kaiming_uniform_(down.weight, a=5**0.5)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck, init_bottleneck
+from tokendial.adapt.base import AdapterConfig, Bottlenecks, check_bottleneck
 from tokendial.methods import register
 from tokendial.reduce.base import ViTShape
 from tokendial.tokens import Tokens, patch_grid
@@ -61,18 +61,14 @@ class Compensator(nn.Module):
         return out
 
 
-class DARAdapters(Adapter):
+class DARAdapters(Bottlenecks):
     """Runs the adapters of all layers; 195,722 parameters each for D = 768 with DAR's widths."""
 
     needs_grid = True
 
     def __init__(self, config: DARAdapter, vit: ViTShape) -> None:
-        super().__init__()
         width, narrow = config.dims
-        self.down = nn.ModuleList(nn.Linear(vit.embed_dim, width) for _ in range(vit.depth))
-        self.up = nn.ModuleList(nn.Linear(width, vit.embed_dim) for _ in range(vit.depth))
-        for down, up in zip(self.down, self.up, strict=True):
-            init_bottleneck(down, up)  # type: ignore[arg-type]  # ModuleList forgets its type
+        super().__init__(vit, width)
         self.compensators = nn.ModuleList(
             Compensator(vit.embed_dim, narrow) for _ in range(vit.depth)
         )
@@ -83,7 +79,7 @@ class DARAdapters(Adapter):
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The branch of this layer."""
         grid = patch_grid(tokens)
-        adapted = self.up[layer - 1](self.down[layer - 1](tokens.x).relu())
+        adapted = self.bottleneck(layer, tokens.x)
         patches = self.compensators[layer - 1](grid).flatten(2).transpose(1, 2)
         prefix, rest = adapted.tensor_split([tokens.prefix], dim=1)
         both = torch.cat([prefix, rest + patches], dim=1)

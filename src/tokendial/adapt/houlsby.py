@@ -7,10 +7,9 @@ https://arxiv.org/abs/2005.00247): one bottleneck per layer, after the FFN, none
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck, init_bottleneck
+from tokendial.adapt.base import AdapterConfig, Bottlenecks, check_bottleneck
 from tokendial.methods import register
 from tokendial.reduce.base import ViTShape
 
@@ -30,21 +29,12 @@ class Houlsby(AdapterConfig):
 
     def build(self, vit: ViTShape) -> "HoulsbyAdapter":
         """Make the module."""
-        return HoulsbyAdapter(self, vit)
+        return HoulsbyAdapter(vit, self.dim, self.scale)
 
 
-class HoulsbyAdapter(Adapter):
-    """Runs the adapters of all layers: 2 * D * dim + dim + D parameters each."""
-
-    def __init__(self, config: Houlsby, vit: ViTShape) -> None:
-        super().__init__()
-        self.scale = config.scale
-        self.down = nn.ModuleList(nn.Linear(vit.embed_dim, config.dim) for _ in range(vit.depth))
-        self.up = nn.ModuleList(nn.Linear(config.dim, vit.embed_dim) for _ in range(vit.depth))
-        for down, up in zip(self.down, self.up, strict=True):
-            init_bottleneck(down, up)  # type: ignore[arg-type]  # ModuleList forgets its type
+class HoulsbyAdapter(Bottlenecks):
+    """Runs the adapters of all layers."""
 
     def after_ffn(self, layer: int, out: Tensor) -> Tensor:
         """The FFN's output and the bottleneck's."""
-        bottleneck: Tensor = self.up[layer - 1](F.relu(self.down[layer - 1](out)))
-        return out + self.scale * bottleneck
+        return out + self.bottleneck(layer, out)
