@@ -66,6 +66,8 @@ class Step:
     """Tokens that leave it."""
     attended: Attended
     """Its attention output, with the by-products that were asked for."""
+    entered: Tokens
+    """Tokens that its attention saw: after reductions before the block, with prompts."""
 
 
 class DialViT(nn.Module):
@@ -167,17 +169,17 @@ class DialViT(nn.Module):
             run = partial(checkpoint, self._block, use_reentrant=False)
         degree = self.degree  # a recomputed block has to find it as it was
         for layer in range(1, len(self.anatomy.blocks) + 1):
-            tokens, attended = run(layer, degree, tokens, needs)
-            yield Step(layer, tokens, attended)
+            step = run(layer, degree, tokens, needs)
+            tokens = step.tokens
+            yield step
 
-    def _block(
-        self, layer: int, degree: int, tokens: Tokens, needs: frozenset[str]
-    ) -> tuple[Tokens, Attended]:
+    def _block(self, layer: int, degree: int, tokens: Tokens, needs: frozenset[str]) -> Step:
         reducer = self.reducer if degree else None
         if reducer:
             tokens = reducer.before_block(layer, degree, tokens)
         tokens = self.adapter.before_block(layer, tokens)
         acting = reducer if reducer and reducer.acts(layer, degree) else None
+        entered = tokens
         tokens, attended = self._attention(
             layer,
             tokens,
@@ -189,8 +191,8 @@ class DialViT(nn.Module):
             if grouping is not None:
                 tokens = tokens.reduced(grouping, track_size=acting.tracks_size)
         around = partial(acting.around_ffn, layer, degree, tokens, attended) if acting else None
-        tokens = self._ffn(layer, tokens, around)
-        return self.adapter.after_block(layer, tokens), attended
+        tokens = self.adapter.after_block(layer, self._ffn(layer, tokens, around))
+        return Step(layer, tokens, attended, entered)
 
     def _attention(
         self, layer: int, tokens: Tokens, *, needs: frozenset[str], size_BN: Tensor | None
@@ -296,9 +298,10 @@ class DialViT(nn.Module):
         maps: dict[int, Tensor] = {}
         for step in self.steps(images, track=True, dropped=dropped):
             if step.layer in layers:
-                x = step.tokens.restored()
-                x = (self.anatomy.norm(x) if norm else x)[:, step.tokens.prefix :]
-                maps[step.layer] = x.transpose(1, 2).reshape(*x.shape[::2], *step.tokens.grid)
+                rows, columns = step.tokens.grid
+                x = step.tokens.restored()[:, -rows * columns :]
+                x = self.anatomy.norm(x) if norm else x
+                maps[step.layer] = x.transpose(1, 2).reshape(*x.shape[::2], rows, columns)
             if step.layer == max(layers):
                 break
         return [maps[layer] for layer in layers]

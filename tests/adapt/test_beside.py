@@ -7,6 +7,7 @@ from examples import images, perturbed, tiny_vit
 from zoo import backbone
 
 import tokendial as td
+from tokendial.show import token_maps
 
 
 def wrapped(adapt, depth=1, **kwargs):
@@ -74,7 +75,9 @@ def test_prompts_are_never_reduced_and_positions_are_found_again(reduce, deep):
     assert torch.equal(held[:, :3], torch.arange(3).expand(2, -1))
     assert (held[:, 3:] >= 3).all()
     assert held.max() == last.tokens.x.shape[1] - 1
-    assert model.feature_map(images()).shape == (2, 48, 8, 8)
+    for feature_map in model.feature_maps(images(), [1, 2]):
+        assert feature_map.shape == (2, 48, 8, 8)
+    assert token_maps(model, images(1)[0]).origin[0].shape == (8, 8)
 
 
 @pytest.mark.parametrize("name", ["dinov3", "eva02", "rope mixed"])

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from examples import images, tiny_vit
 
@@ -28,6 +29,25 @@ def test_class_attention_of_dropped_patches_is_zero():
     model = td.wrap(tiny_vit(), reduce=td.EViT(keep_rate=[0.5], layers=(2,), rest="drop"))
     maps = token_maps(model, images(1)[0])
     assert ((maps.class_attention == 0) == (maps.origin[1] < 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("reduce", "adapt"),
+    [
+        (td.DynamicViT(keep_rate=0.5, layers=(2, 4)), None),
+        (td.ToMe(r=8), td.VPT(prompts=3)),
+        (td.EViT(keep_rate=0.5, layers=(2,)), td.VPT(prompts=3, deep=False)),
+    ],
+)
+@torch.no_grad()
+def test_class_attention_falls_on_the_patches_of_the_tokens_that_were_seen(reduce, adapt):
+    model = td.wrap(tiny_vit(), reduce=reduce, adapt=adapt).eval()
+    maps = token_maps(model, images(1)[0])
+    *_, last = model.steps(images(1), track=True, needs=frozenset({"class_attention"}))
+    attention, prefix = last.attended.class_attention[0], last.entered.prefix
+    np.testing.assert_allclose(maps.class_attention.sum(), attention[prefix:].sum(), rtol=1e-5)
+    held = last.entered.origin[0, 1:]
+    assert torch.equal(torch.from_numpy(maps.class_attention == 0).flatten(), held < 0)
 
 
 def test_a_model_of_one_layer_has_class_attention_too():

@@ -47,32 +47,29 @@ def token_maps(model: DialViT, image: Tensor) -> TokenMaps:
     training = model.training
     model.eval()
     needs = frozenset({"class_attention"} if model.anatomy.shape.has_class_token else ())
-    origins, counts, reduces, attention = [], [], [], None
-    entered = 0
-    before: Tensor | None = None
-    entering: Tensor | None = None
+    origins, counts, reduces, heat = [], [], [], None
+    left = 0
     for step in model.steps(image.unsqueeze(0), track=True, needs=needs):
-        assert step.tokens.origin is not None
-        attention = step.attended.class_attention
-        origin = step.tokens.origin[0, step.tokens.prefix :]
-        # Attention of a layer belongs to the tokens that entered it.
-        before, entering = entering, origin
-        shown, count = origin, step.tokens.x.shape[1]
-        entered = entered or step.tokens.prefix + origin.numel()
-        if step.tokens.selected is not None:
-            processed = step.tokens.selected[0] > 0
-            shown = origin.masked_fill(~processed[step.tokens.prefix :], -1)
+        tokens, entered = step.tokens, step.entered
+        assert tokens.origin is not None
+        assert entered.origin is not None
+        patches = tokens.grid[0] * tokens.grid[1]
+        shown, count = tokens.origin[0, -patches:], tokens.x.shape[1]
+        left = left or tokens.prefix + patches
+        if tokens.selected is not None:
+            processed = tokens.selected[0] > 0
+            shown = shown.masked_fill(~processed[tokens.prefix :], -1)
             count = int(processed.sum())
-        origins.append(shown.reshape(step.tokens.grid).cpu().numpy())
+        origins.append(shown.reshape(tokens.grid).cpu().numpy())
         counts.append(count)
-        reduces.append(count < entered)
-        entered = step.tokens.x.shape[1]
+        reduces.append(count < left)
+        left = tokens.x.shape[1]
+        if step.attended.class_attention is not None:
+            attention = step.attended.class_attention[0].float()
+            heat = _per_patch(attention, entered.origin[0, -patches:]).reshape(tokens.grid)
     model.train(training)
-    heat = None
-    if attention is not None:
-        held = torch.arange(origin.numel()) + step.tokens.prefix if before is None else before.cpu()
-        heat = _per_patch(attention[0].float().cpu(), held).reshape(step.tokens.grid).numpy()
-    return TokenMaps(tuple(origins), tuple(counts), tuple(reduces), heat)
+    class_attention = None if heat is None else heat.cpu().numpy()
+    return TokenMaps(tuple(origins), tuple(counts), tuple(reduces), class_attention)
 
 
 def _per_patch(attention_N: Tensor, held_P: Tensor) -> Tensor:
