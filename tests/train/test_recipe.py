@@ -84,7 +84,7 @@ def test_shipped_recipes_are_found_by_name(name):
             "reduce.keep_rates=0.5",
             "reduce.keep_rates is not a field of a recipe; did you mean keep_",
         ),
-        ("adapt=8", "adapt: must be a mapping with a name, one of adaptformer, dar, dense_adapter"),
+        ("adapt=8", "adapt: must be a mapping with a name, one of adaptformer, bitfit, convpass"),
         ("data.root=null", "data.root: Input should be a valid string, got None"),
         ("train.lr", "an override must look like train.epochs=10, got 'train.lr'"),
         ("seed.x=1", "seed.x: seed is not a mapping"),
