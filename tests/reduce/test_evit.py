@@ -60,7 +60,7 @@ def test_one_block_equals_the_reference(rest):
     tokens = Tokens(after, 1, (4, 8)).reduced(grouping)
     before = tensors[f"output.rate_{rest}.tokens_before_mlp"]
     torch.testing.assert_close(tokens.x, before, atol=1e-5, rtol=0)
-    out = tokens.x + anatomy.ffn(1, tokens.x)
+    out = tokens.x + anatomy.ffn_branch(1, anatomy.ffn_input(1, tokens.x))
     torch.testing.assert_close(out, tensors[f"output.rate_{rest}.out"], atol=1e-5, rtol=0)
 
 

@@ -44,7 +44,6 @@ class Bypass(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.up = nn.Linear(dim, embed_dim)
         nn.init.xavier_uniform_(self.down.weight)
-        nn.init.zeros_(self.conv.weight)
         # The convolution starts as the identity, the bypass as zero.
         nn.init.dirac_(self.conv.weight)
         nn.init.zeros_(self.up.weight)

@@ -89,10 +89,6 @@ class Anatomy(ABC):
     def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
         """What is added to the tokens, from the input of the FFN; [..., D] is allowed."""
 
-    def ffn(self, layer: int, x_BND: Tensor) -> Tensor:
-        """What the FFN adds to the tokens, its norm and scale included; [..., D] is allowed."""
-        return self.ffn_branch(layer, self.ffn_input(layer, x_BND))
-
     @abstractmethod
     def norm(self, x_BND: Tensor) -> Tensor:
         """The norm after the last block."""

@@ -139,7 +139,7 @@ def anatomy_of(vit: nn.Module) -> Anatomy:
     """
     if isinstance(vit, Eva):
         kind: type[Anatomy] = TimmEva
-    elif type(vit).__module__.startswith("transformers."):
+    elif type(vit).__module__.startswith(_TRANSFORMERS):
         kind = HuggingFaceViT
     else:
         kind = TimmViT

@@ -3,7 +3,7 @@
 # Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,16 +53,9 @@ _CLIP = _Names(
 )
 _FAMILIES = {
     "ViT": _VIT,
-    "DeiT": _Names(trunk="deit", blocks="layers"),
+    "DeiT": replace(_VIT, trunk="deit"),
     "Dinov2": _DINOV2,
-    "Dinov2WithRegisters": _Names(
-        trunk="dinov2_with_registers",
-        blocks=_DINOV2.blocks,
-        norm1=_DINOV2.norm1,
-        norm2=_DINOV2.norm2,
-        scales=_DINOV2.scales,
-        dropout=_DINOV2.dropout,
-    ),
+    "Dinov2WithRegisters": replace(_DINOV2, trunk="dinov2_with_registers"),
     "CLIP": _CLIP,
 }
 _CLASSES = {

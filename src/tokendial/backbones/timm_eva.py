@@ -67,10 +67,7 @@ class TimmEva(TimmAnatomy):
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         block: Any = self.vit.blocks[layer - 1]
-        out = block.attn.norm(out_BND)
-        if block.attn.gate is not None:
-            out = out * block.attn.gate(x_BND).sigmoid()
-        out = block.attn.proj_drop(block.attn.proj(out))
+        out = self.projected(layer, out_BND, x_BND)
         if isinstance(block, EvaBlockPostNorm):
             out = block.norm1(out)
         elif block.gamma_1 is not None:

@@ -100,6 +100,14 @@ class TimmAnatomy(Anatomy):
         attn = self.vit.blocks[layer - 1].attn
         return attn.scale, attn.attn_drop.p if attn.training else 0.0
 
+    def projected(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
+        """The heads' outputs after norm, gate and projection of the attention layer."""
+        attn: Any = self.vit.blocks[layer - 1].attn
+        out = attn.norm(out_BND)
+        if attn.gate is not None:
+            out = out * attn.gate(x_BND).sigmoid()
+        return attn.proj_drop(attn.proj(out))  # type: ignore[no-any-return]
+
     def norm(self, x_BND: Tensor) -> Tensor:
         return self.vit.norm(x_BND)  # type: ignore[no-any-return]
 
@@ -146,10 +154,7 @@ class TimmViT(TimmAnatomy):
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         block: Any = self.vit.blocks[layer - 1]
-        out = block.attn.norm(out_BND)
-        if block.attn.gate is not None:
-            out = out * block.attn.gate(x_BND).sigmoid()
-        out = block.attn.proj_drop(block.attn.proj(out))
+        out = self.projected(layer, out_BND, x_BND)
         return block.drop_path1(block.ls1(out))  # type: ignore[no-any-return]
 
     def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.attention import Attended
@@ -135,6 +136,13 @@ class Reducer(nn.Module, ABC):
 
     def at_step(self, step: int, steps_per_epoch: int) -> None:
         """Told before each step of training how many were done, for methods with a schedule."""
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the student's softmax from the teacher's, mean over rows."""
+    return F.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
+    )
 
 
 DIAL_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)

@@ -21,10 +21,12 @@ from tokendial.reduce.base import (
     ReducerConfig,
     ViTShape,
     best_tokens,
+    check_choice,
     check_layers,
     check_own_layers,
     check_share,
     dial_of,
+    divergence,
 )
 from tokendial.tokens import Grouping, Tokens
 
@@ -55,8 +57,7 @@ class DynamicViT(ReducerConfig):
         for name in ("ratio_weight", "distill_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if self.token_loss not in ("mse", "kl"):
-            raise ValueError(f"token_loss must be one of mse, kl, got {self.token_loss!r}.")
+        check_choice("token_loss", self.token_loss, ("mse", "kl"))
 
     def build(self, vit: ViTShape) -> "DynamicViTReducer":
         """Make the predictors; raises a ValueError for a missing layer."""
@@ -134,12 +135,7 @@ class DynamicViTReducer(Reducer):
         losses = {"ratio": config.ratio_weight * torch.stack(shares).square().mean()}
         if teacher is None or not config.distill_weight:
             return losses
-        logits = F.kl_div(
-            student.logits.log_softmax(-1),
-            teacher.logits.log_softmax(-1),
-            reduction="batchmean",
-            log_target=True,
-        )
+        logits = divergence(student.logits, teacher.logits)
         prefix = student.tokens[-1].prefix
         kept = policies[-1].detach() > 0.5
         tokens = token_distillation(
@@ -170,9 +166,4 @@ def token_distillation(student_KD: Tensor, teacher_KD: Tensor, kind: str) -> Ten
     student_KD, teacher_KD = student_KD.float(), teacher_KD.float()
     if kind == "mse":
         return F.mse_loss(student_KD, teacher_KD)
-    return F.kl_div(
-        student_KD.log_softmax(-1),
-        teacher_KD.log_softmax(-1),
-        reduction="batchmean",
-        log_target=True,
-    )
+    return divergence(student_KD, teacher_KD)

@@ -11,11 +11,10 @@ code computes all and multiplies by the mask.
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.methods import register
-from tokendial.reduce.base import Passes, ViTShape, check_share
+from tokendial.reduce.base import Passes, ViTShape, check_share, divergence
 from tokendial.reduce.select import SelectConfig, Selector, selected_patches
 from tokendial.tokens import Tokens
 
@@ -69,12 +68,7 @@ class DyTReducer(Selector):
         losses = {"rate": config.ratio_weight * rate}
         if complete is not None:
             losses["complete"] = passes.task_loss(complete.logits)
-            losses["distilled"] = F.kl_div(
-                student.logits.log_softmax(-1),
-                complete.logits.detach().log_softmax(-1),
-                reduction="batchmean",
-                log_target=True,
-            )
+            losses["distilled"] = divergence(student.logits, complete.logits.detach())
         return losses
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokendial.attention import Attended
 from tokendial.methods import register
 from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape
-from tokendial.reduce.tome import bipartite_matching, check_matching, most_merged, random_matching
+from tokendial.reduce.tome import check_matching, matched, most_merged
 from tokendial.tokens import Tokens
 
 
@@ -69,14 +69,15 @@ class FFNMergeReducer(Reducer):
     ) -> tuple[Tensor, Tensor | None]:
         """Merge along the keys of this layer, run the FFN, and copy its output back."""
         assert attended.mean_keys is not None
-        config, keys, prefix = self.config, attended.mean_keys, tokens.prefix
-        if config.matching == "random":
-            seed = (config.seed, layer)
-            grouping = random_matching(keys, degree, num_prefix_tokens=prefix, seed=seed)
-        else:
-            grouping = bipartite_matching(
-                keys, degree, num_prefix_tokens=prefix, stride=config.stride
-            )
+        config = self.config
+        grouping = matched(
+            attended.mean_keys,
+            degree,
+            tokens.prefix,
+            matching=config.matching,
+            stride=config.stride,
+            seed=(config.seed, layer),
+        )
         if grouping is None:
             return ffn(tokens.x), None
         return grouping.unmerge(ffn(grouping.merge(tokens.x))), None

@@ -104,13 +104,14 @@ class ToMeReducer(Reducer):
     def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
         """Merge along the keys of this layer."""
         assert attended.mean_keys is not None
-        config, r = self.config, self.schedule(degree)[layer - 1]
-        if config.matching == "random":
-            return random_matching(
-                attended.mean_keys, r, num_prefix_tokens=tokens.prefix, seed=(config.seed, layer)
-            )
-        return bipartite_matching(
-            attended.mean_keys, r, num_prefix_tokens=tokens.prefix, stride=config.stride
+        config = self.config
+        return matched(
+            attended.mean_keys,
+            self.schedule(degree)[layer - 1],
+            tokens.prefix,
+            matching=config.matching,
+            stride=config.stride,
+            seed=(config.seed, layer),
         )
 
 
@@ -147,6 +148,21 @@ def check_matching(matching: str, stride: int, seed: int) -> None:
         raise ValueError(f"stride goes with bipartite matching, got {stride} with random.")
     if type(seed) is not int or seed < 0:
         raise ValueError(f"seed must be an integer of at least 0, got {seed}.")
+
+
+def matched(
+    metric_BNC: Tensor,
+    r: int,
+    num_prefix_tokens: int,
+    *,
+    matching: str,
+    stride: int,
+    seed: tuple[int, ...],
+) -> Grouping | None:
+    """Merge `r` tokens by bipartite or random matching; None if nothing merges."""
+    if matching == "random":
+        return random_matching(metric_BNC, r, num_prefix_tokens=num_prefix_tokens, seed=seed)
+    return bipartite_matching(metric_BNC, r, num_prefix_tokens=num_prefix_tokens, stride=stride)
 
 
 def bipartite_matching(
