@@ -47,31 +47,47 @@ def load(directory: str | Path, vit: nn.Module | None = None) -> DialViT:
         ValueError: If the folder does not hold a saved model, or `vit` is not the backbone that
             it was trained on.
     """
-    folder = _folder(directory)
-    config = _read_config(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}.") from None
+    folder, config, tensors = _read(directory)
     backbone = Backbone(**config["backbone"])
     whole = config["whole"]
     if vit is None:
         vit = (dataclasses.replace(backbone, weights=None) if whole else backbone).create()
-    model = wrap(
-        vit,
-        reduce=from_json("reduce", config["reduce"]) if config["reduce"] else None,
-        adapt=from_json("adapt", config["adapt"]) if config["adapt"] else None,
-        backbone=backbone,
-    )
-    _check_names(model, tensors, folder)
-    if not whole and not same_backbone(config["fingerprint"], model.fingerprint):
-        raise ValueError(
-            f"{folder} was trained on another backbone: the weights of {backbone.name} at hand "
-            f"are not the ones it was saved with."
-        )
+    reduce, adapt = _methods(config)
+    model = wrap(vit, reduce=reduce, adapt=adapt, backbone=backbone)
+    _check_names(_saved(model), tensors, folder)
+    if not whole:
+        _check_backbone(model, config, folder)
     model.load_state_dict(tensors, strict=False)
     model.set_degree(config["degree"])
     return model.eval()
+
+
+def load_adapter(model: DialViT, name: str, directory: str | Path) -> None:
+    """Add a saved adapter and its head to a model; see `DialViT.load_adapter`."""
+    folder, config, tensors = _read(directory)
+    reduce, adapt = _methods(config)
+    if adapt is None:
+        raise ValueError(f"{folder} holds a model without an adapter.")
+    if reduce != model.reduce_config:
+        raise ValueError(
+            f"{folder} was trained with another reduction ({reduce}) than this model's "
+            f"({model.reduce_config})."
+        )
+    _check_backbone(model, config, folder)
+    heads = [t for n, t in tensors.items() if n in {f"vit.{h}.bias" for h in model.head_names}]
+    model.add_adapter(name, adapt, num_classes=len(heads[0]) if heads else None)
+    active = model.active_adapter
+    model.set_adapter(name)
+    try:
+        own = _trained(model)
+        found = {tensor: value for tensor, value in tensors.items() if tensor in own}
+        _check_names(own, found, folder)
+        model.load_state_dict(found, strict=False)
+    except ValueError:
+        model.set_adapter(active)
+        model.delete_adapter(name)
+        raise
+    model.set_adapter(active)
 
 
 def push(
@@ -101,8 +117,12 @@ def _config(model: DialViT) -> dict[str, Any]:
 
 
 def _saved(model: DialViT) -> dict[str, Tensor]:
-    whole = model.backbone.weights is None
-    trained = {name: p for name, p in model.named_parameters() if whole or p.requires_grad}
+    random = model.backbone.weights is None
+    return (dict(model.named_parameters()) if random else {}) | _trained(model)
+
+
+def _trained(model: DialViT) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return trained | {f"adapter.{name}": t for name, t in model.adapter.state_dict().items()}
 
 
@@ -128,6 +148,22 @@ def _folder(directory: str | Path) -> Path:
         raise ValueError(f"{name} is neither a folder nor on the hub: {reason}") from None
 
 
+def _read(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    folder = _folder(directory)
+    config = _read_config(folder)
+    try:
+        return folder, config, load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}.") from None
+
+
+def _methods(config: dict[str, Any]) -> tuple[Any, Any]:
+    reduce, adapt = config["reduce"], config["adapt"]
+    return from_json("reduce", reduce) if reduce else None, from_json(
+        "adapt", adapt
+    ) if adapt else None
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
@@ -141,8 +177,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_names(model: DialViT, tensors: dict[str, Tensor], folder: Path) -> None:
-    expected = {name: value.shape for name, value in _saved(model).items()}
+def _check_backbone(model: DialViT, config: dict[str, Any], folder: Path) -> None:
+    if not same_backbone(config["fingerprint"], model.fingerprint):
+        raise ValueError(
+            f"{folder} was trained on another backbone: the weights of "
+            f"{config['backbone']['name']} at hand are not the ones it was saved with."
+        )
+
+
+def _check_names(own: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
+    expected = {name: value.shape for name, value in own.items()}
     found = {name: value.shape for name, value in tensors.items()}
     if expected == found:
         return

@@ -47,6 +47,9 @@ class Adapter(nn.Module):
             ValueError: If the backbone has not the layers that the method acts on.
         """
 
+    def switch(self, *, on: bool) -> None:
+        """Act on the backbone, or leave it alone while another adapter acts."""
+
     def merge(self) -> None:
         """Put the adapter into the backbone's weights; a ValueError if it is not linear."""
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokendial.adapt.base import Adapter
 
@@ -48,12 +49,19 @@ class HookedAdapter(Adapter):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[_Call] = []
+        self._handles: list[RemovableHandle] = []
 
     def act_on(self, module: nn.Module, layer: OutputLayer) -> None:
         """From now on `module` returns `layer(its input, its output)`."""
-        call = _Call(module, layer)
-        module.register_forward_hook(call)
-        self._calls.append(call)
+        self._calls.append(_Call(module, layer))
+        self._handles.append(module.register_forward_hook(self._calls[-1]))
+
+    def switch(self, *, on: bool) -> None:
+        """Register the hooks, or remove them."""
+        for handle in self._handles:
+            handle.remove()
+        calls = self._calls if on else []
+        self._handles = [call.module.register_forward_hook(call) for call in calls]
 
     @torch.no_grad()
     def merge(self) -> None:

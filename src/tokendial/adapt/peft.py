@@ -58,6 +58,9 @@ class PEFTLayers(Adapter):
         self.peft_config, self.target_modules = peft_config, target_modules
         self._layers: list[Any] = []
         self._kept: list[dict[str, Tensor]] = []
+        # PEFT's note on the backbone of what it put there; in a list, so that the backbone does not
+        # become a part of the adapter.
+        self._noted: list[tuple[Any, Any]] = []
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Inject PEFT's layers.
@@ -74,6 +77,15 @@ class PEFTLayers(Adapter):
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"PEFT cannot put its layers into this model: {error}") from None
         self._layers = [module for module in vit.modules() if isinstance(module, BaseTunerLayer)]
+        self._noted = [(vit, getattr(vit, "peft_config", None))]
+
+    def switch(self, *, on: bool) -> None:
+        """Keep PEFT's note on the backbone as long as its layers are there."""
+        for vit, note in self._noted:
+            if on:
+                vit.peft_config = note
+            elif hasattr(vit, "peft_config"):
+                del vit.peft_config
 
     def merge(self) -> None:
         """Let PEFT merge its layers, and keep the weights that they change."""

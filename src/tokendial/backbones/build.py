@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ class Backbone:
         }
         return cls(name=f"{cfg['architecture']}{tag}", args=args)
 
+    def with_head(self, num_classes: int) -> "Backbone":
+        """The same with a head of that width."""
+        name = "num_labels" if self.name.startswith(_TRANSFORMERS) else "num_classes"
+        return replace(self, args=dict(self.args) | {name: num_classes})
+
     def create(self) -> nn.Module:
         """Build the model and load its weights.
 
@@ -123,8 +128,10 @@ class Backbone:
         if self.weights is None:
             vit = cls(cls.config_class.from_dict(self.args))
         else:
+            # The weights hold the rest of the configuration, and another head.
+            head = {"num_labels": self.args["num_labels"]} if "num_labels" in self.args else {}
             try:
-                vit = cls.from_pretrained(self.weights)
+                vit = cls.from_pretrained(self.weights, **head, ignore_mismatched_sizes=bool(head))
             except OSError as error:
                 raise ValueError(f"model.weights {self.weights!r}: {error}") from None
         anatomy_of(vit)
