@@ -32,6 +32,10 @@ REDUCERS = {
 ADAPTERS = {
     "dense_adapter": td.DenseAdapter(dim=6, start=4, interval=3),
     "adaptformer": td.AdaptFormer(dim=6, scale=0.5),
+    "dense_adapter_wide": td.DenseAdapter(
+        dim=6, start=3, interval=3, fusion="output", channel_scale=True
+    ),
+    "adaptformer_experts": td.AdaptFormer(dim=4, experts=3),
     "dar": td.DARAdapter(dims=(6, 4)),
     "houlsby": td.Houlsby(dim=6),
     "vpt": td.VPT(prompts=3),

@@ -13,10 +13,10 @@ SOURCE = Path(tokendial.__file__).parent
 # From the roof down: a module may import from its own floor and from those below it.
 FLOORS = (
     ("cli",),
-    ("demo",),
+    ("demo", "reproduce"),
     ("show",),
     ("train",),
-    ("tasks", "data"),
+    ("tasks", "data", "compensate"),
     ("saving", "reference"),
     ("vit",),
     ("backbones", "measure"),

@@ -17,6 +17,7 @@ from tokendial.adapt import (
     LoRA,
 )
 from tokendial.backbones import Backbone
+from tokendial.compensate import Compensator, ToCom
 from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, ToMe
 from tokendial.reference import load_reference
 from tokendial.saving import load
@@ -30,6 +31,7 @@ __all__ = [
     "AdaptFormer",
     "Backbone",
     "BitFit",
+    "Compensator",
     "ConvPass",
     "DARAdapter",
     "DenseAdapter",
@@ -44,6 +46,7 @@ __all__ = [
     "LastBlocks",
     "Linear",
     "LoRA",
+    "ToCom",
     "ToMe",
     "load",
     "load_reference",

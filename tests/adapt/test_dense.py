@@ -98,3 +98,41 @@ def test_features_are_summed_up_where_the_fusion_says(fusion):
 def test_unknown_variants_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         td.DenseAdapter(**settings)
+
+
+def test_the_published_count_has_one_more_vector_in_each_layer():
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224")
+        model = td.wrap(vit, adapt=td.DenseAdapter(dim=32, channel_scale=True))
+    assert model.cost().trainable_params == 44 * 768 * 32 + 32 * 32 + 2 * 12 * 768
+    assert round(model.cost().trainable_params / 1e6, 2) == 1.10
+
+
+@torch.no_grad()
+def test_the_channel_scale_multiplies_what_is_added_and_read(vit):
+    model = td.wrap(vit, adapt=td.DenseAdapter(dim=5, channel_scale=True))
+    perturbed(model.adapter, std=0.3)
+    scales = list(model.adapter.channel_scales)
+    ups = [layer["up"][0] for layer in model.adapter.layers]
+    plain = td.wrap(vit, adapt=td.DenseAdapter(dim=5))
+    plain.adapter.load_state_dict(model.adapter.state_dict(), strict=False)
+    for layer, up, scale in zip(plain.adapter.layers, ups, scales, strict=True):
+        layer["up"][0].weight.copy_(up.weight * scale[:, None])
+        layer["up"][0].bias.copy_(up.bias * scale)
+    torch.testing.assert_close(model(images()), plain(images()))
+
+
+@torch.no_grad()
+def test_the_first_long_connection_may_reach_back_to_the_embedded_tokens(vit):
+    model = td.wrap(vit, adapt=td.DenseAdapter(dim=5, start=3, interval=3, reads=("earlier",)))
+    perturbed(model.adapter, std=0.3)
+    embedded = x = vit._pos_embed(vit.patch_embed(images()))
+    z = {0: embedded}
+    for n, (block, adapter) in enumerate(zip(vit.blocks, model.adapter.layers, strict=True), 1):
+        u = x + block.attn(block.norm1(x))
+        h = adapter["down"][0](u)
+        if n >= 3:
+            h = h + adapter["down"][1](z[n - 3])
+        z[n] = adapter["up"][0](h.relu())
+        x = u + block.mlp(block.norm2(u)) + z[n]
+    torch.testing.assert_close(model(images()), vit.forward_head(vit.norm(x)))

@@ -16,6 +16,7 @@ SIZES = {
     "vpt shallow 8": (td.VPT(prompts=8, deep=False), 8 * D, 0.01),
     "bitfit": (td.BitFit(), 102_912, 0.10),
     "ssf": (td.SSF(), 205_824, 0.21),
+    "ssf in blocks": (td.SSF(patch_embedding=False), 205_824 - 2 * D, 0.20),
     "fact 12": (td.FacT(rank=12), 2 * D * 12 + 144 * 12 * 12, 0.04),
     "fact tucker 12": (td.FacT(rank=12, kind="tk"), 2 * D * 12 + 12**3 + 144 * 12, 0.02),
     "convpass 8": (td.ConvPass(dim=8), 2 * L * (2 * D * 8 + 9 * 64 + 2 * 8 + D), 0.33),

@@ -4,6 +4,7 @@ import torch
 from examples import tiny_vit
 
 import tokendial as td
+from tokendial.measure.cost import count_macs
 
 
 def base(name: str = "vit_base_patch16_224", **kwargs):
@@ -55,3 +56,18 @@ def test_counting_leaves_weights_and_mode_alone():
     model.cost()
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_products_of_activations_can_be_left_out():
+    n, d = 65, 48
+    model = td.wrap(tiny_vit(depth=1, num_classes=0), reduce=td.ToMe(r=4))
+    model.set_degree(0)
+    images = torch.empty(1, 3, 32, 32, device="meta")
+    without = count_macs(model, lambda module: module(images), products=False)
+    assert model.cost().macs - without == 2 * n * n * d
+
+
+def test_interpolation_costs_four_for_each_element():
+    images = torch.empty(2, 3, 4, 4, device="meta")
+    up = torch.nn.Upsample(scale_factor=2, mode="bilinear")
+    assert count_macs(up, lambda module: module(images)) == 4 * 2 * 3 * 8 * 8

@@ -8,16 +8,18 @@ Inference", version 3, https://arxiv.org/abs/2405.14700, overview figure and tab
     y_n = x_n + FFN(LN x_n) + z_n
 
 where x_n are the tokens after attention and reduction, and S makes the features of earlier layers
-follow the reductions since. The variants of tables VI (which features an adapter reads) and VII
-(where they are summed up) are settings. Departure: the published parameter counts have one more
-vector of width D per layer, whose role the paper does not tell; it is left out (0.8 % of the
-parameters).
+follow the reductions since; z_0 are the embedded tokens, which the adapter of layer `start` =
+`interval` reads as the authors' code lets it. The variants of tables VI (which features an adapter
+reads) and VII (where they are summed up) are settings. The published parameter counts have one more
+vector of width D per layer, whose role the paper does not tell. By default it is left out (0.8 % of
+the parameters); `channel_scale` gives it the role of a learned factor on each channel of z_n.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +49,8 @@ class DenseAdapter(AdapterConfig):
     fusion: Literal["input", "inner", "output"] = "inner"
     """Where the features are summed up: before one down-projection, after one each, or after a
     whole bottleneck each."""
+    channel_scale: bool = False
+    """Whether to learn a factor for each channel of an adapter's output."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", tuple(self.reads))
@@ -56,9 +60,10 @@ class DenseAdapter(AdapterConfig):
         check_choice("fusion", self.fusion, ("input", "inner", "output"))
         if type(self.interval) is not int or self.interval < 2:
             raise ValueError(f"interval must be an integer of at least 2, got {self.interval}.")
-        if type(self.start) is not int or self.start <= self.interval:
+        if type(self.start) is not int or self.start < self.interval:
             raise ValueError(
-                f"start must be an integer above the interval ({self.interval}), got {self.start}."
+                f"start must be an integer of at least the interval ({self.interval}), "
+                f"got {self.start}."
             )
 
     def build(self, vit: ViTShape) -> "DenseAdapters":
@@ -82,6 +87,11 @@ class DenseAdapters(Adapter):
             for number in range(downs):
                 init_bottleneck(down[number], up[min(number, ups - 1)])  # type: ignore[arg-type]
             self.layers.append(nn.ModuleDict({"down": down, "up": up}))
+        self.channel_scales = (
+            nn.ParameterList(torch.ones(vit.embed_dim) for _ in self.layers)
+            if config.channel_scale
+            else None
+        )
 
     def _reads(self, layer: int) -> list[str]:
         """Names of the carried features that the adapter of `layer` reads."""
@@ -92,6 +102,12 @@ class DenseAdapters(Adapter):
         if layer >= config.start and "earlier" in config.reads:
             names.append(_name(config.interval))
         return names
+
+    def before_block(self, layer: int, tokens: Tokens) -> Tokens:
+        """Carries the embedded tokens on where a later adapter reads them."""
+        if layer > 1 or self.config.start > self.config.interval:
+            return tokens
+        return replace(tokens, carried=tokens.carried | {_name(1): tokens.x})
 
     def beside_ffn(
         self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
@@ -106,6 +122,8 @@ class DenseAdapters(Adapter):
             hidden = [sum(hidden[1:], start=hidden[0])]
         outs = [up(F.relu(h)) for up, h in zip(adapter["up"], hidden, strict=True)]
         z = self.config.scale * sum(outs[1:], start=outs[0])
+        if self.channel_scales is not None:
+            z = z * self.channel_scales[layer - 1]
         carried = dict(tokens.carried)
         furthest = self.config.interval if "earlier" in self.config.reads else 1
         for back in range(furthest, 1, -1):

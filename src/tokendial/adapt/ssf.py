@@ -22,9 +22,12 @@ from tokendial.reduce.base import ViTShape
 class SSF(AdapterConfig):
     """Scale and shift the features after every norm, linear layer and the patch embedding."""
 
+    patch_embedding: bool = True
+    """Whether also after the patch embedding; some published counts leave it out."""
+
     def build(self, vit: ViTShape) -> "ScalesAndShifts":
         """Make the module; it gets its parameters when it is installed."""
-        return ScalesAndShifts()
+        return ScalesAndShifts(self)
 
 
 class ScaleShift(OutputLayer):
@@ -52,8 +55,9 @@ class ScaleShift(OutputLayer):
 class ScalesAndShifts(HookedAdapter):
     """Runs SSF: two numbers per output channel of every layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: SSF) -> None:
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleDict()
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -61,6 +65,8 @@ class ScalesAndShifts(HookedAdapter):
         inside = {id(module) for block in blocks for module in block.modules()}
         for name, module in list(vit.named_modules()):
             width, dim = _output(module)
+            if isinstance(module, nn.Conv2d) and not self.config.patch_embedding:
+                continue
             if width and (id(module) in inside or not isinstance(module, nn.Linear)):
                 layer = ScaleShift(width, dim)
                 self.layers[name.replace(".", "-")] = layer

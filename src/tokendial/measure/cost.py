@@ -31,23 +31,29 @@ class Cost:
         return self.macs / 1e9
 
 
-def count_macs(module: nn.Module, run: Callable[[nn.Module], Any]) -> int:
+def count_macs(module: nn.Module, run: Callable[[nn.Module], Any], *, products: bool = True) -> int:
     """Multiply-accumulates of a forward pass, counted operator by operator on the meta device.
 
     One per multiply-accumulate of linear layers, convolutions and matrix products (attention
-    included), 5 per element of a LayerNorm, 0 for the rest: the rule that reproduces the
-    published costs to the last digit (17.58 G for ViT-B/16 at 224).
+    included), 5 per element of a LayerNorm, 4 per element that a bilinear interpolation makes, 0
+    for the rest: the rule that reproduces the published costs to the last digit (17.58 G for
+    ViT-B/16 at 224).
 
     Args:
         module: The model; its weights are neither touched nor copied.
         run: Called with the module whose weights are on the meta device; does the forward pass
             (with inputs on the meta device).
+        products: Count products of two activations (attention, token matching); some papers leave
+            them out.
     """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     meta = {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
     counter = FlopCounterMode(
         display=False,
-        custom_mapping={torch.ops.aten.native_layer_norm: _layer_norm_flops},
+        custom_mapping={
+            torch.ops.aten.native_layer_norm: _layer_norm_flops,
+            torch.ops.aten.upsample_bilinear2d: _interpolation_flops,
+        },
     )
     training = module.training
     module.eval()
@@ -56,7 +62,8 @@ def count_macs(module: nn.Module, run: Callable[[nn.Module], Any]) -> int:
             functional_call(_Call(module, run), {f"module.{n}": v for n, v in meta.items()}, ())
     finally:
         module.train(training)
-    return int(counter.get_total_flops()) // 2
+    flops = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in flops.items() if products or not _is_product(op)) // 2
 
 
 class _Call(nn.Module):
@@ -70,6 +77,17 @@ class _Call(nn.Module):
         return self.run(self.module)
 
 
+# The counter's unit is FLOPs, two to a multiply-accumulate.
+
+
 def _layer_norm_flops(shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    # The counter's unit is FLOPs, two to a multiply-accumulate.
     return 2 * 5 * shape.numel()
+
+
+def _interpolation_flops(*args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
+    return 2 * 4 * out_shape.numel()
+
+
+def _is_product(op: Any) -> bool:
+    """Whether an operator multiplies two activations: attention, batched matrix products."""
+    return "attention" in str(op) or str(op) in ("aten.bmm", "aten.baddbmm")

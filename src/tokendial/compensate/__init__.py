@@ -1,0 +1,5 @@
+"""ToCom: what bridges the degrees that a model was trained at and runs at."""
+
+from tokendial.compensate.plugin import Compensator, ToCom
+
+__all__ = ["Compensator", "ToCom"]

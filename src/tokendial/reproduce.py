@@ -1,0 +1,294 @@
+"""The parameter and cost columns of the papers' tables, computed anew with the real models.
+
+`assets/paper_tables.json` holds every row: what the paper prints, the configuration behind it, and
+how well a formula fits. Here each configuration becomes a model on the meta device, whose
+parameters and operators are counted. Layers that can be merged for serving (LoRA, SSF, FacT) are
+merged before the cost is counted, as the papers do.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import tokendial as td
+from tokendial.adapt.base import AdapterConfig
+from tokendial.atomic import replacing
+from tokendial.measure.cost import count_macs
+from tokendial.reduce.base import ReducerConfig
+from tokendial.tasks.segmentation import MaskTransformer, Segmenter
+from tokendial.tasks.video import VideoViT
+
+AGREES = ("exact", "within 2%")
+"""What is said of a value that agrees with the paper's."""
+_BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViT-B/16": ("vit_base_patch16_224", {"num_classes": 100}),
+    "ViT-L/16": ("vit_large_patch16_224", {"num_classes": 100}),
+    "DeiT-B/16": ("deit_base_patch16_224", {}),
+    "DeiT-S/16": ("deit_small_patch16_224", {}),
+    "DeiT-B/16 (384 weights) at 512x512, 1025 tokens": (
+        "deit_base_patch16_384",
+        {"img_size": 512, "num_classes": 0},
+    ),
+    "DINOv2 ViT-B/14": ("vit_base_patch14_dinov2", {}),
+}
+_FRAMES, _VIDEO_CLASSES, _SEGMENTED_CLASSES = 8, 400, 150
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """One row of a table. Parameters in millions, costs in 1e9 multiply-accumulates."""
+
+    paper: str
+    table: str
+    row: str
+    params_paper: float | None
+    params: float | None
+    """Of the real model; None: the row has no parameters to count, or the method is not ours."""
+    params_agree: str
+    """"exact", "within 2%", or the difference."""
+    cost_paper: float | None
+    cost: float | None
+    cost_agree: str
+    verdict: str
+    """What is known of the row: exact, within 2%, unexplained, inconsistent in the paper, …"""
+    should_agree: bool
+    """Whether no value of it is one that the paper contradicts or leaves unexplained."""
+    note: str
+
+
+def cost_rows() -> Iterator[CostRow]:
+    """Every row of the papers' tables, one after the other, computed with the real models."""
+    for entry in read_tables():
+        params, cost = _row_of(entry)
+        params_paper, cost_paper = entry["params_m"], entry["gflops"]
+        yield CostRow(
+            paper=entry["paper"],
+            table=entry["table"],
+            row=entry["row"],
+            params_paper=params_paper,
+            params=params,
+            params_agree=agreement(params_paper, params),
+            cost_paper=cost_paper,
+            cost=cost,
+            cost_agree=agreement(cost_paper, cost),
+            verdict=entry["verdict"],
+            should_agree=entry["verdict"] in AGREES,
+            note=entry["note"],
+        )
+
+
+def read_tables() -> list[dict[str, Any]]:
+    """The rows as they are shipped."""
+    text = (files("tokendial") / "assets" / "paper_tables.json").read_text()
+    rows: list[dict[str, Any]] = json.loads(text)
+    return rows
+
+
+def agreement(paper: float | None, ours: float | None) -> str:
+    """How near a value is to the one that a paper prints with two decimals."""
+    if paper is None or ours is None:
+        return ""
+    if abs(ours - paper) < 0.00505:
+        return "exact"
+    share = (ours - paper) / paper if paper else float("inf")
+    return "within 2%" if abs(share) <= 0.02 else f"{share:+.1%}"
+
+
+def write_csv(rows: list[CostRow], path: Path) -> None:
+    """Write the rows as CSV."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(CostRow)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def write_markdown(rows: list[CostRow], path: Path) -> None:
+    """Write the rows as a Markdown table; a row that is not confirmed carries its note."""
+    lines = [f"| {' | '.join(HEADER)} | note |", "|---" * (len(HEADER) + 1) + "|"]
+    lines += [f"| {' | '.join(cells(row))} | {row.note} |" for row in rows]
+    with replacing(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+HEADER = (
+    "table",
+    "row",
+    "params (M)",
+    "ours",
+    "agrees",
+    "cost (G)",
+    "ours",
+    "agrees",
+    "known of the row",
+)
+"""Names of the columns that `cells` gives."""
+
+
+def cells(row: CostRow) -> tuple[str, ...]:
+    """A row as text."""
+    return (
+        f"{row.paper} {row.table}",
+        row.row,
+        _number(row.params_paper, 2),
+        _number(row.params, 4),
+        row.params_agree,
+        _number(row.cost_paper, 2),
+        _number(row.cost, 4),
+        row.cost_agree,
+        row.verdict,
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+# The paper gives this row the parameters of narrower adapters than its cost.
+_COUNTED_WITH = {("IV", "AdaptFormer + EViT"): {"dim": 8}}
+
+
+def _row_of(entry: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Parameters and cost of a row, as far as it has them and the method is one of ours."""
+    config = entry["config"]
+    params = cost = None
+    if entry["params_m_computed"] is not None:
+        other = _COUNTED_WITH.get((entry["table"], entry["row"]), {})
+        params = _params_of(config | other, entry["row"]) / 1e6
+    if entry["gflops_computed"] is not None:
+        use = "video" if "video" in config else "segmenter" if "decoder" in config else "image"
+        adapt = _adapter(config, entry["row"])
+        cost = _counted(config["backbone"], _reducer(config), adapt, use).macs / 1e9
+    return params, cost
+
+
+def _params_of(config: dict[str, Any], row: str) -> int:
+    if "groups" in config:
+        shape = _wrapped(config["backbone"], None, td.Linear()).anatomy.shape
+        with torch.device("meta"):
+            plugin = td.ToCom(rank=config["rank"]).build(shape, steps=config["groups"])
+        return sum(p.numel() for p in plugin.parameters())
+    if "adapter_dim" in config:
+        adapt = td.DARAdapter(dims=(config["adapter_dim"], config["compensator_dim"]))
+        return _counted("DINOv2 ViT-B/14", td.DAR(), adapt, "image").params
+    reduce = _reducer(config)
+    counted = _counted(config["backbone"], reduce, _adapter(config, row), "image")
+    heads = 0
+    if config.get("head_counted") == "CIFAR-100":
+        heads = 100
+    elif config.get("inferred") == ["mean head of 50 classes"]:
+        heads = 50
+    # The published counts of DyT leave the dispatchers out.
+    left_out = counted.reducer_params if isinstance(reduce, td.DyT) else 0
+    return counted.params - left_out + heads * (counted.embed_dim + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    embed_dim: int
+    params: int
+    """That train, without the head."""
+    reducer_params: int
+    macs: int
+
+
+@cache
+def _counted(
+    backbone: str, reduce: ReducerConfig | None, adapt: AdapterConfig, use: str
+) -> _Counted:
+    """What a model has and costs; rows of the same model are counted once."""
+    model = _wrapped(backbone, reduce, adapt)
+    cost = model.cost() if use == "image" else None
+    run = {"video": _macs_of_video, "segmenter": _macs_of_segmenter}
+    return _Counted(
+        embed_dim=model.anatomy.shape.embed_dim,
+        params=cost.trainable_params if cost else 0,
+        reducer_params=sum(p.numel() for p in model.reducer.parameters()) if model.reducer else 0,
+        macs=cost.macs if cost else run[use](model),
+    )
+
+
+def _wrapped(backbone: str, reduce: ReducerConfig | None, adapt: AdapterConfig) -> td.DialViT:
+    name, args = _BACKBONES[backbone]
+    with torch.device("meta"):
+        # Weights on the meta device have no values to initialise.
+        vit = timm.create_model(name, weight_init="skip", **args)
+        model = td.wrap(vit, reduce=reduce, adapt=adapt)
+    if isinstance(adapt, td.LoRA | td.SSF | td.FacT):
+        model.merge_adapters()
+    return model
+
+
+def _macs_of_video(model: td.DialViT) -> int:
+    with torch.device("meta"):
+        video = VideoViT(model, _VIDEO_CLASSES, num_heads=model.vit.blocks[0].attn.num_heads)
+        clips = torch.empty(1, _FRAMES, model.anatomy.in_chans, *model.anatomy.image_size)
+    return count_macs(video, lambda module: module(clips))
+
+
+def _macs_of_segmenter(model: td.DialViT) -> int:
+    with torch.device("meta"):
+        decoder = MaskTransformer(model.anatomy.shape.embed_dim, _SEGMENTED_CLASSES)
+        images = torch.empty(1, model.anatomy.in_chans, *model.anatomy.image_size)
+    # The published cost counts no products of activations.
+    return count_macs(Segmenter(model, decoder), lambda module: module(images), products=False)
+
+
+def _reducer(config: dict[str, Any]) -> ReducerConfig | None:
+    kind = config.get("reducer", "")
+    layers, rate = tuple(config.get("positions", (4, 7, 10))), config.get("keep_rate", 0.7)
+    if kind == "EViT":
+        if "fused" in config:
+            return td.EViT(keep_rate=rate, layers=layers, rest="argmax")
+        fuses = config.get("fused_token", True)
+        return td.EViT(keep_rate=rate, layers=layers, rest="merge" if fuses else "drop")
+    if kind == "DynamicViT":
+        return td.DynamicViT(keep_rate=rate, layers=layers)
+    if kind.startswith("ToMe merge before each FFN"):
+        return td.FFNMerge(r=config["r"])
+    if kind.startswith("ToMe"):
+        return td.ToMe(r=config["r"])
+    if kind.startswith("DyT"):
+        return td.DyT(target_ratio=config.get("ratio", 0.5), selection="topk")
+    return None
+
+
+def _adapter(config: dict[str, Any], row: str) -> AdapterConfig:
+    kind = config.get("adapter", "")
+    if not kind:
+        return td.Full() if row.startswith("Full fine-tuning") else td.Linear()
+    makers: dict[str, Callable[[], AdapterConfig]] = {
+        "Adapter": lambda: td.Houlsby(dim=config["dim"]),
+        "AdaptFormer": lambda: td.AdaptFormer(dim=config["dim"], experts=config.get("experts", 1)),
+        # Two rows do not say their rank: it is that of the rows beside them.
+        "LoRA": lambda: td.LoRA(rank=config.get("rank", 4 if "reducer" in config else 32)),
+        "VPT-deep": lambda: td.VPT(prompts=config.get("prompts", 8)),
+        "SSF": lambda: td.SSF(patch_embedding=False),
+        "all": td.BitFit,
+        "ConvPass": lambda: td.ConvPass(dim=config["dim"]),
+        "FacT-TT": lambda: td.FacT(rank=config["rank"]),
+        "Dense": lambda: _dense_adapter(config),
+    }
+    return makers[kind.replace(",", " ").split()[0]]()
+
+
+def _dense_adapter(config: dict[str, Any]) -> td.DenseAdapter:
+    downs, fusion = config["downs_per_layer"], config.get("fusion", "")
+    merged_first = fusion.startswith("sum features")
+    previous = merged_first or downs[1] == 2
+    earlier = merged_first or downs[-1] == 2 + previous
+    reads = ("previous",) * previous + ("earlier",) * earlier
+    return td.DenseAdapter(
+        dim=config["dim"],
+        start=config["start"],
+        reads=reads if previous or earlier else (),
+        fusion="input" if merged_first else "output" if fusion.startswith("one down") else "inner",
+        channel_scale=config["extra_D_vectors_per_layer"] == 2,
+    )
