@@ -16,9 +16,10 @@ FLOORS = (
     ("demo", "reproduce"),
     ("show",),
     ("train",),
-    ("tasks", "data", "compensate"),
-    ("saving", "reference"),
+    ("tasks", "data"),
+    ("saving", "reference", "compensate"),
     ("vit",),
+    ("adapted",),
     ("backbones", "measure"),
     ("adapt",),
     ("reduce",),
@@ -26,10 +27,10 @@ FLOORS = (
     ("tokens", "methods", "atomic"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-CORE = {room for rooms in FLOORS[FLOORS.index(("saving", "reference")) :] for room in rooms}
+CORE = {room for room, floor in FLOOR.items() if floor >= FLOOR["saving"]}
 CORE_MAY_IMPORT = {"torch", "timm", "safetensors", "huggingface_hub", "tokendial"}
 # A saved model is written by a method of the model, and loaded by a function above it.
-UPWARD = {("vit", "saving")}
+UPWARD = {("adapted", "saving")}
 
 
 def modules() -> dict[Path, str]:

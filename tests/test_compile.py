@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from examples import images, tiny_vit
+from examples import images, perturbed, tiny_vit
 from zoo import backbone
 
 import tokendial as td
@@ -52,3 +52,31 @@ def test_other_kinds_of_backbones_are_one_graph(name):
 @torch.no_grad()
 def test_the_default_compiler_equals_eager(reduce):
     compare(td.wrap(tiny_vit(depth=1), reduce=reduce), images(), fullgraph=True)
+
+
+@torch.no_grad()
+def test_compiled_models_notice_adapters_and_compensators():
+    """Both may act by hooks, which the compiler does not look at."""
+    torch._dynamo.reset()
+    model = td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=4)).eval()
+    for name in ("pets", "cars"):
+        model.add_adapter(name, td.SSF())
+        model.set_adapter(name)
+        perturbed(model.adapter)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    seen = []
+
+    def compare_hooks():
+        seen.append(compiled(images()))
+        assert torch.equal(seen[-1], model(images()))
+
+    for name in ("default", "pets", "cars"):
+        model.set_adapter(name)
+        compare_hooks()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        plugin = perturbed(td.Compensator.for_model(model, td.ToCom(scale=0.5)), 0.3)
+        plugin.attach(model, merge=False)
+        compare_hooks()
+        plugin.detach(model)
+    assert len({logits.sum().item() for logits in seen}) == 5

@@ -33,7 +33,7 @@ def test_all_wrong_names_are_in_one_line_and_the_model_is_left_alone():
     with pytest.raises(ValueError, match="this is not a dyt state dict of this model") as raised:
         td.load_reference(model, state, system="dyt")
     message = str(raised.value)
-    assert "missing: adapter.down.0.weight, vit.norm.bias;" in message
+    assert "missing: vit.norm.bias, adapter.down.0.weight;" in message
     assert "unexpected: vit.blocks.0.router.weight;" in message
     assert "of another shape: vit.head.bias." in message
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
@@ -48,3 +48,20 @@ def test_many_wrong_names_are_counted():
 def test_an_unknown_system_raises(vit):
     with pytest.raises(ValueError, match="system must be one of tome, .*, got 'ats'"):
         td.load_reference(td.wrap(vit), {}, system="ats")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@torch.no_grad()
+def test_a_compensator_is_attached_to_a_model_fine_tuned_at_degree_0(whole):
+    meta, tensors = golden("tocom_vit")
+    vit = tiny_vit()
+    weights = split(tensors, "weight.")
+    if not whole:
+        vit.load_state_dict(weights)
+    model = td.wrap(vit, reduce=td.ToMe(r=0)).eval()
+    td.load_reference(model, split(tensors, "extra.") | (weights if whole else {}), "tocom")
+    model.compensation.compensator.scale = meta["settings"]["tocom_scale"]
+    model.set_degree(8)
+    torch.testing.assert_close(
+        model(tensors["input"]), tensors["output.t8_s0.logits"], atol=1e-4, rtol=0
+    )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tokendial.compensate import Compensator
 from tokendial.vit import DialViT
 
 _NOTHING: tuple[tuple[str, str], ...] = ()
@@ -19,6 +20,7 @@ _COMPENSATOR = r"blocks\.(\d+)\.compensator\."
 SYSTEMS = {
     "tome": _NOTHING,
     "evit": _NOTHING,
+    "tocom": _NOTHING,
     "dynamicvit": (
         (r"score_predictor\.(\d+)\.in_conv\.(.+)", r"reducer.predictors.\1.inside.\2"),
         (r"score_predictor\.(\d+)\.out_conv\.(.+)", r"reducer.predictors.\1.outside.\2"),
@@ -45,7 +47,8 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
 
     Args:
         model: Wrapped with the method, and where the system has adapters with those: DyT with
-            `AdaptFormer`, DAR with `DARAdapter`.
+            `AdaptFormer`, DAR with `DARAdapter`. ToCom's compensator is attached to it, for a model
+            fine-tuned at degree 0; its checkpoint may leave the backbone out.
         state_dict: Tensors by the implementation's names, or a checkpoint that holds them under
             "model".
         system: One of `SYSTEMS`.
@@ -56,7 +59,19 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
     """
     if system not in SYSTEMS:
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}.")
-    own, state_dict = model.state_dict(), state_dict.get("model", state_dict)
+    state_dict = state_dict.get("model", state_dict)
+    if system == "tocom":
+        plugin = Compensator.from_reference(state_dict)
+        rest = {name: value for name, value in state_dict.items() if "_tocom." not in name}
+        if rest:
+            _load(model, rest, system)
+        plugin.attach(model, source=0)
+    else:
+        _load(model, state_dict, system)
+
+
+def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
+    own = model.state_dict()
     renamed: dict[str, Any] = {our_name(name, system): value for name, value in state_dict.items()}
     missing = [name for name in own if name not in renamed]
     unexpected = [name for name in renamed if name not in own]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokendial.adapted import AdaptedViT
 from tokendial.atomic import replacing
 from tokendial.backbones import Backbone, same_backbone
 from tokendial.methods import from_json, to_json
@@ -19,7 +21,7 @@ FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save(model: DialViT, directory: Path) -> None:
+def save(model: AdaptedViT, directory: Path) -> None:
     """Write `config.json` and `model.safetensors` into `directory`.
 
     Saved are the weights that train and the adapter's own; a frozen backbone is only named, unless
@@ -27,12 +29,18 @@ def save(model: DialViT, directory: Path) -> None:
     """
     if model.adapter.merged:
         raise ValueError("merged adapters cannot be saved: call unmerge_adapters() first.")
+    with model.own_weights():
+        write_files(directory, _config(model), _saved(model))
+
+
+def write_files(directory: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a configuration and tensors, each whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in _saved(model).items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing(directory / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
     with replacing(directory / CONFIG) as path:
-        path.write_text(json.dumps(_config(model), indent=2) + "\n")
+        path.write_text(json.dumps({"format": FORMAT} | config, indent=2) + "\n")
 
 
 def load(directory: str | Path, vit: nn.Module | None = None) -> DialViT:
@@ -47,7 +55,7 @@ def load(directory: str | Path, vit: nn.Module | None = None) -> DialViT:
         ValueError: If the folder does not hold a saved model, or `vit` is not the backbone that
             it was trained on.
     """
-    folder, config, tensors = _read(directory)
+    folder, config, tensors = read_files(directory, kind="model")
     backbone = Backbone(**config["backbone"])
     whole = config["whole"]
     if vit is None:
@@ -55,16 +63,19 @@ def load(directory: str | Path, vit: nn.Module | None = None) -> DialViT:
     reduce, adapt = _methods(config)
     model = wrap(vit, reduce=reduce, adapt=adapt, backbone=backbone)
     _check_names(_saved(model), tensors, folder)
-    if not whole:
+    if whole:
+        # Of what it was fine-tuned from, not of the fresh weights that are now replaced.
+        model.fingerprint = config["fingerprint"]
+    else:
         _check_backbone(model, config, folder)
     model.load_state_dict(tensors, strict=False)
     model.set_degree(config["degree"])
     return model.eval()
 
 
-def load_adapter(model: DialViT, name: str, directory: str | Path) -> None:
+def load_adapter(model: AdaptedViT, name: str, directory: str | Path) -> None:
     """Add a saved adapter and its head to a model; see `DialViT.load_adapter`."""
-    folder, config, tensors = _read(directory)
+    folder, config, tensors = read_files(directory, kind="model")
     reduce, adapt = _methods(config)
     if adapt is None:
         raise ValueError(f"{folder} holds a model without an adapter.")
@@ -91,22 +102,29 @@ def load_adapter(model: DialViT, name: str, directory: str | Path) -> None:
 
 
 def push(
-    model: DialViT, repo_id: str, *, private: bool | None = None, token: str | None = None
+    model: AdaptedViT, repo_id: str, *, private: bool | None = None, token: str | None = None
 ) -> str:
     """Upload a saved model to the Hugging Face hub; returns its address."""
+    return push_files(lambda folder: save(model, folder), repo_id, private=private, token=token)
+
+
+def push_files(
+    write: Callable[[Path], None], repo_id: str, *, private: bool | None, token: str | None
+) -> str:
+    """Upload what `write` puts into a folder; returns its address on the hub."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder))
+        write(Path(folder))
         return str(api.upload_folder(repo_id=repo, folder_path=folder))
 
 
-def _config(model: DialViT) -> dict[str, Any]:
+def _config(model: AdaptedViT) -> dict[str, Any]:
     reduce, adapt = model.reduce_config, model.adapt_config
     return {
-        "format": FORMAT,
+        "kind": "model",
         "backbone": dataclasses.asdict(model.backbone),
         "whole": _whole(model),
         "fingerprint": model.fingerprint,
@@ -116,17 +134,17 @@ def _config(model: DialViT) -> dict[str, Any]:
     }
 
 
-def _saved(model: DialViT) -> dict[str, Tensor]:
+def _saved(model: AdaptedViT) -> dict[str, Tensor]:
     random = model.backbone.weights is None
     return (dict(model.named_parameters()) if random else {}) | _trained(model)
 
 
-def _trained(model: DialViT) -> dict[str, Tensor]:
+def _trained(model: AdaptedViT) -> dict[str, Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return trained | {f"adapter.{name}": t for name, t in model.adapter.state_dict().items()}
 
 
-def _whole(model: DialViT) -> bool:
+def _whole(model: AdaptedViT) -> bool:
     saved = _saved(model)
     return all(f"vit.{name}" in saved for name, _ in model.vit.named_parameters())
 
@@ -148,9 +166,20 @@ def _folder(directory: str | Path) -> Path:
         raise ValueError(f"{name} is neither a folder nor on the hub: {reason}") from None
 
 
-def _read(directory: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+def read_files(
+    directory: str | Path, *, kind: str
+) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Where what `write_files` wrote lies, its configuration and its tensors.
+
+    Args:
+        directory: Local folder, or the name of a repository on the Hugging Face hub.
+        kind: What is looked for: "model" or "compensator".
+
+    Raises:
+        ValueError: If it is not there, or cannot be read.
+    """
     folder = _folder(directory)
-    config = _read_config(folder)
+    config = _read_config(folder, kind)
     try:
         return folder, config, load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -164,20 +193,22 @@ def _methods(config: dict[str, Any]) -> tuple[Any, Any]:
     ) if adapt else None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
     except OSError:
-        raise ValueError(f"{folder} holds no saved model: {CONFIG} is missing.") from None
+        raise ValueError(f"{folder} holds no saved {kind}: {CONFIG} is missing.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT}, got {config!r:.60}.")
+    if (found := config.get("kind", "model")) != kind:
+        raise ValueError(f"{folder} holds a {found}, not a {kind}.")
     return config
 
 
-def _check_backbone(model: DialViT, config: dict[str, Any], folder: Path) -> None:
+def _check_backbone(model: AdaptedViT, config: dict[str, Any], folder: Path) -> None:
     if not same_backbone(config["fingerprint"], model.fingerprint):
         raise ValueError(
             f"{folder} was trained on another backbone: the weights of "

@@ -3,17 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokendial.adapt.base import Adapter, AdapterConfig
-from tokendial.adapt.fitting import Fitting
+from tokendial.adapt.base import AdapterConfig
+from tokendial.adapted import AdaptedViT
 from tokendial.attention import Attended, attend
-from tokendial.backbones import Backbone, anatomy_of, fingerprint
+from tokendial.backbones import Backbone
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.reduce.base import Outcome, ReducerConfig
 from tokendial.tokens import Tokens
@@ -57,10 +56,6 @@ def wrap(
     return DialViT(vit, reduce=reduce, adapt=adapt, backbone=backbone)
 
 
-DEFAULT = "default"
-"""Name of the adapter that a model was wrapped with."""
-
-
 @dataclass(slots=True)
 class Step:
     """State after one block."""
@@ -75,7 +70,7 @@ class Step:
     """Tokens that its attention saw: after reductions before the block, with prompts."""
 
 
-class DialViT(nn.Module):
+class DialViT(AdaptedViT):
     """A ViT with token reduction, an adapter and a dial; built by `wrap`."""
 
     def __init__(
@@ -86,186 +81,68 @@ class DialViT(nn.Module):
         adapt: AdapterConfig | None,
         backbone: Backbone | None,
     ) -> None:
-        super().__init__()
-        self.anatomy = anatomy_of(vit)
-        self.reduce_config = reduce
-        self._backbone = backbone or Backbone.of(vit)
-        self.fingerprint = fingerprint(vit)
-        self.vit: Any = vit
-        fitting = self._fitting(adapt, self.num_classes)
-        if adapt:
-            heads = {name: vit.get_submodule(name) for name in self.head_names}
-            fitting.install(vit, self.anatomy.blocks, heads, shared=False)
-        fitting.on = True
-        self._fittings = {DEFAULT: fitting}
-        self._activate(DEFAULT)
+        super().__init__(vit, reduce=reduce, adapt=adapt, backbone=backbone)
         self.checkpoint_activations = False
         """Whether training recomputes the blocks in the backward pass instead of keeping their
         activations: less memory, more time."""
         self.degree = 0
         self.set_degree(self.reducer.degree if self.reducer else 0)
 
-    def _fitting(self, adapt: AdapterConfig | None, num_classes: int) -> Fitting:
-        """An adapter that is not yet in the backbone, and a reducer that goes with it."""
-        shape, reduce = self.anatomy.shape, self.reduce_config
-        reducer = reduce.build(shape) if reduce else None
-        adapter = adapt.build(shape) if adapt else Adapter()
-        if adapter.needs_grid and reducer and not reducer.keeps_grid:
-            raise ValueError(
-                f"{type(adapt).__name__} needs the tokens of all patches in every layer, but "
-                f"{type(reduce).__name__} takes some away; use it with DAR, DyT or FFNMerge."
-            )
-        return Fitting(adapt, adapter, reducer, num_classes)
-
-    @property
-    def head_names(self) -> tuple[str, ...]:
-        """Names of the classification heads in `vit`; none if it has no head."""
-        heads = {id(head) for head in self.anatomy.heads if self.num_classes}
-        return tuple(name for name, part in self.vit.named_modules() if id(part) in heads)
-
-    def _activate(self, name: str) -> None:
-        fitting = self._fittings[name]
-        self.active_adapter = name
-        """Name of the adapter that acts; "default": the one given to `wrap`."""
-        self.adapt_config = fitting.config
-        self.adapter, self.reducer = fitting.adapter, fitting.reducer
-        other_head = fitting.head_size != self._fittings[DEFAULT].head_size
-        self.backbone = (
-            self._backbone.with_head(fitting.head_size) if other_head else self._backbone
-        )
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters at hand; "default" is the one given to `wrap`."""
-        return tuple(self._fittings)
-
-    def add_adapter(
-        self, name: str, adapt: AdapterConfig, *, num_classes: int | None = None
-    ) -> None:
-        """Add an adapter with a head of its own; `set_adapter` lets it act.
-
-        All adapters share the backbone, which is in memory once; what a method trains of the
-        backbone's own weights (`Full`, `BitFit`, `LastBlocks`), and the reducer's weights if it has
-        some, each adapter has for itself. Only the one that acts is part of `parameters()`,
-        `state_dict()` and `cost()`.
-
-        Args:
-            name: A name that is not taken.
-            adapt: Fine-tuning method, such as `LoRA(rank=8)`.
-            num_classes: Width of its head; None: that of the head given to `wrap`.
-
-        Raises:
-            ValueError: If the name is taken, the method does not fit, the model has no head to
-                replace, adapters are merged, or the method given to `wrap` trains the weights that
-                all would share.
-        """
-        default = self._fittings[DEFAULT]
-        if not isinstance(name, str) or not name or name in self._fittings:
-            raise ValueError(f"name must be one that is not taken, got {name!r}.")
-        if default.in_place:
-            raise ValueError(
-                f"{type(default.config).__name__} trains the backbone that adapters share: wrap "
-                "the model without it, and add it by a name."
-            )
-        size = default.head_size if num_classes is None else num_classes
-        if type(size) is not int or size < 0 or bool(size) != bool(default.head_size):
-            allowed = "at least 1" if default.head_size else "None: this model has no head"
-            raise ValueError(f"num_classes must be {allowed}, got {num_classes}.")
-        self._check_unmerged()
-        fitting = self._fitting(adapt, size)
-        self._fittings[self.active_adapter].take_off(self.vit)
-        heads = {head: _fresh_head(self.vit.get_submodule(head), size) for head in self.head_names}
-        try:
-            fitting.install(self.vit, self.anatomy.blocks, heads, shared=True)
-        finally:
-            fitting.take_off(self.vit)
-            self._fittings[self.active_adapter].put_on(self.vit)
-        self._fittings[name] = fitting
-
-    def set_adapter(self, name: str) -> None:
-        """Let the adapter of that name act, with its head.
-
-        Raises:
-            ValueError: If there is none of that name, or adapters are merged.
-        """
-        self._check_adapter(name)
-        if name == self.active_adapter:
-            return
-        self._check_unmerged()
-        self._fittings[self.active_adapter].take_off(self.vit)
-        self._fittings[name].put_on(self.vit)
-        self._activate(name)
-
-    def delete_adapter(self, name: str) -> None:
-        """Forget an adapter.
-
-        Raises:
-            ValueError: If there is none of that name, or it acts, or it is the default.
-        """
-        self._check_adapter(name)
-        if name in (DEFAULT, self.active_adapter):
-            raise ValueError(f"{name!r} acts or is the default, so it cannot be deleted.")
-        del self._fittings[name]
-
-    def save_adapter(self, name: str, directory: str | Path) -> None:
-        """Write one adapter with its head, as `save_pretrained` does for the one that acts."""
-        active = self.active_adapter
-        self.set_adapter(name)
-        try:
-            self.save_pretrained(directory)
-        finally:
-            self.set_adapter(active)
-
-    def load_adapter(self, name: str, directory: str | Path) -> None:
-        """Add an adapter that `save_adapter` or `save_pretrained` wrote; `set_adapter` to use it.
-
-        Args:
-            name: A name that is not taken.
-            directory: Local folder, or the name of a repository on the Hugging Face hub.
-
-        Raises:
-            ValueError: If the folder holds no saved model, or one of another backbone or reduction
-                method.
-        """
-        from tokendial.saving import load_adapter
-
-        load_adapter(self, name, directory)
-
-    def _check_adapter(self, name: str) -> None:
-        if name not in self._fittings:
-            raise ValueError(f"name must be one of {', '.join(self._fittings)}, got {name!r}.")
-
-    def _check_unmerged(self) -> None:
-        if self.adapter.merged:
-            raise ValueError("the adapters are merged: call unmerge_adapters() first.")
-
     @property
     def degrees(self) -> tuple[int, ...]:
         """Degrees that the dial offers, from 0 (no reduction) to the cheapest."""
         return self.reducer.degrees if self.reducer else (0,)
 
-    @property
-    def num_classes(self) -> int:
-        """Width of the logits; 0 without a head."""
-        heads = self.anatomy.heads
-        return int(getattr(heads[0], "out_features", 0)) if heads else 0
-
     def set_degree(self, degree: int) -> None:
         """Turn the dial.
 
         Raises:
-            ValueError: If `degree` is not one of `degrees`.
+            ValueError: If `degree` is not one of `degrees`, or an attached compensator does not
+                reach it.
         """
+        self._check_degree(degree)
+        if self.compensation:
+            self.compensation.turn(degree)
+        self.degree = int(degree)
+
+    def _check_degree(self, degree: int) -> None:
         if isinstance(degree, bool) or degree not in self.degrees:
             last = self.degrees[-1]
             raise ValueError(f"degree must be an integer in [0, {last}], got {degree!r}.")
-        self.degree = int(degree)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, 3, H, W] at the present degree."""
         for step in self.steps(images):
             tokens = step.tokens
         return self.anatomy.classify(tokens)
+
+    def forward_at(self, images: Tensor, degrees: Sequence[int]) -> Tensor:
+        """Logits of a batch whose images want degrees of their own; each degree runs once.
+
+        With a compensator, attach it with `merge=False`: turning is free then.
+
+        Args:
+            images: [B, 3, H, W].
+            degrees: One for each image.
+
+        Raises:
+            ValueError: If there are not as many degrees as images, or one is not in `degrees`.
+        """
+        if len(degrees) != len(images):
+            raise ValueError(
+                f"degrees must be one for each of the {len(images)} images, got {len(degrees)}."
+            )
+        before = self.degree
+        rows = {d: [i for i, own in enumerate(degrees) if own == d] for d in sorted(set(degrees))}
+        parts = []
+        try:
+            for degree, some in rows.items():
+                self.set_degree(degree)
+                parts.append(self(images[some]))
+        finally:
+            self.set_degree(before)
+        order = torch.tensor([i for some in rows.values() for i in some], device=images.device)
+        return torch.cat(parts)[order.argsort()]
 
     def outcome(self, images: Tensor) -> Outcome:
         """Logits, features and the tokens of every layer: what the losses of methods read."""
@@ -302,6 +179,7 @@ class DialViT(nn.Module):
         if self.checkpoint_activations and self.training:
             run = partial(checkpoint, self._block, use_reentrant=False)
         degree = self.degree  # a recomputed block has to find it as it was
+        assert self.hooks >= 0  # read, so that a compiled model is compiled anew when they change
         for layer in range(1, len(self.anatomy.blocks) + 1):
             step = run(layer, degree, tokens, needs)
             tokens = step.tokens
@@ -461,7 +339,8 @@ class DialViT(nn.Module):
 
         try:
             if degree is not None:
-                self.set_degree(degree)
+                self._check_degree(degree)
+                self.degree = degree  # weights need not follow to be counted
             macs = count_macs(self, run)
             at = self.degree
         finally:
@@ -476,52 +355,3 @@ class DialViT(nn.Module):
             macs=macs,
             tokens_per_layer=tuple(tokens),
         )
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that train: adapters and heads, or everything in full fine-tuning."""
-        return (p for p in self.parameters() if p.requires_grad)
-
-    def merge_adapters(self) -> None:
-        """Put linear adapters (LoRA, SSF, FacT) into the backbone's weights: they cost nothing.
-
-        Outputs stay the same up to rounding. The original weights are kept in memory, so that
-        `unmerge_adapters` brings back their bits.
-
-        Raises:
-            ValueError: If the adapter is not linear, or is merged already.
-        """
-        if self.adapter.merged:
-            raise ValueError("the adapters are merged already.")
-        self.adapter.merge()
-
-    def unmerge_adapters(self) -> None:
-        """Undo `merge_adapters`, to the bit.
-
-        Raises:
-            ValueError: If nothing is merged.
-        """
-        if not self.adapter.merged:
-            raise ValueError("the adapters are not merged.")
-        self.adapter.unmerge()
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write what was trained, the configuration and the backbone's name; see `load`."""
-        from tokendial.saving import save
-
-        save(self, Path(directory))
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None
-    ) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face hub; returns the address."""
-        from tokendial.saving import push
-
-        return push(self, repo_id, private=private, token=token)
-
-
-def _fresh_head(head: nn.Module, num_classes: int) -> nn.Linear:
-    like = head.get_parameter("weight")
-    fresh = nn.Linear(like.shape[1], num_classes, device=like.device, dtype=like.dtype)
-    nn.init.trunc_normal_(fresh.weight, std=0.02)
-    nn.init.zeros_(fresh.bias)
-    return fresh

@@ -20,8 +20,6 @@ class Fitting:
     """Of its own, because some have weights that train."""
     head_size: int
     """Width of its logits; 0 without a head."""
-    on: bool = False
-    """Whether it is in the backbone at present."""
     in_place: bool = False
     """Whether it trains weights that belong to the backbone itself."""
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -62,7 +60,6 @@ class Fitting:
                 inside = any(name.startswith(f"{outer}.") for outer in self.layers)
                 if before.get(name) is not module and not inside:
                     self.layers[name] = before[name]
-            self.on = True
         changed = {n: p for n, p in vit.named_parameters() if p.requires_grad and id(p) in own}
         self.in_place = bool(changed) and not shared
         if shared:
@@ -86,7 +83,6 @@ class Fitting:
         for name, parameter in vit.named_parameters():
             parameter.requires_grad_(self.trained[name])
         self.adapter.switch(on=True)
-        self.on = True
 
     def take_off(self, vit: nn.Module) -> None:
         """Leave the backbone as it was without the adapter."""
@@ -94,7 +90,6 @@ class Fitting:
         self._exchange_weights(vit)
         self._exchange_layers(vit)
         self.adapter.switch(on=False)
-        self.on = False
 
     def _exchange_layers(self, vit: nn.Module) -> None:
         for name, module in self.layers.items():

@@ -4,7 +4,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -74,6 +74,13 @@ class Anatomy(ABC):
         """Queries, keys and values [B, H, N, C], rotated where the model rotates them."""
 
     @abstractmethod
+    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Linear, slice]]:
+        """The linear layers that make queries and values, and which of their rows do.
+
+        Layers of the backbone itself, inside of those that PEFT puts around them.
+        """
+
+    @abstractmethod
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         """What is added to the tokens, from the heads' outputs and the input of attention."""
 
@@ -100,6 +107,11 @@ class Anatomy(ABC):
         Pooling counts a merged token as often as the patches it stands for, so that merging equal
         tokens changes nothing.
         """
+
+
+def bare(layer: Any) -> nn.Linear:
+    """A linear layer without what PEFT may have put around it."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[no-any-return]
 
 
 def split_heads(x_BND: Tensor, num_heads: int) -> Tensor:

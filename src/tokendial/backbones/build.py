@@ -24,6 +24,7 @@ SHIPPED_ARGS: dict[str, Any] = {
     "embed_dim": 96,
     "depth": 12,
     "num_heads": 3,
+    "num_classes": 10,
 }
 _TRANSFORMERS = "transformers."
 _SUPPORTED = (
@@ -78,6 +79,14 @@ class Backbone:
         """The same with a head of that width."""
         name = "num_labels" if self.name.startswith(_TRANSFORMERS) else "num_classes"
         return replace(self, args=dict(self.args) | {name: num_classes})
+
+    def head_size(self) -> int | None:
+        """Width of the head in a file of weights; None if the name of the model says it."""
+        if self.weights in (None, "pretrained", "shipped"):
+            return None
+        state = _read_weights(Path(str(self.weights)))
+        heads = [value for name, value in state.items() if name.endswith("head.weight")]
+        return len(heads[0]) if heads else 0
 
     def create(self) -> nn.Module:
         """Build the model and load its weights.
@@ -170,15 +179,10 @@ def load_weights(vit: nn.Module, path: Path) -> None:
     Raises:
         ValueError: If the file cannot be read or its tensors do not fit the model.
     """
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"model.weights: no such file {path}.")
+    state = _read_weights(path)
     # timm logs every resized position embedding as if it were a warning.
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
-        state = load_state_dict(str(path))
-        state = {name.removeprefix("vit."): value for name, value in state.items()}
         family: Any = eva if isinstance(vit, Eva) else vision_transformer
         state = family.checkpoint_filter_fn(state, vit)
     except Exception as error:
@@ -201,6 +205,19 @@ def load_weights(vit: nn.Module, path: Path) -> None:
             f"shape, {len(missing)} missing, {len(unexpected)} unexpected; the first is {bad[0]}."
         )
     vit.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    """A state dict by timm's names."""
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"model.weights: no such file {path}.")
+    try:
+        state = load_state_dict(str(path))
+    except Exception as error:
+        raise ValueError(f"model.weights: {path} is not a ViT state dict ({error}).") from error
+    return {name.removeprefix("vit."): value for name, value in state.items()}
 
 
 def fingerprint(vit: nn.Module) -> list[float]:

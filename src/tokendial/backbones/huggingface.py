@@ -4,12 +4,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
+from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_heads
 from tokendial.reduce.base import ViTShape
 from tokendial.tokens import Tokens
 
@@ -160,6 +160,10 @@ class HuggingFaceViT(Anatomy):
         heads = self.config.num_attention_heads
         q, k, v = (split_heads(p(x_BND), heads) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
         return q, k, v
+
+    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Linear, slice]]:
+        attn, whole = self._part(layer, self.names.attention), slice(None)
+        return {"query": (bare(attn.q_proj), whole), "value": (bare(attn.v_proj), whole)}
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         attn = self._part(layer, self.names.attention)

@@ -3,7 +3,7 @@
 # Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from timm.layers.attention import Attention
 from timm.layers.attention_pool import AttentionPoolLatent
@@ -11,7 +11,7 @@ from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
+from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_heads
 from tokendial.reduce.base import ViTShape
 from tokendial.tokens import Tokens
 
@@ -99,6 +99,15 @@ class TimmAnatomy(Anatomy):
     def attention_settings(self, layer: int) -> tuple[float, float]:
         attn = self.vit.blocks[layer - 1].attn
         return attn.scale, attn.attn_drop.p if attn.training else 0.0
+
+    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Linear, slice]]:
+        attn: Any = self.vit.blocks[layer - 1].attn
+        if attn.qkv is None:
+            whole = slice(None)
+            return {"query": (bare(attn.q_proj), whole), "value": (bare(attn.v_proj), whole)}
+        qkv = bare(attn.qkv)
+        width = qkv.out_features // 3
+        return {"query": (qkv, slice(0, width)), "value": (qkv, slice(2 * width, 3 * width))}
 
     def projected(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         """The heads' outputs after norm, gate and projection of the attention layer."""
