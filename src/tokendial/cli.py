@@ -84,13 +84,46 @@ def train(
         raise typer.Exit(130) from None
 
 
+@app.command()
+def compensate(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Such as train.epochs=10 data.root=/images.")
+    ] = None,
+) -> None:
+    """Train a compensator for a pre-trained model; no labels needed."""
+    from tokendial.train import CompensateRecipe, InterruptedRunError, read_recipe
+    from tokendial.train import compensate as run_training
+
+    try:
+        run_training(read_recipe(recipe, overrides or [], kind=CompensateRecipe))
+    except InterruptedRunError:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 @app.command("eval")
 def evaluate(
-    run: RunFolder,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run; several to bridge.")
+    ],
     degrees: Degrees = "all",
+    compensator: Annotated[
+        str | None, typer.Option(help="Folder of a compensator: also run with it.")
+    ] = None,
+    sources: Annotated[
+        str | None,
+        typer.Option(help="Degree that each run was trained at, such as 0,8,16; default: its own."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
 ) -> None:
     """Accuracy, cost and speed of a run along the dial: table, CSV and plot."""
+    if compensator is not None:
+        _evaluate_bridged(runs, degrees, compensator, sources, batch_size)
+        return
+    if len(runs) > 1 or sources is not None:
+        raise ValueError("several runs and sources go with --compensator only.")
+    (run,) = runs
     from tokendial.atomic import replacing
     from tokendial.show.plots import dial_figure
     from tokendial.show.report import png
@@ -114,6 +147,44 @@ def evaluate(
     with replacing(folder / "degrees.png") as path:
         path.write_bytes(png(dial_figure(rows, title=str(run))))
     print(f"wrote {folder / 'degrees.csv'} and {folder / 'degrees.png'}")
+
+
+def _evaluate_bridged(
+    folders: list[Path], degrees: str, compensator: str, sources: str | None, batch_size: int
+) -> None:
+    from tokendial.atomic import replacing
+    from tokendial.compensate import Compensator
+    from tokendial.show.plots import bridged_figure
+    from tokendial.show.report import png
+    from tokendial.train import Run
+    from tokendial.train.evaluate import evaluate_bridged, parse_degrees, write_rows
+
+    plugin = Compensator.from_pretrained(compensator)
+    offered = tuple(range(plugin.steps + 1))
+    rows = evaluate_bridged(
+        [Run(folder) for folder in folders],
+        plugin,
+        degrees,
+        sources=parse_degrees(sources, offered) if sources else None,
+        batch_size=batch_size,
+    )
+    table = Table("trained at", "run at", "plain", "compensated", "gain", "GMACs", "images/s")
+    for row in rows:
+        table.add_row(
+            str(row.source),
+            str(row.degree),
+            f"{row.plain:.2%}",
+            f"{row.accuracy:.2%}",
+            f"{100 * (row.accuracy - row.plain):+.2f}",
+            f"{row.gmacs:.4f}",
+            f"{row.images_per_s:.0f}",
+        )
+    Console().print(table)
+    folder = folders[0] / "eval"
+    write_rows(rows, folder / "bridged.csv")
+    with replacing(folder / "bridged.png") as path:
+        path.write_bytes(png(bridged_figure(rows, title=f"scale {plugin.scale:g}")))
+    print(f"wrote {folder / 'bridged.csv'} and {folder / 'bridged.png'}")
 
 
 @app.command()

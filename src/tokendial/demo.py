@@ -12,7 +12,7 @@ from tokendial.show.plots import dial_figure
 from tokendial.show.report import Section, png, report_html
 from tokendial.show.tokens import run_figure
 from tokendial.train.evaluate import DegreeRow, evaluate, write_rows
-from tokendial.train.loop import train
+from tokendial.train.finetune import train
 from tokendial.train.recipe import Recipe, read_recipe
 from tokendial.train.runs import Run
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import tokendial
 import tokendial as td
 from tokendial.train import InterruptedRunError, Run, read_recipe, train
-from tokendial.train.loop import build_model
+from tokendial.train.finetune import build_model
 from tokendial.train.optimizer import cosine, parameter_groups
 from tokendial.train.recipe import TrainSection
 
@@ -87,16 +87,16 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(recipe_file, tmp_path
 def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_path, monkeypatch):
     alone = train(read_recipe(recipe_file, [f"output={tmp_path / 'alone'}"]), quiet=True)
     recipe = read_recipe(recipe_file, [f"output={tmp_path / 'stopped'}"])
-    from tokendial.train import loop
+    from tokendial.train import finetune
 
-    evaluate = loop.evaluate_loader
+    evaluate = finetune.evaluate_loader
 
     def ask_to_stop(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "evaluate_loader", ask_to_stop)
+        patched.setattr(finetune, "evaluate_loader", ask_to_stop)
         with pytest.raises(InterruptedRunError):
             train(recipe, quiet=True)
     run = train(recipe, quiet=True)

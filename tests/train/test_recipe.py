@@ -72,7 +72,7 @@ def test_shipped_recipes_are_found_by_name(name):
             r"train: warmup_epochs must be at most epochs \(100\), got 101",
         ),
         ("train.min_lr=1", r"train: min_lr must be at most lr \(0.001\), got 1"),
-        ("model.args.num_classes=3", "model: args.num_classes cannot be set"),
+        ("model.args.num_classes=3", "model.args.num_classes cannot be set"),
         ("train.precision=fp8", "train.precision: Input should be 'fp32', 'bf16' or 'fp16'"),
         ("model.name=transformers.ViTModel", "model: name must be a timm model, got 'transf"),
         ("augment.flip=2", r"augment: flip must lie in \[0, 1\], got 2"),

@@ -5,6 +5,7 @@ from tokendial.data.images import ImageError, find_images, read_image
 from tokendial.data.scenes import Scenes
 from tokendial.data.splits import Splits
 from tokendial.data.transforms import Augment, eval_transform, train_transform
+from tokendial.data.unlabelled import Unlabelled
 
 __all__ = [
     "Augment",
@@ -12,6 +13,7 @@ __all__ = [
     "ImageFolder",
     "Scenes",
     "Splits",
+    "Unlabelled",
     "eval_transform",
     "find_images",
     "read_image",

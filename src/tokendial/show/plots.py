@@ -58,6 +58,52 @@ def dial_figure(
     return figure
 
 
+class BridgedPoint(DialPoint, Protocol):
+    """A row of an evaluation without and with a compensator."""
+
+    @property
+    def source(self) -> int:
+        """Degree that the model was trained at."""
+
+    @property
+    def plain(self) -> float:
+        """Accuracy without the compensator, in [0, 1]."""
+
+
+def bridged_figure(rows: Sequence[BridgedPoint], *, title: str = "") -> matplotlib.figure.Figure:
+    """Draw accuracy against degree and against images per second, without and with a compensator.
+
+    Args:
+        rows: The points of all sources; one pair of curves for each.
+        title: Line above the plots.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, source in enumerate(sorted({row.source for row in rows})):
+        of_source = [row for row in rows if row.source == source]
+        color = f"C{number}"
+        for axis, xs in (
+            (left, [float(row.degree) for row in of_source]),
+            (right, [row.images_per_s for row in of_source]),
+        ):
+            for ys, style, name in (
+                ([100 * row.plain for row in of_source], "o:", "plain"),
+                ([100 * row.accuracy for row in of_source], "o-", "compensated"),
+            ):
+                axis.plot(
+                    xs, ys, style, color=color, markersize=4, label=f"trained at {source}, {name}"
+                )
+    left.set_ylabel("accuracy (%)")
+    left.set_xlabel("degree")
+    right.set_xlabel("images / s (measured)")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def diversity_figure(
     curves: Mapping[str, Sequence[LayerDiversity]], *, title: str = ""
 ) -> matplotlib.figure.Figure:

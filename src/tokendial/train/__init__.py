@@ -1,7 +1,17 @@
 """Training: recipes, the loop, checkpoints, evaluation."""
 
-from tokendial.train.loop import InterruptedRunError, train
-from tokendial.train.recipe import Recipe, read_recipe
+from tokendial.train.compensate import compensate
+from tokendial.train.finetune import train
+from tokendial.train.loop import InterruptedRunError
+from tokendial.train.recipe import CompensateRecipe, Recipe, read_recipe
 from tokendial.train.runs import Run
 
-__all__ = ["InterruptedRunError", "Recipe", "Run", "read_recipe", "train"]
+__all__ = [
+    "CompensateRecipe",
+    "InterruptedRunError",
+    "Recipe",
+    "Run",
+    "compensate",
+    "read_recipe",
+    "train",
+]

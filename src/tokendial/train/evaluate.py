@@ -2,21 +2,25 @@
 
 import csv
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from tokendial.atomic import replacing
+from tokendial.compensate import Compensator
 from tokendial.data.images import ImageError, read_image
 from tokendial.data.transforms import Transform, eval_transform
 from tokendial.tasks.classification import Classification
 from tokendial.train.batches import eval_loader
-from tokendial.train.loop import evaluate_loader
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
@@ -40,6 +44,26 @@ class DegreeRow:
 
 
 @dataclass(frozen=True, slots=True)
+class BridgedRow:
+    """A run at one degree of the dial, without and with a compensator."""
+
+    run: str
+    """Folder of the run."""
+    source: int
+    """Degree that it was trained at."""
+    degree: int
+    """Degree that it runs at, the target."""
+    plain: float
+    """Accuracy without the compensator, in [0, 1]."""
+    accuracy: float
+    """Accuracy with it."""
+    gmacs: float
+    """Multiply-accumulates for one image, in 1e9; the same with and without."""
+    images_per_s: float
+    """Measured with it, on this machine, this batch size, forward pass alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """Classes of one image, most probable first."""
 
@@ -49,6 +73,24 @@ class Prediction:
     """Names of the classes."""
     probabilities: tuple[float, ...]
     """Their probabilities."""
+
+
+@torch.no_grad()
+def evaluate_loader(
+    model: DialViT,
+    loader: DataLoader[Any],
+    task: Classification,
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """Metrics of `model` over a loader, at its present degree; of all processes together."""
+    device = next(model.parameters()).device
+    metrics = task.metrics().to(device)
+    model.eval()
+    for images, targets in loader:
+        with accelerator.autocast() if accelerator else nullcontext():
+            logits = model(images.to(device))
+        metrics.update(logits.float(), targets.to(device).long())
+    return {name: float(value) for name, value in metrics.compute().items()}
 
 
 def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
@@ -87,13 +129,9 @@ def evaluate(
     Raises:
         ValueError: If the run has no model, or a degree is not offered.
     """
-    recipe, model = run.recipe(), run.model().to(device or default_device())
+    model = run.model().to(device or default_device())
     wanted = parse_degrees(degrees, model.degrees)
-    data = recipe.data.build(recipe.seed)
-    task = Classification(len(data.classes), multi_label=data.multi_label, augment=recipe.augment)
-    loader = eval_loader(
-        data.val, run_transform(run, model), batch_size=batch_size, workers=recipe.train.workers
-    )
+    task, loader = _validation(run, model, batch_size)
     rows = []
     for degree in wanted:
         model.set_degree(degree)
@@ -108,6 +146,69 @@ def evaluate(
             )
         )
     return rows
+
+
+def evaluate_bridged(
+    runs: Sequence[Run],
+    compensator: Compensator,
+    degrees: str = "all",
+    *,
+    sources: Sequence[int] | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> list[BridgedRow]:
+    """Every run at every degree, without and with a compensator: the source x target grid.
+
+    Args:
+        runs: Runs of models fine-tuned from the compensator's backbone.
+        compensator: It.
+        degrees: Targets, such as "0..16".
+        sources: The degree that each run was trained at; None: as the runs say.
+        batch_size: Images per forward pass.
+        device: Where to compute; None: the accelerator if there is one.
+
+    Raises:
+        ValueError: If a run has no model, the compensator does not fit it, a degree is not offered,
+            or there are not as many sources as runs.
+    """
+    if sources is not None and len(sources) != len(runs):
+        raise ValueError(
+            f"sources must be one degree for each of the {len(runs)} runs, got {len(sources)}."
+        )
+    on = device or default_device()
+    compensator = compensator.to(on).eval()
+    rows = []
+    for number, run in enumerate(runs):
+        recipe, model = run.recipe(), run.model().to(on)
+        source = sources[number] if sources is not None else model.degree
+        wanted = parse_degrees(degrees, model.degrees[: compensator.steps + 1])
+        task, loader = _validation(run, model, batch_size)
+        for target in wanted:
+            model.set_degree(target)
+            plain = evaluate_loader(model, loader, task)["accuracy"]
+            compensator.attach(model, source)
+            row = BridgedRow(
+                run=recipe.output,
+                source=source,
+                degree=target,
+                plain=plain,
+                accuracy=evaluate_loader(model, loader, task)["accuracy"],
+                gmacs=model.cost().gmacs,
+                images_per_s=images_per_second(model, batch_size),
+            )
+            compensator.detach(model)
+            rows.append(row)
+    return rows
+
+
+def _validation(run: Run, model: DialViT, batch_size: int) -> tuple[Classification, Any]:
+    """The task of a run, and a loader of its validation set."""
+    recipe = run.recipe()
+    data = recipe.data.build(recipe.seed)
+    task = Classification(len(data.classes), multi_label=data.multi_label, augment=recipe.augment)
+    transform = run_transform(run, model)
+    workers = recipe.train.workers
+    return task, eval_loader(data.val, transform, batch_size=batch_size, workers=workers)
 
 
 def default_device() -> str:
@@ -146,7 +247,7 @@ def _timed(model: DialViT, images: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def write_rows(rows: list[DegreeRow], path: Path) -> None:
+def write_rows(rows: Sequence[DegreeRow] | Sequence[BridgedRow], path: Path) -> None:
     """Write the table as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w", newline="") as file:

@@ -1,21 +1,22 @@
 """The training loop, on Accelerate: one process or many, any device, killed and resumed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.splits import Splits
 from tokendial.data.transforms import eval_transform, train_transform
-from tokendial.saving import load
-from tokendial.tasks.classification import Classification
 from tokendial.train.batches import EpochSampler, Prepared, eval_loader, seed_all, train_loader
 from tokendial.train.checkpoint import (
     Ema,
@@ -24,13 +25,11 @@ from tokendial.train.checkpoint import (
     save_checkpoint,
     trained,
 )
-from tokendial.train.objective import Objective
-from tokendial.train.optimizer import cosine, parameter_groups
+from tokendial.train.optimizer import cosine
 from tokendial.train.progress import Display, display
-from tokendial.train.recipe import Recipe
+from tokendial.train.recipe import BaseRecipe
 from tokendial.train.runs import Run
 from tokendial.train.signals import StopRequest, stop_requests
-from tokendial.vit import DialViT, wrap
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -50,42 +49,67 @@ class _Position:
     batches: int = 0
 
 
-def train(recipe: Recipe, *, quiet: bool = False) -> Run:
-    """Train as the recipe says; go on where a killed run of the same recipe stopped.
+class Job(Protocol):
+    """What is trained, and how: all that the loop does not know."""
 
-    Returns:
-        The run's folder: recipe.yaml, classes.json, metrics.jsonl, checkpoints/, tensorboard/,
-        best/ and last/ (saved models).
+    @property
+    def data(self) -> Splits:
+        """Training and validation set."""
 
-    Raises:
-        ValueError: If the recipe does not fit the data or the model, or the folder holds another
-            run.
-        InterruptedRunError: If the process was asked to stop.
-    """
-    return _Trainer(recipe, quiet=quiet).run_to_end()
+    @property
+    def anatomy(self) -> Anatomy:
+        """Says what images the model takes."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Its parameters that train are checkpointed and averaged."""
+
+    @property
+    def objective(self) -> nn.Module:
+        """Gives the loss of (images, targets), and what `hits` reads."""
+
+    @property
+    def shows(self) -> str:
+        """What the share of hits is called."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer gets."""
+
+    def before_update(self, update: int, updates_per_epoch: int) -> None:
+        """Told how many updates were done."""
+
+    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment a training batch as a whole."""
+
+    def hits(self, outputs: Tensor, targets: Tensor) -> float:
+        """Share of right answers in a training batch."""
+
+    def scores(self, loader: DataLoader[Any], accelerator: Accelerator) -> dict[str, float]:
+        """Metrics over the validation set; the first one is what models are judged by."""
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained."""
 
 
-def build_model(recipe: Recipe, num_classes: int) -> DialViT:
-    """The wrapped model of a recipe, with a fresh head, at the degree to train at."""
-    backbone = recipe.model.backbone(num_classes)
-    seed_all(recipe.seed)
-    model = wrap(backbone.create(), reduce=recipe.reduce, adapt=recipe.adapt, backbone=backbone)
-    if recipe.train.degree is not None:
-        model.set_degree(recipe.train.degree)
-    model.checkpoint_activations = recipe.train.checkpoint_activations
-    return model
+class Trainer:
+    """Runs a job to its end."""
 
+    def __init__(self, recipe: BaseRecipe, make: Callable[[], Job], *, quiet: bool = False) -> None:
+        """Set up the run; goes on where a killed run of the same recipe stopped.
 
-class _Trainer:
-    def __init__(self, recipe: Recipe, *, quiet: bool) -> None:
+        Args:
+            recipe: Of the run.
+            make: Makes the job.
+            quiet: Print nothing.
+
+        Raises:
+            ValueError: If the recipe does not fit the data or the model, or the folder holds
+                another run.
+        """
         settings = recipe.train
         self.recipe, self.settings = recipe, settings
         self.run = Run(recipe.output)
-        data: Splits = recipe.data.build(recipe.seed)
-        self.task = Classification(
-            len(data.classes), multi_label=data.multi_label, augment=recipe.augment
-        )
-        model = build_model(recipe, len(data.classes))
+        self.job = job = make()
         # One process may train twice, in another precision; Accelerate remembers the first one.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
@@ -97,27 +121,22 @@ class _Trainer:
         )
         self.main = self.accelerator.is_main_process
         self.quiet = quiet or not self.main
-        self._loaders(data, model)
+        self._loaders()
         self.updates = self.sampler.updates * settings.epochs
-        groups = parameter_groups(model, settings.weight_decay, settings.lr, settings.layer_decay)
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = torch.optim.AdamW(job.parameter_groups())
         if self.main:
-            self.run.claim(recipe, data.classes, multi_label=data.multi_label)
+            self.run.claim(recipe, job.data.classes, multi_label=job.data.multi_label)
         self.accelerator.wait_for_everyone()
-        self.bare = model
-        objective = Objective(
-            model, self.task, load(settings.teacher) if settings.teacher else None
-        )
-        self.model, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine(optimizer, settings, self.sampler.updates)
-        self.ema = Ema(model, settings.ema) if settings.ema else None
+        self.ema = Ema(job.module, settings.ema) if settings.ema else None
         self.at = _Position()
         self.stop = StopRequest()
 
-    def _loaders(self, data: Splits, model: DialViT) -> None:
+    def _loaders(self) -> None:
         recipe, settings, accelerator = self.recipe, self.settings, self.accelerator
-        size = model.anatomy.image_size
-        statistics = model.anatomy.statistics
+        data, anatomy = self.job.data, self.job.anatomy
+        size, statistics = anatomy.image_size, anatomy.statistics
         prepared = Prepared(
             data.train, train_transform(recipe.augment, size, *statistics), recipe.seed
         )
@@ -139,8 +158,9 @@ class _Trainer:
         )
 
     def run_to_end(self) -> Run:
+        """Train; an InterruptedRunError if the process was asked to stop."""
         self._resume()
-        with display(self.updates, self.at.update, quiet=self.quiet) as shown:
+        with display(self.updates, self.at.update, shows=self.job.shows, quiet=self.quiet) as shown:
             if self.at.update == self.updates:
                 shown.note(
                     f"{self.run.folder} is finished: nothing to do; best model: {self.run.best}"
@@ -163,8 +183,7 @@ class _Trainer:
         loader = iter(self.train_loader)
         for _ in range(self.sampler.updates - self.sampler.first_update):
             self.scheduler.step_update(self.at.update)
-            if self.bare.reducer:
-                self.bare.reducer.at_step(self.at.update, self.sampler.updates)
+            self.job.before_update(self.at.update, self.sampler.updates)
             loss, hits, stop = self._together(*self._update(loader))
             self.at.update += 1
             self.at.loss_sum += loss
@@ -186,21 +205,21 @@ class _Trainer:
             images, targets = (t.to(self.accelerator.device) for t in next(loader))
             # Dropout, stochastic depth and mixup draw from here on; a resumed run draws the same.
             seed_all(self.recipe.seed, self.at.update, part, self.accelerator.process_index)
-            images, targets = self.task.mixed(images, targets)
+            images, targets = self.job.mixed(images, targets)
             with self.accelerator.accumulate(self.model):
                 with self.accelerator.autocast():
-                    loss, logits = self.model(images, targets)
+                    loss, outputs = self.model(images, targets)
                 self.accelerator.backward(loss)
                 if self.settings.clip_grad and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(
-                        self.bare.trainable_parameters(), self.settings.clip_grad
+                        trained(self.job.module).values(), self.settings.clip_grad
                     )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses += loss.item()
-            hits += self.task.hits(logits.detach(), targets)
+            hits += self.job.hits(outputs.detach(), targets)
         if self.ema:
-            self.ema.update(self.bare)
+            self.ema.update(self.job.module)
         return losses / self.settings.accumulate, hits / self.settings.accumulate
 
     def _together(self, loss: float, hits: float) -> tuple[float, float, bool]:
@@ -219,34 +238,35 @@ class _Trainer:
 
     def _finish_epoch(self, epoch: int, shown: Display) -> None:
         at = self.at
-        with self.ema.in_place(self.bare) if self.ema else nullcontext():
-            scores = evaluate_loader(self.bare, self.val_loader, self.task, self.accelerator)
+        with self.ema.in_place(self.job.module) if self.ema else nullcontext():
+            scores = self.job.scores(self.val_loader, self.accelerator)
+            name, judged = next(iter(scores.items()))
             record = {
                 "epoch": epoch + 1,
                 "update": at.update,
                 "train_loss": at.loss_sum / at.batches,
-                "train_accuracy": at.hits_sum / at.batches,
+                f"train_{self.job.shows}": at.hits_sum / at.batches,
             } | {f"val_{name}": value for name, value in scores.items()}
             if self.main:
-                if scores["accuracy"] > at.best:
-                    self.bare.save_pretrained(self.run.best)
-                self.bare.save_pretrained(self.run.last)
+                if judged > at.best:
+                    self.job.save(self.run.best)
+                self.job.save(self.run.last)
                 self.run.record(record)
-        at.best = max(at.best, scores["accuracy"])
+        at.best = max(at.best, judged)
         at.loss_sum, at.hits_sum, at.batches = 0.0, 0.0, 0
         self._checkpoint()
         numbers = {key: value for key, value in record.items() if key != "epoch"}
         self.accelerator.log(numbers, step=at.update)
         shown.note(
             f"epoch {epoch + 1}: train loss {record['train_loss']:.4f}, "
-            f"val accuracy {scores['accuracy']:.2%}"
+            f"val {name.replace('_', ' ')} {judged:.2%}"
         )
 
     def _checkpoint(self) -> None:
         if self.main:
             state = {
                 "position": asdict(self.at),
-                "weights": dict(trained(self.bare)),
+                "weights": dict(trained(self.job.module)),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.average if self.ema else None,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -259,28 +279,10 @@ class _Trainer:
         if state is None:
             return
         self.at = _Position(**state["position"])
-        load_trained(self.bare, state["weights"])
+        load_trained(self.job.module, state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             average = state["ema"]
             self.ema.average = {n: v.to(self.accelerator.device) for n, v in average.items()}
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-
-
-@torch.no_grad()
-def evaluate_loader(
-    model: DialViT,
-    loader: DataLoader[Any],
-    task: Classification,
-    accelerator: Accelerator | None = None,
-) -> dict[str, float]:
-    """Metrics of `model` over a loader, at its present degree; of all processes together."""
-    device = next(model.parameters()).device
-    metrics = task.metrics().to(device)
-    model.eval()
-    for images, targets in loader:
-        with accelerator.autocast() if accelerator else nullcontext():
-            logits = model(images.to(device))
-        metrics.update(logits.float(), targets.to(device).long())
-    return {name: float(value) for name, value in metrics.compute().items()}

@@ -11,10 +11,10 @@ _LINE_EVERY_S = 30.0
 
 
 class Display:
-    """Shows loss, accuracy, images per second and remaining time."""
+    """Shows loss, share of hits, images per second and remaining time."""
 
-    def __init__(self, console: Console, total: int, done: int, *, quiet: bool) -> None:
-        self.console, self.total, self.quiet = console, total, quiet
+    def __init__(self, console: Console, total: int, done: int, *, shows: str, quiet: bool) -> None:
+        self.console, self.total, self.shows, self.quiet = console, total, shows, quiet
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -27,12 +27,12 @@ class Display:
         self._start = self._last_line = time.monotonic()
         self._first, self._images = done, 0
 
-    def update(self, epoch: int, done: int, images: int, loss: float, accuracy: float) -> None:
+    def update(self, epoch: int, done: int, images: int, loss: float, hits: float) -> None:
         """Show the state after update `done`, which took `images` images."""
         self._images += images
         now = time.monotonic()
         speed = self._images / max(now - self._start, 1e-9)
-        text = f"epoch {epoch} loss {loss:.4f} accuracy {accuracy:.1%} {speed:.0f} images/s"
+        text = f"epoch {epoch} loss {loss:.4f} {self.shows} {hits:.1%} {speed:.0f} images/s"
         self.bar.update(self.task, completed=done, description=text)
         if (
             not self.quiet
@@ -50,8 +50,8 @@ class Display:
 
 
 @contextmanager
-def display(total: int, done: int, *, quiet: bool) -> Iterator[Display]:
+def display(total: int, done: int, *, shows: str, quiet: bool) -> Iterator[Display]:
     """Show progress while the block runs."""
-    shown = Display(Console(), total, done, quiet=quiet)
+    shown = Display(Console(), total, done, shows=shows, quiet=quiet)
     with shown.bar:
         yield shown

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, overload
 
 import yaml
 from pydantic import (
@@ -21,6 +22,7 @@ from pydantic_core import ErrorDetails
 
 import tokendial.data  # noqa: F401  # registers the data sets
 from tokendial.backbones import Backbone
+from tokendial.compensate import ToCom
 from tokendial.data.transforms import Augment
 from tokendial.methods import known, method_class, to_json
 
@@ -72,13 +74,13 @@ class ModelSection(_Section):
                 f"name must be a timm model, got {self.name!r}; wrap models of transformers in "
                 "Python"
             )
-        if "num_classes" in self.args:
-            raise ValueError("args.num_classes cannot be set: the data set says how many there are")
         return self
 
-    def backbone(self, num_classes: int) -> Backbone:
-        """How to build it, with a fresh head for `num_classes`."""
-        args = dict(self.args) | {"num_classes": num_classes}
+    def backbone(self, num_classes: int | None) -> Backbone:
+        """How to build it, with a fresh head for `num_classes`; None: with its own."""
+        args = dict(self.args)
+        if num_classes is not None:
+            args["num_classes"] = num_classes
         if self.img_size is not None:
             args["img_size"] = self.img_size
         if self.drop_path:
@@ -137,8 +139,8 @@ class TrainSection(_Section):
         return self
 
 
-class Recipe(_Section):
-    """A run: model, methods, data, augmentation, optimisation."""
+class BaseRecipe(_Section):
+    """What every run has: model, reduction, data, augmentation, optimisation."""
 
     seed: int = Field(0, ge=0)
     """Seed of everything that is drawn at random."""
@@ -147,8 +149,6 @@ class Recipe(_Section):
     model: ModelSection
     reduce: _method("reduce") = None  # type: ignore[valid-type]
     """Token reduction; null: none."""
-    adapt: _method("adapt")  # type: ignore[valid-type]
-    """Fine-tuning method."""
     data: _method("data")  # type: ignore[valid-type]
     """Data set."""
     augment: Augment = Augment()
@@ -169,13 +169,73 @@ class Recipe(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+class Recipe(BaseRecipe):
+    """Fine-tuning."""
+
+    adapt: _method("adapt")  # type: ignore[valid-type]
+    """Fine-tuning method."""
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Self:
+        if "num_classes" in self.model.args:
+            raise ValueError(
+                "model.args.num_classes cannot be set: the data set says how many there are"
+            )
+        return self
+
+
+class CompensateRecipe(BaseRecipe):
+    """Training of a compensator on a pre-trained model with its own head."""
+
+    compensate: _method("compensate") = ToCom()  # type: ignore[valid-type]
+    """The plugin."""
+    steps: int | None = Field(None, ge=1)
+    """Highest degree that it bridges; null: the one that the reduction describes."""
+    loss: Literal["distillation", "binary_distillation", "features", "classification"] = (
+        "distillation"
+    )
+    """What the student learns from: the teacher's logits, by softmax or label by label; the
+    teacher's pooled features (of models without a head); or the labels."""
+    temperature: float = Field(1.0, gt=0.0)
+    """Of the distillation."""
+    mean_over: Literal["batch_and_classes", "batch"] = "batch_and_classes"
+    """What the divergence of the distillation is averaged over."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if self.reduce is None:
+            raise ValueError("reduce must be a reduction method, got null")
+        if self.model.weights is None:
+            raise ValueError("model.weights must name pre-trained weights, got null")
+        for name in ("degree", "teacher", "layer_decay"):
+            if (value := getattr(self.train, name)) is not None:
+                raise ValueError(f"train.{name} has no meaning for a compensator, got {value}")
+        return self
+
+
+RecipeT = TypeVar("RecipeT", bound=BaseRecipe)
+
+
+@overload
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
+
+
+@overload
+def read_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, kind: type[RecipeT]
+) -> RecipeT: ...
+
+
+def read_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, kind: type[BaseRecipe] = Recipe
+) -> BaseRecipe:
     """Read a recipe and apply overrides such as `train.epochs=10`.
 
     Args:
         path: YAML file, or the name of a recipe that is shipped. Without `output` in it, the run
             goes to runs/NAME.
         overrides: `dotted.field=value`, the value written as in YAML.
+        kind: What the recipe is for: `Recipe` or `CompensateRecipe`.
 
     Raises:
         ValueError: In one line: which field, its value, and what is allowed.
@@ -189,7 +249,7 @@ def read_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(f"recipe {path} must be a mapping of fields, got {type(data).__name__}.")
     apply_overrides(data, overrides)
     data.setdefault("output", f"runs/{path.stem}")
-    return check_recipe(data)
+    return check_section(kind, data)
 
 
 def check_recipe(data: dict[str, Any]) -> Recipe:
@@ -214,7 +274,7 @@ def check_method(kind: str, data: dict[str, Any] | None) -> Any:
         raise ValueError(_one_line(detail | {"loc": (kind, *detail["loc"])})) from None
 
 
-def apply_overrides(data: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Write `dotted.field=value` overrides into `data` and return it."""
     for override in overrides:
         _override(data, override)
@@ -273,8 +333,10 @@ def _one_line(error: ErrorDetails) -> str:
 
 
 def _all_fields() -> list[str]:
-    names = [*Recipe.model_fields, *ModelSection.model_fields, *TrainSection.model_fields]
-    methods = [method_class(k, n) for k in ("reduce", "adapt", "data") for n in known(k)]
+    sections = (Recipe, CompensateRecipe, ModelSection, TrainSection)
+    names = [name for section in sections for name in section.model_fields]
+    kinds = ("reduce", "adapt", "data", "compensate")
+    methods = [method_class(kind, name) for kind in kinds for name in known(kind)]
     for cls in (Augment, *methods):
         names += [field.name for field in dataclasses.fields(cls)]
     return names

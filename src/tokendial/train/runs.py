@@ -8,7 +8,7 @@ import yaml
 
 from tokendial.atomic import replacing
 from tokendial.saving import load
-from tokendial.train.recipe import Recipe, check_recipe
+from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe
 from tokendial.vit import DialViT
 
 
@@ -23,7 +23,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.best, self.last = self.folder / "best", self.folder / "last"
 
-    def claim(self, recipe: Recipe, classes: tuple[str, ...], *, multi_label: bool) -> None:
+    def claim(self, recipe: BaseRecipe, classes: tuple[str, ...], *, multi_label: bool) -> None:
         """Make the folder this recipe's, or find that it is already.
 
         Raises:

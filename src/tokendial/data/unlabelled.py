@@ -1,0 +1,53 @@
+"""Images without labels, in one folder and those below it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from tokendial.data.images import images_in, read_image
+from tokendial.data.splits import Splits
+from tokendial.methods import register
+
+
+@register("data", "unlabelled")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unlabelled:
+    """Every image below `root`; enough to train a compensator."""
+
+    root: str
+    """Folder of images, with folders in it or without."""
+    val_every: int = 20
+    """One image in so many is for validation."""
+
+    def __post_init__(self) -> None:
+        if self.val_every < 2:
+            raise ValueError(f"val_every must be at least 2, got {self.val_every}.")
+
+    def build(self, seed: int) -> Splits:
+        """List the files.
+
+        Raises:
+            ValueError: If the folder does not exist, or holds fewer than two images.
+        """
+        root = Path(self.root)
+        if not root.is_dir():
+            raise ValueError(f"data.root: no such folder: {root}.")
+        files = images_in(root)
+        if len(files) < 2:
+            raise ValueError(f"data.root: {root} must hold at least 2 images, got {len(files)}.")
+        val = files[:: self.val_every]
+        train = [file for number, file in enumerate(files) if number % self.val_every]
+        return Splits(train=_Images(train), val=_Images(val), classes=())
+
+
+class _Images(Dataset[tuple[Image.Image, int]]):
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return read_image(self.files[index]), 0

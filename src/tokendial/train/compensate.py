@@ -1,0 +1,199 @@
+"""Training a compensator: the model at one degree teaches itself at another."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+
+from tokendial.compensate import Attachment, Compensator
+from tokendial.compensate.loss import binary_distillation, soft_distillation
+from tokendial.data.splits import Splits
+from tokendial.tasks.classification import Classification
+from tokendial.train.batches import seed_all
+from tokendial.train.loop import Trainer
+from tokendial.train.optimizer import decay_groups
+from tokendial.train.recipe import CompensateRecipe
+from tokendial.train.runs import Run
+from tokendial.vit import DialViT, wrap
+
+
+def compensate(recipe: CompensateRecipe, *, quiet: bool = False) -> Run:
+    """Train a compensator; go on where a killed run of the same recipe stopped.
+
+    Returns:
+        The run's folder: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, best/ and last/
+        (saved compensators).
+
+    Raises:
+        ValueError: If the recipe does not fit the data or the model, or the folder holds another
+            run.
+        InterruptedRunError: If the process was asked to stop.
+    """
+    return Trainer(recipe, lambda: Compensating(recipe), quiet=quiet).run_to_end()
+
+
+class SelfDistillation(nn.Module):
+    """One pass of the teacher and one of the student: the same frozen model at two degrees."""
+
+    def __init__(self, model: DialViT, plugin: Compensator, recipe: CompensateRecipe) -> None:
+        super().__init__()
+        self.model, self.plugin, self.recipe = model.requires_grad_(False), plugin, recipe
+        self.pair = (0, plugin.steps)
+        """Source, the teacher's degree, and target, the student's."""
+        self._drop_paths = [part for part in model.modules() if isinstance(part, DropPath)]
+        model.set_degree(0)
+        plugin.attach(model, source=0, merge=False)
+
+    def train(self, mode: bool = True) -> "SelfDistillation":
+        """Stochastic depth and the plugin's dropout act; all else is as at inference."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and for each image how right the student is, in [0, 1]."""
+        source, target = self.pair
+        recipe = self.recipe
+        if recipe.loss == "classification":
+            student = self.student(images, source, target)
+            return F.cross_entropy(student.float(), targets), _hits(student, targets)
+        teacher = self.teacher(images, source)
+        student = self.student(images, source, target)
+        if recipe.loss == "features":
+            loss = F.l1_loss(student.float(), teacher.float())
+        elif recipe.loss == "binary_distillation":
+            loss = binary_distillation(student, teacher, temperature=recipe.temperature)
+        else:
+            loss = soft_distillation(
+                student, teacher, temperature=recipe.temperature, mean_over=recipe.mean_over
+            )
+        return loss, self.agreement(student, teacher)
+
+    @torch.no_grad()
+    def teacher(self, images: Tensor, source: int) -> Tensor:
+        """Logits (features without a head) at the source, where the plugin does nothing."""
+        return self._run(images, source, source)
+
+    def student(self, images: Tensor, source: int, target: int) -> Tensor:
+        """Logits (features without a head) at the target, bridged from the source."""
+        for part in self._drop_paths:
+            part.train(self.training)
+        try:
+            return self._run(images, source, target)
+        finally:
+            for part in self._drop_paths:
+                part.eval()
+
+    def _run(self, images: Tensor, source: int, degree: int) -> Tensor:
+        attachment = self.model.compensation
+        assert isinstance(attachment, Attachment)
+        attachment.source = source
+        self.model.set_degree(degree)
+        logits: Tensor = self.model(images)
+        return logits
+
+    def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """For each image: whether both name the same class, the share of labels, or the cosine."""
+        if self.recipe.loss == "features":
+            return F.cosine_similarity(student.float(), teacher.float())
+        if self.recipe.loss == "binary_distillation":
+            return ((student > 0) == (teacher > 0)).float().mean(dim=1)
+        return _hits(student, teacher.argmax(dim=1))
+
+
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        targets = targets.argmax(dim=1)
+    return (logits.argmax(dim=1) == targets).float()
+
+
+class Compensating:
+    """The job of `compensate`."""
+
+    shows = "agreement"
+
+    def __init__(self, recipe: CompensateRecipe) -> None:
+        self.recipe = recipe
+        self.data: Splits = recipe.data.build(recipe.seed)
+        model = pretrained_model(recipe)
+        self.anatomy = model.anatomy
+        self._check(model)
+        seed_all(recipe.seed)
+        self.module = Compensator.for_model(model, recipe.compensate, recipe.steps)
+        self.objective = SelfDistillation(model, self.module, recipe)
+        self.task = Classification(
+            len(self.data.classes) or model.num_classes,
+            multi_label=self.data.multi_label,
+            augment=recipe.augment,
+        )
+
+    def _check(self, model: DialViT) -> None:
+        loss, head = self.recipe.loss, model.num_classes
+        if (loss == "features") != (head == 0):
+            allowed = "features" if head == 0 else "one of the others"
+            raise ValueError(
+                f"loss must be {allowed} for a model with a head of {head} classes, got {loss}."
+            )
+        if loss == "classification" and (len(self.data.classes) != head or self.data.multi_label):
+            raise ValueError(
+                f"loss classification needs one label of {head} classes for each image, but the "
+                f"data have {len(self.data.classes)} classes."
+            )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The plugin's matrices."""
+        settings = self.recipe.train
+        return decay_groups(self.module.named_parameters(), settings.weight_decay, settings.lr)
+
+    def before_update(self, update: int, updates_per_epoch: int) -> None:
+        """Draw the two degrees of this update; all processes draw the same."""
+        draw = np.random.default_rng((self.recipe.seed, update))
+        source, target = draw.choice(self.module.steps + 1, size=2, replace=False).tolist()
+        if self.recipe.loss == "classification":
+            source, target = 0, target or source
+        self.objective.pair = (source, target)
+
+    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup and cutmix."""
+        return self.task.mixed(images, targets)
+
+    def hits(self, outputs: Tensor, targets: Tensor) -> float:
+        """How right the student was."""
+        return float(outputs.mean())
+
+    @torch.no_grad()
+    def scores(
+        self, loader: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator
+    ) -> dict[str, float]:
+        """Agreement at the highest degree with the model at degree 0, with and without plugin."""
+        objective, steps = self.objective.eval(), self.module.steps
+        sums = torch.zeros(3, device=accelerator.device)
+        for batch in loader:
+            images = batch[0].to(accelerator.device)
+            with accelerator.autocast():
+                teacher = objective.teacher(images, 0)
+                bridged = objective.student(images, 0, steps)
+                plain = objective.teacher(images, steps)
+            both = [objective.agreement(student, teacher).sum() for student in (bridged, plain)]
+            sums += torch.stack([*both, both[0].new_tensor(len(images))])
+        with_plugin, without, count = accelerator.reduce(sums, "sum").tolist()
+        return {"agreement": with_plugin / count, "agreement_without": without / count}
+
+    def save(self, folder: Path) -> None:
+        """Write the compensator."""
+        self.module.save_pretrained(folder)
+
+
+def pretrained_model(recipe: CompensateRecipe) -> DialViT:
+    """The pre-trained model of a recipe with its own head, wrapped with the reduction."""
+    backbone = recipe.model.backbone(None)
+    if "num_classes" not in backbone.args and (size := backbone.head_size()) is not None:
+        backbone = replace(backbone, args=dict(backbone.args) | {"num_classes": size})
+    return wrap(backbone.create(), reduce=recipe.reduce, backbone=backbone)
