@@ -228,6 +228,13 @@ def test_a_mistake_is_one_line(tmp_path, override, message):
         compensate(recipe(tmp_path, override), quiet=True)
 
 
+def test_a_recipe_of_the_other_kind_is_told_from_its_own():
+    with pytest.raises(ValueError, match="recipe demo.yaml is one for `tokendial train`"):
+        read_recipe("demo", kind=CompensateRecipe)
+    with pytest.raises(ValueError, match="tocom_scenes.yaml is one for `tokendial compensate`"):
+        read_recipe("tocom_scenes")
+
+
 @pytest.fixture(scope="module")
 def bridged(tmp_path_factory):
     """Two runs, trained at degrees 0 and 6, and a compensator for their backbone."""

@@ -367,12 +367,12 @@ class Compensator(nn.Module):
 
     @staticmethod
     def _check_origin(origin: Origin, model: DialViT, *, strict: bool) -> None:
-        reduce = to_json("reduce", model.reduce_config) if model.reduce_config else None
-        if reduce is None or _dial(reduce) != _dial(origin.reduce):
-            raise ValueError(
-                f"this compensator was trained with the reduction {_dial(origin.reduce)}, the "
-                f"model has {_dial(reduce) if reduce else None}."
-            )
+        if model.reduce_config is None:
+            raise ValueError("this compensator needs a model with a reduction method, got none.")
+        theirs, ours = _dial(origin.reduce), _dial(to_json("reduce", model.reduce_config))
+        if differing := [n for n in theirs | ours if theirs.get(n) != ours.get(n)]:
+            told = ", ".join(f"{n} {theirs.get(n)} there, {ours.get(n)} here" for n in differing)
+            raise ValueError(f"this compensator was trained with another reduction: {told}.")
         if strict and not same_backbone(origin.fingerprint, model.fingerprint):
             raise ValueError(
                 f"this compensator belongs to {origin.backbone} with other weights than those that "

@@ -247,6 +247,12 @@ def read_recipe(
         raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}.") from None
     if not isinstance(data, dict):
         raise ValueError(f"recipe {path} must be a mapping of fields, got {type(data).__name__}.")
+    for field, command, of in (
+        ("compensate", "compensate", Recipe),
+        ("adapt", "train", CompensateRecipe),
+    ):
+        if kind is of and field in data:
+            raise ValueError(f"recipe {path.name} is one for `tokendial {command}`.")
     apply_overrides(data, overrides)
     data.setdefault("output", f"runs/{path.stem}")
     return check_section(kind, data)
