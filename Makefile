@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(BIN)/tokendial demo
 
 test: .venv/ready
-	$(BIN)/coverage run -m pytest
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --cov --cov-report=
 	$(BIN)/coverage report --fail-under=95 --include='$(subst $(space),$(comma),$(strip $(CORE_FILES)))'
 
 lint: .venv/ready
