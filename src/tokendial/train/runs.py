@@ -49,8 +49,7 @@ class Run:
 
     def recipe(self) -> Recipe:
         """The recipe of the run; a ValueError if the folder holds none."""
-        if not self.recipe_file.is_file():
-            raise ValueError(f"{self.folder} is not the folder of a run: recipe.yaml is missing.")
+        self._check()
         return check_recipe(yaml.safe_load(self.recipe_file.read_text()))
 
     def classes(self) -> tuple[str, ...]:
@@ -63,9 +62,14 @@ class Run:
 
     def model(self) -> DialViT:
         """The best model of the run, ready for inference."""
+        self._check()
         if not self.best.is_dir():
             raise ValueError(f"{self.folder} has no finished epoch yet, so there is no model.")
         return load(self.best)
+
+    def _check(self) -> None:
+        if not self.recipe_file.is_file():
+            raise ValueError(f"{self.folder} is not the folder of a run: recipe.yaml is missing.")
 
     def metrics(self) -> list[dict[str, Any]]:
         """One record per finished epoch."""
