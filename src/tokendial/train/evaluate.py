@@ -61,6 +61,8 @@ class BridgedRow:
     """Multiply-accumulates for one image, in 1e9; the same with and without."""
     images_per_s: float
     """Measured with it, on this machine, this batch size, forward pass alone."""
+    tokens: int
+    """Tokens (prefix included) that leave the last layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +189,16 @@ def evaluate_bridged(
             model.set_degree(target)
             plain = evaluate_loader(model, loader, task)["accuracy"]
             compensator.attach(model, source)
+            cost = model.cost()
             row = BridgedRow(
                 run=recipe.output,
                 source=source,
                 degree=target,
                 plain=plain,
                 accuracy=evaluate_loader(model, loader, task)["accuracy"],
-                gmacs=model.cost().gmacs,
+                gmacs=cost.gmacs,
                 images_per_s=images_per_second(model, batch_size),
+                tokens=cost.tokens_per_layer[-1],
             )
             compensator.detach(model)
             rows.append(row)
