@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -74,14 +75,10 @@ def train(
     ] = None,
 ) -> None:
     """Train as a recipe says; started again, go on where the run stopped."""
-    from tokendial.train import InterruptedRunError, read_recipe
+    from tokendial.train import read_recipe
     from tokendial.train import train as run_training
 
-    try:
-        run_training(read_recipe(recipe, overrides or []))
-    except InterruptedRunError:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    _to_its_end(lambda: run_training(read_recipe(recipe, overrides or [])))
 
 
 @app.command()
@@ -92,11 +89,17 @@ def compensate(
     ] = None,
 ) -> None:
     """Train a compensator for a pre-trained model; no labels needed."""
-    from tokendial.train import CompensateRecipe, InterruptedRunError, read_recipe
+    from tokendial.train import CompensateRecipe, read_recipe
     from tokendial.train import compensate as run_training
 
+    _to_its_end(lambda: run_training(read_recipe(recipe, overrides or [], kind=CompensateRecipe)))
+
+
+def _to_its_end(run: Callable[[], object]) -> None:
+    from tokendial.train import InterruptedRunError
+
     try:
-        run_training(read_recipe(recipe, overrides or [], kind=CompensateRecipe))
+        run()
     except InterruptedRunError:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
