@@ -52,10 +52,13 @@ class CostRow:
     params_paper: float | None
     params: float | None
     """Of the real model; None: the row has no parameters to count, or the method is not ours."""
+    params_difference: float | None
+    """Ours minus the paper's."""
     params_agree: str
-    """"exact", "within 2%", or the difference."""
+    """"exact", "within 2%", or the difference in percent."""
     cost_paper: float | None
     cost: float | None
+    cost_difference: float | None
     cost_agree: str
     verdict: str
     """What is known of the row: exact, within 2%, unexplained, inconsistent in the paper, …"""
@@ -75,9 +78,11 @@ def cost_rows() -> Iterator[CostRow]:
             row=entry["row"],
             params_paper=params_paper,
             params=params,
+            params_difference=_difference(params_paper, params),
             params_agree=agreement(params_paper, params),
             cost_paper=cost_paper,
             cost=cost,
+            cost_difference=_difference(cost_paper, cost),
             cost_agree=agreement(cost_paper, cost),
             verdict=entry["verdict"],
             should_agree=entry["verdict"] in AGREES,
@@ -102,6 +107,10 @@ def agreement(paper: float | None, ours: float | None) -> str:
     return "within 2%" if abs(share) <= 0.02 else f"{share:+.1%}"
 
 
+def _difference(paper: float | None, ours: float | None) -> float | None:
+    return None if paper is None or ours is None else ours - paper
+
+
 def write_csv(rows: list[CostRow], path: Path) -> None:
     """Write the rows as CSV."""
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
@@ -123,9 +132,11 @@ HEADER = (
     "row",
     "params (M)",
     "ours",
+    "difference",
     "agrees",
     "cost (G)",
     "ours",
+    "difference",
     "agrees",
     "known of the row",
 )
@@ -139,16 +150,18 @@ def cells(row: CostRow) -> tuple[str, ...]:
         row.row,
         _number(row.params_paper, 2),
         _number(row.params, 4),
+        _number(row.params_difference, 4, sign="+"),
         row.params_agree,
         _number(row.cost_paper, 2),
         _number(row.cost, 4),
+        _number(row.cost_difference, 4, sign="+"),
         row.cost_agree,
         row.verdict,
     )
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, *, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.{digits}f}"
 
 
 # The paper gives this row the parameters of narrower adapters than its cost.
