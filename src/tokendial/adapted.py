@@ -1,6 +1,5 @@
-"""AdaptedViT: a ViT, the adapters that take turns in it, and what is saved of them."""
+"""AdaptedViT: a ViT, its dial, the adapters that take turns in it, and what is saved of them."""
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,17 +26,12 @@ class Compensation(Protocol):
         """Follow the dial."""
 
 
-_numbers = itertools.count(1)
-
 DEFAULT = "default"
 """Name of the adapter that a model was wrapped with."""
 
 
 class AdaptedViT(nn.Module):
-    """A ViT with a reducer and adapters, one of which acts."""
-
-    degree: int
-    """Position of the dial."""
+    """A ViT with a reducer and its dial, and adapters, one of which acts."""
 
     def __init__(
         self,
@@ -61,6 +55,9 @@ class AdaptedViT(nn.Module):
         self._activate(DEFAULT)
         self.compensation: Compensation | None = None
         """What turns with the dial, if a compensator is attached."""
+        self.degree = 0
+        """Position of the dial."""
+        self.set_degree(self.reducer.degree if self.reducer else 0)
 
     def _fitting(self, adapt: AdapterConfig | None, num_classes: int) -> Fitting:
         """An adapter that is not yet in the backbone, and a reducer that goes with it."""
@@ -93,12 +90,12 @@ class AdaptedViT(nn.Module):
         self.note_hooks()
 
     def note_hooks(self) -> None:
-        """Give a new number to the hooks in the backbone.
+        """Number the hooks in the backbone: another number for other hooks.
 
         `torch.compile` does not look whether hooks have changed, but at this number.
         """
-        hooked = any(module._forward_hooks for module in self.vit.modules())
-        self.hooks = next(_numbers) if hooked else 0
+        handles = (handle for module in self.vit.modules() for handle in module._forward_hooks)
+        self.hooks = abs(hash(tuple(handles)))
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -243,6 +240,28 @@ class AdaptedViT(nn.Module):
             raise ValueError("the adapters are not merged.")
         with self.own_weights():
             self.adapter.unmerge()
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degrees that the dial offers, from 0 (no reduction) to the cheapest."""
+        return self.reducer.degrees if self.reducer else (0,)
+
+    def set_degree(self, degree: int) -> None:
+        """Turn the dial.
+
+        Raises:
+            ValueError: If `degree` is not one of `degrees`, or an attached compensator does not
+                reach it.
+        """
+        self._check_degree(degree)
+        if self.compensation:
+            self.compensation.turn(degree)
+        self.degree = int(degree)
+
+    def _check_degree(self, degree: int) -> None:
+        if isinstance(degree, bool) or degree not in self.degrees:
+            last = self.degrees[-1]
+            raise ValueError(f"degree must be an integer in [0, {last}], got {degree!r}.")
 
     @contextmanager
     def own_weights(self) -> Iterator[None]:

@@ -4,16 +4,21 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import tokendial
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tokendial.train.evaluate import BridgedRow, DegreeRow
 
 app = typer.Typer(
     add_completion=False,
@@ -127,12 +132,9 @@ def evaluate(
     if len(runs) > 1 or sources is not None:
         raise ValueError("several runs and sources go with --compensator only.")
     (run,) = runs
-    from tokendial.atomic import replacing
     from tokendial.show.plots import dial_figure
-    from tokendial.show.report import png
     from tokendial.train import Run
     from tokendial.train.evaluate import evaluate as run_evaluation
-    from tokendial.train.evaluate import write_rows
 
     rows = run_evaluation(Run(run), degrees, batch_size=batch_size)
     table = Table("degree", "accuracy", "GMACs", "images/s", "tokens left")
@@ -145,22 +147,16 @@ def evaluate(
             str(row.tokens),
         )
     Console().print(table)
-    folder = run / "eval"
-    write_rows(rows, folder / "degrees.csv")
-    with replacing(folder / "degrees.png") as path:
-        path.write_bytes(png(dial_figure(rows, title=str(run))))
-    print(f"wrote {folder / 'degrees.csv'} and {folder / 'degrees.png'}")
+    _write_evaluation(rows, dial_figure(rows, title=str(run)), run / "eval" / "degrees")
 
 
 def _evaluate_bridged(
     folders: list[Path], degrees: str, compensator: str, sources: str | None, batch_size: int
 ) -> None:
-    from tokendial.atomic import replacing
     from tokendial.compensate import Compensator
     from tokendial.show.plots import bridged_figure
-    from tokendial.show.report import png
     from tokendial.train import Run
-    from tokendial.train.evaluate import evaluate_bridged, parse_degrees, write_rows
+    from tokendial.train.evaluate import evaluate_bridged, parse_degrees
 
     plugin = Compensator.from_pretrained(compensator)
     offered = tuple(range(plugin.steps + 1))
@@ -183,11 +179,23 @@ def _evaluate_bridged(
             f"{row.images_per_s:.0f}",
         )
     Console().print(table)
-    folder = folders[0] / "eval"
-    write_rows(rows, folder / "bridged.csv")
-    with replacing(folder / "bridged.png") as path:
-        path.write_bytes(png(bridged_figure(rows, title=f"scale {plugin.scale:g}")))
-    print(f"wrote {folder / 'bridged.csv'} and {folder / 'bridged.png'}")
+    figure = bridged_figure(rows, title=f"scale {plugin.scale:g}")
+    _write_evaluation(rows, figure, folders[0] / "eval" / "bridged")
+
+
+def _write_evaluation(
+    rows: "Sequence[DegreeRow] | Sequence[BridgedRow]", figure: "Figure", stem: Path
+) -> None:
+    """Write the rows as CSV and their figure as PNG, and say where."""
+    from tokendial.atomic import replacing
+    from tokendial.show.report import png
+    from tokendial.train.evaluate import write_rows
+
+    table, plot = stem.with_suffix(".csv"), stem.with_suffix(".png")
+    write_rows(rows, table)
+    with replacing(plot) as path:
+        path.write_bytes(png(figure))
+    print(f"wrote {table} and {plot}")
 
 
 @app.command()
@@ -307,7 +315,7 @@ def reproduce_cost(
     table = Table(*HEADER)
     for row in found:
         table.add_row(*cells(row))
-    # Nine columns need room; in a file or a pipe there is as much as one asks for.
+    # Eleven columns need room; in a file or a pipe there is as much as one asks for.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(found, out / "cost.csv")

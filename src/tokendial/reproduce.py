@@ -297,11 +297,11 @@ def _dense_adapter(config: dict[str, Any]) -> td.DenseAdapter:
     merged_first = fusion.startswith("sum features")
     previous = merged_first or downs[1] == 2
     earlier = merged_first or downs[-1] == 2 + previous
-    reads = ("previous",) * previous + ("earlier",) * earlier
+    reads: tuple[Any, ...] = ("previous",) * previous + ("earlier",) * earlier
     return td.DenseAdapter(
         dim=config["dim"],
         start=config["start"],
-        reads=reads if previous or earlier else (),
+        reads=reads,
         fusion="input" if merged_first else "output" if fusion.startswith("one down") else "inner",
         channel_scale=config["extra_D_vectors_per_layer"] == 2,
     )

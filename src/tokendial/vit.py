@@ -73,42 +73,9 @@ class Step:
 class DialViT(AdaptedViT):
     """A ViT with token reduction, an adapter and a dial; built by `wrap`."""
 
-    def __init__(
-        self,
-        vit: nn.Module,
-        *,
-        reduce: ReducerConfig | None,
-        adapt: AdapterConfig | None,
-        backbone: Backbone | None,
-    ) -> None:
-        super().__init__(vit, reduce=reduce, adapt=adapt, backbone=backbone)
-        self.checkpoint_activations = False
-        """Whether training recomputes the blocks in the backward pass instead of keeping their
-        activations: less memory, more time."""
-        self.degree = 0
-        self.set_degree(self.reducer.degree if self.reducer else 0)
-
-    @property
-    def degrees(self) -> tuple[int, ...]:
-        """Degrees that the dial offers, from 0 (no reduction) to the cheapest."""
-        return self.reducer.degrees if self.reducer else (0,)
-
-    def set_degree(self, degree: int) -> None:
-        """Turn the dial.
-
-        Raises:
-            ValueError: If `degree` is not one of `degrees`, or an attached compensator does not
-                reach it.
-        """
-        self._check_degree(degree)
-        if self.compensation:
-            self.compensation.turn(degree)
-        self.degree = int(degree)
-
-    def _check_degree(self, degree: int) -> None:
-        if isinstance(degree, bool) or degree not in self.degrees:
-            last = self.degrees[-1]
-            raise ValueError(f"degree must be an integer in [0, {last}], got {degree!r}.")
+    checkpoint_activations: bool = False
+    """Whether training recomputes the blocks in the backward pass instead of keeping their
+    activations: less memory, more time."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, 3, H, W] at the present degree."""

@@ -7,6 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokendial.reduce.base import divergence
+
 
 def soft_distillation(
     student_BK: Tensor,
@@ -27,10 +29,9 @@ def soft_distillation(
     Source:
         ToCom, equation 5; the authors' code for the normalisation.
     """
-    student = (student_BK.float() / temperature).log_softmax(dim=-1)
-    teacher = (teacher_BK.float() / temperature).log_softmax(dim=-1)
-    total = F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
-    return total / (student.numel() if mean_over == "batch_and_classes" else len(student))
+    student, teacher = student_BK.float() / temperature, teacher_BK.float() / temperature
+    mean = divergence(student, teacher) * temperature**2
+    return mean / student.shape[1] if mean_over == "batch_and_classes" else mean
 
 
 def binary_distillation(

@@ -36,7 +36,7 @@ def compensate(recipe: CompensateRecipe, *, quiet: bool = False) -> Run:
             run.
         InterruptedRunError: If the process was asked to stop.
     """
-    return Trainer(recipe, lambda: Compensating(recipe), quiet=quiet).run_to_end()
+    return Trainer(recipe, Compensating(recipe), quiet=quiet).run_to_end()
 
 
 class SelfDistillation(nn.Module):

@@ -32,7 +32,7 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
             run.
         InterruptedRunError: If the process was asked to stop.
     """
-    return Trainer(recipe, lambda: FineTuning(recipe), quiet=quiet).run_to_end()
+    return Trainer(recipe, FineTuning(recipe), quiet=quiet).run_to_end()
 
 
 def build_model(recipe: Recipe, num_classes: int) -> DialViT:

@@ -1,7 +1,7 @@
 """The training loop, on Accelerate: one process or many, any device, killed and resumed."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,12 +94,12 @@ class Job(Protocol):
 class Trainer:
     """Runs a job to its end."""
 
-    def __init__(self, recipe: BaseRecipe, make: Callable[[], Job], *, quiet: bool = False) -> None:
+    def __init__(self, recipe: BaseRecipe, job: Job, *, quiet: bool = False) -> None:
         """Set up the run; goes on where a killed run of the same recipe stopped.
 
         Args:
             recipe: Of the run.
-            make: Makes the job.
+            job: What it trains.
             quiet: Print nothing.
 
         Raises:
@@ -109,7 +109,7 @@ class Trainer:
         settings = recipe.train
         self.recipe, self.settings = recipe, settings
         self.run = Run(recipe.output)
-        self.job = job = make()
+        self.job = job
         # One process may train twice, in another precision; Accelerate remembers the first one.
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(
