@@ -88,7 +88,7 @@ def spoil(folder, name, text):
             lambda folder: spoil(folder, "model.safetensors", "x"),
             "model.safetensors cannot be read",
         ),
-        (lambda folder: edit(folder, adapt={"name": "linear"}), "does not fit this backbone: 16 "),
+        (lambda folder: edit(folder, adapt={"name": "linear"}), "does not fit this model: 16 "),
     ],
 )
 def test_a_broken_folder_says_what_is_wrong(saved, break_it, message):
@@ -110,8 +110,25 @@ def test_another_backbone_of_the_same_shape_is_refused(saved):
 
 
 def test_a_backbone_of_another_shape_is_refused(saved):
-    with pytest.raises(ValueError, match="does not fit this backbone"):
+    with pytest.raises(ValueError, match="does not fit this model"):
         td.load(saved, vit=tiny_vit(embed_dim=24))
+
+
+@torch.no_grad()
+def test_another_reduction_than_that_of_training(tmp_path):
+    """Degree 0 is the same model for every dial."""
+    trained = model(reduce=None)
+    trained.save_pretrained(tmp_path)
+    reduced = td.load(tmp_path, vit=tiny_vit(), reduce=td.EViT(r=6))
+    assert (reduced.degree, reduced.reduce_config) == (6, td.EViT(r=6))
+    assert not torch.allclose(reduced(images()), trained(images()), atol=1e-4)
+    reduced.set_degree(0)
+    torch.testing.assert_close(reduced(images()), trained(images()))
+
+
+def test_a_reduction_with_weights_cannot_be_had_afterwards(saved):
+    with pytest.raises(ValueError, match="does not fit this model"):
+        td.load(saved, vit=tiny_vit(), reduce=td.DynamicViT(layers=(2,)))
 
 
 def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):

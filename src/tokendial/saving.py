@@ -15,6 +15,7 @@ from tokendial.adapted import AdaptedViT
 from tokendial.atomic import replacing
 from tokendial.backbones import Backbone, same_backbone
 from tokendial.methods import from_json, to_json
+from tokendial.reduce.base import ReducerConfig
 from tokendial.vit import DialViT, wrap
 
 FORMAT = 1
@@ -43,25 +44,30 @@ def write_files(directory: Path, config: dict[str, Any], tensors: dict[str, Tens
         path.write_text(json.dumps({"format": FORMAT} | config, indent=2) + "\n")
 
 
-def load(directory: str | Path, vit: nn.Module | None = None) -> DialViT:
+def load(
+    directory: str | Path, vit: nn.Module | None = None, *, reduce: ReducerConfig | None = None
+) -> DialViT:
     """Load a model that `save_pretrained` has written.
 
     Args:
         directory: Local folder, or the name of a repository on the Hugging Face hub.
         vit: The backbone, with its weights; None: built from its name, with the weights that it
             was trained on (timm's own are downloaded where needed).
+        reduce: Another reduction method than the model was trained with, to run it at the degree
+            that this one describes; neither may have weights of its own. None: the model's own
+            method, at the degree that it was saved at.
 
     Raises:
-        ValueError: If the folder does not hold a saved model, or `vit` is not the backbone that
-            it was trained on.
+        ValueError: If the folder does not hold a saved model, `vit` is not the backbone that it
+            was trained on, or one of the two reduction methods has weights.
     """
     folder, config, tensors = read_files(directory, kind="model")
     backbone = Backbone(**config["backbone"])
     whole = config["whole"]
     if vit is None:
         vit = (dataclasses.replace(backbone, weights=None) if whole else backbone).create()
-    reduce, adapt = _methods(config)
-    model = wrap(vit, reduce=reduce, adapt=adapt, backbone=backbone)
+    own, adapt = _methods(config)
+    model = wrap(vit, reduce=reduce or own, adapt=adapt, backbone=backbone)
     _check_names(_saved(model), tensors, folder)
     if whole:
         # Of what it was fine-tuned from, not of the fresh weights that are now replaced.
@@ -69,7 +75,8 @@ def load(directory: str | Path, vit: nn.Module | None = None) -> DialViT:
     else:
         _check_backbone(model, config, folder)
     model.load_state_dict(tensors, strict=False)
-    model.set_degree(config["degree"])
+    if reduce is None:
+        model.set_degree(config["degree"])
     return model.eval()
 
 
@@ -224,7 +231,7 @@ def _check_names(own: dict[str, Tensor], tensors: dict[str, Tensor], folder: Pat
     differing = [n for n in expected | found if expected.get(n) != found.get(n)]
     name = differing[0]
     raise ValueError(
-        f"{folder} does not fit this backbone: {len(differing)} tensors differ, the first is "
+        f"{folder} does not fit this model: {len(differing)} tensors differ, the first is "
         f"{name} (model {_shape(expected.get(name))}, file {_shape(found.get(name))})."
     )
 

@@ -60,6 +60,17 @@ def run(recipe_file, tmp_path_factory) -> Run:
 
 
 @pytest.fixture
+def in_two_processes() -> list[str]:
+    """What stands before `-m MODULE ...`: Accelerate's launcher, on a port that is free.
+
+    It starts several processes only if told that they are for GPUs; ACCELERATE_USE_CPU has the
+    last word.
+    """
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    return [*launcher, "--num_processes", "2", "--main_process_port", "0"]
+
+
+@pytest.fixture
 def cli(monkeypatch, capsys):
     """Run the command line; returns exit code, stdout and stderr."""
 

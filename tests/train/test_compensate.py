@@ -155,12 +155,16 @@ def test_a_run_killed_in_between_ends_with_the_same_bits(tmp_path):
     assert all(torch.equal(weights(killed)[n], t) for n, t in weights(alone).items())
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
+def test_two_processes_learn_what_one_does(tmp_path, in_two_processes):
     one = compensate(recipe(tmp_path, "train.lr=0.001", name="one"), quiet=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    launch += command(tmp_path / "recipe.yaml", f"output={tmp_path / 'two'}")[1:]
-    launch += ["train.lr=0.001", "train.batch_size=8"]
-    subprocess.run(launch, env=environment(), capture_output=True, timeout=240, check=True)
+    module = command(tmp_path / "recipe.yaml", f"output={tmp_path / 'two'}")[1:]
+    subprocess.run(
+        [*in_two_processes, *module, "train.lr=0.001", "train.batch_size=8"],
+        env=environment(),
+        capture_output=True,
+        timeout=240,
+        check=True,
+    )
     two = type(one)(tmp_path / "two")
     for name, value in weights(one).items():
         torch.testing.assert_close(weights(two)[name], value, atol=1e-4, rtol=0)
@@ -173,6 +177,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     "overrides",
     [
         ("data={name: scenes, task: which, train_size: 16, val_size: 8}", "loss=classification"),
+        ("loss=classification",),
         ("model.args.num_classes=0", "loss=features"),
         ("loss=distillation", "temperature=3", "mean_over=batch", "model.drop_path=0.2"),
         ("compensate={name: tocom, shared: true, rank: 8}",),
@@ -217,7 +222,6 @@ def test_weights_of_a_run_of_ours_keep_their_head(tmp_path):
         ("train.degree=3", "train.degree has no meaning for a compensator, got 3"),
         ("loss=features", "loss must be one of the others for a model with a head of 10 classes"),
         ("model.args.num_classes=0", "loss must be features for a model with a head of 0 classes"),
-        ("loss=classification", "loss classification needs one label of 10 classes"),
         ("steps=99", "steps must be at most 32, got 99"),
         ("adapt={name: full}", "adapt is not a field"),
         ("data={name: unlabelled, root: nowhere}", "no such folder: nowhere"),
@@ -226,6 +230,12 @@ def test_weights_of_a_run_of_ours_keep_their_head(tmp_path):
 def test_a_mistake_is_one_line(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         compensate(recipe(tmp_path, override), quiet=True)
+
+
+def test_labels_have_to_be_those_of_the_head(tmp_path):
+    count = recipe(tmp_path, "loss=classification", "data.task=count")
+    with pytest.raises(ValueError, match="labels of the model's 10 classes, but the data have 5"):
+        compensate(count, quiet=True)
 
 
 def test_a_recipe_of_the_other_kind_is_told_from_its_own():
@@ -237,7 +247,7 @@ def test_a_recipe_of_the_other_kind_is_told_from_its_own():
 
 @pytest.fixture(scope="module")
 def bridged(tmp_path_factory):
-    """Two runs, trained at degrees 0 and 6, and a compensator for their backbone."""
+    """Two runs, trained without reduction and at degree 6, and a compensator for their backbone."""
     folder = tmp_path_factory.mktemp("bridged")
     plugin = compensate(recipe(folder, "train.epochs=1", name="plugin"), quiet=True)
     fine_tuning = {name: RECIPE[name] for name in ("model", "reduce", "augment")}
@@ -248,9 +258,8 @@ def bridged(tmp_path_factory):
     }
     path = folder / "tune.yaml"
     path.write_text(yaml.safe_dump(fine_tuning))
-    for degree in (0, 6):
-        overrides = [f"output={folder / str(degree)}", f"train.degree={degree}"]
-        train(read_recipe(path, overrides), quiet=True)
+    for name, override in (("0", "reduce=null"), ("6", "train.degree=6")):
+        train(read_recipe(path, [f"output={folder / name}", override]), quiet=True)
     return folder, plugin
 
 

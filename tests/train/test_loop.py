@@ -171,14 +171,13 @@ def test_sparse_tuning_with_several_labels_trains(tmp_path, precision):
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_with_twice_the_batch(recipe_file, tmp_path):
+def test_two_processes_train_like_one_with_twice_the_batch(recipe_file, tmp_path, in_two_processes):
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
     short = ["train.epochs=2"]
     train(read_recipe(recipe_file, [*short, f"output={one.folder}"]), quiet=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     module = ["-m", "tokendial.cli", "train", str(recipe_file), f"output={two.folder}"]
     subprocess.run(
-        [*launch, *module, *short, "train.batch_size=10"],
+        [*in_two_processes, *module, *short, "train.batch_size=10"],
         env=environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=240,

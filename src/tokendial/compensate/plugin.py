@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tokendial.backbones import same_backbone
 from tokendial.compensate.attachment import Attachment
 from tokendial.methods import from_json, register, to_json
-from tokendial.reduce.base import DIAL_RATES, ViTShape
+from tokendial.reduce.base import DIAL_RATES, ReducerConfig, ViTShape
 from tokendial.saving import push_files, read_files, write_files
 from tokendial.vit import DialViT
 
@@ -125,6 +125,11 @@ class Compensator(nn.Module):
             model.backbone.name, model.fingerprint, to_json("reduce", model.reduce_config)
         )
         return plugin
+
+    @property
+    def reduce_config(self) -> ReducerConfig | None:
+        """The reduction method that it was trained with; None: unknown."""
+        return from_json("reduce", self.origin.reduce) if self.origin else None
 
     def rows(self, source: int, target: int) -> tuple[slice, int]:
         """Which rows of the halves bridge two degrees, and their sign.

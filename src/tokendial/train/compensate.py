@@ -42,9 +42,20 @@ def compensate(recipe: CompensateRecipe, *, quiet: bool = False) -> Run:
 class SelfDistillation(nn.Module):
     """One pass of the teacher and one of the student: the same frozen model at two degrees."""
 
-    def __init__(self, model: DialViT, plugin: Compensator, recipe: CompensateRecipe) -> None:
+    def __init__(
+        self,
+        model: DialViT,
+        plugin: Compensator,
+        recipe: CompensateRecipe,
+        task: Classification,
+    ) -> None:
         super().__init__()
         self.model, self.plugin, self.recipe = model.requires_grad_(False), plugin, recipe
+        self.task = task
+        self.by_label = recipe.loss == "binary_distillation" or (
+            recipe.loss == "classification" and task.multi_label
+        )
+        """Whether the answers of the head do not exclude each other."""
         self.pair = (0, plugin.steps)
         """Source, the teacher's degree, and target, the student's."""
         self._drop_paths = [part for part in model.modules() if isinstance(part, DropPath)]
@@ -63,7 +74,7 @@ class SelfDistillation(nn.Module):
         recipe = self.recipe
         if recipe.loss == "classification":
             student = self.student(images, source, target)
-            return F.cross_entropy(student.float(), targets), _hits(student, targets)
+            return self.task.loss(student, targets), self.agreement(student, targets)
         teacher = self.teacher(images, source)
         student = self.student(images, source, target)
         if recipe.loss == "features":
@@ -100,18 +111,16 @@ class SelfDistillation(nn.Module):
         return logits
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """For each image: whether both name the same class, the share of labels, or the cosine."""
+        """For each image: whether both name the same class, the share of labels, or the cosine.
+
+        The teacher may be the targets themselves: indices, or a number for each class.
+        """
         if self.recipe.loss == "features":
             return F.cosine_similarity(student.float(), teacher.float())
-        if self.recipe.loss == "binary_distillation":
+        if self.by_label:
             return ((student > 0) == (teacher > 0)).float().mean(dim=1)
-        return _hits(student, teacher.argmax(dim=1))
-
-
-def _hits(logits: Tensor, targets: Tensor) -> Tensor:
-    if targets.is_floating_point():
-        targets = targets.argmax(dim=1)
-    return (logits.argmax(dim=1) == targets).float()
+        named = teacher.argmax(dim=1) if teacher.is_floating_point() else teacher
+        return (student.argmax(dim=1) == named).float()
 
 
 class Compensating:
@@ -127,12 +136,12 @@ class Compensating:
         self._check(model)
         seed_all(recipe.seed)
         self.module = Compensator.for_model(model, recipe.compensate, recipe.steps)
-        self.objective = SelfDistillation(model, self.module, recipe)
         self.task = Classification(
             len(self.data.classes) or model.num_classes,
             multi_label=self.data.multi_label,
             augment=recipe.augment,
         )
+        self.objective = SelfDistillation(model, self.module, recipe, self.task)
 
     def _check(self, model: DialViT) -> None:
         loss, head = self.recipe.loss, model.num_classes
@@ -141,10 +150,10 @@ class Compensating:
             raise ValueError(
                 f"loss must be {allowed} for a model with a head of {head} classes, got {loss}."
             )
-        if loss == "classification" and (len(self.data.classes) != head or self.data.multi_label):
+        if loss == "classification" and len(self.data.classes) != head:
             raise ValueError(
-                f"loss classification needs one label of {head} classes for each image, but the "
-                f"data have {len(self.data.classes)} classes."
+                f"loss classification needs labels of the model's {head} classes, but the data "
+                f"have {len(self.data.classes)}."
             )
 
     def parameter_groups(self) -> list[dict[str, Any]]:

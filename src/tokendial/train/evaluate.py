@@ -162,7 +162,8 @@ def evaluate_bridged(
     """Every run at every degree, without and with a compensator: the source x target grid.
 
     Args:
-        runs: Runs of models fine-tuned from the compensator's backbone.
+        runs: Runs of models fine-tuned from the compensator's backbone; those that were trained
+            without reduction run with the compensator's, from degree 0.
         compensator: It.
         degrees: Targets, such as "0..16".
         sources: The degree that each run was trained at; None: as the runs say.
@@ -181,8 +182,12 @@ def evaluate_bridged(
     compensator = compensator.to(on).eval()
     rows = []
     for number, run in enumerate(runs):
-        recipe, model = run.recipe(), run.model().to(on)
-        source = sources[number] if sources is not None else model.degree
+        recipe = run.recipe()
+        unreduced = recipe.reduce is None
+        model = run.model(compensator.reduce_config if unreduced else None).to(on)
+        source = 0 if unreduced else model.degree
+        if sources is not None:
+            source = sources[number]
         wanted = parse_degrees(degrees, model.degrees[: compensator.steps + 1])
         task, loader = _validation(run, model, batch_size)
         for target in wanted:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from tokendial.atomic import replacing
+from tokendial.reduce.base import ReducerConfig
 from tokendial.saving import load
 from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe
 from tokendial.vit import DialViT
@@ -60,12 +61,16 @@ class Run:
         """Whether any number of classes can be right at once."""
         return bool(json.loads(self.classes_file.read_text())["multi_label"])
 
-    def model(self) -> DialViT:
-        """The best model of the run, ready for inference."""
+    def model(self, reduce: ReducerConfig | None = None) -> DialViT:
+        """The best model of the run, ready for inference.
+
+        Args:
+            reduce: Another reduction method than it was trained with; None: its own.
+        """
         self._check()
         if not self.best.is_dir():
             raise ValueError(f"{self.folder} has no finished epoch yet, so there is no model.")
-        return load(self.best)
+        return load(self.best, reduce=reduce)
 
     def _check(self) -> None:
         if not self.recipe_file.is_file():
