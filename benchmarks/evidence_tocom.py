@@ -303,3 +303,7 @@ def main() -> None:
         "answers": [asdict(question) | answer for question, answer in found.items()],
     }
     write_result("evidence_tocom", "cpu", 50, result)
+
+
+if __name__ == "__main__":
+    main()
