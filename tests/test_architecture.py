@@ -22,6 +22,7 @@ FLOORS = (
     ("adapted",),
     ("backbones", "measure"),
     ("adapt",),
+    ("decode",),
     ("reduce",),
     ("attention",),
     ("tokens", "methods", "atomic"),

@@ -18,6 +18,7 @@ from tokendial.adapt import (
 )
 from tokendial.backbones import Backbone
 from tokendial.compensate import Compensator, ToCom
+from tokendial.decode import DARDecoder, LinearDecoder, MaskTransformer
 from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, ToMe
 from tokendial.reference import load_reference
 from tokendial.saving import load
@@ -34,6 +35,7 @@ __all__ = [
     "Compensator",
     "ConvPass",
     "DARAdapter",
+    "DARDecoder",
     "DenseAdapter",
     "DialViT",
     "DyT",
@@ -45,7 +47,9 @@ __all__ = [
     "Houlsby",
     "LastBlocks",
     "Linear",
+    "LinearDecoder",
     "LoRA",
+    "MaskTransformer",
     "ToCom",
     "ToMe",
     "load",

@@ -10,6 +10,7 @@ from torch import nn
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.adapt.fitting import Fitting
 from tokendial.backbones import Backbone, anatomy_of, fingerprint
+from tokendial.decode import DecoderConfig
 from tokendial.reduce.base import ReducerConfig
 
 
@@ -39,6 +40,7 @@ class AdaptedViT(nn.Module):
         *,
         reduce: ReducerConfig | None,
         adapt: AdapterConfig | None,
+        decode: DecoderConfig | None,
         backbone: Backbone | None,
     ) -> None:
         super().__init__()
@@ -47,7 +49,8 @@ class AdaptedViT(nn.Module):
         self._backbone = backbone or Backbone.of(vit)
         self.fingerprint = fingerprint(vit)
         self.vit: Any = vit
-        fitting = self._fitting(adapt, self.num_classes)
+        self._check_headless(decode)
+        fitting = self._fitting(adapt, decode, self._head_size)
         if adapt:
             heads = {name: vit.get_submodule(name) for name in self.head_names}
             fitting.install(vit, self.anatomy.blocks, heads, shared=False)
@@ -59,8 +62,10 @@ class AdaptedViT(nn.Module):
         """Position of the dial."""
         self.set_degree(self.reducer.degree if self.reducer else 0)
 
-    def _fitting(self, adapt: AdapterConfig | None, num_classes: int) -> Fitting:
-        """An adapter that is not yet in the backbone, and a reducer that goes with it."""
+    def _fitting(
+        self, adapt: AdapterConfig | None, decode: DecoderConfig | None, head_size: int
+    ) -> Fitting:
+        """An adapter that is not yet in the backbone; a reducer and a decoder that go with it."""
         shape, reduce = self.anatomy.shape, self.reduce_config
         reducer = reduce.build(shape) if reduce else None
         adapter = adapt.build(shape) if adapt else Adapter()
@@ -69,12 +74,20 @@ class AdaptedViT(nn.Module):
                 f"{type(adapt).__name__} needs the tokens of all patches in every layer, but "
                 f"{type(reduce).__name__} takes some away; use it with DAR, DyT or FFNMerge."
             )
-        return Fitting(adapt, adapter, reducer, num_classes)
+        decoder = decode.build(shape) if decode else None
+        return Fitting(adapt, adapter, reducer, head_size, decode, decoder)
+
+    def _check_headless(self, decode: DecoderConfig | None) -> None:
+        if decode and self._head_size:
+            raise ValueError(
+                "a decoder needs a backbone without a classification head (num_classes=0), this "
+                f"one has {self._head_size} classes."
+            )
 
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of the classification heads in `vit`; none if it has no head."""
-        heads = {id(head) for head in self.anatomy.heads if self.num_classes}
+        heads = {id(head) for head in self.anatomy.heads if self._head_size}
         return tuple(name for name, part in self.vit.named_modules() if id(part) in heads)
 
     def _activate(self, name: str) -> None:
@@ -83,6 +96,7 @@ class AdaptedViT(nn.Module):
         """Name of the adapter that acts; "default": the one given to `wrap`."""
         self.adapt_config = fitting.config
         self.adapter, self.reducer = fitting.adapter, fitting.reducer
+        self.decode_config, self.decoder = fitting.decode, fitting.decoder
         other_head = fitting.head_size != self._fittings[DEFAULT].head_size
         self.backbone = (
             self._backbone.with_head(fitting.head_size) if other_head else self._backbone
@@ -103,9 +117,14 @@ class AdaptedViT(nn.Module):
         return tuple(self._fittings)
 
     def add_adapter(
-        self, name: str, adapt: AdapterConfig, *, num_classes: int | None = None
+        self,
+        name: str,
+        adapt: AdapterConfig,
+        *,
+        num_classes: int | None = None,
+        decode: DecoderConfig | None = None,
     ) -> None:
-        """Add an adapter with a head of its own; `set_adapter` lets it act.
+        """Add an adapter with a head or decoder of its own; `set_adapter` lets it act.
 
         All adapters share the backbone, which is in memory once; what a method trains of the
         backbone's own weights (`Full`, `BitFit`, `LastBlocks`), and the reducer's weights if it has
@@ -116,11 +135,12 @@ class AdaptedViT(nn.Module):
             name: A name that is not taken.
             adapt: Fine-tuning method, such as `LoRA(rank=8)`.
             num_classes: Width of its head; None: that of the head given to `wrap`.
+            decode: Its decoder; None: a fresh one like that given to `wrap`, if one was.
 
         Raises:
             ValueError: If the name is taken, the method does not fit, the model has no head to
-                replace, adapters are merged, or the method given to `wrap` trains the weights that
-                all would share.
+                replace or one beside which no decoder can stand, adapters are merged, or the method
+                given to `wrap` trains the weights that all would share.
         """
         default = self._fittings[DEFAULT]
         if not isinstance(name, str) or not name or name in self._fittings:
@@ -135,7 +155,9 @@ class AdaptedViT(nn.Module):
             allowed = "at least 1" if default.head_size else "None: this model has no head"
             raise ValueError(f"num_classes must be {allowed}, got {num_classes}.")
         self._check_unmerged()
-        fitting, active = self._fitting(adapt, size), self._fittings[self.active_adapter]
+        self._check_headless(decode)
+        fitting = self._fitting(adapt, decode or default.decode, size)
+        active = self._fittings[self.active_adapter]
         with self.own_weights():
             active.take_off(self.vit)
             heads = {
@@ -208,7 +230,11 @@ class AdaptedViT(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Width of the logits; 0 without a head."""
+        """Width of the logits; 0 without a head or decoder."""
+        return self.decode_config.num_classes if self.decode_config else self._head_size
+
+    @property
+    def _head_size(self) -> int:
         heads = self.anatomy.heads
         return int(getattr(heads[0], "out_features", 0)) if heads else 0
 

@@ -37,9 +37,16 @@ SYSTEMS = {
         (_COMPENSATOR + r"up_conv\.(\w+)", r"adapter.compensators.\1.up.\2"),
         (r"blocks\.(\d+)\.token_mask_gen\.conv\.(\w+)", r"reducer.dispatchers.\1.\2"),
         (r"blocks\.(\d+)\.scale", r"adapter.scales.\1"),
+        (r"decode_head\.convs\.0\.conv\.(\w+)", r"decoder.reduce.conv.\1"),
+        (r"decode_head\.convs\.0\.bn\.(\w+)", r"decoder.reduce.norm.\1"),
+        (r"decode_head\.fusion_conv\.conv\.(\w+)", r"decoder.fuse.conv.\1"),
+        (r"decode_head\.fusion_conv\.bn\.(\w+)", r"decoder.fuse.norm.\1"),
+        (r"decode_head\.conv_seg\.(\w+)", r"decoder.predict.\1"),
     ),
 }
 """For each system: its own names (from the start) and ours."""
+# DAR's heads of distillation go away after training.
+_ONLY_IN_TRAINING = ("d_head_s.", "d_head_t.")
 
 
 def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
@@ -47,8 +54,9 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
 
     Args:
         model: Wrapped with the method, and where the system has adapters with those: DyT with
-            `AdaptFormer`, DAR with `DARAdapter`. ToCom's compensator is attached to it, for a model
-            fine-tuned at degree 0; its checkpoint may leave the backbone out.
+            `AdaptFormer`, DAR with `DARAdapter` and, for a whole segmentation model, `DARDecoder`.
+            ToCom's compensator is attached to it, for a model fine-tuned at degree 0.
+            Checkpoints of ToCom and DAR may leave the backbone out.
         state_dict: Tensors by the implementation's names, or a checkpoint that holds them under
             "model".
         system: One of `SYSTEMS`.
@@ -72,19 +80,31 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
 
 def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
     own = model.state_dict()
-    renamed: dict[str, Any] = {our_name(name, system): value for name, value in state_dict.items()}
-    missing = [name for name in own if name not in renamed]
+    renamed: dict[str, Any] = {
+        our_name(name, system): value
+        for name, value in state_dict.items()
+        if not (system == "dar" and name.startswith(_ONLY_IN_TRAINING))
+    }
+    # DAR's released files hold what was trained; the frozen backbone is DINOv2's.
+    trained_only = system == "dar" and not any(name.startswith("vit.") for name in renamed)
+    missing = [
+        name
+        for name in own
+        if name not in renamed and not (trained_only and name.startswith("vit."))
+    ]
     unexpected = [name for name in renamed if name not in own]
     wrong = [n for n, value in renamed.items() if n in own and own[n].shape != value.shape]
     problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
     if any(names for _, names in problems):
         told = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
         raise ValueError(f"this is not a {system} state dict of this model; {told}.")
-    model.load_state_dict(renamed)
+    model.load_state_dict(own | renamed)
 
 
 def our_name(name: str, system: str) -> str:
     """What a parameter of a public implementation is called in a wrapped model."""
+    if system == "dar":
+        name = name.removeprefix("backbone.")
     for pattern, ours in SYSTEMS[system]:
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)

@@ -17,13 +17,14 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 import tokendial as td
 from tokendial.adapt.base import AdapterConfig
 from tokendial.atomic import replacing
+from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import count_macs
 from tokendial.reduce.base import ReducerConfig
-from tokendial.tasks.segmentation import MaskTransformer, Segmenter
 from tokendial.tasks.video import VideoViT
 
 AGREES = ("exact", "within 2%")
@@ -217,7 +218,8 @@ def _counted(
     backbone: str, reduce: ReducerConfig | None, adapt: AdapterConfig, use: str
 ) -> _Counted:
     """What a model has and costs; rows of the same model are counted once."""
-    model = _wrapped(backbone, reduce, adapt)
+    decode = td.MaskTransformer(num_classes=_SEGMENTED_CLASSES) if use == "segmenter" else None
+    model = _wrapped(backbone, reduce, adapt, decode)
     cost = model.cost() if use == "image" else None
     run = {"video": _macs_of_video, "segmenter": _macs_of_segmenter}
     return _Counted(
@@ -228,12 +230,17 @@ def _counted(
     )
 
 
-def _wrapped(backbone: str, reduce: ReducerConfig | None, adapt: AdapterConfig) -> td.DialViT:
+def _wrapped(
+    backbone: str,
+    reduce: ReducerConfig | None,
+    adapt: AdapterConfig,
+    decode: DecoderConfig | None = None,
+) -> td.DialViT:
     name, args = _BACKBONES[backbone]
     with torch.device("meta"):
         # Weights on the meta device have no values to initialise.
         vit = timm.create_model(name, weight_init="skip", **args)
-        model = td.wrap(vit, reduce=reduce, adapt=adapt)
+        model = td.wrap(vit, reduce=reduce, adapt=adapt, decode=decode)
     if isinstance(adapt, td.LoRA | td.SSF | td.FacT):
         model.merge_adapters()
     return model
@@ -247,11 +254,14 @@ def _macs_of_video(model: td.DialViT) -> int:
 
 
 def _macs_of_segmenter(model: td.DialViT) -> int:
-    with torch.device("meta"):
-        decoder = MaskTransformer(model.anatomy.shape.embed_dim, _SEGMENTED_CLASSES)
-        images = torch.empty(1, model.anatomy.in_chans, *model.anatomy.image_size)
+    size = model.anatomy.image_size
+    images = torch.empty(1, model.anatomy.in_chans, *size, device="meta")
+
+    def run(module: nn.Module) -> None:
+        nn.functional.interpolate(module(images), size, mode="bilinear")
+
     # The published cost counts no products of activations.
-    return count_macs(Segmenter(model, decoder), lambda module: module(images), products=False)
+    return count_macs(model, run, products=False)
 
 
 def _reducer(config: dict[str, Any]) -> ReducerConfig | None:

@@ -66,8 +66,8 @@ def load(
     whole = config["whole"]
     if vit is None:
         vit = (dataclasses.replace(backbone, weights=None) if whole else backbone).create()
-    own, adapt = _methods(config)
-    model = wrap(vit, reduce=reduce or own, adapt=adapt, backbone=backbone)
+    own, adapt, decode = _methods(config)
+    model = wrap(vit, reduce=reduce or own, adapt=adapt, decode=decode, backbone=backbone)
     _check_names(_saved(model), tensors, folder)
     if whole:
         # Of what it was fine-tuned from, not of the fresh weights that are now replaced.
@@ -83,7 +83,7 @@ def load(
 def load_adapter(model: AdaptedViT, name: str, directory: str | Path) -> None:
     """Add a saved adapter and its head to a model; see `DialViT.load_adapter`."""
     folder, config, tensors = read_files(directory, kind="model")
-    reduce, adapt = _methods(config)
+    reduce, adapt, decode = _methods(config)
     if adapt is None:
         raise ValueError(f"{folder} holds a model without an adapter.")
     if reduce != model.reduce_config:
@@ -93,7 +93,7 @@ def load_adapter(model: AdaptedViT, name: str, directory: str | Path) -> None:
         )
     _check_backbone(model, config, folder)
     heads = [t for n, t in tensors.items() if n in {f"vit.{h}.bias" for h in model.head_names}]
-    model.add_adapter(name, adapt, num_classes=len(heads[0]) if heads else None)
+    model.add_adapter(name, adapt, num_classes=len(heads[0]) if heads else None, decode=decode)
     active = model.active_adapter
     model.set_adapter(name)
     try:
@@ -129,16 +129,18 @@ def push_files(
 
 
 def _config(model: AdaptedViT) -> dict[str, Any]:
-    reduce, adapt = model.reduce_config, model.adapt_config
+    methods = {
+        "reduce": model.reduce_config,
+        "adapt": model.adapt_config,
+        "decode": model.decode_config,
+    }
     return {
         "kind": "model",
         "backbone": dataclasses.asdict(model.backbone),
         "whole": _whole(model),
         "fingerprint": model.fingerprint,
-        "reduce": to_json("reduce", reduce) if reduce else None,
-        "adapt": to_json("adapt", adapt) if adapt else None,
         "degree": model.degree,
-    }
+    } | {kind: to_json(kind, method) if method else None for kind, method in methods.items()}
 
 
 def _saved(model: AdaptedViT) -> dict[str, Tensor]:
@@ -148,7 +150,9 @@ def _saved(model: AdaptedViT) -> dict[str, Tensor]:
 
 def _trained(model: AdaptedViT) -> dict[str, Tensor]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return trained | {f"adapter.{name}": t for name, t in model.adapter.state_dict().items()}
+    trained |= {f"adapter.{name}": t for name, t in model.adapter.state_dict().items()}
+    decoder = model.decoder.state_dict() if model.decoder else {}
+    return trained | {f"decoder.{name}": t for name, t in decoder.items()}
 
 
 def _whole(model: AdaptedViT) -> bool:
@@ -193,11 +197,10 @@ def read_files(
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}.") from None
 
 
-def _methods(config: dict[str, Any]) -> tuple[Any, Any]:
-    reduce, adapt = config["reduce"], config["adapt"]
-    return from_json("reduce", reduce) if reduce else None, from_json(
-        "adapt", adapt
-    ) if adapt else None
+def _methods(config: dict[str, Any]) -> list[Any]:
+    """Reduction, adapter and decoder; models saved before there were decoders have none."""
+    written = {kind: config.get(kind) for kind in ("reduce", "adapt", "decode")}
+    return [from_json(kind, data) if data else None for kind, data in written.items()]
 
 
 def _read_config(folder: Path, kind: str) -> dict[str, Any]:

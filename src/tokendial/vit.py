@@ -13,6 +13,7 @@ from tokendial.adapt.base import AdapterConfig
 from tokendial.adapted import AdaptedViT
 from tokendial.attention import Attended, attend
 from tokendial.backbones import Backbone
+from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.reduce.base import Outcome, ReducerConfig
 from tokendial.tokens import Tokens
@@ -23,6 +24,7 @@ def wrap(
     *,
     reduce: ReducerConfig | None = None,
     adapt: AdapterConfig | None = None,
+    decode: DecoderConfig | None = None,
     backbone: Backbone | None = None,
 ) -> "DialViT":
     """Give a ViT token reduction, an adapter and the dial.
@@ -34,11 +36,13 @@ def wrap(
         reduce: Reduction method, such as `ToMe(r=8)`; None: none.
         adapt: Fine-tuning method, such as `DenseAdapter(dim=32)`; None: which weights train is
             left as it is.
+        decode: Decoder of dense tasks, such as `DARDecoder()`, on a `vit` without a head; None: the
+            head of `vit` gives the logits.
         backbone: How `vit` was built, written into saved models; None: read from `vit`.
 
     Returns:
         A module with the logits of `vit` at degree 0 (a model without a head: its pooled
-        features).
+        features; with a decoder: its logit maps).
 
     Raises:
         ValueError: If the model is not supported or a method does not fit it.
@@ -53,7 +57,7 @@ def wrap(
         >>> model.cost().tokens_per_layer
         (189, 181)
     """
-    return DialViT(vit, reduce=reduce, adapt=adapt, backbone=backbone)
+    return DialViT(vit, reduce=reduce, adapt=adapt, decode=decode, backbone=backbone)
 
 
 @dataclass(slots=True)
@@ -78,10 +82,14 @@ class DialViT(AdaptedViT):
     activations: less memory, more time."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, 3, H, W] at the present degree."""
-        for step in self.steps(images):
+        """Logits of images [B, 3, H, W] at the present degree.
+
+        Returns:
+            [B, num_classes]; with a decoder [B, num_classes, h, w], at the decoder's resolution.
+        """
+        for step in self._steps_to_logits(images):
             tokens = step.tokens
-        return self.anatomy.classify(tokens)
+        return self._logits(tokens)
 
     def forward_at(self, images: Tensor, degrees: Sequence[int]) -> Tensor:
         """Logits of a batch whose images want degrees of their own; each degree runs once.
@@ -113,10 +121,27 @@ class DialViT(AdaptedViT):
 
     def outcome(self, images: Tensor) -> Outcome:
         """Logits, features and the tokens of every layer: what the losses of methods read."""
-        tokens = [step.tokens for step in self.steps(images)]
+        tokens = [step.tokens for step in self._steps_to_logits(images)]
         last = tokens[-1]
-        logits, features = self.anatomy.classify(last).float(), self.anatomy.norm(last.x)
+        logits, features = self._logits(last).float(), self.anatomy.norm(last.x)
         return Outcome(self.degree, logits, features, tokens)
+
+    def _steps_to_logits(self, images: Tensor) -> Iterator[Step]:
+        # A decoder needs every position back.
+        return self.steps(images, track=self.decoder is not None, dropped="own")
+
+    def _logits(self, tokens: Tokens) -> Tensor:
+        if self.decoder is None:
+            return self.anatomy.classify(tokens)
+        logits: Tensor = self.decoder(self._restored_map(tokens, norm=True))
+        return logits
+
+    def _restored_map(self, tokens: Tokens, *, norm: bool) -> Tensor:
+        """[B, D, rows, columns] with all reductions undone."""
+        rows, columns = tokens.grid
+        x = tokens.restored()[:, -rows * columns :]
+        x = self.anatomy.norm(x) if norm else x
+        return x.transpose(1, 2).reshape(*x.shape[::2], rows, columns)
 
     def steps(
         self,
@@ -277,10 +302,7 @@ class DialViT(AdaptedViT):
         maps: dict[int, Tensor] = {}
         for step in self.steps(images, track=True, dropped=dropped):
             if step.layer in layers:
-                rows, columns = step.tokens.grid
-                x = step.tokens.restored()[:, -rows * columns :]
-                x = self.anatomy.norm(x) if norm else x
-                maps[step.layer] = x.transpose(1, 2).reshape(*x.shape[::2], rows, columns)
+                maps[step.layer] = self._restored_map(step.tokens, norm=norm)
             if step.layer == max(layers):
                 break
         return [maps[layer] for layer in layers]
@@ -300,9 +322,9 @@ class DialViT(AdaptedViT):
         def run(call: nn.Module) -> None:
             size = self.anatomy.image_size
             images = torch.empty(1, self.anatomy.in_chans, *size, device="meta")
-            for step in self.steps(images):
+            for step in self._steps_to_logits(images):
                 tokens.append(step.tokens.x.shape[1])
-            self.anatomy.classify(step.tokens)
+            self._logits(step.tokens)
 
         try:
             if degree is not None:
@@ -312,7 +334,8 @@ class DialViT(AdaptedViT):
             at = self.degree
         finally:
             self.degree = before
-        heads = {id(p) for head in self.anatomy.heads for p in head.parameters()}
+        readouts = [*self.anatomy.heads, *([self.decoder] if self.decoder else [])]
+        heads = {id(p) for readout in readouts for p in readout.parameters()}
         return Cost(
             degree=at,
             params=sum(p.numel() for p in self.parameters()),

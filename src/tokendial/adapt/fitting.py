@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.decode import DecoderConfig
 from tokendial.reduce.base import Reducer
 
 
@@ -19,7 +20,11 @@ class Fitting:
     reducer: Reducer | None
     """Of its own, because some have weights that train."""
     head_size: int
-    """Width of its logits; 0 without a head."""
+    """Width of the logits of its head in the backbone; 0 without one."""
+    decode: DecoderConfig | None
+    """What reads the feature map instead of a head; None: nothing does."""
+    decoder: nn.Module | None
+    """Runs it."""
     in_place: bool = False
     """Whether it trains weights that belong to the backbone itself."""
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -73,7 +78,7 @@ class Fitting:
     def put_on(self, vit: nn.Module) -> None:
         """Put the adapter back on, where the backbone is now and in its arithmetic."""
         like = next(vit.parameters())
-        for module in (self.adapter, self.reducer, *self.layers.values()):
+        for module in (self.adapter, self.reducer, self.decoder, *self.layers.values()):
             if module is not None:
                 module.to(like.device, like.dtype).train(vit.training)
         for parameter in self.weights.values():

@@ -19,7 +19,7 @@ class Cost:
     params: int
     """All parameters: backbone, adapters, head."""
     trainable_params: int
-    """Parameters that train, the classification head left out (as the papers count)."""
+    """Parameters that train, head or decoder left out (as the papers count)."""
     macs: int
     """Multiply-accumulates for one image."""
     tokens_per_layer: tuple[int, ...]

@@ -1,0 +1,8 @@
+"""Decoders: from the feature map of a model to one logit map per class."""
+
+from tokendial.decode.base import DecoderConfig
+from tokendial.decode.dar import DARDecoder
+from tokendial.decode.linear import LinearDecoder
+from tokendial.decode.segmenter import MaskTransformer
+
+__all__ = ["DARDecoder", "DecoderConfig", "LinearDecoder", "MaskTransformer"]
