@@ -28,11 +28,16 @@ app = typer.Typer(
 )
 reproduce = typer.Typer(no_args_is_help=True, help="What papers print, computed anew.")
 app.add_typer(reproduce, name="reproduce")
+data = typer.Typer(no_args_is_help=True, help="Folders of images.")
+app.add_typer(data, name="data")
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Degree = Annotated[
     int | None, typer.Option(help="Degree of the dial; default: the one that was trained.")
 ]
 Degrees = Annotated[str, typer.Option(help="Such as 0,4,8 or 0..16 or 0..16:4 or all.")]
+
+
+_SHOWN_SCORES = 3
 
 
 class Format(StrEnum):
@@ -137,11 +142,14 @@ def evaluate(
     from tokendial.train.evaluate import evaluate as run_evaluation
 
     rows = run_evaluation(Run(run), degrees, batch_size=batch_size)
-    table = Table("degree", "accuracy", "GMACs", "images/s", "tokens left")
+    # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
+    shown = list(rows[0].scores)[:_SHOWN_SCORES]
+    names = [name.replace("_", " ") for name in shown]
+    table = Table("degree", *names, "GMACs", "images/s", "tokens left")
     for row in rows:
         table.add_row(
             str(row.degree),
-            f"{row.accuracy:.2%}",
+            *(f"{row.scores[name]:.2%}" for name in shown),
             f"{row.gmacs:.4f}",
             f"{row.images_per_s:.0f}",
             str(row.tokens),
@@ -292,6 +300,32 @@ def show(
     with replacing(out) as path:
         path.write_bytes(png(figure, dpi=150))
     print(f"wrote {out}")
+
+
+@data.command("check")
+def check_data(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Holds images/ and annotations/.")],
+    classes: Annotated[
+        int | None, typer.Option(min=2, help="Of a semantic segmentation; default: binary masks.")
+    ] = None,
+    ignore_zero: Annotated[
+        bool, typer.Option("--ignore-zero", help="Value 0 is no class, as in ADE20K.")
+    ] = False,
+    train: Annotated[str, typer.Option(help="Name of the training folders.")] = "training",
+    val: Annotated[str, typer.Option(help="Name of the validation folders.")] = "validation",
+) -> None:
+    """List unpaired and unreadable files, differing sizes and odd values; exit code 1 if any."""
+    from tokendial.data.pairs import Pairs, check_pairs
+
+    pairs = Pairs(root=str(root), classes=classes, ignore_zero=ignore_zero, train=train, val=val)
+    count = sum(len(pairs.pairs(root, split)[0]) for split in (train, val))
+    found = 0
+    for problem in check_pairs(pairs, root):
+        print(problem)
+        found += 1
+    print(f"{root}: {count} pairs, {f'{found} problems' if found else 'no problems'}")
+    if found:
+        raise typer.Exit(1)
 
 
 @reproduce.command("cost")

@@ -133,11 +133,16 @@ class DialViT(AdaptedViT):
     def _logits(self, tokens: Tokens) -> Tensor:
         if self.decoder is None:
             return self.anatomy.classify(tokens)
-        logits: Tensor = self.decoder(self._restored_map(tokens, norm=True))
+        logits: Tensor = self.decoder(self.restored_map(tokens))
         return logits
 
-    def _restored_map(self, tokens: Tokens, *, norm: bool) -> Tensor:
-        """[B, D, rows, columns] with all reductions undone."""
+    def restored_map(self, tokens: Tokens, *, norm: bool = True) -> Tensor:
+        """The feature map [B, D, rows, columns] of tokens that were tracked, reductions undone.
+
+        Args:
+            tokens: That leave a block.
+            norm: Apply the final norm.
+        """
         rows, columns = tokens.grid
         x = tokens.restored()[:, -rows * columns :]
         x = self.anatomy.norm(x) if norm else x
@@ -302,7 +307,7 @@ class DialViT(AdaptedViT):
         maps: dict[int, Tensor] = {}
         for step in self.steps(images, track=True, dropped=dropped):
             if step.layer in layers:
-                maps[step.layer] = self._restored_map(step.tokens, norm=norm)
+                maps[step.layer] = self.restored_map(step.tokens, norm=norm)
             if step.layer == max(layers):
                 break
         return [maps[layer] for layer in layers]

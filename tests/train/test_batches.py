@@ -47,8 +47,8 @@ def test_a_set_smaller_than_one_update_raises():
 
 
 def test_a_sample_is_varied_by_epoch_and_index_alone():
-    def noise(image):
-        return torch.rand(1) + random.random() + float(np.random.rand())  # noqa: NPY002
+    def noise(image, target):
+        return torch.rand(1) + random.random() + float(np.random.rand()), target  # noqa: NPY002
 
     prepared = Prepared([(None, 0)] * 3, noise, seed=0)
     first = prepared[(0, 1)][0]

@@ -1,7 +1,9 @@
 """Data sets and transforms: one file per family of data sets."""
 
+from tokendial.data.dense import DenseAugment
 from tokendial.data.folder import ImageFolder
 from tokendial.data.images import ImageError, find_images, read_image
+from tokendial.data.pairs import Pairs
 from tokendial.data.scenes import Scenes
 from tokendial.data.splits import Splits
 from tokendial.data.transforms import Augment, eval_transform, train_transform
@@ -9,8 +11,10 @@ from tokendial.data.unlabelled import Unlabelled
 
 __all__ = [
     "Augment",
+    "DenseAugment",
     "ImageError",
     "ImageFolder",
+    "Pairs",
     "Scenes",
     "Splits",
     "Unlabelled",

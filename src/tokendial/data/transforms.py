@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 Transform = Callable[[Any], Tensor]
+"""From a PIL image to [3, H, W]."""
+PairTransform = Callable[[Any, Any], tuple[Tensor, Any]]
+"""The same, together with the target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +86,7 @@ def train_transform(
         steps.append(rand_augment_transform(augment.randaugment, hparams))
     if augment.color_jitter:
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
-    steps += _to_tensor(mean, std)
+    steps += to_tensor(mean, std)
     if augment.erasing:
         steps.append(RandomErasing(augment.erasing, mode="pixel", device="cpu"))  # type: ignore[no-untyped-call]
     composed: Transform = v2.Compose(steps)
@@ -102,9 +106,19 @@ def eval_transform(
     else:
         short = round(img_size[0] / augment.test_crop_ratio)
         steps = [v2.Resize(short, bicubic), v2.CenterCrop(img_size)]
-    composed: Transform = v2.Compose(steps + _to_tensor(mean, std))
+    composed: Transform = v2.Compose(steps + to_tensor(mean, std))
     return composed
 
 
-def _to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[Callable[[Any], Any]]:
+def on_image(transform: Transform) -> PairTransform:
+    """The transform of a pair that leaves the target as it is."""
+    return partial(_on_image, transform)
+
+
+def _on_image(transform: Transform, image: Any, target: Any) -> tuple[Tensor, Any]:
+    return transform(image), target
+
+
+def to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[Callable[[Any], Any]]:
+    """The last steps of every transform: [3, H, W] float32, normalised."""
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]

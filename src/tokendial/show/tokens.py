@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tokendial.measure.diversity import attention_diversity
 from tokendial.show.plots import diversity_figure
-from tokendial.train.evaluate import run_transform
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
@@ -185,7 +184,7 @@ def _model_and_image(run: Run, image: Image.Image, degree: int | None) -> tuple[
     model = run.model()
     if degree is not None:
         model.set_degree(degree)
-    return model, run_transform(run, model)(image)
+    return model, run.task().image_transform(model.anatomy)(image)
 
 
 def _layers_to_show(reduces: tuple[bool, ...], most: int = 6) -> list[int]:

@@ -1,5 +1,15 @@
-"""Tasks: loss and metrics."""
+"""Tasks: transforms, loss and metrics."""
 
+from tokendial.tasks.base import Task, collate
 from tokendial.tasks.classification import Classification
+from tokendial.tasks.masks import BinaryMasks, FeatureDistillation
+from tokendial.tasks.segmentation import Segmentation
 
-__all__ = ["Classification"]
+__all__ = [
+    "BinaryMasks",
+    "Classification",
+    "FeatureDistillation",
+    "Segmentation",
+    "Task",
+    "collate",
+]

@@ -10,11 +10,22 @@ from torchmetrics.classification import (
     MultilabelAveragePrecision,
 )
 
-from tokendial.data.transforms import Augment
+from tokendial.backbones.anatomy import Anatomy
+from tokendial.data.transforms import (
+    Augment,
+    PairTransform,
+    Transform,
+    eval_transform,
+    on_image,
+    train_transform,
+)
+from tokendial.vit import DialViT
 
 
 class Classification:
     """Loss, batch-wise augmentation and metrics of a classification task."""
+
+    one_size = True
 
     def __init__(self, num_classes: int, *, multi_label: bool, augment: Augment) -> None:
         """Check that the settings fit the task.
@@ -41,6 +52,23 @@ class Classification:
             if mixes
             else None
         )
+
+    def train_transform(self, anatomy: Anatomy) -> PairTransform:
+        """Vary an image."""
+        return on_image(train_transform(self.augment, anatomy.image_size, *anatomy.statistics))
+
+    def eval_transform(self, anatomy: Anatomy) -> PairTransform:
+        """Prepare an image without chance."""
+        return on_image(self.image_transform(anatomy))
+
+    def image_transform(self, anatomy: Anatomy) -> Transform:
+        """The same for an image that has no label."""
+        return eval_transform(self.augment, anatomy.image_size, *anatomy.statistics)
+
+    def predict(self, model: DialViT, images: Tensor) -> Tensor:
+        """Logits [B, num_classes]."""
+        logits: Tensor = model(images)
+        return logits
 
     def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mix the images of a training batch, an even number; targets become [B, num_classes]."""

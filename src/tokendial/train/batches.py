@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tokendial.data.transforms import Transform
+from tokendial.data.transforms import PairTransform
+from tokendial.tasks import collate
 from tokendial.train.signals import leave_signals_to_the_parent
 
 
 class Prepared(Dataset[tuple[Tensor, Any]]):
-    """Transforms the images of a data set; chance depends on (seed, epoch, index) alone."""
+    """Transforms the samples of a data set; chance depends on (seed, epoch, index) alone."""
 
-    def __init__(self, source: Dataset[tuple[Any, Any]], transform: Transform, seed: int) -> None:
+    def __init__(
+        self, source: Dataset[tuple[Any, Any]], transform: PairTransform, seed: int
+    ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
@@ -27,7 +30,7 @@ class Prepared(Dataset[tuple[Tensor, Any]]):
         epoch, index = key
         image, target = self.source[index]
         with seeded(self.seed, epoch, index):
-            return self.transform(image), target
+            return self.transform(image, target)
 
 
 @contextmanager
@@ -111,7 +114,7 @@ def train_loader(dataset: Prepared, sampler: EpochSampler, workers: int) -> Data
 
 def eval_loader(
     source: Dataset[tuple[Any, Any]],
-    transform: Transform,
+    transform: PairTransform,
     *,
     batch_size: int,
     workers: int = 0,
@@ -125,6 +128,7 @@ def eval_loader(
         dataset,
         batch_size=batch_size,
         sampler=keys,
+        collate_fn=collate,
         num_workers=workers,
         worker_init_fn=leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),

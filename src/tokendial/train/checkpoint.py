@@ -44,6 +44,19 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Names and values of the buffers that are saved: what a BatchNorm has gathered."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
+@torch.no_grad()
+def load_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the buffers that are saved."""
+    for name, buffer in kept_buffers(model).items():
+        buffer.copy_(values[name])
+
+
 @torch.no_grad()
 def load_trained(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values into the parameters that train."""

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from tokendial.atomic import replacing
 from tokendial.compensate import Compensator
 from tokendial.data.images import ImageError, read_image
-from tokendial.data.transforms import Transform, eval_transform
-from tokendial.tasks.classification import Classification
+from tokendial.data.transforms import Transform
+from tokendial.tasks import Classification, Task
 from tokendial.train.batches import eval_loader
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
@@ -33,14 +33,19 @@ class DegreeRow:
 
     degree: int
     """Degree of the dial."""
-    accuracy: float
-    """On the validation set, in [0, 1]: top-1, or the mean over labels."""
+    scores: dict[str, float]
+    """Metrics of the task on the validation set; what runs are judged by comes first."""
     gmacs: float
     """Multiply-accumulates for one image, in 1e9."""
     images_per_s: float
     """Measured on this machine, this batch size, forward pass alone."""
     tokens: int
     """Tokens (prefix included) that leave the last layer."""
+
+    @property
+    def accuracy(self) -> float:
+        """What runs are judged by: top-1, the mean over labels, S-measure or mean IoU."""
+        return next(iter(self.scores.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ class BridgedRow:
     degree: int
     """Degree that it runs at, the target."""
     plain: float
-    """Accuracy without the compensator, in [0, 1]."""
+    """Accuracy (or what else runs are judged by) without the compensator, in [0, 1]."""
     accuracy: float
     """Accuracy with it."""
     gmacs: float
@@ -81,17 +86,22 @@ class Prediction:
 def evaluate_loader(
     model: DialViT,
     loader: DataLoader[Any],
-    task: Classification,
+    task: Task,
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """Metrics of `model` over a loader, at its present degree; of all processes together."""
+    """Metrics of `model` over a loader, at its present degree; of all processes together.
+
+    What runs are judged by comes first.
+    """
     device = next(model.parameters()).device
     metrics = task.metrics().to(device)
     model.eval()
     for images, targets in loader:
         with accelerator.autocast() if accelerator else nullcontext():
-            logits = model(images.to(device))
-        metrics.update(logits.float(), targets.to(device).long())
+            logits = task.predict(model, images.to(device))
+        if isinstance(targets, Tensor):
+            targets = targets.to(device).long()
+        metrics.update(logits.float(), targets)
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
@@ -141,7 +151,7 @@ def evaluate(
         rows.append(
             DegreeRow(
                 degree=degree,
-                accuracy=evaluate_loader(model, loader, task)["accuracy"],
+                scores=evaluate_loader(model, loader, task),
                 gmacs=cost.gmacs,
                 images_per_s=images_per_second(model, batch_size),
                 tokens=cost.tokens_per_layer[-1],
@@ -192,7 +202,7 @@ def evaluate_bridged(
         task, loader = _validation(run, model, batch_size)
         for target in wanted:
             model.set_degree(target)
-            plain = evaluate_loader(model, loader, task)["accuracy"]
+            plain = _judged(evaluate_loader(model, loader, task))
             compensator.attach(model, source)
             cost = model.cost()
             row = BridgedRow(
@@ -200,7 +210,7 @@ def evaluate_bridged(
                 source=source,
                 degree=target,
                 plain=plain,
-                accuracy=evaluate_loader(model, loader, task)["accuracy"],
+                accuracy=_judged(evaluate_loader(model, loader, task)),
                 gmacs=cost.gmacs,
                 images_per_s=images_per_second(model, batch_size),
                 tokens=cost.tokens_per_layer[-1],
@@ -210,26 +220,27 @@ def evaluate_bridged(
     return rows
 
 
-def _validation(run: Run, model: DialViT, batch_size: int) -> tuple[Classification, Any]:
+def _judged(scores: dict[str, float]) -> float:
+    return next(iter(scores.values()))
+
+
+def _validation(run: Run, model: DialViT, batch_size: int) -> tuple[Task, Any]:
     """The task of a run, and a loader of its validation set."""
-    recipe = run.recipe()
+    recipe, task = run.recipe(), run.task()
     data = recipe.data.build(recipe.seed)
-    task = Classification(len(data.classes), multi_label=data.multi_label, augment=recipe.augment)
-    transform = run_transform(run, model)
-    workers = recipe.train.workers
-    return task, eval_loader(data.val, transform, batch_size=batch_size, workers=workers)
+    loader = eval_loader(
+        data.val,
+        task.eval_transform(model.anatomy),
+        batch_size=batch_size if task.one_size else 1,
+        workers=recipe.train.workers,
+    )
+    return task, loader
 
 
 def default_device() -> str:
     """The accelerator if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
-
-
-def run_transform(run: Run, model: DialViT) -> Transform:
-    """The transform of the run's test images."""
-    anatomy = model.anatomy
-    return eval_transform(run.recipe().augment, anatomy.image_size, *anatomy.statistics)
 
 
 @torch.no_grad()
@@ -260,9 +271,18 @@ def write_rows(rows: Sequence[DegreeRow] | Sequence[BridgedRow], path: Path) -> 
     """Write the table as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+        flat = [_flat(asdict(row)) for row in rows]
+        writer = csv.DictWriter(file, fieldnames=list(flat[0]))
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(flat)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its scores as columns."""
+    columns: dict[str, Any] = {}
+    for name, value in row.items():
+        columns |= value if isinstance(value, dict) else {name: value}
+    return columns
 
 
 @torch.no_grad()
@@ -289,11 +309,12 @@ def predict(
     model = run.model().to(on)
     if degree is not None:
         model.set_degree(degree)
-    classes, recipe = run.classes(), run.recipe()
+    classes, task = run.classes(), run.task()
+    if not isinstance(task, Classification):
+        raise ValueError(f"{run.folder} predicts masks, not classes: use predict_masks.")
     if not 1 <= top <= len(classes):
         raise ValueError(f"top must lie in [1, {len(classes)}] (classes), got {top}.")
-    task = Classification(len(classes), multi_label=run.multi_label(), augment=recipe.augment)
-    transform = run_transform(run, model)
+    transform = task.image_transform(model.anatomy)
 
     left = iter(files)
     while some := list(islice(left, batch_size)):

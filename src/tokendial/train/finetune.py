@@ -1,5 +1,6 @@
 """Fine-tuning: a wrapped model, a labelled data set, the losses of task and reduction method."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ from torch.utils.data import DataLoader
 
 from tokendial.data.splits import Splits
 from tokendial.saving import load
-from tokendial.tasks.classification import Classification
+from tokendial.tasks import FeatureDistillation
 from tokendial.train.batches import seed_all
 from tokendial.train.evaluate import evaluate_loader
 from tokendial.train.loop import Trainer
-from tokendial.train.objective import Objective
-from tokendial.train.optimizer import parameter_groups
+from tokendial.train.objective import Distillation, Objective
+from tokendial.train.optimizer import decay_groups, parameter_groups
 from tokendial.train.recipe import Recipe
-from tokendial.train.runs import Run
+from tokendial.train.runs import Run, task_of
 from tokendial.vit import DialViT, wrap
 
 
@@ -37,9 +38,23 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
 
 def build_model(recipe: Recipe, num_classes: int) -> DialViT:
     """The wrapped model of a recipe, with a fresh head, at the degree to train at."""
-    backbone = recipe.model.backbone(num_classes)
+    decode = recipe.decode
+    if decode is not None:
+        if decode.num_classes not in (1, num_classes):
+            raise ValueError(
+                f"decode.num_classes must be {num_classes} as the data have it, got "
+                f"{decode.num_classes}."
+            )
+        decode = replace(decode, num_classes=num_classes)
+    backbone = recipe.model.backbone(0 if decode else num_classes)
     seed_all(recipe.seed)
-    model = wrap(backbone.create(), reduce=recipe.reduce, adapt=recipe.adapt, backbone=backbone)
+    model = wrap(
+        backbone.create(),
+        reduce=recipe.reduce,
+        adapt=recipe.adapt,
+        decode=decode,
+        backbone=backbone,
+    )
     if recipe.train.degree is not None:
         model.set_degree(recipe.train.degree)
     model.checkpoint_activations = recipe.train.checkpoint_activations
@@ -56,25 +71,32 @@ class FineTuning:
         self.data: Splits = recipe.data.build(recipe.seed)
         if not self.data.classes:
             raise ValueError("data: fine-tuning needs labelled images; these have no classes.")
-        self.task = Classification(
-            len(self.data.classes), multi_label=self.data.multi_label, augment=recipe.augment
+        self.task = task_of(
+            recipe,
+            len(self.data.classes),
+            multi_label=self.data.multi_label,
+            dense=self.data.dense,
         )
-        self.module = build_model(recipe, len(self.data.classes))
-        self.anatomy = self.module.anatomy
+        self.model = build_model(recipe, len(self.data.classes))
+        self.anatomy = self.model.anatomy
         teacher = load(self.settings.teacher) if self.settings.teacher else None
-        self.objective = Objective(self.module, self.task, teacher)
+        distillation = _distillation(recipe, self.model) if recipe.distill else None
+        self.objective = Objective(self.model, self.task, teacher, distillation)
+        self.module = self.objective
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Adapters, heads and what else trains."""
         settings = self.settings
-        return parameter_groups(
-            self.module, settings.weight_decay, settings.lr, settings.layer_decay
-        )
+        decay, lr = settings.weight_decay, settings.lr
+        groups = parameter_groups(self.model, decay, lr, settings.layer_decay)
+        if self.objective.distillation:
+            groups += decay_groups(self.objective.distillation.named_parameters(), decay, lr)
+        return groups
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:
         """Some reduction methods have a schedule."""
-        if self.module.reducer:
-            self.module.reducer.at_step(update, updates_per_epoch)
+        if self.model.reducer:
+            self.model.reducer.at_step(update, updates_per_epoch)
 
     def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and cutmix."""
@@ -86,8 +108,15 @@ class FineTuning:
 
     def scores(self, loader: DataLoader[Any], accelerator: Accelerator) -> dict[str, float]:
         """Accuracy and the task's other metrics."""
-        return evaluate_loader(self.module, loader, self.task, accelerator)
+        return evaluate_loader(self.model, loader, self.task, accelerator)
 
     def save(self, folder: Path) -> None:
         """Write the model."""
-        self.module.save_pretrained(folder)
+        self.model.save_pretrained(folder)
+
+
+def _distillation(recipe: Recipe, model: DialViT) -> Distillation:
+    settings = recipe.distill
+    assert settings is not None
+    heads = FeatureDistillation(model.anatomy.shape.embed_dim, settings.dim, detach=settings.detach)
+    return Distillation(heads, wrap(recipe.model.backbone(0).create()), settings.weight)

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.splits import Splits
-from tokendial.data.transforms import eval_transform, train_transform
+from tokendial.tasks import Task
 from tokendial.train.batches import EpochSampler, Prepared, eval_loader, seed_all, train_loader
 from tokendial.train.checkpoint import (
     Ema,
+    kept_buffers,
+    load_buffers,
     load_trained,
     newest_checkpoint,
     save_checkpoint,
@@ -59,6 +61,10 @@ class Job(Protocol):
     @property
     def anatomy(self) -> Anatomy:
         """Says what images the model takes."""
+
+    @property
+    def task(self) -> Task:
+        """Says how images are prepared."""
 
     @property
     def module(self) -> nn.Module:
@@ -125,7 +131,7 @@ class Trainer:
         self.updates = self.sampler.updates * settings.epochs
         optimizer = torch.optim.AdamW(job.parameter_groups())
         if self.main:
-            self.run.claim(recipe, job.data.classes, multi_label=job.data.multi_label)
+            self.run.claim(recipe, job.data)
         self.accelerator.wait_for_everyone()
         self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine(optimizer, settings, self.sampler.updates)
@@ -135,11 +141,8 @@ class Trainer:
 
     def _loaders(self) -> None:
         recipe, settings, accelerator = self.recipe, self.settings, self.accelerator
-        data, anatomy = self.job.data, self.job.anatomy
-        size, statistics = anatomy.image_size, anatomy.statistics
-        prepared = Prepared(
-            data.train, train_transform(recipe.augment, size, *statistics), recipe.seed
-        )
+        data, task, anatomy = self.job.data, self.job.task, self.job.anatomy
+        prepared = Prepared(data.train, task.train_transform(anatomy), recipe.seed)
         shard = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
         self.sampler = EpochSampler(
             len(prepared),
@@ -151,8 +154,8 @@ class Trainer:
         self.train_loader = train_loader(prepared, self.sampler, settings.workers)
         self.val_loader: DataLoader[Any] = eval_loader(
             data.val,
-            eval_transform(recipe.augment, size, *statistics),
-            batch_size=settings.batch_size,
+            task.eval_transform(anatomy),
+            batch_size=settings.batch_size if task.one_size else 1,
             workers=settings.workers,
             **shard,
         )
@@ -267,6 +270,7 @@ class Trainer:
             state = {
                 "position": asdict(self.at),
                 "weights": dict(trained(self.job.module)),
+                "buffers": kept_buffers(self.job.module),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.average if self.ema else None,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -280,6 +284,7 @@ class Trainer:
             return
         self.at = _Position(**state["position"])
         load_trained(self.job.module, state["weights"])
+        load_buffers(self.job.module, state["buffers"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
             average = state["ema"]

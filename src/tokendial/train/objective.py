@@ -3,7 +3,7 @@
 from torch import Tensor, nn, no_grad
 
 from tokendial.reduce.base import Outcome, Passes, Reducer
-from tokendial.tasks.classification import Classification
+from tokendial.tasks import FeatureDistillation, Task
 from tokendial.vit import DialViT
 
 
@@ -14,16 +14,20 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, model: DialViT, task: Classification, teacher: DialViT | None = None
+        self,
+        model: DialViT,
+        task: Task,
+        teacher: DialViT | None = None,
+        distillation: "Distillation | None" = None,
     ) -> None:
-        """Put model, task and teacher together.
+        """Put model, task, teacher and distillation together.
 
         Raises:
             ValueError: If there is a teacher that the method does not learn from, or that does not
                 fit the model.
         """
         super().__init__()
-        self.model, self.task = model, task
+        self.model, self.task, self.distillation = model, task, distillation
         reducer = model.reducer
         if teacher is not None:
             if reducer is None or "teacher" not in reducer.also_runs:
@@ -35,22 +39,27 @@ class Objective(nn.Module):
         self._teacher = (teacher,)
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the logits [B, num_classes] at the degree that trains."""
+        """The loss, and the logits at the degree that trains."""
         model = self.model
         reducer = model.reducer if model.degree else None
-        if reducer is None or type(reducer).losses is Reducer.losses:
+        if reducer is not None and type(reducer).losses is Reducer.losses:
+            reducer = None
+        if reducer is None and self.distillation is None:
             logits = model(images).float()
             return self.task.loss(logits, targets), logits
         student = model.outcome(images)
+        loss = self.task.loss(student.logits, targets)
+        if self.distillation is not None:
+            loss = loss + self.distillation(model.restored_map(student.tokens[-1]), images)
+        if reducer is None:
+            return loss, student.logits
         passes = Passes(
             student,
             complete=self._complete(images) if "complete" in reducer.also_runs else None,
             teacher=self._taught(images),
             task_loss=lambda logits: self.task.loss(logits, targets),
         )
-        losses = reducer.losses(passes)
-        loss = self.task.loss(student.logits, targets)
-        return loss + sum(losses.values()), student.logits
+        return loss + sum(reducer.losses(passes).values()), student.logits
 
     def _complete(self, images: Tensor) -> Outcome:
         degree = self.model.degree
@@ -66,6 +75,24 @@ class Objective(nn.Module):
             return None
         with no_grad():
             return teacher.to(images.device).outcome(images)
+
+
+class Distillation(nn.Module):
+    """The weighted loss of DAR*, with its frozen teacher: the backbone as it was pre-trained."""
+
+    def __init__(self, heads: FeatureDistillation, backbone: DialViT, weight: float) -> None:
+        super().__init__()
+        self.heads, self.weight = heads, weight
+        # In a tuple, so that it is no part of the model: not saved, not trained, not averaged.
+        self._backbone = (backbone.eval().requires_grad_(False),)
+
+    def forward(self, student_map: Tensor, images: Tensor) -> Tensor:
+        """The loss of the student's feature map after the final norm."""
+        (backbone,) = self._backbone
+        with no_grad():
+            teacher_map = backbone.to(images.device).feature_map(images)
+        loss: Tensor = self.weight * self.heads(student_map, teacher_map)
+        return loss
 
 
 def _check_teacher(model: DialViT, teacher: DialViT) -> None:

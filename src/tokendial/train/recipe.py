@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 import tokendial.data  # noqa: F401  # registers the data sets
 from tokendial.backbones import Backbone
 from tokendial.compensate import ToCom
+from tokendial.data.dense import DenseAugment
 from tokendial.data.transforms import Augment
 from tokendial.methods import known, method_class, to_json
 
@@ -139,6 +140,17 @@ class TrainSection(_Section):
         return self
 
 
+class DistillSection(_Section):
+    """DAR*: features stay near those of the backbone as it was pre-trained."""
+
+    weight: float = Field(0.1, gt=0.0)
+    """Of the loss."""
+    dim: int | None = Field(None, ge=1)
+    """Width that features are compared at; null: theirs."""
+    detach: bool = False
+    """Keep gradients out of the head on the teacher's side."""
+
+
 class BaseRecipe(_Section):
     """What every run has: model, reduction, data, augmentation, optimisation."""
 
@@ -174,6 +186,24 @@ class Recipe(BaseRecipe):
 
     adapt: _method("adapt")  # type: ignore[valid-type]
     """Fine-tuning method."""
+    decode: _method("decode") = None  # type: ignore[valid-type]
+    """Decoder of dense tasks; null: classification."""
+    dense: DenseAugment = DenseAugment()
+    """How images and masks of dense tasks are varied and tested, instead of `augment`."""
+    distill: DistillSection | None = None
+    """Learn from the frozen pre-trained backbone, too (dense tasks); null: no."""
+
+    @model_validator(mode="after")
+    def _check_dense(self) -> Self:
+        if self.decode is None:
+            for name in ("dense", "distill"):
+                if name in self.model_fields_set and getattr(self, name) is not None:
+                    given = getattr(self, name) != type(self).model_fields[name].default
+                    if given:
+                        raise ValueError(f"{name} goes with a decoder, but decode is null")
+        elif self.augment != Augment():
+            raise ValueError("augment is for classification: with a decoder, use dense instead")
+        return self
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -339,10 +369,10 @@ def _one_line(error: ErrorDetails) -> str:
 
 
 def _all_fields() -> list[str]:
-    sections = (Recipe, CompensateRecipe, ModelSection, TrainSection)
+    sections = (Recipe, CompensateRecipe, ModelSection, TrainSection, DistillSection)
     names = [name for section in sections for name in section.model_fields]
-    kinds = ("reduce", "adapt", "data", "compensate")
+    kinds = ("reduce", "adapt", "decode", "data", "compensate")
     methods = [method_class(kind, name) for kind in kinds for name in known(kind)]
-    for cls in (Augment, *methods):
+    for cls in (Augment, DenseAugment, *methods):
         names += [field.name for field in dataclasses.fields(cls)]
     return names

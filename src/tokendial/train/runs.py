@@ -7,8 +7,10 @@ from typing import Any
 import yaml
 
 from tokendial.atomic import replacing
+from tokendial.data.splits import Splits
 from tokendial.reduce.base import ReducerConfig
 from tokendial.saving import load
+from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task
 from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe
 from tokendial.vit import DialViT
 
@@ -24,7 +26,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.best, self.last = self.folder / "best", self.folder / "last"
 
-    def claim(self, recipe: BaseRecipe, classes: tuple[str, ...], *, multi_label: bool) -> None:
+    def claim(self, recipe: BaseRecipe, data: Splits) -> None:
         """Make the folder this recipe's, or find that it is already.
 
         Raises:
@@ -44,7 +46,8 @@ class Run:
             raise ValueError(f"output: {self.folder} is not empty and holds no run.")
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.classes_file) as path:
-            path.write_text(json.dumps({"classes": classes, "multi_label": multi_label}) + "\n")
+            kind = {"multi_label": data.multi_label, "dense": data.dense}
+            path.write_text(json.dumps({"classes": data.classes} | kind) + "\n")
         with replacing(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
@@ -57,9 +60,16 @@ class Run:
         """Names of the classes in the order of the logits."""
         return tuple(json.loads(self.classes_file.read_text())["classes"])
 
-    def multi_label(self) -> bool:
-        """Whether any number of classes can be right at once."""
-        return bool(json.loads(self.classes_file.read_text())["multi_label"])
+    def task(self) -> Task:
+        """What the run learns; a ValueError if the folder holds none."""
+        recipe, told = self.recipe(), json.loads(self.classes_file.read_text())
+        return task_of(
+            recipe,
+            len(told["classes"]),
+            multi_label=told["multi_label"],
+            # Runs from before there were dense tasks do not say it.
+            dense=told.get("dense", False),
+        )
 
     def model(self, reduce: ReducerConfig | None = None) -> DialViT:
         """The best model of the run, ready for inference.
@@ -87,6 +97,22 @@ class Run:
         kept = [line for line in self.metrics() if line["epoch"] < metrics["epoch"]]
         with replacing(self.metrics_file) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, metrics]))
+
+
+def task_of(recipe: Recipe, num_classes: int, *, multi_label: bool, dense: bool) -> Task:
+    """The task of a recipe on data of that kind.
+
+    Raises:
+        ValueError: If the recipe does not fit the data.
+    """
+    if dense != (recipe.decode is not None):
+        needed = "a decoder" if dense else "null, these have labels for whole images"
+        raise ValueError(f"decode must be {needed} for the data {type(recipe.data).__name__}.")
+    if not dense:
+        return Classification(num_classes, multi_label=multi_label, augment=recipe.augment)
+    if num_classes == 1:
+        return BinaryMasks(recipe.dense)
+    return Segmentation(num_classes, recipe.dense)
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

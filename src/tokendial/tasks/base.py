@@ -1,0 +1,73 @@
+"""What every task provides: how its images are prepared, its loss, and its metrics."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokendial.backbones.anatomy import Anatomy
+from tokendial.data.transforms import PairTransform, Transform
+from tokendial.vit import DialViT
+
+
+class Metrics(Protocol):
+    """Gathers predictions, also of several processes; torchmetrics has this form."""
+
+    def to(self, device: Any) -> Any:
+        """Move the sums."""
+
+    def update(self, logits: Tensor, targets: Any) -> None:
+        """Take in a batch."""
+
+    def compute(self) -> dict[str, Any]:
+        """Each metric by its name."""
+
+
+class Task(Protocol):
+    """What a run learns."""
+
+    num_classes: int
+
+    @property
+    def one_size(self) -> bool:
+        """Whether all prepared images have the model's size, so that they can be batched."""
+
+    def train_transform(self, anatomy: Anatomy) -> PairTransform:
+        """Vary an image and its target."""
+
+    def eval_transform(self, anatomy: Anatomy) -> PairTransform:
+        """Prepare an image and its target without chance."""
+
+    def image_transform(self, anatomy: Anatomy) -> Transform:
+        """Prepare an image that has no target."""
+
+    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment a training batch as a whole."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch."""
+
+    def hits(self, logits: Tensor, targets: Tensor) -> float:
+        """Share of right answers in a training batch."""
+
+    def predict(self, model: DialViT, images: Tensor) -> Tensor:
+        """Logits of images that the eval transform has prepared."""
+
+    def metrics(self) -> Metrics:
+        """Metrics over an evaluation set; the first of them is what runs are judged by."""
+
+
+def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    """A batch; masks of different sizes stay a list.
+
+    Images of different sizes have to come one by one.
+    """
+    images, targets = zip(*samples, strict=True)
+    ragged = isinstance(targets[0], Tensor) and len({target.shape for target in targets}) > 1
+    stacked = torch.stack(images)
+    if ragged:
+        return stacked, list(targets)
+    if isinstance(targets[0], Tensor):
+        return stacked, torch.stack(targets)
+    return stacked, torch.tensor(targets)
