@@ -1,0 +1,162 @@
+"""Binary masks: losses and metrics equal the public implementations'."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from examples import golden, split
+
+import tokendial as td
+from tokendial.data import DenseAugment
+from tokendial.tasks import BinaryMasks, FeatureDistillation
+from tokendial.tasks.masks import MaskMetrics, dice_loss
+
+CASE, TENSORS = golden("sod_metrics")
+NAMES = {
+    "MAE": "mae",
+    "WeightedFmeasure": "weighted_f",
+    "Smeasure": "s_measure",
+    "Emeasure_adaptive": "adaptive_e",
+    "Emeasure_mean": "mean_e",
+    "Emeasure_max": "max_e",
+    "Fmeasure_adaptive": "adaptive_f",
+    "Fmeasure_mean": "mean_f",
+    "Fmeasure_max": "max_f",
+}
+
+
+def logits_of(grey):
+    """Logits whose probabilities are the grey levels, as near as float32 can tell."""
+    return torch.logit(grey.double() / 255, eps=1e-9).float()
+
+
+@pytest.mark.parametrize("number", range(12), ids=CASE["settings"]["map_names"])
+def test_metrics_equal_pysodmetrics(number):
+    metrics = MaskMetrics()
+    metrics.update(
+        logits_of(TENSORS["input.pred_uint8"][number])[None, None], TENSORS["input.gt"][[number]]
+    )
+    found = metrics.compute()
+    assert set(found) == set(NAMES.values())
+    for theirs, ours in NAMES.items():
+        expected = TENSORS[f"output.pysodmetrics.{theirs}"][number]
+        torch.testing.assert_close(found[ours], expected, atol=1e-4, rtol=0)
+
+
+def test_metrics_are_means_over_images_whatever_the_batches_and_sizes():
+    maps, masks = logits_of(TENSORS["input.pred_uint8"])[:, None], TENSORS["input.gt"]
+    together, alone = MaskMetrics(), MaskMetrics()
+    together.update(maps[:4], [mask.repeat(2, 3) for mask in masks[:4]])
+    for number in range(4):
+        alone.update(maps[[number]], masks[number].repeat(2, 3)[None])
+    for name, value in together.compute().items():
+        torch.testing.assert_close(value, alone.compute()[name])
+    small = torch.stack([logits_of(TENSORS["input.pred_uint8"][0])[None]])
+    resized = MaskMetrics()
+    resized.update(small, [torch.zeros(1, 7), torch.ones(1, 7)][:1])
+    assert 0 < resized.compute()["mae"] < 1
+
+
+def test_losses_equal_the_reference():
+    _, tensors = golden("dar_losses")
+    logits, inside = tensors["input.pred_logits"].squeeze(1), tensors["input.label"]
+    close = {"rtol": 1e-5, "atol": 0}
+    torch.testing.assert_close(
+        0.5 * dice_loss(logits, inside), tensors["output.mask_loss_dice"], **close
+    )
+    expected = tensors["output.mask_loss_bce"] + tensors["output.mask_loss_dice"]
+    loss = BinaryMasks(DenseAugment()).loss(tensors["input.pred_logits"], inside.long())
+    torch.testing.assert_close(loss, expected, **close)
+
+
+def test_the_distillation_loss_equals_the_reference():
+    _, tensors = golden("dar_losses")
+    heads = FeatureDistillation(12)
+    heads.student, heads.teacher = torch.nn.Identity(), torch.nn.Identity()
+    maps = [tensors[name].mT.unflatten(2, (4, 4)) for name in ("input.rec", "input.rec_target")]
+    expected = tensors["output.d_reg_loss_cosloss"]
+    torch.testing.assert_close(0.1 * heads(*maps), expected, rtol=1e-5, atol=0)
+
+
+def test_gradients_of_the_teachers_head_can_be_kept_out():
+    for detach in (False, True):
+        heads = FeatureDistillation(6, 4, detach=detach)
+        heads(torch.randn(2, 6, 3, 3), torch.randn(2, 6, 3, 3)).backward()
+        assert (heads.teacher[0].weight.grad is None) == detach
+        assert heads.student[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("inside", [0, 1])
+def test_empty_and_full_masks_have_finite_losses_and_metrics(inside):
+    task = BinaryMasks(DenseAugment())
+    targets = torch.full((2, 9, 11), inside)
+    logits = torch.randn(2, 1, 4, 4, requires_grad=True)
+    task.loss(logits, targets).backward()
+    assert logits.grad.isfinite().all()
+    metrics = task.metrics()
+    metrics.update(logits.detach(), targets)
+    assert all(torch.isfinite(value) for value in metrics.compute().values())
+    assert task.hits(torch.full((2, 1, 4, 4), 9.0), targets) == inside
+
+
+def replay(monkeypatch, noise):
+    layers = iter(noise.squeeze(-1).unbind(1))
+    monkeypatch.setattr("tokendial.reduce.select.logistic_noise", lambda like: next(layers))
+
+
+@pytest.mark.parametrize("case", ["dar_seg", "dar_seg_distill"])
+def test_a_training_step_equals_the_reference(monkeypatch, case):
+    """Losses, the gradient of every parameter, and what BatchNorm has gathered."""
+    from decode.test_decoders import reference_model
+
+    from tokendial.train.objective import Distillation, Objective
+
+    tensors, model, state = reference_model(case)
+    td.load_reference(model, state, "dar")
+    task, distillation = BinaryMasks(DenseAugment()), None
+    if case == "dar_seg_distill":
+        heads = FeatureDistillation(48, 32)
+        own = {
+            name.replace(f"d_head_{short}.mlp", long): value
+            for short, long in (("s", "student"), ("t", "teacher"))
+            for name, value in state.items()
+            if name.startswith(f"d_head_{short}.")
+        }
+        heads.load_state_dict(own)
+        _, teacher, _ = reference_model(case)
+        teacher.vit.load_state_dict(split(tensors, "weight.backbone."))
+        distillation = Distillation(heads, td.wrap(teacher.vit), 0.1)
+    replay(monkeypatch, tensors["input.train.logistic_noise"])
+    objective = Objective(model, task, None, distillation).train()
+    loss, logits = objective(tensors["input"], tensors["input.label_mask"].squeeze(1).long())
+    expected = tensors["output.train.pred_mask"]
+    torch.testing.assert_close(logits.sigmoid(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss, tensors["output.train.loss.total"], rtol=1e-5, atol=0)
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    if distillation:
+        for short, long in (("s", "student"), ("t", "teacher")):
+            parameters |= {
+                f"vit.d_head_{short}.mlp.{name}": parameter
+                for name, parameter in getattr(distillation.heads, long).named_parameters()
+            }
+    gradients = split(tensors, "output.train.grad.")
+    assert len(gradients) == sum(p.requires_grad for p in objective.parameters())
+    for name, expected in gradients.items():
+        ours = parameters[td.reference.our_name(name, "dar")].grad
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
+    buffers = model.state_dict()
+    for name, expected in split(tensors, "output.train.after.").items():
+        torch.testing.assert_close(buffers[td.reference.our_name(name, "dar")], expected)
+
+
+def test_probabilities_are_resized_not_logits():
+    """As the reference does for its metrics."""
+    tensors = golden("dar_seg")[1]
+    logits, masks = tensors["output.eval.logits_mask"], tensors["input.label_mask"].squeeze(1)
+    metrics = MaskMetrics()
+    metrics.update(logits, masks)
+    sized = tensors["output.eval.prob_at_label_size"]
+    expected = ((sized * 255).round() / 255).squeeze(1)
+    low, high = expected.amin((1, 2), True), expected.amax((1, 2), True)
+    error = F.l1_loss((expected - low) / (high - low), masks)
+    torch.testing.assert_close(metrics.compute()["mae"], error, atol=1e-3, rtol=0)
