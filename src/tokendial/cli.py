@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -213,23 +213,40 @@ def predict(
     degree: Degree = None,
     form: Annotated[Format, typer.Option("--format", help="Form of the output.")] = Format.csv,
     top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Dense tasks: folder for the masks.")] = None,
+    overlay: Annotated[bool, typer.Option(help="Write the images under their masks, too.")] = False,
+    tiles: Annotated[
+        bool, typer.Option(help="Windows at full resolution, for large images.")
+    ] = False,
 ) -> None:
-    """Class and probability of each image; exit code 1 if some could not be read."""
+    """Class and probability, or mask, of each image; exit code 1 if some could not be read."""
     from tokendial.data.images import ImageError, find_images
     from tokendial.train import Run
-    from tokendial.train.evaluate import predict as run_prediction
+    from tokendial.train.predict import MaskFile, Prediction, predict_masks
+    from tokendial.train.predict import predict as run_prediction
 
+    if out is None and (overlay or tiles):
+        raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
+    files = find_images(paths)
+    answers: Iterator[Prediction | MaskFile | ImageError] = (
+        run_prediction(Run(run), files, degree=degree, top=top)
+        if out is None
+        else predict_masks(Run(run), files, out, degree=degree, overlay=overlay, tiles=tiles)
+    )
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    answers = run_prediction(Run(run), find_images(paths), degree=degree, top=top)
     for number, answer in enumerate(answers):
         if number == 0 and form is Format.csv:
-            writer.writerow(["path", "class", "probability"])
+            writer.writerow(
+                ["path", "class", "probability"] if out is None else ["path", "mask", "share"]
+            )
         if isinstance(answer, ImageError):
             failed = True
             print(f"error: {answer}", file=sys.stderr)
         elif form is Format.jsonl:
             print(json.dumps(dataclasses.asdict(answer)))
+        elif isinstance(answer, MaskFile):
+            writer.writerow([answer.path, answer.mask, f"{answer.share:.4f}"])
         else:
             for name, probability in zip(answer.classes, answer.probabilities, strict=True):
                 writer.writerow([answer.path, name, f"{probability:.6f}"])

@@ -6,7 +6,8 @@ import pytest
 
 from tokendial.data import read_image
 from tokendial.train import Run
-from tokendial.train.evaluate import evaluate, parse_degrees, predict
+from tokendial.train.evaluate import evaluate, parse_degrees
+from tokendial.train.predict import predict
 
 
 @pytest.mark.parametrize(

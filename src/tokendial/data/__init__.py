@@ -4,7 +4,7 @@ from tokendial.data.dense import DenseAugment
 from tokendial.data.folder import ImageFolder
 from tokendial.data.images import ImageError, find_images, read_image
 from tokendial.data.pairs import Pairs
-from tokendial.data.scenes import Scenes
+from tokendial.data.scenes import SceneMasks, Scenes
 from tokendial.data.splits import Splits
 from tokendial.data.transforms import Augment, eval_transform, train_transform
 from tokendial.data.unlabelled import Unlabelled
@@ -15,6 +15,7 @@ __all__ = [
     "ImageError",
     "ImageFolder",
     "Pairs",
+    "SceneMasks",
     "Scenes",
     "Splits",
     "Unlabelled",

@@ -156,13 +156,7 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
 
     def _compose(self, kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         side = self.img_size
-        photo = self.backgrounds[int(rng.integers(len(self.backgrounds)))]
-        top, left = (rng.integers(n - side + 1) for n in photo.shape[:2])
-        photo = photo[top : top + side, left : left + side]
-        photo = photo[:, :: 1 if rng.random() < 0.5 else -1]
-        # Channels first: numpy is slow over a last axis of three.
-        scene = np.ascontiguousarray(photo.transpose(2, 0, 1), np.float32)
-        scene *= rng.uniform(0.5, 1.0)
+        scene = _background(self.backgrounds, side, rng)
         cell = side // self.cells
         for place, kind in enumerate(kinds):
             sprites = self.sprites[rng.integers(len(self.sprites))]
@@ -176,11 +170,118 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
                 min(max(0, number * cell + int(rng.integers(low, high))), side - size)
                 for number in divmod(place, self.cells)
             )
-            # A tint keeps items from standing out alike.
-            tint = rng.uniform(0.7, 1.0, 3) * rng.uniform(0.7, 1.0)
-            window = scene[:, y : y + size, x : x + size]
-            window += _MATTE[item] * (_SHADE[item] * tint[:, None, None] - window)
-        return np.ascontiguousarray(scene.transpose(1, 2, 0).astype(np.uint8))
+            _paste(scene, item, y, x, rng)
+        return _finished(scene)
+
+
+@register("data", "scene_masks")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SceneMasks:
+    """One to three items on a photograph, with exact masks."""
+
+    task: Literal["items", "kinds"] = "items"
+    """items: which pixels belong to an item (binary); kinds: to which kind (0: none, 1 to 10)."""
+    items: str = "shipped"
+    """As for scenes."""
+    train_size: int = 2000
+    """Scenes in the training set."""
+    val_size: int = 500
+    """Scenes in the validation set."""
+    img_size: int = 96
+    """Side of a scene in pixels."""
+
+    def __post_init__(self) -> None:
+        if self.task not in ("items", "kinds"):
+            raise ValueError(f"task must be one of items, kinds, got {self.task!r}.")
+        for name in ("train_size", "val_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 48 <= self.img_size <= 160:
+            raise ValueError(f"img_size must lie in [48, 160], got {self.img_size}.")
+
+    def build(self, seed: int) -> Splits:
+        """The two sets; scene i of a set depends on (seed, set, i) alone.
+
+        Raises:
+            ValueError: If `items` is a folder without Fashion-MNIST's training files.
+        """
+        backgrounds = _backgrounds()
+        train, val = (
+            SceneMaskSet(
+                *_load_items(self.items, split),
+                backgrounds,
+                kinds=self.task == "kinds",
+                num_scenes=self.train_size if split == "train" else self.val_size,
+                seed=(seed, _SPLITS.index(split)),
+                img_size=self.img_size,
+            )
+            for split in _SPLITS
+        )
+        names = ("background", *ITEMS) if self.task == "kinds" else ("item",)
+        return Splits(train=train, val=val, classes=names, dense=True)
+
+
+class SceneMaskSet(Dataset[tuple[Image.Image, np.ndarray]]):
+    """Composes scene `i` and its mask when it is asked for."""
+
+    def __init__(
+        self,
+        items: np.ndarray,
+        labels: np.ndarray,
+        backgrounds: Sequence[np.ndarray],
+        *,
+        kinds: bool,
+        num_scenes: int,
+        seed: tuple[int, ...],
+        img_size: int,
+    ) -> None:
+        """Prepare the items; arguments as for `SceneSet`, `kinds`: whether masks tell them."""
+        self.items, self.labels, self.backgrounds = items, labels, backgrounds
+        self.kinds, self.num_scenes, self.seed, self.img_size = kinds, num_scenes, seed, img_size
+
+    def __len__(self) -> int:
+        return self.num_scenes
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Scene [img_size x img_size RGB] and its mask [img_size, img_size] uint8."""
+        if not 0 <= index < self.num_scenes:
+            raise IndexError(index)
+        rng = np.random.default_rng((*self.seed, index))
+        side = self.img_size
+        scene = _background(self.backgrounds, side, rng)
+        mask = np.zeros((side, side), np.uint8)
+        for _ in range(rng.integers(1, 4)):
+            number = int(rng.integers(len(self.items)))
+            size = int(rng.integers(side // 4, side // 2 + 1))
+            item = _resized(self.items[[number]], size)[0][:, :: 1 if rng.random() < 0.5 else -1]
+            y, x = rng.integers(side - size + 1, size=2)
+            _paste(scene, item, y, x, rng)
+            inside = _MATTE[item] >= 0.5
+            mask[y : y + size, x : x + size][inside] = 1 + self.labels[number] if self.kinds else 1
+        return Image.fromarray(_finished(scene)), mask
+
+
+def _background(photos: Sequence[np.ndarray], side: int, rng: np.random.Generator) -> np.ndarray:
+    """A part of a photograph, [3, side, side] float32: numpy is slow over a last axis of three."""
+    photo = photos[int(rng.integers(len(photos)))]
+    top, left = (rng.integers(n - side + 1) for n in photo.shape[:2])
+    photo = photo[top : top + side, left : left + side]
+    photo = photo[:, :: 1 if rng.random() < 0.5 else -1]
+    scene = np.ascontiguousarray(photo.transpose(2, 0, 1), np.float32)
+    scene *= rng.uniform(0.5, 1.0)
+    return scene
+
+
+def _paste(scene: np.ndarray, item: np.ndarray, y: int, x: int, rng: np.random.Generator) -> None:
+    """Put an item [size, size] into a scene; a tint keeps items from standing out alike."""
+    tint = rng.uniform(0.7, 1.0, 3) * rng.uniform(0.7, 1.0)
+    window = scene[:, y : y + item.shape[0], x : x + item.shape[1]]
+    window += _MATTE[item] * (_SHADE[item] * tint[:, None, None] - window)
+
+
+def _finished(scene: np.ndarray) -> np.ndarray:
+    """[side, side, 3] uint8."""
+    return np.ascontiguousarray(scene.transpose(1, 2, 0).astype(np.uint8))
 
 
 def _draw_kinds(task: str, rng: np.random.Generator, num_cells: int) -> np.ndarray:

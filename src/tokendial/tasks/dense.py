@@ -33,15 +33,15 @@ class DenseTask:
 
     def train_transform(self, anatomy: Anatomy) -> DenseTrainTransform:
         """Vary an image and its mask."""
-        return DenseTrainTransform(self.augment, _frame(anatomy), self.outside)
+        return DenseTrainTransform(self.augment, frame_of(anatomy), self.outside)
 
     def eval_transform(self, anatomy: Anatomy) -> DenseEvalTransform:
         """Prepare an image; its mask keeps its size, unless test images are cropped."""
-        return DenseEvalTransform(self.augment, _frame(anatomy), self.outside)
+        return DenseEvalTransform(self.augment, frame_of(anatomy), self.outside)
 
     def image_transform(self, anatomy: Anatomy) -> DenseImageTransform:
         """Prepare an image that has no mask."""
-        return DenseImageTransform(self.augment, _frame(anatomy))
+        return DenseImageTransform(self.augment, frame_of(anatomy))
 
     def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Nothing is mixed."""
@@ -123,5 +123,6 @@ def best_class(logits_Khw: Tensor, size: torch.Size | tuple[int, int]) -> Tensor
     return index
 
 
-def _frame(anatomy: Anatomy) -> Frame:
+def frame_of(anatomy: Anatomy) -> Frame:
+    """What images a model takes."""
     return Frame(anatomy.image_size, *anatomy.statistics)

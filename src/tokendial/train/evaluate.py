@@ -2,10 +2,9 @@
 
 import csv
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,9 +16,7 @@ from torch.utils.data import DataLoader
 
 from tokendial.atomic import replacing
 from tokendial.compensate import Compensator
-from tokendial.data.images import ImageError, read_image
-from tokendial.data.transforms import Transform
-from tokendial.tasks import Classification, Task
+from tokendial.tasks import Task
 from tokendial.train.batches import eval_loader
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
@@ -68,18 +65,6 @@ class BridgedRow:
     """Measured with it, on this machine, this batch size, forward pass alone."""
     tokens: int
     """Tokens (prefix included) that leave the last layer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Classes of one image, most probable first."""
-
-    path: str
-    """The image file."""
-    classes: tuple[str, ...]
-    """Names of the classes."""
-    probabilities: tuple[float, ...]
-    """Their probabilities."""
 
 
 @torch.no_grad()
@@ -283,56 +268,3 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         columns |= value if isinstance(value, dict) else {name: value}
     return columns
-
-
-@torch.no_grad()
-def predict(
-    run: Run,
-    files: Iterable[Path],
-    *,
-    degree: int | None = None,
-    top: int = 1,
-    batch_size: int = 32,
-    device: str | None = None,
-) -> Iterator[Prediction | ImageError]:
-    """Classes of images, in order; a file that cannot be read gives its error instead.
-
-    Args:
-        run: A run with a model.
-        files: Image files.
-        degree: Degree of the dial; None: the one that the model was trained at.
-        top: How many classes to give for each image.
-        batch_size: Images per forward pass.
-        device: Where to compute; None: the accelerator if there is one.
-    """
-    on = device or default_device()
-    model = run.model().to(on)
-    if degree is not None:
-        model.set_degree(degree)
-    classes, task = run.classes(), run.task()
-    if not isinstance(task, Classification):
-        raise ValueError(f"{run.folder} predicts masks, not classes: use predict_masks.")
-    if not 1 <= top <= len(classes):
-        raise ValueError(f"top must lie in [1, {len(classes)}] (classes), got {top}.")
-    transform = task.image_transform(model.anatomy)
-
-    left = iter(files)
-    while some := list(islice(left, batch_size)):
-        read = [_read(path, transform) for path in some]
-        images = [image for image in read if isinstance(image, Tensor)]
-        logits = model(torch.stack(images).to(on)).float() if images else torch.empty(0, top)
-        likely = iter(zip(*task.probabilities(logits).topk(top), strict=True))
-        for path, entry in zip(some, read, strict=True):
-            if isinstance(entry, ImageError):
-                yield entry
-                continue
-            values, indices = next(likely)
-            names = tuple(classes[index] for index in indices.tolist())
-            yield Prediction(str(path), names, tuple(values.tolist()))
-
-
-def _read(path: Path, transform: Transform) -> Tensor | ImageError:
-    try:
-        return transform(read_image(path))
-    except ImageError as error:
-        return error

@@ -1,0 +1,210 @@
+"""Using a finished run on images without labels: their classes, or masks written as files."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokendial.atomic import replacing
+from tokendial.data.images import ImageError, read_image
+from tokendial.data.transforms import Transform
+from tokendial.tasks import BinaryMasks, Classification, Segmentation
+from tokendial.tasks.dense import best_class, frame_of, sized, slide
+from tokendial.train.evaluate import default_device
+from tokendial.train.runs import Run
+from tokendial.vit import DialViT
+
+_TINT, _TINTED = np.array([255, 40, 40], np.float32), 0.6
+_MOST_BYTES = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Classes of one image, most probable first."""
+
+    path: str
+    """The image file."""
+    classes: tuple[str, ...]
+    """Names of the classes."""
+    probabilities: tuple[float, ...]
+    """Their probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFile:
+    """The mask of one image, written to a file."""
+
+    path: str
+    """The image file."""
+    mask: str
+    """PNG of the image's size: probabilities as grey levels, or class indices with a palette."""
+    overlay: str | None
+    """PNG of the image under its mask, if it was asked for."""
+    share: float
+    """Share of the pixels that lie inside, or that are of any class but the first."""
+
+
+@torch.no_grad()
+def predict(
+    run: Run,
+    files: Iterable[Path],
+    *,
+    degree: int | None = None,
+    top: int = 1,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> Iterator[Prediction | ImageError]:
+    """Classes of images, in order; a file that cannot be read gives its error instead.
+
+    Args:
+        run: A run with a model.
+        files: Image files.
+        degree: Degree of the dial; None: the one that the model was trained at.
+        top: How many classes to give for each image.
+        batch_size: Images per forward pass.
+        device: Where to compute; None: the accelerator if there is one.
+    """
+    on = device or default_device()
+    model = run.model().to(on)
+    if degree is not None:
+        model.set_degree(degree)
+    classes, task = run.classes(), run.task()
+    if not isinstance(task, Classification):
+        raise ValueError(
+            f"{run.folder} predicts masks, not classes: give a folder for them (--out)."
+        )
+    if not 1 <= top <= len(classes):
+        raise ValueError(f"top must lie in [1, {len(classes)}] (classes), got {top}.")
+    transform = task.image_transform(model.anatomy)
+
+    left = iter(files)
+    while some := list(islice(left, batch_size)):
+        read = [_read(path, transform) for path in some]
+        images = [image for image in read if isinstance(image, Tensor)]
+        logits = model(torch.stack(images).to(on)).float() if images else torch.empty(0, top)
+        likely = iter(zip(*task.probabilities(logits).topk(top), strict=True))
+        for path, entry in zip(some, read, strict=True):
+            if isinstance(entry, ImageError):
+                yield entry
+                continue
+            values, indices = next(likely)
+            names = tuple(classes[index] for index in indices.tolist())
+            yield Prediction(str(path), names, tuple(values.tolist()))
+
+
+def _read(path: Path, transform: Transform) -> Tensor | ImageError:
+    try:
+        return transform(read_image(path))
+    except ImageError as error:
+        return error
+
+
+@torch.no_grad()
+def predict_masks(
+    run: Run,
+    files: Iterable[Path],
+    out: Path,
+    *,
+    degree: int | None = None,
+    overlay: bool = False,
+    tiles: bool = False,
+    device: str | None = None,
+) -> Iterator[MaskFile | ImageError]:
+    """Masks of images, in order, written to `out`; a file that cannot be read gives its error.
+
+    Args:
+        run: A run of a dense task, with a model.
+        files: Image files.
+        out: Folder for `NAME.png`, made if it is missing; images of the same name get a number.
+        degree: Degree of the dial; None: the one that the model was trained at.
+        overlay: Write `NAME.overlay.png` as well.
+        tiles: Run on windows that overlap at the resolution of the image itself, instead of an
+            image that was resized; for large images with small things.
+        device: Where to compute; None: the accelerator if there is one.
+
+    Raises:
+        ValueError: If the run predicts classes, the degree is not offered, or the logits of an
+            image would not fit in memory.
+    """
+    task = run.task()
+    if not isinstance(task, BinaryMasks | Segmentation):
+        raise ValueError(f"{run.folder} predicts classes, not masks.")
+    on = device or default_device()
+    model = run.model().to(on)
+    if degree is not None:
+        model.set_degree(degree)
+    out.mkdir(parents=True, exist_ok=True)
+    transform = task.image_transform(model.anatomy)
+    taken: Counter[str] = Counter()
+    for path in files:
+        try:
+            image = read_image(path)
+        except ImageError as error:
+            yield error
+            continue
+        if tiles:
+            logits = _in_tiles(model, image, task.augment.stride, on)
+        else:
+            logits = task.predict(model, transform(image).unsqueeze(0).to(on))[0].float()
+        drawn = _probabilities if isinstance(task, BinaryMasks) else _classes
+        mask, opacity, colours = drawn(logits, (image.height, image.width))
+        taken[path.stem] += 1
+        stem = path.stem if taken[path.stem] == 1 else f"{path.stem}-{taken[path.stem]}"
+        target, over = out / f"{stem}.png", out / f"{stem}.overlay.png"
+        _write(mask, target)
+        if overlay:
+            share = _TINTED * opacity[..., None]
+            mixed = np.asarray(image) * (1 - share) + colours * share
+            _write(Image.fromarray(mixed.astype(np.uint8)), over)
+        inside = float((opacity > 0.5).mean())
+        yield MaskFile(str(path), str(target), str(over) if overlay else None, inside)
+
+
+def _probabilities(
+    logits: Tensor, size: tuple[int, int]
+) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """The mask of one class, its opacity [H, W] and its colour, as grey levels."""
+    opacity = sized(logits.sigmoid().unsqueeze(0), size)[0, 0].cpu().numpy()
+    return Image.fromarray((opacity * 255).round().astype(np.uint8)), opacity, _TINT
+
+
+def _classes(logits: Tensor, size: tuple[int, int]) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """The mask of several classes, its opacity [H, W] and its colours, by a palette."""
+    classes = best_class(logits, size).to(torch.uint8).cpu().numpy()
+    mask, palette = Image.fromarray(classes), _palette()
+    mask.putpalette(palette.flatten().tolist())
+    return mask, (classes > 0).astype(np.float32), palette[classes]
+
+
+def _in_tiles(model: DialViT, image: Image.Image, stride: float, device: str) -> Tensor:
+    """Logits [K, H, W] at the resolution of the image, or of the model if it is smaller."""
+    window = model.anatomy.image_size
+    height, width = max(image.height, window[0]), max(image.width, window[1])
+    needed = 4 * model.num_classes * height * width
+    if needed > _MOST_BYTES:
+        raise ValueError(
+            f"tiles: the logits of {width} x {height} pixels and {model.num_classes} classes take "
+            f"{needed / 2**30:.1f} GiB, at most {_MOST_BYTES / 2**30:.0f} are allowed; predict "
+            "without tiles."
+        )
+    seen = frame_of(model.anatomy).finish(image.resize((width, height)))
+    return slide(model, seen.unsqueeze(0).to(device), window, stride)[0]
+
+
+def _palette() -> np.ndarray:
+    """256 colours [256, 3] uint8, the first one black."""
+    colours: np.ndarray = matplotlib.colormaps["tab20"](np.arange(256) % 20)[:, :3]
+    colours[0] = 0
+    return (colours * 255).round().astype(np.uint8)
+
+
+def _write(image: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
