@@ -9,7 +9,6 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tokendial.cli import main
 from tokendial.train import Run, read_recipe, train
 
 RECIPE = {
@@ -68,21 +67,3 @@ def in_two_processes() -> list[str]:
     """
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     return [*launcher, "--num_processes", "2", "--main_process_port", "0"]
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run the command line; returns exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tokendial", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
