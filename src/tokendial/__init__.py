@@ -16,7 +16,7 @@ from tokendial.adapt import (
     Linear,
     LoRA,
 )
-from tokendial.backbones import Backbone
+from tokendial.backbones import Backbone, convert_weights
 from tokendial.compensate import Compensator, ToCom
 from tokendial.decode import DARDecoder, LinearDecoder, MaskTransformer
 from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, ToMe
@@ -52,6 +52,7 @@ __all__ = [
     "MaskTransformer",
     "ToCom",
     "ToMe",
+    "convert_weights",
     "load",
     "load_reference",
     "wrap",

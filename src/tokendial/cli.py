@@ -30,6 +30,8 @@ reproduce = typer.Typer(no_args_is_help=True, help="What papers print, computed 
 app.add_typer(reproduce, name="reproduce")
 data = typer.Typer(no_args_is_help=True, help="Folders of images.")
 app.add_typer(data, name="data")
+weights = typer.Typer(no_args_is_help=True, help="Released weight files.")
+app.add_typer(weights, name="weights")
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Degree = Annotated[
     int | None, typer.Option(help="Degree of the dial; default: the one that was trained.")
@@ -378,6 +380,24 @@ def reproduce_cost(
     agreeing = [r for r in wanted if {r.params_agree, r.cost_agree} <= {"", *AGREES}]
     print(f"{len(found)} rows; {len(agreeing)} of the {len(wanted)} that should agree do")
     print(f"wrote {out / 'cost.csv'} and {out / 'cost.md'}")
+
+
+@weights.command("convert")
+def weights_convert(
+    file: Annotated[Path, typer.Argument(help="DINOv2, DeiT, MAE, DAR (.pth) or AugReg (.npz).")],
+    model: Annotated[
+        str | None, typer.Option(help="timm model; default: the one that the tensors belong to.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: FILE with .safetensors.")
+    ] = None,
+) -> None:
+    """Write a released file as model.weights of a recipe takes it; nothing is unpickled."""
+    from tokendial.backbones import convert_weights
+
+    converted = convert_weights(file, model)
+    path = converted.save(out)
+    print(f"wrote {path}: {converted.summary()}")
 
 
 @app.command()

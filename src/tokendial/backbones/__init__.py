@@ -9,12 +9,15 @@ from tokendial.backbones.build import (
     load_weights,
     same_backbone,
 )
+from tokendial.backbones.convert import Converted, convert_weights
 
 __all__ = [
     "SHIPPED_NAME",
     "Anatomy",
     "Backbone",
+    "Converted",
     "anatomy_of",
+    "convert_weights",
     "fingerprint",
     "load_weights",
     "same_backbone",

@@ -1,0 +1,339 @@
+"""Released weight files, turned into state dicts of timm models."""
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.layers.mlp import GluMlp
+from timm.models import is_model_pretrained
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+from tokendial.atomic import replacing
+from tokendial.backbones.build import Backbone
+from tokendial.backbones.timm_vit import HEADS
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# The families below have no two sizes of one width.
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant"}
+_DAR_PARTS = re.compile(
+    r"backbone\.blocks\.\d+\.(adapter|compensator|token_mask_gen|scale)(?:\..+)?"
+    r"|(decode_head|d_head_s|d_head_t|backbone_t)\..+"
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A released file by timm's names; `save` writes it."""
+
+    source: Path
+    """The released file."""
+    kind: str
+    """"DINOv2", "DeiT", "MAE", "AugReg", "DAR", or "ViT" for other files by timm's names."""
+    model: str
+    """The timm model that the tensors belong to."""
+    tensors: dict[str, Tensor]
+    """The model's state dict, complete but for a head that the file did not hold."""
+    left_out: dict[str, int]
+    """How many tensors of the file were left out, by group."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the file held a classifier."""
+        return any(name.split(".")[0] in HEADS for name in self.tensors)
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        head = "" if self.has_head else ", no classifier head"
+        left_out = f"; left out: {_counted(self.left_out)}" if self.left_out else ""
+        return f"{self.kind} weights of {self.model}, {len(self.tensors)} tensors{head}{left_out}"
+
+    def save(self, out: str | Path | None = None) -> Path:
+        """Write the tensors as safetensors, whole or not at all; returns where.
+
+        Args:
+            out: The file, which ends in .safetensors; one that is there is replaced. None: beside
+                the released file.
+
+        Raises:
+            ValueError: If `out` ends otherwise, is the released file, or its folder does not exist.
+        """
+        path = self.source.with_suffix(".safetensors") if out is None else Path(out)
+        if path.exists() and path.samefile(self.source):
+            raise ValueError(f"out must be another file than the one that is converted, got {out}.")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"out must end in .safetensors, got {path}.")
+        if not path.parent.is_dir():
+            raise ValueError(f"out: no such folder: {path.parent}.")
+        # Copies, because safetensors takes no tensors that share memory.
+        whole = torch.contiguous_format
+        tensors = {n: value.clone(memory_format=whole) for n, value in self.tensors.items()}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        return path
+
+
+def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Converted:
+    """Read a released weight file and give its tensors timm's names.
+
+    Known by their tensors are DINOv2 (also with registers), DeiT (also distilled), MAE (the
+    encoder) and DAR's segmentation models (their backbone alone) in torch's format, and AugReg in
+    NumPy's. Nothing is unpickled but tensors. No tensor is resized: `load_weights` does that when
+    the model is built for other images.
+
+    Args:
+        path: The file; .npz is NumPy's format, any other suffix torch's.
+        model: The timm model that it belongs to, by name, or with arguments (its weights and the
+            width of its head are not looked at). None: said by the tensors.
+
+    Raises:
+        ValueError: If the file cannot be read without unpickling objects, the tensors do not say
+            which model they belong to, or they are not exactly those of the model; a classifier
+            head may be missing. The message names the file and lists the tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}.")
+    backbone = Backbone(name=model) if isinstance(model, str) else model
+    return _from_numpy(path, backbone) if path.suffix == ".npz" else _from_torch(path, backbone)
+
+
+def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
+    state, wrapped = _read_torch(path)
+    kind = _kind(state, wrapped)
+    left_out: Counter[str] = Counter()
+    if kind == "DAR":
+        state, left_out = _dar_backbone(state)
+        if not state:
+            raise ValueError(
+                f"{path} holds only what DAR trained ({_counted(left_out)}), not the backbone: "
+                "convert the DINOv2 file that it was fine-tuned from."
+            )
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    backbone = backbone or _derived(path, kind, shapes)
+    classes = next((shapes[n][0] for n in _head_names(".weight", ".bias") if shapes.get(n)), 0)
+    vit = _build(backbone, classes, device="meta")
+    _check(path, f"{kind} file of {backbone.name}", _torch_shapes(vit, kind), shapes)
+    if odd := [name for name, value in state.items() if not value.is_floating_point()]:
+        raise ValueError(f"{path}: {odd[0]} must be of a float type, got {state[odd[0]].dtype}.")
+    if "mask_token" in state:
+        left_out["mask_token"] = 1
+    # timm's function takes tensors out of the dict that it is given.
+    tensors = checkpoint_filter_fn(dict(state), vit)
+    return Converted(path, kind, backbone.name, tensors, dict(left_out))
+
+
+def _from_numpy(path: Path, backbone: Backbone | None) -> Converted:
+    shapes = _read_numpy_shapes(path)
+    backbone = backbone or _derived(path, "AugReg", shapes)
+    classes = next((shapes[n][-1] for n in ("head/kernel", "head/bias") if shapes.get(n)), 0)
+    vit = _build(backbone, classes, device="cpu")
+    _check(path, f"AugReg file of {backbone.name}", _numpy_shapes(vit), shapes)
+    tensors = vit.state_dict()
+    for value in tensors.values():
+        value.fill_(math.nan)
+    vit.load_pretrained(str(path))
+    if absent := [name for name, value in tensors.items() if value.isnan().all()]:
+        raise ValueError(
+            f"{path}: AugReg files do not hold all of {backbone.name}; "
+            f"{len(absent)} missing: {_some(absent)}."
+        )
+    return Converted(path, "AugReg", backbone.name, tensors, {})
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Tensors by name, and whether the file holds them under "model"."""
+    try:
+        with warnings.catch_warnings():
+            # torch warns of pickle protocols that it then fails to read.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch explains at length how to load what is not safe.
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} needs pickled objects ({found[1]}), which are not loaded."
+            ) from None
+        raise _unreadable(path, "torch", error) from None
+    wrapped = isinstance(loaded, dict) and isinstance(loaded.get("model"), dict)
+    state = loaded["model"] if wrapped else loaded
+    if not (isinstance(state, dict) and state and all(map(_is_named_tensor, state.items()))):
+        raise ValueError(f"{path} is not a weight file: it does not hold tensors by name.")
+    return state, wrapped
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _read_numpy_shapes(path: Path) -> Shapes:
+    import numpy as np
+
+    try:
+        # NumPy leaves a file open that it opened itself and could not read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:
+        if "Object arrays" in str(error):
+            raise ValueError(f"{path} needs pickled objects, which are not loaded.") from None
+        raise _unreadable(path, "NumPy", error) from None
+    if odd := [name for name, array in arrays.items() if array.dtype.kind != "f"]:
+        raise ValueError(f"{path}: {odd[0]} must be of a float type, got {arrays[odd[0]].dtype}.")
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _unreadable(path: Path, whose: str, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [""])[0][:80]
+    return ValueError(
+        f"{path} is damaged or not a weight file of {whose} ({type(error).__name__}: {reason})."
+    )
+
+
+def _kind(names: Mapping[str, Any], wrapped: bool) -> str:
+    if any(name.startswith("backbone.") for name in names):
+        return "DAR"
+    if "decoder_embed.weight" not in names and {"mask_token", "register_tokens"} & names.keys():
+        return "DINOv2"
+    if "dist_token" in names or (wrapped and "head.weight" in names):
+        return "DeiT"
+    return "MAE" if wrapped else "ViT"
+
+
+def _dar_backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Counter[str]]:
+    """The plain backbone by its own names, and how many tensors there are of what DAR adds."""
+    plain: dict[str, Tensor] = {}
+    added: Counter[str] = Counter()
+    for name, value in state.items():
+        if part := _DAR_PARTS.fullmatch(name):
+            added[part[1] or part[2]] += 1
+        else:
+            plain[name.removeprefix("backbone.")] = value
+    return plain, added
+
+
+def _derived(path: Path, kind: str, shapes: Shapes) -> Backbone:
+    """The timm model that the shapes belong to."""
+    if kind == "AugReg":
+        patch, *_, width = _of_rank(4, shapes.get("embedding/kernel"))
+        tokens = _of_rank(3, shapes.get("Transformer/posembed_input/pos_embedding"))[1]
+    else:
+        width, *_, patch = _of_rank(4, shapes.get("patch_embed.proj.weight"))
+        tokens = _of_rank(3, shapes.get("pos_embed"))[1]
+    # Patches are a square; with the one or two tokens before them they fall short of the next.
+    side = math.isqrt(tokens) * patch
+    registers = _of_rank(3, shapes.get("register_tokens"))[1]
+    with_registers = f"reg{registers}_" if registers else ""
+    distilled = "distilled_" if "dist_token" in shapes else ""
+    size = _SIZES.get(width)
+    name = {
+        "DINOv2": f"vit_{size}_patch{patch}_{with_registers}dinov2",
+        "DAR": f"vit_{size}_patch{patch}_dinov2",
+        "DeiT": f"deit_{size}_{distilled}patch{patch}_{side}",
+        "MAE": f"vit_{size}_patch{patch}_{side}.mae",
+        "AugReg": f"vit_{size}_patch{patch}_{side}",
+    }.get(kind, "")
+    if not is_model_pretrained(name):
+        raise ValueError(
+            f"{path}: its tensors do not say which timm model they belong to "
+            f"({_some(list(shapes))}); give the model (--model), such as vit_base_patch16_224."
+        )
+    return Backbone(name=name)
+
+
+def _of_rank(rank: int, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    return shape if shape and len(shape) == rank else (0,) * rank
+
+
+def _head_names(*suffixes: str) -> Iterator[str]:
+    return (f"{head}{suffix}" for head in HEADS for suffix in suffixes)
+
+
+def _build(backbone: Backbone, classes: int, device: str) -> VisionTransformer:
+    with torch.device(device):
+        vit = replace(backbone, weights=None).with_head(classes).create()
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"model must be a VisionTransformer of timm, got {backbone.name!r}.")
+    return vit
+
+
+def _torch_shapes(vit: VisionTransformer, kind: str) -> Shapes:
+    """What a file in torch's format has to hold, by its own names."""
+    shapes = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
+    if kind != "DINOv2":
+        return shapes
+    if isinstance(vit.blocks[0].mlp, GluMlp):
+        for name in list(shapes):
+            theirs = name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+            shapes[theirs] = shapes.pop(name)
+    shapes["mask_token"] = (1, vit.embed_dim)
+    if "reg_token" in shapes:
+        # timm adds the class token's position to the token itself.
+        shapes["register_tokens"] = shapes.pop("reg_token")
+        _, count, width = shapes["pos_embed"]
+        shapes["pos_embed"] = (1, count + 1, width)
+    return shapes
+
+
+def _numpy_shapes(vit: VisionTransformer) -> Shapes:
+    """What a file of Google's JAX code has to hold."""
+    first: Any = vit.blocks[0]
+    width, hidden, heads = vit.embed_dim, first.mlp.fc1.out_features, first.attn.num_heads
+    head = (heads, width // heads)
+    block = {
+        "LayerNorm_0/scale": (width,),
+        "LayerNorm_0/bias": (width,),
+        "MultiHeadDotProductAttention_1/out/kernel": (*head, width),
+        "MultiHeadDotProductAttention_1/out/bias": (width,),
+        "LayerNorm_2/scale": (width,),
+        "LayerNorm_2/bias": (width,),
+        "MlpBlock_3/Dense_0/kernel": (width, hidden),
+        "MlpBlock_3/Dense_0/bias": (hidden,),
+        "MlpBlock_3/Dense_1/kernel": (hidden, width),
+        "MlpBlock_3/Dense_1/bias": (width,),
+    }
+    for part in ("query", "key", "value"):
+        block[f"MultiHeadDotProductAttention_1/{part}/kernel"] = (width, *head)
+        block[f"MultiHeadDotProductAttention_1/{part}/bias"] = head
+    own = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
+    _, channels, *patch = own["patch_embed.proj.weight"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls": (1, 1, width),
+        "embedding/kernel": (*patch, channels, width),
+        "embedding/bias": (width,),
+        "Transformer/posembed_input/pos_embedding": own.get("pos_embed", ()),
+        "Transformer/encoder_norm/scale": (width,),
+        "Transformer/encoder_norm/bias": (width,),
+    }
+    for number in range(len(vit.blocks)):
+        shapes |= {f"Transformer/encoderblock_{number}/{n}": s for n, s in block.items()}
+    if vit.num_classes:
+        shapes |= {"head/kernel": (width, vit.num_classes), "head/bias": (vit.num_classes,)}
+    return shapes
+
+
+def _check(path: Path, what: str, wanted: Shapes, found: Shapes) -> None:
+    wrong = [name for name in wanted if name in found and found[name] != wanted[name]]
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": [name for name in found if name not in wanted],
+        "of another shape": [f"{n} {list(found[n])} for {list(wanted[n])}" for n in wrong],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(n)} {kind}: {_some(n)}" for kind, n in problems.items() if n)
+        raise ValueError(f"{path} is not a whole {what}: {told}.")
+
+
+def _counted(groups: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {group}" for group, count in groups.items())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
