@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import pytest
+import torch
 import yaml
 
 import tokendial as td
 from tokendial.data import ImageFolder
-from tokendial.train import read_recipe
+from tokendial.train import CompensateRecipe, Recipe, read_recipe
+from tokendial.train.finetune import build_model
 from tokendial.train.recipe import check_recipe
 
 MINIMAL = {
@@ -56,6 +60,28 @@ def test_what_is_written_reads_back_the_same(file):
 @pytest.mark.parametrize("name", ["demo", "demo.yaml", "pretrain_scenes", "pretrain_items"])
 def test_shipped_recipes_are_found_by_name(name):
     assert read_recipe(name).model.name == "scenes_vit"
+
+
+SHIPPED = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize(
+    "name", [str(file.relative_to(SHIPPED).with_suffix("")) for file in SHIPPED.rglob("*.yaml")]
+)
+def test_every_shipped_recipe_reads_and_names_its_runs(name):
+    kind = CompensateRecipe if "tocom" in name else Recipe
+    needs_root = name in ("image_folder", "tocom_deit_base")
+    recipe = read_recipe(name, ["data.root=images"] if needs_root else [], kind=kind)
+    assert recipe.output == f"runs/{name}"
+
+
+def test_recipes_of_dar_train_what_was_published():
+    recipe = read_recipe("dar_star/cod", ["model.weights=null"])
+    with torch.device("meta"):
+        model = build_model(recipe, 1)
+    assert model.cost().trainable_params == 12 * 195_722
+    # The decoder of the authors' code: 2,612,089 parameters train in all.
+    assert sum(p.numel() for p in model.trainable_parameters()) == 2_612_089
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tokendial.reduce.base import ViTShape
 class MaskTransformer(DecoderConfig):
     """Masks are products of class embeddings and patches; at the resolution of the patches."""
 
-    num_classes: int
+    num_classes: int = 1
     """Classes, each with a learned embedding and a logit map."""
     dim: int | None = None
     """Width of the decoder; None: the encoder's."""

@@ -262,15 +262,15 @@ def read_recipe(
     """Read a recipe and apply overrides such as `train.epochs=10`.
 
     Args:
-        path: YAML file, or the name of a recipe that is shipped. Without `output` in it, the run
-            goes to runs/NAME.
+        path: YAML file, or the name of a recipe that is shipped, such as demo or dar/duts. Without
+            `output` in it, the run goes to runs/NAME.
         overrides: `dotted.field=value`, the value written as in YAML.
         kind: What the recipe is for: `Recipe` or `CompensateRecipe`.
 
     Raises:
         ValueError: In one line: which field, its value, and what is allowed.
     """
-    path = _find(path)
+    path, name = _find(path)
     try:
         data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -284,7 +284,7 @@ def read_recipe(
         if kind is of and field in data:
             raise ValueError(f"recipe {path.name} is one for `tokendial {command}`.")
     apply_overrides(data, overrides)
-    data.setdefault("output", f"runs/{path.stem}")
+    data.setdefault("output", f"runs/{name}")
     return check_section(kind, data)
 
 
@@ -317,16 +317,17 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return data
 
 
-def _find(path: str | Path) -> Path:
+def _find(path: str | Path) -> tuple[Path, str]:
+    """The file, and what its runs are called."""
     path = Path(path)
     if path.is_file():
-        return path
+        return path, path.stem
     # Recipes lie beside the sources in a checkout, and inside the package when it is installed.
     here = Path(__file__).parent.parent
     for folder in (here / "recipes", here.parent.parent / "recipes"):
-        for name in (path.name, f"{path.name}.yaml"):
-            if str(path) == path.name and (folder / name).is_file():
-                return folder / name
+        shipped = {str(file.relative_to(folder)): file for file in folder.rglob("*.yaml")}
+        if found := shipped.get(str(path)) or shipped.get(f"{path}.yaml"):
+            return found, str(found.relative_to(folder).with_suffix(""))
     raise ValueError(f"no such recipe: {path}.")
 
 

@@ -1,0 +1,181 @@
+"""Dense tasks from recipe to masks on disk: training, resuming, evaluation, prediction."""
+
+import csv
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from tokendial.train import Run, read_recipe, train
+from tokendial.train.finetune import FineTuning
+
+RECIPE = {
+    "model": {"name": "scenes_vit", "weights": "shipped", "img_size": 48},
+    "reduce": {"name": "dar", "target_ratio": 0.5},
+    "adapt": {"name": "dar", "dims": [8, 6]},
+    "decode": {"name": "dar", "channels": 16},
+    "distill": {"weight": 0.1},
+    "data": {"name": "scene_masks", "train_size": 24, "val_size": 6, "img_size": 64},
+    "train": {"epochs": 2, "batch_size": 6, "lr": 0.003},
+}
+SEMANTIC = (
+    "decode={name: mask_transformer, dim: 32, depth: 1}",
+    "reduce={name: evit, r: 4}",
+    "adapt={name: full}",
+    "distill=null",
+    "data.task=kinds",
+    "dense.test=slide",
+    "train.degree=2",
+    "train.epochs=1",
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "masks.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def binary(file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "binary"
+    return train(read_recipe(file, [f"output={output}", "train.ema=0.5"]), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def semantic(file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "semantic"
+    return train(read_recipe(file, [f"output={output}", *SEMANTIC]), quiet=True)
+
+
+def test_training_records_the_metrics_of_the_task(binary, semantic):
+    metrics = binary.metrics()[-1]
+    assert {"val_s_measure", "val_max_f", "val_weighted_f", "val_mean_e", "val_mae"} <= set(metrics)
+    assert metrics["train_loss"] < binary.metrics()[0]["train_loss"]
+    assert {"val_mean_iou", "val_pixel_accuracy", "val_iou_10"} <= set(semantic.metrics()[0])
+    assert binary.classes() == ("item",)
+    assert len(semantic.classes()) == semantic.model().num_classes == 11
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(binary, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(binary.folder, folder)
+    newest = max((folder / "checkpoints").iterdir())
+    newest.unlink()
+    shutil.rmtree(folder / "last")
+    again = train(read_recipe(folder / "recipe.yaml", [f"output={folder}"]), quiet=True)
+    expected = load_file(binary.last / "model.safetensors")
+    found = load_file(again.last / "model.safetensors")
+    assert any("running_mean" in name for name in found)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_heads_of_distillation_train_but_are_not_saved(file):
+    job = FineTuning(read_recipe(file, ["output=none"]))
+    names = {n for n, p in job.module.named_parameters() if p.requires_grad}
+    assert {"distillation.heads.student.0.weight", "distillation.heads.teacher.2.bias"} <= names
+    trained = {id(p) for group in job.parameter_groups() for p in group["params"]}
+    assert trained == {id(p) for p in job.module.parameters() if p.requires_grad}
+
+
+def test_eval_prints_the_metrics_at_each_degree(semantic, cli):
+    code, out, _ = cli("eval", semantic.folder, "--degrees", "0,2,4", "--batch-size", 4)
+    assert code == 0
+    assert "mean iou" in out
+    with (semantic.folder / "eval" / "degrees.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["degree"] for row in rows] == ["0", "2", "4"]
+    recorded = semantic.metrics()[-1]["val_mean_iou"]
+    assert float(rows[1]["mean_iou"]) == pytest.approx(recorded, abs=1e-6)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Images of every kind, two of them of one name, and one that is none."""
+    folder = tmp_path / "pictures"
+    rng = np.random.default_rng(0)
+    sizes = {"a.png": (333, 177), "thin.png": (1, 300), "more/a.jpg": (40, 60), "grey.png": (9, 9)}
+    for name, (height, width) in sizes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        (image.convert("L") if name == "grey.png" else image).save(folder / name)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["binary", "semantic"])
+@pytest.mark.parametrize("tiles", [(), ("--tiles",)])
+def test_predict_writes_a_mask_of_each_images_size(request, pictures, tmp_path, cli, kind, tiles):
+    run, out = request.getfixturevalue(kind), tmp_path / "masks"
+    options = ("--out", out, "--overlay", "--degree", 1 if kind == "binary" else 3)
+    code, printed, err = cli("predict", run.folder, pictures, *options, *tiles)
+    assert code == 1
+    assert "broken.png is not an image" in err
+    rows = list(csv.DictReader(io.StringIO(printed)))
+    assert len(rows) == 4
+    assert len({row["mask"] for row in rows}) == 4
+    for row in rows:
+        with Image.open(row["path"]) as image, Image.open(row["mask"]) as mask:
+            assert mask.size == image.size
+            assert mask.mode == ("L" if kind == "binary" else "P")
+            values = np.asarray(mask)
+        inside = values > 127 if kind == "binary" else values > 0
+        assert float(row["share"]) == pytest.approx(inside.mean(), abs=0.01)
+        if kind == "semantic":
+            assert values.max() <= 10
+    assert sum(path.name.endswith(".overlay.png") for path in out.iterdir()) == 4
+
+
+def test_show_draws_which_tokens_were_processed(binary, pictures, tmp_path, cli):
+    for options in ((), ("--diversity",)):
+        out = tmp_path / "tokens.png"
+        code, _, err = cli("show", binary.folder, pictures / "a.png", "--out", out, *options)
+        assert (code, err) == (0, "")
+        assert out.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "predicts masks, not classes: give a folder for them"),
+        (("--tiles",), "overlay and tiles are for masks, which need a folder: --out"),
+    ],
+)
+def test_masks_need_a_folder(binary, pictures, cli, options, message):
+    code, _, err = cli("predict", binary.folder, pictures, *options)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decode=null", "distill=null"], "decode must be a decoder for the data SceneMasks"),
+        (["data={name: scenes}"], "decode must be null, these have labels for whole images"),
+        (["decode=null"], "distill goes with a decoder, but decode is null"),
+        (["augment.flip=0.1"], "augment is for classification: with a decoder, use dense"),
+        (["decode.num_classes=7"], "decode.num_classes must be 1 as the data have it, got 7"),
+        (["data.img_size=20"], r"img_size must lie in \[48, 160\], got 20"),
+        (["data.task=all"], "Input should be 'items' or 'kinds'"),
+        (["dense.test=half"], "Input should be 'whole', 'crop' or 'slide'"),
+    ],
+)
+def test_a_mistake_is_one_line(file, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(read_recipe(file, [f"output={tmp_path / 'run'}", *overrides]), quiet=True)
+
+
+def test_a_classifier_predicts_no_masks(run, tmp_path, cli):
+    code, _, err = cli("predict", run.folder, tmp_path, "--out", tmp_path / "masks")
+    assert code == 2
+    assert "no images found" in err
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    code, _, err = cli("predict", Run(run.folder).folder, tmp_path / "x.png", "--out", tmp_path)
+    assert (code, "predicts classes, not masks" in err) == (2, True)
