@@ -82,7 +82,7 @@ def main() -> None:
         cheaper = costs["timm"] / costs[name]
         print(
             f"| {name} | {row['degree']} | {costs[name]:.2f} | {cheaper:.2f}x | "
-            f"{row['speed_over_timm']:.2f}x |"
+            f"{row['speedup']:.2f}x |"
         )
     write_result(f"methods_{options.model}", options.device, options.batch, {"fp32": rows})
 

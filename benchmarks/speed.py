@@ -52,20 +52,20 @@ def timed(model: nn.Module, images: Tensor) -> float:
 def measure(
     models: dict[str, nn.Module], images: Tensor, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Median and spread of the seconds of every model, and the ratio of timm's to it."""
+    """Median and spread of the seconds of every model, and the ratio of the first one's to it."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 1):
         for name, model in models.items():
             taken = timed(model, images)
             if turn:  # the first turn warms up
                 seconds[name].append(taken)
-    base = statistics.median(seconds["timm"])
+    base = statistics.median(seconds[next(iter(models))])
     return {
         name: {
             "median_ms": 1000 * statistics.median(values),
             "min_ms": 1000 * min(values),
             "max_ms": 1000 * max(values),
-            "speed_over_timm": base / statistics.median(values),
+            "speedup": base / statistics.median(values),
         }
         for name, values in seconds.items()
     }
@@ -114,7 +114,7 @@ def main() -> None:
         print(f"{options.model}, batch {options.batch}, {dtype}, {hardware(options.device)}")
         for name, row in rows.items():
             spread = f"{row['min_ms']:.0f} to {row['max_ms']:.0f}"
-            ratio = row["speed_over_timm"]
+            ratio = row["speedup"]
             print(f"  {name:14} {row['median_ms']:8.1f} ms ({spread})  {ratio:.2f}x")
     write_result(options.model, options.device, options.batch, result)
 
