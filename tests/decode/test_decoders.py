@@ -163,6 +163,21 @@ def test_the_segmentation_model_equals_the_reference(case):
     torch.testing.assert_close(sized, tensors["output.eval.prob_at_label_size"], **close)
 
 
+def test_names_and_shapes_are_those_of_the_released_files():
+    released = golden("dar_state_dict")[0]
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch14_dinov2", img_size=518, num_classes=0)
+        model = td.wrap(vit, reduce=td.DAR(), adapt=td.DARAdapter(), decode=td.DARDecoder())
+        state = {name: torch.empty(shape) for name, shape, _ in released["state_dict"]}
+    td.load_reference(model, state, "dar")
+    td.load_reference(model, {name: state[name] for name in released["finetune_file_keys"]}, "dar")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == released["trainable_param_count"]
+    del state["decode_head.conv_seg.bias"]
+    with pytest.raises(ValueError, match="missing: decoder.predict.bias"):
+        td.load_reference(model, state, "dar")
+
+
 @torch.no_grad()
 def test_a_file_of_what_was_trained_goes_onto_the_backbone_at_hand():
     tensors, model, state = reference_model("dar_seg")

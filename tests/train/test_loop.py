@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from examples import tiny_vit
 from safetensors.torch import load_file
 
@@ -116,6 +118,18 @@ def test_another_run_is_not_overwritten(run, recipe_file):
         train(other, quiet=True)
 
 
+def test_a_run_from_before_a_field_was_there_is_known_again(run, recipe_file, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(run.folder, folder)
+    written = yaml.safe_load((folder / "recipe.yaml").read_text())
+    del written["dense"], written["decode"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(written))
+    assert train(read_recipe(recipe_file, [f"output={folder}"]), quiet=True).metrics()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(written | {"loss": "distillation"}))
+    with pytest.raises(ValueError, match=r"holds another run \(loss is not a field of a recipe"):
+        train(read_recipe(recipe_file, [f"output={folder}"]), quiet=True)
+
+
 def test_a_folder_with_other_files_is_not_used(recipe_file, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
@@ -123,8 +137,6 @@ def test_a_folder_with_other_files_is_not_used(recipe_file, tmp_path):
 
 
 def test_a_broken_training_image_is_named(recipe_file, digits, tmp_path):
-    import shutil
-
     shutil.copytree(digits, tmp_path / "digits")
     broken = tmp_path / "digits" / "train" / "digit 1" / "5.png"
     broken.write_bytes(broken.read_bytes()[:60])

@@ -195,14 +195,12 @@ class Recipe(BaseRecipe):
 
     @model_validator(mode="after")
     def _check_dense(self) -> Self:
-        if self.decode is None:
-            for name in ("dense", "distill"):
-                if name in self.model_fields_set and getattr(self, name) is not None:
-                    given = getattr(self, name) != type(self).model_fields[name].default
-                    if given:
-                        raise ValueError(f"{name} goes with a decoder, but decode is null")
-        elif self.augment != Augment():
+        if self.decode is not None and self.augment != Augment():
             raise ValueError("augment is for classification: with a decoder, use dense instead")
+        if self.decode is None and self.dense != DenseAugment():
+            raise ValueError("dense goes with a decoder, but decode is null")
+        if self.decode is None and self.distill is not None:
+            raise ValueError("distill goes with a decoder, but decode is null")
         return self
 
     @model_validator(mode="after")

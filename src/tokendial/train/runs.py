@@ -11,7 +11,7 @@ from tokendial.data.splits import Splits
 from tokendial.reduce.base import ReducerConfig
 from tokendial.saving import load
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task
-from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe
+from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe, check_section
 from tokendial.vit import DialViT
 
 
@@ -33,8 +33,14 @@ class Run:
             ValueError: If another run is in it, or files that are not a run's.
         """
         if self.recipe_file.exists():
-            old = _flat(yaml.safe_load(self.recipe_file.read_text()))
-            new = _flat(yaml.safe_load(recipe.to_yaml()))
+            # Read as a recipe, so that fields that are younger than the run have their defaults.
+            try:
+                there = check_section(type(recipe), yaml.safe_load(self.recipe_file.read_text()))
+            except ValueError as error:
+                raise ValueError(
+                    f"output: {self.folder} holds another run ({error}); choose another output."
+                ) from None
+            old, new = (_flat(yaml.safe_load(some.to_yaml())) for some in (there, recipe))
             for name in sorted(old.keys() | new.keys()):
                 if old.get(name) != new.get(name) and name not in ("output", "train.workers"):
                     raise ValueError(
