@@ -19,6 +19,7 @@ from tokendial.adapt import (
 from tokendial.backbones import Backbone, convert_weights
 from tokendial.compensate import Compensator, ToCom
 from tokendial.decode import DARDecoder, LinearDecoder, MaskTransformer
+from tokendial.measure import calibrate
 from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, ToMe
 from tokendial.reference import load_reference
 from tokendial.saving import load
@@ -52,6 +53,7 @@ __all__ = [
     "MaskTransformer",
     "ToCom",
     "ToMe",
+    "calibrate",
     "convert_weights",
     "load",
     "load_reference",

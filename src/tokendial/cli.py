@@ -147,14 +147,16 @@ def evaluate(
     # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
     shown = list(rows[0].scores)[:_SHOWN_SCORES]
     names = [name.replace("_", " ") for name in shown]
-    table = Table("degree", *names, "GMACs", "images/s", "tokens left")
+    # Where tokens are chosen by their values, every one leaves the last layer.
+    last = "tokens left" if rows[0].share is None else "tokens processed"
+    table = Table("degree", *names, "GMACs", "images/s", last)
     for row in rows:
         table.add_row(
             str(row.degree),
             *(f"{row.scores[name]:.2%}" for name in shown),
             f"{row.gmacs:.4f}",
             f"{row.images_per_s:.0f}",
-            str(row.tokens),
+            str(row.tokens) if row.share is None else f"{row.share:.1%}",
         )
     Console().print(table)
     _write_evaluation(rows, dial_figure(rows, title=str(run)), run / "eval" / "degrees")

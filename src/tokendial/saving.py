@@ -15,7 +15,7 @@ from tokendial.adapted import AdaptedViT
 from tokendial.atomic import replacing
 from tokendial.backbones import Backbone, same_backbone
 from tokendial.methods import from_json, to_json
-from tokendial.reduce.base import ReducerConfig
+from tokendial.reduce.base import Calibration, ReducerConfig
 from tokendial.vit import DialViT, wrap
 
 FORMAT = 1
@@ -76,6 +76,7 @@ def load(
         _check_backbone(model, config, folder)
     model.load_state_dict(tensors, strict=False)
     if reduce is None:
+        _calibrate(model, config)
         model.set_degree(config["degree"])
     return model.eval()
 
@@ -101,6 +102,7 @@ def load_adapter(model: AdaptedViT, name: str, directory: str | Path) -> None:
         found = {tensor: value for tensor, value in tensors.items() if tensor in own}
         _check_names(own, found, folder)
         model.load_state_dict(found, strict=False)
+        _calibrate(model, config)
     except ValueError:
         model.set_adapter(active)
         model.delete_adapter(name)
@@ -140,7 +142,20 @@ def _config(model: AdaptedViT) -> dict[str, Any]:
         "whole": _whole(model),
         "fingerprint": model.fingerprint,
         "degree": model.degree,
+        "calibration": _calibration(model),
     } | {kind: to_json(kind, method) if method else None for kind, method in methods.items()}
+
+
+def _calibration(model: AdaptedViT) -> dict[str, Any] | None:
+    found = model.reducer.calibration if model.reducer else None
+    return dataclasses.asdict(found) if found else None
+
+
+def _calibrate(model: AdaptedViT, config: dict[str, Any]) -> None:
+    """Give the reducer what was measured; models saved before dials were measured have nothing."""
+    if model.reducer and (found := config.get("calibration")):
+        lists = {name: tuple(values) for name, values in found.items()}
+        model.reducer.calibration = Calibration(**lists)
 
 
 def _saved(model: AdaptedViT) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def wrapped(**sizes):
 def run_block(model, x):
     from tokendial.tokens import Tokens
 
-    return model._block(1, 1, Tokens(x, 1, (6, 6)), frozenset()).tokens
+    return model._block(1, model.degree, Tokens(x, 1, (6, 6)), frozenset()).tokens
 
 
 @torch.no_grad()

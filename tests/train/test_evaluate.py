@@ -3,10 +3,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from tokendial.data import read_image
 from tokendial.train import Run
-from tokendial.train.evaluate import evaluate, parse_degrees
+from tokendial.train.evaluate import evaluate, images_per_second, parse_degrees
 from tokendial.train.predict import predict
 
 
@@ -181,6 +182,4 @@ def test_the_version_is_printed(cli):
 
 
 def test_speed_is_measured_on_the_device_of_the_model(run):
-    from tokendial.train.evaluate import images_per_second
-
-    assert images_per_second(run.model(), batch_size=2) > 0
+    assert images_per_second(run.model(), torch.rand(2, 3, 48, 48)) > 0

@@ -72,6 +72,16 @@ class Passes:
     """The task's loss as a function of logits."""
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What `tokendial.calibrate` measured of a dial whose shares of tokens depend on values."""
+
+    thresholds: tuple[float, ...]
+    """For degree 1, 2, ...: logit that a token has to exceed."""
+    shares: tuple[float, ...]
+    """For degree 1, 2, ...: share of the patch tokens that did."""
+
+
 class Reducer(nn.Module, ABC):
     """Runs a reduction method: before a block, between its attention and FFN, or around its FFN.
 
@@ -94,6 +104,8 @@ class Reducer(nn.Module, ABC):
     """Degrees that the dial offers, from 0 (no reduction) up, cheaper and cheaper."""
     degree: int
     """The degree that the settings describe."""
+    calibration: Calibration | None = None
+    """Saved with the model; None: nothing was measured, or nothing has to be."""
 
     @abstractmethod
     def acts(self, layer: int, degree: int) -> bool:

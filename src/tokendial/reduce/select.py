@@ -6,13 +6,15 @@ training, and at inference an FFN that runs on the selected tokens of the whole 
 
 # Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim, K selected tokens.
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendial.attention import Attended
 from tokendial.reduce.base import (
@@ -38,8 +40,8 @@ class SelectConfig(ReducerConfig):
     ratio_weight: float = 2.0
     """Weight of the loss that keeps the share at its target."""
     selection: Literal["threshold", "topk"] = "threshold"
-    """At inference: the tokens with a logit above 0, as published (their number depends on the
-    image); or the best of each image, exactly the share that the dial says."""
+    """At inference: the tokens with a logit above a threshold (their number depends on the image),
+    0 at the target as published; or the best of each image, exactly the share of the dial."""
 
     def __post_init__(self) -> None:
         check_share("target_ratio", self.target_ratio)
@@ -51,24 +53,61 @@ class SelectConfig(ReducerConfig):
 class Selector(Reducer):
     """Runs the FFN of every layer on the selected tokens.
 
-    Degrees by threshold: 0 (every token) and 1 (as trained). By top-k: the position in the list of
-    shares 1, 0.9, ... 0.1, into which the target is sorted. By threshold the number of tokens
-    depends on values, which torch.compile traces as an unknown size; by top-k every size is known.
-    Costs by threshold are those of the target share.
+    A degree is a position in the list of shares 1, 0.9, ... 0.1, into which the target is sorted.
+    By top-k the share is exact and every size known. By threshold it depends on the images, and
+    torch.compile traces it as an unknown size; `tokendial.calibrate` finds the thresholds that give
+    about these shares, and measures them. Costs are those of the shares measured, or without
+    calibration of the nominal ones.
     """
 
     keeps_grid = True
     temperature = 5.0
     """Of the sigmoid in training."""
+    dispatchers: nn.ModuleList
+    """One for each layer; they give the logits, of any shape [B, ...]."""
 
     def __init__(self, config: SelectConfig, vit: ViTShape) -> None:
         super().__init__()
         self.config = config
-        self.rates: tuple[float, ...] = (1.0, config.target_ratio)
-        self.degree = 1
-        if config.selection == "topk":
-            self.rates, self.degree = dial_of(config.target_ratio)
+        self.rates, self.degree = dial_of(config.target_ratio)
         self.degrees = tuple(range(len(self.rates)))
+
+    @property
+    def calibratable(self) -> bool:
+        """Whether there are thresholds, and one of a trained share to measure others from."""
+        return self.config.selection == "threshold" and self.degree > 0
+
+    def threshold(self, degree: int) -> float:
+        """Logit that a token has to exceed at `degree`, from 1 up; 0 at the target.
+
+        Before calibration that of the nominal share, as if logits were those of shares drawn in
+        training: the noise makes a logit x a probability of sigmoid(x).
+        """
+        if self.calibration:
+            return self.calibration.thresholds[degree - 1]
+        target = self.rates[self.degree]
+        # A target of 1 is degree 0, which has no threshold that others could be measured from.
+        return _threshold(self.rates[degree]) - (_threshold(target) if target < 1 else 0.0)
+
+    def share(self, degree: int) -> float:
+        """Share of the patch tokens that are processed at `degree`: nominal, or as measured."""
+        if self.calibration and degree:
+            return self.calibration.shares[degree - 1]
+        return self.rates[degree]
+
+    @contextmanager
+    def logits_heard(self, hear: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call `hear` with the logits [B, L] of every layer of every pass inside."""
+
+        def tell(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+            hear(logits.detach().flatten(1).float())
+
+        hooks = [dispatcher.register_forward_hook(tell) for dispatcher in self.dispatchers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @abstractmethod
     def logits(self, layer: int, tokens: Tokens) -> Tensor:
@@ -88,17 +127,22 @@ class Selector(Reducer):
     ) -> tuple[Tensor, Tensor | None]:
         """Skip the FFN for tokens that are not selected; prefix tokens always are."""
         logits_BL = self.logits(layer, tokens)
+        # Without values, on the meta device, the cost is that of the share.
+        if not self.training and (self.config.selection == "topk" or logits_BL.is_meta):
+            count = num_kept_tokens(logits_BL.shape[1], self.share(degree))
+            return _run_on_best(ffn, tokens, logits_BL, count)
+        logits_BL = logits_BL - self.threshold(degree)
         always = logits_BL.new_ones(len(logits_BL), tokens.prefix)
         if self.training:
             chosen = gumbel_sigmoid(logits_BL, self.temperature)
             mask_BN = torch.cat([always, chosen], dim=1)
             return mask_BN.to(tokens.x.dtype).unsqueeze(-1) * ffn(tokens.x), mask_BN
-        # Without values, on the meta device, the cost is that of the target.
-        if self.config.selection == "topk" or logits_BL.is_meta:
-            count = num_kept_tokens(logits_BL.shape[1], self.rates[degree])
-            return _run_on_best(ffn, tokens, logits_BL, count)
         mask_BN = torch.cat([always, (logits_BL > 0).to(always.dtype)], dim=1)
         return run_on_selected(ffn, tokens.x, mask_BN > 0), mask_BN
+
+
+def _threshold(share: float) -> float:
+    return math.log(1 / share - 1)
 
 
 def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:

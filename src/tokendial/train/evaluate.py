@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from tokendial.atomic import replacing
 from tokendial.compensate import Compensator
+from tokendial.measure import ShareMeter
 from tokendial.tasks import Task
 from tokendial.train.batches import eval_loader
 from tokendial.train.runs import Run
@@ -38,6 +39,9 @@ class DegreeRow:
     """Measured on this machine, this batch size, forward pass alone."""
     tokens: int
     """Tokens (prefix included) that leave the last layer."""
+    share: float | None
+    """Share of the patch tokens that the FFNs processed, measured on the validation set; None for
+    methods that choose no tokens by their values."""
 
     @property
     def accuracy(self) -> float:
@@ -129,17 +133,22 @@ def evaluate(
     model = run.model().to(device or default_device())
     wanted = parse_degrees(degrees, model.degrees)
     task, loader = _validation(run, model, batch_size)
+    images = some_images(loader, model, batch_size)
+    meter = ShareMeter(model) if ShareMeter.fits(model) else None
     rows = []
     for degree in wanted:
         model.set_degree(degree)
         cost = model.cost()
+        with meter or nullcontext():
+            scores = evaluate_loader(model, loader, task)
         rows.append(
             DegreeRow(
                 degree=degree,
-                scores=evaluate_loader(model, loader, task),
+                scores=scores,
                 gmacs=cost.gmacs,
-                images_per_s=images_per_second(model, batch_size),
+                images_per_s=images_per_second(model, images),
                 tokens=cost.tokens_per_layer[-1],
+                share=meter.share if meter else None,
             )
         )
     return rows
@@ -185,6 +194,7 @@ def evaluate_bridged(
             source = sources[number]
         wanted = parse_degrees(degrees, model.degrees[: compensator.steps + 1])
         task, loader = _validation(run, model, batch_size)
+        images = some_images(loader, model, batch_size)
         for target in wanted:
             model.set_degree(target)
             plain = _judged(evaluate_loader(model, loader, task))
@@ -197,7 +207,7 @@ def evaluate_bridged(
                 plain=plain,
                 accuracy=_judged(evaluate_loader(model, loader, task)),
                 gmacs=cost.gmacs,
-                images_per_s=images_per_second(model, batch_size),
+                images_per_s=images_per_second(model, images),
                 tokens=cost.tokens_per_layer[-1],
             )
             compensator.detach(model)
@@ -228,12 +238,24 @@ def default_device() -> str:
     return accelerator.type if accelerator else "cpu"
 
 
+def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Tensor:
+    """The first images of a loader, at most [batch_size, 3, H, W], of the model's size."""
+    height, width = model.anatomy.image_size
+    found: list[Tensor] = []
+    for images, _ in loader:
+        found += images[..., :height, :width]
+        if len(found) >= batch_size:
+            break
+    return torch.stack(found[:batch_size])
+
+
 @torch.no_grad()
-def images_per_second(model: DialViT, batch_size: int) -> float:
-    """Throughput of the forward pass at the present degree: median over about a second of runs."""
-    parameter = next(model.parameters())
-    shape = (model.anatomy.in_chans, *model.anatomy.image_size)
-    images = torch.rand(batch_size, *shape, device=parameter.device)
+def images_per_second(model: DialViT, images: Tensor) -> float:
+    """Throughput of the forward pass at the present degree: median over about a second of runs.
+
+    The images matter where a method chooses tokens by their values.
+    """
+    images = images.to(next(model.parameters()).device)
     model.eval()
     seconds: list[float] = []
     # The first passes choose kernels and fill caches; they do not count.
@@ -241,7 +263,7 @@ def images_per_second(model: DialViT, batch_size: int) -> float:
         _timed(model, images)
     while len(seconds) < 5 or (sum(seconds) < _SPEED_SECONDS and len(seconds) < 200):
         seconds.append(_timed(model, images))
-    return batch_size / median(seconds)
+    return len(images) / median(seconds)
 
 
 def _timed(model: DialViT, images: Tensor) -> float:

@@ -1,17 +1,21 @@
 """Fine-tuning: a wrapped model, a labelled data set, the losses of task and reduction method."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from tokendial.data.splits import Splits
+from tokendial.measure import ShareMeter, calibrate
 from tokendial.saving import load
 from tokendial.tasks import FeatureDistillation
-from tokendial.train.batches import seed_all
+from tokendial.train.batches import eval_loader, seed_all
 from tokendial.train.evaluate import evaluate_loader
 from tokendial.train.loop import Trainer
 from tokendial.train.objective import Distillation, Objective
@@ -19,6 +23,8 @@ from tokendial.train.optimizer import decay_groups, parameter_groups
 from tokendial.train.recipe import Recipe
 from tokendial.train.runs import Run, task_of
 from tokendial.vit import DialViT, wrap
+
+_CALIBRATION_IMAGES = 64
 
 
 def train(recipe: Recipe, *, quiet: bool = False) -> Run:
@@ -33,7 +39,12 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
             run.
         InterruptedRunError: If the process was asked to stop.
     """
-    return Trainer(recipe, FineTuning(recipe), quiet=quiet).run_to_end()
+    job = FineTuning(recipe)
+    trainer = Trainer(recipe, job, quiet=quiet)
+    run = trainer.run_to_end()
+    if trainer.main:
+        job.calibrate(run, trainer.accelerator.device)
+    return run
 
 
 def build_model(recipe: Recipe, num_classes: int) -> DialViT:
@@ -67,7 +78,7 @@ class FineTuning:
     shows = "accuracy"
 
     def __init__(self, recipe: Recipe) -> None:
-        self.settings = recipe.train
+        self.recipe, self.settings = recipe, recipe.train
         self.data: Splits = recipe.data.build(recipe.seed)
         if not self.data.classes:
             raise ValueError("data: fine-tuning needs labelled images; these have no classes.")
@@ -113,6 +124,27 @@ class FineTuning:
     def save(self, folder: Path) -> None:
         """Write the model."""
         self.model.save_pretrained(folder)
+
+    def calibrate(self, run: Run, device: torch.device) -> None:
+        """Measure the dial of a finished run's models where its shares depend on the images."""
+        if not ShareMeter.fits(self.model):
+            return
+        for folder in (run.best, run.last):
+            model = load(folder).to(device)
+            if model.reducer and model.reducer.calibration is None:
+                calibrate(model, self._some_images(device))
+                model.save_pretrained(folder)
+
+    def _some_images(self, device: torch.device) -> Iterator[Tensor]:
+        """Images of the training set, chosen at random, as they are seen in evaluation."""
+        draw = np.random.default_rng(self.recipe.seed)
+        train: Any = self.data.train
+        count = min(_CALIBRATION_IMAGES, len(train))
+        some = Subset(train, draw.choice(len(train), size=count, replace=False).tolist())
+        loader = eval_loader(some, self.task.eval_transform(self.anatomy), batch_size=1)
+        for images, _ in loader:
+            height, width = self.anatomy.image_size
+            yield images[..., :height, :width].to(device)
 
 
 def _distillation(recipe: Recipe, model: DialViT) -> Distillation:
