@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from timm.layers.mlp import GluMlp
 
 import tokendial as td
 from tokendial.backbones import load_weights
+from tokendial.backbones.positions import resized_positions
 
 SIZES = {name: TINY[name] for name in ("img_size", "embed_dim", "depth", "num_heads")}
 PLAIN = td.Backbone(name="vit_tiny_patch16_224", weights=None, args=TINY)
@@ -416,3 +418,44 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(tmp_path, cli, opt
     assert str(path) in err
     assert err.count("\n") == 1
     assert not path.with_suffix(".safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "release", "prefix", "offset"),
+    [(DINOV2, as_dinov2, 1, 0.1), (REGISTERS, as_dinov2, 0, 0.0), (DISTILLED, as_wrapped, 2, 0.0)],
+)
+@torch.no_grad()
+def test_positions_are_resized_as_the_released_code_does(
+    tmp_path, backbone, release, prefix, offset
+):
+    vit = perturbed(backbone.create())
+    converted = td.convert_weights(write(tmp_path, release(vit)), backbone).at((40, 24))
+    path = converted.save(tmp_path / "resized.safetensors")
+    larger = replace(backbone, weights=str(path), args=backbone.args | {"img_size": (40, 24)})
+    expected = resized_positions(vit.pos_embed, (10, 6), num_prefix_tokens=prefix, offset=offset)
+    assert torch.equal(larger.create().pos_embed, expected)
+    assert larger.create()(images(1, 40, 24)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("wide", "img_size must look like 224 or 224x320, got 'wide'"),
+        ("0x224", "img_size must look like 224 or 224x320, got '0x224'"),
+        ("224x100", r"img_size must be multiples of the patch size 16, got (224, 100)"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_one_line(tmp_path, cli, size, message):
+    path = write(
+        tmp_path, as_wrapped(td.Backbone(name="deit_tiny_patch16_224", weights=None).create())
+    )
+    code, out, err = cli("weights", "convert", path, "--img-size", size)
+    assert (code, out, err) == (2, "", f"error: {message}.\n")
+    assert not path.with_suffix(".safetensors").exists()
+
+
+def test_the_command_line_resizes_positions(tmp_path, cli):
+    vit = td.Backbone(name="deit_tiny_patch16_224", weights=None).create()
+    path = write(tmp_path, as_wrapped(vit))
+    assert cli("weights", "convert", path, "--img-size", "256x192")[0] == 0
+    assert load_file(path.with_suffix(".safetensors"))["pos_embed"].shape == (1, 1 + 16 * 12, 192)

@@ -390,6 +390,10 @@ def weights_convert(
     model: Annotated[
         str | None, typer.Option(help="timm model; default: the one that the tensors belong to.")
     ] = None,
+    img_size: Annotated[
+        str | None,
+        typer.Option(help="Resize positions for images of 224 or HEIGHTxWIDTH pixels."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: FILE with .safetensors.")
     ] = None,
@@ -398,8 +402,18 @@ def weights_convert(
     from tokendial.backbones import convert_weights
 
     converted = convert_weights(file, model)
+    if img_size is not None:
+        converted = converted.at(_size(img_size))
     path = converted.save(out)
     print(f"wrote {path}: {converted.summary()}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width written as 224 or 224x320."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"img_size must look like 224 or 224x320, got {text!r}.")
+    return int(sides[0]), int(sides[-1])
 
 
 @app.command()

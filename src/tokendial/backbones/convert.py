@@ -18,12 +18,14 @@ from torch import Tensor
 
 from tokendial.atomic import replacing
 from tokendial.backbones.build import Backbone
+from tokendial.backbones.positions import resized_positions
 from tokendial.backbones.timm_vit import HEADS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 # The families below have no two sizes of one width.
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant"}
+_DINOV2_OFFSET = 0.1
 _DAR_PARTS = re.compile(
     r"backbone\.blocks\.\d+\.(adapter|compensator|token_mask_gen|scale)(?:\..+)?"
     r"|(decode_head|d_head_s|d_head_t|backbone_t)\..+"
@@ -56,6 +58,37 @@ class Converted:
         left_out = f"; left out: {_counted(self.left_out)}" if self.left_out else ""
         return f"{self.kind} weights of {self.model}, {len(self.tensors)} tensors{head}{left_out}"
 
+    def at(self, img_size: tuple[int, int]) -> "Converted":
+        """The same for images of another size, the positions resized as the released code does.
+
+        Loading the file into a model of another size resizes them, too, but for all kinds alike.
+
+        Args:
+            img_size: Height and width in pixels.
+
+        Raises:
+            ValueError: If the model has no positions of its own to resize, or a side is not a
+                multiple of the patch size.
+        """
+        if "pos_embed" not in self.tensors:
+            raise ValueError(f"img_size: {self.model} has no position embeddings to resize.")
+        patch = self.tensors["patch_embed.proj.weight"].shape[-1]
+        if any(side < patch or side % patch for side in img_size):
+            raise ValueError(
+                f"img_size must be multiples of the patch size {patch}, got {img_size}."
+            )
+        positions = self.tensors["pos_embed"]
+        # The files of DINOv2 with registers have the class token's position in the token itself.
+        prefix = positions.shape[1] - math.isqrt(positions.shape[1]) ** 2
+        plain_dinov2 = self.kind == "DINOv2" and "reg_token" not in self.tensors
+        resized = resized_positions(
+            positions,
+            (img_size[0] // patch, img_size[1] // patch),
+            num_prefix_tokens=prefix,
+            offset=_DINOV2_OFFSET if plain_dinov2 else 0.0,
+        )
+        return replace(self, tensors=self.tensors | {"pos_embed": resized})
+
     def save(self, out: str | Path | None = None) -> Path:
         """Write the tensors as safetensors, whole or not at all; returns where.
 
@@ -86,8 +119,7 @@ def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Co
 
     Known by their tensors are DINOv2 (also with registers), DeiT (also distilled), MAE (the
     encoder) and DAR's segmentation models (their backbone alone) in torch's format, and AugReg in
-    NumPy's. Nothing is unpickled but tensors. No tensor is resized: `load_weights` does that when
-    the model is built for other images.
+    NumPy's. Nothing is unpickled but tensors. No tensor is resized, see `Converted.at`.
 
     Args:
         path: The file; .npz is NumPy's format, any other suffix torch's.
