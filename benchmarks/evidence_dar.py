@@ -140,7 +140,7 @@ def main() -> None:
     table(found)
     for method in ("DAR", "DAR*"):
         dial(found, method)
-    settings = json.loads((options.data.parent / "settings.json").read_text())
+    settings = json.loads((options.data / "settings.json").read_text())
     result: dict[str, Any] = {
         "data": settings,
         "runs": [
