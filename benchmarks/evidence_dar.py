@@ -39,9 +39,9 @@ METHODS: dict[str, list[str]] = {
     "linear decoder, frozen": [
         *("reduce=null", "adapt={name: linear}", "decode={name: linear}", "train.lr=1e-2")
     ],
-    "DAR's adapters, every token": ["reduce=null"],
     "DAR": [],
     "DAR*": ["distill={weight: 0.1}"],
+    "DAR's adapters, every token": ["reduce=null"],
 }
 SEEDS = (0, 1, 2)
 MEASURES = ("mean_f", "s_measure", "weighted_f", "max_f", "mean_e", "mae")
@@ -131,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    wanted = [Tuned(method, seed) for seed in SEEDS for method in METHODS]
+    wanted = [Tuned(method, seed) for method in METHODS for seed in SEEDS]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(functools.partial(Tuned.train, options=options), wanted))
     with ProcessPoolExecutor(options.jobs) as processes:

@@ -47,9 +47,27 @@ def test_an_image_too_small_to_merge_is_run_as_it_is():
     torch.testing.assert_close(model(images(1, 4, 4)), vit(images(1, 4, 4)))
 
 
-def test_a_negative_r_raises():
-    with pytest.raises(ValueError, match="r must be an integer of at least 0, got -1"):
-        td.FFNMerge(r=-1)
+@torch.no_grad()
+def test_a_dial_of_steps_has_every_so_many_tokens():
+    fine, coarse = (
+        td.wrap(tiny_vit(), reduce=td.FFNMerge(r=24, step=step)).eval() for step in (1, 8)
+    )
+    assert coarse.degrees == (0, 1, 2, 3, 4)
+    assert coarse.degree == 3
+    assert torch.equal(coarse(images()), fine(images()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": -1}, "r must be an integer of at least 0, got -1"),
+        ({"step": 0}, r"step must be an integer of at least 1 that divides r \(256\), got 0"),
+        ({"r": 10, "step": 4}, r"step must be .* divides r \(10\), got 4"),
+    ],
+)
+def test_bad_settings_raise(settings, message):
+    with pytest.raises(ValueError, match=message):
+        td.FFNMerge(**settings)
 
 
 def test_a_large_stride_merges_more_than_half():

@@ -114,18 +114,42 @@ def test_only_the_plugin_learns_and_all_of_it(tmp_path):
     assert all(torch.equal(before[n], t) for n, t in objective.model.state_dict().items())
 
 
+def test_feature_maps_are_compared_at_every_patch(tmp_path):
+    job = Compensating(recipe(tmp_path, "loss=feature_map", "reduce={name: tome, r: 4}"))
+    perturbed(job.module, std=0.3)
+    objective, model = job.objective.eval(), job.objective.model
+    images = torch.randn(2, 3, 48, 48)
+    objective.pair = (0, 4)
+    loss, agreement = objective(images, torch.zeros(2))
+    with torch.no_grad():
+        model.set_degree(4)
+        student = model.feature_map(images)
+        model.set_degree(0)
+        teacher = model.feature_map(images)
+    assert student.shape == (2, 96, 8, 8)
+    torch.testing.assert_close(loss, (student - teacher).abs().mean())
+    cosine = F.cosine_similarity(student, teacher, dim=1)
+    torch.testing.assert_close(agreement, cosine.mean((1, 2)))
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     whole = compensate(recipe(tmp_path, name="whole"), quiet=True)
     losses = [line["train_loss"] for line in whole.metrics()]
     assert len(losses) == 2
-    assert {"val_agreement", "val_agreement_without"} <= whole.metrics()[-1].keys()
+    names = {"agreement", "agreement_without", "mismatch", "mismatch_without"}
+    assert {f"val_{name}" for name in names} <= whole.metrics()[-1].keys()
     plugin = td.Compensator.from_pretrained(whole.best)
     assert plugin.origin.reduce["name"] == "evit"
     assert compensate(recipe(tmp_path, name="whole"), quiet=True).metrics() == whole.metrics()
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides"), [("tocom_scenes", ()), ("tocom_deit_base", ("data.root=images",))]
+    ("name", "overrides"),
+    [
+        ("tocom_scenes", ()),
+        ("tocom_deit_base", ("data.root=images",)),
+        ("tocom_segmenter", ("data.root=images",)),
+    ],
 )
 def test_shipped_recipes_are_valid(name, overrides):
     assert read_recipe(name, overrides, kind=CompensateRecipe).output == f"runs/{name}"

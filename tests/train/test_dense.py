@@ -3,14 +3,18 @@
 import csv
 import io
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from examples import perturbed
 from PIL import Image
 from safetensors.torch import load_file
 
+import tokendial as td
 from tokendial.train import Run, read_recipe, train
 from tokendial.train.finetune import FineTuning
 
@@ -95,6 +99,18 @@ def test_eval_prints_the_metrics_at_each_degree(semantic, cli):
     assert float(rows[1]["mean_iou"]) == pytest.approx(recorded, abs=1e-6)
 
 
+def test_a_compensator_serves_a_dense_run(semantic, tmp_path, cli):
+    plugin = td.Compensator.for_model(semantic.model(), td.ToCom(rank=2), steps=4)
+    perturbed(plugin).save_pretrained(tmp_path)
+    options = ("--compensator", tmp_path, "--degrees", "2,4", "--batch-size", 4)
+    code, _, err = cli("eval", semantic.folder, *options)
+    assert (code, err) == (0, "")
+    with (semantic.folder / "eval" / "bridged.csv").open(newline="") as table:
+        at_source, beyond = csv.DictReader(table)
+    assert at_source["plain"] == at_source["accuracy"]
+    assert beyond["plain"] != beyond["accuracy"]
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """Images of every kind, two of them of one name, and one that is none."""
@@ -131,6 +147,37 @@ def test_predict_writes_a_mask_of_each_images_size(request, pictures, tmp_path, 
         if kind == "semantic":
             assert values.max() <= 10
     assert sum(path.name.endswith(".overlay.png") for path in out.iterdir()) == 4
+
+
+def test_a_photograph_of_24_megapixels_fits_in_memory(binary, semantic, tmp_path):
+    (tmp_path / "images").mkdir()
+    small = Image.effect_noise((60, 40), 64).convert("RGB")
+    small.resize((6000, 4000)).save(tmp_path / "images" / "large.jpg")
+    for run in (binary, semantic):
+        out = tmp_path / run.folder.name
+        code = (
+            "import resource, sys; from tokendial.cli import app;"
+            "app(sys.argv[1:], standalone_mode=False);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        )
+        arguments = ("predict", run.folder, tmp_path / "images", "--out", out, "--overlay")
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert int(done.stderr.split()[-1]) * 1024 < 1.5e9
+        with Image.open(out / "large.overlay.png") as overlay:
+            assert overlay.size == (6000, 4000)
+
+
+def test_masks_never_take_the_place_of_images(binary, pictures, cli):
+    before = {path: path.read_bytes() for path in pictures.rglob("*.png")}
+    code, _, err = cli("predict", binary.folder, pictures, "--out", pictures)
+    assert code == 2
+    assert "out must be another folder than that of the images, " in err
+    assert {path: path.read_bytes() for path in pictures.rglob("*.png")} == before
 
 
 def test_show_draws_which_tokens_were_processed(binary, pictures, tmp_path, cli):

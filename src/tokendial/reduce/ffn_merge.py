@@ -26,6 +26,9 @@ class FFNMerge(ReducerConfig):
 
     r: int = 256
     """Tokens that merge before each FFN."""
+    step: int = 1
+    """Tokens from one degree of the dial to the next; `r` is a multiple of it. 32 gives a ViT/16 at
+    512 x 512 pixels 16 degrees: as many as a compensator has in the paper."""
     matching: Literal["bipartite", "random"] = "bipartite"
     """As in ToMe."""
     stride: int = 2
@@ -36,6 +39,10 @@ class FFNMerge(ReducerConfig):
     def __post_init__(self) -> None:
         if type(self.r) is not int or self.r < 0:
             raise ValueError(f"r must be an integer of at least 0, got {self.r}.")
+        if type(self.step) is not int or self.step < 1 or self.r % self.step:
+            raise ValueError(
+                f"step must be an integer of at least 1 that divides r ({self.r}), got {self.step}."
+            )
         check_matching(self.matching, self.stride, self.seed)
 
     def build(self, vit: ViTShape) -> "FFNMergeReducer":
@@ -44,7 +51,7 @@ class FFNMerge(ReducerConfig):
 
 
 class FFNMergeReducer(Reducer):
-    """Runs FFN-only merging; the degree is r."""
+    """Runs FFN-only merging; degree d merges d times `step` tokens."""
 
     needs = frozenset({"mean_keys"})
     keeps_grid = True
@@ -52,8 +59,9 @@ class FFNMergeReducer(Reducer):
     def __init__(self, config: FFNMerge, vit: ViTShape) -> None:
         super().__init__()
         self.config = config
-        self.degrees = tuple(range(most_merged(vit.num_patches, config.stride) + 1))
-        self.degree = config.r
+        most = most_merged(vit.num_patches, config.stride)
+        self.degrees = tuple(range(most // config.step + 1))
+        self.degree = config.r // config.step
 
     def acts(self, layer: int, degree: int) -> bool:
         """In every layer."""
@@ -72,7 +80,7 @@ class FFNMergeReducer(Reducer):
         config = self.config
         grouping = matched(
             attended.mean_keys,
-            degree,
+            degree * config.step,
             tokens.prefix,
             matching=config.matching,
             stride=config.stride,

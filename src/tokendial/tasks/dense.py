@@ -109,17 +109,16 @@ def sized(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 
 def best_class(logits_Khw: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Index of the largest of K logit maps at another size, [H, W] int64.
+    """Index of the largest of K logit maps at another size, [H, W] uint8.
 
     The maps are enlarged one by one: all together would not fit in memory for large photographs.
     """
     best = sized(logits_Khw[None, :1], size)[0, 0]
-    index = torch.zeros_like(best, dtype=torch.int64)
+    index = torch.zeros_like(best, dtype=torch.uint8)
     for number in range(1, len(logits_Khw)):
         other = sized(logits_Khw[None, number : number + 1], size)[0, 0]
-        larger = other > best
-        index[larger] = number
-        best = torch.maximum(best, other)
+        index[other > best] = number
+        best = torch.maximum(best, other, out=best)
     return index
 
 

@@ -109,11 +109,14 @@ class MaskMetrics(Metric):
     """pysodmetrics' measures at the size of each mask, image by image.
 
     S-measure; weighted F-measure (beta^2 = 1); adaptive, mean and largest F-measure (beta^2 = 0.3)
-    and E-measure; mean absolute error. The largest ones are those of the mean curve.
+    and E-measure; mean absolute error. The largest ones are those of the mean curve. An image on
+    which a measure is not defined (the S-measure of a mask one pixel high) does not count for it,
+    and one of a single pixel not at all.
     """
 
     full_state_update = False
     scalars: Tensor
+    defined: Tensor
     curves: Tensor
     count: Tensor
 
@@ -121,22 +124,27 @@ class MaskMetrics(Metric):
         super().__init__()
         # S, weighted F, adaptive F, adaptive E, absolute error; the curves of F and E.
         self.add_state("scalars", torch.zeros(5), dist_reduce_fx="sum")
+        self.add_state("defined", torch.zeros(5), dist_reduce_fx="sum")
         self.add_state("curves", torch.zeros(2, _THRESHOLDS), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, targets: Tensor | Sequence[Tensor]) -> None:
         """Take in logits [B, 1, h, w] and masks [H, W] of 0 and 1, of any sizes."""
         for own, mask in zip(logits, targets, strict=True):
+            if mask.numel() == 1:
+                continue
             probable = sized(own.unsqueeze(0).float().sigmoid(), mask.shape)[0, 0]
             grey = (probable * 255).round().byte().cpu().numpy()
             scalars, curves = _measures(grey, mask.cpu().numpy().astype(np.uint8) * 255)
-            self.scalars += torch.from_numpy(scalars).to(self.scalars)
+            found = torch.from_numpy(scalars).to(self.scalars)
+            self.scalars += found.nan_to_num()
+            self.defined += found.isfinite()
             self.curves += torch.from_numpy(curves).to(self.curves)
             self.count += 1
 
     def compute(self) -> dict[str, Tensor]:
         """Each measure by its name; what runs are judged by comes first."""
-        structure, weighted_f, adaptive_f, adaptive_e, error = self.scalars / self.count
+        structure, weighted_f, adaptive_f, adaptive_e, error = self.scalars / self.defined
         f_curve, e_curve = self.curves / self.count
         return {
             "s_measure": structure,
@@ -152,7 +160,12 @@ class MaskMetrics(Metric):
 
 
 def _measures(grey: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scalars [5] and curves [2, 256] of one image; uint8 [H, W], the mask 0 or 255."""
+    """Scalars [5], NaN where not defined, and curves [2, 256] of one image.
+
+    Args:
+        grey: uint8 [H, W].
+        mask: uint8 [H, W], 0 or 255.
+    """
     import py_sod_metrics as sod
 
     with warnings.catch_warnings():

@@ -45,7 +45,7 @@ class PixelMetrics(MulticlassConfusionMatrix):
         """Take in logits [B, K, h, w] and masks [H, W] of any sizes."""
         for own, mask in zip(logits, targets, strict=True):
             found = best_class(own.float(), mask.shape)
-            super().update(found.flatten(), mask.flatten().to(found.device))
+            super().update(found.flatten().long(), mask.flatten().to(found.device))
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]  # by name, as other tasks
         """Each metric by its name; what runs are judged by comes first."""

@@ -56,6 +56,7 @@ class SelfDistillation(nn.Module):
             recipe.loss == "classification" and task.multi_label
         )
         """Whether the answers of the head do not exclude each other."""
+        self.of_features = recipe.loss in ("features", "feature_map")
         self.pair = (0, plugin.steps)
         """Source, the teacher's degree, and target, the student's."""
         self._drop_paths = [part for part in model.modules() if isinstance(part, DropPath)]
@@ -77,23 +78,26 @@ class SelfDistillation(nn.Module):
             return self.task.loss(student, targets), self.agreement(student, targets)
         teacher = self.teacher(images, source)
         student = self.student(images, source, target)
-        if recipe.loss == "features":
-            loss = F.l1_loss(student.float(), teacher.float())
-        elif recipe.loss == "binary_distillation":
-            loss = binary_distillation(student, teacher, temperature=recipe.temperature)
-        else:
-            loss = soft_distillation(
-                student, teacher, temperature=recipe.temperature, mean_over=recipe.mean_over
-            )
-        return loss, self.agreement(student, teacher)
+        return self.mismatch(student, teacher), self.agreement(student, teacher)
+
+    def mismatch(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """How far the student is from the teacher; minimised, unless labels teach."""
+        recipe = self.recipe
+        if self.of_features:
+            return F.l1_loss(student.float(), teacher.float())
+        if self.by_label:
+            return binary_distillation(student, teacher, temperature=recipe.temperature)
+        return soft_distillation(
+            student, teacher, temperature=recipe.temperature, mean_over=recipe.mean_over
+        )
 
     @torch.no_grad()
     def teacher(self, images: Tensor, source: int) -> Tensor:
-        """Logits (features without a head) at the source, where the plugin does nothing."""
+        """Logits (or features) at the source, where the plugin does nothing."""
         return self._run(images, source, source)
 
     def student(self, images: Tensor, source: int, target: int) -> Tensor:
-        """Logits (features without a head) at the target, bridged from the source."""
+        """Logits (or features) at the target, bridged from the source."""
         for part in self._drop_paths:
             part.train(self.training)
         try:
@@ -107,6 +111,8 @@ class SelfDistillation(nn.Module):
         assert isinstance(attachment, Attachment)
         attachment.source = source
         self.model.set_degree(degree)
+        if self.recipe.loss == "feature_map":
+            return self.model.feature_map(images)
         logits: Tensor = self.model(images)
         return logits
 
@@ -115,8 +121,9 @@ class SelfDistillation(nn.Module):
 
         The teacher may be the targets themselves: indices, or a number for each class.
         """
-        if self.recipe.loss == "features":
-            return F.cosine_similarity(student.float(), teacher.float())
+        if self.of_features:
+            cosine = F.cosine_similarity(student.float(), teacher.float(), dim=1)
+            return cosine.reshape(len(cosine), -1).mean(1)
         if self.by_label:
             return ((student > 0) == (teacher > 0)).float().mean(dim=1)
         named = teacher.argmax(dim=1) if teacher.is_floating_point() else teacher
@@ -145,8 +152,8 @@ class Compensating:
 
     def _check(self, model: DialViT) -> None:
         loss, head = self.recipe.loss, model.num_classes
-        if (loss == "features") != (head == 0):
-            allowed = "features" if head == 0 else "one of the others"
+        if loss != "feature_map" and (loss == "features") != (head == 0):
+            allowed = "features or feature_map" if head == 0 else "one of the others"
             raise ValueError(
                 f"loss must be {allowed} for a model with a head of {head} classes, got {loss}."
             )
@@ -181,19 +188,26 @@ class Compensating:
     def scores(
         self, loader: Iterable[tuple[Tensor, Tensor]], accelerator: Accelerator
     ) -> dict[str, float]:
-        """Agreement at the highest degree with the model at degree 0, with and without plugin."""
+        """Agreement at the highest degree with the model at degree 0, and how far they are apart.
+
+        Both with and without the plugin.
+        """
         objective, steps = self.objective.eval(), self.module.steps
-        sums = torch.zeros(3, device=accelerator.device)
+        sums = torch.zeros(5, device=accelerator.device)
         for batch in loader:
             images = batch[0].to(accelerator.device)
             with accelerator.autocast():
                 teacher = objective.teacher(images, 0)
                 bridged = objective.student(images, 0, steps)
                 plain = objective.teacher(images, steps)
-            both = [objective.agreement(student, teacher).sum() for student in (bridged, plain)]
-            sums += torch.stack([*both, both[0].new_tensor(len(images))])
-        with_plugin, without, count = accelerator.reduce(sums, "sum").tolist()
-        return {"agreement": with_plugin / count, "agreement_without": without / count}
+            found = [objective.agreement(student, teacher).sum() for student in (bridged, plain)]
+            found += [
+                objective.mismatch(student, teacher) * len(images) for student in (bridged, plain)
+            ]
+            sums += torch.stack([*found, found[0].new_tensor(len(images))])
+        *totals, count = accelerator.reduce(sums, "sum").tolist()
+        names = ("agreement", "agreement_without", "mismatch", "mismatch_without")
+        return {name: total / count for name, total in zip(names, totals, strict=True)}
 
     def save(self, folder: Path) -> None:
         """Write the compensator."""

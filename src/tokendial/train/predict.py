@@ -22,6 +22,7 @@ from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
 _TINT, _TINTED = np.array([255, 40, 40], np.float32), 0.6
+_BAND = 256
 _MOST_BYTES = 2**31
 
 
@@ -130,12 +131,18 @@ def predict_masks(
         device: Where to compute; None: the accelerator if there is one.
 
     Raises:
-        ValueError: If the run predicts classes, the degree is not offered, or the logits of an
-            image would not fit in memory.
+        ValueError: If the run predicts classes, the degree is not offered, images lie in `out`
+            itself, or the logits of an image would not fit in memory.
     """
     task = run.task()
     if not isinstance(task, BinaryMasks | Segmentation):
         raise ValueError(f"{run.folder} predicts classes, not masks.")
+    binary, files = isinstance(task, BinaryMasks), list(files)
+    # A mask could take the place of an image that has its name.
+    if beside := [path for path in files if path.parent.resolve() == out.resolve()]:
+        raise ValueError(
+            f"out must be another folder than that of the images, {beside[0]} is in it."
+        )
     on = device or default_device()
     model = run.model().to(on)
     if degree is not None:
@@ -153,34 +160,45 @@ def predict_masks(
             logits = _in_tiles(model, image, task.augment.stride, on)
         else:
             logits = task.predict(model, transform(image).unsqueeze(0).to(on))[0].float()
-        drawn = _probabilities if isinstance(task, BinaryMasks) else _classes
-        mask, opacity, colours = drawn(logits, (image.height, image.width))
+        size = image.height, image.width
+        mask = _probabilities(logits, size) if binary else _classes(logits, size)
         taken[path.stem] += 1
         stem = path.stem if taken[path.stem] == 1 else f"{path.stem}-{taken[path.stem]}"
         target, over = out / f"{stem}.png", out / f"{stem}.overlay.png"
         _write(mask, target)
         if overlay:
-            share = _TINTED * opacity[..., None]
-            mixed = np.asarray(image) * (1 - share) + colours * share
-            _write(Image.fromarray(mixed.astype(np.uint8)), over)
-        inside = float((opacity > 0.5).mean())
+            _write(_overlaid(image, mask), over)
+        inside = float((np.asarray(mask) > (127 if binary else 0)).mean())
         yield MaskFile(str(path), str(target), str(over) if overlay else None, inside)
 
 
-def _probabilities(
-    logits: Tensor, size: tuple[int, int]
-) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """The mask of one class, its opacity [H, W] and its colour, as grey levels."""
-    opacity = sized(logits.sigmoid().unsqueeze(0), size)[0, 0].cpu().numpy()
-    return Image.fromarray((opacity * 255).round().astype(np.uint8)), opacity, _TINT
+def _probabilities(logits: Tensor, size: tuple[int, int]) -> Image.Image:
+    """The mask of one class, as grey levels."""
+    grey = sized(logits.sigmoid().unsqueeze(0), size)[0, 0].mul_(255).round_()
+    return Image.fromarray(grey.byte().cpu().numpy())
 
 
-def _classes(logits: Tensor, size: tuple[int, int]) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """The mask of several classes, its opacity [H, W] and its colours, by a palette."""
-    classes = best_class(logits, size).to(torch.uint8).cpu().numpy()
-    mask, palette = Image.fromarray(classes), _palette()
-    mask.putpalette(palette.flatten().tolist())
-    return mask, (classes > 0).astype(np.float32), palette[classes]
+def _classes(logits: Tensor, size: tuple[int, int]) -> Image.Image:
+    """The mask of several classes, by a palette."""
+    mask = Image.fromarray(best_class(logits, size).cpu().numpy())
+    mask.putpalette(_palette().flatten().tolist())
+    return mask
+
+
+def _overlaid(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """The image, tinted where the mask is."""
+    by_class = mask.mode == "P"
+    colours = _palette() if by_class else np.broadcast_to(_TINT, (256, 3))
+    levels = np.arange(256) > 0 if by_class else np.arange(256) / 255
+    share = (_TINTED * levels[:, None]).astype(np.float32)
+    # For each value of the mask: how much is left of the image, and what is added to it.
+    left, added = 1 - share, colours * share
+    pixels, values = np.array(image), np.asarray(mask)
+    # In bands, since numbers with a fraction take four times the room of a large photograph.
+    for top in range(0, len(pixels), _BAND):
+        band, of = pixels[top : top + _BAND], values[top : top + _BAND]
+        band[:] = band * left[of] + added[of]
+    return Image.fromarray(pixels)
 
 
 def _in_tiles(model: DialViT, image: Image.Image, stride: float, device: str) -> Tensor:

@@ -219,11 +219,12 @@ class CompensateRecipe(BaseRecipe):
     """The plugin."""
     steps: int | None = Field(None, ge=1)
     """Highest degree that it bridges; null: the one that the reduction describes."""
-    loss: Literal["distillation", "binary_distillation", "features", "classification"] = (
-        "distillation"
-    )
+    loss: Literal[
+        "distillation", "binary_distillation", "features", "feature_map", "classification"
+    ] = "distillation"
     """What the student learns from: the teacher's logits, by softmax or label by label; the
-    teacher's pooled features (of models without a head); or the labels."""
+    teacher's pooled features (of models without a head), or those of every patch, as dense tasks
+    read them; or the labels."""
     temperature: float = Field(1.0, gt=0.0)
     """Of the distillation."""
     mean_over: Literal["batch_and_classes", "batch"] = "batch_and_classes"
