@@ -1,7 +1,7 @@
 import csv
 import re
 
-from tokendial.demo import run_demo
+from tokendial.demo import run_demo, run_masks_demo
 
 
 def test_the_demo_trains_turns_the_dial_and_reports(tmp_path):
@@ -18,3 +18,19 @@ def test_the_demo_trains_turns_the_dial_and_reports(tmp_path):
     assert rows[3]["plain"] == rows[3]["accuracy"]
     assert float(rows[9]["gmacs"]) < 0.6 * float(rows[0]["gmacs"])
     assert (tmp_path / "demo" / "run" / "best" / "model.safetensors").exists()
+
+
+def test_the_demo_of_masks_trains_turns_the_dial_and_reports(tmp_path):
+    small = ("data.train_size=40", "data.val_size=4", "train.epochs=1", "model.img_size=48")
+    report = run_masks_demo(tmp_path / "demo", small)
+    page = report.read_text()
+    assert page.count("<img") == 6
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    with (tmp_path / "demo" / "degrees.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["degree"] for row in rows] == [str(degree) for degree in range(10)]
+    shares = [float(row["share"]) for row in rows]
+    assert shares[0] == 1
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.5
+    assert float(rows[-1]["gmacs"]) < float(rows[0]["gmacs"])

@@ -49,6 +49,13 @@ class Format(StrEnum):
     jsonl = "jsonl"
 
 
+class DemoTask(StrEnum):
+    """What the demo learns."""
+
+    counting = "counting"
+    masks = "masks"
+
+
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 2."""
     try:
@@ -418,12 +425,21 @@ def _size(text: str) -> tuple[int, int]:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the run and the report.")] = Path("demo"),
+    task: Annotated[
+        DemoTask, typer.Option(help="counting: Sparse-Tuning and a compensator; masks: DAR.")
+    ] = DemoTask.counting,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the run and the report; default: demo or demo_masks."),
+    ] = None,
 ) -> None:
-    """The whole story in a minute or two, offline: fine-tune the shipped model, turn the dial."""
-    from tokendial.demo import run_demo
+    """The whole story in a few minutes, offline: fine-tune the shipped model, turn the dial."""
+    from tokendial.demo import run_demo, run_masks_demo
 
-    run_demo(out)
+    if task is DemoTask.masks:
+        run_masks_demo(out or Path("demo_masks"))
+    else:
+        run_demo(out or Path("demo"))
 
 
 if __name__ == "__main__":

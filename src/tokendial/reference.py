@@ -6,47 +6,68 @@ where those live here.
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tokendial.compensate import Compensator
 from tokendial.vit import DialViT
 
-_NOTHING: tuple[tuple[str, str], ...] = ()
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What a public implementation calls its parameters, and which it saves."""
+
+    names: tuple[tuple[str, str], ...] = ()
+    """Its own names (as patterns) and ours."""
+    prefix: str = ""
+    """Before the names of backbone and adapters in a whole model."""
+    only_in_training: tuple[str, ...] = ()
+    """How names of modules begin that go away after training."""
+    frozen_left_out: bool = False
+    """Whether released files may hold what was trained alone."""
+
+
 _ADAPTER = (
     (r"blocks\.(\d+)\.adapt(?:mlp|er)\.down_proj\.(\w+)", r"adapter.down.\1.\2"),
     (r"blocks\.(\d+)\.adapt(?:mlp|er)\.up_proj\.(\w+)", r"adapter.up.\1.\2"),
 )
 _COMPENSATOR = r"blocks\.(\d+)\.compensator\."
 SYSTEMS = {
-    "tome": _NOTHING,
-    "evit": _NOTHING,
-    "tocom": _NOTHING,
-    "dynamicvit": (
-        (r"score_predictor\.(\d+)\.in_conv\.(.+)", r"reducer.predictors.\1.inside.\2"),
-        (r"score_predictor\.(\d+)\.out_conv\.(.+)", r"reducer.predictors.\1.outside.\2"),
+    "tome": System(),
+    "evit": System(),
+    "tocom": System(),
+    "dynamicvit": System(
+        (
+            (r"score_predictor\.(\d+)\.in_conv\.(.+)", r"reducer.predictors.\1.inside.\2"),
+            (r"score_predictor\.(\d+)\.out_conv\.(.+)", r"reducer.predictors.\1.outside.\2"),
+        )
     ),
-    "dyt": (
-        *_ADAPTER,
-        (r"blocks\.(\d+)\.mlp_token_select\.mlp_head\.(\w+)", r"reducer.dispatchers.\1.\2"),
+    "dyt": System(
+        (
+            *_ADAPTER,
+            (r"blocks\.(\d+)\.mlp_token_select\.mlp_head\.(\w+)", r"reducer.dispatchers.\1.\2"),
+        )
     ),
-    "dar": (
-        *_ADAPTER,
-        (_COMPENSATOR + r"down_conv1\.(\w+)", r"adapter.compensators.\1.down.\2"),
-        (_COMPENSATOR + r"down_conv2\.0\.(\w+)", r"adapter.compensators.\1.depthwise.\2"),
-        (_COMPENSATOR + r"down_conv2\.1\.(\w+)", r"adapter.compensators.\1.pointwise.\2"),
-        (_COMPENSATOR + r"up_conv\.(\w+)", r"adapter.compensators.\1.up.\2"),
-        (r"blocks\.(\d+)\.token_mask_gen\.conv\.(\w+)", r"reducer.dispatchers.\1.\2"),
-        (r"blocks\.(\d+)\.scale", r"adapter.scales.\1"),
-        (r"decode_head\.convs\.0\.conv\.(\w+)", r"decoder.reduce.conv.\1"),
-        (r"decode_head\.convs\.0\.bn\.(\w+)", r"decoder.reduce.norm.\1"),
-        (r"decode_head\.fusion_conv\.conv\.(\w+)", r"decoder.fuse.conv.\1"),
-        (r"decode_head\.fusion_conv\.bn\.(\w+)", r"decoder.fuse.norm.\1"),
-        (r"decode_head\.conv_seg\.(\w+)", r"decoder.predict.\1"),
+    "dar": System(
+        (
+            *_ADAPTER,
+            (_COMPENSATOR + r"down_conv1\.(\w+)", r"adapter.compensators.\1.down.\2"),
+            (_COMPENSATOR + r"down_conv2\.0\.(\w+)", r"adapter.compensators.\1.depthwise.\2"),
+            (_COMPENSATOR + r"down_conv2\.1\.(\w+)", r"adapter.compensators.\1.pointwise.\2"),
+            (_COMPENSATOR + r"up_conv\.(\w+)", r"adapter.compensators.\1.up.\2"),
+            (r"blocks\.(\d+)\.token_mask_gen\.conv\.(\w+)", r"reducer.dispatchers.\1.\2"),
+            (r"blocks\.(\d+)\.scale", r"adapter.scales.\1"),
+            (r"decode_head\.convs\.0\.conv\.(\w+)", r"decoder.reduce.conv.\1"),
+            (r"decode_head\.convs\.0\.bn\.(\w+)", r"decoder.reduce.norm.\1"),
+            (r"decode_head\.fusion_conv\.conv\.(\w+)", r"decoder.fuse.conv.\1"),
+            (r"decode_head\.fusion_conv\.bn\.(\w+)", r"decoder.fuse.norm.\1"),
+            (r"decode_head\.conv_seg\.(\w+)", r"decoder.predict.\1"),
+        ),
+        prefix="backbone.",
+        only_in_training=("d_head_s.", "d_head_t."),
+        frozen_left_out=True,
     ),
 }
-"""For each system: its own names (from the start) and ours."""
-# DAR's heads of distillation go away after training.
-_ONLY_IN_TRAINING = ("d_head_s.", "d_head_t.")
 
 
 def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
@@ -79,14 +100,13 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
 
 
 def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
-    own = model.state_dict()
+    own, told = model.state_dict(), SYSTEMS[system]
     renamed: dict[str, Any] = {
         our_name(name, system): value
         for name, value in state_dict.items()
-        if not (system == "dar" and name.startswith(_ONLY_IN_TRAINING))
+        if not name.startswith(told.only_in_training)
     }
-    # DAR's released files hold what was trained; the frozen backbone is DINOv2's.
-    trained_only = system == "dar" and not any(name.startswith("vit.") for name in renamed)
+    trained_only = told.frozen_left_out and not any(name.startswith("vit.") for name in renamed)
     missing = [
         name
         for name in own
@@ -96,16 +116,16 @@ def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
     wrong = [n for n, value in renamed.items() if n in own and own[n].shape != value.shape]
     problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
     if any(names for _, names in problems):
-        told = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
-        raise ValueError(f"this is not a {system} state dict of this model; {told}.")
+        listed = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
+        raise ValueError(f"this is not a {system} state dict of this model; {listed}.")
     model.load_state_dict(own | renamed)
 
 
 def our_name(name: str, system: str) -> str:
     """What a parameter of a public implementation is called in a wrapped model."""
-    if system == "dar":
-        name = name.removeprefix("backbone.")
-    for pattern, ours in SYSTEMS[system]:
+    told = SYSTEMS[system]
+    name = name.removeprefix(told.prefix)
+    for pattern, ours in told.names:
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
     return f"vit.{name}"

@@ -123,8 +123,9 @@ class DialViT(AdaptedViT):
         """Logits, features and the tokens of every layer: what the losses of methods read."""
         tokens = [step.tokens for step in self._steps_to_logits(images)]
         last = tokens[-1]
-        logits, features = self._logits(last).float(), self.anatomy.norm(last.x)
-        return Outcome(self.degree, logits, features, tokens)
+        read = self.restored_map(last) if self.decoder else None
+        logits = self.decoder(read) if self.decoder else self.anatomy.classify(last)
+        return Outcome(self.degree, logits.float(), self.anatomy.norm(last.x), tokens, read)
 
     def _steps_to_logits(self, images: Tensor) -> Iterator[Step]:
         # A decoder needs every position back.

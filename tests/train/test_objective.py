@@ -39,8 +39,8 @@ def test_a_step_of_dyt_runs_the_complete_model_and_turns_back(vit):
     set_degree = model.set_degree
     model.set_degree = lambda degree: (seen.append(degree), set_degree(degree))
     Objective(model, task())(images(), torch.tensor([0, 1]))
-    assert seen == [0, 1]
-    assert model.degree == 1
+    assert seen == [0, 5]
+    assert model.degree == 5
 
 
 def test_at_degree_0_only_the_task_is_trained(vit):

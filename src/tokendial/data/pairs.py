@@ -46,7 +46,7 @@ class Pairs:
     def __post_init__(self) -> None:
         if self.broken not in ("error", "skip"):
             raise ValueError(f"broken must be one of error, skip, got {self.broken!r}.")
-        if self.classes is not None and self._num_classes() < 2:
+        if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"classes must be at least 2, or null, got {self.classes!r}.")
         if self.classes is None and self.ignore_zero:
             raise ValueError("ignore_zero must be false for binary masks, got true.")
@@ -57,8 +57,10 @@ class Pairs:
         """The folders."""
         return [Path(root) for root in ([self.root] if isinstance(self.root, str) else self.root)]
 
-    def _num_classes(self) -> int:
-        return len(self.classes) if isinstance(self.classes, list) else self.classes or 1
+    @property
+    def num_classes(self) -> int | None:
+        """Of a semantic segmentation; None: binary masks."""
+        return len(self.classes) if isinstance(self.classes, list) else self.classes
 
     def build(self, seed: int) -> Splits:
         """List the pairs.
@@ -81,19 +83,19 @@ class Pairs:
         found: list[tuple[Path, Path]] = []
         for root in self.roots():
             pairs, problems = self.pairs(root, split)
-            problems += [p for pair in pairs if (p := size_problem(*pair)) is not None]
+            of_size = [size_problem(*pair) for pair in pairs]
+            problems += filter(None, of_size)
             if problems and self.broken == "error":
                 more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
                 raise ValueError(
                     f"data: {problems[0]}{more}; `tokendial data check {root}` lists them, "
                     "data.broken=skip leaves such pairs out."
                 )
-            found += [pair for pair in pairs if not problems or size_problem(*pair) is None]
+            found += [pair for pair, bad in zip(pairs, of_size, strict=True) if bad is None]
         if not found:
             roots = ", ".join(map(str, self.roots()))
             raise ValueError(f"data: no pairs of an image and a mask for {split} in {roots}.")
-        num_classes = None if self.classes is None else self._num_classes()
-        return PairSet(found, num_classes, ignore_zero=self.ignore_zero)
+        return PairSet(found, self.num_classes, ignore_zero=self.ignore_zero)
 
     def pairs(self, root: Path, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
         """Pairs of files of a split, and one line about each file that has no partner.
@@ -135,7 +137,7 @@ class PairSet(Dataset[tuple[Image.Image, np.ndarray]]):
         else:
             mask = read_class_mask(mask_path, self.num_classes, ignore_zero=self.ignore_zero)
         if mask.shape != image.size[::-1]:
-            raise ImageError(size_line(image_path, image.size, mask_path, mask.shape[::-1]))
+            raise ImageError(f"{size_line(image_path, image.size, mask_path, mask.shape[::-1])}.")
         return image, mask
 
 
@@ -189,15 +191,14 @@ def check_pairs(data: Pairs, root: Path) -> Iterator[str]:
     for split in (data.train, data.val):
         pairs, problems = data.pairs(root, split)
         yield from problems
-        num_classes = None if data.classes is None else data._num_classes()
-        reader = PairSet(pairs, num_classes, ignore_zero=data.ignore_zero)
+        reader = PairSet(pairs, data.num_classes, ignore_zero=data.ignore_zero)
         for number, (_, mask) in enumerate(pairs):
             try:
                 reader[number]
             except ImageError as error:
                 yield str(error).rstrip(".")
                 continue
-            if num_classes is None and (odd := _odd_values(mask)):
+            if data.num_classes is None and (odd := _odd_values(mask)):
                 yield f"{mask} {odd}"
 
 
@@ -220,7 +221,7 @@ def size_problem(image: Path, mask: Path) -> str | None:
         sizes = [_upright_size(path) for path in (image, mask)]
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
         return None
-    return None if sizes[0] == sizes[1] else size_line(image, sizes[0], mask, sizes[1]).rstrip(".")
+    return None if sizes[0] == sizes[1] else size_line(image, sizes[0], mask, sizes[1])
 
 
 def size_line(
@@ -228,7 +229,7 @@ def size_line(
 ) -> str:
     """One line about a pair that differs in size."""
     (width, height), (mask_width, mask_height) = image_size, mask_size
-    return f"{image} has {width} x {height} pixels, but {mask} has {mask_width} x {mask_height}."
+    return f"{image} has {width} x {height} pixels, but {mask} has {mask_width} x {mask_height}"
 
 
 def _upright_size(path: Path) -> tuple[int, int]:

@@ -56,6 +56,8 @@ class Outcome:
     """[B, N, D] tokens after the final norm."""
     tokens: list[Tokens]
     """Tokens that leave each block."""
+    feature_map: Tensor | None = None
+    """[B, D, rows, columns] that a decoder reads; None without one."""
 
 
 @dataclass(slots=True)

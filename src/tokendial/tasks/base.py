@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.transforms import PairTransform, Transform
@@ -64,10 +64,6 @@ def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
     Images of different sizes have to come one by one.
     """
     images, targets = zip(*samples, strict=True)
-    ragged = isinstance(targets[0], Tensor) and len({target.shape for target in targets}) > 1
-    stacked = torch.stack(images)
-    if ragged:
-        return stacked, list(targets)
-    if isinstance(targets[0], Tensor):
-        return stacked, torch.stack(targets)
-    return stacked, torch.tensor(targets)
+    if isinstance(targets[0], Tensor) and len({target.shape for target in targets}) > 1:
+        return default_collate(list(images)), list(targets)
+    return default_collate(list(images)), default_collate(list(targets))

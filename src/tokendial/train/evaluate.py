@@ -46,7 +46,7 @@ class DegreeRow:
     @property
     def accuracy(self) -> float:
         """What runs are judged by: top-1, the mean over labels, S-measure or mean IoU."""
-        return next(iter(self.scores.values()))
+        return _judged(self.scores)
 
 
 @dataclass(frozen=True, slots=True)

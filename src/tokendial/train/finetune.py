@@ -141,7 +141,11 @@ class FineTuning:
         train: Any = self.data.train
         count = min(_CALIBRATION_IMAGES, len(train))
         some = Subset(train, draw.choice(len(train), size=count, replace=False).tolist())
-        loader = eval_loader(some, self.task.eval_transform(self.anatomy), batch_size=1)
+        loader = eval_loader(
+            some,
+            self.task.eval_transform(self.anatomy),
+            batch_size=self.settings.batch_size if self.task.one_size else 1,
+        )
         for images, _ in loader:
             height, width = self.anatomy.image_size
             yield images[..., :height, :width].to(device)

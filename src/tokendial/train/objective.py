@@ -50,7 +50,7 @@ class Objective(nn.Module):
         student = model.outcome(images)
         loss = self.task.loss(student.logits, targets)
         if self.distillation is not None:
-            loss = loss + self.distillation(model.restored_map(student.tokens[-1]), images)
+            loss = loss + self.distillation(student.feature_map, images)
         if reducer is None:
             return loss, student.logits
         passes = Passes(
@@ -86,8 +86,9 @@ class Distillation(nn.Module):
         # In a tuple, so that it is no part of the model: not saved, not trained, not averaged.
         self._backbone = (backbone.eval().requires_grad_(False),)
 
-    def forward(self, student_map: Tensor, images: Tensor) -> Tensor:
-        """The loss of the student's feature map after the final norm."""
+    def forward(self, student_map: Tensor | None, images: Tensor) -> Tensor:
+        """The loss of the feature map that the student's decoder reads."""
+        assert student_map is not None  # there is a decoder, see the recipe
         (backbone,) = self._backbone
         with no_grad():
             teacher_map = backbone.to(images.device).feature_map(images)

@@ -1,4 +1,4 @@
-"""The demo: fine-tune the shipped model, turn the dial with and without the shipped compensator."""
+"""Counting: fine-tune the shipped model, turn the dial with and without its compensator."""
 
 from importlib.resources import as_file, files
 from pathlib import Path
