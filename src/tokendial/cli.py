@@ -394,20 +394,40 @@ def reproduce_cost(
 @weights.command("convert")
 def weights_convert(
     file: Annotated[Path, typer.Argument(help="DINOv2, DeiT, MAE, DAR (.pth) or AugReg (.npz).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="With --recipe: such as model.weights=dinov2.safetensors."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="timm model; default: the one that the tensors belong to.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Of DAR's fine-tuned files, such as dar/duts: make a run.")
     ] = None,
     img_size: Annotated[
         str | None,
         typer.Option(help="Resize positions for images of 224 or HEIGHTxWIDTH pixels."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write; default: FILE with .safetensors.")
+        Path | None,
+        typer.Option(help="File (or run) to write; default: FILE with .safetensors."),
     ] = None,
 ) -> None:
     """Write a released file as model.weights of a recipe takes it; nothing is unpickled."""
     from tokendial.backbones import convert_weights
 
+    if recipe is not None:
+        if model is not None or img_size is not None:
+            raise ValueError("model and img_size are the recipe's own: leave them out.")
+        from tokendial.train import read_recipe
+        from tokendial.train.released import released_run
+
+        settings = [*(overrides or []), *([f"output={out}"] if out else [])]
+        run = released_run(file, read_recipe(recipe, settings))
+        print(f"wrote {run.folder}: DAR's model of {recipe}")
+        return
+    if overrides:
+        raise ValueError(f"settings of a recipe go with --recipe, got {overrides[0]}.")
     converted = convert_weights(file, model)
     if img_size is not None:
         converted = converted.at(_size(img_size))

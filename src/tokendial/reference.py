@@ -110,7 +110,10 @@ def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
     missing = [
         name
         for name in own
-        if name not in renamed and not (trained_only and name.startswith("vit."))
+        if name not in renamed
+        and not (trained_only and name.startswith("vit."))
+        # How many batches a BatchNorm has seen matters to training alone; some files leave it out.
+        and not name.endswith(".num_batches_tracked")
     ]
     unexpected = [name for name in renamed if name not in own]
     wrong = [n for n, value in renamed.items() if n in own and own[n].shape != value.shape]

@@ -139,7 +139,7 @@ def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Co
 
 
 def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
-    state, wrapped = _read_torch(path)
+    state, wrapped = read_state_dict(path)
     kind = _kind(state, wrapped)
     left_out: Counter[str] = Counter()
     if kind == "DAR":
@@ -147,7 +147,8 @@ def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
         if not state:
             raise ValueError(
                 f"{path} holds only what DAR trained ({_counted(left_out)}), not the backbone: "
-                "convert the DINOv2 file that it was fine-tuned from."
+                "convert the DINOv2 file that it was fine-tuned from, or make a run of this one "
+                "(--recipe dar/duts)."
             )
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     backbone = backbone or _derived(path, kind, shapes)
@@ -181,8 +182,17 @@ def _from_numpy(path: Path, backbone: Backbone | None) -> Converted:
     return Converted(path, "AugReg", backbone.name, tensors, {})
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Tensors by name, and whether the file holds them under "model"."""
+def read_state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Read a file in torch's format, without unpickling anything but tensors.
+
+    Returns:
+        Tensors by name, and whether the file holds them under "model".
+
+    Raises:
+        ValueError: If it is missing, damaged, or needs other objects.
+    """
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}.")
     try:
         with warnings.catch_warnings():
             # torch warns of pickle protocols that it then fails to read.

@@ -131,7 +131,8 @@ class Trainer:
         self.updates = self.sampler.updates * settings.epochs
         optimizer = torch.optim.AdamW(job.parameter_groups())
         if self.main:
-            self.run.claim(recipe, job.data)
+            data = job.data
+            self.run.claim(recipe, data.classes, multi_label=data.multi_label, dense=data.dense)
         self.accelerator.wait_for_everyone()
         self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine(optimizer, settings, self.sampler.updates)

@@ -1,13 +1,13 @@
 """The folder of a run: what lies where, and that no two runs share one."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tokendial.atomic import replacing
-from tokendial.data.splits import Splits
 from tokendial.reduce.base import ReducerConfig
 from tokendial.saving import load
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task
@@ -26,8 +26,16 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.best, self.last = self.folder / "best", self.folder / "last"
 
-    def claim(self, recipe: BaseRecipe, data: Splits) -> None:
+    def claim(
+        self, recipe: BaseRecipe, classes: Sequence[str], *, multi_label: bool, dense: bool
+    ) -> None:
         """Make the folder this recipe's, or find that it is already.
+
+        Args:
+            recipe: Of the run.
+            classes: Names of the classes, in the order of the logits.
+            multi_label: Whether any number of them can be right at once.
+            dense: Whether the run learns masks.
 
         Raises:
             ValueError: If another run is in it, or files that are not a run's.
@@ -52,8 +60,8 @@ class Run:
             raise ValueError(f"output: {self.folder} is not empty and holds no run.")
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.classes_file) as path:
-            kind = {"multi_label": data.multi_label, "dense": data.dense}
-            path.write_text(json.dumps({"classes": data.classes} | kind) + "\n")
+            told = {"classes": list(classes), "multi_label": multi_label, "dense": dense}
+            path.write_text(json.dumps(told) + "\n")
         with replacing(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
