@@ -116,12 +116,30 @@ def test_check_lists_every_problem(root):
     assert len(problems.splitlines()) == 5
 
 
-def test_a_broken_pair_stops_the_run_unless_told_otherwise(root):
+def test_a_broken_pair_stops_the_run_unless_told_otherwise(root, caplog):
     damage(root)
     with pytest.raises(ValueError, match=r"training/a.jpg has no mask \(and 1 more problems\); "):
         Pairs(root=str(root)).build(0)
+    whole = root / "images" / "validation" / "deep" / "c.jpg"
+    whole.write_bytes(whole.read_bytes()[:-400])
+    write(root, "validation", "d", disc())
     splits = Pairs(root=str(root), broken="skip").build(0)
     assert [pair[0].stem for pair in splits.train.pairs] == ["c"]
+    assert [pair[0].stem for pair in splits.val.pairs] == ["d"]
+    told = "\n".join(caplog.messages)
+    for problem in (
+        "training/a.jpg has no mask",
+        "training/b.jpg has 30 x 10 pixels",
+        "validation/b.png is not an image",
+        "deep/c.jpg cannot be decoded",
+    ):
+        assert problem in told
+
+
+def test_a_file_that_is_no_image_stops_the_run(root):
+    (root / "annotations" / "validation" / "b.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"data: .*validation/b.png is not an image; `tokendial"):
+        Pairs(root=str(root)).build(0)
 
 
 def test_the_command_line_checks_a_folder(root):

@@ -70,7 +70,7 @@ SHIPPED = Path(__file__).parents[2] / "recipes"
 )
 def test_every_shipped_recipe_reads_and_names_its_runs(name):
     kind = CompensateRecipe if "tocom" in name else Recipe
-    needs_root = name in ("image_folder", "tocom_deit_base")
+    needs_root = name in ("image_folder", "tocom_deit_base", "tocom_segmenter")
     recipe = read_recipe(name, ["data.root=images"] if needs_root else [], kind=kind)
     assert recipe.output == f"runs/{name}"
 

@@ -1,6 +1,8 @@
 """Images and masks in two folders, paired by their names: ADE20K's layout and what is like it."""
 
+import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,7 @@ IGNORED = 255
 _SWAPPED = (5, 6, 7, 8)  # orientations of EXIF that exchange height and width
 _ORIENTATION = 0x0112
 _MANY_VALUES = 12
+_LOG = logging.getLogger(__name__)
 
 
 @register("data", "pairs")
@@ -41,7 +44,9 @@ class Pairs:
     annotations: str = "annotations"
     """Name of the folder of masks."""
     broken: Literal["error", "skip"] = "error"
-    """What to do about files without a partner and pairs of different sizes."""
+    """What to do about files without a partner, pairs of different sizes and files that cannot be
+    read. error: stop, if names, headers or sizes tell of one; skip: read every file before the run
+    begins, report the broken ones and leave them out."""
 
     def __post_init__(self) -> None:
         if self.broken not in ("error", "skip"):
@@ -83,19 +88,32 @@ class Pairs:
         found: list[tuple[Path, Path]] = []
         for root in self.roots():
             pairs, problems = self.pairs(root, split)
-            of_size = [size_problem(*pair) for pair in pairs]
-            problems += filter(None, of_size)
+            of_pairs = self._problems(pairs)
+            problems += filter(None, of_pairs)
             if problems and self.broken == "error":
                 more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
                 raise ValueError(
                     f"data: {problems[0]}{more}; `tokendial data check {root}` lists them, "
                     "data.broken=skip leaves such pairs out."
                 )
-            found += [pair for pair, bad in zip(pairs, of_size, strict=True) if bad is None]
+            for problem in problems:
+                _LOG.warning("left out: %s", problem)
+            found += [pair for pair, bad in zip(pairs, of_pairs, strict=True) if bad is None]
         if not found:
             roots = ", ".join(map(str, self.roots()))
             raise ValueError(f"data: no pairs of an image and a mask for {split} in {roots}.")
-        return PairSet(found, self.num_classes, ignore_zero=self.ignore_zero)
+        return self.reader(found)
+
+    def reader(self, pairs: Sequence[tuple[Path, Path]]) -> "PairSet":
+        """Reads pairs as the settings say."""
+        return PairSet(pairs, self.num_classes, ignore_zero=self.ignore_zero)
+
+    def _problems(self, pairs: Sequence[tuple[Path, Path]]) -> list[str | None]:
+        """One line for each pair that is broken."""
+        if self.broken == "error":
+            return [header_problem(*pair) for pair in pairs]
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.reader(pairs).problem, range(len(pairs))))
 
     def pairs(self, root: Path, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
         """Pairs of files of a split, and one line about each file that has no partner.
@@ -139,6 +157,14 @@ class PairSet(Dataset[tuple[Image.Image, np.ndarray]]):
         if mask.shape != image.size[::-1]:
             raise ImageError(f"{size_line(image_path, image.size, mask_path, mask.shape[::-1])}.")
         return image, mask
+
+    def problem(self, index: int) -> str | None:
+        """One line if pair `index` cannot be read."""
+        try:
+            self[index]
+        except ImageError as error:
+            return str(error).rstrip(".")
+        return None
 
 
 def read_binary_mask(path: Path) -> np.ndarray:
@@ -191,12 +217,10 @@ def check_pairs(data: Pairs, root: Path) -> Iterator[str]:
     for split in (data.train, data.val):
         pairs, problems = data.pairs(root, split)
         yield from problems
-        reader = PairSet(pairs, data.num_classes, ignore_zero=data.ignore_zero)
+        reader = data.reader(pairs)
         for number, (_, mask) in enumerate(pairs):
-            try:
-                reader[number]
-            except ImageError as error:
-                yield str(error).rstrip(".")
+            if problem := reader.problem(number):
+                yield problem
                 continue
             if data.num_classes is None and (odd := _odd_values(mask)):
                 yield f"{mask} {odd}"
@@ -215,12 +239,14 @@ def _odd_values(path: Path) -> str | None:
     return f"is not binary: it has {len(values)} values ({shown}{more})"
 
 
-def size_problem(image: Path, mask: Path) -> str | None:
-    """One line if a pair differs in size; reads headers only, and leaves broken files alone."""
-    try:
-        sizes = [_upright_size(path) for path in (image, mask)]
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
-        return None
+def header_problem(image: Path, mask: Path) -> str | None:
+    """One line if a pair differs in size or is no image; reads headers only."""
+    sizes = []
+    for path in (image, mask):
+        try:
+            sizes.append(_upright_size(path))
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
+            return f"{path} is not an image"
     return None if sizes[0] == sizes[1] else size_line(image, sizes[0], mask, sizes[1])
 
 
