@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tokendial.train.evaluate import BridgedRow, DegreeRow
+    from tokendial.train.recipe import BaseRecipe
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +36,9 @@ app.add_typer(weights, name="weights")
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Degree = Annotated[
     int | None, typer.Option(help="Degree of the dial; default: the one that was trained.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Two updates, one batch of evaluation; keep nothing.")
 ]
 Degrees = Annotated[str, typer.Option(help="Such as 0,4,8 or 0..16 or 0..16:4 or all.")]
 
@@ -92,12 +96,19 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Such as train.epochs=10 data.root=/images.")
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train as a recipe says; started again, go on where the run stopped."""
     from tokendial.train import read_recipe
     from tokendial.train import train as run_training
 
-    _to_its_end(lambda: run_training(read_recipe(recipe, overrides or [])))
+    read = read_recipe(recipe, overrides or [])
+    if dry_run:
+        from tokendial.train.finetune import FineTuning
+
+        _try_out(read, FineTuning)
+        return
+    _to_its_end(lambda: run_training(read))
 
 
 @app.command()
@@ -106,12 +117,28 @@ def compensate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Such as train.epochs=10 data.root=/images.")
     ] = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a compensator for a pre-trained model; no labels needed."""
     from tokendial.train import CompensateRecipe, read_recipe
     from tokendial.train import compensate as run_training
 
-    _to_its_end(lambda: run_training(read_recipe(recipe, overrides or [], kind=CompensateRecipe)))
+    read = read_recipe(recipe, overrides or [], kind=CompensateRecipe)
+    if dry_run:
+        from tokendial.train.compensate import Compensating
+
+        _try_out(read, Compensating)
+        return
+    _to_its_end(lambda: run_training(read))
+
+
+def _try_out(recipe: "BaseRecipe", make_job: Callable[..., object]) -> None:
+    from tokendial.train.dry_run import dry_run
+
+    seen = dry_run(recipe, make_job)
+    numbers = {name: value for name, value in seen.metrics.items() if isinstance(value, float)}
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
+    print(f"dry run in {seen.seconds:.1f} s, nothing kept: {shown}")
 
 
 def _to_its_end(run: Callable[[], object]) -> None:
@@ -122,6 +149,39 @@ def _to_its_end(run: Callable[[], object]) -> None:
     except InterruptedRunError:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Of a recipe: say what it is, and every field of it.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema, for editors.")
+    ] = False,
+) -> None:
+    """List the recipes that are shipped, or explain one."""
+    import yaml
+
+    from tokendial.train.recipe_file import (
+        describe,
+        find_recipe,
+        recipe_schema,
+        resolved_recipe,
+        shipped_recipes,
+    )
+
+    if schema:
+        print(json.dumps(recipe_schema(), indent=2))
+    elif name is None:
+        table = Table("recipe", "what it is", box=None)
+        for shipped, path in shipped_recipes().items():
+            first, _, _ = describe(path).replace("\n", " ").partition(". ")
+            table.add_row(shipped, first.rstrip("."))
+        Console().print(table)
+    else:
+        print(f"{describe(find_recipe(name)[0])}\n")
+        print(yaml.safe_dump(resolved_recipe(name), sort_keys=False), end="")
 
 
 @app.command("eval")

@@ -20,7 +20,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     def decorate(cls: T) -> T:
         # Pydantic reads this when it validates a recipe; a plain dict keeps it out of the core.
         unchecked: Any = cls
-        unchecked.__pydantic_config__ = {"extra": "forbid"}
+        unchecked.__pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}
         _REGISTRY.setdefault(kind, {})[name] = cls
         return cls
 

@@ -1,5 +1,8 @@
+import dataclasses
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -147,3 +150,64 @@ def test_a_file_that_is_no_recipe_says_so(tmp_path, text, message):
 def test_a_recipe_that_is_not_there_says_so():
     with pytest.raises(ValueError, match=r"no such recipe: nowhere\.yaml"):
         read_recipe("nowhere.yaml")
+
+
+def chain(tmp_path, **files):
+    """Recipe files by name, each a mapping."""
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / f"{next(iter(files))}.yaml"
+
+
+def test_a_recipe_holds_only_what_differs_from_its_base(tmp_path):
+    path = chain(
+        tmp_path,
+        top={"base": "middle", "train": {"epochs": 7}, "reduce": {"keep_rate": 0.5}},
+        middle={"base": "demo", "train": {"lr": 0.5}, "adapt": {"dim": 4}},
+    )
+    recipe, base = read_recipe(path), read_recipe("demo")
+    assert recipe.train == base.train.model_copy(update={"epochs": 7, "lr": 0.5})
+    assert recipe.adapt == td.DenseAdapter(dim=4)
+    assert recipe.reduce == dataclasses.replace(base.reduce, keep_rate=0.5)
+    assert recipe.output == "runs/top"
+    replaced = chain(tmp_path, other={"base": "demo", "reduce": {"name": "tome"}})
+    assert read_recipe(replaced).reduce == td.ToMe()
+    assert read_recipe(replaced, ["reduce.r=2"]).reduce == td.ToMe(r=2)
+    without = chain(tmp_path, without={"base": "demo", "reduce": None})
+    assert read_recipe(without).reduce is None
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": {"base": "b"}, "b": {"base": "a"}}, "a.yaml: base leads back to itself"),
+        ({"a": {"base": "nothing"}}, "a.yaml: base: no such recipe: nothing"),
+        ({"a": {"base": 3}}, "a.yaml: base must be the name of a recipe, got 3"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_one_line(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(chain(tmp_path, **files))
+
+
+def test_recipes_are_listed_and_explained(cli):
+    code, printed, _ = cli("recipes")
+    assert code == 0
+    assert "dar_star/kvasir" in printed
+    assert "tocom_deit_base" in printed
+    code, printed, _ = cli("recipes", "dar_star/cod")
+    assert code == 0
+    assert printed.startswith("DAR* on camouflage")
+    fields = yaml.safe_load(printed.partition("\n\n")[2])
+    assert fields["data"]["root"] == ["datasets/cod10k", "datasets/camo"]
+    assert fields["distill"] == {"weight": 0.1}
+    assert cli("recipes", "none")[::2] == (2, "error: no such recipe: none.\n")
+
+
+def test_the_schema_holds_every_shipped_recipe_and_no_mistake(cli):
+    schema = json.loads(cli("recipes", "--schema")[1])
+    for file in SHIPPED.rglob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+    for wrong in ({"trian": {}}, {"train": {"lr": "fast"}}, {"reduce": {"name": "tomé"}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)

@@ -15,7 +15,8 @@ from tokendial.show.report import Section, png, report_html
 from tokendial.show.tokens import run_figure
 from tokendial.train.evaluate import BridgedRow, evaluate_bridged, write_rows
 from tokendial.train.finetune import train
-from tokendial.train.recipe import Recipe, read_recipe
+from tokendial.train.recipe import Recipe
+from tokendial.train.recipe_file import read_recipe
 from tokendial.train.runs import Run
 
 _PICTURES = (0, 1)

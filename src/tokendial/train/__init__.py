@@ -3,7 +3,8 @@
 from tokendial.train.compensate import compensate
 from tokendial.train.finetune import train
 from tokendial.train.loop import InterruptedRunError
-from tokendial.train.recipe import CompensateRecipe, Recipe, read_recipe
+from tokendial.train.recipe import CompensateRecipe, Recipe
+from tokendial.train.recipe_file import read_recipe
 from tokendial.train.runs import Run
 
 __all__ = [

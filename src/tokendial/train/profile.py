@@ -4,7 +4,8 @@ import torch
 
 from tokendial.measure.cost import Cost
 from tokendial.train.evaluate import parse_degrees
-from tokendial.train.recipe import ModelSection, apply_overrides, check_method, check_section
+from tokendial.train.recipe import ModelSection, check_method, check_section
+from tokendial.train.recipe_file import apply_overrides
 from tokendial.vit import wrap
 
 

@@ -1,11 +1,9 @@
 """Recipes: everything about a run in one YAML file, checked before anything is started."""
 
-import contextlib
 import dataclasses
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, overload
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -42,12 +40,32 @@ def _method(kind: str) -> Any:
     def write(value: Any) -> Any:
         return None if value is None else to_json(kind, value)
 
-    return Annotated[Any, BeforeValidator(read), PlainSerializer(write)]
+    return Annotated[Any, BeforeValidator(read), PlainSerializer(write), _MethodSchema(kind)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _MethodSchema:
+    """Says in a JSON schema which methods of a kind there are, and their settings."""
+
+    kind: str
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [*map(self._of, known(self.kind)), {"type": "null"}]}
+
+    def _of(self, name: str) -> dict[str, Any]:
+        schema = TypeAdapter(method_class(self.kind, name)).json_schema()
+        # A file may leave what is needed to its base, or to the command line.
+        schema.pop("required", None)
+        return schema | {"properties": {"name": {"const": name}} | schema.get("properties", {})}
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -242,51 +260,6 @@ class CompensateRecipe(BaseRecipe):
         return self
 
 
-RecipeT = TypeVar("RecipeT", bound=BaseRecipe)
-
-
-@overload
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
-
-
-@overload
-def read_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, kind: type[RecipeT]
-) -> RecipeT: ...
-
-
-def read_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, kind: type[BaseRecipe] = Recipe
-) -> BaseRecipe:
-    """Read a recipe and apply overrides such as `train.epochs=10`.
-
-    Args:
-        path: YAML file, or the name of a recipe that is shipped, such as demo or dar/duts. Without
-            `output` in it, the run goes to runs/NAME.
-        overrides: `dotted.field=value`, the value written as in YAML.
-        kind: What the recipe is for: `Recipe` or `CompensateRecipe`.
-
-    Raises:
-        ValueError: In one line: which field, its value, and what is allowed.
-    """
-    path, name = _find(path)
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}.") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"recipe {path} must be a mapping of fields, got {type(data).__name__}.")
-    for field, command, of in (
-        ("compensate", "compensate", Recipe),
-        ("adapt", "train", CompensateRecipe),
-    ):
-        if kind is of and field in data:
-            raise ValueError(f"recipe {path.name} is one for `tokendial {command}`.")
-    apply_overrides(data, overrides)
-    data.setdefault("output", f"runs/{name}")
-    return check_section(kind, data)
-
-
 def check_recipe(data: dict[str, Any]) -> Recipe:
     """Make a recipe of a mapping; a ValueError in one line says what is wrong with it."""
     return check_section(Recipe, data)
@@ -307,50 +280,6 @@ def check_method(kind: str, data: dict[str, Any] | None) -> Any:
     except ValidationError as error:
         detail = error.errors()[0]
         raise ValueError(_one_line(detail | {"loc": (kind, *detail["loc"])})) from None
-
-
-def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Write `dotted.field=value` overrides into `data` and return it."""
-    for override in overrides:
-        _override(data, override)
-    return data
-
-
-def _find(path: str | Path) -> tuple[Path, str]:
-    """The file, and what its runs are called."""
-    path = Path(path)
-    if path.is_file():
-        return path, path.stem
-    # Recipes lie beside the sources in a checkout, and inside the package when it is installed.
-    here = Path(__file__).parent.parent
-    for folder in (here / "recipes", here.parent.parent / "recipes"):
-        shipped = {str(file.relative_to(folder)): file for file in folder.rglob("*.yaml")}
-        if found := shipped.get(str(path)) or shipped.get(f"{path}.yaml"):
-            return found, str(found.relative_to(folder).with_suffix(""))
-    raise ValueError(f"no such recipe: {path}.")
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise ValueError(f"an override must look like train.epochs=10, got {override!r}.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{name}: {text!r} is not a YAML value.") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as text, because the dot is missing.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    *parents, last = name.split(".")
-    place = data
-    for parent in parents:
-        if place.get(parent) is None:
-            place[parent] = {}
-        place = place[parent]
-        if not isinstance(place, dict):
-            raise ValueError(f"{name}: {parent} is not a mapping, so it has no field {last}.")
-    place[last] = value
 
 
 def _one_line(error: ErrorDetails) -> str:
