@@ -16,6 +16,7 @@ from tokendial.measure import ShareMeter, calibrate
 from tokendial.saving import load
 from tokendial.tasks import FeatureDistillation
 from tokendial.train.batches import eval_loader, seed_all
+from tokendial.train.card import write_card
 from tokendial.train.evaluate import evaluate_loader
 from tokendial.train.loop import Trainer
 from tokendial.train.objective import Distillation, Objective
@@ -32,7 +33,7 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
 
     Returns:
         The run's folder: recipe.yaml, classes.json, metrics.jsonl, checkpoints/, tensorboard/,
-        best/ and last/ (saved models).
+        best/ and last/ (saved models), versions.json and README.md (a draft of a model card).
 
     Raises:
         ValueError: If the recipe does not fit the data or the model, or the folder holds another
@@ -44,6 +45,7 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
     run = trainer.run_to_end()
     if trainer.main:
         job.calibrate(run, trainer.accelerator.device)
+        write_card(run)
     return run
 
 

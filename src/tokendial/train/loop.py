@@ -18,6 +18,7 @@ from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.splits import Splits
 from tokendial.tasks import Task
 from tokendial.train.batches import EpochSampler, Prepared, eval_loader, seed_all, train_loader
+from tokendial.train.card import write_versions
 from tokendial.train.checkpoint import (
     Ema,
     kept_buffers,
@@ -133,6 +134,7 @@ class Trainer:
         if self.main:
             data = job.data
             self.run.claim(recipe, data.classes, multi_label=data.multi_label, dense=data.dense)
+            write_versions(self.run)
         self.accelerator.wait_for_everyone()
         self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine(optimizer, settings, self.sampler.updates)

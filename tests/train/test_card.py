@@ -1,0 +1,42 @@
+"""What stands beside a run: versions and a draft of a model card."""
+
+import json
+import re
+import shutil
+
+import torch
+
+import tokendial as td
+from tokendial.train import Run, read_recipe, train
+
+
+def test_versions_are_those_that_ran(run):
+    versions = json.loads((run.folder / "versions.json").read_text())
+    assert versions["tokendial"] == td.__version__
+    assert versions["torch"] == torch.__version__.partition("+")[0]
+    assert {"timm", "python", "machine", "git"} <= versions.keys()
+
+
+def test_the_card_tells_the_metrics_and_the_cost_of_the_best_model(run):
+    card = (run.folder / "README.md").read_text()
+    best = max(record["val_accuracy"] for record in run.metrics())
+    assert f"| accuracy | {100 * best:.2f} |" in card
+    assert "4 classes" in card.replace("\n", " ")
+    model = run.model()
+    assert "ToMe(r=2" in card
+    for degree in (0, model.degree, model.degrees[-1]):
+        assert f"| {degree} | {model.cost(degree).gmacs:.4g} | " in card
+
+
+def test_the_code_of_the_card_runs(run):
+    code = re.search(r"```python\n(.*?)```", (run.folder / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code[1], names)
+    assert names["model"](torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_a_card_that_was_finished_by_hand_stays(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_text("mine")
+    train(read_recipe(run.recipe_file, [f"output={tmp_path / 'run'}"]), quiet=True)
+    assert (Run(tmp_path / "run").folder / "README.md").read_text() == "mine"
