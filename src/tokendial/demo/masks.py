@@ -127,7 +127,7 @@ def _report(
         ),
         Section(
             title="Which patches the FFNs processed",
-            text="Dark patches passed by the FFN of that layer, and had attention and adapter only.",
+            text="Dark patches passed by the FFN of that layer: attention and adapter only.",
             figures=tokens,
         ),
         Section(title="Recipe", code=recipe.to_yaml()),
