@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-from torch.utils.data import Dataset
-
-from tokendial.data.images import images_in, read_image
+from tokendial.data.images import images_in
+from tokendial.data.labelled import Files
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -30,30 +28,30 @@ class ImageFolder:
             ValueError: If a folder is missing or empty, or the validation set has a class that
                 the training set has not.
         """
-        root = Path(self.root)
-        if not root.is_dir():
-            raise ValueError(f"data.root: no such folder: {root}.")
-        train, val = (_class_folders(root, name) for name in (self.train, self.val))
-        classes = tuple(train)
-        if unknown := sorted(set(val) - set(train)):
-            raise ValueError(
-                f"data.val: class {unknown[0]!r} of {root / self.val} is not in "
-                f"{root / self.train}."
-            )
-        numbers = {name: number for number, name in enumerate(classes)}
-        return Splits(train=_Files(train, numbers), val=_Files(val, numbers), classes=classes)
+        train, val, classes = read_folders(Path(self.root), self.train, self.val)
+        return Splits(train=train, val=val, classes=classes)
 
 
-class _Files(Dataset[tuple[Image.Image, int]]):
-    def __init__(self, by_class: dict[str, list[Path]], numbers: dict[str, int]) -> None:
-        self.files = [(path, numbers[name]) for name, paths in by_class.items() for path in paths]
+def read_folders(root: Path, train: str, val: str) -> tuple[Files, Files, tuple[str, ...]]:
+    """The images of two folders with one folder for each class, and the names of the classes.
 
-    def __len__(self) -> int:
-        return len(self.files)
+    Raises:
+        ValueError: If a folder is missing or empty, or the validation set has a class that the
+            training set has not.
+    """
+    if not root.is_dir():
+        raise ValueError(f"data.root: no such folder: {root}.")
+    of_train, of_val = (_class_folders(root, name) for name in (train, val))
+    if unknown := sorted(set(of_val) - set(of_train)):
+        raise ValueError(
+            f"data.val: class {unknown[0]!r} of {root / val} is not in {root / train}."
+        )
+    numbers = {name: number for number, name in enumerate(of_train)}
+    return _labelled(of_train, numbers), _labelled(of_val, numbers), tuple(of_train)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, target = self.files[index]
-        return read_image(path), target
+
+def _labelled(by_class: dict[str, list[Path]], numbers: dict[str, int]) -> Files:
+    return Files([(path, numbers[name]) for name, paths in by_class.items() for path in paths])
 
 
 def _class_folders(root: Path, split: str) -> dict[str, list[Path]]:

@@ -1,6 +1,7 @@
 """Reading images of every kind that people have on disk."""
 
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +28,35 @@ def read_image(path: str | Path) -> Image.Image:
         raise ImageError(f"no such image: {path}.")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} is empty.")
+    return _decoded(path, str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Read an image that lies inside another file, as `read_image` does; `name` tells where.
+
+    Raises:
+        ImageError: If it is not an image, truncated, or too large to be sane.
+    """
+    if not data:
+        raise ImageError(f"{name} is empty.")
+    return _decoded(BytesIO(data), name)
+
+
+def _decoded(source: Path | BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise ImageError(
-            f"{path} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, "
+            f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, "
             f"as decompression bombs have."
         ) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path} is not an image.") from None
+        raise ImageError(f"{name} is not an image.") from None
     # Pillow's decoders raise what they please on broken data; all of it means the same here, and
     # so do their warnings where the caller has made these errors.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, Warning) as error:
-        raise ImageError(f"{path} cannot be decoded ({str(error).splitlines()[0]}).") from None
+        raise ImageError(f"{name} cannot be decoded ({str(error).splitlines()[0]}).") from None
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-from torch.utils.data import Dataset
-
-from tokendial.data.images import images_in, read_image
+from tokendial.data.images import images_in
+from tokendial.data.labelled import Files
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -37,17 +35,6 @@ class Unlabelled:
         files = images_in(root)
         if len(files) < 2:
             raise ValueError(f"data.root: {root} must hold at least 2 images, got {len(files)}.")
-        val = files[:: self.val_every]
-        train = [file for number, file in enumerate(files) if number % self.val_every]
-        return Splits(train=_Images(train), val=_Images(val), classes=())
-
-
-class _Images(Dataset[tuple[Image.Image, int]]):
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.files[index]), 0
+        val = [(file, 0) for file in files[:: self.val_every]]
+        train = [(file, 0) for number, file in enumerate(files) if number % self.val_every]
+        return Splits(train=Files(train), val=Files(val), classes=())
