@@ -8,8 +8,12 @@ from tokendial.data.scenes import SceneMasks, Scenes
 from tokendial.data.splits import Splits
 from tokendial.data.transforms import Augment, eval_transform, train_transform
 from tokendial.data.unlabelled import Unlabelled
+from tokendial.data.vtab import VTAB, VTAB_GROUPS, VTAB_TASKS
 
 __all__ = [
+    "VTAB",
+    "VTAB_GROUPS",
+    "VTAB_TASKS",
     "Augment",
     "DenseAugment",
     "ImageError",
