@@ -1,6 +1,7 @@
 """Data sets and transforms: one file per family of data sets."""
 
 from tokendial.data.dense import DenseAugment
+from tokendial.data.fgvc import FGVC
 from tokendial.data.folder import ImageFolder
 from tokendial.data.images import ImageError, find_images, read_image
 from tokendial.data.pairs import Pairs
@@ -11,6 +12,7 @@ from tokendial.data.unlabelled import Unlabelled
 from tokendial.data.vtab import VTAB, VTAB_GROUPS, VTAB_TASKS
 
 __all__ = [
+    "FGVC",
     "VTAB",
     "VTAB_GROUPS",
     "VTAB_TASKS",
