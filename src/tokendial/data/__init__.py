@@ -1,25 +1,33 @@
 """Data sets and transforms: one file per family of data sets."""
 
+from tokendial.data.cifar import CIFAR100
 from tokendial.data.dense import DenseAugment
 from tokendial.data.fgvc import FGVC
 from tokendial.data.folder import ImageFolder
+from tokendial.data.food import Food101
+from tokendial.data.imagenet import ImageNet
 from tokendial.data.images import ImageError, find_images, read_image
 from tokendial.data.pairs import Pairs
 from tokendial.data.scenes import SceneMasks, Scenes
 from tokendial.data.splits import Splits
+from tokendial.data.svhn import SVHN
 from tokendial.data.transforms import Augment, eval_transform, train_transform
 from tokendial.data.unlabelled import Unlabelled
 from tokendial.data.vtab import VTAB, VTAB_GROUPS, VTAB_TASKS
 
 __all__ = [
+    "CIFAR100",
     "FGVC",
+    "SVHN",
     "VTAB",
     "VTAB_GROUPS",
     "VTAB_TASKS",
     "Augment",
     "DenseAugment",
+    "Food101",
     "ImageError",
     "ImageFolder",
+    "ImageNet",
     "Pairs",
     "SceneMasks",
     "Scenes",

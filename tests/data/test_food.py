@@ -1,0 +1,71 @@
+import pytest
+
+from tokendial.data import Food101, ImageError
+
+TRAIN = ["baklava/12", "apple_pie/7", "apple_pie/9"]
+TEST = ["apple_pie/3"]
+
+
+@pytest.fixture
+def root(save):
+    folder = save(f"images/{name}.jpg" for name in TRAIN + TEST)
+    (folder / "meta").mkdir()
+    for name, lines in (
+        ("classes", ["apple_pie", "baklava"]),
+        ("train", TRAIN),
+        ("test", TEST),
+    ):
+        (folder / "meta" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def build(root, **settings):
+    return Food101(**{"root": str(root), "check": False} | settings).build(0)
+
+
+def test_images_come_in_the_order_of_the_lists(root, shows):
+    splits = build(root)
+    assert splits.classes == ("apple_pie", "baklava")
+    assert [label for _, label in splits.train] == [1, 0, 0]
+    assert all(shows(image, number) for number, (image, _) in enumerate(splits.train))
+    image, label = splits.val[0]
+    assert shows(image, 3)
+    assert label == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("train", "sushi/1", r"train.txt, line 1: must be CLASS/ID with a class of classes.txt"),
+        ("train", "baklava", r"train.txt, line 1: must be CLASS/ID .*, got 'baklava'"),
+        ("test", "baklava/5", r"test.txt, line 1: no such image: .*images/baklava/5.jpg"),
+        ("test", "", r"number of images in .*test.txt must be 25,250, got 0"),
+    ],
+)
+def test_a_list_that_is_wrong_says_where(root, name, lines, message):
+    (root / "meta" / f"{name}.txt").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        build(root)
+
+
+def test_parts_of_the_set_are_refused_unless_asked_for(root):
+    with pytest.raises(
+        ValueError, match=r"classes in .*classes.txt must be 101, got 2; data.check"
+    ):
+        build(root, check=True)
+    (root / "meta" / "classes.txt").write_text(
+        "\n".join(["apple_pie", "baklava", *map(str, range(99))])
+    )
+    with pytest.raises(ValueError, match=r"images in .*train.txt must be 75,750, got 3"):
+        build(root, check=True)
+
+
+def test_a_missing_list_is_named_with_where_to_get_it(root):
+    with pytest.raises(ValueError, match=r"no such file: .*meta/classes.txt. Food-101, https"):
+        build(root / "nowhere")
+
+
+def test_an_unreadable_image_is_named_when_it_is_read(root):
+    (root / "images" / "baklava" / "12.jpg").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"baklava/12.jpg is empty"):
+        build(root).train[0]
