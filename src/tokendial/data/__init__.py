@@ -5,6 +5,7 @@ from tokendial.data.dense import DenseAugment
 from tokendial.data.fgvc import FGVC
 from tokendial.data.folder import ImageFolder
 from tokendial.data.food import Food101
+from tokendial.data.hub import HuggingFace
 from tokendial.data.imagenet import ImageNet
 from tokendial.data.images import ImageError, find_images, read_image
 from tokendial.data.pairs import Pairs
@@ -25,6 +26,7 @@ __all__ = [
     "Augment",
     "DenseAugment",
     "Food101",
+    "HuggingFace",
     "ImageError",
     "ImageFolder",
     "ImageNet",
