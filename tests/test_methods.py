@@ -2,7 +2,18 @@ import pytest
 from examples import ADAPTERS, REDUCERS
 
 import tokendial as td
-from tokendial.data import ImageFolder, Scenes
+from tokendial.data import (
+    CIFAR100,
+    FGVC,
+    SVHN,
+    VTAB,
+    Food101,
+    HuggingFace,
+    ImageFolder,
+    ImageNet,
+    Scenes,
+    WebDataset,
+)
 from tokendial.methods import from_json, known, to_json
 
 OTHERS = [
@@ -12,6 +23,14 @@ OTHERS = [
     ("reduce", td.EViT(keep_rate=[0.9, 0.5], layers=(2, 3), fuse_weights="normalised")),
     ("data", ImageFolder(root="somewhere")),
     ("data", Scenes(task="where")),
+    ("data", VTAB(root="vtab", task="dtd", split="search")),
+    ("data", FGVC(root="cub", task="cub", val="val", holdout=0.1)),
+    ("data", CIFAR100(root="cifar", check=False)),
+    ("data", SVHN(root="svhn", extra=True)),
+    ("data", Food101(root="food")),
+    ("data", ImageNet(root="imagenet", classes="names.txt")),
+    ("data", HuggingFace(path="someone/pets", subset="small")),
+    ("data", WebDataset(train="a-{0..3}.tar", val="b.tar", classes=["cat", "dog"])),
 ]
 ALL = [
     *(("reduce", method) for method in REDUCERS.values()),

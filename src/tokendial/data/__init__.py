@@ -10,6 +10,7 @@ from tokendial.data.imagenet import ImageNet
 from tokendial.data.images import ImageError, find_images, read_image
 from tokendial.data.pairs import Pairs
 from tokendial.data.scenes import SceneMasks, Scenes
+from tokendial.data.shards import WebDataset
 from tokendial.data.splits import Splits
 from tokendial.data.svhn import SVHN
 from tokendial.data.transforms import Augment, eval_transform, train_transform
@@ -35,6 +36,7 @@ __all__ = [
     "Scenes",
     "Splits",
     "Unlabelled",
+    "WebDataset",
     "eval_transform",
     "find_images",
     "read_image",
