@@ -24,7 +24,7 @@ def test_the_demo_of_masks_trains_turns_the_dial_and_reports(tmp_path):
     small = ("data.train_size=40", "data.val_size=4", "train.epochs=1", "model.img_size=48")
     report = run_masks_demo(tmp_path / "demo", small)
     page = report.read_text()
-    assert page.count("<img") == 6
+    assert page.count("<img") == 7
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     with (tmp_path / "demo" / "degrees.csv").open() as file:
         rows = list(csv.DictReader(file))

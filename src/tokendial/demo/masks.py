@@ -17,7 +17,7 @@ from tokendial.train.recipe import Recipe
 from tokendial.train.recipe_file import read_recipe
 from tokendial.train.runs import Run
 
-_PICTURES = (0, 1, 2)
+_PICTURES = (0, 1, 2, 3)
 
 
 def run_masks_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
