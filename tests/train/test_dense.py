@@ -80,6 +80,18 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(binary, tm
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_a_dial_is_calibrated_unless_another_degree_was_trained(binary, file, tmp_path):
+    for folder in (binary.best, binary.last):
+        calibration = td.load(folder).reducer.calibration
+        assert list(calibration.thresholds) == sorted(calibration.thresholds)
+        assert calibration.shares[0] > calibration.shares[-1]
+    job = FineTuning(read_recipe(file, ["output=none", "train.degree=7"]))
+    shutil.copytree(binary.folder, tmp_path / "run")
+    copied = Run(tmp_path / "run")
+    job.calibrate(copied, torch.device("cpu"))
+    assert (copied.best / "config.json").read_bytes() == (binary.best / "config.json").read_bytes()
+
+
 def test_the_heads_of_distillation_train_but_are_not_saved(file):
     job = FineTuning(read_recipe(file, ["output=none"]))
     names = {n for n, p in job.module.named_parameters() if p.requires_grad}

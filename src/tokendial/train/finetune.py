@@ -128,8 +128,13 @@ class FineTuning:
         self.model.save_pretrained(folder)
 
     def calibrate(self, run: Run, device: torch.device) -> None:
-        """Measure the dial of a finished run's models where its shares depend on the images."""
-        if not ShareMeter.fits(self.model):
+        """Measure the dial of a finished run's models where its shares depend on the images.
+
+        Not if it was trained at another degree than its target's: that one has to keep the
+        threshold that it was trained with.
+        """
+        reducer = self.model.reducer
+        if not ShareMeter.fits(self.model) or not reducer or self.model.degree != reducer.degree:
             return
         for folder in (run.best, run.last):
             model = load(folder).to(device)
