@@ -11,7 +11,7 @@ from tokendial.data.dense import DenseAugment
 from tokendial.data.pairs import Pairs
 from tokendial.tasks import BinaryMasks, Segmentation, collate
 
-SMALL, LARGE = ((2, 300), (300, 1), (333, 777)), (4000, 6000)
+SMALL, LARGE = ((1, 300), (300, 1), (333, 777)), (4000, 6000)
 
 
 def pair(tmp_path, size, fill):
@@ -64,17 +64,19 @@ def test_any_size_is_learnt_from_and_scored(tmp_path, size, classes):
     pair(tmp_path, size, half(classes - 1 if classes else 255))
     loss, scores = scored(tmp_path, classes)
     assert loss.isfinite()
-    judged = ("s_measure", "mae", "max_f") if classes is None else ("mean_iou", "pixel_accuracy")
+    judged = ["mae", "max_f", "mean_e"] if classes is None else ["mean_iou", "pixel_accuracy"]
+    if classes is None and size[0] > 1:
+        judged.append("s_measure")  # its quadrants need two rows
     assert all(0 <= scores[name] <= 1 for name in judged)
 
 
 @pytest.mark.parametrize("test", ["crop", "slide"])
-@pytest.mark.parametrize("size", [(2, 300), (333, 777)], ids=str)
+@pytest.mark.parametrize("size", [(1, 300), (333, 777)], ids=str)
 def test_other_ways_to_see_test_images_take_odd_sizes(tmp_path, size, test):
     pair(tmp_path, size, half(255))
     loss, scores = scored(tmp_path, None, test)
     assert loss.isfinite()
-    assert 0 <= scores["s_measure"] <= 1
+    assert 0 <= scores["mae"] <= 1
 
 
 def test_an_image_counts_only_for_measures_that_are_defined_on_it():
