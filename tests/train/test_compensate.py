@@ -245,7 +245,10 @@ def test_weights_of_a_run_of_ours_keep_their_head(tmp_path):
         ("reduce=null", "reduce must be a reduction method"),
         ("train.degree=3", "train.degree has no meaning for a compensator, got 3"),
         ("loss=features", "loss must be one of the others for a model with a head of 10 classes"),
-        ("model.args.num_classes=0", "loss must be features for a model with a head of 0 classes"),
+        (
+            "model.args.num_classes=0",
+            "loss must be features or feature_map for a model with a head of 0 classes",
+        ),
         ("steps=99", "steps must be at most 32, got 99"),
         ("adapt={name: full}", "adapt is not a field"),
         ("data={name: unlabelled, root: nowhere}", "no such folder: nowhere"),

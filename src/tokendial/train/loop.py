@@ -134,7 +134,6 @@ class Trainer:
         if self.main:
             data = job.data
             self.run.claim(recipe, data.classes, multi_label=data.multi_label, dense=data.dense)
-            write_versions(self.run)
         self.accelerator.wait_for_everyone()
         self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine(optimizer, settings, self.sampler.updates)
@@ -174,6 +173,8 @@ class Trainer:
                 return self.run
             if self.at.update:
                 shown.note(f"resuming at update {self.at.update} of {self.updates}")
+            if self.main:
+                write_versions(self.run)
             self.accelerator.init_trackers("tensorboard")
             with stop_requests() as self.stop:
                 for epoch in range(self.at.update // self.sampler.updates, self.settings.epochs):
