@@ -6,12 +6,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
-from tokendial.atomic import replacing
 from tokendial.compensate import Compensator
+from tokendial.demo.output import print_table, write_report
 from tokendial.show.plots import bridged_figure
-from tokendial.show.report import Section, png, report_html
+from tokendial.show.report import Section
 from tokendial.show.tokens import run_figure
 from tokendial.train.evaluate import BridgedRow, evaluate_bridged, write_rows
 from tokendial.train.finetune import train
@@ -41,7 +40,8 @@ def run_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
     with as_file(files("tokendial") / "assets" / "scenes_tocom") as folder:
         compensator = Compensator.from_pretrained(folder)
     rows = evaluate_bridged([run], compensator)
-    console.print(_table(rows))
+    cells = [_cells(row, rows[0]) for row in rows]
+    print_table(console, _HEADER, cells)
     write_rows(rows, out / "degrees.csv")
     plot = bridged_figure(rows, title="one model, every degree of the dial")
     middle, end = rows[len(rows) // 2].degree, rows[-1].degree
@@ -50,15 +50,13 @@ def run_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
         for number, image in enumerate(_scenes(recipe))
         for degree in (middle, end)
     ]
-    with replacing(out / "dial.png") as path:
-        path.write_bytes(png(plot))
-    with replacing(out / "tokens.png") as path:
-        path.write_bytes(png(pictures[0]))
-    report = out / "report.html"
-    with replacing(report) as path:
-        path.write_text(_report(run, recipe, rows, plot, pictures), encoding="utf-8")
-    console.print(f"The report: {report.resolve()}", soft_wrap=True, highlight=False)
-    return report
+    return write_report(
+        console,
+        out,
+        "Tokendial demo: one model, any cost",
+        _sections(run, recipe, cells, plot, pictures),
+        {"dial": plot, "tokens": pictures[0]},
+    )
 
 
 def _scenes(recipe: Recipe) -> list[Image.Image]:
@@ -91,18 +89,11 @@ _HEADER = (
 )
 
 
-def _table(rows: list[BridgedRow]) -> Table:
-    table = Table(*_HEADER)
-    for row in rows:
-        table.add_row(*_cells(row, rows[0]))
-    return table
-
-
-def _report(
-    run: Run, recipe: Recipe, rows: list[BridgedRow], plot: Figure, pictures: list[Figure]
-) -> str:
+def _sections(
+    run: Run, recipe: Recipe, cells: list[tuple[str, ...]], plot: Figure, pictures: list[Figure]
+) -> list[Section]:
     trained = run.model().cost()
-    sections = [
+    return [
         Section(
             title="What happened",
             text=(
@@ -125,7 +116,7 @@ def _report(
                 "are merged into the weights, so they cost nothing."
             ),
             header=_HEADER,
-            rows=[_cells(row, rows[0]) for row in rows],
+            rows=cells,
             figures=[plot],
         ),
         Section(
@@ -138,4 +129,3 @@ def _report(
         ),
         Section(title="Recipe", code=recipe.to_yaml()),
     ]
-    return report_html("Tokendial demo: one model, any cost", sections)

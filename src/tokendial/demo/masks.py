@@ -4,12 +4,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
-from tokendial.atomic import replacing
+from tokendial.demo.output import print_table, write_report
 from tokendial.show.masks import run_mask_figure
 from tokendial.show.plots import dial_figure
-from tokendial.show.report import Section, png, report_html
+from tokendial.show.report import Section
 from tokendial.show.tokens import run_figure
 from tokendial.train.evaluate import DegreeRow, evaluate, write_rows
 from tokendial.train.finetune import train
@@ -37,10 +36,8 @@ def run_masks_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
     console.print("DAR on a small ViT: outline items, with half of the patches in each FFN.")
     run = train(recipe)
     rows = evaluate(run, batch_size=20)
-    table = Table(*_HEADER)
-    for row in rows:
-        table.add_row(*_cells(row, rows[0]))
-    console.print(table)
+    cells = [_cells(row, rows[0]) for row in rows]
+    print_table(console, _HEADER, cells)
     write_rows(rows, out / "degrees.csv")
     plot = dial_figure(rows, metric="S-measure", title="one model, every degree of the dial")
     val = recipe.data.build(recipe.seed).val
@@ -49,14 +46,13 @@ def run_masks_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
     degrees = (0, trained, rows[-1].degree)
     masks = [run_mask_figure(run, image, mask, degrees) for image, mask in scenes]
     tokens = [run_figure(run, scenes[0][0], degree=at, title="scene 1") for at in degrees[1:]]
-    for name, figure in (("dial", plot), ("masks", masks[0]), ("tokens", tokens[0])):
-        with replacing(out / f"{name}.png") as path:
-            path.write_bytes(png(figure))
-    report = out / "report.html"
-    with replacing(report) as path:
-        path.write_text(_report(run, recipe, rows, plot, masks, tokens), encoding="utf-8")
-    console.print(f"The report: {report.resolve()}", soft_wrap=True, highlight=False)
-    return report
+    return write_report(
+        console,
+        out,
+        "Tokendial demo: masks with half of the patches",
+        _sections(run, recipe, cells, plot, masks, tokens),
+        {"dial": plot, "masks": masks[0], "tokens": tokens[0]},
+    )
 
 
 _HEADER = (
@@ -86,16 +82,16 @@ def _cells(row: DegreeRow, first: DegreeRow) -> tuple[str, ...]:
     )
 
 
-def _report(
+def _sections(
     run: Run,
     recipe: Recipe,
-    rows: list[DegreeRow],
+    cells: list[tuple[str, ...]],
     plot: Figure,
     masks: list[Figure],
     tokens: list[Figure],
-) -> str:
+) -> list[Section]:
     cost = run.model().cost()
-    sections = [
+    return [
         Section(
             title="What happened",
             text=(
@@ -117,7 +113,7 @@ def _report(
                 f"like the scores. The cost is that of the shares of the training pictures."
             ),
             header=_HEADER,
-            rows=[_cells(row, rows[0]) for row in rows],
+            rows=cells,
             figures=[plot],
         ),
         Section(
@@ -132,4 +128,3 @@ def _report(
         ),
         Section(title="Recipe", code=recipe.to_yaml()),
     ]
-    return report_html("Tokendial demo: masks with half of the patches", sections)

@@ -1,6 +1,5 @@
 """Fine-tuning: a wrapped model, a labelled data set, the losses of task and reduction method."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tokendial.saving import load
 from tokendial.tasks import FeatureDistillation
 from tokendial.train.batches import eval_loader, seed_all
 from tokendial.train.card import write_card
-from tokendial.train.evaluate import evaluate_loader
+from tokendial.train.evaluate import evaluate_loader, some_images
 from tokendial.train.loop import Trainer
 from tokendial.train.objective import Distillation, Objective
 from tokendial.train.optimizer import decay_groups, parameter_groups
@@ -136,13 +135,15 @@ class FineTuning:
         reducer = self.model.reducer
         if not ShareMeter.fits(self.model) or not reducer or self.model.degree != reducer.degree:
             return
+        images = None
         for folder in (run.best, run.last):
             model = load(folder).to(device)
             if model.reducer and model.reducer.calibration is None:
-                calibrate(model, self._some_images(device))
+                images = self._training_images() if images is None else images
+                calibrate(model, torch.split(images.to(device), self.settings.batch_size))
                 model.save_pretrained(folder)
 
-    def _some_images(self, device: torch.device) -> Iterator[Tensor]:
+    def _training_images(self) -> Tensor:
         """Images of the training set, chosen at random, as they are seen in evaluation."""
         draw = np.random.default_rng(self.recipe.seed)
         train: Any = self.data.train
@@ -153,9 +154,7 @@ class FineTuning:
             self.task.eval_transform(self.anatomy),
             batch_size=self.settings.batch_size if self.task.one_size else 1,
         )
-        for images, _ in loader:
-            height, width = self.anatomy.image_size
-            yield images[..., :height, :width].to(device)
+        return some_images(loader, self.model, count)
 
 
 def _distillation(recipe: Recipe, model: DialViT) -> Distillation:

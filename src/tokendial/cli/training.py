@@ -1,0 +1,141 @@
+"""Commands that train: train, compensate, demo; and the recipes that say how."""
+
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokendial.cli.app import app
+
+if TYPE_CHECKING:
+    from tokendial.train.recipe import BaseRecipe
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Two updates, one batch of evaluation; keep nothing.")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Such as train.epochs=10 data.root=/images.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train as a recipe says; started again, go on where the run stopped."""
+    from tokendial.train import read_recipe
+    from tokendial.train import train as run_training
+
+    read = read_recipe(recipe, overrides or [])
+    if dry_run:
+        from tokendial.train.finetune import FineTuning
+
+        _try_out(read, FineTuning)
+        return
+    _to_its_end(lambda: run_training(read))
+
+
+@app.command()
+def compensate(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Such as train.epochs=10 data.root=/images.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a compensator for a pre-trained model; no labels needed."""
+    from tokendial.train import CompensateRecipe, read_recipe
+    from tokendial.train import compensate as run_training
+
+    read = read_recipe(recipe, overrides or [], kind=CompensateRecipe)
+    if dry_run:
+        from tokendial.train.compensate import Compensating
+
+        _try_out(read, Compensating)
+        return
+    _to_its_end(lambda: run_training(read))
+
+
+def _try_out(recipe: "BaseRecipe", make_job: Callable[..., object]) -> None:
+    from tokendial.train.dry_run import dry_run
+
+    seen = dry_run(recipe, make_job)
+    numbers = {name: value for name, value in seen.metrics.items() if isinstance(value, float)}
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
+    print(f"dry run in {seen.seconds:.1f} s, nothing kept: {shown}")
+
+
+def _to_its_end(run: Callable[[], object]) -> None:
+    from tokendial.train import InterruptedRunError
+
+    try:
+        run()
+    except InterruptedRunError:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Of a recipe: say what it is, and every field of it.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema, for editors.")
+    ] = False,
+) -> None:
+    """List the recipes that are shipped, or explain one."""
+    import yaml
+
+    from tokendial.train.recipe_file import (
+        describe,
+        find_recipe,
+        recipe_schema,
+        resolved_recipe,
+        shipped_recipes,
+    )
+
+    if schema:
+        print(json.dumps(recipe_schema(), indent=2))
+    elif name is None:
+        table = Table("recipe", "what it is", box=None)
+        for shipped, path in shipped_recipes().items():
+            first, _, _ = describe(path).replace("\n", " ").partition(". ")
+            table.add_row(shipped, first.rstrip("."))
+        Console().print(table)
+    else:
+        print(f"{describe(find_recipe(name)[0])}\n")
+        print(yaml.safe_dump(resolved_recipe(name), sort_keys=False), end="")
+
+
+class DemoTask(StrEnum):
+    """What the demo learns."""
+
+    counting = "counting"
+    masks = "masks"
+
+
+@app.command()
+def demo(
+    task: Annotated[
+        DemoTask, typer.Option(help="counting: Sparse-Tuning and a compensator; masks: DAR.")
+    ] = DemoTask.counting,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the run and the report; default: demo or demo_masks."),
+    ] = None,
+) -> None:
+    """The whole story in a few minutes, offline: fine-tune the shipped model, turn the dial."""
+    from tokendial.demo import run_demo, run_masks_demo
+
+    if task is DemoTask.masks:
+        run_masks_demo(out or Path("demo_masks"))
+    else:
+        run_demo(out or Path("demo"))

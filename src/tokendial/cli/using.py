@@ -1,0 +1,204 @@
+"""Commands that use a finished run: eval, predict, show."""
+
+import csv
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokendial.cli.app import app
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tokendial.train.evaluate import BridgedRow, DegreeRow
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Degree = Annotated[
+    int | None, typer.Option(help="Degree of the dial; default: the one that was trained.")
+]
+Degrees = Annotated[str, typer.Option(help="Such as 0,4,8 or 0..16 or 0..16:4 or all.")]
+
+
+_SHOWN_SCORES = 3
+
+
+class Format(StrEnum):
+    """Formats of predictions."""
+
+    csv = "csv"
+    jsonl = "jsonl"
+
+
+@app.command("eval")
+def evaluate(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run; several to bridge.")
+    ],
+    degrees: Degrees = "all",
+    compensator: Annotated[
+        str | None, typer.Option(help="Folder of a compensator: also run with it.")
+    ] = None,
+    sources: Annotated[
+        str | None,
+        typer.Option(help="Degree that each run was trained at, such as 0,8,16; default: its own."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+) -> None:
+    """Accuracy, cost and speed of a run along the dial: table, CSV and plot."""
+    if compensator is not None:
+        _evaluate_bridged(runs, degrees, compensator, sources, batch_size)
+        return
+    if len(runs) > 1 or sources is not None:
+        raise ValueError("several runs and sources go with --compensator only.")
+    (run,) = runs
+    from tokendial.show.plots import dial_figure
+    from tokendial.train import Run
+    from tokendial.train.evaluate import evaluate as run_evaluation
+
+    rows = run_evaluation(Run(run), degrees, batch_size=batch_size)
+    # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
+    shown = list(rows[0].scores)[:_SHOWN_SCORES]
+    names = [name.replace("_", " ") for name in shown]
+    # Where tokens are chosen by their values, every one leaves the last layer.
+    last = "tokens left" if rows[0].share is None else "tokens processed"
+    table = Table("degree", *names, "GMACs", "images/s", last)
+    for row in rows:
+        table.add_row(
+            str(row.degree),
+            *(f"{row.scores[name]:.2%}" for name in shown),
+            f"{row.gmacs:.4f}",
+            f"{row.images_per_s:.0f}",
+            str(row.tokens) if row.share is None else f"{row.share:.1%}",
+        )
+    Console().print(table)
+    _write_evaluation(rows, dial_figure(rows, title=str(run)), run / "eval" / "degrees")
+
+
+def _evaluate_bridged(
+    folders: list[Path], degrees: str, compensator: str, sources: str | None, batch_size: int
+) -> None:
+    from tokendial.compensate import Compensator
+    from tokendial.show.plots import bridged_figure
+    from tokendial.train import Run
+    from tokendial.train.evaluate import evaluate_bridged, parse_degrees
+
+    plugin = Compensator.from_pretrained(compensator)
+    offered = tuple(range(plugin.steps + 1))
+    rows = evaluate_bridged(
+        [Run(folder) for folder in folders],
+        plugin,
+        degrees,
+        sources=parse_degrees(sources, offered) if sources else None,
+        batch_size=batch_size,
+    )
+    table = Table("trained at", "run at", "plain", "compensated", "gain", "GMACs", "images/s")
+    for row in rows:
+        table.add_row(
+            str(row.source),
+            str(row.degree),
+            f"{row.plain:.2%}",
+            f"{row.accuracy:.2%}",
+            f"{100 * (row.accuracy - row.plain):+.2f}",
+            f"{row.gmacs:.4f}",
+            f"{row.images_per_s:.0f}",
+        )
+    Console().print(table)
+    figure = bridged_figure(rows, title=f"scale {plugin.scale:g}")
+    _write_evaluation(rows, figure, folders[0] / "eval" / "bridged")
+
+
+def _write_evaluation(
+    rows: "Sequence[DegreeRow] | Sequence[BridgedRow]", figure: "Figure", stem: Path
+) -> None:
+    """Write the rows as CSV and their figure as PNG, and say where."""
+    from tokendial.atomic import replacing
+    from tokendial.show.report import png
+    from tokendial.train.evaluate import write_rows
+
+    table, plot = stem.with_suffix(".csv"), stem.with_suffix(".png")
+    write_rows(rows, table)
+    with replacing(plot) as path:
+        path.write_bytes(png(figure))
+    print(f"wrote {table} and {plot}")
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    degree: Degree = None,
+    form: Annotated[Format, typer.Option("--format", help="Form of the output.")] = Format.csv,
+    top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Dense tasks: folder for the masks.")] = None,
+    overlay: Annotated[bool, typer.Option(help="Write the images under their masks, too.")] = False,
+    tiles: Annotated[
+        bool, typer.Option(help="Windows at full resolution, for large images.")
+    ] = False,
+) -> None:
+    """Class and probability, or mask, of each image; exit code 1 if some could not be read."""
+    from tokendial.data.images import ImageError, find_images
+    from tokendial.train import Run
+    from tokendial.train.predict import MaskFile, Prediction, predict_masks
+    from tokendial.train.predict import predict as run_prediction
+
+    if out is None and (overlay or tiles):
+        raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
+    files = find_images(paths)
+    answers: Iterator[Prediction | MaskFile | ImageError] = (
+        run_prediction(Run(run), files, degree=degree, top=top)
+        if out is None
+        else predict_masks(Run(run), files, out, degree=degree, overlay=overlay, tiles=tiles)
+    )
+    failed = False
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    for number, answer in enumerate(answers):
+        if number == 0 and form is Format.csv:
+            writer.writerow(
+                ["path", "class", "probability"] if out is None else ["path", "mask", "share"]
+            )
+        if isinstance(answer, ImageError):
+            failed = True
+            print(f"error: {answer}", file=sys.stderr)
+        elif form is Format.jsonl:
+            print(json.dumps(dataclasses.asdict(answer)))
+        elif isinstance(answer, MaskFile):
+            writer.writerow([answer.path, answer.mask, f"{answer.share:.4f}"])
+        else:
+            for name, probability in zip(answer.classes, answer.probabilities, strict=True):
+                writer.writerow([answer.path, name, f"{probability:.6f}"])
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    run: RunFolder,
+    image: Annotated[Path, typer.Argument(help="An image.")],
+    degree: Degree = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("tokens.png"),
+    diversity: Annotated[
+        bool, typer.Option("--diversity", help="Plot attention diversity by depth instead.")
+    ] = False,
+) -> None:
+    """Draw the tokens that are left at each depth, and the class attention."""
+    from tokendial.atomic import replacing
+    from tokendial.data.images import read_image
+    from tokendial.show.report import png
+    from tokendial.show.tokens import run_diversity_figure, run_figure
+    from tokendial.train import Run
+
+    draw = run_diversity_figure if diversity else run_figure
+    figure = draw(Run(run), read_image(image), degree=degree, title=image.name)
+    if not out.parent.is_dir():
+        raise ValueError(f"out: no such folder: {out.parent}.")
+    with replacing(out) as path:
+        path.write_bytes(png(figure, dpi=150))
+    print(f"wrote {out}")

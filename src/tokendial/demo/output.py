@@ -1,0 +1,33 @@
+"""What every demo writes: a table on the terminal, pictures, and the report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from tokendial.atomic import replacing
+from tokendial.show.report import Section, png, report_html
+
+
+def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells below a header."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def write_report(
+    console: Console, out: Path, title: str, sections: list[Section], pictures: Mapping[str, Figure]
+) -> Path:
+    """Write `out/report.html` and `out/NAME.png` for each picture; say where, and return it."""
+    for name, figure in pictures.items():
+        with replacing(out / f"{name}.png") as path:
+            path.write_bytes(png(figure))
+    report = out / "report.html"
+    with replacing(report) as path:
+        path.write_text(report_html(title, sections), encoding="utf-8")
+    console.print(f"The report: {report.resolve()}", soft_wrap=True, highlight=False)
+    return report
