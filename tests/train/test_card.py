@@ -28,6 +28,22 @@ def test_the_card_tells_the_metrics_and_the_cost_of_the_best_model(run):
         assert f"| {degree} | {model.cost(degree).gmacs:.4g} | " in card
 
 
+def test_what_a_run_costs_is_noted(run):
+    assert run.cost_file.is_file()
+    assert run.cost() == run.model().cost()
+
+
+def test_a_run_is_finished_after_its_last_epoch_with_its_card(run, tmp_path):
+    assert run.finished
+    shutil.copytree(run.folder, tmp_path / "run")
+    copy = Run(tmp_path / "run")
+    copy.card_file.unlink()
+    assert not copy.finished
+    copy.card_file.write_text("mine")
+    copy.record(copy.metrics()[-2])
+    assert not copy.finished
+
+
 def test_the_code_of_the_card_runs(run):
     code = re.search(r"```python\n(.*?)```", (run.folder / "README.md").read_text(), re.DOTALL)
     names = {}

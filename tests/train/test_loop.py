@@ -18,6 +18,7 @@ from tokendial.train import InterruptedRunError, Run, read_recipe, train
 from tokendial.train.finetune import build_model
 from tokendial.train.optimizer import cosine, parameter_groups
 from tokendial.train.recipe import TrainSection
+from tokendial.train.signals import stop_requests
 
 # Everything that draws at random or keeps state: a resumed run has to get each of it right.
 HARD = [
@@ -104,6 +105,38 @@ def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_p
     run = train(recipe, quiet=True)
     expected = weights(alone)
     assert all(torch.equal(w, expected[n]) for n, w in weights(run).items())
+
+
+def test_a_model_that_is_evaluated_once_is_the_last_one(recipe_file, tmp_path):
+    overrides = [f"output={tmp_path / 'once'}", "train.epochs=2", "train.evaluate=last"]
+    once = train(read_recipe(recipe_file, overrides), quiet=True)
+    first, last = once.metrics()
+    assert not any(name.startswith("val_") for name in first)
+    assert once.best_record() == last
+    assert last["val_accuracy"] > 0
+    best = weights(once, "best")
+    assert all(torch.equal(w, best[n]) for n, w in weights(once).items())
+
+
+def test_blocks_inside_each_other_are_all_asked_to_stop():
+    with stop_requests() as outer:
+        with stop_requests() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner.asked
+        assert outer.asked
+        with stop_requests() as later:
+            assert later.asked
+    with stop_requests() as fresh:
+        assert not fresh.asked
+
+
+def test_a_folder_whose_claim_was_killed_is_free(recipe_file, tmp_path):
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    run.classes_file.write_text("{}")
+    (run.folder / ".recipe.yaml.x3f").write_text("seed:")
+    run.claim(read_recipe(recipe_file), ["a", "b"], multi_label=False, dense=False)
+    assert run.classes() == ("a", "b")
 
 
 def test_a_finished_run_is_left_alone(run):

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 from tokendial.atomic import replacing
 from tokendial.measure import Cost
-from tokendial.train.recipe import Recipe
 from tokendial.train.runs import Run
+from tokendial.vit import DialViT
 
 _PACKAGES = ("tokendial", "torch", "torchvision", "timm", "accelerate")
 _MOST_DEGREES = 6
@@ -46,21 +47,23 @@ def _revision() -> str | None:
 def write_card(run: Run) -> None:
     """Write `README.md`: what the model is, its metrics, what it costs along the dial, loading.
 
-    One that is there is left alone: it may have been finished by hand.
+    And `cost.json`, what it costs as it was trained. A card that is there is left alone: it may
+    have been finished by hand.
     """
-    card = run.folder / "README.md"
-    if not card.exists():
-        with replacing(card) as path:
-            path.write_text(_card(run, run.recipe()), encoding="utf-8")
-
-
-def _card(run: Run, recipe: Recipe) -> str:
+    if run.card_file.exists():
+        return
     model = run.model()
     degrees = model.degrees[:: -(-len(model.degrees) // _MOST_DEGREES)]
-    costs = [model.cost(degree) for degree in sorted({*degrees, model.degree, model.degrees[-1]})]
-    metrics = run.metrics()
-    judged = next(name for name in metrics[-1] if name.startswith("val_"))
-    best = max(metrics, key=lambda record: record[judged])
+    costs = {d: model.cost(d) for d in sorted({*degrees, model.degree, model.degrees[-1]})}
+    with replacing(run.cost_file) as path:
+        path.write_text(json.dumps(asdict(costs[model.degree])) + "\n")
+    with replacing(run.card_file) as path:
+        path.write_text(_card(run, model, list(costs.values())), encoding="utf-8")
+
+
+def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
+    recipe = run.recipe()
+    best = run.best_record()
     classes = run.classes()
     named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     methods = {
@@ -93,7 +96,7 @@ trained (head or decoder not counted)
 ## Metrics
 
 On the validation set, in percent, at degree {model.degree}, epoch {best["epoch"]} of \
-{len(metrics)}:
+{recipe.train.epochs}:
 
 | metric | value |
 |---|---|

@@ -246,8 +246,10 @@ class Trainer:
     def _finish_epoch(self, epoch: int, shown: Display) -> None:
         at = self.at
         with self.ema.in_place(self.job.module) if self.ema else nullcontext():
-            scores = self.job.scores(self.val_loader, self.accelerator)
-            name, judged = next(iter(scores.items()))
+            scores = {}
+            if self.settings.evaluate == "every" or epoch + 1 == self.settings.epochs:
+                scores = self.job.scores(self.val_loader, self.accelerator)
+            name, judged = next(iter(scores.items()), ("", -1.0))
             record = {
                 "epoch": epoch + 1,
                 "update": at.update,
@@ -264,10 +266,8 @@ class Trainer:
         self._checkpoint()
         numbers = {key: value for key, value in record.items() if key != "epoch"}
         self.accelerator.log(numbers, step=at.update)
-        shown.note(
-            f"epoch {epoch + 1}: train loss {record['train_loss']:.4f}, "
-            f"val {name.replace('_', ' ')} {judged:.2%}"
-        )
+        val = f", val {name.replace('_', ' ')} {judged:.2%}" if scores else ""
+        shown.note(f"epoch {epoch + 1}: train loss {record['train_loss']:.4f}{val}")
 
     def _checkpoint(self) -> None:
         if self.main:

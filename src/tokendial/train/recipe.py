@@ -142,6 +142,9 @@ class TrainSection(_Section):
     give; null: none."""
     workers: int = Field(0, ge=0)
     """Processes that load images; 0: the training process itself."""
+    evaluate: Literal["every", "last"] = "every"
+    """Epochs after which the model is evaluated: every one, or the last alone, so that nothing is
+    chosen by what it is evaluated on; best is then the same model as last."""
     checkpoint_activations: bool = False
     """Recompute the blocks in the backward pass: less memory, more time."""
     checkpoint_every: int = Field(500, ge=1)

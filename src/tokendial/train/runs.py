@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from tokendial.atomic import replacing
+from tokendial.measure import Cost
 from tokendial.reduce.base import ReducerConfig
 from tokendial.saving import load
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task
@@ -23,6 +24,8 @@ class Run:
         self.recipe_file = self.folder / "recipe.yaml"
         self.classes_file = self.folder / "classes.json"
         self.metrics_file = self.folder / "metrics.jsonl"
+        self.card_file = self.folder / "README.md"
+        self.cost_file = self.folder / "cost.json"
         self.checkpoints = self.folder / "checkpoints"
         self.best, self.last = self.folder / "best", self.folder / "last"
 
@@ -40,23 +43,9 @@ class Run:
         Raises:
             ValueError: If another run is in it, or files that are not a run's.
         """
-        if self.recipe_file.exists():
-            # Read as a recipe, so that fields that are younger than the run have their defaults.
-            try:
-                there = check_section(type(recipe), yaml.safe_load(self.recipe_file.read_text()))
-            except ValueError as error:
-                raise ValueError(
-                    f"output: {self.folder} holds another run ({error}); choose another output."
-                ) from None
-            old, new = (_flat(yaml.safe_load(some.to_yaml())) for some in (there, recipe))
-            for name in sorted(old.keys() | new.keys()):
-                if old.get(name) != new.get(name) and name not in ("output", "train.workers"):
-                    raise ValueError(
-                        f"output: {self.folder} holds another run: its {name} is "
-                        f"{old.get(name)}, not {new.get(name)}; choose another output."
-                    )
+        if self.holds(recipe):
             return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        if self.folder.is_dir() and any(map(self._precious, self.folder.iterdir())):
             raise ValueError(f"output: {self.folder} is not empty and holds no run.")
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.classes_file) as path:
@@ -64,6 +53,45 @@ class Run:
             path.write_text(json.dumps(told) + "\n")
         with replacing(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
+
+    def _precious(self, path: Path) -> bool:
+        """Whether a file is more than what a process left that was killed while it claimed."""
+        name = self.classes_file.name
+        return path.name != name and not path.name.startswith((f".{name}.", ".recipe.yaml."))
+
+    def holds(self, recipe: BaseRecipe) -> bool:
+        """Whether the folder is already this recipe's.
+
+        Raises:
+            ValueError: If another run is in it.
+        """
+        if not self.recipe_file.exists():
+            return False
+        # Read as a recipe, so that fields that are younger than the run have their defaults.
+        try:
+            there = check_section(type(recipe), yaml.safe_load(self.recipe_file.read_text()))
+        except ValueError as error:
+            raise ValueError(
+                f"output: {self.folder} holds another run ({error}); choose another output."
+            ) from None
+        old, new = (_flat(yaml.safe_load(some.to_yaml())) for some in (there, recipe))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name) and name not in ("output", "train.workers"):
+                raise ValueError(
+                    f"output: {self.folder} holds another run: its {name} is "
+                    f"{old.get(name)}, not {new.get(name)}; choose another output."
+                )
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do: every epoch is recorded, and the card, written last."""
+        metrics = self.metrics()
+        return (
+            bool(metrics)
+            and metrics[-1]["epoch"] == self.recipe().train.epochs
+            and self.card_file.exists()
+        )
 
     def recipe(self) -> Recipe:
         """The recipe of the run; a ValueError if the folder holds none."""
@@ -105,6 +133,19 @@ class Run:
         if not self.metrics_file.exists():
             return []
         return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+
+    def best_record(self) -> dict[str, Any]:
+        """The record of the epoch whose model is in best/."""
+        metrics = self.metrics()
+        judged = next(name for name in metrics[-1] if name.startswith("val_"))
+        return max((m for m in metrics if judged in m), key=lambda record: record[judged])
+
+    def cost(self) -> Cost:
+        """What the best model costs at the degree that it was trained at."""
+        if not self.cost_file.exists():
+            return self.model().cost()
+        cost = json.loads(self.cost_file.read_text())
+        return Cost(**cost | {"tokens_per_layer": tuple(cost["tokens_per_layer"])})
 
     def record(self, metrics: dict[str, Any]) -> None:
         """Add the record of an epoch, in place of what may stand from this epoch on."""

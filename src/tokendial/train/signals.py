@@ -11,27 +11,36 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class StopRequest:
     """Whether this process has been asked to stop."""
 
     asked: bool = False
 
 
+_open: list[StopRequest] = []
+
+
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note the signals in place of dying of them, while the block runs."""
-    request = StopRequest()
+    """Note the signals in place of dying of them, while the block runs.
+
+    Of blocks inside each other, as of a run in a sweep, all are told; also those that begin later.
+    """
+    request = StopRequest(asked=any(outer.asked for outer in _open))
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        request.asked = True
+        for each in _open:
+            each.asked = True
 
+    _open.append(request)
     before = {number: signal.signal(number, ask) for number in _SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _open.remove(request)
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
