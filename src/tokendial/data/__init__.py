@@ -1,5 +1,6 @@
 """Data sets and transforms: one file per family of data sets."""
 
+from tokendial.data.actions import K400, SSv2
 from tokendial.data.cifar import CIFAR100
 from tokendial.data.dense import DenseAugment
 from tokendial.data.fgvc import FGVC
@@ -15,11 +16,14 @@ from tokendial.data.splits import Splits
 from tokendial.data.svhn import SVHN
 from tokendial.data.transforms import Augment, eval_transform, train_transform
 from tokendial.data.unlabelled import Unlabelled
+from tokendial.data.video import FrameFolder, Video, VideoError, VideoFile, find_videos
+from tokendial.data.video_sets import VideoFolder, VideoLists
 from tokendial.data.vtab import VTAB, VTAB_GROUPS, VTAB_TASKS
 
 __all__ = [
     "CIFAR100",
     "FGVC",
+    "K400",
     "SVHN",
     "VTAB",
     "VTAB_GROUPS",
@@ -27,18 +31,26 @@ __all__ = [
     "Augment",
     "DenseAugment",
     "Food101",
+    "FrameFolder",
     "HuggingFace",
     "ImageError",
     "ImageFolder",
     "ImageNet",
     "Pairs",
+    "SSv2",
     "SceneMasks",
     "Scenes",
     "Splits",
     "Unlabelled",
+    "Video",
+    "VideoError",
+    "VideoFile",
+    "VideoFolder",
+    "VideoLists",
     "WebDataset",
     "eval_transform",
     "find_images",
+    "find_videos",
     "read_image",
     "train_transform",
 ]

@@ -11,8 +11,8 @@ class Splits:
     """A data set, ready to be transformed and batched."""
 
     train: Dataset[tuple[Any, Any]]
-    """Pairs of a PIL image (RGB) and a target: a class index, float32 [classes] of 0 and 1, or,
-    for dense tasks, a mask of the image's size."""
+    """Pairs of a PIL image (RGB) or a video and a target: a class index, float32 [classes] of 0 and
+    1, or, for dense tasks, a mask of the image's size."""
     val: Dataset[tuple[Any, Any]]
     """The same, to evaluate on."""
     classes: tuple[str, ...]
@@ -22,3 +22,5 @@ class Splits:
     dense: bool = False
     """Whether targets are masks: [H, W] uint8, of class indices and 255 where nothing is asked, or
     with a single class of 0 and 1."""
+    video: bool = False
+    """Whether these are videos: a `Video` in place of each image."""
