@@ -28,6 +28,7 @@ REDUCERS = {
     "dyt": td.DyT(target_ratio=0.5),
     "dar": td.DAR(target_ratio=0.5),
     "ffn_merge": td.FFNMerge(r=16),
+    "frame_by_frame": td.FrameByFrame(reduce=td.ToMe(r=8)),
 }
 ADAPTERS = {
     "dense_adapter": td.DenseAdapter(dim=6, start=4, interval=3),
@@ -53,12 +54,14 @@ ADAPTERS = {
 }
 # Some adapters need the whole token grid.
 ON_THE_GRID = {"dar", "convpass"}
-SHRINKING = {"tome", "evit", "dynamicvit"}
+SHRINKING = {"tome", "evit", "dynamicvit", "frame_by_frame"}
 PAIRS = {
     f"{reduce}-{adapt}": (REDUCERS[reduce], ADAPTERS[adapt])
     for reduce in REDUCERS
     for adapt in ADAPTERS
     if not (adapt in ON_THE_GRID and reduce in SHRINKING)
+    # It only passes on what it is told; a method that it runs is there by itself.
+    and (reduce != "frame_by_frame" or adapt == "dense_adapter")
 }
 
 

@@ -16,11 +16,11 @@ from tokendial.adapt import (
     Linear,
     LoRA,
 )
-from tokendial.backbones import Backbone, convert_weights
+from tokendial.backbones import Backbone, convert_weights, video_vit
 from tokendial.compensate import Compensator, ToCom
 from tokendial.decode import DARDecoder, LinearDecoder, MaskTransformer
 from tokendial.measure import calibrate
-from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, ToMe
+from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, FrameByFrame, ToMe
 from tokendial.reference import load_reference
 from tokendial.saving import load
 from tokendial.vit import DialViT, wrap
@@ -44,6 +44,7 @@ __all__ = [
     "EViT",
     "FFNMerge",
     "FacT",
+    "FrameByFrame",
     "Full",
     "Houlsby",
     "LastBlocks",
@@ -57,6 +58,7 @@ __all__ = [
     "convert_weights",
     "load",
     "load_reference",
+    "video_vit",
     "wrap",
 ]
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.adapt.fitting import Fitting
-from tokendial.backbones import Backbone, anatomy_of, fingerprint
+from tokendial.backbones import Backbone, anatomy_of, fingerprint, fresh_head
 from tokendial.decode import DecoderConfig
 from tokendial.reduce.base import ReducerConfig
 
@@ -78,6 +78,8 @@ class AdaptedViT(nn.Module):
         return Fitting(adapt, adapter, reducer, head_size, decode, decoder)
 
     def _check_headless(self, decode: DecoderConfig | None) -> None:
+        if decode and self.anatomy.frames is not None:
+            raise ValueError("a decoder reads images, but this model takes clips.")
         if decode and self._head_size:
             raise ValueError(
                 "a decoder needs a backbone without a classification head (num_classes=0), this "
@@ -161,7 +163,7 @@ class AdaptedViT(nn.Module):
         with self.own_weights():
             active.take_off(self.vit)
             heads = {
-                head: _fresh_head(self.vit.get_submodule(head), size) for head in self.head_names
+                head: fresh_head(self.vit.get_submodule(head), size) for head in self.head_names
             }
             try:
                 fitting.install(self.vit, self.anatomy.blocks, heads, shared=True)
@@ -314,11 +316,3 @@ class AdaptedViT(nn.Module):
         from tokendial.saving import push
 
         return push(self, repo_id, private=private, token=token)
-
-
-def _fresh_head(head: nn.Module, num_classes: int) -> nn.Linear:
-    like = head.get_parameter("weight")
-    fresh = nn.Linear(like.shape[1], num_classes, device=like.device, dtype=like.dtype)
-    nn.init.trunc_normal_(fresh.weight, std=0.02)
-    nn.init.zeros_(fresh.bias)
-    return fresh

@@ -51,7 +51,7 @@ def to_json(kind: str, method: Any) -> dict[str, Any]:
     for name, cls in _REGISTRY[kind].items():
         if type(method) is cls:
             fields = dataclasses.fields(cls)
-            return {"name": name} | {f.name: _plain(getattr(method, f.name)) for f in fields}
+            return {"name": name} | {f.name: _plain(kind, getattr(method, f.name)) for f in fields}
     raise ValueError(f"{type(method).__name__} is not a registered {kind} method.")
 
 
@@ -74,7 +74,8 @@ def from_json(kind: str, data: dict[str, Any]) -> Any:
     return cls(**values)
 
 
-def _plain(value: Any) -> Any:
+def _plain(kind: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+        return [_plain(kind, item) for item in value]
+    # A method may hold another one of its kind.
+    return to_json(kind, value) if dataclasses.is_dataclass(value) else value

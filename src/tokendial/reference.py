@@ -31,6 +31,14 @@ _ADAPTER = (
     (r"blocks\.(\d+)\.adapt(?:mlp|er)\.down_proj\.(\w+)", r"adapter.down.\1.\2"),
     (r"blocks\.(\d+)\.adapt(?:mlp|er)\.up_proj\.(\w+)", r"adapter.up.\1.\2"),
 )
+_DISPATCHER = (r"blocks\.(\d+)\.mlp_token_select\.mlp_head\.(\w+)", r"reducer.dispatchers.\1.\2")
+_POOLING = (
+    (r"query_token", "vit.head.query"),
+    (r"attentive_blocks\.(norm_[qkv]\.\w+)", r"vit.head.\1"),
+    (r"attentive_blocks\.cross_attn\.([qv])_bias", r"vit.head.\1.bias"),
+    (r"attentive_blocks\.cross_attn\.(.+)", r"vit.head.\1"),
+    (r"head\.(\w+)", r"vit.head.head.\1"),
+)
 _COMPENSATOR = r"blocks\.(\d+)\.compensator\."
 SYSTEMS = {
     "tome": System(),
@@ -42,12 +50,8 @@ SYSTEMS = {
             (r"score_predictor\.(\d+)\.out_conv\.(.+)", r"reducer.predictors.\1.outside.\2"),
         )
     ),
-    "dyt": System(
-        (
-            *_ADAPTER,
-            (r"blocks\.(\d+)\.mlp_token_select\.mlp_head\.(\w+)", r"reducer.dispatchers.\1.\2"),
-        )
-    ),
+    "dyt": System((*_ADAPTER, _DISPATCHER)),
+    "dyt_video": System((*_ADAPTER, _DISPATCHER, *_POOLING)),
     "dar": System(
         (
             *_ADAPTER,
@@ -75,7 +79,8 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
 
     Args:
         model: Wrapped with the method, and where the system has adapters with those: DyT with
-            `AdaptFormer`, DAR with `DARAdapter` and, for a whole segmentation model, `DARDecoder`.
+            `AdaptFormer` (dyt_video: a model of `video_vit`), DAR with `DARAdapter` and, for a
+            whole segmentation model, `DARDecoder`.
             ToCom's compensator is attached to it, for a model fine-tuned at degree 0.
             Checkpoints of ToCom and DAR may leave the backbone out.
         state_dict: Tensors by the implementation's names, or a checkpoint that holds them under

@@ -22,10 +22,10 @@ from torch import nn
 import tokendial as td
 from tokendial.adapt.base import AdapterConfig
 from tokendial.atomic import replacing
+from tokendial.backbones import video_vit
 from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import count_macs
 from tokendial.reduce.base import ReducerConfig
-from tokendial.tasks.video import VideoViT
 
 AGREES = ("exact", "within 2%")
 """What is said of a value that agrees with the paper's."""
@@ -219,14 +219,13 @@ def _counted(
 ) -> _Counted:
     """What a model has and costs; rows of the same model are counted once."""
     decode = td.MaskTransformer(num_classes=_SEGMENTED_CLASSES) if use == "segmenter" else None
-    model = _wrapped(backbone, reduce, adapt, decode)
-    cost = model.cost() if use == "image" else None
-    run = {"video": _macs_of_video, "segmenter": _macs_of_segmenter}
+    model = _wrapped(backbone, reduce, adapt, decode, video=use == "video")
+    cost = model.cost()
     return _Counted(
         embed_dim=model.anatomy.shape.embed_dim,
-        params=cost.trainable_params if cost else 0,
+        params=cost.trainable_params,
         reducer_params=sum(p.numel() for p in model.reducer.parameters()) if model.reducer else 0,
-        macs=cost.macs if cost else run[use](model),
+        macs=_macs_of_segmenter(model) if use == "segmenter" else cost.macs,
     )
 
 
@@ -235,22 +234,19 @@ def _wrapped(
     reduce: ReducerConfig | None,
     adapt: AdapterConfig,
     decode: DecoderConfig | None = None,
+    *,
+    video: bool = False,
 ) -> td.DialViT:
     name, args = _BACKBONES[backbone]
     with torch.device("meta"):
         # Weights on the meta device have no values to initialise.
         vit = timm.create_model(name, weight_init="skip", **args)
+        if video:
+            vit = video_vit(vit, frames=_FRAMES, num_classes=_VIDEO_CLASSES)
         model = td.wrap(vit, reduce=reduce, adapt=adapt, decode=decode)
     if isinstance(adapt, td.LoRA | td.SSF | td.FacT):
         model.merge_adapters()
     return model
-
-
-def _macs_of_video(model: td.DialViT) -> int:
-    with torch.device("meta"):
-        video = VideoViT(model, _VIDEO_CLASSES, num_heads=model.vit.blocks[0].attn.num_heads)
-        clips = torch.empty(1, _FRAMES, model.anatomy.in_chans, *model.anatomy.image_size)
-    return count_macs(video, lambda module: module(clips))
 
 
 def _macs_of_segmenter(model: td.DialViT) -> int:

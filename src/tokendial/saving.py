@@ -93,7 +93,8 @@ def load_adapter(model: AdaptedViT, name: str, directory: str | Path) -> None:
             f"({model.reduce_config})."
         )
     _check_backbone(model, config, folder)
-    heads = [t for n, t in tensors.items() if n in {f"vit.{h}.bias" for h in model.head_names}]
+    biases = {f"vit.{head}.{bias}" for head in model.head_names for bias in ("bias", "head.bias")}
+    heads = [value for tensor, value in tensors.items() if tensor in biases]
     model.add_adapter(name, adapt, num_classes=len(heads[0]) if heads else None, decode=decode)
     active = model.active_adapter
     model.set_adapter(name)

@@ -107,7 +107,9 @@ class Tokens:
     prefix: int
     """Number of prefix tokens."""
     grid: tuple[int, int]
-    """Rows and columns of patches in the image."""
+    """Rows and columns of patches in the image, or in a frame."""
+    grids: int = 1
+    """Grids that the sequence holds one after another: time steps of a clip."""
     size: Tensor | None = None
     """[B, N] float32 patches that each token stands for; None: one each."""
     origin: Tensor | None = None
@@ -242,6 +244,18 @@ def _flat(index_BK: Tensor, num_tokens: int) -> Tensor:
 
 
 def patch_grid(tokens: Tokens) -> Tensor:
-    """Patch tokens of a complete sequence as a map, [B, D, rows, columns]."""
-    patches = tokens.x[:, tokens.prefix :]
-    return patches.transpose(1, 2).reshape(len(patches), -1, *tokens.grid)
+    """Patch tokens of a complete sequence as maps, [B * grids, D, rows, columns]."""
+    return to_grid(tokens.x[:, tokens.prefix :], tokens.grid)
+
+
+def to_grid(patches_BLD: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches as maps [M, D, rows, columns]; M is B, or more if a sequence holds several grids."""
+    rows, columns = grid
+    maps = patches_BLD.reshape(-1, rows * columns, patches_BLD.shape[-1])
+    return maps.transpose(1, 2).reshape(len(maps), -1, *grid)
+
+
+def from_grid(maps_MDRC: Tensor, batch: int) -> Tensor:
+    """The opposite of `to_grid`: [B, L, D]."""
+    width = maps_MDRC.shape[1]
+    return maps_MDRC.flatten(2).transpose(1, 2).reshape(batch, -1, width)

@@ -16,7 +16,7 @@ from tokendial.backbones import Backbone
 from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.reduce.base import Outcome, ReducerConfig
-from tokendial.tokens import Tokens
+from tokendial.tokens import Tokens, to_grid
 
 
 def wrap(
@@ -30,9 +30,9 @@ def wrap(
     """Give a ViT token reduction, an adapter and the dial.
 
     Args:
-        vit: A model of timm (VisionTransformer, Eva) or of transformers (ViT, DeiT, Dinov2,
-            CLIPVisionModel). It stays `model.vit`; with an adapter its weights are frozen as the
-            method says.
+        vit: A model of timm (VisionTransformer, Eva; for clips those of `video_vit` and videomae_*)
+            or of transformers (ViT, DeiT, Dinov2, CLIPVisionModel). It stays `model.vit`; with an
+            adapter its weights are frozen as the method says.
         reduce: Reduction method, such as `ToMe(r=8)`; None: none.
         adapt: Fine-tuning method, such as `DenseAdapter(dim=32)`; None: which weights train is
             left as it is.
@@ -82,7 +82,7 @@ class DialViT(AdaptedViT):
     activations: less memory, more time."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of images [B, 3, H, W] at the present degree.
+        """Logits of images [B, 3, H, W], or of clips [B, T, 3, H, W], at the present degree.
 
         Returns:
             [B, num_classes]; with a decoder [B, num_classes, h, w], at the decoder's resolution.
@@ -140,14 +140,15 @@ class DialViT(AdaptedViT):
     def restored_map(self, tokens: Tokens, *, norm: bool = True) -> Tensor:
         """The feature map [B, D, rows, columns] of tokens that were tracked, reductions undone.
 
+        Of clips: the maps of all frames (time steps, where frames were joined), [B * T, ...].
+
         Args:
             tokens: That leave a block.
             norm: Apply the final norm.
         """
         rows, columns = tokens.grid
-        x = tokens.restored()[:, -rows * columns :]
-        x = self.anatomy.norm(x) if norm else x
-        return x.transpose(1, 2).reshape(*x.shape[::2], rows, columns)
+        x = tokens.restored()[:, -tokens.grids * rows * columns :]
+        return to_grid(self.anatomy.norm(x) if norm else x, tokens.grid)
 
     def steps(
         self,
@@ -269,7 +270,8 @@ class DialViT(AdaptedViT):
                 dropped without a fused one always keep their own.
 
         Returns:
-            [B, D, rows, columns]; the class and other prefix tokens are left out.
+            [B, D, rows, columns]; the class and other prefix tokens are left out. Of clips:
+            [B, T, D, rows, columns] (T: frames, or time steps where frames were joined).
 
         Raises:
             ValueError: If there is no such layer.
@@ -294,7 +296,8 @@ class DialViT(AdaptedViT):
             norm: Apply the final norm to each.
 
         Returns:
-            [B, D, rows, columns] for each layer, in the order of `layers`.
+            [B, D, rows, columns] for each layer, in the order of `layers`; of clips as
+            `feature_map` says.
 
         Raises:
             ValueError: If there is no such layer.
@@ -311,10 +314,16 @@ class DialViT(AdaptedViT):
                 maps[step.layer] = self.restored_map(step.tokens, norm=norm)
             if step.layer == max(layers):
                 break
-        return [maps[layer] for layer in layers]
+        found = [maps[layer] for layer in layers]
+        if self.anatomy.frames is None:
+            return found
+        return [each.reshape(len(images), -1, *each.shape[1:]) for each in found]
 
     def cost(self, degree: int | None = None) -> Cost:
         """Parameters, multiply-accumulates and tokens of one image of the configured size.
+
+        Of one clip, if this is a video model; tokens are then those of a sequence: of a frame where
+        frames run by themselves.
 
         Args:
             degree: Degree to look at; None: the present one.
@@ -326,8 +335,7 @@ class DialViT(AdaptedViT):
         tokens: list[int] = []
 
         def run(call: nn.Module) -> None:
-            size = self.anatomy.image_size
-            images = torch.empty(1, self.anatomy.in_chans, *size, device="meta")
+            images = torch.empty(1, *self.anatomy.input_shape, device="meta")
             for step in self._steps_to_logits(images):
                 tokens.append(step.tokens.x.shape[1])
             self._logits(step.tokens)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck
 from tokendial.methods import register
 from tokendial.reduce.base import ViTShape
-from tokendial.tokens import Tokens
+from tokendial.tokens import Tokens, from_grid, to_grid
 
 
 @register("adapt", "convpass")
@@ -52,14 +52,13 @@ class Bypass(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x_BND: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-        """[B, N, D] to the same; `prefix` tokens and then the patches of `grid`."""
+        """[B, N, D] to the same; `prefix` tokens and then the patches of `grid`, or of several."""
         hidden = _quick_gelu(self.down(x_BND))
         first, patches = hidden.tensor_split([prefix], dim=1)
         images, _, width = hidden.shape
-        patches = patches.transpose(1, 2).reshape(images, width, *grid)
         pixels = first.reshape(images * prefix, width, 1, 1)
         first = self.conv(pixels).reshape(images, prefix, width) if prefix else first
-        patches = self.conv(patches).flatten(2).transpose(1, 2)
+        patches = from_grid(self.conv(to_grid(patches, grid)), images)
         out: Tensor = self.up(_quick_gelu(torch.cat([first, patches], dim=1)))
         return out
 

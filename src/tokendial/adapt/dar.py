@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokendial.adapt.base import AdapterConfig, Bottlenecks, check_bottleneck
 from tokendial.methods import register
 from tokendial.reduce.base import ViTShape
-from tokendial.tokens import Tokens, patch_grid
+from tokendial.tokens import Tokens, from_grid, patch_grid
 
 
 @register("adapt", "dar")
@@ -78,9 +78,8 @@ class DARAdapters(Bottlenecks):
         self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The branch of this layer."""
-        grid = patch_grid(tokens)
         adapted = self.bottleneck(layer, tokens.x)
-        patches = self.compensators[layer - 1](grid).flatten(2).transpose(1, 2)
+        patches = from_grid(self.compensators[layer - 1](patch_grid(tokens)), len(tokens.x))
         prefix, rest = adapted.tensor_split([tokens.prefix], dim=1)
         both = torch.cat([prefix, rest + patches], dim=1)
         return self.scales[layer - 1] * both, tokens.carried

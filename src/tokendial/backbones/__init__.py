@@ -10,6 +10,7 @@ from tokendial.backbones.build import (
     same_backbone,
 )
 from tokendial.backbones.convert import Converted, convert_weights
+from tokendial.backbones.pooling import fresh_head, video_vit
 
 __all__ = [
     "SHIPPED_NAME",
@@ -19,6 +20,8 @@ __all__ = [
     "anatomy_of",
     "convert_weights",
     "fingerprint",
+    "fresh_head",
     "load_weights",
     "same_backbone",
+    "video_vit",
 ]

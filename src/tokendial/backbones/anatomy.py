@@ -48,6 +48,17 @@ class Anatomy(ABC):
         """Channels of the images."""
 
     @property
+    def frames(self) -> int | None:
+        """Frames of the clips that a video model takes; None: it takes images."""
+        return None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one image [3, H, W] of the configured size, or of one clip [T, 3, H, W]."""
+        image = (self.in_chans, *self.image_size)
+        return image if self.frames is None else (self.frames, *image)
+
+    @property
     @abstractmethod
     def heads(self) -> list[nn.Module]:
         """The classification heads, which train in every method of fine-tuning."""
@@ -61,8 +72,10 @@ class Anatomy(ABC):
     def embed(self, images_B3HW: Tensor) -> Tokens:
         """Patches with positions and prefix tokens, as they enter the first block.
 
+        Video models take clips [B, T, 3, H, W].
+
         Raises:
-            ValueError: If the image size does not fit the model.
+            ValueError: If the size of the images does not fit the model, or the number of frames.
         """
 
     @abstractmethod

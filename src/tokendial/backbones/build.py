@@ -10,12 +10,16 @@ from typing import Any
 import timm
 from timm.models import eva, load_state_dict, vision_transformer
 from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.huggingface import HuggingFaceViT
+from tokendial.backbones.pooling import QueryPooling, video_vit
 from tokendial.backbones.timm_eva import TimmEva
+from tokendial.backbones.timm_video import TimmFrames, TimmTubelets
 from tokendial.backbones.timm_vit import HEADS, TimmViT
+from tokendial.backbones.videomae import TubeletEmbed, filter_videomae
 
 SHIPPED_NAME = "scenes_vit"
 SHIPPED_ARGS: dict[str, Any] = {
@@ -27,11 +31,12 @@ SHIPPED_ARGS: dict[str, Any] = {
     "num_classes": 10,
 }
 _TRANSFORMERS = "transformers."
+_IMAGENET_CLASSES = 1000
 _SUPPORTED = (
     "timm's VisionTransformer built of the standard pre-norm Block (ViT, DeiT, also distilled, "
     "DeiT-III, DINO, DINOv2 with or without registers, MAE, AugReg, CLIP and SigLIP image towers), "
-    "timm's Eva (EVA-02, DINOv3, Perception Encoder), and ViT, DeiT, Dinov2, "
-    "Dinov2WithRegisters and CLIPVisionModel of transformers"
+    "timm's Eva (EVA-02, DINOv3, Perception Encoder), and ViT, DeiT, Dinov2, Dinov2WithRegisters "
+    "and CLIPVisionModel of transformers; for clips, models of video_vit and videomae_*"
 )
 
 
@@ -49,6 +54,9 @@ class Backbone:
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model, such as img_size, num_classes, drop_path_rate, or fields of
     the transformers configuration."""
+    frames: int | None = None
+    """Frames of the clips that a video model takes; an image model becomes one by `video_vit`.
+    None: images, or what the video model takes by itself."""
 
     @classmethod
     def of(cls, vit: Any) -> "Backbone":
@@ -73,7 +81,8 @@ class Backbone:
             "global_pool": vit.global_pool,
             "dynamic_img_size": vit.dynamic_img_size,
         }
-        return cls(name=f"{cfg['architecture']}{tag}", args=args)
+        frames = vit.head.frames if isinstance(vit.head, QueryPooling) else None
+        return cls(name=f"{cfg['architecture']}{tag}", args=args, frames=frames)
 
     def with_head(self, num_classes: int) -> "Backbone":
         """The same with a head of that width."""
@@ -97,19 +106,15 @@ class Backbone:
         """
         if self.name.startswith(_TRANSFORMERS):
             return self._create_transformers()
-        name, args = self.name, dict(self.args)
-        if name == SHIPPED_NAME:
-            name, args = "vit_tiny_patch16_224", SHIPPED_ARGS | args
-        try:
-            vit: Any = timm.create_model(name, pretrained=self.weights == "pretrained", **args)
-        except RuntimeError as error:
-            if "Unknown model" not in str(error):
-                raise ValueError(f"model {self.name!r} cannot be built: {error}") from error
-            near = difflib.get_close_matches(name, timm.list_models(), n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else "."
-            raise ValueError(f"model.name {self.name!r} is not a timm model{hint}") from None
-        except (TypeError, AssertionError) as error:
-            raise ValueError(f"model {self.name!r} cannot be built: {error}") from error
+        args = dict(self.args)
+        if self.frames is None:
+            vit = self._create_timm(args)
+        elif self.name.startswith("videomae_"):
+            vit = self._create_timm(args | {"frames": self.frames})
+        else:
+            num_classes = args.get("num_classes", _IMAGENET_CLASSES)
+            image = self._create_timm(args | {"num_classes": 0, "global_pool": ""})
+            vit = video_vit(image, frames=self.frames, num_classes=num_classes)
         anatomy_of(vit)
         if "img_size" in args:
             _check_divisible(vit)
@@ -123,6 +128,21 @@ class Backbone:
         elif self.weights not in (None, "pretrained"):
             load_weights(vit, Path(self.weights))
         return vit  # type: ignore[no-any-return]  # timm does not say what it makes
+
+    def _create_timm(self, args: dict[str, Any]) -> Any:
+        name = self.name
+        if name == SHIPPED_NAME:
+            name, args = "vit_tiny_patch16_224", SHIPPED_ARGS | args
+        try:
+            return timm.create_model(name, pretrained=self.weights == "pretrained", **args)
+        except RuntimeError as error:
+            if "Unknown model" not in str(error):
+                raise ValueError(f"model {self.name!r} cannot be built: {error}") from error
+            near = difflib.get_close_matches(name, timm.list_models(), n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else "."
+            raise ValueError(f"model.name {self.name!r} is not a timm model{hint}") from None
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ValueError(f"model {self.name!r} cannot be built: {error}") from error
 
     def _create_transformers(self) -> nn.Module:
         try:
@@ -157,6 +177,10 @@ def anatomy_of(vit: nn.Module) -> Anatomy:
         kind: type[Anatomy] = TimmEva
     elif type(vit).__module__.startswith(_TRANSFORMERS):
         kind = HuggingFaceViT
+    elif isinstance(getattr(vit, "patch_embed", None), TubeletEmbed):
+        kind = TimmTubelets
+    elif isinstance(getattr(vit, "head", None), QueryPooling):
+        kind = TimmFrames
     else:
         kind = TimmViT
     if problem := kind.problem(vit):
@@ -183,8 +207,11 @@ def load_weights(vit: nn.Module, path: Path) -> None:
     # timm logs every resized position embedding as if it were a warning.
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
-        family: Any = eva if isinstance(vit, Eva) else vision_transformer
-        state = family.checkpoint_filter_fn(state, vit)
+        if isinstance(vit, VisionTransformer) and isinstance(vit.patch_embed, TubeletEmbed):
+            state = filter_videomae(state, vit)
+        else:
+            family: Any = eva if isinstance(vit, Eva) else vision_transformer
+            state = family.checkpoint_filter_fn(state, vit)
     except Exception as error:
         raise ValueError(f"model.weights: {path} is not a ViT state dict ({error}).") from error
     own = vit.state_dict()
@@ -222,7 +249,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
 
 def fingerprint(vit: nn.Module) -> list[float]:
     """A few weights of the patch embedding and the last block, enough to tell two models apart."""
-    patches = next(p for p in vit.parameters() if p.ndim == 4)
+    patches = next(p for p in vit.parameters() if p.ndim >= 4)
     last = [p for p in anatomy_of(vit).blocks[-1].parameters() if p.ndim == 2][-1]
     if patches.is_meta or last.is_meta:
         return []

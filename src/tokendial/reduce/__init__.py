@@ -6,6 +6,7 @@ from tokendial.reduce.dynamicvit import DynamicViT
 from tokendial.reduce.dyt import DyT
 from tokendial.reduce.evit import EViT
 from tokendial.reduce.ffn_merge import FFNMerge
+from tokendial.reduce.frame_by_frame import FrameByFrame
 from tokendial.reduce.tome import ToMe
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DynamicViT",
     "EViT",
     "FFNMerge",
+    "FrameByFrame",
     "Outcome",
     "Passes",
     "Reducer",

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +29,8 @@ class ViTShape:
     """Patch tokens at the backbone's configured image size."""
     has_class_token: bool
     """Whether the first token is a class token."""
+    num_grids: int = 1
+    """Time steps of a clip whose patches one sequence holds; 1: images, or frames by themselves."""
 
 
 class ReducerConfig(ABC):
@@ -94,9 +95,9 @@ class Reducer(nn.Module, ABC):
 
     needs: frozenset[str] = frozenset()
     """By-products of attention that `group` and `around_ffn` read."""
-    tracks_size: ClassVar[bool] = False
+    tracks_size: bool = False
     """Whether tokens count the patches they stand for."""
-    keeps_grid: ClassVar[bool] = False
+    keeps_grid: bool = False
     """Whether every token leaves every block, so that adapters find the whole patch grid."""
     also_runs: frozenset[str] = frozenset()
     """Passes that `losses` reads besides the student's: "complete", "teacher" (see `Passes`)."""

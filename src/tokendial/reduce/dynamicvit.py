@@ -122,7 +122,8 @@ class DynamicViTReducer(Reducer):
             return replace(tokens, policy=policy)
         scores = self.predictors[stage](patches, torch.ones_like(patches[..., 0]))[..., 0]
         rows, columns = tokens.grid
-        count = max(1, int(rows * columns * self.rates[degree] ** (stage + 1)))
+        patches_at_first = tokens.grids * rows * columns
+        count = max(1, int(patches_at_first * self.rates[degree] ** (stage + 1)))
         keep = best_tokens(scores, count, tokens.prefix)
         return tokens.reduced(Grouping.keeping(keep, tokens.x.shape[1]))
 

@@ -83,6 +83,9 @@ class ModelSection(_Section):
     """Side of the images, or height and width, in pixels; null: the model's own."""
     drop_path: float = Field(0.0, ge=0.0, lt=1.0)
     """Stochastic depth: probability at the last layer, rising from 0 at the first."""
+    frames: int | None = Field(None, ge=1)
+    """Frames of a clip: makes a video model of an image model; videomae_* are ones already. null:
+    images, or what the video model takes by itself."""
     args: dict[str, Any] = {}
     """Further arguments of the timm model, such as patch_size or global_pool."""
 
@@ -107,7 +110,7 @@ class ModelSection(_Section):
         weights = self.weights
         if weights not in (None, "pretrained", "shipped"):
             weights = str(Path(weights).resolve())
-        return Backbone(name=self.name, weights=weights, args=args)
+        return Backbone(name=self.name, weights=weights, args=args, frames=self.frames)
 
 
 class TrainSection(_Section):

@@ -1,0 +1,56 @@
+"""Video models on timm's VisionTransformer: frame by frame with a pooling head, and VideoMAE."""
+
+# Shape legend: B batch, T frames, D embed_dim.
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from tokendial.backbones.timm_vit import TimmViT
+from tokendial.reduce.base import ViTShape
+from tokendial.tokens import Tokens
+
+
+class TimmFrames(TimmViT):
+    """An image model whose head pools the frames of a clip; each frame is a row of the batch."""
+
+    @property
+    def frames(self) -> int:
+        return int(self.vit.head.frames)
+
+    def embed(self, images_B3HW: Tensor) -> Tokens:
+        check_clips(images_B3HW, self.frames)
+        return super().embed(images_B3HW.flatten(0, 1))
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        x = self.vit.head_drop(self.norm(tokens.x))
+        return self.vit.head(x, tokens.size)  # type: ignore[no-any-return]
+
+
+class TimmTubelets(TimmViT):
+    """A model that embeds tubelets; the tokens of a whole clip see each other."""
+
+    @property
+    def frames(self) -> int:
+        return int(self.vit.patch_embed.frames)
+
+    @property
+    def shape(self) -> ViTShape:
+        return replace(super().shape, num_grids=self._grids)
+
+    @property
+    def _grids(self) -> int:
+        return self.frames // int(self.vit.patch_embed.tubelet)
+
+    def embed(self, images_B3HW: Tensor) -> Tokens:
+        check_clips(images_B3HW, self.frames)
+        return replace(super().embed(images_B3HW), grids=self._grids)
+
+
+def check_clips(clips_BT3HW: Tensor, frames: int) -> None:
+    """Raise a ValueError unless these are clips of that many frames."""
+    if clips_BT3HW.ndim != 5 or clips_BT3HW.shape[1] != frames:
+        raise ValueError(
+            f"clips must be [batch, {frames} frames, 3, height, width], got "
+            f"{list(clips_BT3HW.shape)}."
+        )

@@ -1,0 +1,195 @@
+"""VideoMAE's ViT as a timm model: tubelets instead of patches, fixed positions, average pooling.
+
+Source: Tong et al., "VideoMAE", NeurIPS 2022, https://arxiv.org/abs/2203.12602, and its code. Keys
+have no bias there; timm's are zero, which the softmax cannot tell apart.
+"""
+
+# Shape legend: B clips, T frames, N tokens, D embed_dim.
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class TubeletEmbed(nn.Module):
+    """Cuts a clip into tubelets (a patch in several frames) and embeds each with its position."""
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        frames: int,
+        tubelet: int,
+        bias: bool = True,
+        dynamic_img_pad: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """Set up the convolution and the table of positions, with the arguments that timm passes.
+
+        Raises:
+            ValueError: If tubelets do not fill the frames, or patches are to be padded.
+        """
+        super().__init__()
+        if frames < 1 or tubelet < 1 or frames % tubelet:
+            raise ValueError(f"frames must be a multiple of tubelet ({tubelet}), got {frames}.")
+        if dynamic_img_pad:
+            raise ValueError("dynamic_img_pad must be False for tubelets, got True.")
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = height, width
+        self.patch_size, self.frames, self.tubelet = (patch_size, patch_size), frames, tubelet
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = frames // tubelet * self.grid_size[0] * self.grid_size[1]
+        cut = (tubelet, *self.patch_size)
+        self.proj = nn.Conv3d(
+            in_chans, embed_dim, cut, stride=cut, bias=bias, device=device, dtype=dtype
+        )
+        table = sine_positions(self.num_patches, embed_dim).to(device, dtype)
+        self.register_buffer("positions", table, persistent=False)
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches in a frame."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+    def forward(self, clips_BT3HW: Tensor) -> Tensor:
+        """Tokens [B, N, D] with their positions: time first, then rows, then columns."""
+        tubelets: Tensor = self.proj(clips_BT3HW.transpose(1, 2))
+        return tubelets.flatten(2).transpose(1, 2) + self.positions
+
+
+def sine_positions(num_positions: int, embed_dim: int) -> Tensor:
+    """Fixed positions [1, N, D] of "Attention Is All You Need": sines and cosines in turn."""
+    channel = torch.arange(embed_dim, dtype=torch.float64)
+    rate = 10_000.0 ** (-2 * (channel // 2) / embed_dim)
+    angle = torch.arange(num_positions, dtype=torch.float64).unsqueeze(1) * rate
+    table = torch.where(channel % 2 == 0, angle.sin(), angle.cos())
+    return table.float().unsqueeze(0)
+
+
+# timm reads this table by its name when models are registered.
+default_cfgs = generate_default_cfgs(
+    {
+        f"videomae_{size}_patch16_224": {
+            "input_size": (3, 224, 224),
+            "num_classes": 400,
+            "mean": _MEAN,
+            "std": _STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+        for size in ("small", "base", "large", "huge")
+    }
+)
+
+
+def _create(name: str, pretrained: bool, sizes: dict[str, int], kwargs: dict[str, Any]) -> Any:
+    tubelets = {"frames": kwargs.pop("frames", 16), "tubelet": kwargs.pop("tubelet", 2)}
+    fixed = {
+        "embed_layer": partial(TubeletEmbed, **tubelets),
+        "pos_embed": "none",
+        "class_token": False,
+        "global_pool": "avg",
+    }
+    return build_model_with_cfg(VisionTransformer, name, pretrained, **(sizes | kwargs | fixed))
+
+
+@register_model
+def videomae_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
+    """VideoMAE ViT-S: 16 frames in tubelets of 2."""
+    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create("videomae_small_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def videomae_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
+    """VideoMAE ViT-B."""
+    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create("videomae_base_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def videomae_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
+    """VideoMAE ViT-L."""
+    sizes = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+    return _create("videomae_large_patch16_224", pretrained, sizes, kwargs)
+
+
+@register_model
+def videomae_huge_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
+    """VideoMAE ViT-H."""
+    sizes = {"patch_size": 16, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+    return _create("videomae_huge_patch16_224", pretrained, sizes, kwargs)
+
+
+_NAMES = (
+    # The pre-trained files of VideoMAE, and transformers' name of the model inside a classifier.
+    (r"(?:encoder|videomae)\.(?!layer\.)(.+)", r"\1"),
+    # transformers
+    (r"embeddings\.patch_embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
+    (r"encoder\.layer\.(.+)", r"blocks.\1"),
+    (r"(blocks\.\d+)\.attention\.attention\.(query|key|value)\.weight", r"\1.attn.\2.weight"),
+    (r"(blocks\.\d+)\.attention\.attention\.([qv])(?:_|uery\.|alue\.)bias", r"\1.attn.\2_bias"),
+    (r"(blocks\.\d+)\.attention\.output\.dense\.(.+)", r"\1.attn.proj.\2"),
+    (r"(blocks\.\d+)\.intermediate\.dense\.(.+)", r"\1.mlp.fc1.\2"),
+    (r"(blocks\.\d+)\.output\.dense\.(.+)", r"\1.mlp.fc2.\2"),
+    (r"(blocks\.\d+)\.layernorm_before\.(.+)", r"\1.norm1.\2"),
+    (r"(blocks\.\d+)\.layernorm_after\.(.+)", r"\1.norm2.\2"),
+    (r"layernorm\.(.+)", r"norm.\1"),
+    (r"classifier\.(.+)", r"head.\1"),
+    # AdaptFormer, and what builds on it
+    (r"(blocks\.\d+)\.(fc[12]\..+)", r"\1.mlp.\2"),
+    (r"(blocks\.\d+\.attn)\.q_proj\.weight", r"\1.query.weight"),
+    (r"(blocks\.\d+\.attn)\.k_proj\.weight", r"\1.key.weight"),
+    (r"(blocks\.\d+\.attn)\.v_proj\.weight", r"\1.value.weight"),
+)
+_ONLY_IN_PRETRAINING = ("decoder", "encoder_to_decoder", "mask_token")
+
+
+def filter_videomae(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
+    """A VideoMAE checkpoint by timm's names.
+
+    Args:
+        state: Of VideoMAE's own code (pre-trained or fine-tuned), of AdaptFormer's, or of
+            transformers' VideoMAE.
+        vit: The model that it is for; the norm after pooling of a pre-trained file, which has
+            none, is the model's own.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.startswith(_ONLY_IN_PRETRAINING) or name.endswith(("pos_embed", "embeddings")):
+            continue
+        for pattern, ours in _NAMES:
+            name = re.sub(f"^{pattern}$", ours, name)
+        named[name] = value
+    pretrained_norm = [name for name in named if name.startswith("norm.")]
+    for name in pretrained_norm:
+        del named[name]
+    if pretrained_norm and "fc_norm.weight" not in named:
+        named |= {f"fc_norm.{name}": value for name, value in vit.fc_norm.state_dict().items()}
+    for block in range(len(vit.blocks)):
+        _join_qkv(named, f"blocks.{block}.attn.")
+    return named
+
+
+def _join_qkv(named: dict[str, Tensor], attn: str) -> None:
+    """Queries, keys and values in one layer; keys get a bias of zeros."""
+    parts = [f"{attn}{part}.weight" for part in ("query", "key", "value")]
+    if all(part in named for part in parts):
+        named[f"{attn}qkv.weight"] = torch.cat([named.pop(part) for part in parts])
+    biases = [f"{attn}{part}_bias" for part in ("q", "v")]
+    if all(bias in named for bias in biases):
+        q, v = (named.pop(bias) for bias in biases)
+        named[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
