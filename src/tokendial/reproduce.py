@@ -9,7 +9,7 @@ merged before the cost is counted, as the papers do.
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -192,40 +192,56 @@ def _params_of(config: dict[str, Any], row: str) -> int:
     if "adapter_dim" in config:
         adapt = td.DARAdapter(dims=(config["adapter_dim"], config["compensator_dim"]))
         return _counted("DINOv2 ViT-B/14", td.DAR(), adapt, "image").params
-    reduce = _reducer(config)
-    counted = _counted(config["backbone"], reduce, _adapter(config, row), "image")
+    counted = _counted(config["backbone"], _reducer(config), _adapter(config, row), "image")
+    return published_params(config, counted)
+
+
+def published_params(config: dict[str, Any], counted: "Counted") -> int:
+    """Parameters of a model as a row counts them: some rows have a head, none dispatchers."""
     heads = 0
     if config.get("head_counted") == "CIFAR-100":
         heads = 100
     elif config.get("inferred") == ["mean head of 50 classes"]:
         heads = 50
-    # The published counts of DyT leave the dispatchers out.
-    left_out = counted.reducer_params if isinstance(reduce, td.DyT) else 0
-    return counted.params - left_out + heads * (counted.embed_dim + 1)
+    return counted.params - counted.dispatchers + heads * (counted.embed_dim + 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Counted:
+class Counted:
+    """What a model has and costs."""
+
     embed_dim: int
+    """Width of its tokens."""
     params: int
     """That train, without the head."""
-    reducer_params: int
+    dispatchers: int
+    """Those of DyT's dispatchers among them, which its published counts leave out."""
     macs: int
+    """Multiply-accumulates for one input."""
 
 
 @cache
 def _counted(
     backbone: str, reduce: ReducerConfig | None, adapt: AdapterConfig, use: str
-) -> _Counted:
-    """What a model has and costs; rows of the same model are counted once."""
+) -> Counted:
+    """What the model of a row has and costs; rows of the same model are counted once."""
     decode = td.MaskTransformer(num_classes=_SEGMENTED_CLASSES) if use == "segmenter" else None
     model = _wrapped(backbone, reduce, adapt, decode, video=use == "video")
+    counted = count(model)
+    return replace(counted, macs=_macs_of_segmenter(model)) if decode else counted
+
+
+def count(model: td.DialViT) -> Counted:
+    """Count a model as the papers do: layers that can be merged for serving are merged first."""
+    if isinstance(model.adapt_config, td.LoRA | td.SSF | td.FacT):
+        model.merge_adapters()
     cost = model.cost()
-    return _Counted(
+    dispatcher = model.reducer if isinstance(model.reduce_config, td.DyT) else None
+    return Counted(
         embed_dim=model.anatomy.shape.embed_dim,
         params=cost.trainable_params,
-        reducer_params=sum(p.numel() for p in model.reducer.parameters()) if model.reducer else 0,
-        macs=_macs_of_segmenter(model) if use == "segmenter" else cost.macs,
+        dispatchers=sum(p.numel() for p in dispatcher.parameters()) if dispatcher else 0,
+        macs=cost.macs,
     )
 
 
@@ -243,10 +259,7 @@ def _wrapped(
         vit = timm.create_model(name, weight_init="skip", **args)
         if video:
             vit = video_vit(vit, frames=_FRAMES, num_classes=_VIDEO_CLASSES)
-        model = td.wrap(vit, reduce=reduce, adapt=adapt, decode=decode)
-    if isinstance(adapt, td.LoRA | td.SSF | td.FacT):
-        model.merge_adapters()
-    return model
+        return td.wrap(vit, reduce=reduce, adapt=adapt, decode=decode)
 
 
 def _macs_of_segmenter(model: td.DialViT) -> int:

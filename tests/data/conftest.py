@@ -1,39 +1,25 @@
 """Small real images: pieces of the photographs that are shipped."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts import pieces_of_photographs, write_images
 from PIL import Image
-
-BACKGROUNDS = Path(__file__).parents[2] / "src" / "tokendial" / "assets" / "backgrounds"
-SIDE = 32
 
 
 @pytest.fixture(scope="session")
 def pieces() -> np.ndarray:
     """[48, 32, 32, 3] uint8, all different."""
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    photos = [np.asarray(Image.open(BACKGROUNDS / f"{name}.jpg").convert("RGB")) for name in names]
-    corners = [(SIDE * row, SIDE * column) for row in range(1, 4) for column in range(1, 5)]
-    found = [photo[y : y + SIDE, x : x + SIDE] for photo in photos for y, x in corners]
-    assert len({piece.tobytes() for piece in found}) == len(found) == 48
-    return np.stack(found)
+    return pieces_of_photographs()
 
 
 @pytest.fixture
 def save(tmp_path, pieces) -> Callable[[Iterable[str]], Path]:
     """Writes images under names below a folder, number i the i-th piece; gives the folder."""
-
-    def write(names: Iterable[str]) -> Path:
-        for number, name in enumerate(names):
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pieces[number % len(pieces)]).save(path)
-        return tmp_path
-
-    return write
+    return partial(write_images, tmp_path, pieces)
 
 
 @pytest.fixture

@@ -1,51 +1,13 @@
-import pickle
-import struct
-
 import numpy as np
 import pytest
+from layouts import CIFAR_NAMES, flat, pickled, python2_pickle, write_cifar100
 
 from tokendial.data import CIFAR100
-
-NAMES = [f"thing {number}" for number in range(100)]
-
-
-def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """A mapping as Python 2 pickled it with protocol 2, opcode by opcode: texts are bytes."""
-
-    def text(content: bytes) -> bytes:
-        return b"T" + struct.pack("<i", len(content)) + content
-
-    def number(value: int) -> bytes:
-        return b"J" + struct.pack("<i", value)
-
-    dtype = b"cnumpy\ndtype\n(" + text(b"u1") + number(0) + number(1) + b"tR("
-    dtype += number(3) + text(b"|") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + number(0) + b"t"
-    array += text(b"b") + b"tR(" + number(1)
-    array += b"(" + b"".join(map(number, pixels.shape)) + b"t"
-    array += dtype + b"\x89" + text(pixels.tobytes()) + b"tb"
-    listed = b"](" + b"".join(map(number, labels)) + b"e"
-    return b"\x80\x02}(" + text(b"data") + array + text(b"fine_labels") + listed + b"u."
-
-
-def pickled(value: object) -> bytes:
-    # Later protocols have another form of arrays, in which the set was never published.
-    return pickle.dumps(value, protocol=4)
-
-
-def flat(pieces):
-    """[N, 3072]: all of red, all of green, all of blue."""
-    return np.ascontiguousarray(pieces.transpose(0, 3, 1, 2).reshape(len(pieces), -1))
 
 
 @pytest.fixture
 def root(tmp_path, pieces):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    (folder / "train").write_bytes(python2_pickle(flat(pieces[:3]), [99, 0, 7]))
-    (folder / "test").write_bytes(pickled({"data": flat(pieces[3:5]), "fine_labels": [5, 99]}))
-    (folder / "meta").write_bytes(pickled({"fine_label_names": NAMES}))
-    return tmp_path
+    return write_cifar100(tmp_path, pieces, train=[99, 0, 7], test=[5, 99])
 
 
 def build(root, **settings):
@@ -56,7 +18,7 @@ def test_pickles_of_both_pythons_give_images_and_labels(root, pieces):
     splits = build(root)
     assert [label for _, label in splits.train] == [99, 0, 7]
     assert [label for _, label in splits.val] == [5, 99]
-    assert splits.classes == tuple(NAMES)
+    assert splits.classes == tuple(CIFAR_NAMES)
     for number in range(3):
         np.testing.assert_array_equal(np.asarray(splits.train[number][0]), pieces[number])
     np.testing.assert_array_equal(np.asarray(splits.val[1][0]), pieces[4])
@@ -129,7 +91,7 @@ def test_parts_of_the_set_are_refused_unless_asked_for(root):
 
 
 def test_other_classes_are_refused(root):
-    (root / "cifar-100-python" / "meta").write_bytes(pickled({"fine_label_names": NAMES[1:]}))
+    (root / "cifar-100-python" / "meta").write_bytes(pickled({"fine_label_names": CIFAR_NAMES[1:]}))
     with pytest.raises(ValueError, match="meta must name 100 fine labels"):
         build(root)
 

@@ -1,4 +1,5 @@
 import pytest
+from layouts import write_food101
 
 from tokendial.data import Food101, ImageError
 
@@ -7,16 +8,8 @@ TEST = ["apple_pie/3"]
 
 
 @pytest.fixture
-def root(save):
-    folder = save(f"images/{name}.jpg" for name in TRAIN + TEST)
-    (folder / "meta").mkdir()
-    for name, lines in (
-        ("classes", ["apple_pie", "baklava"]),
-        ("train", TRAIN),
-        ("test", TEST),
-    ):
-        (folder / "meta" / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    return folder
+def root(tmp_path, pieces):
+    return write_food101(tmp_path, pieces, TRAIN, TEST)
 
 
 def build(root, **settings):

@@ -2,22 +2,17 @@ import builtins
 
 import numpy as np
 import pytest
+from layouts import write_svhn
 from scipy.io import savemat
 
 from tokendial.data import SVHN
 
 
-def write(root, split, pieces, labels):
-    """As published: the images along the last axis, the digit 0 as 10."""
-    variables = {"X": pieces.transpose(1, 2, 3, 0), "y": np.array(labels, np.uint8)[:, None]}
-    savemat(root / f"{split}_32x32.mat", variables, do_compression=True)
-
-
 @pytest.fixture
 def root(tmp_path, pieces):
-    write(tmp_path, "train", pieces[:3], [10, 1, 9])
-    write(tmp_path, "test", pieces[3:5], [2, 10])
-    write(tmp_path, "extra", pieces[5:7], [8, 7])
+    write_svhn(tmp_path, "train", pieces[:3], [10, 1, 9])
+    write_svhn(tmp_path, "test", pieces[3:5], [2, 10])
+    write_svhn(tmp_path, "extra", pieces[5:7], [8, 7])
     return tmp_path
 
 
@@ -41,10 +36,10 @@ def test_extra_images_follow_those_of_training(root, pieces):
 
 
 def test_wrong_labels_and_shapes_are_named(root, pieces):
-    write(root, "test", pieces[3:5], [0, 1])
+    write_svhn(root, "test", pieces[3:5], [0, 1])
     with pytest.raises(ValueError, match=r"test_32x32.mat: y must lie in \[1, 10\], got 0"):
         build(root)
-    write(root, "test", pieces[3:6], [1, 2])
+    write_svhn(root, "test", pieces[3:6], [1, 2])
     with pytest.raises(ValueError, match=r"got uint8 \[32, 32, 3, 3\] and 2"):
         build(root)
     savemat(root / "test_32x32.mat", {"X": 1})

@@ -1,4 +1,5 @@
 import pytest
+from layouts import write_vtab
 
 from tokendial.data import VTAB, VTAB_GROUPS, VTAB_TASKS, ImageError
 
@@ -11,11 +12,8 @@ LISTS = {
 
 
 @pytest.fixture
-def root(save):
-    folder = save(f"kitti/images/{name}.jpg" for name in ("a", "b 2", "c", "d", "e"))
-    for name, lines in LISTS.items():
-        (folder / "kitti" / name).write_text("\n".join(lines) + "\n")
-    return folder
+def root(tmp_path, pieces):
+    return write_vtab(tmp_path, pieces, "kitti", LISTS)
 
 
 def build(root, **settings):

@@ -143,18 +143,6 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert compensate(recipe(tmp_path, name="whole"), quiet=True).metrics() == whole.metrics()
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("tocom_scenes", ()),
-        ("tocom_deit_base", ("data.root=images",)),
-        ("tocom_segmenter", ("data.root=images",)),
-    ],
-)
-def test_shipped_recipes_are_valid(name, overrides):
-    assert read_recipe(name, overrides, kind=CompensateRecipe).output == f"runs/{name}"
-
-
 def command(path, *arguments):
     return [sys.executable, "-m", "tokendial.cli", "compensate", str(path), *arguments]
 

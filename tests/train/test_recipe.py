@@ -12,6 +12,7 @@ from tokendial.data import ImageFolder
 from tokendial.train import CompensateRecipe, Recipe, read_recipe
 from tokendial.train.finetune import build_model
 from tokendial.train.recipe import check_recipe
+from tokendial.train.recipe_file import resolved_recipe
 
 MINIMAL = {
     "output": "out",
@@ -72,9 +73,8 @@ SHIPPED = Path(__file__).parents[2] / "recipes"
     "name", [str(file.relative_to(SHIPPED).with_suffix("")) for file in SHIPPED.rglob("*.yaml")]
 )
 def test_every_shipped_recipe_reads_and_names_its_runs(name):
-    kind = CompensateRecipe if "tocom" in name else Recipe
-    needs_root = name in ("image_folder", "tocom_deit_base", "tocom_segmenter")
-    recipe = read_recipe(name, ["data.root=images"] if needs_root else [], kind=kind)
+    kind = CompensateRecipe if "compensate" in resolved_recipe(name) else Recipe
+    recipe = read_recipe(name, ["data.root=images"] if name == "image_folder" else [], kind=kind)
     assert recipe.output == f"runs/{name}"
 
 
@@ -193,8 +193,16 @@ def test_a_base_that_cannot_be_read_is_one_line(tmp_path, files, message):
 def test_recipes_are_listed_and_explained(cli):
     code, printed, _ = cli("recipes")
     assert code == 0
-    assert "dar_star/kvasir" in printed
-    assert "tocom_deit_base" in printed
+    listed = dict(line.split(maxsplit=1) for line in printed.splitlines())
+    assert listed["demo"].startswith("Sparse-Tuning on the shipped small model: EViT")
+    assert listed["baselines/"].startswith("What Sparse-Tuning is compared with")
+    assert "dar/duts" not in printed
+    for folder in ("baselines", "baselines/vtab/"):
+        code, printed, _ = cli("recipes", folder)
+        assert code == 0
+        names = [line.split()[0] for line in printed.splitlines()]
+        assert "baselines/vtab/lora" in names
+        assert ("baselines/cifar100/lora" in names) == (folder == "baselines")
     code, printed, _ = cli("recipes", "dar_star/cod")
     assert code == 0
     assert printed.startswith("DAR* on camouflage")
@@ -205,9 +213,9 @@ def test_recipes_are_listed_and_explained(cli):
 
 
 def test_the_schema_holds_every_shipped_recipe_and_no_mistake(cli):
-    schema = json.loads(cli("recipes", "--schema")[1])
+    schema = jsonschema.Draft202012Validator(json.loads(cli("recipes", "--schema")[1]))
     for file in SHIPPED.rglob("*.yaml"):
-        jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+        schema.validate(yaml.safe_load(file.read_text()))
     for wrong in ({"trian": {}}, {"train": {"lr": "fast"}}, {"reduce": {"name": "tomé"}}):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(wrong, schema)
+            schema.validate(wrong)

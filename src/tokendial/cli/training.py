@@ -85,7 +85,10 @@ def _to_its_end(run: Callable[[], object]) -> None:
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Of a recipe: say what it is, and every field of it.")
+        str | None,
+        typer.Argument(
+            help="Of a recipe: say what it is, and every field of it. Of a folder: list it."
+        ),
     ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema, for editors.")
@@ -95,24 +98,32 @@ def recipes(
     import yaml
 
     from tokendial.train.recipe_file import (
+        contents,
         describe,
         find_recipe,
         recipe_schema,
+        recipes_in,
         resolved_recipe,
-        shipped_recipes,
+        summary,
     )
 
     if schema:
         print(json.dumps(recipe_schema(), indent=2))
     elif name is None:
-        table = Table("recipe", "what it is", box=None)
-        for shipped, path in shipped_recipes().items():
-            first, _, _ = describe(path).replace("\n", " ").partition(". ")
-            table.add_row(shipped, first.rstrip("."))
-        Console().print(table)
+        _print_recipes(contents())
+        print("tokendial recipes FOLDER/ lists the recipes of a folder.")
+    elif below := recipes_in(name):
+        _print_recipes({shipped: summary(file) for shipped, file in below.items()})
     else:
         print(f"{describe(find_recipe(name)[0])}\n")
         print(yaml.safe_dump(resolved_recipe(name), sort_keys=False), end="")
+
+
+def _print_recipes(recipes: dict[str, str]) -> None:
+    table = Table("recipe", "what it is", box=None)
+    for name, said in recipes.items():
+        table.add_row(name, said)
+    Console().print(table)
 
 
 class DemoTask(StrEnum):

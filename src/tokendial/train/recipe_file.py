@@ -61,6 +61,24 @@ def shipped_recipes() -> dict[str, Path]:
     return {}
 
 
+def recipes_in(folder: str) -> dict[str, Path]:
+    """Files of the shipped recipes below a folder, such as baselines or baselines/vtab."""
+    start = f"{folder.rstrip('/')}/"
+    return {name: file for name, file in shipped_recipes().items() if name.startswith(start)}
+
+
+def contents() -> dict[str, str]:
+    """What is shipped, in a sentence each: recipes outside of folders, and the folders."""
+    recipes, folders = {}, {}
+    for name, file in shipped_recipes().items():
+        folder, *inner = name.split("/")
+        if inner:
+            folders[f"{folder}/"] = summary(file.parents[len(inner) - 1] / "README.md")
+        else:
+            recipes[name] = summary(file)
+    return recipes | folders
+
+
 def recipe_schema() -> dict[str, Any]:
     """JSON schema of recipe files, for editors; of fine-tuning and of compensators."""
     kinds = [kind.model_json_schema() for kind in (Recipe, CompensateRecipe)]
@@ -79,9 +97,14 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def describe(path: Path) -> str:
-    """What the comment at the top of a recipe says."""
+    """What the comment at the top of a recipe says, or the title of a page about a folder."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+
+
+def summary(path: Path) -> str:
+    """The first sentence of that."""
+    return describe(path).replace("\n", " ").partition(". ")[0].rstrip(".")
 
 
 def resolved_recipe(name: str) -> dict[str, Any]:

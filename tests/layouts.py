@@ -1,0 +1,115 @@
+"""Data sets in their published layouts, of a few small images."""
+
+import json
+import pickle
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+BACKGROUNDS = Path(__file__).parent.parent / "src" / "tokendial" / "assets" / "backgrounds"
+SIDE = 32
+CIFAR_NAMES = [f"thing {number}" for number in range(100)]
+
+
+def pieces_of_photographs() -> np.ndarray:
+    """Pieces of the photographs that are shipped: [48, 32, 32, 3] uint8, all different."""
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    photos = [np.asarray(Image.open(BACKGROUNDS / f"{name}.jpg").convert("RGB")) for name in names]
+    corners = [(SIDE * row, SIDE * column) for row in range(1, 4) for column in range(1, 5)]
+    found = [photo[y : y + SIDE, x : x + SIDE] for photo in photos for y, x in corners]
+    assert len({piece.tobytes() for piece in found}) == len(found) == 48
+    return np.stack(found)
+
+
+def write_images(root: Path, pieces: np.ndarray, names: Iterable[str]) -> Path:
+    """Images under names below a folder, number i the i-th piece; gives the folder."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pieces[number % len(pieces)]).save(path)
+    return root
+
+
+def write_cifar100(
+    root: Path, pieces: np.ndarray, train: Sequence[int], test: Sequence[int]
+) -> Path:
+    """The training set as Python 2 pickled it, the others as Python 3 does."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    first, second = flat(pieces[: len(train)]), flat(pieces[len(train) :][: len(test)])
+    (folder / "train").write_bytes(python2_pickle(first, list(train)))
+    (folder / "test").write_bytes(pickled({"data": second, "fine_labels": list(test)}))
+    (folder / "meta").write_bytes(pickled({"fine_label_names": CIFAR_NAMES}))
+    return root
+
+
+def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """A mapping as Python 2 pickled it with protocol 2, opcode by opcode: texts are bytes."""
+
+    def text(content: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(content)) + content
+
+    def number(value: int) -> bytes:
+        return b"J" + struct.pack("<i", value)
+
+    dtype = b"cnumpy\ndtype\n(" + text(b"u1") + number(0) + number(1) + b"tR("
+    dtype += number(3) + text(b"|") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(" + number(0) + b"t"
+    array += text(b"b") + b"tR(" + number(1)
+    array += b"(" + b"".join(map(number, pixels.shape)) + b"t"
+    array += dtype + b"\x89" + text(pixels.tobytes()) + b"tb"
+    listed = b"](" + b"".join(map(number, labels)) + b"e"
+    return b"\x80\x02}(" + text(b"data") + array + text(b"fine_labels") + listed + b"u."
+
+
+def pickled(value: object) -> bytes:
+    # Later protocols have another form of arrays, in which the set was never published.
+    return pickle.dumps(value, protocol=4)
+
+
+def flat(pieces: np.ndarray) -> np.ndarray:
+    """[N, 3072]: all of red, all of green, all of blue."""
+    return np.ascontiguousarray(pieces.transpose(0, 3, 1, 2).reshape(len(pieces), -1))
+
+
+def write_svhn(root: Path, split: str, pieces: np.ndarray, labels: Sequence[int]) -> Path:
+    """As published: the images along the last axis, the digit 0 as 10."""
+    root.mkdir(parents=True, exist_ok=True)
+    variables = {"X": pieces.transpose(1, 2, 3, 0), "y": np.array(labels, np.uint8)[:, None]}
+    savemat(root / f"{split}_32x32.mat", variables, do_compression=True)
+    return root
+
+
+def write_food101(
+    root: Path, pieces: np.ndarray, train: Sequence[str], test: Sequence[str]
+) -> Path:
+    """Images such as baklava/12, and the lists of them."""
+    write_images(root, pieces, (f"images/{name}.jpg" for name in [*train, *test]))
+    classes = sorted({name.split("/")[0] for name in train})
+    (root / "meta").mkdir()
+    for name, lines in (("classes", classes), ("train", train), ("test", test)):
+        (root / "meta" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def write_vtab(root: Path, pieces: np.ndarray, task: str, lists: dict[str, list[str]]) -> Path:
+    """A task by its lists, each of lines such as "images/a.jpg 0"."""
+    names = dict.fromkeys(line.rsplit(maxsplit=1)[0] for lines in lists.values() for line in lines)
+    write_images(root / task, pieces, names)
+    for name, lines in lists.items():
+        (root / task / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+def write_fgvc(root: Path, pieces: np.ndarray, images: str, train: int, test: int) -> Path:
+    """VPT's lists of images in two classes, whose paths start from the folder `images`."""
+    names = [f"{number % 2 + 1}/{number}.jpg" for number in range(train + test)]
+    write_images(root / images, pieces, names)
+    for split, part in (("train", names[:train]), ("test", names[train:])):
+        listed = {name: int(name.split("/")[0]) for name in part}
+        (root / f"{split}.json").write_text(json.dumps(listed))
+    return root
