@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import tokendial
 import tokendial as td
 from tokendial.train import InterruptedRunError, Run, read_recipe, train
-from tokendial.train.finetune import build_model
+from tokendial.train.finetune import FineTuning, build_model
 from tokendial.train.optimizer import cosine, parameter_groups
 from tokendial.train.recipe import TrainSection
 from tokendial.train.signals import stop_requests
@@ -139,6 +139,24 @@ def test_a_folder_whose_claim_was_killed_is_free(recipe_file, tmp_path):
     assert run.classes() == ("a", "b")
 
 
+def test_a_run_stopped_at_the_end_of_an_epoch_still_evaluates_it(
+    recipe_file, tmp_path, monkeypatch
+):
+    recipe = read_recipe(recipe_file, [f"output={tmp_path / 'run'}", "train.epochs=1"])
+    before_update = FineTuning.before_update
+
+    def ask_to_stop(job, update, updates_per_epoch):
+        if update == updates_per_epoch - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        before_update(job, update, updates_per_epoch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FineTuning, "before_update", ask_to_stop)
+        with pytest.raises(InterruptedRunError):
+            train(recipe, quiet=True)
+    assert [line["epoch"] for line in train(recipe, quiet=True).metrics()] == [1]
+
+
 def test_a_finished_run_is_left_alone(run):
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
     train(run.recipe(), quiet=True)
@@ -213,26 +231,6 @@ def test_sparse_tuning_with_several_labels_trains(tmp_path, precision):
     run = train(recipe, quiet=True)
     assert set(run.metrics()[0]) >= {"val_accuracy", "val_mean_average_precision"}
     assert run.model().degree == 5
-
-
-@pytest.mark.slow
-def test_two_processes_train_like_one_with_twice_the_batch(recipe_file, tmp_path, in_two_processes):
-    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
-    short = ["train.epochs=2"]
-    train(read_recipe(recipe_file, [*short, f"output={one.folder}"]), quiet=True)
-    module = ["-m", "tokendial.cli", "train", str(recipe_file), f"output={two.folder}"]
-    subprocess.run(
-        [*in_two_processes, *module, *short, "train.batch_size=10"],
-        env=environment() | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=240,
-        check=True,
-    )
-    expected = weights(one)
-    for name, value in weights(two).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
-    for mine, theirs in zip(two.metrics(), one.metrics(), strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-3)
 
 
 def test_the_rate_warms_up_to_its_peak_and_falls_to_its_end():

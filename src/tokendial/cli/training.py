@@ -67,6 +67,8 @@ def _try_out(recipe: "BaseRecipe", make_job: Callable[..., object]) -> None:
     from tokendial.train.dry_run import dry_run
 
     seen = dry_run(recipe, make_job)
+    if seen is None:
+        return
     numbers = {name: value for name, value in seen.metrics.items() if isinstance(value, float)}
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
     print(f"dry run in {seen.seconds:.1f} s, nothing kept: {shown}")

@@ -121,8 +121,14 @@ def eval_loader(
     rank: int = 0,
     processes: int = 1,
 ) -> DataLoader[Any]:
-    """Loader of every sample once, in order; each process gets its share."""
+    """Loader of every sample once, in order; each process gets its share.
+
+    Sets that are too small to give each process a sample are given to each of them whole: means
+    over all processes stay the same, and metrics cannot be gathered from a process that saw none.
+    """
     dataset = Prepared(source, transform, seed=0)
+    if len(dataset) < processes:
+        rank, processes = 0, 1
     keys = [(0, index) for index in range(rank, len(dataset), processes)]
     return DataLoader(
         dataset,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.atomic import replacing
+from tokendial.train.sharding import spread
 
 _KEPT = 2
 
@@ -61,7 +62,7 @@ def load_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 def load_trained(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values into the parameters that train."""
     for name, parameter in trained(model).items():
-        parameter.copy_(values[name])
+        parameter.copy_(spread(values[name], parameter))
 
 
 def save_checkpoint(folder: Path, update: int, state: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch.utils.data import Subset
 
-from tokendial.train.loop import Job, Trainer
+from tokendial.train.job import Job
+from tokendial.train.loop import Trainer
 from tokendial.train.recipe import BaseRecipe
 
 _UPDATES = 2
@@ -25,12 +27,15 @@ class DryRun:
     """For all of it, start and evaluation included."""
 
 
-def dry_run(recipe: BaseRecipe, make_job: Callable[[Any], Any]) -> DryRun:
-    """Train for two updates in one process, evaluate on one batch, save; nothing is kept.
+def dry_run(recipe: BaseRecipe, make_job: Callable[[Any], Any]) -> DryRun | None:
+    """Train for two updates, evaluate on one batch of each process, save; nothing is kept.
 
     Args:
         recipe: A recipe whose data are at hand.
         make_job: `FineTuning` or `Compensating`.
+
+    Returns:
+        What was seen; None in all processes but the first.
 
     Raises:
         ValueError: As training itself does.
@@ -44,9 +49,13 @@ def dry_run(recipe: BaseRecipe, make_job: Callable[[Any], Any]) -> DryRun:
         }
         few = recipe.model_copy(update=short)
         job: Job = make_job(few)
-        _shorten(job, settings.batch_size, _UPDATES * settings.accumulate * settings.batch_size)
-        (record,) = Trainer(few, job, quiet=True).run_to_end().metrics()
-    return DryRun(record, time.perf_counter() - start)
+        images = settings.batch_size * Accelerator().num_processes
+        _shorten(job, images, _UPDATES * settings.accumulate * images)
+        trainer = Trainer(few, job, quiet=True)
+        records = trainer.run_to_end().metrics()
+    if not trainer.main:
+        return None
+    return DryRun(records[0], time.perf_counter() - start)
 
 
 def _shorten(job: Any, val: int, train: int) -> None:

@@ -4,19 +4,14 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tokendial.backbones.anatomy import Anatomy
-from tokendial.data.splits import Splits
-from tokendial.tasks import Task
 from tokendial.train.batches import EpochSampler, Prepared, eval_loader, seed_all, train_loader
 from tokendial.train.card import write_versions
 from tokendial.train.checkpoint import (
@@ -28,10 +23,19 @@ from tokendial.train.checkpoint import (
     save_checkpoint,
     trained,
 )
+from tokendial.train.job import Job
 from tokendial.train.optimizer import cosine
 from tokendial.train.progress import Display, display
 from tokendial.train.recipe import BaseRecipe
 from tokendial.train.runs import Run
+from tokendial.train.sharding import (
+    fsdp_plugin,
+    gathered,
+    spread,
+    spread_optimizer,
+    use_fsdp,
+    whole,
+)
 from tokendial.train.signals import StopRequest, stop_requests
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -50,52 +54,6 @@ class _Position:
     loss_sum: float = 0.0
     hits_sum: float = 0.0
     batches: int = 0
-
-
-class Job(Protocol):
-    """What is trained, and how: all that the loop does not know."""
-
-    @property
-    def data(self) -> Splits:
-        """Training and validation set."""
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """Says what images the model takes."""
-
-    @property
-    def task(self) -> Task:
-        """Says how images are prepared."""
-
-    @property
-    def module(self) -> nn.Module:
-        """Its parameters that train are checkpointed and averaged."""
-
-    @property
-    def objective(self) -> nn.Module:
-        """Gives the loss of (images, targets), and what `hits` reads."""
-
-    @property
-    def shows(self) -> str:
-        """What the share of hits is called."""
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer gets."""
-
-    def before_update(self, update: int, updates_per_epoch: int) -> None:
-        """Told how many updates were done."""
-
-    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment a training batch as a whole."""
-
-    def hits(self, outputs: Tensor, targets: Tensor) -> float:
-        """Share of right answers in a training batch."""
-
-    def scores(self, loader: DataLoader[Any], accelerator: Accelerator) -> dict[str, float]:
-        """Metrics over the validation set; the first one is what models are judged by."""
-
-    def save(self, folder: Path) -> None:
-        """Write what was trained."""
 
 
 class Trainer:
@@ -119,13 +77,17 @@ class Trainer:
         self.job = job
         # One process may train twice, in another precision; Accelerate remembers the first one.
         AcceleratorState._reset_state()
+        fsdp = fsdp_plugin()
         self.accelerator = Accelerator(
             mixed_precision=_PRECISION[settings.precision],
             gradient_accumulation_steps=settings.accumulate,
             log_with="tensorboard",
             project_dir=self.run.folder,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            fsdp_plugin=fsdp,
         )
+        if fsdp:
+            use_fsdp(self.accelerator, fsdp)
         self.main = self.accelerator.is_main_process
         self.quiet = quiet or not self.main
         self._loaders()
@@ -166,7 +128,7 @@ class Trainer:
         """Train; an InterruptedRunError if the process was asked to stop."""
         self._resume()
         with display(self.updates, self.at.update, shows=self.job.shows, quiet=self.quiet) as shown:
-            if self.at.update == self.updates:
+            if self.at.update == self.updates and not self.at.batches:
                 shown.note(
                     f"{self.run.folder} is finished: nothing to do; best model: {self.run.best}"
                 )
@@ -177,7 +139,9 @@ class Trainer:
                 write_versions(self.run)
             self.accelerator.init_trackers("tensorboard")
             with stop_requests() as self.stop:
-                for epoch in range(self.at.update // self.sampler.updates, self.settings.epochs):
+                # An epoch whose last update is done may still have to be evaluated.
+                done = (self.at.update - bool(self.at.batches)) // self.sampler.updates
+                for epoch in range(done, self.settings.epochs):
                     self._train_epoch(epoch, shown)
                     self._finish_epoch(epoch, shown)
             self.accelerator.end_training()
@@ -245,7 +209,8 @@ class Trainer:
 
     def _finish_epoch(self, epoch: int, shown: Display) -> None:
         at = self.at
-        with self.ema.in_place(self.job.module) if self.ema else nullcontext():
+        averaged = self.ema.in_place(self.job.module) if self.ema else nullcontext()
+        with averaged, gathered(self.model):
             scores = {}
             if self.settings.evaluate == "every" or epoch + 1 == self.settings.epochs:
                 scores = self.job.scores(self.val_loader, self.accelerator)
@@ -270,15 +235,15 @@ class Trainer:
         shown.note(f"epoch {epoch + 1}: train loss {record['train_loss']:.4f}{val}")
 
     def _checkpoint(self) -> None:
+        state = {
+            "position": asdict(self.at),
+            "weights": whole(trained(self.job.module)),
+            "buffers": kept_buffers(self.job.module),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "ema": whole(self.ema.average) if self.ema else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
         if self.main:
-            state = {
-                "position": asdict(self.at),
-                "weights": dict(trained(self.job.module)),
-                "buffers": kept_buffers(self.job.module),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": self.ema.average if self.ema else None,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            }
             save_checkpoint(self.run.checkpoints, self.at.update, state)
         self.accelerator.wait_for_everyone()
 
@@ -289,9 +254,9 @@ class Trainer:
         self.at = _Position(**state["position"])
         load_trained(self.job.module, state["weights"])
         load_buffers(self.job.module, state["buffers"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(spread_optimizer(state["optimizer"], self.optimizer))
         if self.ema:
-            average = state["ema"]
-            self.ema.average = {n: v.to(self.accelerator.device) for n, v in average.items()}
+            present = self.ema.average
+            self.ema.average = {n: spread(v, present[n]) for n, v in state["ema"].items()}
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])

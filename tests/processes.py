@@ -1,0 +1,126 @@
+"""Several processes that work together, as `accelerate launch` would start them, but quickly.
+
+They are forked from a process that has imported everything, once for a file of tests.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tokendial.cli import main
+from tokendial.data.dense import DenseAugment
+from tokendial.data.transforms import Augment
+from tokendial.tasks import BinaryMasks, Classification, Segmentation
+from tokendial.train import Recipe
+from tokendial.train.batches import eval_loader
+from tokendial.train.finetune import FineTuning
+from tokendial.train.loop import Trainer
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+_TIMEOUT_S = 240
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["tokendial.cli", "tokendial.train", "torch.utils.tensorboard", "py_sod_metrics"]
+)
+
+
+def together(
+    count: int,
+    function: Callable[..., None],
+    *arguments: Any,
+    environment: dict[str, str] | None = None,
+) -> None:
+    """Call a function of this module in `count` processes; an AssertionError if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "ACCELERATE_USE_CPU": "true"}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | (environment or {})
+    processes = [
+        _context.Process(
+            target=_run, args=(told | {"RANK": rank, "LOCAL_RANK": rank}, function, arguments)
+        )
+        for rank in range(count)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(_TIMEOUT_S)
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * count, codes
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _run(
+    environment: dict[str, Any], function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def command(out: Path, *arguments: str) -> None:
+    """Run the command line; what it prints goes to `out/RANK.txt`."""
+    sys.argv = ["tokendial", *arguments]
+    with (out / f"{os.environ['RANK']}.txt").open("w") as file:
+        sys.stdout = file
+        main()
+
+
+def train_spread(recipe: Recipe, last: int | None) -> None:
+    """Train with weights that are spread, as is checked; die before update `last`."""
+
+    class Watched(FineTuning):
+        def before_update(self, update: int, updates_per_epoch: int) -> None:
+            assert all(isinstance(p, DTensor) for p in self.objective.parameters())
+            if update == last:
+                os._exit(0)
+            super().before_update(update, updates_per_epoch)
+
+    Trainer(recipe, Watched(recipe), quiet=True).run_to_end()
+
+
+def evaluate_every_task(out: Path, sizes: list[int]) -> None:
+    """Write the metrics of all tasks, on sets of those sizes, to `out/RANK of COUNT.json`."""
+    accelerator = Accelerator()
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    found = [_metrics(size, rank, processes) for size in sizes]
+    (out / f"{rank} of {processes}.json").write_text(json.dumps(found))
+
+
+def _metrics(size: int, rank: int, processes: int) -> dict[str, float]:
+    draw = torch.Generator().manual_seed(0)
+    logits, maps = torch.randn(size, 7, generator=draw), torch.randn(size, 3, 4, 4, generator=draw)
+    labels = torch.randint(0, 2, (size, 7), generator=draw)
+    labels[0] = 1  # each one occurs
+    masks = [torch.randint(0, 2, (4 + i % 3, 5), generator=draw) for i in range(size)]
+    found = {}
+    for task, seen, targets in (
+        (Classification(7, multi_label=False, augment=Augment()), logits, labels.argmin(1)),
+        (Classification(7, multi_label=True, augment=Augment()), logits, labels),
+        (BinaryMasks(DenseAugment()), maps[:, :1], masks),
+        (Segmentation(3, DenseAugment()), maps, masks),
+    ):
+        metrics = task.metrics()
+        samples = list(zip(seen, targets, strict=True))
+        for batch in eval_loader(samples, _as_it_is, batch_size=2, rank=rank, processes=processes):
+            metrics.update(*batch)
+        found |= {name: float(value) for name, value in metrics.compute().items()}
+    return found
+
+
+def _as_it_is(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return image, target
