@@ -25,7 +25,7 @@ FLOORS = (
     ("decode",),
     ("reduce",),
     ("attention",),
-    ("tokens", "methods", "atomic"),
+    ("tokens", "methods", "atomic", "errors"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 CORE = {room for room, floor in FLOOR.items() if floor >= FLOOR["saving"]}

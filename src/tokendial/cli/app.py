@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import tokendial
+from tokendial.errors import one_line
 
 app = typer.Typer(
     add_completion=False,
@@ -27,18 +28,11 @@ def main() -> None:
         app()
     # Of the system: no such folder, no permission, disk full, the hub out of reach.
     except (ValueError, OSError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    last = text.splitlines()[-1]
-    # A loading process wraps its error in a traceback, which ends with "Type: message".
-    return last.partition(": ")[2] if "Original Traceback" in text else last
 
 
 @app.callback(invoke_without_command=True)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from tokendial.cli.app import app
 if TYPE_CHECKING:
     from tokendial.train.recipe import BaseRecipe
 
+ResultT = TypeVar("ResultT")
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Two updates, one batch of evaluation; keep nothing.")
 ]
@@ -39,7 +40,7 @@ def train(
 
         _try_out(read, FineTuning)
         return
-    _to_its_end(lambda: run_training(read))
+    to_its_end(lambda: run_training(read))
 
 
 @app.command()
@@ -60,7 +61,7 @@ def compensate(
 
         _try_out(read, Compensating)
         return
-    _to_its_end(lambda: run_training(read))
+    to_its_end(lambda: run_training(read))
 
 
 def _try_out(recipe: "BaseRecipe", make_job: Callable[..., object]) -> None:
@@ -74,11 +75,12 @@ def _try_out(recipe: "BaseRecipe", make_job: Callable[..., object]) -> None:
     print(f"dry run in {seen.seconds:.1f} s, nothing kept: {shown}")
 
 
-def _to_its_end(run: Callable[[], object]) -> None:
+def to_its_end(run: Callable[[], ResultT]) -> ResultT:
+    """Train; exit code 130 if the process was asked to stop."""
     from tokendial.train import InterruptedRunError
 
     try:
-        run()
+        return run()
     except InterruptedRunError:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None

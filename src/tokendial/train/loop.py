@@ -38,6 +38,8 @@ from tokendial.train.sharding import (
 )
 from tokendial.train.signals import StopRequest, stop_requests
 
+NOT_FINITE = "the loss is not finite"
+"""What the error of a run that diverged begins with."""
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -202,7 +204,7 @@ class Trainer:
         loss, hits, stop = self.accelerator.reduce(mine, "mean").tolist()
         if not math.isfinite(loss):
             raise ValueError(
-                f"the loss is not finite at update {self.at.update}: lower train.lr "
+                f"{NOT_FINITE} at update {self.at.update}: lower train.lr "
                 f"({self.settings.lr}) or set train.clip_grad."
             )
         return loss, hits, stop > 0

@@ -107,7 +107,7 @@ def summary(path: Path) -> str:
     return describe(path).replace("\n", " ").partition(". ")[0].rstrip(".")
 
 
-def resolved_recipe(name: str) -> dict[str, Any]:
+def resolved_recipe(name: str | Path) -> dict[str, Any]:
     """The fields of a recipe as they are written, those of its bases included."""
     return _resolved(find_recipe(name)[0])
 

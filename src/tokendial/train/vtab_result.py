@@ -1,0 +1,221 @@
+"""Results on VTAB-1k in the form of papers: tasks in three groups, two kinds of means."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tokendial.data import VTAB_GROUPS, VTAB_TASKS
+from tokendial.train.loop import NOT_FINITE
+from tokendial.train.results import RunResult
+from tokendial.train.side_by_side import Planned
+from tokendial.train.tables import Table, shown, spread, write_csv, write_text
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Accuracies that a paper prints, in percent; None: not printed."""
+
+    method: str
+    """What they belong to."""
+    where: str
+    """Paper and table, one of the keys of the sources."""
+    gmacs: float | None = None
+    """What the paper prints as GFLOPs."""
+    tasks: dict[str, float] | None = None
+    """Of all 19."""
+    groups: dict[str, float] | None = None
+    """Means of the three groups."""
+    mean_of_groups: float | None = None
+    """Mean of the three means."""
+    mean_of_tasks: float | None = None
+    """Mean over the tasks."""
+
+
+def read_published() -> tuple[dict[str, str], list[Published]]:
+    """The sources by their keys, and the rows."""
+    text = (files("tokendial") / "assets" / "vtab_published.json").read_text(encoding="utf-8")
+    data = json.loads(text)
+    return data["sources"], [Published(**row) for row in data["rows"]]
+
+
+def means(accuracies: Mapping[str, float]) -> dict[str, float]:
+    """Of the groups, over the groups, and over the tasks, of those tasks that are there."""
+    found = {
+        group: mean(accuracies[task] for task in tasks if task in accuracies)
+        for group, tasks in VTAB_GROUPS.items()
+        if any(task in accuracies for task in tasks)
+    }
+    if not found:
+        return {}
+    return found | {"groups": mean(found.values()), "tasks": mean(accuracies.values())}
+
+
+@dataclass(frozen=True)
+class VTABResult:
+    """What was chosen and reached on each task, and what went wrong."""
+
+    tasks: tuple[str, ...]
+    """That were asked for, in the order of the benchmark."""
+    search: dict[str, list[Planned]]
+    """Runs on 800 + 200 images, by task; empty without a search."""
+    chosen: dict[str, dict[str, str]]
+    """Settings by task; a task whose search failed is missing."""
+    final: dict[str, list[Planned]]
+    """Runs on all 1,000 images, by task; one per seed."""
+    errors: dict[str, str]
+    """In one line each, by the names of the runs; all others are finished."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether something is missing from the results that the same call may still bring."""
+        return set(self.results) != set(self.tasks)
+
+    @cached_property
+    def results(self) -> dict[str, list[RunResult]]:
+        """Of the tasks whose final runs are all finished; one per seed."""
+        return {
+            task: [RunResult.of(run) for run in runs]
+            for task, runs in self.final.items()
+            if not any(run.name in self.errors for run in runs)
+        }
+
+    @cached_property
+    def means(self) -> dict[str, list[float]]:
+        """Means over what is finished, one for each seed."""
+        seeds = zip(*self.results.values(), strict=True)
+        of_seeds = [
+            means({task: r.judged for task, r in zip(self.results, results, strict=True)})
+            for results in seeds
+        ]
+        return {name: [of[name] for of in of_seeds] for name in (of_seeds[0] if of_seeds else {})}
+
+    def write(self, folder: Path) -> None:
+        """Write results.md, results.tex, results.csv, means.csv and search.csv."""
+        tables = self.tables()
+        write_text(folder / "results.md", [table.markdown() for table in tables])
+        tables[0] = tables[0].transposed()
+        write_text(folder / "results.tex", [table.latex() for table in tables])
+        write_csv(folder / "results.csv", list(self._rows(self.final)))
+        write_csv(
+            folder / "means.csv",
+            [
+                {
+                    "mean_over": name,
+                    "tasks": self._count(name),
+                    "mean": mean(values),
+                    "std": stdev(values) if len(values) > 1 else None,
+                }
+                for name, values in self.means.items()
+            ],
+        )
+        if self.search:
+            write_csv(folder / "search.csv", list(self._rows(self.search)))
+
+    def tables(self) -> list[Table]:
+        """The tasks, the means beside those of papers, the search, and what went wrong."""
+        tables = [self._task_table(), self._paper_table()]
+        if self.search:
+            tables.append(self._search_table())
+        if self.errors:
+            rows = [[name, error] for name, error in self.errors.items()]
+            tables.append(Table("Failed runs", "Each in one line.", ["run", "error"], rows))
+        return tables
+
+    def _task_table(self) -> Table:
+        _, papers = read_published()
+        papers = [paper for paper in papers if paper.tasks]
+        fields = list(next(iter(self.chosen.values()), {}))
+        rows = []
+        for group, tasks in VTAB_GROUPS.items():
+            rows += [self._task_row(task, fields, papers) for task in tasks if task in self.tasks]
+            rows.append(self._mean_row(group, f"mean, {group}", fields, papers))
+        rows.append(self._mean_row("groups", "mean of the groups", fields, papers))
+        rows.append(self._mean_row("tasks", "mean of the tasks", fields, papers))
+        note = "Accuracy on the test set after the last epoch, in percent"
+        seeds = len(next(iter(self.final.values()), []))
+        if seeds > 1:
+            note += f"; mean ± sample standard deviation over {seeds} seeds"
+        header = ["task", "this run", *fields, "trained (M)", "GMACs"]
+        return Table("VTAB-1k", f"{note}.", [*header, *(p.method for p in papers)], rows)
+
+    def _task_row(self, task: str, fields: Sequence[str], papers: Sequence[Published]) -> list[str]:
+        chosen, results = self.chosen.get(task, {}), self.results.get(task)
+        row = [task, spread([r.judged for r in results]) if results else ""]
+        row += [shown(chosen[field]) if field in chosen else "" for field in fields]
+        cost = results[0].cost if results else None
+        row += [f"{cost.trainable_params / 1e6:.3f}", f"{cost.gmacs:.4g}"] if cost else ["", ""]
+        return row + [f"{paper.tasks[task]:.1f}" for paper in papers if paper.tasks]
+
+    def _mean_row(
+        self, name: str, title: str, fields: Sequence[str], papers: Sequence[Published]
+    ) -> list[str]:
+        row = [title + self._of(name), spread(self.means[name]) if name in self.means else ""]
+        row += [""] * (len(fields) + 2)
+        return row + [f"{means(paper.tasks)[name]:.2f}" for paper in papers if paper.tasks]
+
+    def _count(self, name: str) -> int:
+        """How many tasks a mean is over."""
+        return len([task for task in VTAB_GROUPS.get(name, VTAB_TASKS) if task in self.results])
+
+    def _of(self, name: str) -> str:
+        """Says which part of the tasks a mean is over, if not over all."""
+        there, all_tasks = self._count(name), len(VTAB_GROUPS.get(name, VTAB_TASKS))
+        return "" if there == all_tasks else f" ({there} of {all_tasks} tasks)"
+
+    def _paper_table(self) -> Table:
+        sources, papers = read_published()
+        names = [*VTAB_GROUPS, "groups", "tasks"]
+        ours = [spread(self.means[name]) if name in self.means else "" for name in names]
+        results = [of_task[0] for of_task in self.results.values()]
+        gmacs = f"{mean(r.cost.gmacs for r in results):.4g}" if results else ""
+        rows = [[f"this run{self._of('tasks')}", gmacs, *ours, ""]]
+        marks = {key: f"[{number}]" for number, key in enumerate(sources, 1)}
+        rows += [_paper_row(paper, marks[paper.where]) for paper in papers]
+        told = " ".join(f"{marks[key]} {source}" for key, source in sources.items())
+        header = ["method", "GMACs", *VTAB_GROUPS, "mean of groups", "mean of tasks", "source"]
+        note = f"In percent. Of papers, what they print or what follows from it. {told}"
+        return Table("Beside published means", note, header, rows)
+
+    def _search_table(self) -> Table:
+        fields = list(next(iter(self.search.values()))[0].settings)
+        rows = []
+        for task, runs in self.search.items():
+            for run in runs:
+                error = self.errors.get(run.name, "")
+                told = "diverged" if error.startswith(NOT_FINITE) else "failed"
+                found = told if error else f"{100 * RunResult.of(run).judged:.2f}"
+                mark = "chosen" if run.settings == self.chosen.get(task) else ""
+                rows.append([task, *map(shown, run.settings.values()), found, mark])
+        note = "Accuracy on the 200 images after the last epoch, in percent."
+        return Table("Search", note, ["task", *fields, "accuracy", ""], rows)
+
+    def _rows(self, planned: Mapping[str, Sequence[Planned]]) -> Iterator[dict[str, Any]]:
+        """Lines of a CSV file: one for each run, with numbers as they are."""
+        groups = {task: group for group, tasks in VTAB_GROUPS.items() for task in tasks}
+        for task, runs in planned.items():
+            for run in runs:
+                row: dict[str, Any] = {"group": groups[task], "task": task}
+                row |= {field: shown(value) for field, value in run.settings.items()}
+                row["folder"] = run.recipe.output
+                if run.name in self.errors:
+                    yield row | {"error": self.errors[run.name]}
+                else:
+                    result = RunResult.of(run)
+                    row |= {"accuracy": result.judged, "params": result.cost.params}
+                    trained = {"trainable_params": result.cost.trainable_params}
+                    yield row | trained | {"gmacs": result.cost.gmacs}
+
+
+def _paper_row(paper: Published, mark: str) -> list[str]:
+    of_tasks = means(paper.tasks) if paper.tasks else {}
+    of_groups = paper.groups or of_tasks
+    over_groups = paper.mean_of_groups or of_tasks.get("groups")
+    if paper.groups:
+        over_groups = mean(paper.groups.values())
+    numbers = [paper.gmacs, *map(of_groups.get, VTAB_GROUPS), over_groups, paper.mean_of_tasks]
+    return [paper.method, *("" if n is None else f"{n:.2f}" for n in numbers), mark]

@@ -1,0 +1,224 @@
+"""Sweeps: named, resumed, shared between processes, stopped; their tables."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tokendial
+from tokendial.train import InterruptedRunError, Run
+from tokendial.train.side_by_side import run_all
+from tokendial.train.sweep import plan, read_over, run_name, sweep
+
+TINY = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "weights": None,
+        "img_size": 16,
+        "args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
+    },
+    "adapt": {"name": "adaptformer", "dim": 2},
+    "augment": {"crop": False, "flip": 0.0},
+    "train": {"epochs": 1, "batch_size": 8},
+}
+
+
+@pytest.fixture
+def recipe(digits, tmp_path) -> Path:
+    """On four training and two validation images of each digit."""
+    for split, count in (("train", 4), ("val", 2)):
+        for folder in (digits / split).iterdir():
+            few = tmp_path / "few" / split / folder.name
+            few.mkdir(parents=True)
+            for image in sorted(folder.iterdir())[:count]:
+                shutil.copy(image, few)
+    path = tmp_path / "tiny.yaml"
+    data = {
+        "data": {"name": "image_folder", "root": str(tmp_path / "few")},
+        "output": str(tmp_path / "out"),
+    }
+    path.write_text(yaml.safe_dump(TINY | data))
+    return path
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    source = str(Path(tokendial.__file__).parent.parent)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tokendial.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": source, "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def trained(output: str) -> list[str]:
+    """The runs whose training a command says that it started."""
+    return [line.partition(": ")[0] for line in output.splitlines() if ": training, " in line]
+
+
+def marks(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Which file stands where, and since when."""
+    return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_values_are_yaml_and_may_be_lists():
+    over = read_over(["reduce.layers=[4,7],[3, 6]", "train.lr=1e-3, 0.1", "adapt.name=lora,null"])
+    assert over == {
+        "reduce.layers": ["[4, 7]", "[3, 6]"],
+        "train.lr": ['"1e-3"', "0.1"],
+        "adapt.name": ['"lora"', "null"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        (["seed"], "over must look like seed=0,1,2, got 'seed'"),
+        (["seed="], "over must look like seed=0,1,2, got 'seed='"),
+        (["seed=0", "seed=1"], "over: seed cannot be swept twice"),
+        (["output=a,b"], "over: output cannot be swept"),
+        (["seed=0,1,0"], "over: seed is 0 twice"),
+        (["seed=[0"], r"over: seed: '\[0' is not a list of YAML values"),
+        (["train.epoch=1,2"], "train.epoch is not a field of a recipe; did you mean epochs?"),
+        (["train.lr=0.1,-1"], "train.lr: Input should be greater than 0, got -1"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_trained(recipe, over, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(recipe, over=over)
+    assert not (recipe.parent / "out").exists()
+
+
+def test_names_of_folders_tell_the_settings_and_nothing_else():
+    assert run_name({"seed": "2", "adapt.scale": "0.1"}) == "adapt.scale=0.1,seed=2"
+    assert run_name({"adapt.scale": "0.1", "seed": "2"}) == "adapt.scale=0.1,seed=2"
+    odd = [
+        run_name({"data.root": value}) for value in ('"a/b"', '"a b"', '"../b"', f'"{300 * "x"}"')
+    ]
+    assert len(set(odd)) == 4
+    for name in odd:
+        assert "/" not in name
+        assert " " not in name
+        assert len(name) < 150
+    layers = run_name({"reduce.layers": "[4, 7]"})
+    assert layers.startswith("reduce.layers=-4-7") or layers.startswith("reduce.layers=-4,-7")
+
+
+def test_a_sweep_trains_each_combination_once_and_tells_what_failed(recipe, tmp_path, cli):
+    command = ["sweep", recipe, "--over", "seed=0,1", "--over", "train.lr=0.001,1e30"]
+    code, out, _ = cli(*command)
+    assert code == 1
+    assert len(trained(out)) == 4
+    folder = tmp_path / "out"
+    good = [folder / f"train.lr=0.001,seed={seed}" for seed in (0, 1)]
+    found = rows(folder / "results.csv")
+    assert [row["folder"] for row in found if not row["error"]] == [str(run) for run in good]
+    for row in found[1::2]:
+        assert row["train.lr"] == "1e30"
+        assert row["error"].startswith("the loss is not finite at update")
+    values = [Run(run).metrics()[-1]["val_accuracy"] for run in good]
+    assert [float(row["accuracy_last"]) for row in found[::2]] == values
+    (means,) = rows(folder / "means.csv")
+    assert means["seeds"] == "2"
+    assert float(means["accuracy_last_mean"]) == pytest.approx(sum(values) / 2)
+    assert float(means["accuracy_last_std"]) == pytest.approx(
+        abs(values[0] - values[1]) / 2**0.5  # the sample's
+    )
+    written = (folder / "results.md").read_text()
+    assert written in out
+    assert f"{100 * values[0]:.2f}" in written
+    assert "$\\pm$" in (folder / "results.tex").read_text()
+
+    before = [marks(run) for run in good]
+    code, out, _ = cli(*command)
+    assert code == 1
+    assert trained(out) == ["train.lr=1e30,seed=0", "train.lr=1e30,seed=1"]
+    assert [marks(run) for run in good] == before
+    code, out, _ = cli(*command[:4])
+    assert code == 0
+    assert trained(out) == ["seed=0", "seed=1"]  # at the recipe's own rate: other runs
+
+
+def test_a_sweep_leaves_another_run_alone(recipe, tmp_path, cli):
+    assert cli("sweep", recipe, "--over", "seed=0")[0] == 0
+    code, out, _ = cli("sweep", recipe, "train.epochs=2", "--over", "seed=0")
+    assert code == 1
+    assert "holds another run: its train.epochs is 1, not 2" in out
+    run = tmp_path / "out" / "seed=0"
+    code, _, err = cli("sweep", recipe, f"output={run}", "--over", "seed=1")
+    assert code == 2
+    assert "seed=0 holds a run; choose another output for the sweep" in err
+    assert cli("sweep", recipe) == (2, "", "error: over: what is to be swept is missing, such as "
+                                    "--over seed=0,1,2.\n")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep(recipe, tmp_path, cli):
+    command = ["sweep", recipe, "--over", "seed=0,1,2,3", "train.epochs=4"]
+    other = start(*command)
+    runs = [Run(tmp_path / "out" / f"seed={seed}") for seed in range(4)]
+    wait_until(runs[0].folder.exists, other)
+    code, mine, _ = cli(*command)
+    theirs, _ = other.communicate(timeout=120)
+    assert (code, other.returncode) == (0, 0), theirs
+    assert sorted(trained(mine) + trained(theirs)) == [f"seed={seed}" for seed in range(4)]
+    assert "seed=0" in trained(theirs)
+    assert trained(mine)
+    for run in runs:
+        assert len(list((run.folder / "tensorboard").rglob("events*"))) == 1
+        # Each tells of all of them, whoever trained them.
+        accuracy = f"{100 * run.metrics()[-1]['val_accuracy']:.2f}"
+        assert all(
+            f"| {run.folder.name[-1]}    |" in out and accuracy in out for out in (mine, theirs)
+        )
+
+
+@pytest.mark.slow
+def test_a_sweep_stops_on_a_signal_and_goes_on(recipe, tmp_path):
+    settings = ["train.epochs=5000"]
+    process = start("sweep", recipe, *settings, "--over", "seed=0,1", "--jobs", 2)
+    runs = [Run(tmp_path / "out" / f"seed={seed}") for seed in (0, 1)]
+    wait_until(lambda: all(run.metrics() for run in runs), process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    assert out.endswith("stopped; the same command goes on from here\n")
+    before = [run.metrics() for run in runs]
+
+    # Nobody holds a lock any more, so this process goes on with the first one, until it is stopped.
+    def stop() -> None:
+        while len(runs[0].metrics()) == len(before[0]):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop, daemon=True)
+    watcher.start()
+    _, planned = plan(recipe, settings, {"seed": ["0", "1"]})
+    with pytest.raises(InterruptedRunError):
+        run_all(planned, jobs=1, quiet=True)
+    watcher.join()
+    assert runs[0].metrics()[: len(before[0])] == before[0]
+    assert runs[1].metrics() == before[1]

@@ -1,0 +1,213 @@
+"""VTAB-1k: the search, the final runs, killed and started again, and the table of papers."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import tokendial
+from tokendial.data import VTAB_GROUPS, VTAB_TASKS
+from tokendial.train import Run
+from tokendial.train.vtab import vtab
+from tokendial.train.vtab_result import means, read_published
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """All 19 tasks, each of a few real digits: 8 + 4 for the search, 12 + 6 for the final run."""
+    root = tmp_path_factory.mktemp("vtab")
+    data = load_digits()
+    for number, task in enumerate(VTAB_TASKS):
+        folder = root / task / "images"
+        folder.mkdir(parents=True)
+        lines = []
+        for name in range(18):
+            index = 18 * number + name
+            grey = Image.fromarray((data.images[index] * 15.9).astype(np.uint8)).resize((16, 16))
+            grey.save(folder / f"{name}.png")
+            lines.append(f"images/{name}.png {data.target[index] % VTAB_TASKS[task].classes}\n")
+        for split, part in (
+            ("train800", lines[:8]),
+            ("val200", lines[8:12]),
+            ("train800val200", lines[:12]),
+            ("test", lines[12:]),
+        ):
+            (root / task / f"{split}.txt").write_text("".join(part))
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "output": str(tmp_path / "out"),
+                "model": {
+                    "name": "vit_tiny_patch16_224",
+                    "weights": None,
+                    "img_size": 16,
+                    "args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
+                },
+                "adapt": {"name": "adaptformer", "dim": 2},
+                "augment": {"crop": False, "flip": 0.0},
+                "train": {"epochs": 2, "batch_size": 4},
+            }
+        )
+    )
+    return path
+
+
+def trained(output: str) -> list[str]:
+    """The runs whose training a command says that it started."""
+    return [line.partition(": ")[0] for line in output.splitlines() if ": training, " in line]
+
+
+def marks(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Which file stands where, and since when."""
+    return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_all_tasks_killed_in_the_middle_and_started_again_end_with_the_table(
+    root, recipe, tmp_path, cli
+):
+    command = ["vtab", recipe, root, "data.check=false"]
+    source = str(Path(tokendial.__file__).parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokendial.cli", *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": source, "PYTHONWARNINGS": "ignore"},
+    )
+    out = tmp_path / "out"
+    runs = {task: Run(out / "final" / task) for task in VTAB_TASKS}
+    seventh = runs["sun397"]
+    deadline = time.monotonic() + 120
+    while not seventh.metrics():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = [task for task, run in runs.items() if run.finished]
+    assert 6 <= len(done) < 19
+    before = {task: marks(runs[task].folder) for task in done}
+
+    code, told, _ = cli(*command)
+    assert code == 0
+    assert trained(told) == [f"final/{task}" for task in VTAB_TASKS if task not in done]
+    assert {task: marks(runs[task].folder) for task in done} == before
+
+    # What is reported is the last epoch's, and the test set was read once.
+    accuracies = {}
+    for task, run in runs.items():
+        first, last = run.metrics()
+        assert not any(name.startswith("val_") for name in first)
+        assert run.recipe().data.split == "final"
+        accuracies[task] = last["val_accuracy"]
+    found = {row["task"]: float(row["accuracy"]) for row in rows(out / "results.csv")}
+    assert found == accuracies
+    assert len(set(accuracies.values())) > 2
+    of = {row["mean_over"]: row for row in rows(out / "means.csv")}
+    for group, tasks in VTAB_GROUPS.items():
+        assert float(of[group]["mean"]) == pytest.approx(sum(map(found.get, tasks)) / len(tasks))
+        assert int(of[group]["tasks"]) == len(tasks)
+    assert float(of["tasks"]["mean"]) == pytest.approx(sum(found.values()) / 19)
+    assert float(of["groups"]["mean"]) == pytest.approx(
+        sum(float(of[group]["mean"]) for group in VTAB_GROUPS) / 3
+    )
+    table = (out / "results.md").read_text()
+    assert table in told
+    assert f"{100 * float(of['tasks']['mean']):.2f}" in table
+    assert "75.64" in table
+    assert "of 19 tasks" not in table
+    assert cli(*command)[:2] == (0, f"\n{table}\n")
+
+
+def test_settings_are_chosen_on_the_search_split_and_tested_on_the_final_one(
+    root, recipe, tmp_path, cli
+):
+    command = ["vtab", recipe, root, "data.check=false", "--tasks", "kitti,svhn"]
+    command += ["--over", "train.lr=0.001,0.03,1e30", "--seeds", "0,1"]
+    code, told, _ = cli(*command)
+    assert code == 0  # a rate at which the loss explodes has lost, that is all
+    out = tmp_path / "out"
+    assert len(trained(told)) == 2 * 3 + 2 * 2
+    best = {}
+    for task in ("svhn", "kitti"):
+        for rate in ("0.001", "0.03"):
+            run = Run(out / "search" / f"{task},train.lr={rate}")
+            assert run.recipe().data.split == "search"
+            best.setdefault(task, []).append((run.metrics()[-1]["val_accuracy"], rate))
+    chosen = {task: max(pairs, key=lambda pair: pair[0])[1] for task, pairs in best.items()}
+    found = rows(out / "results.csv")
+    assert [(row["task"], row["train.lr"], row["seed"]) for row in found] == [
+        (task, chosen[task], seed) for task in ("svhn", "kitti") for seed in ("0", "1")
+    ]
+    table = (out / "results.md").read_text()
+    assert "mean, natural (1 of 7 tasks)" in table
+    assert "mean, specialized (0 of 4 tasks)" in table
+    assert "mean of the tasks (2 of 19 tasks)" in table
+    assert "diverged" in table
+    assert "±" in table
+    assert len(rows(out / "search.csv")) == 6
+
+
+def test_a_task_whose_search_failed_is_not_tested(root, recipe, tmp_path, cli):
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    (partial / "svhn").symlink_to(root / "svhn")
+    command = ["vtab", recipe, partial, "data.check=false", "--tasks", "svhn,dtd"]
+    code, told, _ = cli(*command, "--over", "adapt.scale=1", "train.epochs=1")
+    assert code == 1
+    assert "final/svhn,adapt.scale=1: finished" in told
+    assert "final/dtd" not in told
+    assert "data.root: no such folder" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ["mnist"]}, "tasks must be some of cifar, .*, got 'mnist'"),
+        ({"seeds": [0, 0]}, "seeds must differ, got 0, 0"),
+        ({"over": ["seed=0,1"]}, "over: seed is no setting to choose"),
+        ({"over": ["train.evaluate=every"]}, "train.evaluate is set by this command"),
+        ({"overrides": ["data.split=search"]}, "data.split is set by this command"),
+        ({"overrides": ["train.epoch=1"]}, "train.epoch is not a field of a recipe"),
+    ],
+)
+def test_mistakes_are_told_at_once(root, recipe, settings, message):
+    with pytest.raises(ValueError, match=message):
+        vtab(recipe, root, **settings)
+
+
+def test_published_rows_agree_with_themselves():
+    sources, papers = read_published()
+    assert {paper.where for paper in papers} == set(sources)
+    (sparse,) = (paper for paper in papers if paper.tasks)
+    assert sparse.tasks.keys() == VTAB_TASKS.keys()
+    assert means(sparse.tasks)["tasks"] == pytest.approx(sparse.mean_of_tasks, abs=0.005)
+    assert means(sparse.tasks)["natural"] == pytest.approx(83.4)
+    for paper in papers:
+        assert paper.mean_of_tasks or paper.groups.keys() == VTAB_GROUPS.keys()
+
+
+def test_means_are_over_what_is_there():
+    assert means({"cifar": 0.2, "dtd": 0.4, "kitti": 0.9}) == pytest.approx(
+        {"natural": 0.3, "structured": 0.9, "groups": 0.6, "tasks": 0.5}
+    )
+    assert means({}) == {}
