@@ -144,7 +144,10 @@ def test_the_command_line_profiles(cli):
         (["train", "demo", "train.degree=20"], "degree must be an integer in [0, 9], got 20."),
         (["train", "demo", "model.img_size=50"], "img_size must be divisible by the patch size"),
         (["eval", "/none"], "/none is not the folder of a run: recipe.yaml is missing."),
-        (["predict", "/none", "/none"], "no such image or folder: /none."),
+        (
+            ["predict", "/none", "/none"],
+            "/none is not the folder of a run: recipe.yaml is missing.",
+        ),
         (["profile", "resnet50"], "This model is not supported: ResNet is of"),
         (["profile", "deit_base_patch16_224", "model=8"], "model: must be a mapping of settings"),
         (["profile", "deit_base_patch16_224", "data.x=1"], "data: profile takes settings of model"),

@@ -135,7 +135,7 @@ def test_a_folder_whose_claim_was_killed_is_free(recipe_file, tmp_path):
     run.folder.mkdir()
     run.classes_file.write_text("{}")
     (run.folder / ".recipe.yaml.x3f").write_text("seed:")
-    run.claim(read_recipe(recipe_file), ["a", "b"], multi_label=False, dense=False)
+    run.claim(read_recipe(recipe_file), ["a", "b"])
     assert run.classes() == ("a", "b")
 
 

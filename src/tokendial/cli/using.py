@@ -64,12 +64,13 @@ def evaluate(
     from tokendial.train.evaluate import evaluate as run_evaluation
 
     rows = run_evaluation(Run(run), degrees, batch_size=batch_size)
+    unit = "clip" if Run(run).on_videos() else "image"
     # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
     shown = list(rows[0].scores)[:_SHOWN_SCORES]
     names = [name.replace("_", " ") for name in shown]
     # Where tokens are chosen by their values, every one leaves the last layer.
     last = "tokens left" if rows[0].share is None else "tokens processed"
-    table = Table("degree", *names, "GMACs", "images/s", last)
+    table = Table("degree", *names, "GMACs", f"{unit}s/s", last)
     for row in rows:
         table.add_row(
             str(row.degree),
@@ -79,7 +80,8 @@ def evaluate(
             str(row.tokens) if row.share is None else f"{row.share:.1%}",
         )
     Console().print(table)
-    _write_evaluation(rows, dial_figure(rows, title=str(run)), run / "eval" / "degrees")
+    figure = dial_figure(rows, title=str(run), unit=unit)
+    _write_evaluation(rows, figure, run / "eval" / "degrees")
 
 
 def _evaluate_bridged(
@@ -133,29 +135,33 @@ def _write_evaluation(
 @app.command()
 def predict(
     run: RunFolder,
-    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Images (videos, if the run is on videos), or folders."),
+    ],
     degree: Degree = None,
     form: Annotated[Format, typer.Option("--format", help="Form of the output.")] = Format.csv,
-    top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="Classes per file.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Dense tasks: folder for the masks.")] = None,
     overlay: Annotated[bool, typer.Option(help="Write the images under their masks, too.")] = False,
     tiles: Annotated[
         bool, typer.Option(help="Windows at full resolution, for large images.")
     ] = False,
 ) -> None:
-    """Class and probability, or mask, of each image; exit code 1 if some could not be read."""
-    from tokendial.data.images import ImageError, find_images
+    """Class and probability, or mask, of each file; exit code 1 if some could not be read."""
+    from tokendial.data import ImageError, VideoError, find_images, find_videos
     from tokendial.train import Run
     from tokendial.train.predict import MaskFile, Prediction, predict_masks
     from tokendial.train.predict import predict as run_prediction
 
     if out is None and (overlay or tiles):
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
-    files = find_images(paths)
-    answers: Iterator[Prediction | MaskFile | ImageError] = (
-        run_prediction(Run(run), files, degree=degree, top=top)
+    trained = Run(run)
+    files = find_videos(paths) if trained.on_videos() else find_images(paths)
+    answers: Iterator[Prediction | MaskFile | ImageError | VideoError] = (
+        run_prediction(trained, files, degree=degree, top=top)
         if out is None
-        else predict_masks(Run(run), files, out, degree=degree, overlay=overlay, tiles=tiles)
+        else predict_masks(trained, files, out, degree=degree, overlay=overlay, tiles=tiles)
     )
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -164,7 +170,7 @@ def predict(
             writer.writerow(
                 ["path", "class", "probability"] if out is None else ["path", "mask", "share"]
             )
-        if isinstance(answer, ImageError):
+        if isinstance(answer, ImageError | VideoError):
             failed = True
             print(f"error: {answer}", file=sys.stderr)
         elif form is Format.jsonl:
@@ -195,8 +201,11 @@ def show(
     from tokendial.show.tokens import run_diversity_figure, run_figure
     from tokendial.train import Run
 
+    trained = Run(run)
+    if trained.on_videos():
+        raise ValueError(f"{run} is a run on videos; what can be shown are runs on images.")
     draw = run_diversity_figure if diversity else run_figure
-    figure = draw(Run(run), read_image(image), degree=degree, title=image.name)
+    figure = draw(trained, read_image(image), degree=degree, title=image.name)
     if not out.parent.is_dir():
         raise ValueError(f"out: no such folder: {out.parent}.")
     with replacing(out) as path:

@@ -2,6 +2,7 @@
 
 from tokendial.data.actions import K400, SSv2
 from tokendial.data.cifar import CIFAR100
+from tokendial.data.clip import Clip
 from tokendial.data.dense import DenseAugment
 from tokendial.data.fgvc import FGVC
 from tokendial.data.folder import ImageFolder
@@ -29,6 +30,7 @@ __all__ = [
     "VTAB_GROUPS",
     "VTAB_TASKS",
     "Augment",
+    "Clip",
     "DenseAugment",
     "Food101",
     "FrameFolder",

@@ -1,15 +1,18 @@
 """Transforms of training and test images: torchvision's and timm's own."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
 
 Transform = Callable[[Any], Tensor]
 """From a PIL image to [3, H, W]."""
@@ -71,8 +74,13 @@ def train_transform(
     img_size: tuple[int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    *,
+    clips: bool = False,
 ) -> Transform:
-    """From a PIL image to a varied, normalised [3, H, W] float32 tensor."""
+    """From a PIL image to a varied, normalised [3, H, W] float32 tensor.
+
+    With `clips` from frames [T, 3, H, W] uint8 to the same in float32, all of them varied alike.
+    """
     bicubic = v2.InterpolationMode.BICUBIC
     steps: list[Callable[[Any], Any]] = [
         v2.RandomResizedCrop(img_size, augment.scale, interpolation=bicubic)
@@ -83,14 +91,33 @@ def train_transform(
     if augment.randaugment:
         fill = tuple(round(255 * channel) for channel in mean)
         hparams = {"translate_const": int(min(img_size) * 0.45), "img_mean": fill}
-        steps.append(rand_augment_transform(augment.randaugment, hparams))
+        draw = rand_augment_transform(augment.randaugment, hparams)
+        steps.append(partial(_alike, draw) if clips else draw)
     if augment.color_jitter:
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
     steps += to_tensor(mean, std)
     if augment.erasing:
-        steps.append(RandomErasing(augment.erasing, mode="pixel", device="cpu"))  # type: ignore[no-untyped-call]
+        erase: Any = RandomErasing(augment.erasing, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+        steps.append(partial(_in_one_place, erase) if clips else erase)
     composed: Transform = v2.Compose(steps)
     return composed
+
+
+def _alike(draw: Callable[[Any], Any], frames: Tensor) -> Tensor:
+    """Vary each of [T, 3, H, W] uint8 by the same draw of a transform of PIL images."""
+    state = random.getstate(), np.random.get_state()
+    varied = []
+    for frame in frames:
+        # timm draws from these two.
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        varied.append(tvf.pil_to_tensor(draw(tvf.to_pil_image(frame))))
+    return torch.stack(varied)
+
+
+def _in_one_place(erase: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+    """Erase the same part of each of [T, 3, H, W], filled with noise of its own."""
+    return torch.unflatten(erase(frames.flatten(0, 1)), 0, frames.shape[:2])
 
 
 def eval_transform(

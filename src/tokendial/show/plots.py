@@ -29,7 +29,7 @@ class DialPoint(Protocol):
 
 
 def dial_figure(
-    rows: Sequence[DialPoint], *, metric: str = "accuracy", title: str = ""
+    rows: Sequence[DialPoint], *, metric: str = "accuracy", title: str = "", unit: str = "image"
 ) -> matplotlib.figure.Figure:
     """Draw accuracy against multiply-accumulates and against images per second.
 
@@ -37,12 +37,13 @@ def dial_figure(
         rows: One point per degree.
         metric: Name of what `accuracy` holds.
         title: Line above the plots.
+        unit: What the costs are of.
     """
     figure = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, label, xs in (
-        (left, "GMACs per image", [row.gmacs for row in rows]),
-        (right, "images / s (measured)", [row.images_per_s for row in rows]),
+        (left, f"GMACs per {unit}", [row.gmacs for row in rows]),
+        (right, f"{unit}s / s (measured)", [row.images_per_s for row in rows]),
     ):
         ys = [100 * row.accuracy for row in rows]
         axis.plot(xs, ys, "o-", color="#2b6cb0", markersize=4)

@@ -2,6 +2,7 @@
 
 from tokendial.tasks.base import Task, collate
 from tokendial.tasks.classification import Classification
+from tokendial.tasks.clips import VideoClassification
 from tokendial.tasks.masks import BinaryMasks, FeatureDistillation
 from tokendial.tasks.segmentation import Segmentation
 
@@ -11,5 +12,6 @@ __all__ = [
     "FeatureDistillation",
     "Segmentation",
     "Task",
+    "VideoClassification",
     "collate",
 ]

@@ -29,9 +29,8 @@ class Task(Protocol):
 
     num_classes: int
 
-    @property
-    def one_size(self) -> bool:
-        """Whether all prepared images have the model's size, so that they can be batched."""
+    def eval_batch(self, batch_size: int) -> int:
+        """How many samples are evaluated together where `batch_size` are trained on."""
 
     def train_transform(self, anatomy: Anatomy) -> PairTransform:
         """Vary an image and its target."""
@@ -52,7 +51,7 @@ class Task(Protocol):
         """Share of right answers in a training batch."""
 
     def predict(self, model: DialViT, images: Tensor) -> Tensor:
-        """Logits of images that the eval transform has prepared."""
+        """Logits of images (or videos) that the eval transform has prepared."""
 
     def metrics(self) -> Metrics:
         """Metrics over an evaluation set; the first of them is what runs are judged by."""

@@ -25,8 +25,6 @@ from tokendial.vit import DialViT
 class Classification:
     """Loss, batch-wise augmentation and metrics of a classification task."""
 
-    one_size = True
-
     def __init__(self, num_classes: int, *, multi_label: bool, augment: Augment) -> None:
         """Check that the settings fit the task.
 
@@ -64,6 +62,10 @@ class Classification:
     def image_transform(self, anatomy: Anatomy) -> Transform:
         """The same for an image that has no label."""
         return eval_transform(self.augment, anatomy.image_size, *anatomy.statistics)
+
+    def eval_batch(self, batch_size: int) -> int:
+        """As many: all images have one size."""
+        return batch_size
 
     def predict(self, model: DialViT, images: Tensor) -> Tensor:
         """Logits [B, num_classes]."""

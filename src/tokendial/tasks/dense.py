@@ -26,10 +26,9 @@ class DenseTask:
     def __init__(self, num_classes: int, augment: DenseAugment) -> None:
         self.num_classes, self.augment = num_classes, augment
 
-    @property
-    def one_size(self) -> bool:
-        """Whether all prepared images have the model's size, so that they can be batched."""
-        return self.augment.test != "slide"
+    def eval_batch(self, batch_size: int) -> int:
+        """One by one where images differ in size."""
+        return 1 if self.augment.test == "slide" else batch_size
 
     def train_transform(self, anatomy: Anatomy) -> DenseTrainTransform:
         """Vary an image and its mask."""

@@ -77,6 +77,7 @@ def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
         for name, value in best.items()
         if name.startswith("val_")
     )
+    thing, files = ("a clip", "videos") if run.on_videos() else ("an image", "images")
     return f"""---
 library_name: tokendial
 base_model: {recipe.model.name}
@@ -104,7 +105,7 @@ On the validation set, in percent, at degree {model.degree}, epoch {best["epoch"
 
 `tokendial eval {run.folder}` measures every degree of the dial.
 
-## Cost of an image
+## Cost of {thing}
 
 | degree | GMACs | share |
 |---|---|---|
@@ -119,11 +120,11 @@ model = td.load("{run.best}")  # ready for inference, at degree {model.degree}
 model.set_degree({model.degrees[-1]})  # turn the dial
 ```
 
-    tokendial predict {run.folder} images/
+    tokendial predict {run.folder} {files}/
 
 ## To be written
 
-For whom the model is and for whom not; where its training images come from; what it gets wrong.
+For whom the model is and for whom not; where its training {files} come from; what it gets wrong.
 """
 
 

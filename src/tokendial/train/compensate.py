@@ -140,6 +140,8 @@ class Compensating:
         self.data: Splits = recipe.data.build(recipe.seed)
         model = pretrained_model(recipe)
         self.anatomy = model.anatomy
+        if self.data.video or self.anatomy.frames is not None:
+            raise ValueError("compensators are trained on images: data and model must be of these.")
         self._check(model)
         seed_all(recipe.seed)
         self.module = Compensator.for_model(model, recipe.compensate, recipe.steps)

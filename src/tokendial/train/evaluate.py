@@ -34,9 +34,9 @@ class DegreeRow:
     scores: dict[str, float]
     """Metrics of the task on the validation set; what runs are judged by comes first."""
     gmacs: float
-    """Multiply-accumulates for one image, in 1e9."""
+    """Multiply-accumulates for one image, or one clip, in 1e9."""
     images_per_s: float
-    """Measured on this machine, this batch size, forward pass alone."""
+    """Images, or clips, measured on this machine, this batch size, forward pass alone."""
     tokens: int
     """Tokens (prefix included) that leave the last layer."""
     share: float | None
@@ -226,7 +226,7 @@ def _validation(run: Run, model: DialViT, batch_size: int) -> tuple[Task, Any]:
     loader = eval_loader(
         data.val,
         task.eval_transform(model.anatomy),
-        batch_size=batch_size if task.one_size else 1,
+        batch_size=task.eval_batch(batch_size),
         workers=recipe.train.workers,
     )
     return task, loader
@@ -239,10 +239,15 @@ def default_device() -> str:
 
 
 def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Tensor:
-    """The first images of a loader, at most [batch_size, 3, H, W], of the model's size."""
+    """The first images of a loader, at most [batch_size, 3, H, W], of the model's size.
+
+    Of videos: the first clips, [batch_size, T, 3, H, W].
+    """
     height, width = model.anatomy.image_size
     found: list[Tensor] = []
     for images, _ in loader:
+        if model.anatomy.frames is not None:
+            images = images[:, 0]
         found += images[..., :height, :width]
         if len(found) >= batch_size:
             break

@@ -88,9 +88,11 @@ class FineTuning:
             len(self.data.classes),
             multi_label=self.data.multi_label,
             dense=self.data.dense,
+            video=self.data.video,
         )
         self.model = build_model(recipe, len(self.data.classes))
         self.anatomy = self.model.anatomy
+        _check_frames(self.data, self.anatomy.frames)
         teacher = load(self.settings.teacher) if self.settings.teacher else None
         distillation = _distillation(recipe, self.model) if recipe.distill else None
         self.objective = Objective(self.model, self.task, teacher, distillation)
@@ -152,9 +154,16 @@ class FineTuning:
         loader = eval_loader(
             some,
             self.task.eval_transform(self.anatomy),
-            batch_size=self.settings.batch_size if self.task.one_size else 1,
+            batch_size=self.task.eval_batch(self.settings.batch_size),
         )
         return some_images(loader, self.model, count)
+
+
+def _check_frames(data: Splits, frames: int | None) -> None:
+    if data.video and frames is None:
+        raise ValueError("model.frames must be a number, such as 8, for data of videos, got null.")
+    if not data.video and frames is not None:
+        raise ValueError(f"data must be videos for a model of clips of {frames} frames.")
 
 
 def _distillation(recipe: Recipe, model: DialViT) -> Distillation:

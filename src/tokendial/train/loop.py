@@ -97,7 +97,13 @@ class Trainer:
         optimizer = torch.optim.AdamW(job.parameter_groups())
         if self.main:
             data = job.data
-            self.run.claim(recipe, data.classes, multi_label=data.multi_label, dense=data.dense)
+            self.run.claim(
+                recipe,
+                data.classes,
+                multi_label=data.multi_label,
+                dense=data.dense,
+                video=data.video,
+            )
         self.accelerator.wait_for_everyone()
         self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine(optimizer, settings, self.sampler.updates)
@@ -121,7 +127,7 @@ class Trainer:
         self.val_loader: DataLoader[Any] = eval_loader(
             data.val,
             task.eval_transform(anatomy),
-            batch_size=settings.batch_size if task.one_size else 1,
+            batch_size=task.eval_batch(settings.batch_size),
             workers=settings.workers,
             **shard,
         )

@@ -1,10 +1,11 @@
-"""Using a finished run on images without labels: their classes, or masks written as files."""
+"""Using a finished run on images or videos without labels: classes, or masks written as files."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,8 @@ from torch import Tensor
 from tokendial.atomic import replacing
 from tokendial.data.images import ImageError, read_image
 from tokendial.data.transforms import Transform
-from tokendial.tasks import BinaryMasks, Classification, Segmentation
+from tokendial.data.video import VideoError, VideoFile
+from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
 from tokendial.tasks.dense import best_class, frame_of, sized, slide
 from tokendial.train.evaluate import default_device
 from tokendial.train.runs import Run
@@ -28,10 +30,10 @@ _MOST_BYTES = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Classes of one image, most probable first."""
+    """Classes of one image or video, most probable first."""
 
     path: str
-    """The image file."""
+    """The file."""
     classes: tuple[str, ...]
     """Names of the classes."""
     probabilities: tuple[float, ...]
@@ -61,15 +63,15 @@ def predict(
     top: int = 1,
     batch_size: int = 32,
     device: str | None = None,
-) -> Iterator[Prediction | ImageError]:
-    """Classes of images, in order; a file that cannot be read gives its error instead.
+) -> Iterator[Prediction | ImageError | VideoError]:
+    """Classes of images or videos, in order; a file that cannot be read gives its error instead.
 
     Args:
         run: A run with a model.
-        files: Image files.
+        files: Image files, or video files for a run on videos.
         degree: Degree of the dial; None: the one that the model was trained at.
-        top: How many classes to give for each image.
-        batch_size: Images per forward pass.
+        top: How many classes to give for each file.
+        batch_size: Images, or views of videos, per forward pass.
         device: Where to compute; None: the accelerator if there is one.
     """
     on = device or default_device()
@@ -84,15 +86,19 @@ def predict(
     if not 1 <= top <= len(classes):
         raise ValueError(f"top must lie in [1, {len(classes)}] (classes), got {top}.")
     transform = task.image_transform(model.anatomy)
+    opened = VideoFile if isinstance(task, VideoClassification) else read_image
 
     left = iter(files)
-    while some := list(islice(left, batch_size)):
-        read = [_read(path, transform) for path in some]
-        images = [image for image in read if isinstance(image, Tensor)]
-        logits = model(torch.stack(images).to(on)).float() if images else torch.empty(0, top)
+    while some := list(islice(left, task.eval_batch(batch_size))):
+        read = [_read(path, opened, transform) for path in some]
+        seen = [tensor for tensor in read if isinstance(tensor, Tensor)]
+        if seen:
+            logits = task.predict(model, torch.stack(seen).to(on)).float()
+        else:
+            logits = torch.empty(0, top)
         likely = iter(zip(*task.probabilities(logits).topk(top), strict=True))
         for path, entry in zip(some, read, strict=True):
-            if isinstance(entry, ImageError):
+            if not isinstance(entry, Tensor):
                 yield entry
                 continue
             values, indices = next(likely)
@@ -100,10 +106,12 @@ def predict(
             yield Prediction(str(path), names, tuple(values.tolist()))
 
 
-def _read(path: Path, transform: Transform) -> Tensor | ImageError:
+def _read(
+    path: Path, opened: Callable[[Path], Any], transform: Transform
+) -> Tensor | ImageError | VideoError:
     try:
-        return transform(read_image(path))
-    except ImageError as error:
+        return transform(opened(path))
+    except (ImageError, VideoError) as error:
         return error
 
 

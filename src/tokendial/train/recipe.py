@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 import tokendial.data  # noqa: F401  # registers the data sets
 from tokendial.backbones import Backbone
 from tokendial.compensate import ToCom
+from tokendial.data.clip import Clip
 from tokendial.data.dense import DenseAugment
 from tokendial.data.transforms import Augment
 from tokendial.methods import known, method_class, to_json
@@ -214,6 +215,9 @@ class Recipe(BaseRecipe):
     """Decoder of dense tasks; null: classification."""
     dense: DenseAugment = DenseAugment()
     """How images and masks of dense tasks are varied and tested, instead of `augment`."""
+    clip: Clip = Clip()
+    """Which frames of videos are seen, in how many views videos are tested; `augment` says how
+    clips are varied."""
     distill: DistillSection | None = None
     """Learn from the frozen pre-trained backbone, too (dense tasks); null: no."""
 
@@ -308,6 +312,6 @@ def _all_fields() -> list[str]:
     names = [name for section in sections for name in section.model_fields]
     kinds = ("reduce", "adapt", "decode", "data", "compensate")
     methods = [method_class(kind, name) for kind in kinds for name in known(kind)]
-    for cls in (Augment, DenseAugment, *methods):
+    for cls in (Augment, Clip, DenseAugment, *methods):
         names += [field.name for field in dataclasses.fields(cls)]
     return names

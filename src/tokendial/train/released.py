@@ -34,6 +34,6 @@ def released_run(file: Path, recipe: Recipe) -> Run:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     run = Run(recipe.output)
-    run.claim(recipe, ("mask",), multi_label=False, dense=True)
+    run.claim(recipe, ("mask",), dense=True)
     model.save_pretrained(run.best)
     return run

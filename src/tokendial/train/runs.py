@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 
 from tokendial.atomic import replacing
+from tokendial.data.clip import Clip
 from tokendial.measure import Cost
 from tokendial.reduce.base import ReducerConfig
 from tokendial.saving import load
-from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task
+from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task, VideoClassification
 from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe, check_section
 from tokendial.vit import DialViT
 
@@ -30,7 +31,13 @@ class Run:
         self.best, self.last = self.folder / "best", self.folder / "last"
 
     def claim(
-        self, recipe: BaseRecipe, classes: Sequence[str], *, multi_label: bool, dense: bool
+        self,
+        recipe: BaseRecipe,
+        classes: Sequence[str],
+        *,
+        multi_label: bool = False,
+        dense: bool = False,
+        video: bool = False,
     ) -> None:
         """Make the folder this recipe's, or find that it is already.
 
@@ -39,6 +46,7 @@ class Run:
             classes: Names of the classes, in the order of the logits.
             multi_label: Whether any number of them can be right at once.
             dense: Whether the run learns masks.
+            video: Whether it learns from videos.
 
         Raises:
             ValueError: If another run is in it, or files that are not a run's.
@@ -49,8 +57,8 @@ class Run:
             raise ValueError(f"output: {self.folder} is not empty and holds no run.")
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.classes_file) as path:
-            told = {"classes": list(classes), "multi_label": multi_label, "dense": dense}
-            path.write_text(json.dumps(told) + "\n")
+            kind = {"multi_label": multi_label, "dense": dense, "video": video}
+            path.write_text(json.dumps({"classes": list(classes)} | kind) + "\n")
         with replacing(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
@@ -102,6 +110,12 @@ class Run:
         """Names of the classes in the order of the logits."""
         return tuple(json.loads(self.classes_file.read_text())["classes"])
 
+    def on_videos(self) -> bool:
+        """Whether it learns from videos; a ValueError if the folder holds no run."""
+        self._check()
+        # Runs from before there were videos do not say it.
+        return bool(json.loads(self.classes_file.read_text()).get("video", False))
+
     def task(self) -> Task:
         """What the run learns; a ValueError if the folder holds none."""
         recipe, told = self.recipe(), json.loads(self.classes_file.read_text())
@@ -111,6 +125,7 @@ class Run:
             multi_label=told["multi_label"],
             # Runs from before there were dense tasks do not say it.
             dense=told.get("dense", False),
+            video=self.on_videos(),
         )
 
     def model(self, reduce: ReducerConfig | None = None) -> DialViT:
@@ -154,15 +169,24 @@ class Run:
             path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, metrics]))
 
 
-def task_of(recipe: Recipe, num_classes: int, *, multi_label: bool, dense: bool) -> Task:
+def task_of(
+    recipe: Recipe, num_classes: int, *, multi_label: bool, dense: bool, video: bool
+) -> Task:
     """The task of a recipe on data of that kind.
 
     Raises:
         ValueError: If the recipe does not fit the data.
     """
     if dense != (recipe.decode is not None):
-        needed = "a decoder" if dense else "null, these have labels for whole images"
-        raise ValueError(f"decode must be {needed} for the data {type(recipe.data).__name__}.")
+        needed, have = ("a decoder", "") if dense else ("null", "no ")
+        raise ValueError(
+            f"decode must be {needed} for the data {type(recipe.data).__name__}, "
+            f"which have {have}masks."
+        )
+    if video:
+        return VideoClassification(num_classes, augment=recipe.augment, clip=recipe.clip)
+    if recipe.clip != Clip():
+        raise ValueError(f"clip is for videos, but the data {type(recipe.data).__name__} are not.")
     if not dense:
         return Classification(num_classes, multi_label=multi_label, augment=recipe.augment)
     if num_classes == 1:
