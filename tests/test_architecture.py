@@ -14,7 +14,7 @@ SOURCE = Path(tokendial.__file__).parent
 FLOORS = (
     ("cli",),
     ("demo", "reproduce"),
-    ("show",),
+    ("show", "export"),
     ("train",),
     ("tasks", "data"),
     ("saving", "reference", "compensate"),

@@ -71,9 +71,14 @@ class Grouping:
         kept = take(x_BND, self.keep)
         if self.src.shape[1] == 0:
             return kept
-        absorbed = take(x_BND, self.src).flatten(0, 1)
+        absorbed = take(x_BND, self.src)
+        if torch.compiler.is_exporting():
+            # Other runtimes add up colliding indices slowly, wrongly, or not at all.
+            groups = torch.arange(kept.shape[1], device=kept.device)
+            membership_BGS = groups[:, None] == self.dst[:, None, :]
+            return kept + membership_BGS.to(kept.dtype) @ absorbed
         into = _flat(self.dst, kept.shape[1])
-        return kept.flatten(0, 1).index_add(0, into, absorbed).view(kept.shape)
+        return kept.flatten(0, 1).index_add(0, into, absorbed.flatten(0, 1)).view(kept.shape)
 
     def unmerge(self, y_BGD: Tensor) -> Tensor:
         """Give every old token its group's features; dropped tokens get zeros. [B, N, D]."""
@@ -179,7 +184,7 @@ class Tokens:
         at, count = self.prefix, len(prompts_PD)
 
         def insert(values: Tensor, new: Tensor | float) -> Tensor:
-            between = values.new_zeros(len(values), count, *values.shape[2:]) + new
+            between = values.new_zeros(values.shape[0], count, *values.shape[2:]) + new
             return torch.cat([values[:, :at], between, values[:, at:]], dim=1)
 
         return dataclasses.replace(
@@ -239,7 +244,7 @@ def _moved(origin_BP: Tensor | None, first: int, by: int) -> Tensor | None:
 
 def _flat(index_BK: Tensor, num_tokens: int) -> Tensor:
     """The same indices into the tokens of all images laid end to end. [B * K]."""
-    first = num_tokens * torch.arange(len(index_BK), device=index_BK.device)
+    first = num_tokens * torch.arange(index_BK.shape[0], device=index_BK.device)
     return (index_BK + first.unsqueeze(1)).flatten()
 
 
@@ -252,7 +257,7 @@ def to_grid(patches_BLD: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches as maps [M, D, rows, columns]; M is B, or more if a sequence holds several grids."""
     rows, columns = grid
     maps = patches_BLD.reshape(-1, rows * columns, patches_BLD.shape[-1])
-    return maps.transpose(1, 2).reshape(len(maps), -1, *grid)
+    return maps.transpose(1, 2).reshape(maps.shape[0], -1, *grid)
 
 
 def from_grid(maps_MDRC: Tensor, batch: int) -> Tensor:

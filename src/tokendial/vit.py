@@ -317,7 +317,7 @@ class DialViT(AdaptedViT):
         found = [maps[layer] for layer in layers]
         if self.anatomy.frames is None:
             return found
-        return [each.reshape(len(images), -1, *each.shape[1:]) for each in found]
+        return [each.reshape(images.shape[0], -1, *each.shape[1:]) for each in found]
 
     def cost(self, degree: int | None = None) -> Cost:
         """Parameters, multiply-accumulates and tokens of one image of the configured size.

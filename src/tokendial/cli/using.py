@@ -1,4 +1,4 @@
-"""Commands that use a finished run: eval, predict, show."""
+"""Commands that use a finished run: eval, predict, show, export."""
 
 import csv
 import dataclasses
@@ -211,3 +211,49 @@ def show(
     with replacing(out) as path:
         path.write_bytes(png(figure, dpi=150))
     print(f"wrote {out}")
+
+
+class ExportFormat(StrEnum):
+    """Formats of exported models."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    degree: Degree = None,
+    degrees: Annotated[
+        str | None, typer.Option(help="Several, such as 0,4,8: a bundle with one file of weights.")
+    ] = None,
+    to: Annotated[ExportFormat, typer.Option(help="Format.")] = ExportFormat.onnx,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per call; default: any number.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File (or folder of a bundle); default: RUN/export/.")
+    ] = None,
+) -> None:
+    """Write the best model for other runtimes, and compare what the file gives."""
+    from tokendial.export import export as export_model
+    from tokendial.export import export_bundle
+    from tokendial.train import Run
+    from tokendial.train.evaluate import parse_degrees
+
+    model = Run(run).model()
+    folder = run / "export"
+    if degrees is None:
+        path = out or folder / f"degree_{model.degree if degree is None else degree}.{to}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = [export_model(model, path, degree=degree, batch=batch)]
+    elif degree is not None or to is not ExportFormat.onnx:
+        raise ValueError("degrees makes a bundle of ONNX files: leave degree and pt2 out.")
+    else:
+        wanted = parse_degrees(degrees, model.degrees)
+        found = export_bundle(model, out or folder, wanted, batch=batch)
+    for each in found:
+        print(
+            f"wrote {each.path}: degree {each.degree}, {each.gmacs:.4g} GMACs, "
+            f"logits differ by {each.difference:.1e}"
+        )

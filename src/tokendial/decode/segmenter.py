@@ -73,7 +73,7 @@ class MaskTransformerDecoder(nn.Module):
         grid = x_BDHW.shape[-2:]
         x = self.project(x_BDHW.flatten(2).transpose(1, 2))
         number = self.classes.shape[1]
-        x = self.norm(self.blocks(torch.cat([x, self.classes.expand(len(x), -1, -1)], dim=1)))
+        x = self.norm(self.blocks(torch.cat([x, self.classes.expand(x.shape[0], -1, -1)], dim=1)))
         patches_BLD = F.normalize(self.project_patches(x[:, :-number]), dim=-1)
         classes_BKD = F.normalize(self.project_classes(x[:, -number:]), dim=-1)
         masks_BLK = self.mask_norm(patches_BLD @ classes_BKD.transpose(1, 2))

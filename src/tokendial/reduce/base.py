@@ -191,7 +191,7 @@ def best_tokens(scores_BL: Tensor, count: int, num_prefix_tokens: int) -> Tensor
     Returns:
         [B, num_prefix_tokens + count].
     """
-    prefix = torch.arange(num_prefix_tokens, device=scores_BL.device).expand(len(scores_BL), -1)
+    prefix = torch.arange(num_prefix_tokens, device=scores_BL.device).expand(scores_BL.shape[0], -1)
     best = scores_BL.argsort(dim=1, descending=True, stable=True)[:, :count]
     return torch.cat([prefix, num_prefix_tokens + best], dim=1)
 

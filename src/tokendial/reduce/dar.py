@@ -42,7 +42,7 @@ class DARReducer(Selector):
     def logits(self, layer: int, tokens: Tokens) -> Tensor:
         """The convolution's logits of the patch tokens."""
         logits: Tensor = self.dispatchers[layer - 1](patch_grid(tokens))
-        return logits.reshape(len(tokens.x), -1)
+        return logits.reshape(tokens.x.shape[0], -1)
 
     def losses(self, passes: Passes) -> dict[str, Tensor]:
         """The share of tokens."""

@@ -172,8 +172,8 @@ def _numbered(index_BK: Tensor, grids: int, step: int) -> Tensor:
 
 
 def _split(values: Tensor, grids: int) -> Tensor:
-    return values.reshape(len(values) * grids, values.shape[1] // grids, *values.shape[2:])
+    return values.reshape(values.shape[0] * grids, values.shape[1] // grids, *values.shape[2:])
 
 
 def _join(values: Tensor, grids: int) -> Tensor:
-    return values.reshape(len(values) // grids, values.shape[1] * grids, *values.shape[2:])
+    return values.reshape(values.shape[0] // grids, values.shape[1] * grids, *values.shape[2:])

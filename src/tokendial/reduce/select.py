@@ -132,7 +132,7 @@ class Selector(Reducer):
             count = num_kept_tokens(logits_BL.shape[1], self.share(degree))
             return _run_on_best(ffn, tokens, logits_BL, count)
         logits_BL = logits_BL - self.threshold(degree)
-        always = logits_BL.new_ones(len(logits_BL), tokens.prefix)
+        always = logits_BL.new_ones(logits_BL.shape[0], tokens.prefix)
         if self.training:
             chosen = gumbel_sigmoid(logits_BL, self.temperature)
             mask_BN = torch.cat([always, chosen], dim=1)
