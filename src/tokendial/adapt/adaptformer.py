@@ -83,7 +83,8 @@ class MixedAdaptFormer(Adapter):
             layers: list[Any] = [getattr(expert, side)[layer - 1] for expert in self.experts]
             weight_EOI = torch.stack([linear.weight for linear in layers])
             bias_EO = torch.stack([linear.bias for linear in layers])
-            mixed_BOI = torch.tensordot(share_BE, weight_EOI, dims=1)
+            # As one product of matrices, which autocast knows.
+            mixed_BOI = (share_BE @ weight_EOI.flatten(1)).unflatten(1, weight_EOI.shape[1:])
             out: Tensor = x_BND @ mixed_BOI.transpose(1, 2) + (share_BE @ bias_EO).unsqueeze(1)
             return out
 

@@ -146,7 +146,8 @@ class Compensating:
         seed_all(recipe.seed)
         self.module = Compensator.for_model(model, recipe.compensate, recipe.steps)
         self.task = Classification(
-            len(self.data.classes) or model.num_classes,
+            # Mixup asks for a class, also where nothing has any: neither images nor the model.
+            len(self.data.classes) or model.num_classes or 1,
             multi_label=self.data.multi_label,
             augment=recipe.augment,
         )

@@ -1,0 +1,221 @@
+"""Every shipped recipe: its model at full size against what is published, and a short run of it."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+from layouts import (
+    pieces_of_photographs,
+    write_cifar100,
+    write_fgvc,
+    write_food101,
+    write_images,
+    write_svhn,
+    write_vtab,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from tokendial import wrap
+from tokendial.compensate import Compensator
+from tokendial.reproduce import AGREES, Counted, agreement, count, published_params, read_tables
+from tokendial.train import CompensateRecipe, read_recipe
+from tokendial.train.finetune import build_model
+from tokendial.train.recipe_file import resolved_recipe, shipped_recipes
+
+PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+RECIPES = {name: resolved_recipe(name) for name in shipped_recipes()}
+COMPENSATORS = [name for name, fields in RECIPES.items() if "compensate" in fields]
+
+
+class Row(NamedTuple):
+    """A row of a table of the page."""
+
+    table: str
+    name: str
+    params: str
+    our_params: str
+    cost: str
+    our_cost: str
+
+
+def rows() -> Iterator[tuple[str, Row]]:
+    """Recipes and rows of Sparse-Tuning's tables."""
+    for part in PAGE.split("\n### Table ")[1:]:
+        for line in part.splitlines():
+            if found := re.match(
+                r"\| (.+) \| `(.+)` \| (.+) \| (.+) \| (.+) \| (.+) \| .*\|", line
+            ):
+                name, recipe, *numbers = found.groups()
+                yield recipe, Row(part.partition(":")[0], name, *numbers)
+
+
+ROWS: dict[str, list[Row]] = defaultdict(list)
+for recipe_name, recipe_row in rows():
+    ROWS[recipe_name].append(recipe_row)
+
+
+def entry(row: Row) -> dict:
+    """The same row as it is shipped."""
+    (found,) = (
+        known
+        for known in read_tables()
+        if known["paper"] == "Sparse-Tuning"
+        and known["table"] == row.table
+        and known["row"] in (row.name, f"{row.name} (image)")
+    )
+    return found
+
+
+COUNTED: dict[str, Counted] = {}
+
+
+def counted(name: str) -> Counted:
+    """Parameters and cost at full size; recipes of the same model are counted once."""
+    model = json.dumps([RECIPES[name].get(f) for f in ("model", "reduce", "adapt", "decode")])
+    if model not in COUNTED:
+        recipe = read_recipe(name, ["model.weights=null"])
+        with torch.device("meta"):
+            classes = recipe.decode.num_classes if recipe.decode else 100
+            COUNTED[model] = count(build_model(recipe, classes))
+    return COUNTED[model]
+
+
+def test_the_page_names_every_experiment_and_no_other():
+    folders = {name.split("/")[0] for name in RECIPES if "/" in name}
+    named = {name for name in re.findall(r"`([a-z_0-9/]+)`", PAGE) if name.split("/")[0] in folders}
+    assert named <= set(RECIPES)
+    experiments = [name for name in RECIPES if "/" in name and not name.startswith("dar")]
+    assert [name for name in experiments if name not in named] == []
+    assert len(ROWS) > 50
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_models_have_the_published_parameters_and_cost(name):
+    model = counted(name)
+    for row in ROWS[name]:
+        known = entry(row)
+        ours = {
+            "params_m": published_params(known["config"], model) / 1e6,
+            "gflops": model.macs / 1e9,
+        }
+        assert row.our_params == f"{model.params / 1e6:.2f}"
+        assert row.our_cost == f"{ours['gflops']:.2f}"
+        for printed, column in ((row.params, "params_m"), (row.cost, "gflops")):
+            verdict = known[f"{column.removesuffix('_m')}_verdict"]
+            star = "" if verdict in AGREES else r" \*"
+            assert printed == f"{known[column]:.2f}{star}"
+            assert star or agreement(known[column], ours[column]) in AGREES
+
+
+TRAINED = re.findall(r"^\| .+ \| `(tocom/.+)` \| (\d+\.\d\d) \| .*$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "trained"), TRAINED)
+def test_models_of_tocom_train_what_the_page_says(name, trained):
+    assert trained == f"{counted(name).params / 1e6:.2f}"
+
+
+@pytest.mark.parametrize("name", [name for name in COMPENSATORS if name != "tocom_scenes"])
+def test_compensators_have_the_parameters_of_the_page(name):
+    recipe = read_recipe(name, kind=CompensateRecipe)
+    backbone = replace(recipe.model.backbone(None), weights=None)
+    with torch.device("meta"):
+        model = wrap(backbone.create(), reduce=recipe.reduce, backbone=backbone)
+        plugin = Compensator.for_model(model, recipe.compensate, recipe.steps)
+    (line,) = (line for line in PAGE.splitlines() if f"| `{name}` |" in line)
+    assert line.endswith(f" {sum(p.numel() for p in plugin.parameters()):,} |")
+
+
+CLASSES = 4
+BATCH, TEST = 4, 2
+TRAIN = 2 * BATCH
+LABELS = [number % CLASSES for number in range(TRAIN + TEST)]
+FGVC = {"cub": "images", "cars": "", "dogs": "Images", "flowers": ""}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> dict[str, Path]:
+    """Every data set in its published layout: images for two updates and two to test on."""
+    folder, pieces = tmp_path_factory.mktemp("datasets"), pieces_of_photographs()
+    train, test = LABELS[:TRAIN], LABELS[TRAIN:]
+    write_cifar100(folder / "cifar100", pieces, train, test)
+    write_svhn(folder / "svhn", "train", pieces[:TRAIN], [label + 1 for label in train])
+    write_svhn(folder / "svhn", "test", pieces[TRAIN:][:TEST], [label + 1 for label in test])
+    dishes = [f"dish {label}/{number}" for number, label in enumerate(LABELS)]
+    write_food101(folder / "food101", pieces, dishes[:TRAIN], dishes[TRAIN:])
+    lines = [f"images/{number}.jpg {label}" for number, label in enumerate(LABELS)]
+    lists = {"train800val200.txt": lines[:TRAIN], "test.txt": lines[TRAIN:]}
+    write_vtab(folder / "vtab", pieces, "cifar", lists)
+    for task, images in FGVC.items():
+        write_fgvc(folder / task, pieces, images, TRAIN, TEST)
+    names = [f"{label}/{number}.jpg" for number, label in enumerate(LABELS)]
+    for root in ("imagenet", "image_folder"):
+        for split in ("train", "val"):
+            write_images(folder / root / split, pieces, names)
+    write_images(folder / "unlabelled", pieces, names)
+    write_pairs(folder / "pairs", pieces)
+    return {path.name: path for path in folder.iterdir()}
+
+
+def write_pairs(root: Path, pieces: np.ndarray) -> None:
+    """Masks of two values, which suit binary masks and class indices alike."""
+    for split, some in (("training", pieces[:TRAIN]), ("validation", pieces[TRAIN:][:TEST])):
+        write_images(
+            root / "images" / split, some, (f"{number}.jpg" for number in range(len(some)))
+        )
+        masks = root / "annotations" / split
+        masks.mkdir(parents=True)
+        for number, piece in enumerate(some):
+            bright = piece.mean(axis=2) > piece.mean()
+            Image.fromarray(bright.astype(np.uint8)).save(masks / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> dict[str, Path]:
+    """Files of small models with and without a head, for recipes that need weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    for name, classes in (("head", CLASSES), ("none", 0)):
+        vit = timm.create_model("vit_tiny_patch16_224", num_classes=classes, img_size=32, **SMALL)
+        save_file(vit.state_dict(), folder / f"{name}.safetensors")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+# As deep as it is, so that every layer that a recipe names is there.
+SMALL = {"patch_size": 4, "embed_dim": 24, "num_heads": 3}
+# Enough to see every kind of item.
+SCENES = ("train.batch_size=16", "data.train_size=32", "data.val_size=16", "data.items=shipped")
+
+
+def shrunk(name: str, roots: dict[str, Path], weights: dict[str, Path]) -> list[str]:
+    """Overrides that leave of a recipe what two small updates take."""
+    fields = RECIPES[name]
+    data, compensates = fields["data"]["name"], "compensate" in fields
+    out = [f"train.batch_size={BATCH}", "train.accumulate=1"]
+    if data.startswith("scene"):
+        return [*out, *SCENES, *(["model.weights=null"] if name == "pretrain_scenes" else [])]
+    out += [f"data.root={roots[fields['data'].get('task') if data == 'fgvc' else data]}"]
+    if data not in ("image_folder", "unlabelled", "pairs"):
+        out.append("data.check=false")
+    file = weights["none" if fields.get("loss") == "features" else "head"]
+    out.append(f"model.weights={file if compensates else 'null'}")
+    out += ["model.img_size=32", *(f"model.args.{key}={value}" for key, value in SMALL.items())]
+    if fields["reduce"] and fields["reduce"]["name"] == "ffn_merge":
+        out += ["reduce.r=16", "reduce.step=1"]  # of 64 patches, where there are 1,024
+    return out
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_updates_of_every_recipe(name, roots, weights, cli):
+    command = "compensate" if name in COMPENSATORS else "train"
+    code, printed, err = cli(command, name, *shrunk(name, roots, weights), "--dry-run")
+    assert (code, err) == (0, "")
+    assert re.search(r"train loss \d+\.\d+", printed)
