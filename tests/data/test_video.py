@@ -136,6 +136,10 @@ DAMAGES = {
     ),
     "sound": (lambda path, whole: without_pictures(path), "has no video stream."),
     "cut": (lambda path, whole: cut(whole, path, 0.8), "is cut short."),
+    "codec": (
+        lambda path, whole: path.write_bytes(whole.read_bytes().replace(b"avc1", b"zzzz")),
+        "is encoded in a way that cannot be decoded.",
+    ),
     "index": (lambda path, whole: cut(encode(path, numbered(9)), path, 0.5), NO_VIDEO),
 }
 

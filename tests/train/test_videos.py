@@ -11,7 +11,8 @@ import yaml
 from clips import encode, panned
 
 import tokendial as td
-from tokendial.train import Run, read_recipe
+from tokendial.train import CompensateRecipe, Run, read_recipe
+from tokendial.train.compensate import Compensating
 from tokendial.train.finetune import FineTuning
 
 ARGS = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -101,6 +102,27 @@ def test_videos_that_cannot_be_read_are_told_and_the_others_predicted(run, folde
         f"error: {tmp_path / 'a.mp4'}",
         f"error: {tmp_path / 'c.mp4'}",
     ]
+
+
+def test_a_video_that_breaks_off_stops_training_by_its_name(file, folder, tmp_path, cli):
+    root = tmp_path / "broken"
+    shutil.copytree(folder, root)
+    broken = root / "train" / "rocket" / "2.mp4"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    settings = [f"data.root={root}", f"output={tmp_path / 'run'}", "train.workers=1"]
+    code, _, err = cli("train", file, *settings)
+    assert (code, err) == (2, f"error: {broken} is not a video, or its end is missing.\n")
+    code, _, err = cli(
+        "train", file, *settings, "data.broken=skip", "train.batch_size=2", "--dry-run"
+    )
+    assert code == 0, err
+
+
+def test_compensators_refuse_videos(folder, tmp_path):
+    data = f"data={{name: video_folder, root: {folder}}}"
+    recipe = read_recipe("tocom_scenes", [data, "output=none"], kind=CompensateRecipe)
+    with pytest.raises(ValueError, match="compensators are trained on images"):
+        Compensating(recipe)
 
 
 def test_what_is_for_images_says_so(run, folder, cli):

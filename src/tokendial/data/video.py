@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from tokendial.data.images import ImageError, read_image
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import Packet, VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
@@ -113,9 +113,7 @@ class VideoFile:
             packets, whole, end = [], True, 0.0
             # AVI does not say when frames are shown; FFmpeg guesses.
             timed = container.format.name != "avi"
-            for packet in container.demux():
-                if not packet.size:  # what FFmpeg asks decoders to empty themselves with
-                    continue
+            for packet in filter(_holds_data, container.demux()):
                 if packet.pts is not None and packet.time_base:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream is stream:
@@ -139,14 +137,16 @@ class VideoFile:
                 return
             context, ends = stream.codec_context, self._spans(times)
             asked, last, end = set(times), max(ends.values()), -1
-            for position, packet in enumerate(container.demux(stream)):
+            for position, packet in enumerate(filter(_holds_data, container.demux(stream))):
                 if position in ends:
                     end = ends[position]
                     context.flush_buffers()
                 if position > end:
                     continue
-                # Frames that nothing refers to need no decoding, unless they are asked for.
-                context.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
+                # Frames that nothing refers to need no decoding, unless they are asked for. H.264
+                # says which these are; in HEVC others of a higher layer may still refer to them.
+                if context.name == "h264":
+                    context.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
                 frames = context.decode(packet)
                 if position == end:
                     frames += context.decode(None)
@@ -263,12 +263,19 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
         if not container.streams.video:
             raise VideoError(f"{path} has no video stream.")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise VideoError(f"{path} is encoded in a way that cannot be decoded.")
         # Processes load side by side already.
         stream.codec_context.thread_count = 1
         try:
             yield container, stream
         except av.FFmpegError as error:
             raise VideoError(f"{path} cannot be decoded ({error.strerror}).") from None
+
+
+def _holds_data(packet: "Packet[Any]") -> bool:
+    """Whether a packet is more than FFmpeg's request to decoders to empty themselves."""
+    return packet.size > 0
 
 
 def _starts(packets: Sequence[_Packet]) -> dict[int, int]:
