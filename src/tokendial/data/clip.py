@@ -1,7 +1,9 @@
 """Clips: which frames of a video a model sees, and from which places of the picture.
 
 Sources: Wang et al., "Temporal Segment Networks", https://arxiv.org/abs/1608.00859 (uniform), and
-VideoMAE's code (dense, and the views of the test).
+VideoMAE's code, https://github.com/MCG-NJU/VideoMAE (dense, and the views of the test). Departures
+from that code: uniform parts cover all of the video, not all but a rest; dense frames are exactly
+`sampling_rate` apart, not up to a fifteenth more; RandAugment acts after the crop.
 """
 
 # Shape legend: V views, T frames, H and W pixels.
