@@ -1,11 +1,8 @@
 """Sweeps: named, resumed, shared between processes, stopped; their tables."""
 
-import csv
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from many_runs import marks, rows, start, trained, wait_until
 
-import tokendial
-from tokendial.train import InterruptedRunError, Run
+from tokendial.train import Run
 from tokendial.train.side_by_side import run_all
 from tokendial.train.sweep import plan, read_over, run_name, sweep
 
@@ -48,40 +45,6 @@ def recipe(digits, tmp_path) -> Path:
     }
     path.write_text(yaml.safe_dump(TINY | data))
     return path
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    source = str(Path(tokendial.__file__).parent.parent)
-    return subprocess.Popen(
-        [sys.executable, "-m", "tokendial.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONPATH": source, "PYTHONWARNINGS": "ignore"},
-    )
-
-
-def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def trained(output: str) -> list[str]:
-    """The runs whose training a command says that it started."""
-    return [line.partition(": ")[0] for line in output.splitlines() if ": training, " in line]
-
-
-def marks(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Which file stands where, and since when."""
-    return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_values_are_yaml_and_may_be_lists():
@@ -155,7 +118,8 @@ def test_a_sweep_trains_each_combination_once_and_tells_what_failed(recipe, tmp_
     before = [marks(run) for run in good]
     code, out, _ = cli(*command)
     assert code == 1
-    assert trained(out) == ["train.lr=1e30,seed=0", "train.lr=1e30,seed=1"]
+    assert trained(out) == []
+    assert rows(folder / "results.csv") == found  # what diverged is still told
     assert [marks(run) for run in good] == before
     code, out, _ = cli(*command[:4])
     assert code == 0
@@ -173,6 +137,21 @@ def test_a_sweep_leaves_another_run_alone(recipe, tmp_path, cli):
     assert "seed=0 holds a run; choose another output for the sweep" in err
     assert cli("sweep", recipe) == (2, "", "error: over: what is to be swept is missing, such as "
                                     "--over seed=0,1,2.\n")  # fmt: skip
+
+
+@pytest.mark.parametrize("jobs", [None, 3])
+def test_processes_get_a_gpu_each_in_turn(recipe, tmp_path, monkeypatch, jobs):
+    """Two GPUs are made believe, and processes that tell theirs and fail."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "error: on $CUDA_VISIBLE_DEVICES"; sleep 0.3; exit 2\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    errors = run_all(plan(recipe, [], {"seed": ["0", "1", "2"]}), jobs=jobs, quiet=True)
+    assert [errors["seed=0"], errors["seed=1"]] == ["on 4", "on 7"]
+    if jobs == 3:
+        assert errors["seed=2"] == "on 4"
 
 
 @pytest.mark.slow
@@ -196,29 +175,30 @@ def test_two_processes_share_a_sweep(recipe, tmp_path, cli):
         )
 
 
-@pytest.mark.slow
-def test_a_sweep_stops_on_a_signal_and_goes_on(recipe, tmp_path):
-    settings = ["train.epochs=5000"]
-    process = start("sweep", recipe, *settings, "--over", "seed=0,1", "--jobs", 2)
-    runs = [Run(tmp_path / "out" / f"seed={seed}") for seed in (0, 1)]
-    wait_until(lambda: all(run.metrics() for run in runs), process)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, out
-    assert out.endswith("stopped; the same command goes on from here\n")
-    before = [run.metrics() for run in runs]
+def ask_to_stop(number: int, when: Callable[[], object]) -> None:
+    """Send this process a signal as soon as something has happened."""
 
-    # Nobody holds a lock any more, so this process goes on with the first one, until it is stopped.
-    def stop() -> None:
-        while len(runs[0].metrics()) == len(before[0]):
+    def watch() -> None:
+        while not when():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    watcher = threading.Thread(target=stop, daemon=True)
-    watcher.start()
-    _, planned = plan(recipe, settings, {"seed": ["0", "1"]})
-    with pytest.raises(InterruptedRunError):
-        run_all(planned, jobs=1, quiet=True)
-    watcher.join()
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.slow
+def test_a_sweep_stops_on_a_signal_and_goes_on(recipe, tmp_path, cli):
+    command = ["sweep", recipe, "train.epochs=5000", "--over", "seed=0,1"]
+    runs = [Run(tmp_path / "out" / f"seed={seed}") for seed in (0, 1)]
+    ask_to_stop(signal.SIGINT, lambda: all(run.metrics() for run in runs))
+    code, _, err = cli(*command, "--jobs", 2)
+    assert (code, err) == (130, "stopped; the same command goes on from here\n")
+    before = [run.metrics() for run in runs]
+    # No process is left that holds a lock, so this one goes on with the first run.
+    ask_to_stop(signal.SIGTERM, lambda: len(runs[0].metrics()) > len(before[0]))
+    code, out, err = cli(*command)
+    assert (code, err) == (130, "stopped; the same command goes on from here\n")
+    assert trained(out) == ["seed=0"]
+    assert "resuming at update" in out
     assert runs[0].metrics()[: len(before[0])] == before[0]
     assert runs[1].metrics() == before[1]

@@ -1,20 +1,15 @@
 """VTAB-1k: the search, the final runs, killed and started again, and the table of papers."""
 
-import csv
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from many_runs import marks, rows, start, trained, wait_until
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import tokendial
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
 from tokendial.train import Run
 from tokendial.train.vtab import vtab
@@ -67,42 +62,17 @@ def recipe(tmp_path) -> Path:
     return path
 
 
-def trained(output: str) -> list[str]:
-    """The runs whose training a command says that it started."""
-    return [line.partition(": ")[0] for line in output.splitlines() if ": training, " in line]
-
-
-def marks(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Which file stands where, and since when."""
-    return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.slow
 def test_all_tasks_killed_in_the_middle_and_started_again_end_with_the_table(
     root, recipe, tmp_path, cli
 ):
     command = ["vtab", recipe, root, "data.check=false"]
-    source = str(Path(tokendial.__file__).parent.parent)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokendial.cli", *map(str, command)],
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": source, "PYTHONWARNINGS": "ignore"},
-    )
+    process = start(*command)
     out = tmp_path / "out"
     runs = {task: Run(out / "final" / task) for task in VTAB_TASKS}
-    seventh = runs["sun397"]
-    deadline = time.monotonic() + 120
-    while not seventh.metrics():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(runs["sun397"].metrics, process)  # the seventh
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     done = [task for task, run in runs.items() if run.finished]
     assert 6 <= len(done) < 19
     before = {task: marks(runs[task].folder) for task in done}

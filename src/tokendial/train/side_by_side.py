@@ -16,13 +16,13 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import TextIO
 
 import torch
 
 from tokendial.errors import one_line
 from tokendial.train.finetune import train
-from tokendial.train.loop import InterruptedRunError
+from tokendial.train.loop import NOT_FINITE, InterruptedRunError
 from tokendial.train.recipe import Recipe
 from tokendial.train.runs import Run
 from tokendial.train.signals import stop_requests
@@ -52,45 +52,6 @@ class Planned:
         return Path(f"{self.recipe.output}.log")
 
 
-class _Worker(Protocol):
-    planned: Planned
-
-    def ended(self) -> bool:
-        """Whether it has come to its end."""
-
-    def error(self) -> str | None:
-        """Of one that has ended: what went wrong, in one line."""
-
-    def stop(self) -> None:
-        """Let it write a checkpoint and end."""
-
-
-class _Here:
-    """A run in this process, which is over when it is made."""
-
-    def __init__(self, planned: Planned, log: TextIO, *, quiet: bool) -> None:
-        self.planned, self._error = planned, None
-        try:
-            train(planned.recipe, quiet=quiet)
-        except InterruptedRunError:
-            raise
-        except Exception as error:  # whatever it is, the other runs are to be trained
-            traceback.print_exc(file=log)
-            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            self._error = kind + one_line(error)
-        finally:
-            _release(log)
-
-    def ended(self) -> bool:
-        return True
-
-    def error(self) -> str | None:
-        return self._error
-
-    def stop(self) -> None:
-        raise AssertionError("it is over when it is made")
-
-
 class _Process:
     """A run in a process of its own."""
 
@@ -111,31 +72,52 @@ class _Process:
         log.close()
 
     def ended(self) -> bool:
+        """Whether it has come to its end."""
         return self._process.poll() is not None
 
     def error(self) -> str | None:
+        """Of one that has ended: what went wrong, in one line."""
         code = self._process.returncode
         if code == 0:
             return None
         if code < 0:
             return f"killed by signal {-code} ({signal.Signals(-code).name})"
-        told = [line for line in self.planned.log.read_text().splitlines() if line.strip()]
-        return told[-1].removeprefix("error: ") if told else f"exit code {code}"
+        return _last_line(self.planned.log).removeprefix("error: ") or f"exit code {code}"
 
     def stop(self) -> None:
+        """Ask it to write a checkpoint and end."""
         self._process.terminate()
-        self._process.wait()
+
+
+def _train_here(planned: Planned, log: TextIO, *, quiet: bool) -> str | None:
+    """Train in this process; what went wrong, in one line."""
+    try:
+        train(planned.recipe, quiet=quiet)
+    except InterruptedRunError:
+        raise
+    except Exception as error:  # whatever it is, the other runs are to be trained
+        traceback.print_exc(file=log)
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        return kind + one_line(error)
+    finally:
+        _release(log)
+    return None
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def run_all(
-    planned: Sequence[Planned], *, jobs: int | None = None, quiet: bool = False
+    runs: Sequence[Planned], *, jobs: int | None = None, quiet: bool = False
 ) -> dict[str, str]:
     """Train what is not finished yet, as `train` does; what others train is waited for.
 
     Any number of processes and machines that share the folders may do this at the same time.
 
     Args:
-        planned: The runs.
+        runs: What is to be trained.
         jobs: How many to train side by side, each in a process of its own and on one GPU (in
             turn, if there are more than GPUs). None: as many as there are GPUs; without any, one
             after the other in this process.
@@ -154,16 +136,16 @@ def run_all(
         raise ValueError(f"jobs must be positive, got {jobs}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("jobs: start this without a launcher, it starts its processes itself.")
-    left, errors = list(planned), dict[str, str]()
-    running: dict[int, _Worker] = {}
+    left, errors = list(runs), dict[str, str]()
+    running: dict[int, _Process] = {}
     waiting = False
     with stop_requests() as stop, tempfile.TemporaryDirectory() as recipes:
         try:
             while left or running:
-                for slot, worker in [*running.items()]:
-                    if worker.ended():
+                for slot, process in [*running.items()]:
+                    if process.ended():
                         del running[slot]
-                        _note(worker, errors, quiet=quiet)
+                        _note(process.planned, process.error(), errors, quiet=quiet)
                 if stop.asked:
                     raise InterruptedRunError
                 free = [slot for slot in range(jobs) if slot not in running]
@@ -176,37 +158,46 @@ def run_all(
                         time.sleep(_POLL_S)
                     continue
                 waiting = False
+                planned, log = taken
                 if not quiet:
-                    print(f"{taken[0].name}: training, {len(left)} left", flush=True)
+                    print(f"{planned.name}: training, {len(left)} left", flush=True)
                 if jobs == 1 and not gpus:
-                    running[free[0]] = _Here(*taken, quiet=quiet)
+                    _note(planned, _train_here(planned, log, quiet=quiet), errors, quiet=quiet)
                 else:
                     environment = _environment(free[0], jobs, gpus)
-                    running[free[0]] = _Process(*taken, Path(recipes), environment)
+                    running[free[0]] = _Process(planned, log, Path(recipes), environment)
         finally:
-            for worker in running.values():
-                worker.stop()
+            for process in running.values():
+                process.stop()
+            while not all(process.ended() for process in running.values()):
+                time.sleep(_POLL_S)
     return errors
 
 
-def _note(worker: _Worker, errors: dict[str, str], *, quiet: bool) -> None:
-    name, error = worker.planned.name, worker.error()
+def _note(planned: Planned, error: str | None, errors: dict[str, str], *, quiet: bool) -> None:
     if error is not None:
-        errors[name] = error
+        errors[planned.name] = error
     if not quiet:
-        print(f"{name}: {error or 'finished'}", flush=True)
+        print(f"{planned.name}: {error or 'finished'}", flush=True)
 
 
 def _take(left: list[Planned], errors: dict[str, str]) -> tuple[Planned, TextIO] | None:
-    """The first run that nobody trains, and its lock; forget about those that are finished."""
+    """The first run that nobody trains, and its lock.
+
+    Those that are finished leave the list, and those that diverged: they would do so again.
+    """
     for planned in [*left]:
         log = _lock(planned.log)
         if log is None:
             continue
         left.remove(planned)
         try:
-            if not (planned.run.holds(planned.recipe) and planned.run.finished):
+            begun = planned.run.holds(planned.recipe)
+            _, diverged, update = _last_line(planned.log).partition(NOT_FINITE)
+            if not begun or not (planned.run.finished or diverged):
                 return planned, log
+            if diverged:
+                errors[planned.name] = diverged + update
         except ValueError as error:  # another run is in its folder
             errors[planned.name] = one_line(error)
         _release(log)

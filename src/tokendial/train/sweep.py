@@ -44,7 +44,8 @@ def sweep(
             is trained.
         InterruptedRunError: If the process was asked to stop; the same call goes on.
     """
-    folder, planned = plan(recipe, overrides, read_over(over))
+    planned = plan(recipe, overrides, read_over(over))
+    folder = shared_folder(planned[0])
     result = SweepResult(planned, run_all(planned, jobs=jobs, quiet=quiet))
     result.write(folder)
     return result
@@ -95,20 +96,12 @@ def run_name(settings: Mapping[str, str]) -> str:
 
 def plan(
     recipe: str | Path, overrides: Sequence[str], over: Mapping[str, Sequence[str]]
-) -> tuple[Path, list[Planned]]:
-    """The folder of a sweep, which is the recipe's output, and its runs.
-
-    Raises:
-        ValueError: If a setting or a value is wrong, or the folder holds a run.
-    """
-    planned = [
+) -> list[Planned]:
+    """The runs of a sweep; a ValueError if a setting or a value is wrong."""
+    return [
         planned_run(recipe, overrides, settings, run_name(settings))
         for settings in combinations(over)
     ]
-    folder = Path(planned[0].recipe.output.removesuffix(planned[0].name))
-    if Run(folder).recipe_file.exists():
-        raise ValueError(f"output: {folder} holds a run; choose another output for the sweep.")
-    return folder, planned
 
 
 def planned_run(
@@ -118,3 +111,11 @@ def planned_run(
     own = [f"{field}={value}" for field, value in settings.items()]
     read = read_recipe(recipe, [*overrides, *own])
     return Planned(name, settings, read.model_copy(update={"output": f"{read.output}/{name}"}))
+
+
+def shared_folder(planned: Planned) -> Path:
+    """The recipe's output, below which a run lies; a ValueError if it is the folder of a run."""
+    folder = Path(planned.recipe.output.removesuffix(planned.name))
+    if Run(folder).recipe_file.exists():
+        raise ValueError(f"output: {folder} holds a run; choose another output for the sweep.")
+    return folder

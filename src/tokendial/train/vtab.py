@@ -13,7 +13,7 @@ from tokendial.train.loop import NOT_FINITE
 from tokendial.train.recipe_file import resolved_recipe
 from tokendial.train.results import RunResult
 from tokendial.train.side_by_side import Planned, run_all
-from tokendial.train.sweep import combinations, planned_run, read_over, run_name
+from tokendial.train.sweep import combinations, planned_run, read_over, run_name, shared_folder
 from tokendial.train.vtab_result import VTABResult
 
 
@@ -64,6 +64,7 @@ def vtab(
         own = [*fixed, f"data.task={task}", f"data.split={split}"]
         return planned_run(recipe, own, settings, f"{split}/{name}")
 
+    folder = shared_folder(planned(tasks[0], "final", {}))
     search, chosen, errors = {}, {task: dict[str, str]() for task in tasks}, dict[str, str]()
     if swept:
         search = {task: [planned(task, "search", s) for s in combinations(swept)] for task in tasks}
@@ -76,8 +77,7 @@ def vtab(
     }
     errors |= run_all([run for runs in final.values() for run in runs], jobs=jobs, quiet=quiet)
     result = VTABResult(tuple(tasks), search, chosen, final, errors)
-    some = planned(tasks[0], "final", {})
-    result.write(Path(some.recipe.output.removesuffix(some.name)))
+    result.write(folder)
     return result
 
 
