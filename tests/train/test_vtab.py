@@ -1,5 +1,6 @@
 """VTAB-1k: the search, the final runs, killed and started again, and the table of papers."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
-from tokendial.train import Run
+from tokendial.train import Run, finetune
 from tokendial.train.vtab import vtab
 from tokendial.train.vtab_result import means, read_published
 
@@ -135,6 +136,21 @@ def test_settings_are_chosen_on_the_search_split_and_tested_on_the_final_one(
     assert "diverged" in table
     assert "±" in table
     assert len(rows(out / "search.csv")) == 6
+
+
+def test_a_signal_that_the_search_outlives_stops_the_final_run(root, recipe, cli, monkeypatch):
+    evaluate = finetune.evaluate_loader
+
+    def ask_to_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(finetune, "evaluate_loader", ask_to_stop)
+    command = ["vtab", recipe, root, "data.check=false", "--tasks", "dtd"]
+    code, told, _ = cli(*command, "--over", "adapt.scale=1")
+    assert code == 130
+    assert trained(told) == ["search/dtd,adapt.scale=1"]
+    assert "search/dtd,adapt.scale=1: finished" in told
 
 
 def test_a_task_whose_search_failed_is_not_tested(root, recipe, tmp_path, cli):

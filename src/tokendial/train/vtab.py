@@ -6,6 +6,7 @@ so the test set is read once and nothing is chosen by it.
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tokendial.data import VTAB_TASKS
@@ -13,6 +14,7 @@ from tokendial.train.loop import NOT_FINITE
 from tokendial.train.recipe_file import resolved_recipe
 from tokendial.train.results import RunResult
 from tokendial.train.side_by_side import Planned, run_all
+from tokendial.train.signals import stop_requests
 from tokendial.train.sweep import combinations, planned_run, read_over, run_name, shared_folder
 from tokendial.train.vtab_result import VTABResult
 
@@ -65,17 +67,20 @@ def vtab(
         return planned_run(recipe, own, settings, f"{split}/{name}")
 
     folder = shared_folder(planned(tasks[0], "final", {}))
-    search, chosen, errors = {}, {task: dict[str, str]() for task in tasks}, dict[str, str]()
-    if swept:
-        search = {task: [planned(task, "search", s) for s in combinations(swept)] for task in tasks}
-        errors = run_all([run for runs in search.values() for run in runs], jobs=jobs, quiet=quiet)
-        chosen = _chosen(search, errors)
     each_seed = [{"seed": str(seed)} for seed in seeds] if seeds else [dict[str, str]()]
-    final = {
-        task: [planned(task, "final", settings | seed) for seed in each_seed]
-        for task, settings in chosen.items()
-    }
-    errors |= run_all([run for runs in final.values() for run in runs], jobs=jobs, quiet=quiet)
+    search, chosen, errors = {}, {task: dict[str, str]() for task in tasks}, dict[str, str]()
+    # One block around both: a signal that the last run of the search outlives stops the final ones.
+    with stop_requests():
+        if swept:
+            each = combinations(swept)
+            search = {task: [planned(task, "search", some) for some in each] for task in tasks}
+            errors = run_all([*chain(*search.values())], jobs=jobs, quiet=quiet)
+            chosen = _chosen(search, errors)
+        final = {
+            task: [planned(task, "final", settings | seed) for seed in each_seed]
+            for task, settings in chosen.items()
+        }
+        errors |= run_all([*chain(*final.values())], jobs=jobs, quiet=quiet)
     result = VTABResult(tuple(tasks), search, chosen, final, errors)
     result.write(folder)
     return result
