@@ -133,6 +133,7 @@ def test_settings_are_chosen_on_the_search_split_and_tested_on_the_final_one(
     assert "mean, natural (1 of 7 tasks)" in table
     assert "mean, specialized (0 of 4 tasks)" in table
     assert "mean of the tasks (2 of 19 tasks)" in table
+    assert "87.05" in table  # the paper's mean of these two tasks
     assert "diverged" in table
     assert "±" in table
     assert len(rows(out / "search.csv")) == 6

@@ -141,7 +141,8 @@ class VTABResult:
         if seeds > 1:
             note += f"; mean ± sample standard deviation over {seeds} seeds"
         header = ["task", "this run", *fields, "trained (M)", "GMACs"]
-        return Table("VTAB-1k", f"{note}.", [*header, *(p.method for p in papers)], rows)
+        note += "; means of papers are over the same tasks."
+        return Table("VTAB-1k", note, [*header, *(p.method for p in papers)], rows)
 
     def _task_row(self, task: str, fields: Sequence[str], papers: Sequence[Published]) -> list[str]:
         chosen, results = self.chosen.get(task, {}), self.results.get(task)
@@ -156,7 +157,11 @@ class VTABResult:
     ) -> list[str]:
         row = [title + self._of(name), spread(self.means[name]) if name in self.means else ""]
         row += [""] * (len(fields) + 2)
-        return row + [f"{means(paper.tasks)[name]:.2f}" for paper in papers if paper.tasks]
+        for paper in papers:
+            printed = (paper.tasks or {}).items()
+            same = means({task: value for task, value in printed if task in self.results})
+            row.append(f"{same[name]:.2f}" if name in same else "")
+        return row
 
     def _count(self, name: str) -> int:
         """How many tasks a mean is over."""
