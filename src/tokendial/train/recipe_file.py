@@ -85,9 +85,10 @@ def recipe_schema() -> dict[str, Any]:
     base = {"type": "string", "description": "Recipe that this one changes."}
     for schema in kinds:
         schema["properties"]["base"] = base
-        # A file may leave to its base, or to the command line, what a recipe needs.
-        del schema["required"]
     definitions = {name: part for schema in kinds for name, part in schema.pop("$defs").items()}
+    for part in (*kinds, *definitions.values()):
+        # A file may leave to its base, or to the command line, what a recipe needs.
+        part.pop("required", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Recipe of Tokendial",
