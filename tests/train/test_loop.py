@@ -42,12 +42,17 @@ def weights(run: Run, which: str = "last") -> dict[str, torch.Tensor]:
     return load_file(run.folder / which / "model.safetensors")
 
 
+def learnt(run: Run) -> list[dict[str, float]]:
+    """The records of a run without what depends on the machine."""
+    return [{n: v for n, v in line.items() if n != "data_wait"} for line in run.metrics()]
+
+
 def test_a_run_learns_and_leaves_everything_behind(run):
     metrics = run.metrics()
     assert [line["epoch"] for line in metrics] == list(range(1, 9))
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
     assert run.classes() == ("digit 0", "digit 1", "digit 2", "digit 3")
-    assert list((run.folder / "tensorboard").glob("events*"))
+    assert list((run.folder / "logs").rglob("events*"))
     assert run.recipe().train.epochs == 8
     best = max(line["val_accuracy"] for line in metrics)
     assert best > 0.5
@@ -84,7 +89,7 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(recipe_file, tmp_path
     for which in ("last", "best"):
         expected = weights(alone, which)
         assert all(torch.equal(w, expected[n]) for n, w in weights(killed, which).items())
-    assert killed.metrics() == alone.metrics()
+    assert learnt(killed) == learnt(alone)
 
 
 def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_path, monkeypatch):

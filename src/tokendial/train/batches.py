@@ -1,6 +1,7 @@
 """Batches that are the same whatever happens: any number of workers, killed and resumed."""
 
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from tokendial.train.signals import leave_signals_to_the_parent
 
 
 class Prepared(Dataset[tuple[Tensor, Any]]):
-    """Transforms the samples of a data set; chance depends on (seed, epoch, index) alone."""
+    """Transforms the samples of a data set; chance depends on (seed, epoch, index, copy) alone."""
 
     def __init__(
         self, source: Dataset[tuple[Any, Any]], transform: PairTransform, seed: int
@@ -26,10 +27,9 @@ class Prepared(Dataset[tuple[Tensor, Any]]):
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]  # map-style sets have a length
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any]:
-        epoch, index = key
-        image, target = self.source[index]
-        with seeded(self.seed, epoch, index):
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Any]:
+        image, target = self.source[key[1]]
+        with seeded(self.seed, *key):
             return self.transform(image, target)
 
 
@@ -57,16 +57,29 @@ def seed_all(*key: int) -> None:
     torch.manual_seed(int(words[2]))
 
 
-class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one epoch and one process, from any step on.
+class EpochSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches of (epoch, index, copy) for one epoch and one process, from any step on.
 
     The order of an epoch depends on (seed, epoch) alone. Update `u` takes the next
     `batch_size * accumulate * processes` samples, so that two processes see together what one
     process with twice the batch would see. What is left at the end is not used in this epoch.
+
+    With `repeats` an epoch is as long as before, but shows only the first part of its order, each
+    image so many times in a row, each time varied differently. Processes take turns in this row, so
+    that the copies of an image are in the same update. DeiT's and timm's samplers do the same; they
+    round an epoch down to a multiple of 256 images, we to whole updates.
     """
 
     def __init__(
-        self, size: int, *, batch_size: int, accumulate: int, seed: int, rank: int, processes: int
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        rank: int,
+        processes: int,
+        repeats: int = 1,
     ) -> None:
         """Set up the sampler.
 
@@ -74,7 +87,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             ValueError: If the data set is smaller than one update.
         """
         self.size, self.batch_size, self.accumulate = size, batch_size, accumulate
-        self.seed, self.rank, self.processes = seed, rank, processes
+        self.seed, self.rank, self.processes, self.repeats = seed, rank, processes, repeats
         self.per_update = batch_size * accumulate * processes
         self.updates = size // self.per_update
         self.epoch, self.first_update = 0, 0
@@ -91,14 +104,39 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return (self.updates - self.first_update) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size).tolist()
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        shuffled = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        distinct = shuffled[: -(-self.size // self.repeats)].tolist()
+        row = [(self.epoch, index, copy) for index in distinct for copy in range(self.repeats)]
         for update in range(self.first_update, self.updates):
             first = update * self.per_update
-            mine = order[first + self.rank : first + self.per_update : self.processes]
+            mine = row[first + self.rank : first + self.per_update : self.processes]
             for part in range(self.accumulate):
-                batch = mine[part * self.batch_size : (part + 1) * self.batch_size]
-                yield [(self.epoch, index) for index in batch]
+                yield mine[part * self.batch_size : (part + 1) * self.batch_size]
+
+
+class Awaited(Iterator[Any]):
+    """Hands out the batches of a loader, and tells what share of the time went into waiting."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._start, self._waited = time.perf_counter(), 0.0
+        self._batches = iter(loader)
+        self._waited = self._now()
+
+    def __next__(self) -> Any:
+        before = self._now()
+        try:
+            return next(self._batches)
+        finally:
+            self._waited += self._now() - before
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def waited(self) -> float:
+        """Share of the time since the start, in [0, 1]."""
+        return self._waited / self._now()
 
 
 def train_loader(dataset: Prepared, sampler: EpochSampler, workers: int) -> DataLoader[Any]:
@@ -129,7 +167,7 @@ def eval_loader(
     dataset = Prepared(source, transform, seed=0)
     if len(dataset) < processes:
         rank, processes = 0, 1
-    keys = [(0, index) for index in range(rank, len(dataset), processes)]
+    keys = [(0, index, 0) for index in range(rank, len(dataset), processes)]
     return DataLoader(
         dataset,
         batch_size=batch_size,

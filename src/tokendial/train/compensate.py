@@ -28,7 +28,7 @@ def compensate(recipe: CompensateRecipe, *, quiet: bool = False) -> Run:
     """Train a compensator; go on where a killed run of the same recipe stopped.
 
     Returns:
-        The run's folder: recipe.yaml, metrics.jsonl, checkpoints/, tensorboard/, best/ and last/
+        The run's folder: recipe.yaml, metrics.jsonl, checkpoints/, logs/, best/ and last/
         (saved compensators).
 
     Raises:

@@ -31,7 +31,7 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
     """Train as the recipe says; go on where a killed run of the same recipe stopped.
 
     Returns:
-        The run's folder: recipe.yaml, classes.json, metrics.jsonl, checkpoints/, tensorboard/,
+        The run's folder: recipe.yaml, classes.json, metrics.jsonl, checkpoints/, logs/,
         best/ and last/ (saved models), versions.json and README.md (a draft of a model card).
 
     Raises:

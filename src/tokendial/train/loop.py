@@ -1,7 +1,6 @@
 """The training loop, on Accelerate: one process or many, any device, killed and resumed."""
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,10 +8,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch.utils.data import DataLoader
 
-from tokendial.train.batches import EpochSampler, Prepared, eval_loader, seed_all, train_loader
+from tokendial.train.batches import (
+    Awaited,
+    EpochSampler,
+    Prepared,
+    eval_loader,
+    seed_all,
+    train_loader,
+)
 from tokendial.train.card import write_versions
 from tokendial.train.checkpoint import (
     Ema,
@@ -37,10 +43,14 @@ from tokendial.train.sharding import (
     whole,
 )
 from tokendial.train.signals import StopRequest, stop_requests
+from tokendial.train.tracking import check_trackers, hyper_parameters
 
 NOT_FINITE = "the loss is not finite"
 """What the error of a run that diverged begins with."""
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+_MOST_WAITING = 0.1
 
 
 class InterruptedRunError(Exception):
@@ -80,11 +90,12 @@ class Trainer:
         # One process may train twice, in another precision; Accelerate remembers the first one.
         AcceleratorState._reset_state()
         fsdp = fsdp_plugin()
+        check_trackers(settings.trackers)
         self.accelerator = Accelerator(
             mixed_precision=_PRECISION[settings.precision],
             gradient_accumulation_steps=settings.accumulate,
-            log_with="tensorboard",
-            project_dir=self.run.folder,
+            log_with=settings.trackers or None,
+            project_config=ProjectConfiguration(self.run.folder, self.run.folder / "logs"),
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             fsdp_plugin=fsdp,
         )
@@ -121,6 +132,7 @@ class Trainer:
             batch_size=settings.batch_size,
             accumulate=settings.accumulate,
             seed=recipe.seed,
+            repeats=settings.repeats,
             **shard,
         )
         self.train_loader = train_loader(prepared, self.sampler, settings.workers)
@@ -145,7 +157,7 @@ class Trainer:
                 shown.note(f"resuming at update {self.at.update} of {self.updates}")
             if self.main:
                 write_versions(self.run)
-            self.accelerator.init_trackers("tensorboard")
+            self.accelerator.init_trackers("tokendial", hyper_parameters(self.recipe))
             with stop_requests() as self.stop:
                 # An epoch whose last update is done may still have to be evaluated.
                 done = (self.at.update - bool(self.at.batches)) // self.sampler.updates
@@ -159,11 +171,11 @@ class Trainer:
     def _train_epoch(self, epoch: int, shown: Display) -> None:
         self.model.train()
         self.sampler.start(epoch, self.at.update - epoch * self.sampler.updates)
-        loader = iter(self.train_loader)
+        self.batches = Awaited(self.train_loader)
         for _ in range(self.sampler.updates - self.sampler.first_update):
             self.scheduler.step_update(self.at.update)
             self.job.before_update(self.at.update, self.sampler.updates)
-            loss, hits, stop = self._together(*self._update(loader))
+            loss, hits, stop = self._together(*self._update())
             self.at.update += 1
             self.at.loss_sum += loss
             self.at.hits_sum += hits
@@ -177,11 +189,11 @@ class Trainer:
             if stop:
                 raise InterruptedRunError
 
-    def _update(self, loader: Iterator[Any]) -> tuple[float, float]:
+    def _update(self) -> tuple[float, float]:
         """One optimizer step; returns mean loss and share of hits of this process."""
         losses, hits = 0.0, 0.0
         for part in range(self.settings.accumulate):
-            images, targets = (t.to(self.accelerator.device) for t in next(loader))
+            images, targets = (t.to(self.accelerator.device) for t in next(self.batches))
             # Dropout, stochastic depth and mixup draw from here on; a resumed run draws the same.
             seed_all(self.recipe.seed, self.at.update, part, self.accelerator.process_index)
             images, targets = self.job.mixed(images, targets)
@@ -216,7 +228,7 @@ class Trainer:
         return loss, hits, stop > 0
 
     def _finish_epoch(self, epoch: int, shown: Display) -> None:
-        at = self.at
+        at, waited = self.at, self.batches.waited
         averaged = self.ema.in_place(self.job.module) if self.ema else nullcontext()
         with averaged, gathered(self.model):
             scores = {}
@@ -228,6 +240,7 @@ class Trainer:
                 "update": at.update,
                 "train_loss": at.loss_sum / at.batches,
                 f"train_{self.job.shows}": at.hits_sum / at.batches,
+                "data_wait": waited,
             } | {f"val_{name}": value for name, value in scores.items()}
             if self.main:
                 if judged > at.best:
@@ -241,6 +254,11 @@ class Trainer:
         self.accelerator.log(numbers, step=at.update)
         val = f", val {name.replace('_', ' ')} {judged:.2%}" if scores else ""
         shown.note(f"epoch {epoch + 1}: train loss {record['train_loss']:.4f}{val}")
+        if waited > _MOST_WAITING:
+            shown.note(
+                f"training waited for images {waited:.0%} of this epoch: raise train.workers "
+                f"({self.settings.workers})"
+            )
 
     def _checkpoint(self) -> None:
         state = {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -14,6 +15,7 @@ from pydantic import (
     PlainSerializer,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -146,6 +148,12 @@ class TrainSection(_Section):
     give; null: none."""
     workers: int = Field(0, ge=0)
     """Processes that load images; 0: the training process itself."""
+    repeats: int = Field(1, ge=1)
+    """How often an epoch shows an image, each time varied differently; it shows as many images
+    fewer. DeiT repeats 3 times."""
+    trackers: list[str] = ["tensorboard"]
+    """Where losses, metrics and the recipe are logged: any of Accelerate's trackers, such as wandb
+    or mlflow; files lie in the run's folder, in logs."""
     evaluate: Literal["every", "last"] = "every"
     """Epochs after which the model is evaluated: every one, or the last alone, so that nothing is
     chosen by what it is evaluated on; best is then the same model as last."""
@@ -163,6 +171,16 @@ class TrainSection(_Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr must be at most lr ({self.lr}), got {self.min_lr}")
         return self
+
+    @field_validator("trackers")
+    @classmethod
+    def _known(cls, trackers: list[str]) -> list[str]:
+        for name in trackers:
+            if name not in LOGGER_TYPE_TO_CLASS:
+                raise ValueError(
+                    f"must be some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, got {name!r}"
+                )
+        return trackers
 
 
 class DistillSection(_Section):

@@ -16,6 +16,9 @@ from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task, Vid
 from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe, check_section
 from tokendial.vit import DialViT
 
+_FREE = ("output", "train.workers", "train.trackers")
+"""Fields of a recipe that may change while a run goes on: they do not change what is learnt."""
+
 
 class Run:
     """Paths and records of a run folder."""
@@ -82,9 +85,9 @@ class Run:
             raise ValueError(
                 f"output: {self.folder} holds another run ({error}); choose another output."
             ) from None
-        old, new = (_flat(yaml.safe_load(some.to_yaml())) for some in (there, recipe))
+        old, new = (flat(yaml.safe_load(some.to_yaml())) for some in (there, recipe))
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name) and name not in ("output", "train.workers"):
+            if old.get(name) != new.get(name) and name not in _FREE:
                 raise ValueError(
                     f"output: {self.folder} holds another run: its {name} is "
                     f"{old.get(name)}, not {new.get(name)}; choose another output."
@@ -194,11 +197,12 @@ def task_of(
     return Segmentation(num_classes, recipe.dense)
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found
