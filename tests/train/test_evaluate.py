@@ -1,14 +1,16 @@
 import csv
 import json
 import shutil
+import tarfile
 
 import pytest
 import torch
 
-from tokendial.data import read_image
+from tokendial.data import ImageError, find_sources, read_image
 from tokendial.train import Run
 from tokendial.train.evaluate import evaluate, images_per_second, parse_degrees
 from tokendial.train.predict import predict
+from tokendial.train.predict_ray import predict_on_ray
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,53 @@ def test_predictions_are_mostly_right(run, digits):
         answer.classes[0] == file.parent.name for answer, file in zip(answers, files, strict=True)
     ]
     assert sum(right) / len(right) == pytest.approx(evaluate(run, "2")[0].accuracy)
+
+
+def shard_of(files, path):
+    with tarfile.open(path, "w") as shard:
+        for number, file in enumerate(files):
+            shard.add(file, arcname=f"{number:03d}.png")
+    return path
+
+
+def test_images_in_shards_are_predicted_like_files(run, digits, tmp_path, cli):
+    files = sorted(digits.glob("val/*/*.png"))[:5]
+    shard = shard_of(files, tmp_path / "images.tar")
+    in_files, in_shard = list(predict(run, files)), list(predict(run, find_sources([tmp_path])))
+    assert [a.classes for a in in_shard] == [a.classes for a in in_files]
+    assert [a.probabilities for a in in_shard] == [a.probabilities for a in in_files]
+    code, out, _ = cli("predict", run.folder, shard)
+    assert code == 0
+    assert out.splitlines()[1].startswith(f'"{shard}, sample 000",')
+    shard.write_bytes(shard.read_bytes()[:700])
+    code, _, err = cli("predict", run.folder, shard)
+    assert code == 2
+    assert "is not a whole, uncompressed tar file" in err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_gives_the_answers_of_one_process_in_their_order(run, digits, tmp_path):
+    files = sorted(digits.glob("val/*/*.png"))[:9]
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    shard = shard_of(files[5:], tmp_path / "images.tar")
+    sources = [*files[:3], broken, *files[3:5], *find_sources([shard])]
+    settings = {"degree": 4, "top": 2, "batch_size": 4}
+    plain = list(predict(run, sources, **settings))
+    answers = list(predict_on_ray(run, sources, **settings))
+    assert len(answers) == len(plain) == 10
+    for ours, theirs in zip(answers, plain, strict=True):
+        if isinstance(theirs, ImageError):
+            assert str(ours) == str(theirs)
+            continue
+        assert (ours.path, ours.classes) == (theirs.path, theirs.classes)
+        assert ours.probabilities == pytest.approx(theirs.probabilities, abs=1e-6)
+
+
+def test_ray_tells_mistakes_before_it_starts(run, digits):
+    with pytest.raises(ValueError, match=r"top must lie in \[1, 4\] \(classes\), got 5"):
+        list(predict_on_ray(run, sorted(digits.glob("val/*/*.png")), top=5))
 
 
 def test_more_classes_than_there_are_raise(run, digits):

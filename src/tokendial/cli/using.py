@@ -137,7 +137,7 @@ def predict(
     run: RunFolder,
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Images (videos, if the run is on videos), or folders."),
+        typer.Argument(help="Images (videos, if the run is on videos), shards (.tar), folders."),
     ],
     degree: Degree = None,
     form: Annotated[Format, typer.Option("--format", help="Form of the output.")] = Format.csv,
@@ -147,22 +147,30 @@ def predict(
     tiles: Annotated[
         bool, typer.Option(help="Windows at full resolution, for large images.")
     ] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Classes: on all GPUs of a cluster, by Ray Data.")
+    ] = False,
 ) -> None:
     """Class and probability, or mask, of each file; exit code 1 if some could not be read."""
-    from tokendial.data import ImageError, VideoError, find_images, find_videos
+    from tokendial.data import ImageError, VideoError, find_images, find_sources, find_videos
     from tokendial.train import Run
     from tokendial.train.predict import MaskFile, Prediction, predict_masks
     from tokendial.train.predict import predict as run_prediction
+    from tokendial.train.predict_ray import predict_on_ray
 
     if out is None and (overlay or tiles):
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
+    if out is not None and ray:
+        raise ValueError("ray is for classes: masks are written by one process.")
     trained = Run(run)
-    files = find_videos(paths) if trained.on_videos() else find_images(paths)
-    answers: Iterator[Prediction | MaskFile | ImageError | VideoError] = (
-        run_prediction(trained, files, degree=degree, top=top)
-        if out is None
-        else predict_masks(trained, files, out, degree=degree, overlay=overlay, tiles=tiles)
-    )
+    answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
+    if out is None:
+        sources = find_videos(paths) if trained.on_videos() else find_sources(paths)
+        answer_all = predict_on_ray if ray else run_prediction
+        answers = answer_all(trained, sources, degree=degree, top=top)
+    else:
+        files = find_images(paths)
+        answers = predict_masks(trained, files, out, degree=degree, overlay=overlay, tiles=tiles)
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
     for number, answer in enumerate(answers):

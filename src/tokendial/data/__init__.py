@@ -12,7 +12,7 @@ from tokendial.data.imagenet import ImageNet
 from tokendial.data.images import ImageError, find_images, read_image
 from tokendial.data.pairs import Pairs
 from tokendial.data.scenes import SceneMasks, Scenes
-from tokendial.data.shards import WebDataset
+from tokendial.data.shards import ShardImage, WebDataset, find_sources
 from tokendial.data.splits import Splits
 from tokendial.data.svhn import SVHN
 from tokendial.data.transforms import Augment, eval_transform, train_transform
@@ -42,6 +42,7 @@ __all__ = [
     "SSv2",
     "SceneMasks",
     "Scenes",
+    "ShardImage",
     "Splits",
     "Unlabelled",
     "Video",
@@ -52,6 +53,7 @@ __all__ = [
     "WebDataset",
     "eval_transform",
     "find_images",
+    "find_sources",
     "find_videos",
     "read_image",
     "train_transform",

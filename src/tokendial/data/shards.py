@@ -12,7 +12,7 @@ import logging
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -23,7 +23,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from tokendial.atomic import replacing
-from tokendial.data.images import IMAGE_SUFFIXES, decode_image
+from tokendial.data.images import (
+    IMAGE_SUFFIXES,
+    ImageError,
+    decode_image,
+    find_images,
+    images_in,
+)
 from tokendial.data.labelled import read_number
 from tokendial.data.splits import Splits
 from tokendial.methods import register
@@ -171,36 +177,15 @@ def read_shard(shard: Path, label: str) -> _Index:
     """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
-    try:
-        # "r:" opens tar files that are not compressed, as only these can be read from any place.
-        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            end = 0
-            for member in tar:
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                # WebDataset keeps names with two underscores for itself; nameless files are
-                # those that a desktop leaves behind.
-                if not member.isreg() or not stem or stem.startswith("__"):
-                    continue
-                key = f"{folder}{slash}{stem}"
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    if key in images:
-                        raise ValueError(f"data: {shard}, sample {key} has two images.")
-                    images[key] = (member.offset_data, member.size)
-                elif suffix == label:
-                    content = tar.extractfile(member)
-                    text = content.read().decode("ascii", "replace").strip() if content else ""
-                    place = f"{shard}, {member.name}"
-                    labels[key] = read_number(text, "label", 0, _MANY, place)
-            # A header that is cut or damaged looks like the end to tarfile.
-            file.seek(end)
-            if file.read(_BLOCK) != bytes(_BLOCK):
-                raise tarfile.ReadError("its end is missing")
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(
-            f"data: {shard} is not a whole, uncompressed tar file ({error})."
-        ) from None
+    for key, suffix, member, tar in _members(shard):
+        if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+            if key in images:
+                raise ValueError(f"data: {shard}, sample {key} has two images.")
+            images[key] = (member.offset_data, member.size)
+        elif suffix == label:
+            content = tar.extractfile(member)
+            text = content.read().decode("ascii", "replace").strip() if content else ""
+            labels[key] = read_number(text, "label", 0, _MANY, f"{shard}, {member.name}")
     for some, others, lacking in ((images, labels, f".{label} file"), (labels, images, "image")):
         if odd := [key for key in some if key not in others]:
             raise ValueError(f"data: {shard}, sample {odd[0]} has no {lacking}.")
@@ -213,6 +198,88 @@ def read_shard(shard: Path, label: str) -> _Index:
         "size": places[:, 1],
         "label": np.array([labels[key] for key in images], np.int64),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class ShardImage:
+    """An image inside a shard."""
+
+    shard: Path
+    """The tar file."""
+    key: str
+    """Name of the sample, without the ending of the image."""
+    offset: int
+    """Where the image begins in the shard, in bytes."""
+    size: int
+    """Its length in bytes."""
+
+    def __str__(self) -> str:
+        return f"{self.shard}, sample {self.key}"
+
+    def read(self) -> Image.Image:
+        """Read it as 8-bit RGB; an ImageError if it cannot be decoded."""
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            return decode_image(file.read(self.size), str(self))
+
+
+def find_sources(paths: Iterable[str | Path]) -> list[Path | ShardImage]:
+    """Image files among `paths`, and the images in shards (.tar); folders are searched through.
+
+    Raises:
+        ImageError: If a path does not exist, or nothing is found.
+        ValueError: If a shard is compressed or cut off.
+    """
+    searched = list(map(Path, paths))
+    found: list[Path | ShardImage] = []
+    for path in searched:
+        if path.is_dir():
+            shards = sorted(path.rglob("*.tar"))
+            found += images_in(path)
+        else:
+            shards = [path] if path.suffix == ".tar" and path.is_file() else []
+            found += [] if shards else find_images([path])
+        found += [image for shard in shards for image in shard_images(shard)]
+    if not found:
+        raise ImageError(f"no images found in {', '.join(map(str, searched))}.")
+    return found
+
+
+def shard_images(shard: Path) -> list[ShardImage]:
+    """The images of a shard in their order, with or without labels.
+
+    Raises:
+        ValueError: If the shard is compressed or cut off.
+    """
+    return [
+        ShardImage(shard, key, member.offset_data, member.size)
+        for key, suffix, member, _ in _members(shard)
+        if f".{suffix.lower()}" in IMAGE_SUFFIXES
+    ]
+
+
+def _members(shard: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, tarfile.TarFile]]:
+    """Key and ending of each file of a shard, the file, and the open shard."""
+    try:
+        # "r:" opens tar files that are not compressed, as only these can be read from any place.
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            end = 0
+            for member in tar:
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                # WebDataset keeps names with two underscores for itself; nameless files are
+                # those that a desktop leaves behind.
+                if member.isreg() and stem and not stem.startswith("__"):
+                    yield f"{folder}{slash}{stem}", suffix, member, tar
+            # A header that is cut or damaged looks like the end to tarfile.
+            file.seek(end)
+            if file.read(_BLOCK) != bytes(_BLOCK):
+                raise tarfile.ReadError("its end is missing")
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(
+            f"data: {shard} is not a whole, uncompressed tar file ({error})."
+        ) from None
 
 
 def _load_index(path: Path, stamp: str) -> _Index | None:

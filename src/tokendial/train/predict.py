@@ -1,11 +1,10 @@
 """Using a finished run on images or videos without labels: classes, or masks written as files."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from tokendial.atomic import replacing
 from tokendial.data.images import ImageError, read_image
-from tokendial.data.transforms import Transform
+from tokendial.data.shards import ShardImage
 from tokendial.data.video import VideoError, VideoFile
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
 from tokendial.tasks.dense import best_class, frame_of, sized, slide
@@ -54,65 +53,97 @@ class MaskFile:
     """Share of the pixels that lie inside, or that are of any class but the first."""
 
 
-@torch.no_grad()
+Source = Path | ShardImage
+"""What a class is predicted of: an image or video file, or an image in a shard."""
+Answer = Prediction | ImageError | VideoError
+"""What comes of a source: an error if it cannot be read."""
+
+
+class Predictor:
+    """Classes of images or videos by the best model of a run."""
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        degree: int | None = None,
+        top: int = 1,
+        batch_size: int = 32,
+        device: str | None = None,
+    ) -> None:
+        """Load the model; see `predict`.
+
+        Raises:
+            ValueError: If the run has no model or learns masks, or `degree` or `top` is not there.
+        """
+        self.device, self.top = device or default_device(), top
+        self.model = run.model().to(self.device)
+        if degree is not None:
+            self.model.set_degree(degree)
+        self.classes, task = run.classes(), run.task()
+        if not isinstance(task, Classification):
+            raise ValueError(
+                f"{run.folder} predicts masks, not classes: give a folder for them (--out)."
+            )
+        if not 1 <= top <= len(self.classes):
+            raise ValueError(f"top must lie in [1, {len(self.classes)}] (classes), got {top}.")
+        self.task = task
+        self.batch = task.eval_batch(batch_size)
+        """Sources that go together through the model."""
+        self._transform = task.image_transform(self.model.anatomy)
+        self._of_videos = isinstance(task, VideoClassification)
+
+    @torch.no_grad()
+    def __call__(self, sources: Sequence[Source]) -> list[Answer]:
+        """Classes of each, most probable first."""
+        read = [self._read(source) for source in sources]
+        seen = [tensor for tensor in read if isinstance(tensor, Tensor)]
+        if not seen:
+            return [entry for entry in read if not isinstance(entry, Tensor)]
+        logits = self.task.predict(self.model, torch.stack(seen).to(self.device)).float()
+        likely = iter(zip(*self.task.probabilities(logits).topk(self.top), strict=True))
+        answers: list[Answer] = []
+        for source, entry in zip(sources, read, strict=True):
+            if not isinstance(entry, Tensor):
+                answers.append(entry)
+                continue
+            values, indices = next(likely)
+            names = tuple(self.classes[index] for index in indices.tolist())
+            answers.append(Prediction(str(source), names, tuple(values.tolist())))
+        return answers
+
+    def _read(self, source: Source) -> Tensor | ImageError | VideoError:
+        try:
+            if isinstance(source, ShardImage):
+                return self._transform(source.read())
+            return self._transform(VideoFile(source) if self._of_videos else read_image(source))
+        except (ImageError, VideoError) as error:
+            return error
+
+
 def predict(
     run: Run,
-    files: Iterable[Path],
+    sources: Iterable[Source],
     *,
     degree: int | None = None,
     top: int = 1,
     batch_size: int = 32,
     device: str | None = None,
-) -> Iterator[Prediction | ImageError | VideoError]:
-    """Classes of images or videos, in order; a file that cannot be read gives its error instead.
+) -> Iterator[Answer]:
+    """Classes of images or videos, in order; one that cannot be read gives its error instead.
 
     Args:
         run: A run with a model.
-        files: Image files, or video files for a run on videos.
+        sources: Image files and images in shards, or video files for a run on videos.
         degree: Degree of the dial; None: the one that the model was trained at.
-        top: How many classes to give for each file.
+        top: How many classes to give for each.
         batch_size: Images, or views of videos, per forward pass.
         device: Where to compute; None: the accelerator if there is one.
     """
-    on = device or default_device()
-    model = run.model().to(on)
-    if degree is not None:
-        model.set_degree(degree)
-    classes, task = run.classes(), run.task()
-    if not isinstance(task, Classification):
-        raise ValueError(
-            f"{run.folder} predicts masks, not classes: give a folder for them (--out)."
-        )
-    if not 1 <= top <= len(classes):
-        raise ValueError(f"top must lie in [1, {len(classes)}] (classes), got {top}.")
-    transform = task.image_transform(model.anatomy)
-    opened = VideoFile if isinstance(task, VideoClassification) else read_image
-
-    left = iter(files)
-    while some := list(islice(left, task.eval_batch(batch_size))):
-        read = [_read(path, opened, transform) for path in some]
-        seen = [tensor for tensor in read if isinstance(tensor, Tensor)]
-        if seen:
-            logits = task.predict(model, torch.stack(seen).to(on)).float()
-        else:
-            logits = torch.empty(0, top)
-        likely = iter(zip(*task.probabilities(logits).topk(top), strict=True))
-        for path, entry in zip(some, read, strict=True):
-            if not isinstance(entry, Tensor):
-                yield entry
-                continue
-            values, indices = next(likely)
-            names = tuple(classes[index] for index in indices.tolist())
-            yield Prediction(str(path), names, tuple(values.tolist()))
-
-
-def _read(
-    path: Path, opened: Callable[[Path], Any], transform: Transform
-) -> Tensor | ImageError | VideoError:
-    try:
-        return transform(opened(path))
-    except (ImageError, VideoError) as error:
-        return error
+    predictor = Predictor(run, degree=degree, top=top, batch_size=batch_size, device=device)
+    left = iter(sources)
+    while some := list(islice(left, predictor.batch)):
+        yield from predictor(some)
 
 
 @torch.no_grad()
