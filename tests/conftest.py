@@ -1,10 +1,14 @@
 import os
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from examples import tiny_vit
 from hypothesis import settings
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 from tokendial.cli import main
@@ -20,6 +24,22 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 @pytest.fixture
 def vit() -> nn.Module:
     return tiny_vit()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A real image folder, digits of scikit-learn: 4 classes, 60 + 20 images of each."""
+    root = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for digit in range(4):
+        pictures = data.images[data.target == digit]
+        for split, part in (("train", pictures[:60]), ("val", pictures[60:80])):
+            folder = root / split / f"digit {digit}"
+            folder.mkdir(parents=True)
+            for number, picture in enumerate(part):
+                grey = Image.fromarray((picture * 15.9).astype(np.uint8)).resize((32, 32))
+                grey.save(folder / f"{number}.png")
+    return root
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
-"""A real image folder (digits of scikit-learn), a recipe for it, and a finished run."""
+"""A recipe for the image folder of digits, and a finished run."""
 
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from tokendial.train import Run, read_recipe, train
 
@@ -25,22 +22,6 @@ RECIPE = {
     "augment": {"crop": False, "flip": 0.0},
     "train": {"epochs": 8, "batch_size": 20, "lr": 0.003, "warmup_epochs": 1},
 }
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> Path:
-    """Folder with 4 classes, 60 training and 20 validation images each."""
-    root = tmp_path_factory.mktemp("digits")
-    data = load_digits()
-    for digit in range(4):
-        pictures = data.images[data.target == digit]
-        for split, part in (("train", pictures[:60]), ("val", pictures[60:80])):
-            folder = root / split / f"digit {digit}"
-            folder.mkdir(parents=True)
-            for number, picture in enumerate(part):
-                grey = Image.fromarray((picture * 15.9).astype(np.uint8)).resize((32, 32))
-                grey.save(folder / f"{number}.png")
-    return root
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ def sweep(
     jobs: Jobs = None,
 ) -> None:
     """Train a recipe at every combination of some settings; exit code 1 if a run failed."""
-    from tokendial.train.sweep import sweep as run_sweep
+    from tokendial.sweeps import sweep as run_sweep
 
     if not over:
         raise ValueError("over: what is to be swept is missing, such as --over seed=0,1,2.")
@@ -57,7 +57,7 @@ def vtab(
 ) -> None:
     """Train on VTAB-1k's tasks, test once, and print the table; exit code 1 if a run failed."""
     from tokendial.data import VTAB_TASKS
-    from tokendial.train.vtab import vtab as run_vtab
+    from tokendial.sweeps import vtab as run_vtab
 
     if seeds is not None and not all(seed.isdecimal() for seed in seeds.split(",")):
         raise ValueError(f"seeds must look like 0,1,2, got {seeds!r}.")

@@ -169,7 +169,7 @@ def predict(
         answer_all = predict_on_ray if ray else run_prediction
         answers = answer_all(trained, sources, degree=degree, top=top)
     else:
-        files = find_images(paths)
+        files = find_videos(paths) if trained.on_videos() else find_images(paths)
         answers = predict_masks(trained, files, out, degree=degree, overlay=overlay, tiles=tiles)
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")

@@ -12,9 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
+from tokendial.sweeps import vtab
+from tokendial.sweeps.vtab_result import means, read_published
 from tokendial.train import Run, finetune
-from tokendial.train.vtab import vtab
-from tokendial.train.vtab_result import means, read_published
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,19 @@ from itertools import chain
 from pathlib import Path
 
 from tokendial.data import VTAB_TASKS
+from tokendial.sweeps.combinations import (
+    combinations,
+    planned_run,
+    read_over,
+    run_name,
+    shared_folder,
+)
+from tokendial.sweeps.results import RunResult
+from tokendial.sweeps.side_by_side import Planned, run_all
+from tokendial.sweeps.vtab_result import VTABResult
 from tokendial.train.loop import NOT_FINITE
 from tokendial.train.recipe_file import resolved_recipe
-from tokendial.train.results import RunResult
-from tokendial.train.side_by_side import Planned, run_all
 from tokendial.train.signals import stop_requests
-from tokendial.train.sweep import combinations, planned_run, read_over, run_name, shared_folder
-from tokendial.train.vtab_result import VTABResult
 
 
 def vtab(

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from many_runs import marks, rows, start, trained, wait_until
 
+from tokendial.sweeps import sweep
+from tokendial.sweeps.combinations import plan, read_over, run_name
+from tokendial.sweeps.side_by_side import run_all
 from tokendial.train import Run
-from tokendial.train.side_by_side import run_all
-from tokendial.train.sweep import plan, read_over, run_name, sweep
 
 TINY = {
     "model": {
@@ -167,7 +168,7 @@ def test_two_processes_share_a_sweep(recipe, tmp_path, cli):
     assert "seed=0" in trained(theirs)
     assert trained(mine)
     for run in runs:
-        assert len(list((run.folder / "tensorboard").rglob("events*"))) == 1
+        assert len(list((run.folder / "logs" / "tokendial").glob("events*"))) == 1
         # Each tells of all of them, whoever trained them.
         accuracy = f"{100 * run.metrics()[-1]['val_accuracy']:.2f}"
         assert all(

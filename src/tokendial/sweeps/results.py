@@ -8,8 +8,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from tokendial.measure import Cost
-from tokendial.train.side_by_side import Planned
-from tokendial.train.tables import Table, shown, spread, write_csv, write_text
+from tokendial.sweeps.side_by_side import Planned
+from tokendial.sweeps.tables import Table, shown, spread, write_csv, write_text
 
 _SHOWN_SCORES = 3
 _NOTE = (

@@ -10,10 +10,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
+from tokendial.sweeps.results import RunResult
+from tokendial.sweeps.side_by_side import Planned
+from tokendial.sweeps.tables import Table, shown, spread, write_csv, write_text
 from tokendial.train.loop import NOT_FINITE
-from tokendial.train.results import RunResult
-from tokendial.train.side_by_side import Planned
-from tokendial.train.tables import Table, shown, spread, write_csv, write_text
 
 
 @dataclass(frozen=True, slots=True)

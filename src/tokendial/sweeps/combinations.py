@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from tokendial.sweeps.results import SweepResult
+from tokendial.sweeps.side_by_side import Planned, run_all
+from tokendial.sweeps.tables import shown
 from tokendial.train.recipe_file import read_recipe
-from tokendial.train.results import SweepResult
 from tokendial.train.runs import Run
-from tokendial.train.side_by_side import Planned, run_all
-from tokendial.train.tables import shown
 
 _LONGEST_NAME = 120
 
