@@ -1,4 +1,4 @@
-"""What tests of sweeps share: starting the command line, and reading what it says and leaves."""
+"""What tests of sweeps share: a tiny recipe, the command line started, what it says and leaves."""
 
 import csv
 import os
@@ -9,6 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tokendial
+
+TINY = {
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "weights": None,
+        "img_size": 16,
+        "args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
+    },
+    "adapt": {"name": "adaptformer", "dim": 2},
+    "augment": {"crop": False, "flip": 0.0},
+    "train": {"epochs": 1, "batch_size": 8},
+}
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from examples import ADAPTERS, REDUCERS, golden, perturbed, replay_noise, split, tiny_vit
 from safetensors.torch import save_file
 from torch.nn.functional import multi_head_attention_forward
@@ -241,7 +242,6 @@ def test_checkpoints_of_videomae_load(form, tmp_path):
 
 
 def test_transformers_gives_the_same_logits(tmp_path):
-    transformers = pytest.importorskip("transformers")
     config = transformers.VideoMAEConfig(
         image_size=16, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
         intermediate_size=192, num_frames=4, tubelet_size=2, num_labels=7, layer_norm_eps=1e-6,

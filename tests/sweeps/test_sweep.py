@@ -10,24 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from many_runs import marks, rows, start, trained, wait_until
+from many_runs import TINY, marks, rows, start, trained, wait_until
 
 from tokendial.sweeps import sweep
 from tokendial.sweeps.combinations import plan, read_over, run_name
 from tokendial.sweeps.side_by_side import run_all
 from tokendial.train import Run
-
-TINY = {
-    "model": {
-        "name": "vit_tiny_patch16_224",
-        "weights": None,
-        "img_size": 16,
-        "args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
-    },
-    "adapt": {"name": "adaptformer", "dim": 2},
-    "augment": {"crop": False, "flip": 0.0},
-    "train": {"epochs": 1, "batch_size": 8},
-}
 
 
 @pytest.fixture

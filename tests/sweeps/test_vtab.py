@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from many_runs import marks, rows, start, trained, wait_until
+from many_runs import TINY, marks, rows, start, trained, wait_until
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -44,22 +44,8 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture
 def recipe(tmp_path) -> Path:
     path = tmp_path / "tiny.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "output": str(tmp_path / "out"),
-                "model": {
-                    "name": "vit_tiny_patch16_224",
-                    "weights": None,
-                    "img_size": 16,
-                    "args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
-                },
-                "adapt": {"name": "adaptformer", "dim": 2},
-                "augment": {"crop": False, "flip": 0.0},
-                "train": {"epochs": 2, "batch_size": 4},
-            }
-        )
-    )
+    own = {"output": str(tmp_path / "out"), "train": {"epochs": 2, "batch_size": 4}}
+    path.write_text(yaml.safe_dump(TINY | own))
     return path
 
 

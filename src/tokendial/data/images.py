@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tokendial.data.files import files_in, find_files
+
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -65,27 +67,12 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         ImageError: If a path does not exist, or nothing is found.
     """
-    searched = list(map(Path, paths))
-    found: list[Path] = []
-    for path in searched:
-        if path.is_dir():
-            found += images_in(path)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise ImageError(f"no such image or folder: {path}.")
-    if not found:
-        raise ImageError(f"no images found in {', '.join(map(str, searched))}.")
-    return found
+    return find_files(paths, IMAGE_SUFFIXES, "image", ImageError)
 
 
 def images_in(folder: Path) -> list[Path]:
     """Image files anywhere below `folder`, sorted; told by their suffix."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
+    return files_in(folder, IMAGE_SUFFIXES)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

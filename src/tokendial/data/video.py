@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokendial.data.files import files_in, find_files
 from tokendial.data.images import ImageError, read_image
 
 if TYPE_CHECKING:
@@ -226,27 +227,12 @@ def find_videos(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         VideoError: If a path does not exist, or nothing is found.
     """
-    searched = list(map(Path, paths))
-    found: list[Path] = []
-    for path in searched:
-        if path.is_dir():
-            found += videos_in(path)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise VideoError(f"no such video or folder: {path}.")
-    if not found:
-        raise VideoError(f"no videos found in {', '.join(map(str, searched))}.")
-    return found
+    return find_files(paths, VIDEO_SUFFIXES, "video", VideoError)
 
 
 def videos_in(folder: Path) -> list[Path]:
     """Video files anywhere below `folder`, sorted; told by their suffix."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
-    )
+    return files_in(folder, VIDEO_SUFFIXES)
 
 
 @contextmanager
