@@ -11,7 +11,7 @@ ONE_GRAPH = {
     "tome": td.ToMe(r=8),
     "tome random": td.ToMe(r=8, matching="random"),
     "tome stride": td.ToMe(r=8, stride=4),
-    "evit": td.EViT(r=8),
+    "evit": td.EViT(r=[[8], [8, 16]]),
     "evit mean": td.EViT(keep_rate=0.5, layers=(1, 2), score="mean"),
     "dynamicvit": td.DynamicViT(keep_rate=0.5, layers=(1, 2)),
     "dyt": td.DyT(),

@@ -19,6 +19,8 @@ from tokendial.methods import from_json, known, to_json
 OTHERS = [
     ("reduce", td.ToMe(r=(8, -1.0), proportional_attention=False)),
     ("reduce", td.ToMe(r=[4, 2])),
+    ("reduce", td.ToMe(r=[[4, 2], [8]])),
+    ("reduce", td.EViT(r=[[4, 2], [8]])),
     ("reduce", td.EViT(r=3, rest="drop")),
     ("reduce", td.EViT(keep_rate=[0.9, 0.5], layers=(2, 3), fuse_weights="normalised")),
     ("data", ImageFolder(root="somewhere")),
@@ -82,7 +84,7 @@ def test_an_unregistered_object_has_no_json():
         (lambda: td.EViT(keep_rate=1.2), r"keep_rate must be in \(0, 1\], got 1.2"),
         (lambda: td.EViT(keep_rate=[0.5]), "keep_rate must have one entry for each of the 3"),
         (lambda: td.EViT(keep_rate=0.5, r=2), "give keep_rate or r, not both"),
-        (lambda: td.EViT(r=-2), "r must be an integer of at least 0, got -2"),
+        (lambda: td.EViT(r=-2), r"r must be an integer of at least 0, .*, got -2"),
         (lambda: td.EViT(layers=()), "layers must be integers from 1 up"),
         (lambda: td.EViT(layers=(0, 4)), "layers must be integers from 1 up"),
         (lambda: td.EViT(layers=(4, 4)), "layers must differ from each other"),

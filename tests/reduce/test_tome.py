@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from examples import golden, golden_vit, images, tiny_vit
@@ -5,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokendial as td
-from tokendial.reduce.tome import bipartite_matching, merge_schedule, random_matching
+from tokendial.reduce.base import ViTShape
+from tokendial.reduce.listed import patches_left
+from tokendial.reduce.tome import bipartite_matching, random_matching
 from tokendial.tokens import Grouping, Tokens
 
 MATCHING = [
@@ -179,14 +183,17 @@ def test_bad_settings_of_a_matching_raise(method, settings, message):
 
 
 def schedule_rows() -> list[dict]:
-    return golden("tome_parse_r")[0]["rows"]
+    rows = golden("tome_parse_r")[0]["rows"]
+    # The reference takes lists that are longer than the model is deep; here they are an error.
+    return [row for row in rows if len(row["result"]) == row["layers"]]
 
 
 @pytest.mark.parametrize("row", schedule_rows())
 def test_schedules_equal_the_reference(row):
-    r = row["r"]
-    arguments = (r[0], row["layers"], r[1]) if row["r_type"] == "tuple" else (r, row["layers"])
-    assert merge_schedule(*arguments) == row["result"]
+    r = tuple(row["r"]) if row["r_type"] == "tuple" else row["r"]
+    shape = ViTShape(row["layers"], 48, 1, num_patches=196, has_class_token=True)
+    reducer = td.ToMe(r=r).build(shape)
+    assert reducer.schedule(reducer.degree) == row["result"]
 
 
 def tome_variants() -> dict[str, dict]:
@@ -228,6 +235,51 @@ def test_a_list_of_r_can_be_turned_off(vit):
     assert (model.degree, model.degrees) == (1, (0, 1))
     model.set_degree(0)
     assert torch.equal(model(images()), vit(images()))
+
+
+@pytest.mark.parametrize("method", [td.ToMe, td.EViT])
+@given(lists=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_each_list_of_r_is_a_degree(method, lists):
+    shape = ViTShape(4, 48, 1, num_patches=64, has_class_token=True)
+    most = {td.ToMe: lambda patches: patches // 2, td.EViT: lambda patches: max(0, patches - 2)}
+    dial = [patches_left(64, some + [0] * (4 - len(some)), most[method]) for some in lists]
+    if any(sum(after) > sum(before) for before, after in pairwise(dial)):
+        with pytest.raises(ValueError, match="r must list degrees from dear to cheap, but degree"):
+            method(r=lists).build(shape)
+        return
+    reducer = method(r=lists).build(shape)
+    assert (reducer.degrees, reducer.degree) == (tuple(range(len(lists) + 1)), 1)
+    for degree, some in enumerate(lists, start=1):
+        acting = [layer for layer in range(1, 5) if reducer.acts(layer, degree)]
+        assert acting == [layer for layer, r in enumerate(some, start=1) if r > 0]
+
+
+@pytest.mark.parametrize("method", [td.ToMe, td.EViT])
+@torch.no_grad()
+def test_a_degree_of_lists_is_the_list_by_itself(method, tmp_path):
+    lists = [[4, 0, 2], [40, 3], [32, 9, 9, 9]]
+    model = td.wrap(tiny_vit(), reduce=method(r=lists)).eval()
+    model.set_degree(2)
+    model.save_pretrained(tmp_path)
+    loaded = td.load(tmp_path)
+    assert (loaded.degree, loaded.degrees) == (2, (0, 1, 2, 3))
+    for degree, some in enumerate(lists, start=1):
+        alone = td.wrap(model.vit, reduce=method(r=some)).eval()
+        for each in (model, loaded):
+            each.set_degree(degree)
+            assert each.cost().tokens_per_layer == alone.cost().tokens_per_layer
+            assert torch.equal(each(images()), alone(images()))
+    macs = [model.cost(degree).macs for degree in model.degrees]
+    assert macs == sorted(macs, reverse=True)
+    loaded.set_degree(0)
+    assert torch.equal(loaded(images()), model.vit(images()))
+
+
+@pytest.mark.parametrize("method", [td.ToMe, td.EViT])
+@pytest.mark.parametrize("r", [[[8], 4], [[]], [[8, -1]], [[True]], [[[8]]], [8, [4]], [8.0]])
+def test_lists_that_are_none_raise(method, r):
+    with pytest.raises(ValueError, match=r"r must be an integer .*, got \["):
+        method(r=r)
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "map"])

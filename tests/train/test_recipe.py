@@ -36,6 +36,17 @@ def test_methods_are_values(file):
     assert recipe.data == ImageFolder(root="pets")
 
 
+@pytest.mark.parametrize("name", ["tome", "evit"])
+@pytest.mark.parametrize("r", [8, [8, 4], [[8, 4], [16]]])
+def test_lists_of_r_are_read_and_written(file, name, r):
+    recipe = read_recipe(file, [f"reduce={{name: {name}, r: {r}}}"])
+    assert recipe.reduce.r == r
+    again = check_recipe(yaml.safe_load(recipe.to_yaml()))
+    assert (again, again.reduce.r) == (recipe, r)
+    schema = Recipe.model_json_schema()
+    jsonschema.validate(recipe.model_dump(mode="json"), schema)
+
+
 def test_overrides_reach_every_depth(file):
     recipe = read_recipe(
         file, ["train.epochs=3", "train.lr=1e-4", "reduce.keep_rate=0.5", "model.img_size=[96, 64]"]

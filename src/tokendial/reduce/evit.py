@@ -34,6 +34,7 @@ from tokendial.reduce.base import (
     dial_of,
     num_kept_tokens,
 )
+from tokendial.reduce.listed import check_removed, dial_of_lists
 from tokendial.tokens import Grouping, Tokens
 
 
@@ -46,9 +47,11 @@ class EViT(ReducerConfig):
     """Share of the patch tokens kept in each layer of `layers`, in (0, 1]; a list gives one per
     layer. Default 0.7, unless `r` is given."""
     layers: tuple[int, ...] = (4, 7, 10)
-    """Layers that reduce, counted from 1. Ignored with `r`, which acts in every layer."""
-    r: int | None = None
-    """Tokens removed in every layer, instead of a keep rate."""
+    """Layers that reduce, counted from 1. Ignored with `r`, which counts every layer."""
+    r: int | list[int] | list[list[int]] | None = None
+    """Tokens removed instead of a keep rate: one number for every layer, a list (one entry per
+    layer, missing ones are 0), or a list of such lists (one for each degree from 1 up, from dear to
+    cheap)."""
     rest: Literal["merge", "argmax", "drop"] = "merge"
     """What becomes of the other tokens: one fused token, only the most attended of them, or
     nothing."""
@@ -68,8 +71,8 @@ class EViT(ReducerConfig):
             object.__setattr__(self, "keep_rate", 0.7)
         if self.r is not None and self.keep_rate is not None:
             raise ValueError(f"give keep_rate or r, not both; got {self.keep_rate} and {self.r}.")
-        if self.r is not None and (type(self.r) is not int or self.r < 0):
-            raise ValueError(f"r must be an integer of at least 0, got {self.r}.")
+        if self.r is not None:
+            check_removed(self.r)
         check_own_layers(self.layers)
         self._check_rates()
         check_choice("rest", self.rest, ("merge", "argmax", "drop"))
@@ -94,15 +97,16 @@ class EViT(ReducerConfig):
             )
 
     def build(self, vit: ViTShape) -> "EViTReducer":
-        """Make the module; raises a ValueError without a class token or for a missing layer."""
+        """Make the module; a ValueError without a class token, or if layers or lists do not fit."""
         return EViTReducer(self, vit)
 
 
 class EViTReducer(Reducer):
     """Runs EViT.
 
-    The degree is r; with one keep rate, the position in the list of keep rates 1, 0.9, ... 0.1
-    (into which another rate is sorted); with a list of keep rates, 0 (off) or 1 (as listed).
+    The degree is r; with lists of r, 0 (off), 1 (the first list), 2, ...; with one keep rate, the
+    position in the list of keep rates 1, 0.9, ... 0.1 (into which another rate is sorted); with a
+    list of keep rates, 0 (off) or 1 (as listed).
     """
 
     def __init__(self, config: EViT, vit: ViTShape) -> None:
@@ -117,6 +121,11 @@ class EViTReducer(Reducer):
         check_layers(self.layers, vit.depth)
         self._rates: list[dict[int, float]] = []
         self._shrinking: Callable[[float], float] | None = None
+        self.lists: list[list[int]] = []
+        if isinstance(config.r, list):
+            self.lists = dial_of_lists(config.r, vit, partial(most_removed, rest=config.rest))
+            self.degrees, self.degree = tuple(range(len(self.lists))), 1
+            return
         if config.r is not None:
             self.degrees = tuple(range(vit.num_patches // 2 + 1))
             self.degree = config.r
@@ -154,11 +163,17 @@ class EViTReducer(Reducer):
             return num_kept_tokens(num_patches, self.keep_rate(layer, degree))
         extra = self.config.rest != "drop"
         # A fused token stands for what goes, so removing r tokens takes r + 1 out.
-        return max(1, num_patches - degree - extra)
+        return max(1, num_patches - self.removed(layer, degree) - extra)
+
+    def removed(self, layer: int, degree: int) -> int:
+        """Patch tokens that `layer` removes, with `r`."""
+        return self.lists[degree][layer - 1] if self.lists else degree
 
     def acts(self, layer: int, degree: int) -> bool:
         """Whether this layer has a keep rate below 1, or r is above 0."""
-        return self.config.r is not None or self.keep_rate(layer, degree) < 1.0
+        if self.config.r is not None:
+            return self.removed(layer, degree) > 0
+        return self.keep_rate(layer, degree) < 1.0
 
     def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
         """Keep the patch tokens that are attended to most."""
@@ -214,6 +229,11 @@ def attentive_grouping(
     weight = torch.cat([weight.new_ones(num_images, num_prefix_tokens), weight], dim=1)
     dst = torch.full_like(src, keep.shape[1] - 1)
     return Grouping(keep, src, dst, num_tokens, weight, "sum")
+
+
+def most_removed(num_patches: int, rest: str) -> int:
+    """How many of the patch tokens can go in one layer: one stays, and what stands for the rest."""
+    return max(0, num_patches - 1 - (rest != "drop"))
 
 
 def shrunk_keep_rate(

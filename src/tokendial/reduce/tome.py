@@ -14,6 +14,7 @@ on its neighbours.
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from tokendial.attention import Attended
 from tokendial.methods import register
 from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape, check_choice
+from tokendial.reduce.listed import check_removed, dial_of_lists
 from tokendial.tokens import Grouping, Tokens
 
 
@@ -31,9 +33,10 @@ from tokendial.tokens import Grouping, Tokens
 class ToMe(ReducerConfig):
     """Merge the `r` most similar token pairs in each layer, between attention and FFN."""
 
-    r: int | list[int] | tuple[int, float] = 8
-    """Tokens merged per layer: one number, a list (one entry per layer, missing ones are 0), or in
-    Python a tuple (r, inflection), which sets both fields."""
+    r: int | list[int] | list[list[int]] | tuple[int, float] = 8
+    """Tokens merged per layer: one number, a list (one entry per layer, missing ones are 0), a list
+    of such lists (one for each degree from 1 up, from dear to cheap), or in Python a tuple
+    (r, inflection), which sets both fields."""
     inflection: float = 0.0
     """Slope of the schedule over depth in [-1, 1]: 0 constant, 1 from 0 up to 2r, -1 from 2r
     down to 0. With one number r only."""
@@ -54,23 +57,19 @@ class ToMe(ReducerConfig):
                 raise ValueError(f"r as a tuple must be (r, inflection), got {self.r}.")
             object.__setattr__(self, "inflection", float(self.r[1]))
             object.__setattr__(self, "r", self.r[0])
-        per_layer = self.r if isinstance(self.r, list) else [self.r]
-        if not per_layer or not all(type(r) is int and r >= 0 for r in per_layer):
-            raise ValueError(
-                f"r must be an integer of at least 0, or a list of them, got {self.r}."
-            )
+        check_removed(self.r)
         if not -1.0 <= self.inflection <= 1.0:
             raise ValueError(f"inflection must lie in [-1, 1], got {self.inflection}.")
         if self.inflection and isinstance(self.r, list):
             raise ValueError("inflection needs one number r, got a list.")
 
     def build(self, vit: ViTShape) -> "ToMeReducer":
-        """Make the module; raises a ValueError if a list is longer than the model is deep."""
+        """Make the module; a ValueError if lists do not fit the model, see `dial_of_lists`."""
         return ToMeReducer(self, vit)
 
 
 class ToMeReducer(Reducer):
-    """Runs ToMe. The degree is r; with a list of r, it is 0 (off) or 1 (as listed)."""
+    """Runs ToMe. The degree is r; with lists of r, it is 0 (off), 1 (the first list), 2, ..."""
 
     needs = frozenset({"mean_keys"})
     tracks_size = True
@@ -79,22 +78,20 @@ class ToMeReducer(Reducer):
         super().__init__()
         self.config, self.depth = config, vit.depth
         self.proportional_attention = config.proportional_attention
+        self.lists: list[list[int]] = []
         if isinstance(config.r, list):
-            if len(config.r) > vit.depth:
-                raise ValueError(
-                    f"r must have at most {vit.depth} entries (one per layer), got {len(config.r)}."
-                )
-            self.degrees, self.degree = (0, 1), 1
+            most = partial(most_merged, stride=config.stride)
+            self.lists = dial_of_lists(config.r, vit, most)
+            self.degrees, self.degree = tuple(range(len(self.lists))), 1
         else:
             # No more can merge in one layer; more changes nothing.
-            most = most_merged(vit.num_patches, config.stride)
-            self.degrees = tuple(range(most + 1))
+            self.degrees = tuple(range(most_merged(vit.num_patches, config.stride) + 1))
             self.degree = int(config.r)  # type: ignore[arg-type]  # not a tuple after the checks
 
     def schedule(self, degree: int) -> list[int]:
         """Tokens to merge in each layer, before the cap of half the tokens."""
-        if isinstance(self.config.r, list):
-            return merge_schedule([r * degree for r in self.config.r], self.depth)
+        if self.lists:
+            return self.lists[degree]
         return merge_schedule(degree, self.depth, self.config.inflection)
 
     def acts(self, layer: int, degree: int) -> bool:
@@ -115,11 +112,11 @@ class ToMeReducer(Reducer):
         )
 
 
-def merge_schedule(r: int | list[int], depth: int, inflection: float = 0.0) -> list[int]:
+def merge_schedule(r: int, depth: int, inflection: float = 0.0) -> list[int]:
     """Tokens merged in each of `depth` layers.
 
     Args:
-        r: A number, the mean over layers, or a list, padded with zeros.
+        r: The mean over layers.
         depth: Number of layers.
         inflection: 0 constant, 1 increasing from 0 to 2r, -1 decreasing from 2r to 0.
 
@@ -127,8 +124,6 @@ def merge_schedule(r: int | list[int], depth: int, inflection: float = 0.0) -> l
         >>> merge_schedule(8, 4, inflection=-1.0)
         [16, 10, 5, 0]
     """
-    if isinstance(r, list):
-        return r + [0] * (depth - len(r))
     first = int(r * (1.0 - inflection))
     step = (2 * r - 2 * first) / (depth - 1) if depth > 1 else 0.0
     return [int(first + step * layer) for layer in range(depth)]
