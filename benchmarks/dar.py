@@ -1,75 +1,59 @@
 """Speed of DAR inference over the dense model, beside the ratio of their costs.
 
-    python benchmarks/dar.py --batch 8 --img-size 518
-
 DINOv2 ViT-B/14 with random weights; the dispatchers are centred first, so that each selects half of
 the patches. The model without DAR (same adapters, same decoder) and DAR take turns, as a batch and
-image by image; logits of the batch have to be those of the single images. Results go to
-benchmarks/results/dar_HARDWARE_DATE.json.
+image by image; logits of the batch have to be those of the single images.
 """
 
-import argparse
-
-import timm
 import torch
-from methods import centre
-from speed import hardware, measure, write_result
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokendial as td
-
-
-class OneByOne(nn.Module):
-    """Runs a batch image by image."""
-
-    def __init__(self, model: td.DialViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of the batch."""
-        return torch.cat([self.model(image) for image in images.split(1)])
-
-
-def selected_share(model: td.DialViT, images: Tensor) -> float:
-    """Share of the patches that the FFNs process."""
-    tokens = model.outcome(images).tokens
-    return float(torch.stack([t.selected[:, t.prefix :] for t in tokens]).mean())
+from benchmarks.alternating import Runner
+from benchmarks.models import backbone, centre, random_images
+from benchmarks.options import add_model, options, parsed
+from benchmarks.plots import against_cost
+from benchmarks.report import Column, Report
+from benchmarks.speed import MEASURES, Contender, compare
+from tokendial.measure import ShareMeter
 
 
 @torch.no_grad()
-def main() -> None:
-    """Compare, measure, print, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> None:
+    """Measure and write the results."""
+    parser = options("dar", __doc__, repeats=5)
+    add_model(parser, default="vit_base_patch14_dinov2")
+    parser.set_defaults(img_size=518)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--img-size", type=int, default=518)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_base_patch14_dinov2", img_size=options.img_size, num_classes=0)
+    asked = parsed(parser, arguments, model="vit_small_patch14_dinov2", img_size=56, batch=2)
+    vit = backbone(asked.model, img_size=asked.img_size, device=asked.device)
+    vit.reset_classifier(0)
     parts = {"adapt": td.DARAdapter(), "decode": td.DARDecoder()}
-    model = td.wrap(vit, reduce=td.DAR(), **parts).eval().to(options.device)
-    dense = td.wrap(vit, **parts).eval().to(options.device)
-    images = torch.randn(options.batch, 3, options.img_size, options.img_size)
-    images = images.to(options.device)
+    model = td.wrap(vit, reduce=td.DAR(), **parts).eval().to(asked.device)
+    dense = td.wrap(vit, **parts).eval().to(asked.device)
+    images = random_images(vit, asked.batch)
     centre(model, images)
 
-    share = selected_share(model, images)
-    apart = float((model(images) - OneByOne(model)(images)).abs().max())
-    full, reduced = dense.cost(), model.cost()
+    def one_by_one() -> Tensor:
+        return torch.cat([model(image) for image in images.split(1)])
+
+    with ShareMeter(model) as meter:
+        logits = model(images)
+    share = meter.share
+    apart = float((logits - one_by_one()).abs().max())
+    full, nominal = dense.cost(), model.cost()
     # The nominal cost is that of the share DAR is trained to; FFNs of other shares cost in step.
-    ffn = (full.macs - reduced.macs) / (1 - model.reduce_config.target_ratio)
-    cost_ratio = full.macs / (full.macs - ffn * (1 - share))
-    models = {"dense": dense, "DAR": model, "DAR, one by one": OneByOne(model)}
-    found = measure(models, images, options.repeats)
-    speed_ratio = found["DAR"]["speedup"]
-    print(f"tokens processed {share:.1%}; batch and single images differ by {apart:.1e}")
-    print(f"cost ratio {cost_ratio:.3f}, speed ratio {speed_ratio:.3f}", end=" ")
-    print(f"({speed_ratio / cost_ratio:.0%} of it) on {hardware(options.device)}")
-    rows = {"share": share, "apart": apart, "cost_ratio": cost_ratio, "seconds": found}
-    write_result("dar", options.device, options.batch, rows)
-
-
-if __name__ == "__main__":
-    main()
+    ffn = (full.gmacs - nominal.gmacs) / (1 - td.DAR().target_ratio)
+    gmacs = full.gmacs - ffn * (1 - share)
+    contenders = [
+        Contender({"method": "dense"}, full.gmacs, Runner(lambda: dense(images))),
+        Contender({"method": "dar"}, gmacs, Runner(lambda: model(images))),
+        Contender({"method": "dar, one by one"}, gmacs, Runner(one_by_one)),
+    ]
+    rows = compare(contenders, batch=asked.batch, repeats=asked.repeats, device=asked.device)
+    notes = (
+        f"FFNs process {share:.1%} of the patches",
+        f"logits of the batch and of single images differ by {apart:.1e}",
+    )
+    columns = (Column("method", "method"), *MEASURES)
+    Report("dar", columns, rows, against_cost(rows, ()), notes).write(asked)

@@ -1,66 +1,57 @@
 """Time of one turn of the dial with a compensator merged into the weights.
 
-    python benchmarks/dial.py --model deit_base_patch16_224
-
-Degrees are drawn at random; the forward pass at the same degree is timed beside them, and costs are
-counted with and without the compensator. Results go to
-benchmarks/results/dial_MODEL_HARDWARE_DATE.json.
+Each round turns the dial to another degree, drawn at random, and runs one image there. Costs are
+counted with and without the compensator.
 """
 
-import argparse
 import random
-import statistics
-import time
-from collections.abc import Callable
 
-import timm
 import torch
-from speed import hardware, write_result
 
 import tokendial as td
+from benchmarks.alternating import Runner, Spread, alternate, ratio
+from benchmarks.models import backbone, random_images
+from benchmarks.options import add_model, options, parsed
+from benchmarks.plots import bars
+from benchmarks.report import Column, Report
 
-
-def milliseconds(run: Callable[[], object], device: str) -> float:
-    """Time of one call."""
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+COLUMNS = (
+    Column("what", "what"),
+    Column("ms", "ms", "{:.2f} ({low:.2f} to {high:.2f})"),
+    Column("slowest_ms", "slowest ms", "{:.2f}"),
+    Column("share", "of a forward pass", "{:.3f} ({low:.3f} to {high:.3f})"),
+)
 
 
 @torch.no_grad()
-def main() -> None:
-    """Measure, print, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="deit_base_patch16_224")
+def main(arguments: list[str]) -> None:
+    """Measure and write the results."""
+    parser = options("dial", __doc__, repeats=100)
+    add_model(parser, default="deit_base_patch16_224")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rank", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=100)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    vit = timm.create_model(options.model).eval().to(options.device)
-    model = td.wrap(vit, reduce=td.ToMe(r=options.steps))
-    macs = [model.cost(degree).macs for degree in range(options.steps + 1)]
-    plugin = td.Compensator.for_model(model, td.ToCom(rank=options.rank)).to(options.device)
+    asked = parsed(parser, arguments, steps=4)
+    vit = backbone(asked.model, img_size=asked.img_size, device=asked.device)
+    model = td.wrap(vit, reduce=td.ToMe(r=asked.steps)).eval()
+    ends = (0, asked.steps)
+    macs = [model.cost(degree).macs for degree in ends]
+    plugin = td.Compensator.for_model(model, td.ToCom(rank=asked.rank)).to(asked.device)
     plugin.attach(model)
-    extra = [model.cost(degree).macs - n for degree, n in enumerate(macs)]
-    image = torch.randn(1, 3, *model.anatomy.image_size, device=options.device)
+    extra = max(model.cost(degree).macs - n for degree, n in zip(ends, macs, strict=True))
+    image = random_images(vit, 1)
     draw = random.Random(0)
-    turns, forwards = [], []
-    for _ in range(options.turns):
-        degree = draw.randint(0, options.steps)
-        turns.append(milliseconds(lambda to=degree: model.set_degree(to), options.device))
-        forwards.append(milliseconds(lambda: model(image), options.device))
-    rows = {
-        "turn_ms": statistics.median(turns),
-        "slowest_turn_ms": max(turns),
-        "forward_of_one_image_ms": statistics.median(forwards),
-        "extra_macs": max(extra),
-    }
-    print(f"{options.model}, rank {options.rank}, {hardware(options.device)}: {rows}")
-    write_result(f"dial_{options.model}", options.device, 1, {"rows": rows})
 
+    def turn() -> None:
+        model.set_degree(draw.choice([d for d in range(asked.steps + 1) if d != model.degree]))
 
-if __name__ == "__main__":
-    main()
+    runners = {"turn": Runner(turn), "forward pass of one image": Runner(lambda: model(image))}
+    turns = alternate(runners, repeats=asked.repeats, device=asked.device, shortest_turn_s=0)
+    rows = []
+    for what, own in turns.items():
+        ms = [1000 * each.seconds for each in own]
+        time, share = Spread.of(ms), ratio(own, turns["forward pass of one image"])
+        row = {"what": what, "slowest_ms": max(ms), "extra_macs": extra}
+        rows.append(row | time.as_row("ms") | share.as_row("share"))
+    notes = [f"the compensator adds {extra} multiply-accumulates"]
+    figure = bars(rows, "what", {"ms": "ms", "share": "of a forward pass"})
+    Report(f"dial_{asked.model}", COLUMNS, rows, figure, notes).write(asked)

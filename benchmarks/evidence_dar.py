@@ -1,7 +1,7 @@
 """DAR and DAR* against a linear decoder on the frozen backbone, on real objects with exact masks.
 
     python tools/build_cutouts.py --out cutouts --task saliency
-    python benchmarks/evidence_dar.py --data cutouts/saliency --jobs 2
+    python -m benchmarks evidence_dar --data cutouts/saliency --jobs 2
 
 The shipped small ViT at 72 pixels learns to outline objects (recipe dar/cutouts): by a linear
 decoder alone, by DAR, and by DAR*; each from three seeds (decoders, adapters and order differ).
@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import write_result
 
 import tokendial as td
+from benchmarks.report import write_json
 from tokendial.measure import ShareMeter
 from tokendial.train import Run
 from tokendial.train.batches import eval_loader
@@ -122,13 +122,15 @@ def dial(found: dict[Tuned, list[dict[str, float]]], method: str) -> None:
         print(f"| {degree} | {share} % | {macs:.0f} | {f} | {s} |")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Train, measure, print the tables, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks evidence_dar", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--data", type=Path, default=Path("cutouts/saliency"))
     parser.add_argument("--out", type=Path, default=Path("runs/evidence_dar"))
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 
     wanted = [Tuned(method, seed) for method in METHODS for seed in SEEDS]
@@ -148,8 +150,4 @@ def main() -> None:
             for tuned, rows in found.items()
         ],
     }
-    write_result("evidence_dar", "cpu", 10, result)
-
-
-if __name__ == "__main__":
-    main()
+    write_json("evidence_dar", {"batch": 10} | result)

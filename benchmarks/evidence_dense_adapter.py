@@ -1,6 +1,6 @@
 """Dense Adapter against AdaptFormer, LoRA and linear at equal parameters, with EViT, real images.
 
-    python benchmarks/evidence_dense_adapter.py --jobs 2
+    python -m benchmarks evidence_dense_adapter --jobs 2
 
 The shipped small ViT, frozen, with 30 % of its tokens given up at layers 4, 7 and 10, learns three
 questions about dense scenes: how many sneakers, where is the bag, which kind is there three times.
@@ -22,8 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from speed import write_result
-
+from benchmarks.report import write_json
 from tokendial.train import Run
 
 # Widths for equal numbers of parameters: 69.2 k, 68.3 k and 69.1 k; linear trains the head alone.
@@ -63,13 +62,15 @@ class Training:
         return found
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Choose the rates, train, print the table, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks evidence_dense_adapter", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/evidence_dense_adapter"))
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     def trained(runs: Iterable[Training]) -> dict[Training, float]:
         wanted = list(runs)
@@ -106,8 +107,4 @@ def main() -> None:
         )
         print(f"| {method} | {best[method]:g} | {' | '.join(cells)} |")
     rates = [{"method": run.method, "lr": run.lr, "accuracy": tried[run]} for run in tried]
-    write_result("evidence_dense_adapter", "cpu", 50, {"rows": rows, "rates": rates})
-
-
-if __name__ == "__main__":
-    main()
+    write_json("evidence_dense_adapter", {"batch": 50} | {"rows": rows, "rates": rates})

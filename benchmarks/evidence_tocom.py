@@ -1,6 +1,6 @@
 """What ToCom wins back when a model runs at another degree than it was fine-tuned at, real images.
 
-    python benchmarks/evidence_tocom.py --jobs 2
+    python -m benchmarks evidence_tocom --jobs 2
 
 The shipped small ViT gets one compensator for each dial, ToMe and EViT per layer, trained on its
 own pre-training scenes without labels. Three other questions about dense scenes (how many
@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import write_result
 from torch import Tensor
 
 import tokendial as td
+from benchmarks.report import write_json
 from tokendial.atomic import replacing
 from tokendial.methods import to_json
 from tokendial.train import Run
@@ -270,15 +270,17 @@ def ablation(dial: str, found: Answers) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Train, measure, print the tables, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks evidence_tocom", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/evidence_tocom"))
     parser.add_argument("--scenes", type=int, default=3000, help="Scenes to learn a task from.")
     parser.add_argument("--unlabelled", type=int, default=20000, help="Scenes for a compensator.")
     parser.add_argument("--ablate", nargs="*", choices=DIALS, default=["tome"])
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 
     ablations = {dial: ABLATIONS if dial in options.ablate else {} for dial in DIALS}
@@ -301,8 +303,4 @@ def main() -> None:
         "unlabelled": options.unlabelled,
         "answers": [asdict(question) | answer for question, answer in found.items()],
     }
-    write_result("evidence_tocom", "cpu", 50, result)
-
-
-if __name__ == "__main__":
-    main()
+    write_json("evidence_tocom", {"batch": 50} | result)

@@ -1,23 +1,22 @@
 """Share of the time that fine-tuning waits for images, and images per second of a core's decoding.
 
-    python benchmarks/input.py --workers 0,1,2
-
 ViT-B/16 at 224 is fine-tuned (recipes/image_folder.yaml) on JPEGs of 500 x 375 pixels, as ImageNet
 has them, which are written first: scikit-image's pictures. Each number of loading processes trains
-the same updates. Results go to benchmarks/results/input_MODEL_HARDWARE_DATE.json.
+the same updates.
 """
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import skimage.data
-import torch
 from PIL import Image
-from speed import hardware, write_result
 
+from benchmarks.alternating import Runner, alternate, seconds
+from benchmarks.options import add_model, listed, options, parsed
+from benchmarks.plots import bars
+from benchmarks.report import Column, Report, Row
 from tokendial.data.folder import ImageFolder
 from tokendial.data.images import read_image
 from tokendial.data.transforms import Augment, train_transform
@@ -41,66 +40,72 @@ def write_images(root: Path, count: int) -> None:
             crop.save(path, quality=90)
 
 
-def decoding(root: Path) -> float:
-    """Images per second that one core reads, crops at random and resizes."""
-    files = [path for path, _ in ImageFolder(root=str(root)).build(0).train.files]
+def decoding(root: Path) -> None:
+    """Read, crop at random and resize every image."""
     transform = train_transform(Augment(), (224, 224), (0.5,) * 3, (0.5,) * 3)
-    start = time.perf_counter()
-    for path in files:
+    for path, _ in ImageFolder(root=str(root)).build(0).train.files:
         transform(read_image(path))
-    return len(files) / (time.perf_counter() - start)
 
 
-def measure(
-    root: Path, folder: Path, workers: int, options: argparse.Namespace
-) -> dict[str, float]:
-    """Share of waiting in the second epoch, and speed of the whole run."""
+def trained(root: Path, folder: Path, workers: int, asked: argparse.Namespace) -> Run:
+    """Train two epochs."""
     settings = {
         "data.root": root,
         "output": folder,
-        "model.name": options.model,
+        "model.name": asked.model,
         "model.weights": "null",
         "train.epochs": 2,
         "train.warmup_epochs": 0,
-        "train.batch_size": options.batch,
+        "train.batch_size": asked.batch,
         "train.workers": workers,
         "train.evaluate": "last",
         "train.trackers": "[]",
     }
-    start = time.perf_counter()
-    run: Run = train(
-        read_recipe("image_folder", [f"{name}={value}" for name, value in settings.items()]),
-        quiet=True,
-    )
-    images = 2 * options.images
-    return {
-        "data_wait": run.metrics()[-1]["data_wait"],
-        "images_per_s": images / (time.perf_counter() - start),
-    }
+    if asked.img_size:
+        settings["model.img_size"] = asked.img_size
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    return train(read_recipe("image_folder", overrides), quiet=True)
 
 
-def main() -> None:
-    """Measure, print, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="vit_base_patch16_224")
+def measured(root: Path, runs: Path, asked: argparse.Namespace) -> list[Row]:
+    """Share of waiting in the second epoch, and speed of the whole run."""
+    ran: dict[int, list[Run]] = {workers: [] for workers in asked.workers}
+
+    def run(workers: int) -> None:
+        folder = runs / f"{workers}-{len(ran[workers])}"
+        ran[workers].append(trained(root, folder, workers, asked))
+
+    runners = {n: Runner(lambda n=n: run(n)) for n in asked.workers}
+    turns = alternate(runners, repeats=asked.repeats, warm_up=0)
+    return [
+        {
+            "workers": workers,
+            "data_wait": float(np.median([run.metrics()[-1]["data_wait"] for run in ran[workers]])),
+            "images_per_s": 2 * asked.images / seconds(turns[workers]),
+        }
+        for workers in asked.workers
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and write the results."""
+    parser = options("input", __doc__, repeats=1)
+    add_model(parser)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--workers", default="0,1,2")
-    options = parser.parse_args()
+    parser.add_argument("--workers", type=listed(int), default=[0, 1, 2])
+    asked = parsed(parser, arguments, batch=2, images=4, workers=[0])
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "images"
-        write_images(root, options.images)
-        found = {"decoded_per_s_and_core": decoding(root)}
-        print(f"one core decodes {found['decoded_per_s_and_core']:.0f} images/s")
-        for number in options.workers.split(","):
-            row = measure(root, Path(temporary) / number, int(number), options)
-            found[f"workers {number}"] = row
-            wait, speed = row["data_wait"], row["images_per_s"]
-            print(f"workers {number}: waits {wait:.1%}, {speed:.2f} images/s")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(hardware(device))
-    write_result(f"input_{options.model}", device, options.batch, {"rows": found})
-
-
-if __name__ == "__main__":
-    main()
+        write_images(root, asked.images)
+        turns = alternate({"decoding": Runner(lambda: decoding(root))}, repeats=3)
+        decoded = asked.images / seconds(turns["decoding"])
+        rows = measured(root, Path(temporary), asked)
+    columns = (
+        Column("workers", "loading processes"),
+        Column("data_wait", "waits", "{:.1%}"),
+        Column("images_per_s", "images/s", "{:.2f}"),
+    )
+    notes = [f"one core reads, crops and resizes {decoded:.0f} images/s"]
+    figure = bars(rows, "workers", {"data_wait": "share of waiting", "images_per_s": "images/s"})
+    Report(f"input_{asked.model}", columns, rows, figure, notes).write(asked)

@@ -1,27 +1,21 @@
-"""Time and peak memory of a training step, method by method, in one run.
+"""Time and peak memory of a training step, method by method.
 
-    python benchmarks/training.py --batch 16 --rounds 2
-
-Every measurement has a process of its own, so that one method's memory is not counted for the
-next; the methods take turns, round after round. Memory is the peak of the process above what it
-held before the model was built (on a GPU: what torch allocated). Results go to
-benchmarks/results/training_MODEL_HARDWARE_DATE.json.
+All methods are in memory and take turns. Memory is the most that a method allocates for its model,
+the state of its optimizer and two steps; that of the others is not counted.
 """
 
 import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from typing import Any
 
 import timm
 import torch
-from speed import hardware, write_result
 
 import tokendial as td
+from benchmarks.alternating import Runner, alternate, page_faults, ratio, seconds
+from benchmarks.memory import peak_of
+from benchmarks.options import add_model, listed, options, parsed
+from benchmarks.plots import bars
+from benchmarks.report import Column, Report, Row
 from tokendial.data.transforms import Augment
 from tokendial.tasks.classification import Classification
 from tokendial.train.objective import Objective
@@ -29,87 +23,88 @@ from tokendial.train.objective import Objective
 DENSE, PLAIN = td.DenseAdapter(dim=32), td.AdaptFormer(dim=64, scale=0.1)
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"adapt": td.Full()},
-    "full, recomputing": {"adapt": td.Full()},
+    "full_recomputing": {"adapt": td.Full()},
     "linear": {"adapt": td.Linear()},
-    "AdaptFormer": {"adapt": PLAIN},
-    "LoRA": {"adapt": td.LoRA(rank=8)},
-    "DyT": {"adapt": PLAIN, "reduce": td.DyT()},
-    "Sparse-Tuning, EViT": {"adapt": DENSE, "reduce": td.EViT()},
-    "Sparse-Tuning, ToMe": {"adapt": DENSE, "reduce": td.ToMe(r=16)},
-    "Sparse-Tuning, DynamicViT": {"adapt": DENSE, "reduce": td.DynamicViT()},
+    "adaptformer": {"adapt": PLAIN},
+    "lora": {"adapt": td.LoRA(rank=8)},
+    "dyt": {"adapt": PLAIN, "reduce": td.DyT()},
+    "sparse_tuning_evit": {"adapt": DENSE, "reduce": td.EViT()},
+    "sparse_tuning_tome": {"adapt": DENSE, "reduce": td.ToMe(r=16)},
+    "sparse_tuning_dynamicvit": {"adapt": DENSE, "reduce": td.DynamicViT()},
 }
+COLUMNS = (
+    Column("method", "method"),
+    Column("trained_m", "trained (M)", "{:.2f}"),
+    Column("step_s", "s / step", "{:.3f}"),
+    Column("time", "of full", "{:.2f} ({low:.2f} to {high:.2f})"),
+    Column("memory_mib", "MiB", "{:.1f}"),
+    Column("memory", "of full", "{:.2f}"),
+    Column("page_faults", "page faults", "{:.0f}"),
+)
 
 
-def peak_mb(device: str) -> float:
-    """Largest memory so far."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Training:
+    """A model that trains."""
 
+    def __init__(self, method: str, asked: argparse.Namespace) -> None:
+        size = {"img_size": asked.img_size} if asked.img_size else {}
+        vit = timm.create_model(asked.model, num_classes=100, **size)
+        self.model = td.wrap(vit, **METHODS[method])
+        self.model.checkpoint_activations = "recomputing" in method
+        task = Classification(100, multi_label=False, augment=Augment())
+        self.objective = Objective(self.model, task).to(asked.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.trainable_parameters(), lr=1e-4)
+        height, width = self.model.anatomy.image_size
+        self.images = torch.randn(asked.batch, 3, height, width, device=asked.device)
+        self.targets = torch.randint(0, 100, (asked.batch,), device=asked.device)
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step, and the peak of memory, of one method."""
-    before = peak_mb(options.device)
-    model = td.wrap(timm.create_model(options.model, num_classes=100), **METHODS[name])
-    model.checkpoint_activations = "recomputing" in name
-    task = Classification(100, multi_label=False, augment=Augment())
-    objective = Objective(model, task).to(options.device).train()
-    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-4)
-    size = model.anatomy.image_size
-    images = torch.randn(options.batch, 3, *size, device=options.device)
-    targets = torch.randint(0, 100, (options.batch,), device=options.device)
-    seconds = []
-    for _ in range(options.steps + 1):
-        start = time.perf_counter()
-        loss, _ = objective(images, targets)
+    def step(self) -> None:
+        """One update."""
+        loss, _ = self.objective(self.images, self.targets)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-        seconds.append(time.perf_counter() - start)
-    return {
-        "seconds": statistics.median(seconds[1:]),  # the first step makes the optimizer's state
-        "memory_mb": peak_mb(options.device) - before,
-        "trained_m": model.cost().trainable_params / 1e6,
-    }
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def main() -> None:
-    """Measure, print, and write the result; with --only, measure one method in this process."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="vit_base_patch16_224")
+def main(arguments: list[str]) -> None:
+    """Measure and write the results."""
+    parser = options("training", __doc__, repeats=3)
+    add_model(parser)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.only:
-        print(json.dumps(measure(options.only, options)))
-        return
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
-    for _ in range(options.rounds):
-        for name in METHODS:
-            command = [sys.executable, *sys.argv, "--only", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    rows = {
-        name: {key: statistics.median(row[key] for row in runs) for key in runs[0]}
-        for name, runs in found.items()
-    }
-    full = rows["full"]
-    print(f"{options.model}, batch {options.batch}, {hardware(options.device)}")
-    print("| method | trained (M) | s / step | of full | memory (MB) | of full |")
-    print("|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        time_share = row["seconds"] / full["seconds"]
-        memory_share = row["memory_mb"] / full["memory_mb"]
-        print(
-            f"| {name} | {row['trained_m']:.2f} | {row['seconds']:.2f} | {time_share:.2f} | "
-            f"{row['memory_mb']:.0f} | {memory_share:.2f} |"
-        )
-    write_result(f"training_{options.model}", options.device, options.batch, {"rows": rows})
+    parser.add_argument("--methods", type=listed(str), default=list(METHODS))
+    asked = parsed(parser, arguments, batch=2)
+    if wrong := [name for name in asked.methods if name not in METHODS]:
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}, got {wrong[0]}.")
+    rows = measured(list(dict.fromkeys(["full", *asked.methods])), asked)
+    figure = bars(rows, "method", {"time": "time of full", "memory": "memory of full"})
+    Report(f"training_{asked.model}", COLUMNS, rows, figure).write(asked)
 
 
-if __name__ == "__main__":
-    main()
+def measured(methods: list[str], asked: argparse.Namespace) -> list[Row]:
+    """A row for each method; the first one is what the others are compared with."""
+    trainings: dict[str, Training] = {}
+    mib = {}
+
+    def begin(method: str) -> None:
+        trainings[method] = Training(method, asked)
+        for _ in range(2):  # the first step makes the state of the optimizer
+            trainings[method].step()
+
+    for method in methods:
+        mib[method] = peak_of(lambda name=method: begin(name), asked.device).whole / 2**20
+    runners = {name: Runner(training.step) for name, training in trainings.items()}
+    turns = alternate(runners, repeats=asked.repeats, device=asked.device, warm_up=1)
+    base = methods[0]
+    return [
+        {
+            "method": name,
+            "trained_m": trainings[name].model.cost().trainable_params / 1e6,
+            "step_s": seconds(turns[name]),
+            **ratio(turns[name], turns[base]).as_row("time"),
+            "memory_mib": mib[name],
+            "memory": mib[name] / mib[base],
+            "page_faults": page_faults(turns[name]),
+            "seconds": [turn.seconds for turn in turns[name]],
+        }
+        for name in methods
+    ]

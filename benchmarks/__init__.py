@@ -1,0 +1,1 @@
+"""Programs that measure Tokendial against its peers: `python -m benchmarks COMMAND`."""

@@ -1,0 +1,129 @@
+"""Memory of one pass, and of parts of it, from the allocations that torch's profiler sees.
+
+The growth of the process says little: what one model has given back, the next one finds there.
+"""
+
+import bisect
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import tokendial as td
+from tokendial.tokens import Tokens
+
+_REDUCING, _FFN = "benchmarks: reducing", "benchmarks: FFN within"
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Largest numbers of bytes that were held at a time, above what was held before."""
+
+    whole: int
+    """In the pass: activations, and all else that it needs besides weights."""
+    reducing: int
+    """In the reducer's own work, above what was held when it began (see `marked`)."""
+
+
+def peak_of(call: Callable[[], object], device: str = "cpu") -> Peak:
+    """Memory of `call`, which runs once."""
+    on_cpu = device == "cpu"
+    if not on_cpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        held = _Held(json.loads(path.read_text())["traceEvents"], on_cpu=on_cpu)
+    whole = max(held.after) if on_cpu else torch.cuda.max_memory_allocated() - before
+    return Peak(whole, held.reducing_peak())
+
+
+class _Held:
+    """How much was held after each change, and which changes the marked work made."""
+
+    def __init__(self, events: list[dict[str, Any]], *, on_cpu: bool) -> None:
+        memory = sorted(
+            (event["ts"], event["args"]["Bytes"])
+            for event in events
+            # Device type 0 is the CPU.
+            if event.get("name") == "[memory]" and (event["args"]["Device Type"] == 0) == on_cpu
+        )
+        self.times = [at for at, _ in memory]
+        self.after = [0]
+        for _, change in memory:
+            self.after.append(self.after[-1] + change)
+        self.reducing, self.ffns = (
+            sorted(
+                self._span(event)
+                for event in events
+                if event.get("name") == name and event.get("cat") == "user_annotation"
+            )
+            for name in (_REDUCING, _FFN)
+        )
+
+    def _span(self, event: dict[str, Any]) -> tuple[int, int]:
+        """First and last state within an event."""
+        first = bisect.bisect_left(self.times, event["ts"])
+        return first, bisect.bisect_right(self.times, event["ts"] + event["dur"])
+
+    def reducing_peak(self) -> int:
+        """Most that the reducer's work held in any layer."""
+        within_ffn = {n for first, last in self.ffns for n in range(first + 1, last)}
+        most, begin, end = 0, 0, -1
+        for first, last in self.reducing:
+            # Choosing the groups and merging them are one piece of work.
+            begin = begin if first == end else first
+            end = last
+            own = [self.after[n] for n in range(begin, end + 1) if n not in within_ffn]
+            most = max(most, max(own) - self.after[begin])
+        return most
+
+
+@contextmanager
+def marked(model: td.DialViT) -> Iterator[None]:
+    """Mark the work of a model's reducer for `peak_of`.
+
+    That is: its hooks before a block and between attention and FFN, merging the tokens, and what it
+    does around an FFN that it runs itself, without the FFN.
+    """
+    reducer = model.reducer
+    if reducer is None:
+        yield
+        return
+
+    def marks(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with record_function(_REDUCING):
+                return function(*args, **kwargs)
+
+        return run
+
+    def around(
+        layer: int, degree: int, tokens: Any, attended: Any, ffn: Callable[[Any], Any]
+    ) -> Any:
+        def own(x: Any) -> Any:
+            with record_function(_FFN):
+                return ffn(x)
+
+        return marks(type(reducer).around_ffn)(reducer, layer, degree, tokens, attended, own)
+
+    runs_ffn = type(reducer).around_ffn is not td.reduce.Reducer.around_ffn
+    with (
+        patch.object(Tokens, "reduced", marks(Tokens.reduced)),
+        patch.object(reducer, "before_block", marks(reducer.before_block)),
+        patch.object(reducer, "group", marks(reducer.group)),
+        patch.object(reducer, "around_ffn", around if runs_ffn else reducer.around_ffn),
+    ):
+        yield

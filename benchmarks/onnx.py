@@ -1,0 +1,83 @@
+"""Exported files in onnxruntime: ToMe, EViT and DAR beside plain timm, exported the same way.
+
+The difference is the largest one between the logits of a file and those of its model in PyTorch.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import tokendial as td
+from benchmarks.alternating import Runner
+from benchmarks.models import backbone, degrees_at, random_images, reduced
+from benchmarks.options import add_model, listed, options, parsed
+from benchmarks.plots import against_cost
+from benchmarks.report import Column, Report
+from benchmarks.speed import MEASURES, Contender, compare
+from tokendial.export import export
+
+COLUMNS = (
+    Column("method", "method"),
+    Column("degree", "degree"),
+    *MEASURES,
+    Column("difference", "difference", "{:.1e}"),
+)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and write the results."""
+    parser = options("onnx", __doc__, repeats=5)
+    add_model(parser, default="vit_small_patch16_224")
+    parser.add_argument("--methods", type=listed(str), default=["tome", "evit", "dar"])
+    parser.add_argument("--costs", type=listed(float), default=[0.85, 0.7, 0.55])
+    parser.add_argument("--batch", type=int, default=1)
+    asked = parsed(parser, arguments, costs=[0.6])
+    vit = backbone(asked.model, img_size=asked.img_size, device="cpu")
+    images = random_images(vit, asked.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = list(_contenders(vit, images, Path(folder), asked.methods, asked.costs))
+        rows = compare(contenders, batch=asked.batch, repeats=asked.repeats, device="cpu")
+    figure = against_cost(rows, ())
+    Report(f"onnx_{asked.model}", COLUMNS, rows, figure).write(asked)
+
+
+def _contenders(
+    vit: nn.Module, images: Tensor, folder: Path, methods: list[str], costs: list[float]
+) -> Iterator[Contender]:
+    whole = td.wrap(vit).eval()
+    gmacs = whole.cost().gmacs
+    path = folder / "timm.onnx"
+    with torch.no_grad():
+        program = torch.export.export(vit, (images,))
+        torch.onnx.export(program, dynamo=True, input_names=["images"], verbose=False).save(path)
+        runner = _session(path, images)
+        difference = float((runner.call() - vit(images)).abs().max())
+    yield Contender(_labels("timm", 0, difference), gmacs, runner, in_torch=False)
+    for method in methods:
+        model = whole if method == "none" else reduced(vit, method, images)
+        for degree in degrees_at(model, costs):
+            path = folder / f"{method}_{degree}.onnx"
+            told = export(model, path, degree=degree, batch=len(images))
+            labels = _labels(method, degree, told.difference)
+            gmacs = model.cost(degree).gmacs
+            yield Contender(labels, gmacs, _session(path, images), in_torch=False)
+
+
+def _labels(method: str, degree: int, difference: float) -> dict[str, object]:
+    return {"method": method, "degree": degree, "difference": difference}
+
+
+def _session(path: Path, images: Tensor) -> Runner:
+    """A file that runs in as many threads as PyTorch has."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        path.read_bytes(), settings, providers=["CPUExecutionProvider"]
+    )
+    given = {"images": images.numpy()}
+    return Runner(lambda: torch.from_numpy(session.run(None, given)[0]))

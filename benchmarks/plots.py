@@ -1,0 +1,88 @@
+"""Plots of results."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from benchmarks.report import Row
+
+
+def against_cost(rows: Sequence[Row], facets: Sequence[str]) -> Figure:
+    """Measured ratios over what multiply-accumulates promise; one plot for each setting.
+
+    Args:
+        rows: With `method`, `ratio` and its spread, and `mac_ratio`.
+        facets: Keys of the rows, a plot for each combination of their values.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(", ".join(f"{row[key]}" for key in facets), []).append(row)
+    across = min(3, len(groups))
+    down = -(-len(groups) // across)
+    figure = Figure(figsize=(1 + 4 * across, 0.6 + 3.6 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for axis in axes[len(groups) :]:
+        axis.remove()
+    for axis, (title, group) in zip(axes, groups.items(), strict=False):
+        for method in dict.fromkeys(row["method"] for row in group):
+            points = [row for row in group if row["method"] == method]
+            ys = [row["ratio"] for row in points]
+            below = [row["ratio"] - row["ratio_low"] for row in points]
+            above = [row["ratio_high"] - row["ratio"] for row in points]
+            xs = [row["mac_ratio"] for row in points]
+            axis.errorbar(xs, ys, [below, above], fmt="o", markersize=4, capsize=2, label=method)
+        most = max(row["mac_ratio"] for row in group)
+        axis.plot([1, most], [1, most], color="grey", linewidth=0.8, label="as the cost")
+        axis.set(title=title, xlabel="multiply-accumulates saved (x)", ylabel="speed (x)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    return figure
+
+
+def bars(rows: Sequence[Row], label: str, measures: dict[str, str]) -> Figure:
+    """Horizontal bars, one row below the other.
+
+    Args:
+        rows: From top to bottom.
+        label: Key of what names a row.
+        measures: Key and title of each plot, side by side.
+    """
+    figure = Figure(figsize=(2 + 3.4 * len(measures), 1 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    names = [str(row[label]) for row in rows]
+    for axis, (key, title) in zip(axes, measures.items(), strict=True):
+        axis.barh(names, [row[key] for row in rows], color="#2b6cb0")
+        axis.set_xlabel(title)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    return figure
+
+
+def growth(rows: Sequence[Row], measures: dict[str, str], along: str) -> Figure:
+    """Lines over `along`, on logarithmic axes; one plot for each method.
+
+    Args:
+        rows: With `method`, `along` and the measures.
+        measures: Key and name of each line.
+        along: Key of the horizontal axis.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(1 + 2.8 * len(methods), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    for axis, method in zip(axes, methods, strict=True):
+        own = [row for row in rows if row["method"] == method]
+        for key, name in measures.items():
+            axis.loglog(
+                [row[along] for row in own],
+                [row[key] for row in own],
+                "o-",
+                markersize=4,
+                label=name,
+            )
+        axis.set(title=method, xlabel=along)
+        axis.set_xticks([row[along] for row in own], [str(row[along]) for row in own])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("growth (x)")
+    axes[0].legend(fontsize=7)
+    return figure

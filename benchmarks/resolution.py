@@ -1,0 +1,100 @@
+"""How time and memory grow with the image size, beside what multiply-accumulates grow by.
+
+Every method is turned, at each size, to the degree whose cost is nearest to the same share of the
+model's. Its own memory is the most that the reduction itself holds in any layer (similarities,
+indices, merged tokens) above what the model holds then; activations are the most that a whole pass
+of plain timm holds. All methods and sizes take turns.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+
+import tokendial as td
+from benchmarks.alternating import Runner, alternate, ratio
+from benchmarks.memory import marked, peak_of
+from benchmarks.models import backbone, degrees_at, random_images, reduced
+from benchmarks.options import listed, options, parsed
+from benchmarks.plots import growth
+from benchmarks.report import Column, Report, Row
+from benchmarks.speed import MEASURES, Contender, speed_row
+
+COLUMNS = (
+    Column("method", "method"),
+    Column("img_size", "pixels"),
+    Column("degree", "degree"),
+    *MEASURES,
+    Column("time_growth", "time grows", "{:.2f}x ({low:.2f} to {high:.2f})"),
+    Column("mac_growth", "cost grows", "{:.2f}x"),
+    Column("growth_quotient", "cost / time", "{:.2f}"),
+    Column("reducing_mib", "reduction MiB", "{:.2f}"),
+    Column("reducing_share", "of activations", "{:.1%}"),
+)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and write the results."""
+    parser = options("resolution", __doc__, repeats=3)
+    parser.add_argument("--model", default="vit_small_patch16_224", help="a name of timm")
+    parser.add_argument("--sizes", type=listed(int), default=[224, 448, 896], help="pixels")
+    parser.add_argument("--methods", type=listed(str), default=["tome", "evit", "dar"])
+    parser.add_argument("--cost", type=float, default=0.65, help="share of timm's")
+    parser.add_argument("--batch", type=int, default=1)
+    asked = parsed(parser, arguments, sizes=[64, 96])
+    rows = measured(asked)
+    measures = {"time_growth": "time", "mac_growth": "multiply-accumulates"}
+    figure = growth(rows, measures, "img_size")
+    Report(f"resolution_{asked.model}", COLUMNS, rows, figure).write(asked)
+
+
+def measured(asked: argparse.Namespace) -> list[Row]:
+    """A row for each method and size."""
+    models: dict[tuple[str, int], tuple[Contender, td.DialViT]] = {}
+    for size in asked.sizes:
+        for contender, model in _contenders(size, asked):
+            models[contender.labels["method"], size] = contender, model
+    runners = {key: contender.runner for key, (contender, _) in models.items()}
+    with torch.no_grad():
+        turns = alternate(runners, repeats=asked.repeats, device=asked.device)
+    rows = []
+    activations = 0.0
+    for (method, size), (contender, model) in models.items():
+        base, first = ("timm", size), (method, asked.sizes[0])
+        row = speed_row(
+            (contender, turns[method, size]),
+            (models[base][0], turns[base]),
+            batch=asked.batch,
+            device=asked.device,
+        )
+        activations = row["peak_mib"] if method == "timm" else activations
+        time = ratio(turns[method, size], turns[first])
+        cost = contender.gmacs / models[first][0].gmacs
+        with torch.no_grad(), marked(model):
+            reducing = peak_of(contender.runner.call, asked.device).reducing / 2**20
+        row |= {
+            **time.as_row("time_growth"),
+            "mac_growth": cost,
+            "growth_quotient": cost / time.median,
+            "reducing_mib": reducing,
+            "reducing_share": reducing / activations,
+        }
+        rows.append(row)
+    return rows
+
+
+def _contenders(size: int, asked: argparse.Namespace) -> Iterator[tuple[Contender, td.DialViT]]:
+    """Plain timm and the methods at one size, each with a model whose reducer can be looked at."""
+    vit = backbone(asked.model, img_size=size, device=asked.device)
+    images = random_images(vit, asked.batch)
+    labels = {"img_size": size, "degree": 0}
+    whole = td.wrap(vit).eval()
+    plain = Contender({"method": "timm"} | labels, whole.cost().gmacs, Runner(lambda: vit(images)))
+    yield plain, whole
+    for method in asked.methods:
+        model = reduced(vit, method, images)
+        (degree,) = degrees_at(model, [asked.cost])
+        model.set_degree(degree)
+        labels = {"method": method, "img_size": size, "degree": degree}
+        runner = Runner(lambda model=model: model(images))
+        yield Contender(labels, model.cost().gmacs, runner), model
