@@ -17,7 +17,7 @@ FLOORS = (
     ("show", "export"),
     ("train",),
     ("tasks", "data"),
-    ("saving", "reference", "compensate"),
+    ("saving", "reference", "compensate", "fit"),
     ("vit",),
     ("adapted",),
     ("backbones", "measure"),

@@ -19,6 +19,7 @@ from tokendial.adapt import (
 from tokendial.backbones import Backbone, convert_weights, video_vit
 from tokendial.compensate import Compensator, ToCom
 from tokendial.decode import DARDecoder, LinearDecoder, MaskTransformer
+from tokendial.fit import Fitted, fit
 from tokendial.measure import calibrate
 from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, FrameByFrame, ToMe
 from tokendial.reference import load_reference
@@ -44,6 +45,7 @@ __all__ = [
     "EViT",
     "FFNMerge",
     "FacT",
+    "Fitted",
     "FrameByFrame",
     "Full",
     "Houlsby",
@@ -56,6 +58,7 @@ __all__ = [
     "ToMe",
     "calibrate",
     "convert_weights",
+    "fit",
     "load",
     "load_reference",
     "video_vit",

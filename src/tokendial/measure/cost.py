@@ -1,7 +1,8 @@
 """Multiply-accumulates and parameters of a model, counted on the model itself without memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +51,24 @@ def count_macs(module: nn.Module, run: Callable[[nn.Module], Any], *, products: 
         products: Count products of two activations (attention, token matching); some papers leave
             them out.
     """
+
+    def whole(call: nn.Module) -> Iterator[None]:
+        run(call)
+        yield
+
+    return sum(count_parts(module, whole, products=products))
+
+
+def count_parts(
+    module: nn.Module, run: Callable[[nn.Module], Iterable[Any]], *, products: bool = True
+) -> list[int]:
+    """Multiply-accumulates of the parts of a forward pass, each of which ends with a `yield`.
+
+    Args:
+        module: As in `count_macs`.
+        run: As there, but a generator.
+        products: As there.
+    """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     meta = {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
     counter = FlopCounterMode(
@@ -59,15 +78,21 @@ def count_macs(module: nn.Module, run: Callable[[nn.Module], Any], *, products: 
             torch.ops.aten.upsample_bilinear2d: _interpolation_flops,
         },
     )
+    totals = [0]
+
+    def run_all(call: nn.Module) -> None:
+        for _ in run(call):
+            flops = counter.get_flop_counts().get("Global", {})
+            totals.append(sum(n for op, n in flops.items() if products or not _is_product(op)))
+
     training = module.training
     module.eval()
     try:
         with torch.no_grad(), _KnownShapes(), counter:  # type: ignore[no-untyped-call]
-            functional_call(_Call(module, run), {f"module.{n}": v for n, v in meta.items()}, ())
+            functional_call(_Call(module, run_all), {f"module.{n}": v for n, v in meta.items()}, ())
     finally:
         module.train(training)
-    flops = counter.get_flop_counts()["Global"]
-    return sum(n for op, n in flops.items() if products or not _is_product(op)) // 2
+    return [(after - before) // 2 for before, after in pairwise(totals)]
 
 
 class _Call(nn.Module):

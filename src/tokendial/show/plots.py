@@ -1,10 +1,11 @@
-"""Plots: accuracy against cost and speed along the dial; attention diversity by depth."""
+"""Plots: accuracy against cost and speed along the dial; fits; attention diversity by depth."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import matplotlib.figure
 
+from tokendial.fit import Fitted
 from tokendial.measure.diversity import LayerDiversity
 
 
@@ -99,6 +100,42 @@ def bridged_figure(rows: Sequence[BridgedPoint], *, title: str = "") -> matplotl
     right.set_xlabel("images / s (measured)")
     for axis in (left, right):
         axis.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def fit_figure(fitted: Fitted, *, title: str = "") -> matplotlib.figure.Figure:
+    """Draw agreement with the unreduced model against cost: searched schedules, constant ones.
+
+    Args:
+        fitted: What a fit has found.
+        title: Line above the plots.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    of = "multiply-accumulates" if fitted.unit == "GMACs" else "time"
+    found = [degree.found for degree in fitted.degrees]
+    for points, style, name, color in (
+        (fitted.searched, ".", "searched", "#cbd5e0"),
+        (fitted.constants, "s-", "constant r", "#c05621"),
+        (fitted.frontier, "-", "frontier", "#2b6cb0"),
+        (found, "*", "fitted, measured", "#2b6cb0"),
+    ):
+        for axis, ys in (
+            (left, [point.divergence for point in points]),
+            (right, [100 * point.top1 for point in points]),
+        ):
+            xs, size = [point.cost for point in points], 9 if style == "*" else 4
+            axis.plot(xs, ys, style, color=color, markersize=size, label=name)
+    left.set_ylabel("divergence (nats)")
+    right.set_ylabel("same answer (%)")
+    for axis in (left, right):
+        axis.set_xlabel(f"{of}, share of the unreduced model's")
+        axis.grid(alpha=0.3)
+    if any(point.divergence > 0 for point in fitted.searched):
+        left.set_yscale("log")
     left.legend(fontsize=7)
     if title:
         figure.suptitle(title, fontsize=10)

@@ -11,7 +11,7 @@ from tokendial.atomic import replacing
 from tokendial.data.clip import Clip
 from tokendial.measure import Cost
 from tokendial.reduce.base import ReducerConfig
-from tokendial.saving import load
+from tokendial.saving import CONFIG, load
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task, VideoClassification
 from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe, check_section
 from tokendial.vit import DialViT
@@ -32,6 +32,8 @@ class Run:
         self.cost_file = self.folder / "cost.json"
         self.checkpoints = self.folder / "checkpoints"
         self.best, self.last = self.folder / "best", self.folder / "last"
+        if (self.folder / CONFIG).is_file():  # what a fit writes is a saved model itself
+            self.best = self.folder
 
     def claim(
         self,

@@ -1,0 +1,171 @@
+"""Fitted schedules against constant ones at the same measured time, on real images.
+
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/evidence_fit.py
+
+The shipped small ViT on its own task (which kinds of items a dense scene holds; ten answers that do
+not exclude each other). For each seed, `fit` draws training scenes, without labels, and finds a
+schedule of ToMe for each speed-up. Then the model with nothing removed, the fitted schedules and
+ToMe with every constant r take turns in forward passes, so that a busy machine slows all of them
+alike; times are medians of ratios to the first. Agreement with the model that removes nothing and
+accuracy are those of other scenes. What a constant r gives at the time of a fitted schedule is read
+off the line between the two constant r next to it.
+
+Results go to benchmarks/results/evidence_fit_HARDWARE_DATE.json.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from speed import timed, write_result
+from torch import Tensor, nn
+
+import tokendial as td
+from tokendial.backbones import Backbone
+from tokendial.data import Scenes
+from tokendial.data.transforms import Augment
+from tokendial.fit.agreement import compared, two_way
+from tokendial.tasks import Classification
+from tokendial.train.batches import eval_loader
+
+SEEDS = (0, 1, 2)
+# Held-out scenes are those of a seed of its own, and of the validation items.
+HELD_OUT_SEED = 100
+CONSTANT = tuple(range(1, 17))
+METRICS = ("divergence", "agreement", "accuracy")
+
+
+def scenes(split: str, seed: int, size: int, model: td.DialViT) -> tuple[Tensor, Tensor]:
+    """Prepared images [N, 3, H, W] and their labels [N, 10]."""
+    task = Classification(10, multi_label=True, augment=Augment(crop=False, test_crop_ratio=1.0))
+    data = Scenes(task="present", train_size=size, val_size=size).build(seed)
+    loader = eval_loader(getattr(data, split), task.eval_transform(model.anatomy), batch_size=size)
+    images, labels = next(iter(loader))
+    return images, labels
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits of many images."""
+    return torch.cat([model(batch) for batch in images.split(50)])
+
+
+@torch.no_grad()
+def times(models: Sequence[nn.Module], images: Tensor, turns: int) -> list[float]:
+    """Time of each model as a share of the first one's: medians of ratios, turn by turn."""
+    rows = [[timed(model, images) for model in models] for _ in range(turns + 1)][1:]
+    return [statistics.median(row[n] / row[0] for row in rows) for n in range(len(models))]
+
+
+def judged(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[dict[str, float]]:
+    """Agreement with the first model, and accuracy."""
+    unreduced = logits_of(models[0], images)
+    rows = []
+    for model in models:
+        logits = logits_of(model, images)
+        agreement = compared(two_way(logits), two_way(unreduced))
+        right = ((logits > 0) == (labels > 0)).float().mean()
+        rows.append(
+            {
+                "divergence": agreement.divergence,
+                "agreement": 100 * agreement.top1,
+                "accuracy": 100 * float(right),
+            }
+        )
+    return rows
+
+
+def at_time(curve: Sequence[dict[str, Any]], time: float, metric: str) -> float:
+    """A metric of constant schedules between the two whose times lie around `time`."""
+    rising = sorted(curve, key=lambda row: row["time"])
+    for fast, slow in itertools.pairwise(rising):
+        if fast["time"] <= time <= slow["time"]:
+            share = (time - fast["time"]) / (slow["time"] - fast["time"])
+            return float(fast[metric] + share * (slow[metric] - fast[metric]))
+    raise ValueError(f"no constant r lies around a share of {time:.2f} of the time.")
+
+
+def of_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Fit, and measure all schedules side by side."""
+    vit = Backbone(name="scenes_vit", weights="shipped").create().eval()
+    unreduced = td.wrap(vit).eval()
+    images, _ = scenes("train", seed, options.images, unreduced)
+    fitted = td.fit(
+        unreduced,
+        images,
+        speedup=[float(speedup) for speedup in options.speedup.split(",")],
+        multi_label=True,
+        batch_size=options.batch,
+        minutes=options.minutes,
+        note=print,
+    )
+    found = []
+    for row in fitted.degrees:
+        found.append(td.wrap(vit, reduce=fitted.reduce).eval())
+        found[-1].set_degree(row.degree)
+    constant = [td.wrap(vit, reduce=td.ToMe(r=r)).eval() for r in CONSTANT]
+    models = [unreduced, *found, *constant]
+    held_out, labels = scenes("val", HELD_OUT_SEED, options.test, unreduced)
+    shares = times(models, held_out[: options.batch], options.turns)
+    rows = [
+        {"time": share} | row
+        for share, row in zip(shares, judged(models, held_out, labels), strict=True)
+    ]
+    curve = [rows[0], *rows[1 + len(found) :]]
+    return {
+        "seed": seed,
+        "unreduced": rows[0],
+        "constant": dict(zip(CONSTANT, curve[1:], strict=True)),
+        "fitted": [
+            {
+                "speedup": degree.budget,
+                "removed": degree.found.removed,
+                "found": row,
+                "constant": {metric: at_time(curve, row["time"], metric) for metric in METRICS},
+            }
+            for degree, row in zip(fitted.degrees, rows[1 : 1 + len(found)], strict=True)
+        ],
+    }
+
+
+def table(results: Sequence[dict[str, Any]]) -> None:
+    """Print means and standard deviations over seeds, speed-up by speed-up."""
+    header = ("budget", "measured", "schedule", "divergence", "same answers (%)", "accuracy (%)")
+    print("\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for rows in zip(*(result["fitted"] for result in results), strict=True):
+        speedup = spread([1 / row["found"]["time"] for row in rows], 2)
+        for name, key in (("fitted", "found"), ("constant r", "constant")):
+            cells = [
+                spread([row[key][metric] for row in rows], 4 if metric == "divergence" else 1)
+                for metric in METRICS
+            ]
+            print(f"| {rows[0]['speedup']:g} | {speedup} | {name} | {' | '.join(cells)} |")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def main() -> None:
+    """Fit and measure for every seed, print the table, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--speedup", default="1.5,2,2.5")
+    parser.add_argument("--images", type=int, default=256, help="Scenes that a fit may look at.")
+    parser.add_argument("--test", type=int, default=2000, help="Scenes to compare on.")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=3.0, help="For each fit.")
+    parser.add_argument("--turns", type=int, default=41)
+    options = parser.parse_args()
+    results = [of_seed(seed, options) for seed in SEEDS]
+    table(results)
+    settings = {name: getattr(options, name) for name in ("images", "test", "minutes", "turns")}
+    write_result("evidence_fit", "cpu", options.batch, settings | {"seeds": results})
+
+
+if __name__ == "__main__":
+    main()

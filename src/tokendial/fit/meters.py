@@ -1,0 +1,146 @@
+"""What a schedule costs, layer by layer and end to end: in seconds here, or counted."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice, pairwise
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.fit.space import Schedule, Space
+from tokendial.measure.cost import count_parts
+from tokendial.vit import DialViT, Step
+
+_TURNS, _MOST_TURNS = 5, 25
+
+
+class Trial:
+    """A model that runs by any schedule."""
+
+    def __init__(self, model: DialViT, space: Space) -> None:
+        self.model, self.space = model, space
+
+    def turn(self, schedule: Schedule) -> DialViT:
+        """The model, so that it runs by `schedule` from now on."""
+        model = self.model
+        model.degree = int(any(schedule))
+        if model.degree:
+            # Methods that can be tried have no weights, and state of their own neither.
+            model.reducer = self.space.method([schedule]).build(self.space.shape).eval()
+        return model
+
+
+@contextmanager
+def trial(model: DialViT, space: Space) -> Iterator[Trial]:
+    """Try schedules in a `with` block; the model is then as it was."""
+    before, degree, training = model.reducer, model.degree, model.training
+    try:
+        yield Trial(model.eval(), space)
+    finally:
+        model.reducer, model.degree = before, degree
+        model.train(training)
+
+
+class Meter(Protocol):
+    """Tells costs, in a unit of its own."""
+
+    exact: bool
+    """Whether the same question has the same answer."""
+
+    def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Costs of the layers from `first`, 2 at least, to `last`."""
+
+    def one(self, schedule: Schedule) -> float:
+        """Cost of a forward pass."""
+
+    def whole(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Costs of forward passes, compared with each other."""
+
+
+class Stopwatch:
+    """Seconds of a batch of images, on the device and in the arithmetic of the model."""
+
+    exact = False
+
+    def __init__(self, tried: Trial, images: Tensor, seconds: float) -> None:
+        """Measure forward passes.
+
+        Args:
+            tried: The model.
+            images: A batch [B, 3, H, W], which lies where the model does.
+            seconds: For each schedule that is compared with others, if a few passes take less.
+        """
+        self.tried, self.images, self.seconds = tried, images, seconds
+
+    @torch.no_grad()
+    def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Of one run, up to layer `last`."""
+        model = self.tried.turn(schedule)
+        times = [self._now()]
+        for _ in islice(model.steps(self.images), last):
+            times.append(self._now())
+        return [after - before for before, after in pairwise(times)][first - 1 :]
+
+    @torch.no_grad()
+    def whole(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Medians of passes that take turns, so that a busy machine slows all of them alike.
+
+        Given as the first one's median times the median of their ratios to it, turn by turn.
+        """
+        turns: list[list[float]] = []
+        start = self._now()
+        while len(turns) <= _TURNS or (
+            len(turns) <= _MOST_TURNS and self._now() - start < self.seconds * len(schedules)
+        ):
+            turns.append([self.one(schedule) for schedule in schedules])
+        del turns[0]  # chooses kernels and fills caches
+        first = median(turn[0] for turn in turns)
+        columns = zip(*turns, strict=True)
+        firsts = [turn[0] for turn in turns]
+        return [
+            first * median(own / base for own, base in zip(column, firsts, strict=True))
+            for column in columns
+        ]
+
+    @torch.no_grad()
+    def one(self, schedule: Schedule) -> float:
+        """Seconds of a single pass."""
+        model = self.tried.turn(schedule)
+        before = self._now()
+        model(self.images)
+        return self._now() - before
+
+    def _now(self) -> float:
+        if self.images.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+class MacCounter:
+    """Multiply-accumulates of one image, counted."""
+
+    exact = True
+
+    def __init__(self, tried: Trial) -> None:
+        self.tried = tried
+
+    def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Of one run, up to layer `last`."""
+        model = self.tried.turn(schedule)
+
+        def run(call: nn.Module) -> Iterator[Step]:
+            images = torch.empty(1, *model.anatomy.input_shape, device="meta")
+            return islice(model.steps(images), last)
+
+        return [float(macs) for macs in count_parts(model, run)[first - 1 :]]
+
+    def one(self, schedule: Schedule) -> float:
+        """As `DialViT.cost` counts."""
+        return self.tried.turn(schedule).cost().macs
+
+    def whole(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Each by itself."""
+        return list(map(self.one, schedules))

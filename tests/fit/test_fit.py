@@ -1,0 +1,104 @@
+"""Fitting a model: it is left alone, and keeps to budgets that can be counted."""
+
+import pytest
+import torch
+from examples import images, tiny_vit
+
+import tokendial as td
+from tokendial.fit.agreement import compared, two_way
+
+
+@pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop")])
+@torch.no_grad()
+def test_counted_budgets_are_kept_and_become_degrees(reduce):
+    model = td.wrap(tiny_vit(depth=3), reduce=td.ToMe(r=3), adapt=td.AdaptFormer(dim=4)).train()
+    before = (model.reducer, model.degree, model.training)
+    whole = model.cost(0).gmacs
+    fitted = td.fit(
+        model, images(12), gmacs=(0.7 * whole, 0.5 * whole), reduce=reduce, minutes=0.05
+    )
+    assert (model.reducer, model.degree, model.training) == before
+    assert fitted.unit == "GMACs"
+    assert fitted.unreduced == pytest.approx(whole)
+    dial = td.wrap(model.vit, reduce=fitted.reduce, adapt=td.AdaptFormer(dim=4)).eval()
+    for row in fitted.degrees:
+        assert dial.cost(row.degree).gmacs <= row.budget
+        assert row.found.cost == pytest.approx(dial.cost(row.degree).gmacs / whole)
+        assert row.found.divergence <= row.constant.divergence
+    mild, hard = fitted.degrees
+    assert (mild.degree, hard.degree) == (1, 2)
+    assert mild.found.divergence <= hard.found.divergence
+    costs = [point.cost for point in fitted.frontier]
+    divergences = [point.divergence for point in fitted.frontier]
+    assert costs == sorted(costs)
+    assert divergences == sorted(divergences, reverse=True)
+
+
+@torch.no_grad()
+def test_agreement_is_that_of_the_model_with_itself():
+    model = td.wrap(tiny_vit(depth=2)).eval()
+    seen = images(8)
+    fitted = td.fit(model, seen, gmacs=0.6 * model.cost().gmacs, minutes=0.05, batch_size=4)
+    found = fitted.degrees[0].found
+    reduced = td.wrap(model.vit, reduce=td.ToMe(r=list(found.removed))).eval()
+    p, q = model(seen).log_softmax(-1), reduced(seen).log_softmax(-1)
+    assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-6)
+    assert found.top1 == pytest.approx(float((p.argmax(1) == q.argmax(1)).float().mean()))
+
+
+def test_labels_that_do_not_exclude_each_other_are_compared_one_by_one():
+    logits, unreduced = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 3.0]])
+    agreement = compared(two_way(logits), two_way(unreduced))
+    p, q = unreduced.sigmoid(), logits.sigmoid()
+    expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert agreement.divergence == pytest.approx(float(expected.mean()))
+    assert agreement.top1 == 0.5
+
+
+def test_a_measured_budget_gives_a_dial():
+    # With next to no tokens after the first layer it is several times as fast on any machine.
+    model = td.wrap(tiny_vit(patch_size=2, depth=3))
+    fitted = td.fit(model, images(8), speedup=1.1, reduce=td.EViT(), minutes=0.02)
+    assert fitted.unit == "ms"
+    assert fitted.unreduced > 0
+    assert len(fitted.reduce.r) == 1
+    assert td.wrap(model.vit, reduce=fitted.reduce).cost().macs < model.cost().macs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "give one of speedup, latency_ms, gmacs"),
+        ({"speedup": 2, "gmacs": 1}, "give one of speedup, latency_ms, gmacs"),
+        ({"speedup": ()}, "give one of speedup"),
+        ({"speedup": -2.0}, "speedup must be above 0, got -2"),
+        ({"speedup": float("nan")}, "speedup must be above 0, got nan"),
+        ({"gmacs": 1e-6}, "gmacs must lie in .*all that ToMe can remove, got 1e-06"),
+        ({"gmacs": 99}, "gmacs must lie in .* here, from nothing removed .*, got 99"),
+        ({"gmacs": 0.01, "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"gmacs": 0.01, "minutes": 0}, "minutes must be above 0, got 0"),
+        ({"gmacs": 0.01, "reduce": td.FFNMerge(r=8)}, "reduce must be ToMe or EViT.*got FFNMerge"),
+    ],
+)
+def test_budgets_that_make_no_sense_raise(vit, settings, message):
+    with pytest.raises(ValueError, match=message):
+        td.fit(td.wrap(vit), images(2), **settings)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"reduce": td.DAR()}, "whose own reduction has no weights, got DAR"),
+        ({"reduce": td.FFNMerge(r=8)}, "reduce must be ToMe or EViT"),
+        ({"adapt": td.ConvPass(dim=4)}, "ConvPass needs the tokens of all patches"),
+    ],
+)
+def test_models_whose_tokens_cannot_be_counted_raise(vit, methods, message):
+    with pytest.raises(ValueError, match=message):
+        td.fit(td.wrap(vit, **methods), images(2), gmacs=0.01)
+
+
+def test_a_model_without_a_head_raises():
+    model = td.wrap(tiny_vit(num_classes=0))
+    with pytest.raises(ValueError, match="fit needs a classifier of images"):
+        td.fit(model, images(2), gmacs=0.01)
