@@ -15,6 +15,7 @@ COMMANDS = {
     "input": "share of the time that training waits for images",
     "evidence_dense_adapter": "Dense Adapter against other adapters, trained on real images",
     "evidence_tocom": "what ToCom brings back between degrees, trained on real images",
+    "evidence_fit": "fitted schedules against constant ones at the same measured time",
     "evidence_dar": "DAR and DAR* against a linear decoder, trained on real objects",
 }
 

@@ -1,29 +1,30 @@
 """Fitted schedules against constant ones at the same measured time, on real images.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/evidence_fit.py
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks evidence_fit
 
 The shipped small ViT on its own task (which kinds of items a dense scene holds; ten answers that do
 not exclude each other). For each seed, `fit` draws training scenes, without labels, and finds a
 schedule of ToMe for each speed-up. Then the model with nothing removed, the fitted schedules and
-ToMe with every constant r take turns in forward passes, so that a busy machine slows all of them
-alike; times are medians of ratios to the first. Agreement with the model that removes nothing and
-accuracy are those of other scenes. What a constant r gives at the time of a fitted schedule is read
-off the line between the two constant r next to it.
-
-Results go to benchmarks/results/evidence_fit_HARDWARE_DATE.json.
+ToMe with every constant r take turns in forward passes; times are medians of ratios to the first,
+turn by turn. Agreement with the model that removes nothing and accuracy are those of other scenes.
+What a constant r gives at the time of a fitted schedule is read off the line between the two
+constant r next to it.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from speed import timed, write_result
 from torch import Tensor, nn
 
 import tokendial as td
+from benchmarks.alternating import Runner, alternate, ratio
+from benchmarks.report import write_json
 from tokendial.backbones import Backbone
 from tokendial.data import Scenes
 from tokendial.data.transforms import Augment
@@ -34,7 +35,7 @@ from tokendial.train.batches import eval_loader
 SEEDS = (0, 1, 2)
 # Held-out scenes are those of a seed of its own, and of the validation items.
 HELD_OUT_SEED = 100
-CONSTANT = tuple(range(1, 17))
+CONSTANT = tuple(range(1, 15))
 METRICS = ("divergence", "agreement", "accuracy")
 
 
@@ -54,10 +55,11 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def times(models: Sequence[nn.Module], images: Tensor, turns: int) -> list[float]:
-    """Time of each model as a share of the first one's: medians of ratios, turn by turn."""
-    rows = [[timed(model, images) for model in models] for _ in range(turns + 1)][1:]
-    return [statistics.median(row[n] / row[0] for row in rows) for n in range(len(models))]
+def times(models: Sequence[nn.Module], images: Tensor, repeats: int) -> list[float]:
+    """Time of each model as a share of the first one's."""
+    runners = {n: Runner(functools.partial(model, images)) for n, model in enumerate(models)}
+    turns = alternate(runners, repeats=repeats)
+    return [1 / ratio(turns[0], turns[n]).median for n in runners]
 
 
 def judged(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[dict[str, float]]:
@@ -109,7 +111,7 @@ def of_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     constant = [td.wrap(vit, reduce=td.ToMe(r=r)).eval() for r in CONSTANT]
     models = [unreduced, *found, *constant]
     held_out, labels = scenes("val", HELD_OUT_SEED, options.test, unreduced)
-    shares = times(models, held_out[: options.batch], options.turns)
+    shares = times(models, held_out[: options.batch], options.repeats)
     rows = [
         {"time": share} | row
         for share, row in zip(shares, judged(models, held_out, labels), strict=True)
@@ -151,21 +153,22 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Fit and measure for every seed, print the table, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks evidence_fit", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--speedup", default="1.5,2,2.5")
     parser.add_argument("--images", type=int, default=256, help="Scenes that a fit may look at.")
     parser.add_argument("--test", type=int, default=2000, help="Scenes to compare on.")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=3.0, help="For each fit.")
-    parser.add_argument("--turns", type=int, default=41)
-    options = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=21, help="Rounds of alternating turns.")
+    parser.add_argument("--out", type=Path, help="Folder for the results.")
+    options = parser.parse_args(arguments)
     results = [of_seed(seed, options) for seed in SEEDS]
     table(results)
-    settings = {name: getattr(options, name) for name in ("images", "test", "minutes", "turns")}
-    write_result("evidence_fit", "cpu", options.batch, settings | {"seeds": results})
-
-
-if __name__ == "__main__":
-    main()
+    settings = {
+        name: getattr(options, name) for name in ("images", "test", "batch", "minutes", "repeats")
+    }
+    write_json("evidence_fit", settings | {"seeds": results}, out=options.out)

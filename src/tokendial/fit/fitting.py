@@ -17,7 +17,7 @@ from tokendial.fit.space import Schedule, Space
 from tokendial.reduce import EViT, ToMe
 from tokendial.vit import DialViT
 
-_TIMED_COUNTS, _COUNTED_COUNTS = 48, 8
+_TIMED_COUNTS, _COUNTED_COUNTS = 32, 8
 _ROUNDS = 9
 _TABLE_SHARE, _LAST_SHARE, _COMPARING_SHARE = 0.25, 0.15, 0.005
 """Of the time: for the table at most, for what follows the search, for each schedule compared."""
