@@ -8,13 +8,17 @@ comma := ,
 empty :=
 space := $(empty) $(empty)
 
+# Tests start many processes; each would compile torch, three times as long as importing it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint setup
 
 demo: .venv/ready
 	$(BIN)/tokendial demo
 
+# Files in the order of their names: xdist's own would leave the long ones of few tests to the end.
 test: .venv/ready
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --cov --cov-report=
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/coverage report --fail-under=95 --include='$(subst $(space),$(comma),$(strip $(CORE_FILES)))'
 
 lint: .venv/ready

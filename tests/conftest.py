@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coverage import Coverage
 from examples import tiny_vit
 from hypothesis import settings
 from PIL import Image
@@ -19,6 +20,22 @@ settings.load_profile("tokendial")
 # The models of the tests are too small to share; threads that wait for each other cost more.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
+# Coverage is asked of the core alone (see the Makefile), and tracing slows Python down by a third
+# and more. Tests of what is above the core run without; those of the core have to cover it.
+UNTRACED = {"data", "tasks", "train", "sweeps", "show", "test_export.py", "test_compile.py"}
+UNTRACED |= {"test_demo.py", "test_reproduce.py", "test_cli.py", "test_docs.py"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    coverage = Coverage.current()
+    if coverage is None or UNTRACED.isdisjoint(item.path.relative_to(item.config.rootpath).parts):
+        return (yield)
+    coverage.stop()
+    try:
+        return (yield)
+    finally:
+        coverage.start()
 
 
 @pytest.fixture
