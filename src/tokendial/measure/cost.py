@@ -1,5 +1,6 @@
 """Multiply-accumulates and parameters of a model, counted on the model itself without memory."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 _Meta = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _MOST_ANSWERS = 100_000
@@ -71,24 +72,18 @@ def count_parts(
     """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     meta = {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
-    counter = FlopCounterMode(
-        display=False,
-        custom_mapping={
-            torch.ops.aten.native_layer_norm: _layer_norm_flops,
-            torch.ops.aten.upsample_bilinear2d: _interpolation_flops,
-        },
-    )
+    counter = _Counter()
     totals = [0]
 
     def run_all(call: nn.Module) -> None:
         for _ in run(call):
-            flops = counter.get_flop_counts().get("Global", {})
-            totals.append(sum(n for op, n in flops.items() if products or not _is_product(op)))
+            flops = counter.flops.items()
+            totals.append(sum(n for op, n in flops if products or not _is_product(op)))
 
     training = module.training
     module.eval()
     try:
-        with torch.no_grad(), _KnownShapes(), counter:  # type: ignore[no-untyped-call]
+        with torch.no_grad(), counter:
             functional_call(_Call(module, run_all), {f"module.{n}": v for n, v in meta.items()}, ())
     finally:
         module.train(training)
@@ -106,28 +101,40 @@ class _Call(nn.Module):
         return self.run(self.module)
 
 
-class _KnownShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers an operator on the meta device by what it gave for the same shapes before.
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators, and answers those that saw the same shapes before by what they gave then.
 
     Meta kernels are written in Python, and blocks have many operators in common: most of the time
     of counting would be spent in them. The number of answers that are kept is bounded.
     """
 
-    answers: ClassVar[dict[Any, tuple[bool, list[_Meta]]]] = {}
+    answers: ClassVar[dict[Any, tuple[int, bool, list[_Meta]]]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, op = kwargs or {}, func._overloadpacket
         key = None if func._schema.is_mutable else _key((func, args, kwargs))
         if key in self.answers:
-            single, metas = self.answers[key]
+            flops, single, metas = self.answers[key]
+            self.flops[op] += flops
             tensors = [torch.empty_strided(s, t, dtype=d, device="meta") for s, t, d in metas]
             return tensors[0] if single else tuple(tensors)
+        if op not in _FLOPS:
+            with self:  # an operator that is made of others is counted by them
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
+        flops = _FLOPS[op](*args, **kwargs, out_val=out) if op in _FLOPS else 0
+        self.flops[op] += flops
         given = (out,) if isinstance(out, Tensor) else out
         whole = isinstance(given, tuple) and all(isinstance(t, Tensor) and t.is_meta for t in given)
         if key is not None and whole and len(self.answers) < _MOST_ANSWERS:
             metas = [(t.shape, t.stride(), t.dtype) for t in given]
-            self.answers[key] = isinstance(out, Tensor), metas
+            self.answers[key] = flops, isinstance(out, Tensor), metas
         return out
 
 
@@ -144,15 +151,21 @@ def _key(value: Any) -> Any:
     return type(value), value
 
 
-# The counter's unit is FLOPs, two to a multiply-accumulate.
+# The unit of torch's table is FLOPs, two to a multiply-accumulate.
 
 
-def _layer_norm_flops(shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return 2 * 5 * shape.numel()
+def _layer_norm_flops(x: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * 5 * x.numel()
 
 
-def _interpolation_flops(*args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
-    return 2 * 4 * out_shape.numel()
+def _interpolation_flops(*args: Any, out_val: Tensor, **kwargs: Any) -> int:
+    return 2 * 4 * out_val.numel()
+
+
+_FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    torch.ops.aten.native_layer_norm: _layer_norm_flops,
+    torch.ops.aten.upsample_bilinear2d: _interpolation_flops,
+}
 
 
 def _is_product(op: Any) -> bool:
