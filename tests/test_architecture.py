@@ -18,6 +18,7 @@ FLOORS = (
     ("train",),
     ("tasks", "data"),
     ("saving", "reference", "compensate", "fit"),
+    ("speed",),
     ("vit",),
     ("adapted",),
     ("backbones", "measure"),

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from tokendial.attention import BY_PRODUCTS, attend
@@ -41,6 +42,16 @@ def test_a_token_of_size_two_weighs_like_two_equal_tokens():
     torch.testing.assert_close(merged.out, attend(*doubled).out[:, :5])
     rows = weights(q, k, size.log()[:, None, None, :])
     torch.testing.assert_close(merged.class_attention, rows.mean(1)[:, 0])
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_surplus_keys_change_nothing(sized):
+    q, k, v = qkv(6)
+    size = 1 + 3 * torch.rand(2, 6) if sized else None
+    plain = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS)
+    padded = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS, key_multiple=4)
+    for name in ("out", *BY_PRODUCTS):
+        torch.testing.assert_close(getattr(padded, name), getattr(plain, name))
 
 
 def test_a_policy_hides_tokens_from_all_others():

@@ -24,6 +24,7 @@ from tokendial.measure import calibrate
 from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, FrameByFrame, ToMe
 from tokendial.reference import load_reference
 from tokendial.saving import load
+from tokendial.speed import Optimized, optimize
 from tokendial.vit import DialViT, wrap
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "LinearDecoder",
     "LoRA",
     "MaskTransformer",
+    "Optimized",
     "ToCom",
     "ToMe",
     "calibrate",
@@ -61,6 +63,7 @@ __all__ = [
     "fit",
     "load",
     "load_reference",
+    "optimize",
     "video_vit",
     "wrap",
 ]

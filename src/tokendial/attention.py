@@ -38,6 +38,7 @@ def attend(
     size_BN: Tensor | None = None,
     policy_BN: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
+    key_multiple: int = 1,
 ) -> Attended:
     """Attention of every token to every token.
 
@@ -55,6 +56,8 @@ def attend(
         policy_BN: 1 for tokens that others may see, 0 for those that only see themselves. None:
             all are seen.
         needs: Which of `BY_PRODUCTS` to return.
+        key_multiple: The fused kernel gets keys and values for a multiple of so many tokens, the
+            surplus masked out: some processors run that faster. The result is the same.
 
     Returns:
         The output and the by-products asked for.
@@ -67,8 +70,13 @@ def attend(
     scale = q_BHNC.shape[-1] ** -0.5 if scale is None else scale
     bias = None if size_BN is None else size_BN.log().to(q_BHNC.dtype)[:, None, None, :]
     if policy_BN is None:
+        keys, values, mask = k_BHNC, v_BHNC, bias
+        if surplus := -k_BHNC.shape[2] % key_multiple:
+            mask = k_BHNC.new_zeros(1, 1, 1, k_BHNC.shape[2]) if bias is None else bias
+            mask = F.pad(mask, (0, surplus), value=-torch.inf)
+            keys, values = (F.pad(each, (0, 0, 0, surplus)) for each in (k_BHNC, v_BHNC))
         out = F.scaled_dot_product_attention(
-            q_BHNC, k_BHNC, v_BHNC, attn_mask=bias, dropout_p=dropout, scale=scale
+            q_BHNC, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
         )
     else:
         logits = (q_BHNC * scale) @ k_BHNC.transpose(-2, -1)

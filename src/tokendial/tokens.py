@@ -57,28 +57,39 @@ class Grouping:
             [B, G, D], the weighted mean or sum (`self.how`) of each group.
         """
         weight_BN = self.weight if weight_BN is None else weight_BN
-        if self.src.shape[1] == 0 and (self.how == "mean" or weight_BN is None):
+        if self.how == "sum" and weight_BN is None:
+            return self.sum(x_BND)
+        if self.how == "mean" and self.src.shape[1] == 0:
             return take(x_BND, self.keep)
         if weight_BN is None:
-            merged, weight_BN1 = self.sum(x_BND), x_BND.new_ones(*x_BND.shape[:2], 1)
-        else:
-            weight_BN1 = weight_BN.to(x_BND.dtype).unsqueeze(-1)
-            merged = self.sum(x_BND * weight_BN1)
-        return merged if self.how == "sum" else merged / self.sum(weight_BN1)
+            weight_BN = x_BND.new_ones(x_BND.shape[:2])
+        # Weights become shares before they meet the features, which are then passed over once.
+        kept_BG, absorbed_BS = weight_BN.gather(1, self.keep), weight_BN.gather(1, self.src)
+        if self.how == "mean":
+            total_BG = self.sum(weight_BN.unsqueeze(-1)).squeeze(-1)
+            kept_BG = kept_BG / total_BG
+            absorbed_BS = absorbed_BS / total_BG.gather(1, self.dst)
+        return self._absorbed(
+            take(x_BND, self.keep) * kept_BG.to(x_BND.dtype).unsqueeze(-1),
+            take(x_BND, self.src) * absorbed_BS.to(x_BND.dtype).unsqueeze(-1),
+        )
 
     def sum(self, x_BND: Tensor) -> Tensor:
         """Plain sum of each group's members, [B, G, D]."""
-        kept = take(x_BND, self.keep)
+        return self._absorbed(take(x_BND, self.keep), take(x_BND, self.src))
+
+    def _absorbed(self, kept_BGD: Tensor, absorbed_BSD: Tensor) -> Tensor:
+        """Kept tokens, which nobody else needs, with the absorbed ones added to them."""
         if self.src.shape[1] == 0:
-            return kept
-        absorbed = take(x_BND, self.src)
+            return kept_BGD
         if torch.compiler.is_exporting():
             # Other runtimes add up colliding indices slowly, wrongly, or not at all.
-            groups = torch.arange(kept.shape[1], device=kept.device)
+            groups = torch.arange(kept_BGD.shape[1], device=kept_BGD.device)
             membership_BGS = groups[:, None] == self.dst[:, None, :]
-            return kept + membership_BGS.to(kept.dtype) @ absorbed
-        into = _flat(self.dst, kept.shape[1])
-        return kept.flatten(0, 1).index_add(0, into, absorbed.flatten(0, 1)).view(kept.shape)
+            return kept_BGD + membership_BGS.to(kept_BGD.dtype) @ absorbed_BSD
+        into = _flat(self.dst, kept_BGD.shape[1])
+        kept_BGD.flatten(0, 1).index_add_(0, into, absorbed_BSD.flatten(0, 1))
+        return kept_BGD
 
     def unmerge(self, y_BGD: Tensor) -> Tensor:
         """Give every old token its group's features; dropped tokens get zeros. [B, N, D]."""

@@ -80,6 +80,8 @@ class DialViT(AdaptedViT):
     checkpoint_activations: bool = False
     """Whether training recomputes the blocks in the backward pass instead of keeping their
     activations: less memory, more time."""
+    key_multiple: int = 1
+    """Attention gets keys for a multiple of so many tokens, see `attend`."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images [B, 3, H, W], or of clips [B, T, 3, H, W], at the present degree.
@@ -89,6 +91,7 @@ class DialViT(AdaptedViT):
         """
         for step in self._steps_to_logits(images):
             tokens = step.tokens
+            del step  # as `steps` does
         return self._logits(tokens)
 
     def forward_at(self, images: Tensor, degrees: Sequence[int]) -> Tensor:
@@ -183,6 +186,7 @@ class DialViT(AdaptedViT):
             step = run(layer, degree, tokens, needs)
             tokens = step.tokens
             yield step
+            del step  # what it holds besides the tokens is not needed while the next block runs
 
     def _block(self, layer: int, degree: int, tokens: Tokens, needs: frozenset[str]) -> Step:
         reducer = self.reducer if degree else None
@@ -221,6 +225,7 @@ class DialViT(AdaptedViT):
             size_BN=size_BN,
             policy_BN=tokens.policy,
             needs=needs,
+            key_multiple=self.key_multiple,
         )
         out = tokens.x + anatomy.attention_branch(layer, attended.out, x)
         beside = self.adapter.beside_attention(layer, x, tokens)
@@ -335,7 +340,8 @@ class DialViT(AdaptedViT):
         tokens: list[int] = []
 
         def run(call: nn.Module) -> None:
-            images = torch.empty(1, *self.anatomy.input_shape, device="meta")
+            dtype = next(self.parameters()).dtype
+            images = torch.empty(1, *self.anatomy.input_shape, device="meta", dtype=dtype)
             for step in self._steps_to_logits(images):
                 tokens.append(step.tokens.x.shape[1])
             self._logits(step.tokens)

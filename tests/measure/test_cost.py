@@ -71,3 +71,9 @@ def test_interpolation_costs_four_for_each_element():
     images = torch.empty(2, 3, 4, 4, device="meta")
     up = torch.nn.Upsample(scale_factor=2, mode="bilinear")
     assert count_macs(up, lambda module: module(images)) == 4 * 2 * 3 * 8 * 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_costs_the_same(dtype):
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=8))
+    assert model.to(dtype).cost() == td.wrap(tiny_vit(), reduce=td.ToMe(r=8)).cost()

@@ -154,6 +154,27 @@ def test_the_command_line_predicts_csv_and_json(cli, run, digits, tmp_path):
     assert json.loads(out)["path"] == str(picture)
 
 
+def test_the_command_line_finds_the_fastest_way_first(cli, run, digits):
+    for command in (["eval", run.folder, "--degrees", "0,8"], ["predict", run.folder, digits]):
+        table = run.folder / "eval" / "degrees.csv"
+
+        def answers(*flags, command=command, table=table):
+            code, out, err = cli(*command, *flags)
+            assert code == 0
+            assert ("packed weights: " in err) == bool(flags)
+            if command[0] == "predict":
+                return [line.rpartition(",")[0] for line in out.splitlines()]
+            with table.open() as file:
+                return [row["accuracy"] for row in csv.DictReader(file)]
+
+        assert answers("--optimize") == answers()
+    code, _, err = cli("predict", run.folder, digits, "--compile", "--out", run.folder / "masks")
+    assert (code, err.strip()) == (
+        2,
+        "error: optimize and compile are for classes, predicted by one process.",
+    )
+
+
 def test_the_command_line_reports_what_it_cannot_read_and_does_the_rest(cli, run, digits, tmp_path):
     shutil.copy(digits / "val" / "digit 3" / "0.png", tmp_path / "z.png")
     (tmp_path / "a.jpg").write_text("text")

@@ -18,6 +18,7 @@ from tokendial.cli.app import app
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from tokendial.speed import Speed
     from tokendial.train.evaluate import BridgedRow, DegreeRow
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -26,6 +27,13 @@ Degree = Annotated[
 ]
 Degrees = Annotated[str, typer.Option(help="Such as 0,4,8 or 0..16 or 0..16:4 or all.")]
 
+
+Optimize = Annotated[
+    bool, typer.Option("--optimize", help="First find the fastest way to run on this machine.")
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="The same, and compile: a minute or so for each degree.")
+]
 
 _SHOWN_SCORES = 3
 
@@ -51,9 +59,13 @@ def evaluate(
         typer.Option(help="Degree that each run was trained at, such as 0,8,16; default: its own."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    optimize: Optimize = False,
+    compile: Compile = False,
 ) -> None:
     """Accuracy, cost and speed of a run along the dial: table, CSV and plot."""
     if compensator is not None:
+        if optimize or compile:
+            raise ValueError("optimize and compile do not go with --compensator.")
         _evaluate_bridged(runs, degrees, compensator, sources, batch_size)
         return
     if len(runs) > 1 or sources is not None:
@@ -63,7 +75,8 @@ def evaluate(
     from tokendial.train import Run
     from tokendial.train.evaluate import evaluate as run_evaluation
 
-    rows = run_evaluation(Run(run), degrees, batch_size=batch_size)
+    speed = _speed(optimize, compile)
+    rows = run_evaluation(Run(run), degrees, batch_size=batch_size, speed=speed)
     unit = "clip" if Run(run).on_videos() else "image"
     # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
     shown = list(rows[0].scores)[:_SHOWN_SCORES]
@@ -82,6 +95,12 @@ def evaluate(
     Console().print(table)
     figure = dial_figure(rows, title=str(run), unit=unit)
     _write_evaluation(rows, figure, run / "eval" / "degrees")
+
+
+def _speed(optimize: bool, compile: bool) -> "Speed":
+    from tokendial.speed import Speed
+
+    return Speed.compiled if compile else Speed.measured if optimize else Speed.plain
 
 
 def _evaluate_bridged(
@@ -150,6 +169,8 @@ def predict(
     ray: Annotated[
         bool, typer.Option("--ray", help="Classes: on all GPUs of a cluster, by Ray Data.")
     ] = False,
+    optimize: Optimize = False,
+    compile: Compile = False,
 ) -> None:
     """Class and probability, or mask, of each file; exit code 1 if some could not be read."""
     from tokendial.data import ImageError, VideoError, find_images, find_sources, find_videos
@@ -162,12 +183,17 @@ def predict(
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
     if out is not None and ray:
         raise ValueError("ray is for classes: masks are written by one process.")
+    speed = _speed(optimize, compile)
+    if speed != "plain" and (out is not None or ray):
+        raise ValueError("optimize and compile are for classes, predicted by one process.")
     trained = Run(run)
     answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
     if out is None:
         sources = find_videos(paths) if trained.on_videos() else find_sources(paths)
-        answer_all = predict_on_ray if ray else run_prediction
-        answers = answer_all(trained, sources, degree=degree, top=top)
+        if ray:
+            answers = predict_on_ray(trained, sources, degree=degree, top=top)
+        else:
+            answers = run_prediction(trained, sources, degree=degree, top=top, speed=speed)
     else:
         files = find_videos(paths) if trained.on_videos() else find_images(paths)
         answers = predict_masks(trained, files, out, degree=degree, overlay=overlay, tiles=tiles)

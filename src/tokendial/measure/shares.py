@@ -30,7 +30,7 @@ class ShareMeter:
             ValueError: If it selects no tokens by threshold, or its target is every token.
         """
         self._model, self._reducer = model, _selector(model)
-        self._count, self._selected = 0, 0.0
+        self._heard: list[tuple[int, float]] = []
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -39,7 +39,7 @@ class ShareMeter:
         return isinstance(reducer, Selector) and reducer.calibratable
 
     def __enter__(self) -> "ShareMeter":
-        self._count, self._selected = 0, 0.0
+        self._heard = []
         self._hearing = self._reducer.logits_heard(self._hear)
         self._hearing.__enter__()
         return self
@@ -48,13 +48,15 @@ class ShareMeter:
         self._hearing.__exit__(*error)
 
     def _hear(self, logits_BL: Tensor) -> None:
-        self._count += logits_BL.numel()
-        self._selected += float((logits_BL > self._reducer.threshold(self._model.degree)).sum())
+        selected = float((logits_BL > self._reducer.threshold(self._model.degree)).sum())
+        # Parts of a batch may run in threads of their own: appending is safe, adding up is not.
+        self._heard.append((logits_BL.numel(), selected))
 
     @property
     def share(self) -> float:
         """Of all layers and images; 1 if every token was processed without a choice."""
-        return self._selected / self._count if self._count else 1.0
+        count, selected = map(sum, zip(*self._heard, strict=True)) if self._heard else (0, 0.0)
+        return selected / count if count else 1.0
 
 
 @torch.no_grad()

@@ -166,8 +166,8 @@ def run_on_selected(ffn: Callable[[Tensor], Tensor], x_BND: Tensor, selected_BN:
     """Run `ffn` on the selected tokens of all images, packed into [K, D]; zeros elsewhere."""
     flat = x_BND.flatten(0, 1)
     index = selected_BN.flatten().nonzero().squeeze(1)
-    out = ffn(flat[index])
-    return out.new_zeros(flat.shape).index_copy(0, index, out).view(x_BND.shape)
+    out = ffn(flat.index_select(0, index))
+    return out.new_zeros(flat.shape).index_copy_(0, index, out).view(x_BND.shape)
 
 
 def _run_on_best(

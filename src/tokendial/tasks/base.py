@@ -8,6 +8,7 @@ from torch.utils.data import default_collate
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.transforms import PairTransform, Transform
+from tokendial.speed import Optimized
 from tokendial.vit import DialViT
 
 
@@ -50,7 +51,7 @@ class Task(Protocol):
     def hits(self, logits: Tensor, targets: Tensor) -> float:
         """Share of right answers in a training batch."""
 
-    def predict(self, model: DialViT, images: Tensor) -> Tensor:
+    def predict(self, model: DialViT | Optimized, images: Tensor) -> Tensor:
         """Logits of images (or videos) that the eval transform has prepared."""
 
     def metrics(self) -> Metrics:

@@ -19,6 +19,7 @@ from tokendial.data.transforms import (
     on_image,
     train_transform,
 )
+from tokendial.speed import Optimized
 from tokendial.vit import DialViT
 
 
@@ -67,7 +68,7 @@ class Classification:
         """As many: all images have one size."""
         return batch_size
 
-    def predict(self, model: DialViT, images: Tensor) -> Tensor:
+    def predict(self, model: DialViT | Optimized, images: Tensor) -> Tensor:
         """Logits [B, num_classes]."""
         logits: Tensor = model(images)
         return logits

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.clip import Clip, ClipTestTransform, ClipTrainTransform
 from tokendial.data.transforms import Augment, PairTransform, Transform, on_image, train_transform
+from tokendial.speed import Optimized
 from tokendial.tasks.classification import Classification
 from tokendial.vit import DialViT
 
@@ -51,7 +52,7 @@ class VideoClassification(Classification):
         """So many videos have about as many views as a training batch has clips."""
         return max(1, batch_size // self.clip.views)
 
-    def predict(self, model: DialViT, views_BVT3HW: Tensor) -> Tensor:
+    def predict(self, model: DialViT | Optimized, views_BVT3HW: Tensor) -> Tensor:
         """Logs of the mean probabilities over the views [B, num_classes], which serve as logits."""
         logits: Tensor = model(views_BVT3HW.flatten(0, 1))
         each = torch.unflatten(logits.float().log_softmax(-1), 0, views_BVT3HW.shape[:2])

@@ -14,6 +14,7 @@ from tokendial.data.dense import (
     DenseTrainTransform,
     Frame,
 )
+from tokendial.speed import Optimized
 from tokendial.vit import DialViT
 
 
@@ -46,7 +47,7 @@ class DenseTask:
         """Nothing is mixed."""
         return images, targets
 
-    def predict(self, model: DialViT, images: Tensor) -> Tensor:
+    def predict(self, model: DialViT | Optimized, images: Tensor) -> Tensor:
         """Logits [B, K, h, w] at the decoder's resolution, or of windows put together [B, K, H, W].
 
         Args:
@@ -60,7 +61,12 @@ class DenseTask:
 
 
 def slide(
-    model: DialViT, images: Tensor, window: tuple[int, int], stride: float, *, most: int = 8
+    model: DialViT | Optimized,
+    images: Tensor,
+    window: tuple[int, int],
+    stride: float,
+    *,
+    most: int = 8,
 ) -> Tensor:
     """Logits [B, K, H, W], the mean of windows that overlap.
 

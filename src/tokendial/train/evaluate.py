@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tokendial.atomic import replacing
 from tokendial.compensate import Compensator
 from tokendial.measure import ShareMeter
+from tokendial.speed import Optimized, Speed, sped_up
 from tokendial.tasks import Task
 from tokendial.train.batches import eval_loader
 from tokendial.train.runs import Run
@@ -73,7 +74,7 @@ class BridgedRow:
 
 @torch.no_grad()
 def evaluate_loader(
-    model: DialViT,
+    model: DialViT | Optimized,
     loader: DataLoader[Any],
     task: Task,
     accelerator: Accelerator | None = None,
@@ -123,9 +124,21 @@ def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
 
 
 def evaluate(
-    run: Run, degrees: str = "all", *, batch_size: int = 64, device: str | None = None
+    run: Run,
+    degrees: str = "all",
+    *,
+    batch_size: int = 64,
+    device: str | None = None,
+    speed: Speed = Speed.plain,
 ) -> list[DegreeRow]:
     """Accuracy, cost and measured speed of a run's best model at several degrees.
+
+    Args:
+        run: A run with a model.
+        degrees: Such as "0,4,8"; "all".
+        batch_size: Images per forward pass.
+        device: Where to compute; None: the accelerator if there is one.
+        speed: What to do for it first.
 
     Raises:
         ValueError: If the run has no model, or a degree is not offered.
@@ -134,19 +147,21 @@ def evaluate(
     wanted = parse_degrees(degrees, model.degrees)
     task, loader = _validation(run, model, batch_size)
     images = some_images(loader, model, batch_size)
-    meter = ShareMeter(model) if ShareMeter.fits(model) else None
+    fast = sped_up(model, images.to(next(model.parameters()).device), speed, wanted)
+    turned = fast.model if isinstance(fast, Optimized) else fast
+    meter = ShareMeter(turned) if ShareMeter.fits(turned) else None
     rows = []
     for degree in wanted:
-        model.set_degree(degree)
-        cost = model.cost()
+        fast.set_degree(degree)
+        cost = model.cost(degree)
         with meter or nullcontext():
-            scores = evaluate_loader(model, loader, task)
+            scores = evaluate_loader(fast, loader, task)
         rows.append(
             DegreeRow(
                 degree=degree,
                 scores=scores,
                 gmacs=cost.gmacs,
-                images_per_s=images_per_second(model, images),
+                images_per_s=images_per_second(fast, images),
                 tokens=cost.tokens_per_layer[-1],
                 share=meter.share if meter else None,
             )
@@ -255,7 +270,7 @@ def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Ten
 
 
 @torch.no_grad()
-def images_per_second(model: DialViT, images: Tensor) -> float:
+def images_per_second(model: DialViT | Optimized, images: Tensor) -> float:
     """Throughput of the forward pass at the present degree: median over about a second of runs.
 
     The images matter where a method chooses tokens by their values.
@@ -271,7 +286,7 @@ def images_per_second(model: DialViT, images: Tensor) -> float:
     return len(images) / median(seconds)
 
 
-def _timed(model: DialViT, images: Tensor) -> float:
+def _timed(model: DialViT | Optimized, images: Tensor) -> float:
     start = time.perf_counter()
     model(images)
     if images.device.type != "cpu":

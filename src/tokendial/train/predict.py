@@ -16,6 +16,7 @@ from tokendial.atomic import replacing
 from tokendial.data.images import ImageError, read_image
 from tokendial.data.shards import ShardImage
 from tokendial.data.video import VideoError, VideoFile
+from tokendial.speed import Speed, sped_up
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
 from tokendial.tasks.dense import best_class, frame_of, sized, slide
 from tokendial.train.evaluate import default_device
@@ -70,6 +71,7 @@ class Predictor:
         top: int = 1,
         batch_size: int = 32,
         device: str | None = None,
+        speed: Speed = Speed.plain,
     ) -> None:
         """Load the model; see `predict`.
 
@@ -77,9 +79,9 @@ class Predictor:
             ValueError: If the run has no model or learns masks, or `degree` or `top` is not there.
         """
         self.device, self.top = device or default_device(), top
-        self.model = run.model().to(self.device)
+        model = run.model().to(self.device)
         if degree is not None:
-            self.model.set_degree(degree)
+            model.set_degree(degree)
         self.classes, task = run.classes(), run.task()
         if not isinstance(task, Classification):
             raise ValueError(
@@ -90,7 +92,9 @@ class Predictor:
         self.task = task
         self.batch = task.eval_batch(batch_size)
         """Sources that go together through the model."""
-        self._transform = task.image_transform(self.model.anatomy)
+        self._transform = task.image_transform(model.anatomy)
+        example = torch.zeros(self.batch, *model.anatomy.input_shape, device=self.device)
+        self.model = sped_up(model, example, speed, [model.degree])
         self._of_videos = isinstance(task, VideoClassification)
 
     @torch.no_grad()
@@ -129,6 +133,7 @@ def predict(
     top: int = 1,
     batch_size: int = 32,
     device: str | None = None,
+    speed: Speed = Speed.plain,
 ) -> Iterator[Answer]:
     """Classes of images or videos, in order; one that cannot be read gives its error instead.
 
@@ -139,8 +144,11 @@ def predict(
         top: How many classes to give for each.
         batch_size: Images, or views of videos, per forward pass.
         device: Where to compute; None: the accelerator if there is one.
+        speed: What to do for it first.
     """
-    predictor = Predictor(run, degree=degree, top=top, batch_size=batch_size, device=device)
+    predictor = Predictor(
+        run, degree=degree, top=top, batch_size=batch_size, device=device, speed=speed
+    )
     left = iter(sources)
     while some := list(islice(left, predictor.batch)):
         yield from predictor(some)

@@ -1,0 +1,208 @@
+"""What can make a model faster on some machines; each is measured before it stays."""
+
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.vit import DialViT
+
+_EARNED = 1.02
+"""A treatment stays if it makes the model faster by this factor: less could be chance."""
+_TURNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One treatment, tried on the example."""
+
+    name: str
+    """Which, see `Optimized`."""
+    speedup: float | None
+    """Time without it over time with it; None: it failed."""
+    kept: bool
+    """Whether it was faster and stays."""
+    problem: str = ""
+    """Why it failed."""
+
+    def __str__(self) -> str:
+        if self.speedup is None:
+            return f"{self.name}: not supported here ({self.problem})"
+        return f"{self.name}: {self.speedup:.2f}x, {'kept' if self.kept else 'left out'}"
+
+
+class Treated(Protocol):
+    """What treatments change: see `Optimized`."""
+
+    model: DialViT
+    degrees: tuple[int, ...]
+    trials: list[Trial]
+    run: Callable[[Tensor], Tensor] | None
+
+    def set_degree(self, degree: int) -> None:
+        """Turn the dial."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits."""
+
+
+def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None]) -> None:
+    """Measure with and without a treatment, which `use` switches on and off, and choose."""
+    try:
+        use(True)
+        fast(example)
+    except Exception as error:  # whatever a backend may throw; the plain path remains
+        use(False)
+        fast.trials.append(_failed(name, error))
+        return
+    ratios = []
+    for _ in range(_TURNS):
+        seconds = []
+        for on in (False, True):
+            use(on)
+            seconds.append(_seconds(fast, example))
+        ratios.append(seconds[0] / seconds[1])
+    speedup = statistics.median(ratios)
+    use(speedup >= _EARNED)
+    fast.trials.append(Trial(name, speedup, kept=speedup >= _EARNED))
+
+
+def _failed(name: str, error: Exception) -> Trial:
+    return Trial(name, None, kept=False, problem=str(error).strip().split("\n")[0])
+
+
+def _seconds(fast: Treated, example: Tensor) -> float:
+    start = time.perf_counter()
+    fast(example)
+    if example.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+class PackedLinear(nn.Linear):
+    """A Linear layer with a second copy of its weights, packed for the processor.
+
+    The packed copy follows the weights when these are changed in place.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.packed: Tensor | None = None
+        self._version = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`nn.Linear` of [..., in_features]."""
+        if torch.compiler.is_compiling():  # the packed copy is opaque to the compiler
+            return super().forward(x)
+        if self.packed is None or self._version != self.weight._version:
+            self._version = self.weight._version
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return out
+
+
+def try_packed(fast: Treated, example: Tensor) -> None:
+    """Keep weights in the processor's own order."""
+    vit = fast.model.vit
+    plain = {
+        name: module
+        for name, module in vit.named_modules()
+        # Layers that PEFT or hooks have changed do more than multiply.
+        if type(module) is nn.Linear and not module._forward_hooks
+    }
+    packed = {name: PackedLinear(linear) for name, linear in plain.items()}
+
+    def use(on: bool) -> None:
+        for name, linear in (packed if on else plain).items():
+            vit.set_submodule(name, linear)
+
+    _try("packed weights", fast, example, use)
+
+
+def try_padded(fast: Treated, example: Tensor) -> None:
+    """Pad the keys."""
+
+    def use(on: bool) -> None:
+        fast.model.key_multiple = 32 if on else 1
+
+    _try("padded keys", fast, example, use)
+
+
+def try_a_core_each(fast: Treated, example: Tensor) -> None:
+    """Split the batch over the cores."""
+    cores = torch.get_num_threads()
+    if cores == 1 or example.shape[0] == 1:
+        return
+    pool = ThreadPoolExecutor(cores, "tokendial", initializer=torch.set_num_threads, initargs=(1,))
+    model = fast.model
+
+    @torch.no_grad()
+    def one(images: Tensor) -> Tensor:
+        return model(images)  # type: ignore[no-any-return]
+
+    def run(images: Tensor) -> Tensor:
+        parts = images.tensor_split(min(cores, images.shape[0]))
+        return one(images) if len(parts) == 1 else torch.cat(list(pool.map(one, parts)))
+
+    def use(on: bool) -> None:
+        fast.run = run if on else None
+
+    _try("a core each", fast, example, use)
+    torch.set_num_threads(cores)  # the pool's threads have told PyTorch that new ones use one core
+
+
+def try_compiled(fast: Treated, example: Tensor) -> None:
+    """Compile every degree."""
+    plain, before = fast.run, fast.model.degree
+    graphs = torch.compile(fast.model, dynamic=False)
+
+    def run(images: Tensor) -> Tensor:
+        # A batch of another size runs at once, without a compiler.
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return graphs(images)  # type: ignore[no-any-return]
+
+    def use(on: bool) -> None:
+        fast.run = run if on else plain
+
+    # Processors multiply half precision fast only with weights in their own order, which the
+    # compiler finds by itself, once for every degree.
+    freezing = example.dtype != torch.float32 and example.device.type == "cpu"
+    try:
+        with (
+            torch.no_grad(),
+            torch._dynamo.config.patch(recompile_limit=len(fast.degrees) + 1),
+            torch._inductor.config.patch(freezing=freezing),
+        ):
+            for degree in fast.degrees:
+                fast.set_degree(degree)
+                graphs(example)
+    except Exception as error:  # whatever a backend may throw; the plain path remains
+        fast.trials.append(_failed("compiled", error))
+    else:
+        _try("compiled", fast, example, use)
+    finally:
+        fast.set_degree(before)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep what is freed.
+
+    Token reduction makes tensors of ever other sizes; giving their pages back to the system after
+    each costs thousands of page faults in every pass.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # not glibc
+        return
+    trim_threshold, mmap_max = -1, -4
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
