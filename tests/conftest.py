@@ -22,8 +22,9 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 # Coverage is asked of the core alone (see the Makefile), and tracing slows Python down by a third
 # and more. Tests of what is above the core run without; those of the core have to cover it.
-UNTRACED = {"data", "tasks", "train", "sweeps", "show", "test_export.py", "test_compile.py"}
-UNTRACED |= {"test_demo.py", "test_reproduce.py", "test_cli.py", "test_docs.py"}
+UNTRACED = {"benchmarks", "data", "show", "sweeps", "tasks", "train", "test_cli.py"}
+UNTRACED |= {"test_compile.py", "test_demo.py", "test_docs.py", "test_export.py"}
+UNTRACED |= {"test_reproduce.py"}
 
 
 @pytest.hookimpl(wrapper=True)

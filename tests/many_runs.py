@@ -1,14 +1,7 @@
-"""What tests of sweeps share: a tiny recipe, the command line started, what it says and leaves."""
+"""What tests of sweeps share: a tiny recipe, what the command line says and leaves."""
 
 import csv
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-
-import tokendial
 
 TINY = {
     "model": {
@@ -21,27 +14,6 @@ TINY = {
     "augment": {"crop": False, "flip": 0.0},
     "train": {"epochs": 1, "batch_size": 8},
 }
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start the command line."""
-    source = str(Path(tokendial.__file__).parent.parent)
-    return subprocess.Popen(
-        [sys.executable, "-m", "tokendial.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONPATH": source, "PYTHONWARNINGS": "ignore"},
-    )
-
-
-def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Wait for what a process does; an error if it ends, or takes two minutes."""
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def trained(output: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""Several processes that work together, as `accelerate launch` would start them, but quickly.
+"""Processes of their own, as a shell or `accelerate launch` would start them, but quickly.
 
-They are forked from a process that has imported everything, once for a file of tests.
+They are forked from a process that has imported everything: that takes seconds, and is done once.
 """
 
 import json
@@ -8,7 +8,10 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
+import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tokendial.cli import main
+from tokendial.cli import app, main
 from tokendial.data.dense import DenseAugment
 from tokendial.data.transforms import Augment
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
@@ -72,12 +75,53 @@ def _run(
     function(*arguments)
 
 
+def start(folder: Path, *arguments: object) -> BaseProcess:
+    """Start the command line as leader of a process group; its folder gets `stdout`, `stderr`."""
+    process = _context.Process(target=_lead, args=(folder, list(map(str, arguments))))
+    process.start()
+    return process
+
+
+def _lead(folder: Path, arguments: list[str]) -> None:
+    os.setsid()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with (folder / name).open("w") as file:
+            os.dup2(file.fileno(), number)
+    sys.argv = ["tokendial", *arguments]
+    main()
+
+
+def wait_until(happened: Callable[[], object], process: BaseProcess) -> None:
+    """Wait for what a process does; an error if it ends, or takes two minutes."""
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ended(process: BaseProcess) -> int | None:
+    """The exit code of a process, which ends within two minutes."""
+    process.join(120)
+    return process.exitcode
+
+
 def command(out: Path, *arguments: str) -> None:
     """Run the command line; what it prints goes to `out/RANK.txt`."""
     sys.argv = ["tokendial", *arguments]
     with (out / f"{os.environ['RANK']}.txt").open("w") as file:
         sys.stdout = file
         main()
+
+
+def command_in(most_bytes: float, *arguments: str) -> None:
+    """Run the command line in that much memory."""
+    app(list(arguments), standalone_mode=False)
+    # Not ru_maxrss: that begins with the memory of the process which started this one.
+    peak_kb = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    assert int(peak_kb) * 1024 < most_bytes, peak_kb
 
 
 def train_spread(recipe: Recipe, last: int | None) -> None:

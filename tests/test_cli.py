@@ -60,12 +60,12 @@ def test_a_signal_to_the_whole_group_stops_a_run_cleanly(tmp_path, number):
         (["train", "demo", "output=FILE"], "File exists: "),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_one_line_and_code_2(tmp_path, arguments, message):
+def test_a_folder_that_cannot_be_made_is_one_line_and_code_2(tmp_path, cli, arguments, message):
     (tmp_path / "file").write_text("in the way")
     arguments = [text.replace("FILE", str(tmp_path / "file")) for text in arguments]
-    process = start(*arguments, "model.weights=null", "data.train_size=50", "data.val_size=10")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+    small = ("model.weights=null", "data.train_size=50", "data.val_size=10")
+    code, _, err = cli(*arguments, *small)
+    assert code == 2
     assert err.startswith("error: ")
     assert message in err
     assert len(err.splitlines()) == 1

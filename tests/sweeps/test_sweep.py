@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from many_runs import TINY, marks, rows, start, trained, wait_until
+from many_runs import TINY, marks, rows, trained
+from processes import ended, start, wait_until
 
 from tokendial.sweeps import sweep
 from tokendial.sweeps.combinations import plan, read_over, run_name
@@ -146,12 +147,12 @@ def test_processes_get_a_gpu_each_in_turn(recipe, tmp_path, monkeypatch, jobs):
 @pytest.mark.slow
 def test_two_processes_share_a_sweep(recipe, tmp_path, cli):
     command = ["sweep", recipe, "--over", "seed=0,1,2,3", "train.epochs=4"]
-    other = start(*command)
+    other = start(tmp_path, *command)
     runs = [Run(tmp_path / "out" / f"seed={seed}") for seed in range(4)]
     wait_until(runs[0].folder.exists, other)
     code, mine, _ = cli(*command)
-    theirs, _ = other.communicate(timeout=120)
-    assert (code, other.returncode) == (0, 0), theirs
+    assert (code, ended(other)) == (0, 0)
+    theirs = (tmp_path / "stdout").read_text()
     assert sorted(trained(mine) + trained(theirs)) == [f"seed={seed}" for seed in range(4)]
     assert "seed=0" in trained(theirs)
     assert trained(mine)

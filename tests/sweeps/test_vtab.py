@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from many_runs import TINY, marks, rows, start, trained, wait_until
+from many_runs import TINY, marks, rows, trained
 from PIL import Image
+from processes import ended, start, wait_until
 from sklearn.datasets import load_digits
 
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
@@ -54,12 +55,12 @@ def test_all_tasks_killed_in_the_middle_and_started_again_end_with_the_table(
     root, recipe, tmp_path, cli
 ):
     command = ["vtab", recipe, root, "data.check=false"]
-    process = start(*command)
+    process = start(tmp_path, *command)
     out = tmp_path / "out"
     runs = {task: Run(out / "final" / task) for task in VTAB_TASKS}
     wait_until(runs["sun397"].metrics, process)  # the seventh
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
     done = [task for task, run in runs.items() if run.finished]
     assert 6 <= len(done) < 19
     before = {task: marks(runs[task].folder) for task in done}

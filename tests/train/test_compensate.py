@@ -5,22 +5,21 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from examples import golden, perturbed
+from examples import perturbed
 from PIL import Image
+from processes import ended, start, wait_until
 from typer.testing import CliRunner
 
 import tokendial as td
 from tokendial.cli import app
-from tokendial.compensate.loss import binary_distillation, soft_distillation
-from tokendial.train import CompensateRecipe, compensate, read_recipe, train
+from tokendial.compensate.loss import binary_distillation
+from tokendial.train import CompensateRecipe, Run, compensate, read_recipe, train
 from tokendial.train.compensate import Compensating
 
 RECIPE = {
@@ -42,38 +41,6 @@ def recipe(tmp_path, *overrides, name="run"):
 
 def weights(run):
     return td.Compensator.from_pretrained(run.last).state_dict()
-
-
-CASE, TENSORS = golden("tocom_kd_loss")
-
-
-@pytest.mark.parametrize("setting", CASE["settings"], ids=lambda setting: setting["key"])
-def test_losses_equal_those_of_the_authors_code(setting):
-    student, teacher = TENSORS["input.student_logits"], TENSORS["input.teacher_logits"]
-    labels, alpha = TENSORS["input.labels"], setting["alpha"]
-    task = F.cross_entropy(student, labels)
-    expected = {
-        "none": task,
-        "soft": task * (1 - alpha)
-        + alpha * soft_distillation(student, teacher, temperature=setting["tau"]),
-        "hard": task * (1 - alpha) + alpha * F.cross_entropy(student, teacher.argmax(1)),
-    }[setting["distillation_type"]]
-    torch.testing.assert_close(expected, TENSORS[setting["key"]], rtol=1e-5, atol=1e-6)
-
-
-def test_both_normalisations_and_the_binary_form():
-    torch.manual_seed(0)
-    student, teacher = torch.randn(5, 7), torch.randn(5, 7)
-    whole = soft_distillation(student, teacher, temperature=2.0)
-    batch = soft_distillation(student, teacher, temperature=2.0, mean_over="batch")
-    torch.testing.assert_close(batch, 7 * whole)
-    two = torch.stack([torch.zeros(5, 7), teacher], dim=-1).flatten(0, 1)
-    ours = torch.stack([torch.zeros(5, 7), student], dim=-1).flatten(0, 1)
-    torch.testing.assert_close(
-        binary_distillation(student, teacher), soft_distillation(ours, two, mean_over="batch")
-    )
-    for loss in (soft_distillation, binary_distillation):
-        assert loss(teacher, teacher).abs() < 1e-6
 
 
 def test_the_teacher_is_the_plain_model_at_the_source_and_the_student_is_bridged(tmp_path):
@@ -143,36 +110,26 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert compensate(recipe(tmp_path, name="whole"), quiet=True).metrics() == whole.metrics()
 
 
-def command(path, *arguments):
-    return [sys.executable, "-m", "tokendial.cli", "compensate", str(path), *arguments]
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
 def test_a_run_killed_in_between_ends_with_the_same_bits(tmp_path):
     quick = ("train.checkpoint_every=1", "train.epochs=4")
     alone = compensate(recipe(tmp_path, *quick, name="alone"), quiet=True)
-    folder = tmp_path / "killed"
-    arguments = command(tmp_path / "recipe.yaml", f"output={folder}", *quick)
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL)
-    while not list((folder / "checkpoints").glob("update-0000000[3-9].pt")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run(arguments, env=environment(), check=True, stdout=subprocess.DEVNULL)
-    killed = type(alone)(folder)
+    killed = Run(tmp_path / "killed")
+    command = ("compensate", tmp_path / "recipe.yaml", f"output={killed.folder}", *quick)
+    process = start(tmp_path, *command)
+    wait_until(lambda: list(killed.checkpoints.glob("update-0000000[3-9].pt")), process)
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
+    assert ended(start(tmp_path, *command)) == 0
     assert all(torch.equal(weights(killed)[n], t) for n, t in weights(alone).items())
 
 
 def test_two_processes_learn_what_one_does(tmp_path, in_two_processes):
     one = compensate(recipe(tmp_path, "train.lr=0.001", name="one"), quiet=True)
-    module = command(tmp_path / "recipe.yaml", f"output={tmp_path / 'two'}")[1:]
+    command = ["-m", "tokendial.cli", "compensate", str(tmp_path / "recipe.yaml")]
+    overrides = [f"output={tmp_path / 'two'}", "train.lr=0.001", "train.batch_size=8"]
     subprocess.run(
-        [*in_two_processes, *module, "train.lr=0.001", "train.batch_size=8"],
-        env=environment(),
+        [*in_two_processes, *command, *overrides],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         timeout=240,
         check=True,
@@ -201,8 +158,8 @@ def test_variants_train(tmp_path, overrides):
         recipe(tmp_path, "train.epochs=1", "train.batch_size=8", *overrides), quiet=True
     )
     assert np.isfinite(run.metrics()[0]["train_loss"])
-    start = Compensating(recipe(tmp_path, "train.batch_size=8", *overrides)).module.state_dict()
-    assert any(not torch.equal(start[name], value) for name, value in weights(run).items())
+    fresh = Compensating(recipe(tmp_path, "train.batch_size=8", *overrides)).module.state_dict()
+    assert any(not torch.equal(fresh[name], value) for name, value in weights(run).items())
 
 
 def test_a_folder_of_unlabelled_images_is_enough(tmp_path):

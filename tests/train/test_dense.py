@@ -3,8 +3,6 @@
 import csv
 import io
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 import yaml
 from examples import perturbed
 from PIL import Image
+from processes import command_in, together
 from safetensors.torch import load_file
 
 import tokendial as td
@@ -167,21 +166,10 @@ def test_a_photograph_of_24_megapixels_fits_in_memory(binary, semantic, tmp_path
     small.resize((6000, 4000)).save(tmp_path / "images" / "large.jpg")
     for run in (binary, semantic):
         out = tmp_path / run.folder.name
-        # Not ru_maxrss: that begins with the memory of the process which started this one.
-        code = (
-            "import sys; from pathlib import Path; from tokendial.cli import app;"
-            "app(sys.argv[1:], standalone_mode=False);"
-            "status = Path('/proc/self/status').read_text();"
-            "print(status.partition('VmHWM:')[2].split()[0], file=sys.stderr)"
+        options = ("--out", str(out), "--overlay")
+        together(
+            1, command_in, 1.5e9, "predict", str(run.folder), str(tmp_path / "images"), *options
         )
-        arguments = ("predict", run.folder, tmp_path / "images", "--out", out, "--overlay")
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert int(done.stderr.split()[-1]) * 1024 < 1.5e9
         with Image.open(out / "large.overlay.png") as overlay:
             assert overlay.size == (6000, 4000)
 
