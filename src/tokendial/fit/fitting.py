@@ -28,6 +28,8 @@ _CORRECTIONS, _MARGIN = 4, 0.002
 _REFINING_ROUNDS = 2
 _BELOW, _ABOVE = 0.97, 1.01
 """How far a measured cost may lie from its budget."""
+_NEAR = (0.85, 0.93, 1.0, 1.08, 1.18)
+"""Costs of constant schedules that are measured beside what was found, as shares of its cost."""
 _CURVE = 8
 _FEWEST_IMAGES = 8
 
@@ -246,10 +248,9 @@ class _Fitting:
         )
 
     def _near(self, lines: list[Schedule], schedule: Schedule) -> list[Schedule]:
-        """Constant schedules that cost about as much, by the table."""
-        share = self._share(schedule)
-        place = next((n for n, s in enumerate(lines) if self._share(s) <= share), len(lines))
-        return lines[max(1, place - 1) : place + 2]
+        """Constant schedules that cost as much by the table, a little more, a little less."""
+        wanted = (self._share(schedule) * part for part in _NEAR)
+        return [min(lines[1:], key=lambda s: abs(self._share(s) - share)) for share in wanted]
 
     def _curve(self, lines: list[Schedule], least: float) -> list[Schedule]:
         """Some constant schedules down to a share of the whole cost."""
