@@ -8,6 +8,7 @@ COMMANDS = {
     "inference": "images/s of every method and degree over plain timm, beside what they save",
     "methods": "every method at the same cost",
     "resolution": "growth of time and memory with the image size",
+    "peers": "plain timm, the authors' ToMe, transformers, and Tokendial",
     "onnx": "exported files in onnxruntime",
     "dar": "DAR on pixel-level images, as a batch and image by image",
     "dial": "one turn of the dial with a compensator in the weights",

@@ -1,17 +1,20 @@
 """Speed of every method and degree over plain timm in the same mode, beside what they save.
 
 The first row of each model, dtype, mode and batch size is plain timm, the second one Tokendial
-without a reduction. All share one set of weights and take turns. Degrees are those whose cost is
-nearest to --costs, or --degrees, which all methods have to offer.
+without a reduction. All take turns, and share one set of weights; optimised ones, which keep
+weights of their own, take turns with as many others as fit into memory. Degrees are those whose
+cost is nearest to --costs, or --degrees, which all methods have to offer.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 import tokendial as td
-from benchmarks.alternating import Runner
+from benchmarks.memory import free_bytes
 from benchmarks.models import (
     METHODS,
     backbone,
@@ -21,12 +24,12 @@ from benchmarks.models import (
     random_images,
     reduced,
 )
+from benchmarks.modes import MODES, at_degrees, plain
 from benchmarks.options import DTYPES, add_model, listed, options, parsed
 from benchmarks.plots import against_cost
 from benchmarks.report import Column, Report, Row
 from benchmarks.speed import MEASURES, Contender, compare
 
-MODES = ("eager",)
 SETTINGS = ("model", "dtype", "mode", "batch")
 COLUMNS = (
     *(Column(name, name) for name in SETTINGS),
@@ -52,7 +55,7 @@ def run(
     parser.add_argument("--degrees", type=listed(int), help="of the dial, instead of --costs")
     parser.add_argument("--batch", type=listed(int), default=[8])
     parser.add_argument("--dtype", type=listed(str), default=["fp32"])
-    parser.add_argument("--mode", type=listed(str), default=list(MODES))
+    parser.add_argument("--mode", type=listed(str), default=["eager"])
     asked = parsed(parser, arguments, batch=[2])
     for option, allowed in (("dtype", DTYPES), ("mode", MODES), ("methods", METHODS)):
         if wrong := [value for value in getattr(asked, option) if value not in allowed]:
@@ -65,28 +68,47 @@ def run(
 def _rows(model: str, asked: argparse.Namespace) -> Iterator[Row]:
     for dtype in asked.dtype:
         vit = backbone(model, img_size=asked.img_size, device=asked.device, dtype=DTYPES[dtype])
-        for mode in asked.mode:
-            for batch in asked.batch:
-                settings = {"model": model, "dtype": dtype, "mode": mode, "batch": batch}
-                contenders = list(_contenders(vit, settings, asked))
-                yield from compare(
-                    contenders, batch=batch, repeats=asked.repeats, device=asked.device
+        for mode, batch in itertools.product(asked.mode, asked.batch):
+            settings = {"model": model, "dtype": dtype, "mode": mode, "batch": batch}
+            for number, methods in enumerate(_groups(vit, mode, asked)):
+                found = compare(
+                    list(_contenders(vit, settings, methods, asked)),
+                    batch=batch,
+                    repeats=asked.repeats,
+                    device=asked.device,
                 )
+                # Later groups run timm and the whole model only to be compared with them.
+                yield from found if number == 0 else found[2:]
+                torch.compiler.reset()
 
 
-def _contenders(vit: nn.Module, settings: Row, asked: argparse.Namespace) -> Iterator[Contender]:
-    images = random_images(vit, settings["batch"])
+def _groups(vit: nn.Module, mode: str, asked: argparse.Namespace) -> Iterator[list[str]]:
+    """Methods that are in memory together: all, unless each degree has weights of its own."""
+    together = len(asked.methods)
+    if mode != "eager":
+        weights = sum(weight.nbytes for weight in vit.parameters())
+        graphs = free_bytes(asked.device) // 2 // weights - 2  # of timm and the whole model
+        together = max(1, graphs // len(asked.degrees or asked.costs))
+    for first in range(0, len(asked.methods), together):
+        yield asked.methods[first : first + together]
+
+
+def _contenders(
+    vit: nn.Module, settings: Row, methods: list[str], asked: argparse.Namespace
+) -> Iterator[Contender]:
+    mode, images = settings["mode"], random_images(vit, settings["batch"])
     whole = td.wrap(vit).eval()
-    for method, model in (("timm", vit), ("none", whole)):
-        labels = settings | {"method": method, "degree": 0}
-        yield Contender(labels, gmacs(whole), Runner(lambda model=model: model(images)))
-    for method in asked.methods:
-        model = reduced(vit, method, images)
-        if asked.degrees:
-            check_degrees(method, model, asked.degrees)
-        for degree in asked.degrees or degrees_at(model, asked.costs):
-            runner = Runner(
-                lambda model=model: model(images), lambda m=model, d=degree: m.set_degree(d)
-            )
+    labels = settings | {"method": "timm", "degree": 0}
+    yield Contender(labels, gmacs(whole), plain(vit, images, mode))
+    models = {"none": whole} | {name: reduced(vit, name, images) for name in methods}
+    for method, model in models.items():
+        degrees = [0] if method == "none" else _degrees(method, model, asked)
+        for degree, runner in zip(degrees, at_degrees(model, images, mode, degrees), strict=True):
             labels = settings | {"method": method, "degree": degree}
             yield Contender(labels, gmacs(model, degree), runner)
+
+
+def _degrees(method: str, model: td.DialViT, asked: argparse.Namespace) -> list[int]:
+    if asked.degrees:
+        check_degrees(method, model, asked.degrees)
+    return asked.degrees or degrees_at(model, asked.costs)

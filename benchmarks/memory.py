@@ -5,6 +5,7 @@ The growth of the process says little: what one model has given back, the next o
 
 import bisect
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,13 @@ def peak_of(call: Callable[[], object], device: str = "cpu") -> Peak:
         held = _Held(json.loads(path.read_text())["traceEvents"], on_cpu=on_cpu)
     whole = max(held.after) if on_cpu else torch.cuda.max_memory_allocated() - before
     return Peak(whole, held.reducing_peak())
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is not in use."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Held:
