@@ -20,7 +20,6 @@ from benchmarks.models import (
     backbone,
     check_degrees,
     degrees_at,
-    gmacs,
     random_images,
     reduced,
 )
@@ -99,13 +98,13 @@ def _contenders(
     mode, images = settings["mode"], random_images(vit, settings["batch"])
     whole = td.wrap(vit).eval()
     labels = settings | {"method": "timm", "degree": 0}
-    yield Contender(labels, gmacs(whole), plain(vit, images, mode))
+    yield Contender(labels, whole.cost().gmacs, plain(vit, images, mode))
     models = {"none": whole} | {name: reduced(vit, name, images) for name in methods}
     for method, model in models.items():
         degrees = [0] if method == "none" else _degrees(method, model, asked)
         for degree, runner in zip(degrees, at_degrees(model, images, mode, degrees), strict=True):
             labels = settings | {"method": method, "degree": degree}
-            yield Contender(labels, gmacs(model, degree), runner)
+            yield Contender(labels, model.cost(degree).gmacs, runner)
 
 
 def _degrees(method: str, model: td.DialViT, asked: argparse.Namespace) -> list[int]:

@@ -87,19 +87,9 @@ def _shifting(reducer: nn.Module) -> Iterator[None]:
         del reducer.logits
 
 
-def gmacs(model: td.DialViT, degree: int | None = None) -> float:
-    """Multiply-accumulates of one image in 1e9, of a model of any dtype."""
-    dtype = next(model.parameters()).dtype
-    model.float()  # counting takes images of float32, and weights come back from it unchanged
-    try:
-        return model.cost(degree).gmacs
-    finally:
-        model.to(dtype)
-
-
 def degrees_at(model: td.DialViT, shares: Sequence[float]) -> list[int]:
     """Degrees above 0 whose costs are nearest to these shares of the cost at degree 0."""
-    cost = cache(lambda degree: gmacs(model, degree))
+    cost = cache(lambda degree: model.cost(degree).gmacs)
     found = set()
     for share in shares:
         wanted = share * cost(0)

@@ -1,7 +1,6 @@
-"""How models run: as PyTorch runs them, or compiled with frozen weights."""
+"""How models run: as PyTorch runs them, or treated for speed."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,29 +8,27 @@ from torch import Tensor, nn
 import tokendial as td
 from benchmarks.alternating import Runner
 
-MODES = ("eager", "optimised")
-
-
-def compiled(model: nn.Module) -> Callable[[Tensor], Any]:
-    """A model compiled for one shape, its weights constants: the best that PyTorch does by itself.
-
-    Compiled at its first call, which has to be within `torch.no_grad()`, or nothing is frozen.
-    """
-    # Each degree and each shape is a graph of its own.
-    torch._dynamo.config.recompile_limit = 1000
-    return torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
+MODES = ("eager", "optimised", "compiled")
 
 
 def plain(model: nn.Module, images: Tensor, mode: str) -> Runner:
-    """A model without a dial."""
-    run = model if mode == "eager" else compiled(model)
+    """A model without a dial; compiled with its weights as constants, unless the mode is eager.
+
+    Compiled at its first call, which has to be within `torch.no_grad()`, or nothing is frozen.
+    """
+    if mode == "eager":
+        return Runner(lambda: model(images))
+    run = torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
     return Runner(lambda: run(images))
 
 
 def at_degrees(
     model: td.DialViT, images: Tensor, mode: str, degrees: Sequence[int]
 ) -> Iterator[Runner]:
-    """A model at some degrees of its dial."""
-    run = model if mode == "eager" else compiled(model)
+    """A model at some degrees of its dial; by `td.optimize`, unless the mode is eager."""
+    run: td.DialViT | td.Optimized = model
+    if mode != "eager":
+        model.set_degree(degrees[0])  # treatments are tried there
+        run = td.optimize(model, images, degrees=degrees, compile=mode == "compiled")
     for degree in degrees:
-        yield Runner(lambda: run(images), lambda to=degree: model.set_degree(to))
+        yield Runner(lambda: run(images), lambda to=degree: run.set_degree(to))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import tokendial as td
-from benchmarks.alternating import alternate, ratio, seconds
+from benchmarks.alternating import Runner, alternate, ratio, seconds
 from benchmarks.models import backbone, random_images
-from benchmarks.modes import MODES, plain
+from benchmarks.modes import MODES, at_degrees, plain
 from benchmarks.options import DTYPES, add_model, listed, options, parsed
 from benchmarks.plots import against_cost
 from benchmarks.report import Column, Report, Row
@@ -83,7 +83,7 @@ def measured(models: dict[str, nn.Module], asked: argparse.Namespace) -> list[Ro
     images = random_images(models["timm"], asked.batch)
     contenders = {
         (name, mode): Contender(
-            {"method": name, "mode": mode}, gmacs[name], plain(model, images, mode)
+            {"method": name, "mode": mode}, gmacs[name], _runner(model, images, mode)
         )
         for name, model in models.items()
         for mode in asked.mode
@@ -105,6 +105,12 @@ def measured(models: dict[str, nn.Module], asked: argparse.Namespace) -> list[Ro
         mark = {"best": "*" if mode == best[name] else ""}
         rows.append(row | mark | over.as_row("over_best"))
     return rows
+
+
+def _runner(model: nn.Module, images: Tensor, mode: str) -> Runner:
+    if isinstance(model, td.DialViT):
+        return next(at_degrees(model, images, mode, [model.degree]))
+    return plain(model, images, mode)
 
 
 def authors_tome(checkout: Path, vit: nn.Module, r: int) -> nn.Module:
