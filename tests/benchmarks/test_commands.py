@@ -16,6 +16,7 @@ CASES = {
     "methods --methods dyt --degrees 5 --dtype bf16": SPEED,
     "resolution --methods evit --cost 0.6": SPEED | GROWTH,
     "dar": SPEED,
+    "input": {"workers", "data_wait", "images_per_s"},
     "dial": {"what", "ms", "slowest_ms", "share", "extra_macs"},
     "training --methods linear": {"trained_m", "step_s", "time", "memory_mib", "memory"},
 }
