@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CORE := tokens attention methods atomic saving reference adapted vit
-ROOMS := backbones reduce decode adapt measure compensate fit speed
+ROOMS := backbones reduce decode adapt measure compensate schedules speed
 CORE_FILES := $(CORE:%=src/tokendial/%.py) $(ROOMS:%=src/tokendial/%/*)
 comma := ,
 empty :=

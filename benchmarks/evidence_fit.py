@@ -28,7 +28,7 @@ from benchmarks.report import write_json
 from tokendial.backbones import Backbone
 from tokendial.data import Scenes
 from tokendial.data.transforms import Augment
-from tokendial.fit.agreement import compared, two_way
+from tokendial.schedules.agreement import compared, two_way
 from tokendial.tasks import Classification
 from tokendial.train.batches import eval_loader
 

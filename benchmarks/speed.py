@@ -69,7 +69,8 @@ def speed_row(
     peak_mib = None
     if contender.in_torch:
         contender.runner.prepare()
-        peak_mib = peak_of(contender.runner.call, device).whole / 2**20
+        # None either if it runs in threads of its own, where the profiler does not look.
+        peak_mib = peak_of(contender.runner.call, device).whole / 2**20 or None
     told = ", ".join(str(value) for value in contender.labels.values())
     print(f"{told}: {speed.median:.2f}x of {cost:.2f}x", file=sys.stderr)
     return contender.labels | {

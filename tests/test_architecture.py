@@ -17,7 +17,7 @@ FLOORS = (
     ("show", "export"),
     ("train",),
     ("tasks", "data"),
-    ("saving", "reference", "compensate", "fit"),
+    ("saving", "reference", "compensate", "schedules"),
     ("speed",),
     ("vit",),
     ("adapted",),

@@ -17,17 +17,17 @@ def weights(q, k, bias=0.0):
 def test_output_is_the_weighted_mean_of_the_values():
     q, k, v = qkv()
     expected = (weights(q, k) @ v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attend(q, k, v).out, expected)
+    torch.testing.assert_close(attend(q, k, v)[0], expected)
 
 
 def test_by_products_are_read_only_when_asked_for():
-    attended = attend(*qkv())
+    _, attended = attend(*qkv())
     assert all(getattr(attended, name) is None for name in BY_PRODUCTS)
 
 
 def test_by_products_are_what_they_are_called():
     q, k, v = qkv()
-    rows, attended = weights(q, k), attend(q, k, v, needs=BY_PRODUCTS)
+    rows, (_, attended) = weights(q, k), attend(q, k, v, needs=BY_PRODUCTS)
     torch.testing.assert_close(attended.attention, rows)
     torch.testing.assert_close(attended.class_attention, rows.mean(1)[:, 0])
     torch.testing.assert_close(attended.mean_attention, rows.mean((1, 2)))
@@ -38,8 +38,8 @@ def test_a_token_of_size_two_weighs_like_two_equal_tokens():
     q, k, v = qkv(5)
     doubled = [torch.cat([part, part[:, :, 4:]], dim=2) for part in (q, k, v)]
     size = torch.tensor([[1.0, 1.0, 1.0, 1.0, 2.0]]).expand(2, -1)
-    merged = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS)
-    torch.testing.assert_close(merged.out, attend(*doubled).out[:, :5])
+    out, merged = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS)
+    torch.testing.assert_close(out, attend(*doubled)[0][:, :5])
     rows = weights(q, k, size.log()[:, None, None, :])
     torch.testing.assert_close(merged.class_attention, rows.mean(1)[:, 0])
 
@@ -48,9 +48,10 @@ def test_a_token_of_size_two_weighs_like_two_equal_tokens():
 def test_surplus_keys_change_nothing(sized):
     q, k, v = qkv(6)
     size = 1 + 3 * torch.rand(2, 6) if sized else None
-    plain = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS)
-    padded = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS, key_multiple=4)
-    for name in ("out", *BY_PRODUCTS):
+    out, plain = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS)
+    same, padded = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS, key_multiple=4)
+    torch.testing.assert_close(same, out)
+    for name in BY_PRODUCTS:
         torch.testing.assert_close(getattr(padded, name), getattr(plain, name))
 
 
@@ -58,13 +59,13 @@ def test_a_policy_hides_tokens_from_all_others():
     q, k, v = qkv(6)
     policy = torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0, 1.0]]).expand(2, -1)
     kept = [part[:, :, policy[0] > 0] for part in (q, k, v)]
-    out = attend(q, k, v, policy_BN=policy).out[:, policy[0] > 0]
-    torch.testing.assert_close(out, attend(*kept).out, atol=1e-5, rtol=0)
+    out = attend(q, k, v, policy_BN=policy)[0][:, policy[0] > 0]
+    torch.testing.assert_close(out, attend(*kept)[0], atol=1e-5, rtol=0)
 
 
 def test_the_scale_is_the_one_given():
     q, k, v = qkv()
-    attended = attend(q, k, v, scale=1.0, needs=BY_PRODUCTS)
+    out, attended = attend(q, k, v, scale=1.0, needs=BY_PRODUCTS)
     torch.testing.assert_close(attended.attention, (q @ k.transpose(-2, -1)).softmax(-1))
     expected = (attended.attention @ v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(attended.out, expected)
+    torch.testing.assert_close(out, expected)

@@ -19,11 +19,11 @@ from tokendial.adapt import (
 from tokendial.backbones import Backbone, convert_weights, video_vit
 from tokendial.compensate import Compensator, ToCom
 from tokendial.decode import DARDecoder, LinearDecoder, MaskTransformer
-from tokendial.fit import Fitted, fit
 from tokendial.measure import calibrate
 from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, FrameByFrame, ToMe
 from tokendial.reference import load_reference
 from tokendial.saving import load
+from tokendial.schedules import Fitted, fit
 from tokendial.speed import Optimized, optimize
 from tokendial.vit import DialViT, wrap
 

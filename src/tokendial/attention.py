@@ -9,15 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BY_PRODUCTS = frozenset({"mean_keys", "class_attention", "mean_attention", "attention"})
-"""What `attend` can return besides its output."""
+"""What `attend` can return besides the output."""
 
 
 @dataclass(slots=True)
 class Attended:
-    """Output of one attention layer and what was read off on the way."""
+    """By-products of one attention layer, those that were asked for."""
 
-    out: Tensor
-    """[B, N, H * C] weighted values of all heads, before the output projection."""
     mean_keys: Tensor | None = None
     """[B, N, C] keys, mean over heads (the metric of ToMe)."""
     class_attention: Tensor | None = None
@@ -39,7 +37,7 @@ def attend(
     policy_BN: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
     key_multiple: int = 1,
-) -> Attended:
+) -> tuple[Tensor, Attended]:
     """Attention of every token to every token.
 
     The fused kernel of PyTorch computes it unless there is a policy; class attention costs one
@@ -60,7 +58,8 @@ def attend(
             surplus masked out: some processors run that faster. The result is the same.
 
     Returns:
-        The output and the by-products asked for.
+        Weighted values of all heads, [B, N, H * C], before the output projection; and the
+        by-products asked for.
 
     Source:
         Proportional attention: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023,
@@ -82,7 +81,7 @@ def attend(
         logits = (q_BHNC * scale) @ k_BHNC.transpose(-2, -1)
         weights = masked_softmax(logits if bias is None else logits + bias, policy_BN)
         out = F.dropout(weights, dropout).to(v_BHNC.dtype) @ v_BHNC
-    attended = Attended(out.transpose(1, 2).flatten(2))
+    attended = Attended()
     if "mean_keys" in needs:
         attended.mean_keys = k_BHNC.mean(dim=1)
     if "class_attention" in needs:
@@ -93,7 +92,7 @@ def attend(
             attended.mean_attention = weights.mean(dim=(1, 2))
         if "attention" in needs:
             attended.attention = weights
-    return attended
+    return out.transpose(1, 2).flatten(2), attended
 
 
 def masked_softmax(logits_BHNN: Tensor, policy_BN: Tensor, eps: float = 1e-6) -> Tensor:

@@ -69,9 +69,10 @@ class Step:
     tokens: Tokens
     """Tokens that leave it."""
     attended: Attended
-    """Its attention output, with the by-products that were asked for."""
-    entered: Tokens
-    """Tokens that its attention saw: after reductions before the block, with prompts."""
+    """By-products of its attention."""
+    entered: Tokens | None
+    """Tokens that its attention saw: after reductions before the block, with prompts. Kept if
+    positions are tracked; None otherwise."""
 
 
 class DialViT(AdaptedViT):
@@ -194,7 +195,8 @@ class DialViT(AdaptedViT):
             tokens = reducer.before_block(layer, degree, tokens)
         tokens = self.adapter.before_block(layer, tokens)
         acting = reducer if reducer and reducer.acts(layer, degree) else None
-        entered = tokens
+        # Features that nobody will look at are not held while the FFN runs.
+        entered = None if tokens.origin is None else tokens
         tokens, attended = self._attention(
             layer,
             tokens,
@@ -216,7 +218,7 @@ class DialViT(AdaptedViT):
         x = anatomy.attention_input(layer, tokens.x)
         q, k, v = anatomy.qkv(layer, x, tokens)
         scale, dropout = anatomy.attention_settings(layer)
-        attended = attend(
+        heads, attended = attend(
             q,
             k,
             v,
@@ -227,7 +229,7 @@ class DialViT(AdaptedViT):
             needs=needs,
             key_multiple=self.key_multiple,
         )
-        out = tokens.x + anatomy.attention_branch(layer, attended.out, x)
+        out = tokens.x + anatomy.attention_branch(layer, heads, x)
         beside = self.adapter.beside_attention(layer, x, tokens)
         return replace(tokens, x=out if beside is None else out + beside), attended
 

@@ -50,13 +50,13 @@ def test_one_block_equals_the_reference(rest):
     anatomy, x = anatomy_of(vit), tensors["input"]
     normed = anatomy.attention_input(1, x)
     heads = anatomy.qkv(1, normed, Tokens(x, 1, (4, 8)))
-    attended = attend(*heads, needs=frozenset({"class_attention"}))
+    out, attended = attend(*heads, needs=frozenset({"class_attention"}))
     scores = attended.class_attention[:, 1:]
     torch.testing.assert_close(scores, tensors["output.rate.cls_attn"], atol=1e-5, rtol=0)
     num_kept = num_kept_tokens(scores.shape[1], meta["settings"]["block_keep_rate"])
     grouping = attentive_grouping(scores, num_kept, rest=REST[rest])
     assert torch.equal(grouping.keep[:, 1 : 1 + num_kept] - 1, tensors["output.rate.kept_idx"])
-    after = x + anatomy.attention_branch(1, attended.out, normed)
+    after = x + anatomy.attention_branch(1, out, normed)
     tokens = Tokens(after, 1, (4, 8)).reduced(grouping)
     before = tensors[f"output.rate_{rest}.tokens_before_mlp"]
     torch.testing.assert_close(tokens.x, before, atol=1e-5, rtol=0)

@@ -12,7 +12,7 @@ from tokendial.cli.app import app
 from tokendial.cli.using import RunFolder
 
 if TYPE_CHECKING:
-    from tokendial.fit import Fitted, Point
+    from tokendial.schedules import Fitted, Point
 
 
 class Precision(StrEnum):

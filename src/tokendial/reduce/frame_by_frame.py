@@ -140,7 +140,6 @@ def _attended_apart(attended: Attended, grids: int) -> Attended:
         return None if values is None else _split(values, grids)
 
     return Attended(
-        _split(attended.out, grids),
         mean_keys=each(attended.mean_keys),
         class_attention=each(attended.class_attention),
         mean_attention=each(attended.mean_attention),

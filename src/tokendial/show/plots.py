@@ -5,8 +5,8 @@ from typing import Protocol
 
 import matplotlib.figure
 
-from tokendial.fit import Fitted
 from tokendial.measure.diversity import LayerDiversity
+from tokendial.schedules import Fitted
 
 
 class DialPoint(Protocol):

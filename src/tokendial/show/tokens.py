@@ -51,6 +51,7 @@ def token_maps(model: DialViT, image: Tensor) -> TokenMaps:
     for step in model.steps(image.unsqueeze(0), track=True, needs=needs):
         tokens, entered = step.tokens, step.entered
         assert tokens.origin is not None
+        assert entered is not None
         assert entered.origin is not None
         patches = tokens.grid[0] * tokens.grid[1]
         shown, count = tokens.origin[0, -patches:], tokens.x.shape[1]

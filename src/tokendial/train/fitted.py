@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokendial.atomic import replacing
 from tokendial.data.images import images_in, read_image
-from tokendial.fit import Fitted, fit
 from tokendial.methods import from_json
+from tokendial.schedules import Fitted, fit
 from tokendial.tasks import Classification, VideoClassification
 from tokendial.train.evaluate import default_device
 from tokendial.train.runs import Run

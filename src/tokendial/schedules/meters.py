@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tokendial.fit.space import Schedule, Space
 from tokendial.measure.cost import count_parts
+from tokendial.schedules.space import Schedule, Space
 from tokendial.vit import DialViT, Step
 
 _TURNS, _MOST_TURNS = 5, 25

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import mean, median
 
-from tokendial.fit.meters import Meter
-from tokendial.fit.space import Schedule, Space
+from tokendial.schedules.meters import Meter
+from tokendial.schedules.space import Schedule, Space
 
 _PLAIN = 2
 """Blocks that run in a row on the same tokens, in one measurement."""

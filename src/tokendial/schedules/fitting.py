@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tokendial.fit.agreement import Judge
-from tokendial.fit.checks import Budget, check, method_of, read_budgets
-from tokendial.fit.costs import CostTable, coarse, measure
-from tokendial.fit.meters import MacCounter, Meter, Stopwatch, trial
-from tokendial.fit.result import Fitted, FittedDegree, Point
-from tokendial.fit.search import Search
-from tokendial.fit.space import Schedule, Space
 from tokendial.reduce import EViT, ToMe
+from tokendial.schedules.agreement import Judge
+from tokendial.schedules.checks import Budget, check, method_of, read_budgets
+from tokendial.schedules.costs import CostTable, coarse, measure
+from tokendial.schedules.meters import MacCounter, Meter, Stopwatch, trial
+from tokendial.schedules.result import Fitted, FittedDegree, Point
+from tokendial.schedules.search import Search
+from tokendial.schedules.space import Schedule, Space
 from tokendial.vit import DialViT
 
 _TIMED_COUNTS, _COUNTED_COUNTS = 32, 8

@@ -16,9 +16,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from tokendial.fit.agreement import Agreement
-from tokendial.fit.costs import CostTable
-from tokendial.fit.space import Schedule, Space
+from tokendial.schedules.agreement import Agreement
+from tokendial.schedules.costs import CostTable
+from tokendial.schedules.space import Schedule, Space
 
 _SLOPES = (0.0, -1.0, -0.5, 0.5, 1.0)
 _SHARES = (1 / 8, 3 / 8)

@@ -5,7 +5,7 @@ import torch
 from examples import images, tiny_vit
 
 import tokendial as td
-from tokendial.fit.agreement import compared, two_way
+from tokendial.schedules.agreement import compared, two_way
 
 
 @pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop")])

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendial.fit.meters import Trial
-from tokendial.fit.space import Schedule
 from tokendial.reduce.base import divergence
+from tokendial.schedules.meters import Trial
+from tokendial.schedules.space import Schedule
 
 
 @dataclass(frozen=True, slots=True)

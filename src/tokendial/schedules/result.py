@@ -4,10 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from tokendial.fit.costs import CostTable
-from tokendial.fit.space import Schedule
 from tokendial.methods import to_json
 from tokendial.reduce import EViT, ToMe
+from tokendial.schedules.costs import CostTable
+from tokendial.schedules.space import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokendial as td
-from tokendial.fit.agreement import Agreement
-from tokendial.fit.costs import CostTable, coarse, measure
-from tokendial.fit.search import Search
-from tokendial.fit.space import Space
 from tokendial.reduce.base import ViTShape
+from tokendial.schedules.agreement import Agreement
+from tokendial.schedules.costs import CostTable, coarse, measure
+from tokendial.schedules.search import Search
+from tokendial.schedules.space import Space
 
 DEPTH, PATCHES = 5, 24
 METHODS = {
