@@ -29,6 +29,8 @@ class Runner:
     """One pass."""
     prepare: Callable[[], object] = _nothing
     """Called before each turn, and not timed: turns the dial, for one."""
+    seen: bool = True
+    """Whether torch allocates its memory in this thread, so that its peak can be seen."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,10 @@ def at_degrees(
 ) -> Iterator[Runner]:
     """A model at some degrees of its dial; by `td.optimize`, unless the mode is eager."""
     run: td.DialViT | td.Optimized = model
+    in_threads = False
     if mode != "eager":
         model.set_degree(degrees[0])  # treatments are tried there
         run = td.optimize(model, images, degrees=degrees, compile=mode == "compiled")
+        in_threads = any(trial.name == "a core each" and trial.kept for trial in run.trials)
     for degree in degrees:
-        yield Runner(lambda: run(images), lambda to=degree: run.set_degree(to))
+        yield Runner(lambda: run(images), lambda to=degree: run.set_degree(to), seen=not in_threads)

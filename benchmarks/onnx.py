@@ -54,7 +54,7 @@ def _contenders(
         torch.onnx.export(program, dynamo=True, input_names=["images"], verbose=False).save(path)
         runner = _session(path, images)
         difference = float((runner.call() - vit(images)).abs().max())
-    yield Contender(_labels("timm", 0, difference), gmacs, runner, in_torch=False)
+    yield Contender(_labels("timm", 0, difference), gmacs, runner)
     for method in methods:
         model = reduced(vit, method, images)
         for degree in degrees_at(model, costs):
@@ -62,7 +62,7 @@ def _contenders(
             told = export(model, path, degree=degree, batch=len(images))
             labels = _labels(method, degree, told.difference)
             gmacs = model.cost(degree).gmacs
-            yield Contender(labels, gmacs, _session(path, images), in_torch=False)
+            yield Contender(labels, gmacs, _session(path, images))
 
 
 def _labels(method: str, degree: int, difference: float) -> dict[str, object]:
@@ -79,4 +79,4 @@ def _session(path: Path, images: Tensor) -> Runner:
         path.read_bytes(), settings, providers=["CPUExecutionProvider"]
     )
     given = {"images": images.numpy()}
-    return Runner(lambda: torch.from_numpy(session.run(None, given)[0]))
+    return Runner(lambda: torch.from_numpy(session.run(None, given)[0]), seen=False)

@@ -32,8 +32,6 @@ class Contender:
     """Multiply-accumulates of one image, in 1e9."""
     runner: Runner
     """A pass over a batch."""
-    in_torch: bool = True
-    """Whether torch allocates its memory, so that its peak can be seen."""
 
 
 @torch.no_grad()
@@ -67,10 +65,9 @@ def speed_row(
     contender, turns = own
     speed, cost = ratio(base[1], turns), base[0].gmacs / contender.gmacs
     peak_mib = None
-    if contender.in_torch:
+    if contender.runner.seen:
         contender.runner.prepare()
-        # None either if it runs in threads of its own, where the profiler does not look.
-        peak_mib = peak_of(contender.runner.call, device).whole / 2**20 or None
+        peak_mib = peak_of(contender.runner.call, device).whole / 2**20
     told = ", ".join(str(value) for value in contender.labels.values())
     print(f"{told}: {speed.median:.2f}x of {cost:.2f}x", file=sys.stderr)
     return contender.labels | {
