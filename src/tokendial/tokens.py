@@ -70,8 +70,7 @@ class Grouping:
             kept_BG = kept_BG / total_BG
             absorbed_BS = absorbed_BS / total_BG.gather(1, self.dst)
         return self._absorbed(
-            take(x_BND, self.keep) * kept_BG.to(x_BND.dtype).unsqueeze(-1),
-            take(x_BND, self.src) * absorbed_BS.to(x_BND.dtype).unsqueeze(-1),
+            _times(take(x_BND, self.keep), kept_BG), _times(take(x_BND, self.src), absorbed_BS)
         )
 
     def sum(self, x_BND: Tensor) -> Tensor:
@@ -246,6 +245,13 @@ def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     # Whole rows at once; a gather would look up each feature by itself, seven times slower.
     rows = x_BND.flatten(0, 1).index_select(0, _flat(index_BK, x_BND.shape[1]))
     return rows.view(*index_BK.shape, x_BND.shape[2])
+
+
+def _times(rows_BKD: Tensor, share_BK: Tensor) -> Tensor:
+    """Rows, which nobody else needs, times their shares."""
+    shares = share_BK.to(rows_BKD.dtype).unsqueeze(-1)
+    # Gradients of the shares need the rows as they were.
+    return rows_BKD * shares if torch.is_grad_enabled() else rows_BKD.mul_(shares)
 
 
 def _moved(origin_BP: Tensor | None, first: int, by: int) -> Tensor | None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokendial as td
+from tokendial.reduce import tome
 from tokendial.reduce.base import ViTShape
 from tokendial.reduce.listed import patches_left
 from tokendial.reduce.tome import bipartite_matching, random_matching
@@ -290,3 +291,12 @@ def test_pooling_counts_merged_tokens_by_their_size(pool):
             tokens = step.tokens
         restored = model.vit.norm(tokens.restored())
         torch.testing.assert_close(model(images()), model.vit.forward_head(restored))
+
+
+def test_large_images_are_matched_some_tokens_at_a_time(monkeypatch):
+    metric = torch.randn(2, 65, 8)
+    whole = bipartite_matching(metric, 12, num_prefix_tokens=1)
+    monkeypatch.setattr(tome, "_MOST_SIMILARITIES", 100)
+    parts = bipartite_matching(metric, 12, num_prefix_tokens=1)
+    for name in ("keep", "src", "dst"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))

@@ -27,6 +27,9 @@ from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape, check_choice
 from tokendial.reduce.listed import check_removed, dial_of_lists
 from tokendial.tokens import Grouping, Tokens
 
+_MOST_SIMILARITIES = 2**19
+"""How many are held at a time, for each image."""
+
 
 @register("reduce", "tome")
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +195,8 @@ def bipartite_matching(
         source = number + number // (stride - 1)
         targets_in_prefix = num_prefix_tokens // stride
         sources_in_prefix = num_prefix_tokens - targets_in_prefix
-        scores_BAE = _similarity(metric_BNC, source, target)
-        if num_prefix_tokens:
-            scores_BAE[:, :sources_in_prefix] = -torch.inf
-            scores_BAE[:, :, :targets_in_prefix] = -torch.inf
-        best_BA, partner_BA = scores_BAE.max(dim=-1)
+        best_BA, partner_BA = _most_similar(metric_BNC, source, target, targets_in_prefix)
+        best_BA[:, :sources_in_prefix] = -torch.inf
         order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
         merged, left = order_BA[:, :r], order_BA[:, r:]
         if num_prefix_tokens:
@@ -234,7 +234,7 @@ def random_matching(
         drawn = torch.tensor(_draw(seed, num_free), device=metric_BNC.device)
         order = num_prefix_tokens + drawn
         source, target = order[:r], order[r:].sort().values
-        partner_Br = _similarity(metric_BNC, source, target).argmax(dim=-1)
+        partner_Br = _most_similar(metric_BNC, source, target)[1]
         prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
         keep = torch.cat([prefix, target]).expand(num_images, -1)
         src = source.expand(num_images, -1)
@@ -247,7 +247,22 @@ def _draw(seed: tuple[int, ...], count: int) -> list[int]:
     return random.Random(f"{seed} {count}").sample(range(count), count)
 
 
-def _similarity(metric_BNC: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Cosines [B, sources, targets] in float32, so that half precision does not blur the order."""
+def _most_similar(
+    metric_BNC: Tensor, source: Tensor, target: Tensor, passed_by: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The highest cosine of each source with a target, and which one that is; [B, sources] each.
+
+    In float32, so that half precision does not blur the order. The first `passed_by` targets are
+    nobody's.
+    """
     unit = F.normalize(metric_BNC.float(), dim=-1, eps=0.0)
-    return unit[:, source] @ unit[:, target].transpose(-1, -2)
+    sources, targets = unit[:, source], unit[:, target].transpose(-1, -2)
+    found = []
+    # Some sources at a time: all similarities of a large image would take more than its features.
+    rows = max(1, _MOST_SIMILARITIES // targets.shape[2])
+    for some in torch.split(sources, rows, dim=1):
+        scores = some @ targets
+        scores[:, :, :passed_by] = -torch.inf
+        found.append(scores.max(dim=-1))
+    best, partner = zip(*found, strict=True)
+    return torch.cat(best, dim=1), torch.cat(partner, dim=1)
