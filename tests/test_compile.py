@@ -48,9 +48,10 @@ def test_other_kinds_of_backbones_are_one_graph(name):
     compare(model, images(2, *size), degrees=(0, 3), fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.parametrize("reduce", [td.ToMe(r=8), td.DyT()], ids=["tome", "dyt"])
 @torch.no_grad()
-def test_the_default_compiler_takes_token_counts_that_depend_on_values():
-    compare(td.wrap(tiny_vit(depth=1), reduce=td.DyT()), images(), fullgraph=True)
+def test_the_default_compiler_equals_eager(reduce):
+    compare(td.wrap(tiny_vit(depth=1), reduce=reduce), images(), fullgraph=True)
 
 
 @torch.no_grad()

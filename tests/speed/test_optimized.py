@@ -1,5 +1,7 @@
 """Optimised models give the logits of the model, whatever treatments were kept."""
 
+from functools import partial
+
 import pytest
 import torch
 from examples import REDUCERS, images, perturbed, tiny_vit
@@ -58,7 +60,9 @@ def test_decoders_run_too(keep_everything):
 
 
 @torch.no_grad()
-def test_the_compiled_model_takes_batches_of_any_size(keep_everything):
+def test_the_compiled_model_takes_batches_of_any_size(monkeypatch, keep_everything):
+    # The default compiler takes a minute here, and has a test of its own.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model = td.wrap(tiny_vit(depth=1), reduce=td.ToMe(r=4)).eval()
     torch._dynamo.reset()
     fast = td.optimize(model, images(2), compile=True)

@@ -157,6 +157,8 @@ def try_a_core_each(fast: Treated, example: Tensor) -> None:
 
     _try("a core each", fast, example, use)
     torch.set_num_threads(cores)  # the pool's threads have told PyTorch that new ones use one core
+    if not fast.trials[-1].kept:
+        pool.shutdown()
 
 
 def try_compiled(fast: Treated, example: Tensor) -> None:
