@@ -16,7 +16,7 @@ from tokendial.atomic import replacing
 from tokendial.data.images import ImageError, read_image
 from tokendial.data.shards import ShardImage
 from tokendial.data.video import VideoError, VideoFile
-from tokendial.speed import Speed, sped_up
+from tokendial.speed import Optimized, Speed, sped_up
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
 from tokendial.tasks.dense import best_class, frame_of, sized, slide
 from tokendial.train.evaluate import default_device
@@ -93,8 +93,10 @@ class Predictor:
         self.batch = task.eval_batch(batch_size)
         """Sources that go together through the model."""
         self._transform = task.image_transform(model.anatomy)
-        example = torch.zeros(self.batch, *model.anatomy.input_shape, device=self.device)
-        self.model = sped_up(model, example, speed, [model.degree])
+        self.model: DialViT | Optimized = model
+        if speed is not Speed.plain:
+            example = torch.zeros(self.batch, *model.anatomy.input_shape, device=self.device)
+            self.model = sped_up(model, example, speed, [model.degree])
         self._of_videos = isinstance(task, VideoClassification)
 
     @torch.no_grad()
