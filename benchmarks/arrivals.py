@@ -91,12 +91,12 @@ def recorded(path: str | Path, *, speed: float = 1.0) -> Times:
         try:
             times.append(float(text))
         except ValueError:
-            raise ValueError(f"{path}, line {number}: {text!r} is no number of seconds") from None
+            times.append(np.nan)
         if not np.isfinite(times[-1]):
             raise ValueError(f"{path}, line {number}: {text!r} is no number of seconds")
     if not times:
         raise ValueError(f"{path} holds no times")
-    ascending = np.sort(np.array(times))
+    ascending: Times = np.sort(np.array(times))
     return (ascending - ascending[0]) / speed
 
 
@@ -113,7 +113,7 @@ def _thinned(rates: Rates, most: float, seconds: float, seed: int) -> Times:
     """
     draw = np.random.default_rng(seed)
     count = draw.poisson(most * seconds)
-    times = np.sort(draw.uniform(0, seconds, count))
+    times: Times = np.sort(draw.uniform(0, seconds, count))
     return times[draw.uniform(0, most, count) < rates(times)]
 
 
