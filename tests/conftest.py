@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 # Coverage is asked of the core alone (see the Makefile), and tracing slows Python down by a third
 # and more. Tests of what is above the core run without; those of the core have to cover it.
-UNTRACED = {"benchmarks", "data", "show", "sweeps", "tasks", "train", "test_cli.py"}
+UNTRACED = {"benchmarks", "data", "serve", "show", "sweeps", "tasks", "train", "test_cli.py"}
 UNTRACED |= {"test_compile.py", "test_demo.py", "test_docs.py", "test_export.py"}
 UNTRACED |= {"test_reproduce.py"}
 

@@ -13,7 +13,7 @@ SOURCE = Path(tokendial.__file__).parent
 # From the roof down: a module may import from its own floor and from those below it.
 FLOORS = (
     ("cli",),
-    ("demo", "reproduce", "sweeps"),
+    ("demo", "reproduce", "serve", "sweeps"),
     ("show", "export"),
     ("train",),
     ("tasks", "data"),

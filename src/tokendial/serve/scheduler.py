@@ -1,0 +1,295 @@
+"""Which requests run next, together, at which degree; which are refused. No clock, no threads.
+
+Every method is told what time it is, so that the same code runs in the engine and in simulations.
+"""
+
+import math
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tokendial.serve.controller import Dial, Group, Observed, Rules, planned, pressure, turned
+from tokendial.serve.costs import Costs
+
+Reason = Literal["full", "late", "draining"]
+
+_RATE_S = 1.0
+"""Seconds over which arrivals are averaged."""
+_TURN_EVERY_S = 0.02
+_SHORTEST_RETRY_S = 0.05
+
+
+class Refused(Exception):  # noqa: N818 -- an outcome, nobody's mistake
+    """A request that will not be answered; the message is one line for whoever asked."""
+
+    def __init__(self, reason: Reason, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+        """"full": too many wait; "late": its deadline cannot be made; "draining": at the end."""
+        self.retry_after_s = retry_after_s
+        """When it may be worth another try."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request: some images for one model."""
+
+    name: str
+    payloads: Sequence[Any]
+    degree: int | None
+    """Degree that it asked for; None: the dial's."""
+    arrived: float
+    deadline: float
+    owner: Any
+    """Whoever asked: `gone()` says whether nobody waits for it any more, `refuse(refused)` is
+    called when the deadline can no longer be made."""
+    begun: int = 0
+    """Images that run or have run."""
+
+    @property
+    def left(self) -> int:
+        """Images that wait."""
+        return len(self.payloads) - self.begun
+
+    @property
+    def group(self) -> Group:
+        """What it may run together with."""
+        return self.name, self.degree
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images that run together."""
+
+    name: str
+    degree: int
+    parts: tuple[tuple[Ticket, int], ...]
+    """The images: a ticket, and the place in its payloads."""
+
+
+class Scheduler:
+    """A bounded queue, first the earliest deadline, and the dial."""
+
+    def __init__(
+        self, costs: Costs, rules: Rules, *, max_queue: int = 512, max_wait_s: float = 0.002
+    ) -> None:
+        """Begin at the lowest degree.
+
+        Args:
+            costs: Of every batch; learns from those that run.
+            rules: Of the controller.
+            max_queue: Images that may wait.
+            max_wait_s: How long a batch that is not full may wait for others to come.
+        """
+        self.costs, self.rules = costs, rules
+        self.max_queue, self.max_wait_s = max_queue, max_wait_s
+        self.dial = Dial(rules.degrees[0])
+        self.refused: Counter[Reason] = Counter()
+        """Images that were refused, by reason."""
+        self.draining = False
+        self._waiting: list[Ticket] = []
+        self._rates: dict[Group, _Rate] = {}
+        self._busy_until = self._turned = -math.inf
+        self._replan()
+
+    def admit(self, ticket: Ticket, now: float) -> None:
+        """Take a request in.
+
+        Raises:
+            Refused: If too much waits, it cannot be answered before its deadline, or nothing is
+                taken in any more.
+        """
+        self._rates.setdefault(ticket.group, _Rate(now)).add(len(ticket.payloads), now)
+        try:
+            self._check(ticket, now)
+        except Refused as refused:
+            self.refused[refused.reason] += len(ticket.payloads)
+            raise
+        insort(self._waiting, ticket, key=lambda waiting: waiting.deadline)
+
+    def next(self, now: float) -> Batch | float:
+        """The batch to run now, or for how many seconds there is none unless requests come."""
+        self._drop(now)
+        self._turn(now)
+        if not self._waiting:
+            return math.inf
+        head = self._waiting[0]
+        degree = self._degree_for(head, now)
+        most = self._images_for(head, degree, now)
+        parts = tuple(self._together(head, degree, most))
+        if wait := self._worth_waiting(head, most - len(parts), now):
+            return wait
+        for ticket, _ in parts:
+            ticket.begun += 1
+        self._waiting = [ticket for ticket in self._waiting if ticket.left]
+        self._busy_until = now + self.costs.seconds(head.name, degree, len(parts))
+        return Batch(head.name, degree, parts)
+
+    def finished(self, batch: Batch, seconds: float, now: float) -> None:
+        """A batch has run."""
+        self.costs.observe(batch.name, batch.degree, len(batch.parts), seconds)
+        self._busy_until = now
+
+    def forget(self, ticket: Ticket) -> None:
+        """Take a request out of the queue, if it is in it."""
+        self._waiting = [waiting for waiting in self._waiting if waiting is not ticket]
+
+    def observed(self, now: float) -> Observed:
+        """What the controller sees."""
+        arrivals = {group: rate.at(now) for group, rate in self._rates.items()}
+        # Deadlines that lie close together count as one, so that a long queue is seen quickly.
+        grain = self.rules.slo_s / 10
+        waiting: Counter[tuple[int, Group]] = Counter()
+        for ticket in self._waiting:
+            waiting[int((ticket.deadline - now) / grain), ticket.group] += ticket.left
+        return Observed(
+            now,
+            arrivals,
+            [(group, images, grain * (step + 0.5)) for (step, group), images in waiting.items()],
+        )
+
+    def utilisation(self, now: float) -> float:
+        """Share of the time that arrivals need at the present degree; above 1: the queue grows."""
+        arrivals = replace(self.observed(now), waiting=())
+        return pressure(self.dial.degree, arrivals, self._plan, self.rules)
+
+    @property
+    def queued(self) -> int:
+        """Images that wait."""
+        return sum(ticket.left for ticket in self._waiting)
+
+    def _check(self, ticket: Ticket, now: float) -> None:
+        if self.draining:
+            raise Refused("draining", "the server is stopping.", 1.0)
+        images, queued = len(ticket.payloads), self.queued
+        if queued + images > self.max_queue:
+            told = f"{queued} images wait and {images} came, at most {self.max_queue} may wait."
+            raise Refused("full", told, self._retry_s(self._waiting))
+        sooner = [other for other in self._waiting if other.deadline <= ticket.deadline]
+        free = max(self._busy_until, now)
+        done = free + self._work(sooner) + self._seconds(ticket, self._fastest_of(ticket), queued)
+        if done > ticket.deadline:
+            told = (
+                f"the answer would take {1000 * (done - now):.0f} ms, "
+                f"{1000 * (ticket.deadline - now):.0f} ms are left."
+            )
+            raise Refused("late", told, self._retry_s(sooner))
+        # Those behind it were promised an answer in time.
+        done = free + self._work([*sooner, ticket])
+        for other in self._waiting[len(sooner) :]:
+            done += self._work([other])
+            if done > other.deadline:
+                told = "with a deadline this short, others that wait would miss theirs."
+                raise Refused("late", told, self._retry_s(self._waiting))
+
+    def _drop(self, now: float) -> None:
+        """Take those out whom nobody waits for, or who can no longer be answered in time."""
+        kept: list[Ticket] = []
+        for ticket in self._waiting:
+            if ticket.owner.gone():
+                continue
+            if now + self._seconds(ticket, self._fastest_of(ticket)) > ticket.deadline:
+                self.refused["late"] += len(ticket.payloads)
+                told = "the machine took longer than expected: the deadline cannot be made."
+                ticket.owner.refuse(Refused("late", told, self._retry_s(kept)))
+                continue
+            kept.append(ticket)
+        self._waiting = kept
+
+    def _turn(self, now: float) -> None:
+        if now - self._turned >= _TURN_EVERY_S:
+            self._replan()
+            self.dial = turned(self.dial, self.observed(now), self._plan, self.rules)
+            self._turned = now
+
+    def _replan(self) -> None:
+        self._plan = planned(self.costs, self.rules)
+        self._fastest = {
+            name: min(self.rules.degrees, key=lambda degree: self._plan[name, degree].each)
+            for name, _ in self._plan
+        }
+
+    def _degree_for(self, ticket: Ticket, now: float) -> int:
+        """The one asked for, or the dial's; a higher one if only that makes the deadline."""
+        if ticket.degree is not None:
+            return ticket.degree
+        for degree in self.rules.degrees:
+            late = now + self._seconds(ticket, degree) > ticket.deadline
+            if degree >= self.dial.degree and not late:
+                return degree
+        return self._fastest_of(ticket)
+
+    def _images_for(self, head: Ticket, degree: int, now: float) -> int:
+        """Images that can run together so that the first deadline is made."""
+        images = self._plan[head.name, degree].images
+        left = head.deadline - now
+        while images > 1 and self.costs.cautious(head.name, degree, images) > left:
+            images //= 2
+        return images
+
+    def _together(self, head: Ticket, degree: int, most: int) -> Iterator[tuple[Ticket, int]]:
+        found = 0
+        for ticket in self._waiting:
+            # The first one's may be higher than the dial's, to make its deadline.
+            dial = degree if head.degree is None else self.dial.degree
+            asks = dial if ticket.degree is None else ticket.degree
+            if ticket.name != head.name or asks != degree:
+                continue
+            for place in range(ticket.begun, len(ticket.payloads)):
+                if found == most:
+                    return
+                found += 1
+                yield ticket, place
+
+    def _worth_waiting(self, head: Ticket, room: int, now: float) -> float:
+        """Seconds to wait for others, while they are likely to come and none is late for it."""
+        if room <= 0 or self.draining:
+            return 0.0
+        wait = head.arrived + self.max_wait_s - now
+        expected = self._rates[head.group].at(now) * self.max_wait_s
+        spare = head.deadline - now - self._seconds(head, self._fastest_of(head))
+        return wait if expected >= 1 and 0 < wait < spare else 0.0
+
+    def _work(self, tickets: Iterable[Ticket]) -> float:
+        """Seconds for the images of these in full batches, each as fast as it may be."""
+        return sum(
+            self._plan[ticket.name, self._fastest_of(ticket)].each * ticket.left
+            for ticket in tickets
+        )
+
+    def _seconds(self, ticket: Ticket, degree: int, others: int = 0) -> float:
+        """Seconds for what is left of a request, nearly always; `others` may fill its batches."""
+        full = self._plan[ticket.name, degree]
+        batches, rest = divmod(ticket.left, full.images)
+        rest = min(rest + others, full.images)
+        seconds = batches * full.cautious
+        return seconds + (self.costs.cautious(ticket.name, degree, rest) if rest else 0.0)
+
+    def _fastest_of(self, ticket: Ticket) -> int:
+        """The degree asked for, or the fastest that the dial may take."""
+        if ticket.degree is not None:
+            return ticket.degree
+        return self._fastest[ticket.name]
+
+    def _retry_s(self, tickets: Iterable[Ticket]) -> float:
+        """Seconds after which these will have been answered."""
+        return max(self._work(tickets), _SHORTEST_RETRY_S)
+
+
+class _Rate:
+    """Images a second, averaged with weights that fade."""
+
+    def __init__(self, now: float) -> None:
+        self._sum, self._now = 0.0, now
+
+    def add(self, images: int, now: float) -> None:
+        self._sum = self._faded(now) + images
+        self._now = now
+
+    def at(self, now: float) -> float:
+        return self._faded(now) / _RATE_S
+
+    def _faded(self, now: float) -> float:
+        return self._sum * math.exp(-(now - self._now) / _RATE_S)

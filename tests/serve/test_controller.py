@@ -1,0 +1,187 @@
+"""The controller and the scheduler, on traces, without a clock."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulation import DEGREES, NAME, Asked, capacity, costs, play, scheduler, true_seconds
+
+from benchmarks import arrivals
+from tokendial.serve import Dial, Observed, Rules, planned, pressure, turned
+
+SLO = 0.2
+RULES = Rules(SLO, DEGREES)
+PLAN = planned(costs(), RULES)
+BASE = capacity(0)
+
+
+def asked(times, **kwargs) -> list[Asked]:
+    return [Asked(float(time), **kwargs) for time in times]
+
+
+def seen(load: float, now: float = 0.0, waiting=()) -> Observed:
+    """Arrivals of so many times what degree 0 can do."""
+    return Observed(now, {(NAME, None): load * BASE}, waiting)
+
+
+def test_the_dial_goes_up_at_once_and_as_far_as_needed():
+    for load in (1.1, 1.3, 1.6, 1.8):
+        degree = turned(Dial(0), seen(load), PLAN, RULES).degree
+        assert pressure(degree, seen(load), PLAN, RULES) <= RULES.turn_up_at
+        lower = DEGREES[DEGREES.index(degree) - 1]
+        assert pressure(lower, seen(load), PLAN, RULES) > RULES.turn_up_at
+
+
+def test_what_waits_turns_the_dial_as_well_as_what_comes():
+    rest = seen(0.5)
+    assert turned(Dial(0), rest, PLAN, RULES).degree == 0
+    soon = seen(0.5, waiting=[((NAME, None), int(0.98 * SLO * BASE), SLO)])
+    assert turned(Dial(0), soon, PLAN, RULES).degree > 0
+    # The same images with a minute left are no reason to lose accuracy.
+    later = seen(0.5, waiting=[((NAME, None), int(0.98 * SLO * BASE), 60.0)])
+    assert turned(Dial(0), later, PLAN, RULES).degree == 0
+
+
+def test_the_dial_goes_down_to_what_was_needed_lately():
+    dial = turned(Dial(16), seen(1.9, now=10.0), PLAN, RULES)
+    assert dial.degree == 16
+    dial = turned(dial, seen(1.0, now=11.0), PLAN, RULES)
+    (_, needed) = dial.needed[-1]
+    assert 0 < needed < 16
+    dial = turned(dial, seen(0.2, now=11.9), PLAN, RULES)
+    assert dial.degree == 16  # it was needed not two seconds ago
+    dial = turned(dial, seen(0.2, now=12.1), PLAN, RULES)
+    assert dial.degree == needed
+    assert turned(dial, seen(0.2, now=13.1), PLAN, RULES).degree == 0
+
+
+def test_a_degree_that_does_is_kept_though_a_lower_one_nearly_would():
+    dial, degrees = Dial(0), set()
+    for tenth in range(100):
+        dial = turned(dial, seen(1.3 + 0.1 * (-1) ** tenth, now=tenth / 10), PLAN, RULES)
+        degrees.add(dial.degree)
+    assert len(degrees) <= 2  # up to the first one that does, and once higher
+
+
+@given(load=st.floats(0, 10), degree=st.sampled_from(DEGREES), top=st.sampled_from(DEGREES))
+def test_the_floor_of_accuracy_is_never_passed(load, degree, top):
+    rules = Rules(SLO, tuple(each for each in DEGREES if each <= top))
+    dial = turned(Dial(min(degree, top)), seen(load), PLAN, rules)
+    assert dial.degree in rules.degrees
+
+
+def test_a_degree_that_is_too_slow_for_the_objective_is_not_used():
+    slo = 1.2 * true_seconds(NAME, 10, 1)  # degrees below miss it with the first image
+    rules = Rules(slo, DEGREES)
+    plan = planned(costs(), rules)
+    assert pressure(0, seen(0.01), plan, rules) == math.inf
+    assert turned(Dial(0), seen(0.01), plan, rules).degree > 0
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6])
+def test_light_load_is_served_at_degree_0(load):
+    times = arrivals.poisson(rate=load * BASE, seconds=30, seed=0)
+    played = play(scheduler(SLO), asked(times))
+    assert not any(each.refused for each in played.asked)
+    assert played.within(SLO) == 1
+    zero = np.mean([degree == 0 for each in played.asked for degree in each.degrees])
+    assert zero > 0.98
+
+
+@pytest.mark.parametrize("load", [1.2, 1.5, 1.75])
+def test_load_that_a_higher_degree_can_bear_is_borne(load):
+    times = arrivals.poisson(rate=load * BASE, seconds=30, seed=1)
+    played = play(scheduler(SLO), asked(times))
+    assert played.within(SLO) == 1
+    assert len(played.answered) > 0.98 * len(times)
+    assert played.turns() < 30  # at most one a second
+
+
+def test_a_step_to_three_times_the_capacity_and_back():
+    times = arrivals.step(low=0.5 * BASE, high=3 * BASE, seconds=90, at=10, until=70, seed=2)
+    played = play(scheduler(SLO), asked(times), seconds=90)
+    fixed = play(scheduler(SLO, (0,)), asked(times), seconds=90)
+    assert played.within(SLO) >= 0.99
+    assert played.degree_at(9.9) == 0
+    assert played.degree_at(40) == DEGREES[-1]
+    assert played.degree_at(75) == 0
+    during = [sum(10 <= each.at < 70 for each in some.answered) for some in (played, fixed)]
+    assert during[0] > 1.8 * during[1]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        arrivals.steady(rate=0.9 * BASE, seconds=30),
+        arrivals.bursts(low=0.3 * BASE, high=4 * BASE, seconds=60, lasting=1.0, apart=5.0, seed=3),
+        arrivals.diurnal(low=0.1 * BASE, high=2.5 * BASE, seconds=60, period=30, seed=4),
+    ],
+    ids=["steady", "bursts", "diurnal"],
+)
+def test_answers_are_in_time_and_the_dial_returns(times):
+    played = play(scheduler(SLO), asked(times), seconds=times[-1] + 10)
+    assert played.within(SLO) >= 0.99
+    assert played.dial[-1][1] == 0
+
+
+def test_a_trace_that_was_recorded_is_played(tmp_path):
+    path = tmp_path / "arrivals.txt"
+    path.write_text("\n".join(str(1700000000 + number / 50) for number in range(500)))
+    played = play(scheduler(SLO), asked(arrivals.recorded(path)))
+    assert len(played.answered) == 500
+
+
+def test_a_machine_that_gets_slower_is_noticed():
+    """Something else takes two thirds of it: what was promised is kept, at a higher degree."""
+
+    def takes(batch, now):
+        slow = 1.0 if now < 5 else 1.6
+        return slow * true_seconds(batch.name, batch.degree, len(batch.parts))
+
+    times = arrivals.poisson(rate=0.7 * BASE, seconds=30, seed=5)
+    played = play(scheduler(SLO), asked(times), takes=takes)
+    assert played.within(SLO) >= 0.99
+    assert played.degree_at(4.9) == 0
+    assert min(degree for at, degree in played.dial if 15 < at < 30) > 0
+
+
+def test_noise_of_the_machine_is_allowed_for():
+    draw = np.random.default_rng(0)
+
+    def takes(batch, now):
+        return true_seconds(batch.name, batch.degree, len(batch.parts)) * draw.lognormal(0, 0.2)
+
+    times = arrivals.poisson(rate=3 * BASE, seconds=30, seed=6)
+    played = play(scheduler(SLO), asked(times), takes=takes)
+    assert played.within(SLO) >= 0.99
+    assert len(played.answered) > 0.9 * 30 * capacity(DEGREES[-1])
+
+
+@given(
+    st.lists(
+        st.builds(
+            Asked,
+            at=st.floats(0, 2),
+            images=st.integers(1, 12),
+            degree=st.sampled_from([None, 0, 8, 16]),
+            within_s=st.sampled_from([None, 0.05, 0.5, 5.0]),
+            leaves_at=st.sampled_from([math.inf, 1.0]),
+        ),
+        max_size=60,
+    )
+)
+def test_every_request_ends_once_in_time_and_at_the_degree_it_asked_for(requests):
+    requests = [Asked(**vars(each) | {"degrees": []}) for each in requests]
+    played = play(scheduler(SLO, max_queue=100), requests)
+    for each in played.asked:
+        ends = [each.answered_at is not None, each.refused is not None, each.gone()]
+        assert any(ends)
+        assert not all(ends[:2])
+        if each.answered_at is not None:
+            assert len(each.degrees) == each.images
+            assert each.seconds <= (each.within_s or SLO) + 1e-9
+            if each.degree is not None:
+                assert set(each.degrees) == {each.degree}
+    assert all(len({(t.name, t.degree) for t, _ in b.parts}) <= 2 for b in played.batches)

@@ -1,0 +1,168 @@
+"""The engine, with its thread and a real clock."""
+
+import threading
+import time
+from concurrent.futures import CancelledError, wait
+
+import pytest
+from simulation import NAME
+
+from tokendial.serve import Costs, Engine, Refused, Rules, Scheduler
+
+DEGREES = (0, 1, 2)
+
+
+class Model:
+    """Gives back what it is given, with the degree; can be held and can fail."""
+
+    def __init__(self):
+        self.free = threading.Event()
+        self.free.set()
+        self.threads, self.ran = set(), []
+
+    def __call__(self, name, degree, payloads):
+        self.threads.add(threading.get_ident())
+        assert self.free.wait(10)
+        if "bad" in payloads:
+            raise RuntimeError("this image is not for me")
+        self.ran += payloads
+        return [(name, degree, payload) for payload in payloads]
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture
+def engine(model):
+    measured = {(name, d): {1: 0.001, 8: 0.004} for name in (NAME, "cars") for d in DEGREES}
+    scheduler = Scheduler(Costs(measured), Rules(5.0, DEGREES, max_batch=8), max_queue=20)
+    engine = Engine(model, scheduler)
+    engine.start()
+    yield engine
+    model.free.set()
+    assert engine.drain(10)
+
+
+def test_answers_come_in_the_order_of_the_images_and_say_how(engine, model):
+    futures = [
+        engine.submit(name, [f"{number}a", f"{number}b"], degree=degree)
+        for number, (name, degree) in enumerate([(NAME, 2), ("cars", None), (NAME, None)])
+    ]
+    first, second, third = (future.result(10) for future in futures)
+    assert [answer.output for answer in first] == [(NAME, 2, "0a"), (NAME, 2, "0b")]
+    assert [answer.output for answer in second] == [("cars", 0, "1a"), ("cars", 0, "1b")]
+    assert [answer.output for answer in third] == [(NAME, 0, "2a"), (NAME, 0, "2b")]
+    assert all(answer.degree == answer.output[1] for answer in first + second + third)
+    assert len(model.threads) == 1
+    assert threading.get_ident() not in model.threads
+
+
+def test_images_of_a_request_larger_than_a_batch_are_answered_together(engine):
+    answers = engine.submit(NAME, list(range(20))).result(10)
+    assert [answer.output[2] for answer in answers] == list(range(20))
+    assert max(answer.batch for answer in answers) <= 8
+
+
+def test_what_waits_together_runs_together(engine, model):
+    model.free.clear()
+    engine.submit(NAME, ["first"])
+    while not engine.status().running:
+        time.sleep(0.001)
+    futures = [engine.submit(NAME, [number]) for number in range(6)]
+    assert engine.status().queued == 6
+    model.free.set()
+    wait(futures, 10)
+    assert {future.result()[0].batch for future in futures} == {6}
+
+
+def test_a_full_queue_and_a_deadline_that_cannot_be_made_are_refused_at_once(engine, model):
+    model.free.clear()
+    engine.submit(NAME, ["first"])
+    with pytest.raises(Refused, match="left") as late:
+        engine.submit(NAME, ["hasty"], within_s=1e-4)
+    assert late.value.reason == "late"
+    while not engine.status().running:
+        time.sleep(0.001)
+    engine.submit(NAME, list(range(20)))
+    with pytest.raises(Refused, match="at most 20 may wait") as full:
+        engine.submit(NAME, ["one more"])
+    assert full.value.reason == "full"
+    assert full.value.retry_after_s > 0
+    assert engine.status().refused == {"late": 1, "full": 1}
+
+
+def test_a_promise_that_cannot_be_kept_is_taken_back(engine, model):
+    model.free.clear()
+    engine.submit(NAME, ["first"])
+    while not engine.status().running:
+        time.sleep(0.001)
+    future = engine.submit(NAME, ["second"], within_s=0.05)
+    time.sleep(0.1)  # the machine takes far longer for the first one than was measured
+    model.free.set()
+    with pytest.raises(Refused, match="longer than expected"):
+        future.result(10)
+    assert "second" not in model.ran
+
+
+def test_cancelled_requests_do_not_run(engine, model):
+    model.free.clear()
+    engine.submit(NAME, ["first"])
+    while not engine.status().running:
+        time.sleep(0.001)
+    leaves = engine.submit(NAME, ["leaves"])
+    stays = engine.submit(NAME, ["stays"])
+    assert leaves.cancel()
+    model.free.set()
+    stays.result(10)
+    with pytest.raises(CancelledError):
+        leaves.result(10)
+    assert model.ran == ["first", "stays"]
+
+
+def test_a_batch_that_fails_is_told_and_the_next_one_runs(engine, caplog):
+    with pytest.raises(RuntimeError, match="not for me"):
+        engine.submit(NAME, ["good", "bad"]).result(10)
+    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+    assert "a batch of 2 images failed" in caplog.text
+
+
+def test_work_is_done_between_batches(engine, model):
+    assert engine.call(threading.get_ident).result(10) not in (None, threading.get_ident())
+    with pytest.raises(ZeroDivisionError):
+        engine.call(lambda: 1 / 0).result(10)
+    assert engine.alive
+
+
+def test_draining_answers_what_was_taken_in_and_refuses_the_rest(engine, model):
+    model.free.clear()
+    futures = [engine.submit(NAME, [number]) for number in range(10)]
+    ended = []
+    draining = threading.Thread(target=lambda: ended.append(engine.drain(10)))
+    draining.start()
+    while not engine.draining:
+        time.sleep(0.001)
+    for ask in (lambda: engine.submit(NAME, ["late"]), lambda: engine.call(int)):
+        with pytest.raises(Refused) as refused:
+            ask()
+        assert refused.value.reason == "draining"
+    model.free.set()
+    draining.join()
+    assert ended == [True]
+    assert [future.result(0)[0].output[2] for future in futures] == list(range(10))
+    assert not engine.alive
+
+
+def test_those_who_watch_see_every_batch(model):
+    seen = []
+    engine = Engine(
+        model,
+        Scheduler(Costs({(NAME, 0): {1: 0.001}}), Rules(5.0, (0,))),
+        on_batch=seen.append,
+    )
+    engine.start()
+    wait([engine.submit(NAME, [number]) for number in range(30)], 10)
+    assert engine.drain(10)
+    assert sum(batch.images for batch in seen) == 30
+    assert all(len(batch.waited_s) == batch.images and batch.degree == 0 for batch in seen)

@@ -1,0 +1,139 @@
+"""A server without a clock: the real scheduler and controller, with batches that only take time."""
+
+import heapq
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from tokendial.serve import Batch, Costs, Refused, Rules, Scheduler, Ticket
+
+TICK_S = 0.1
+DEGREES = tuple(range(0, 17, 2))
+NAME = "pets"
+
+
+def true_seconds(name: str, degree: int, images: int) -> float:
+    """2 ms for a batch and 8 ms an image, half of that at degree 16."""
+    return 0.002 + 0.008 * images * (1 - degree / 32)
+
+
+def costs(names: Iterable[str] = (NAME,), degrees: Iterable[int] = DEGREES) -> Costs:
+    return Costs(
+        {
+            (name, degree): {n: true_seconds(name, degree, n) for n in (1, 2, 4, 8, 16, 32)}
+            for name in names
+            for degree in degrees
+        }
+    )
+
+
+def capacity(degree: int, images: int = 8) -> float:
+    """Images per second in batches of that size."""
+    return images / true_seconds(NAME, degree, images)
+
+
+def scheduler(slo_s: float = 0.2, degrees: tuple[int, ...] = DEGREES, **kwargs) -> Scheduler:
+    return Scheduler(costs(), Rules(slo_s, degrees), **kwargs)
+
+
+@dataclass
+class Asked:
+    """A request of the simulation, and what became of it."""
+
+    at: float
+    images: int = 1
+    degree: int | None = None
+    within_s: float | None = None
+    name: str = NAME
+    leaves_at: float = math.inf
+    answered_at: float | None = None
+    refused: str | None = None
+    degrees: list[int] = field(default_factory=list)
+    now: Callable[[], float] = field(default=lambda: 0.0)
+
+    def gone(self) -> bool:
+        return self.now() >= self.leaves_at
+
+    def refuse(self, refused: Refused) -> None:
+        self.refused = refused.reason
+
+    @property
+    def seconds(self) -> float:
+        assert self.answered_at is not None
+        return self.answered_at - self.at
+
+
+@dataclass
+class Played:
+    """A trace that was played."""
+
+    asked: list[Asked]
+    dial: list[tuple[float, int]]
+    batches: list[Batch]
+
+    @property
+    def answered(self) -> list[Asked]:
+        return [each for each in self.asked if each.answered_at is not None]
+
+    def within(self, slo_s: float) -> float:
+        """Share of the answered requests."""
+        return float(np.mean([each.seconds <= slo_s for each in self.answered]))
+
+    def turns(self) -> int:
+        degrees = [degree for _, degree in self.dial]
+        return sum(a != b for a, b in pairwise(degrees))
+
+    def degree_at(self, time: float) -> int:
+        return [degree for at, degree in self.dial if at <= time][-1]
+
+
+def play(
+    scheduler: Scheduler,
+    asked: Iterable[Asked],
+    *,
+    seconds: float = math.inf,
+    takes: Callable[[Batch, float], float] = lambda batch, now: true_seconds(
+        batch.name, batch.degree, len(batch.parts)
+    ),
+) -> Played:
+    """Play requests until all have been answered, and the clock has reached `seconds`."""
+    everything = sorted(asked, key=lambda each: each.at)
+    coming = [(each.at, number, each) for number, each in enumerate(everything)]
+    heapq.heapify(coming)
+    now, left, dial, batches = 0.0, {}, [(0.0, scheduler.dial.degree)], []
+
+    def admit_until(time: float) -> None:
+        while coming and coming[0][0] <= time:
+            at, _, each = heapq.heappop(coming)
+            each.now = lambda: now
+            within = scheduler.rules.slo_s if each.within_s is None else each.within_s
+            ticket = Ticket(each.name, range(each.images), each.degree, at, at + within, owner=each)
+            left[each.at, id(each)] = each.images
+            try:
+                scheduler.admit(ticket, at)
+            except Refused as refused:
+                each.refused = refused.reason
+
+    while True:
+        admit_until(now)
+        found = scheduler.next(now)
+        dial.append((now, scheduler.dial.degree))
+        if isinstance(found, Batch):
+            took = takes(found, now)
+            admit_until(now + took)
+            now += took
+            scheduler.finished(found, took, now)
+            batches.append(found)
+            for ticket, _ in found.parts:
+                each = ticket.owner
+                each.degrees.append(found.degree)
+                left[each.at, id(each)] -= 1
+                if not left[each.at, id(each)] and each.refused is None:
+                    each.answered_at = now
+            continue
+        if not coming and not scheduler.queued and (now >= seconds or seconds == math.inf):
+            return Played(everything, dial, batches)
+        now = min(now + min(found, TICK_S), coming[0][0] if coming else math.inf)
