@@ -97,7 +97,8 @@ def recorded(path: str | Path, *, speed: float = 1.0) -> Times:
     if not times:
         raise ValueError(f"{path} holds no times")
     ascending: Times = np.sort(np.array(times))
-    return (ascending - ascending[0]) / speed
+    ascending -= ascending[0]
+    return ascending / speed
 
 
 def per_second(times: Times, seconds: float) -> Times:

@@ -42,6 +42,10 @@ class Exchange:
         """Seconds from the planned time to the answer; infinite without one."""
         return float("inf") if self.answered is None else self.answered - self.planned
 
+    def within(self, slo: float) -> bool:
+        """Whether it was answered in so many seconds."""
+        return self.status == 200 and self.latency <= slo
+
 
 def play(
     url: str, times: Times, bodies: Sequence[bytes], *, in_flight: int, timeout: float

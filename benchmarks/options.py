@@ -25,8 +25,14 @@ def listed(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
     return values
 
 
-def options(name: str, doc: str | None, *, repeats: int) -> argparse.ArgumentParser:
-    """A parser of a command that times something."""
+def options(
+    name: str,
+    doc: str | None,
+    *,
+    repeats: int | None = None,
+    quick: str = "one round of a small model",
+) -> argparse.ArgumentParser:
+    """A parser of a command that times something; without `repeats`, once."""
     first, _, rest = (doc or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}",
@@ -35,8 +41,9 @@ def options(name: str, doc: str | None, *, repeats: int) -> argparse.ArgumentPar
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
-    parser.add_argument("--repeats", type=int, default=repeats, help="rounds that count")
-    parser.add_argument("--quick", action="store_true", help="one round of a small model")
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats, help="rounds that count")
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, help=f"folder for the results (default: {RESULTS})")
     return parser
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report import Row
@@ -85,4 +86,62 @@ def growth(rows: Sequence[Row], measures: dict[str, str], along: str) -> Figure:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("growth (x)")
     axes[0].legend(fontsize=7)
+    return figure
+
+
+def policies(rows: Sequence[Row], slo_ms: float) -> Figure:
+    """Load, degree and latency second by second, and the goodput of each policy.
+
+    Args:
+        rows: With `policy`, `goodput` and `by_second`.
+        slo_ms: The objective.
+    """
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    grid = figure.add_gridspec(3, 2, width_ratios=(3, 1))
+    load, degree, latency = (figure.add_subplot(grid[place, 0]) for place in range(3))
+    asked = [second["asked"] for second in rows[0]["by_second"]]
+    load.step(range(len(asked)), asked, color="grey", where="post", label="asked for")
+    for row in rows:
+        seconds = row["by_second"]
+        for axis, key in ((load, "good"), (degree, "degree"), (latency, "p99_ms")):
+            values = [np.nan if second[key] is None else second[key] for second in seconds]
+            axis.step(range(len(values)), values, where="post", label=row["policy"])
+    latency.axhline(slo_ms, color="grey", linestyle="--", label="objective")
+    load.set_ylabel("images/s (answered within the objective)")
+    degree.set_ylabel("mean degree of answers")
+    latency.set(ylabel="p99 (ms)", xlabel="seconds", yscale="log")
+    for axis in (load, degree, latency):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    for place, (key, title) in enumerate(
+        (("goodput", "goodput (images/s)"), ("accuracy", "accuracy"))
+    ):
+        axis = figure.add_subplot(grid[place, 1])
+        axis.bar(
+            [row["policy"] for row in rows], [row[key] or 0.0 for row in rows], color="#2b6cb0"
+        )
+        axis.set_ylabel(title)
+        axis.tick_params(axis="x", labelrotation=20)
+        axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def soaked(row: Row, slo_ms: float) -> Figure:
+    """Memory, degree and latency of a server over time.
+
+    Args:
+        row: With `memory` and `by_second`.
+        slo_ms: The objective.
+    """
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    memory, degree, latency = figure.subplots(3, 1)
+    memory.plot(row["memory"])
+    memory.set_ylabel("memory of the server (MiB)")
+    for axis, key, title in ((degree, "degree", "mean degree"), (latency, "p99_ms", "p99 (ms)")):
+        axis.plot([np.nan if one[key] is None else one[key] for one in row["by_second"]])
+        axis.set_ylabel(title)
+    latency.axhline(slo_ms, color="grey", linestyle="--")
+    latency.set_xlabel("seconds")
+    for axis in (memory, degree, latency):
+        axis.grid(alpha=0.3)
     return figure

@@ -3,60 +3,20 @@
 import itertools
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
+from local_server import local_server
 
 from benchmarks.load import Exchange, check_loopback, closed, play
 
 
-class Server(ThreadingHTTPServer):
-    """Answers with what `behave` returns for a body: a status and a body."""
-
-    daemon_threads = True
-
-    def __init__(self, behave):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behave, self.connections, self.lock = behave, 0, threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def setup(self):
-        with self.server.lock:
-            self.server.connections += 1
-        super().setup()
-
-    def do_POST(self):
-        status, body = self.server.behave(self.rfile.read(int(self.headers["Content-Length"])))
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        if status == 307:
-            self.send_header("Location", "http://127.0.0.1:1/")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def serve():
-    servers = []
-
-    def start(behave):
-        server = Server(behave)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    """Start a server that answers a body as it is told; ends with the test."""
+    with ExitStack() as stack:
+        yield lambda behave: stack.enter_context(local_server(lambda _, body: behave(body)))
 
 
 def test_requests_go_out_whatever_the_server_does(serve):
@@ -135,10 +95,9 @@ def test_an_answer_that_does_not_come_is_given_up(serve):
     assert exchange.error.startswith("TimeoutError")
 
 
-def test_a_server_that_is_gone_is_an_error(serve):
-    server = serve(lambda body: (200, body))
-    server.shutdown()
-    server.server_close()
+def test_a_server_that_is_gone_is_an_error():
+    with local_server(lambda _, body: (200, body)) as server:
+        pass
     [exchange] = play(server.url, np.zeros(1), [b"1"], in_flight=1, timeout=5)
     assert exchange.status is None
     assert exchange.error.startswith("ClientConnectorError")

@@ -1,0 +1,201 @@
+"""Every answer of a server against the offline model at the degree that the answer reports.
+
+Mixed requests of one to four images go to one server from many clients at a time: to any of its
+models, at fixed degrees, at the best one, and as the load allows, so that batches mix images of
+many requests. The offline model sees each image alone. Fails (exit code 1) if a probability differs
+by more than 1e-4, a grey level of a mask by more than one, or the class of more than one pixel in a
+thousand; or if a degree that was asked for is not the one that was run.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.load import Exchange, closed
+from benchmarks.options import options, parsed
+from benchmarks.played import REFUSED
+from benchmarks.plots import bars
+from benchmarks.report import Column, Report, Row
+from benchmarks.server import Server, add_server, served, server_options
+from benchmarks.workload import Workload, mask_of, predictions, probabilities
+from tokendial.tasks import BinaryMasks, Classification
+from tokendial.tasks.dense import best_class, sized
+from tokendial.train import Run
+
+PROBABILITY, GREY, PIXELS = 1e-4, 1 / 255, 1e-3
+"""How far an answer may be from the offline model."""
+ROUNDS = 20
+DEADLINE_MS = 60_000
+COLUMNS = (
+    Column("what", "model, degree"),
+    Column("images", "images"),
+    Column("degrees", "degrees reported"),
+    Column("batch", "images in a batch", "{:.1f}"),
+    Column("apart", "largest difference", "{:.1e}"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked."""
+
+    model: str
+    degree: int | str
+    images: tuple[int, ...]
+    """By their numbers."""
+
+
+class Offline:
+    """A run's model, that sees one image at a time."""
+
+    def __init__(self, run: Run, images: Sequence[Image.Image]) -> None:
+        self.model, self.task, self.classes = run.model(), run.task(), run.classes()
+        self.transform = self.task.image_transform(self.model.anatomy)
+        self.images = images
+        self.expected = lru_cache(maxsize=None)(self._expected)
+
+    @torch.inference_mode()
+    def _expected(self, number: int, degree: int) -> np.ndarray:
+        """Probabilities [K], or a mask [H, W] of grey levels or classes."""
+        image = self.images[number]
+        self.model.set_degree(degree)
+        logits = self.task.predict(self.model, self.transform(image).unsqueeze(0)).float()
+        if isinstance(self.task, Classification):
+            return self.task.probabilities(logits)[0].numpy()
+        size = image.height, image.width
+        if isinstance(self.task, BinaryMasks):
+            return sized(logits.sigmoid(), size)[0, 0].mul(255).round().byte().numpy()
+        return best_class(logits[0], size).numpy()
+
+    def apart(self, number: int, prediction: dict[str, Any]) -> float:
+        """How far a prediction is from the model's: in probability, or the share of pixels."""
+        expected = self.expected(number, prediction["degree"])
+        if isinstance(self.task, Classification):
+            return float(np.abs(probabilities(prediction, self.classes) - expected).max())
+        told = mask_of(prediction)
+        if isinstance(self.task, BinaryMasks):
+            return float(np.abs(told.astype(float) - expected).max()) / 255
+        return float((told != expected).mean())
+
+    @property
+    def allowed(self) -> float:
+        """How far it may be."""
+        if isinstance(self.task, Classification):
+            return PROBABILITY
+        return GREY if isinstance(self.task, BinaryMasks) else PIXELS
+
+
+def mixed(
+    models: Sequence[str], degrees: Sequence[int], *, images: int, requests: int, seed: int
+) -> list[Request]:
+    """Requests for one to four of the images, a third of them at fixed degrees."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(requests):
+        asked = draw.choice(["auto", "best", "fixed"])
+        found.append(
+            Request(
+                model=str(draw.choice(models)),
+                degree=int(draw.choice(degrees)) if asked == "fixed" else str(asked),
+                images=tuple(draw.integers(images, size=draw.integers(1, 5)).tolist()),
+            )
+        )
+    return found
+
+
+def answered(
+    server: Server, requests: Sequence[Request], bodies: Sequence[bytes], clients: int
+) -> list[tuple[Request, Exchange]]:
+    """All requests with their answers; those that are refused are sent again.
+
+    Raises:
+        ValueError: If a request gets another answer, or is refused every time.
+    """
+    done, left = [], list(zip(requests, bodies, strict=True))
+    for _ in range(ROUNDS):
+        exchanges = closed(server.predict, [body for _, body in left], clients=clients, timeout=60)
+        pairs = list(zip(left, exchanges, strict=True))
+        for (request, _), exchange in pairs:
+            if exchange.status not in (200, *REFUSED):
+                raise ValueError(f"{request}: {exchange.error or exchange.body.decode()}")
+        done += [(request, exchange) for (request, _), exchange in pairs if exchange.status == 200]
+        left = [pair for pair, exchange in pairs if exchange.status != 200]
+        if not left:
+            return done
+    raise ValueError(f"{len(left)} requests were refused {ROUNDS} times")
+
+
+def compared(done: Sequence[tuple[Request, Exchange]], offline: Mapping[str, Offline]) -> list[Row]:
+    """A row for each model and each way to ask for a degree."""
+    rows: dict[str, list[Row]] = {}
+    for request, exchange in done:
+        model = offline[request.model]
+        told = predictions(exchange)
+        for number, prediction in zip(request.images, told, strict=True):
+            kind = request.degree if isinstance(request.degree, str) else "fixed"
+            degree, apart = prediction["degree"], model.apart(number, prediction)
+            right = apart <= model.allowed and request.degree in (kind, degree)
+            rows.setdefault(f"{request.model}, {kind}", []).append(
+                {"degree": degree, "batch": prediction["batch"], "apart": apart, "right": right}
+            )
+    return [
+        {
+            "what": what,
+            "images": len(some),
+            "degrees": sorted({row["degree"] for row in some}),
+            "batch": float(np.mean([row["batch"] for row in some])),
+            "apart": max(row["apart"] for row in some),
+            "wrong": sum(not row["right"] for row in some),
+        }
+        for what, some in sorted(rows.items())
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    """Ask, compare, write the results, and fail if an answer was wrong."""
+    asked = _asked(arguments)
+    runs = [Run(folder) for folder in asked.runs]
+    workload = Workload(runs[0], asked.images)
+    with served(asked.runs, *server_options(asked)) as server:
+        models = [model["name"] for model in server.get("/v1/models")["models"]]
+        requests = mixed(
+            models,
+            server.degrees,
+            images=len(workload.images),
+            requests=asked.requests,
+            seed=asked.seed,
+        )
+        classes = {name: run.classes() for name, run in zip(models, runs, strict=True)}
+        bodies = [
+            workload.body(
+                request.images,
+                model=request.model,
+                degree=request.degree,
+                deadline_ms=DEADLINE_MS,
+                top=len(classes[request.model]),
+            )
+            for request in requests
+        ]
+        done = answered(server, requests, bodies, asked.clients)
+    offline = {name: Offline(run, workload.images) for name, run in zip(models, runs, strict=True)}
+    rows = compared(done, offline)
+    figure = bars(rows, "what", {"apart": "largest difference", "batch": "images in a batch"})
+    Report(f"answers_{runs[0].recipe().model.name}", COLUMNS, rows, figure).write(asked)
+    if wrong := sum(row["wrong"] for row in rows):
+        sys.exit(f"answers: {wrong} of {sum(row['images'] for row in rows)} are wrong")
+
+
+def _asked(arguments: list[str]) -> argparse.Namespace:
+    parser = options("answers", __doc__, quick="100 requests")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="as `tokendial serve` takes them")
+    add_server(parser)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=16, help="requests at a time")
+    return parsed(parser, arguments, requests=100, images=50)

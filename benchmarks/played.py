@@ -1,0 +1,153 @@
+"""A load that was played to a server, and what became of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.arrivals import Times
+from benchmarks.load import Exchange
+from benchmarks.report import Row
+from benchmarks.workload import Workload, predictions
+
+REFUSED = (429, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A trace, and the part of it that counts."""
+
+    times: Times
+    """Of requests, in seconds."""
+    seconds: float
+    """Length."""
+    start: float
+    """Of the part that counts."""
+    end: float
+    """Of it; before `seconds` if the load falls then, and the dial should go back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A request and its predictions, one for each image; none if it was not answered."""
+
+    exchange: Exchange
+    answer: Sequence[dict[str, Any]]
+
+    @property
+    def at(self) -> float:
+        """When it was answered, in seconds from the start of the load."""
+        return self.exchange.planned + self.exchange.latency
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a server made of a load."""
+
+    load: Load
+    outcomes: Sequence[Outcome]
+    """In the order of their planned times."""
+    each: int
+    """Images in a request."""
+    slo: float
+    """The server's objective, in seconds."""
+
+    def row(self) -> Row:
+        """The part that counts, in numbers."""
+        counts = self._counts()
+        answered = [some for some in counts if some.answer]
+        refused = sum(some.exchange.status in REFUSED for some in counts)
+        good = self._good(counts)
+        return {
+            "requests": len(counts),
+            "answered": len(answered),
+            "refused": refused,
+            "errors": len(counts) - len(answered) - refused,
+            "goodput": self.each * good / (self.load.end - self.load.start),
+            "within": good / len(answered) if answered else None,
+            "p50_ms": _percentile(answered, 50),
+            "p99_ms": _percentile(answered, 99),
+            "degree": _mean_degree(answered),
+            "back_s": self.back(),
+            "by_second": self.by_second(),
+        }
+
+    def score(self, workload: Workload, groups: Sequence[Sequence[int]]) -> float | None:
+        """Accuracy, or what else runs are judged by, of the answers in the part that counts.
+
+        Args:
+            workload: Whose images were sent.
+            groups: The images of each request, taken in turn.
+        """
+        return workload.score(
+            pair
+            for some in self._counts()
+            if some.answer
+            for pair in zip(groups[some.exchange.number % len(groups)], some.answer, strict=True)
+        )
+
+    def back(self) -> float | None:
+        """Seconds from the fall of the load to the first answer after which all have degree 0.
+
+        None if the load does not fall, or the last answer has another degree.
+        """
+        if self.load.end >= self.load.seconds:
+            return None
+        answered = [some for some in self.outcomes if some.answer]
+        answered.sort(key=lambda some: some.at)
+        reduced = [n for n, some in enumerate(answered) if any(_degrees([some]))]
+        first = reduced[-1] + 1 if reduced else 0
+        return max(0.0, answered[first].at - self.load.end) if first < len(answered) else None
+
+    def by_second(self) -> list[Row]:
+        """What was asked in each second of the trace, and what became of it."""
+        seconds: list[list[Outcome]] = [[] for _ in range(int(np.ceil(self.load.seconds)))]
+        for some in self.outcomes:
+            seconds[int(some.exchange.planned)].append(some)
+        return [
+            {
+                "asked": self.each * len(row),
+                "good": self.each * self._good(row),
+                "degree": _mean_degree(row),
+                "p99_ms": _percentile(row, 99),
+            }
+            for row in seconds
+        ]
+
+    def late(self) -> float:
+        """How late the load was with 99 % of its requests at most, in milliseconds."""
+        exchanges = [some.exchange for some in self.outcomes]
+        late = [1000 * (one.sent - one.planned) for one in exchanges if one.sent is not None]
+        return float(np.percentile(late, 99))
+
+    def _counts(self) -> list[Outcome]:
+        start, end = self.load.start, self.load.end
+        return [some for some in self.outcomes if start <= some.exchange.planned < end]
+
+    def _good(self, some: Sequence[Outcome]) -> int:
+        """Requests that were answered in time."""
+        return sum(one.exchange.within(self.slo) for one in some)
+
+
+def played(load: Load, exchanges: Sequence[Exchange], each: int, slo: float) -> Played:
+    """Read the answers."""
+    outcomes = [Outcome(one, predictions(one) if one.status == 200 else ()) for one in exchanges]
+    return Played(load, outcomes, each, slo)
+
+
+def _percentile(some: Sequence[Outcome], share: float) -> float | None:
+    """Of the latency of those that were answered, in milliseconds."""
+    found = [1000 * one.exchange.latency for one in some if one.answer]
+    return float(np.percentile(found, share)) if found else None
+
+
+def _mean_degree(some: Sequence[Outcome]) -> float | None:
+    """Over images."""
+    degrees = _degrees(some)
+    return float(np.mean(degrees)) if degrees else None
+
+
+def _degrees(some: Sequence[Outcome]) -> list[int]:
+    """Of each image."""
+    return [prediction["degree"] for one in some for prediction in one.answer]

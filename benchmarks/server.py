@@ -1,0 +1,162 @@
+"""`tokendial serve` in a process of its own, and how many images/s it answers."""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load import check_loopback, closed
+
+COMMAND = (sys.executable, "-m", "tokendial.cli", "serve")
+START_S, STOP_S = 120.0, 60.0
+CLIENTS = (1, 2, 4, 8, 16, 32, 64)
+_GAIN = 1.02
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that is ready."""
+
+    url: str
+    """Without a slash at its end."""
+    pid: int
+
+    @property
+    def predict(self) -> str:
+        """Where requests go."""
+        return f"{self.url}/v1/predict"
+
+    def get(self, path: str) -> Any:
+        """The JSON that lies at a path."""
+        with _DIRECT.open(f"{self.url}{path}", timeout=10) as answer:
+            return json.load(answer)
+
+    @property
+    def slo(self) -> float:
+        """Its service-level objective, in seconds."""
+        return float(self.get("/v1/live")["slo_ms"]) / 1000
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """What it offers."""
+        return tuple(row["degree"] for row in self.get("/v1/degrees")["degrees"])
+
+
+@contextmanager
+def served(runs: Sequence[str], *options: str) -> Iterator[Server]:
+    """A fresh server of some runs; it has to end by itself when it is told to.
+
+    Args:
+        runs: As `tokendial serve` takes them.
+        options: More of its options.
+
+    Raises:
+        ValueError: If it does not start, or does not end well.
+    """
+    command = [*COMMAND, *runs, "--port", "0", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told"
+        with told.open("wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            url = _ready(process, command, told)
+            check_loopback(url)
+            yield Server(url, process.pid)
+            process.send_signal(signal.SIGTERM)
+            if code := process.wait(STOP_S):
+                raise ValueError(f"the server ended with {code}:\n{_tail(told)}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _ready(process: "subprocess.Popen[bytes]", command: list[str], told: Path) -> str:
+    """Wait for the line with its address."""
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and process.poll() is None:
+        if found := re.search(r"(http://[^\s/]+)\S*[^\n]*\n", told.read_text()):
+            return found[1]
+        time.sleep(0.05)
+    raise ValueError(f"{shlex.join(command)} did not start:\n{_tail(told)}")
+
+
+def _tail(told: Path) -> str:
+    return "\n".join(told.read_text().splitlines()[-20:])
+
+
+def capacity(server: Server, bodies: Sequence[bytes], each: int, seconds: float) -> float:
+    """Images/s that are answered within the objective, at as many clients as give the most.
+
+    Args:
+        server: At the degree in question.
+        bodies: Requests, taken in turn.
+        each: Images in a request.
+        seconds: For each number of clients.
+    """
+    best, slo = 0.0, server.slo
+    for clients in CLIENTS:
+        exchanges = closed(
+            server.predict, itertools.cycle(bodies), clients=clients, timeout=10, seconds=seconds
+        )
+        good = sum(exchange.within(slo) for exchange in exchanges)
+        rate = each * good / max(exchange.answered or seconds for exchange in exchanges)
+        best, before = max(best, rate), best
+        if rate < _GAIN * before:
+            break
+    return best
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """How a model is served, and which images are sent to it."""
+    parser.add_argument(
+        "--server-threads",
+        type=int,
+        default=max(1, _cores() - 1),
+        metavar="N",
+        help="threads of the server's model (default: all cores but one, which the load needs)",
+    )
+    parser.add_argument(
+        "--serve",
+        default="",
+        metavar="OPTIONS",
+        help="more options of `tokendial serve`, in quotes; the same for every server",
+    )
+    parser.add_argument("--images", type=int, default=1000, help="of the validation set")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """The run, and how requests are sent at the times of a trace."""
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--images-per-request", type=int, default=8, metavar="N")
+    parser.add_argument("--in-flight", type=int, default=200, help="most requests at a time")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=5.0,
+        help="seconds beyond the objective after which an answer is given up",
+    )
+    parser.add_argument("--probe", type=float, default=3.0, help="seconds of a try at the capacity")
+
+
+def server_options(asked: argparse.Namespace) -> list[str]:
+    """What every server of a command is told."""
+    return ["--threads", str(asked.server_threads), *shlex.split(asked.serve)]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

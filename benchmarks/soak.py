@@ -1,0 +1,130 @@
+"""Minutes of more load than a server can answer at degree 0: does it stay well?
+
+The server turns the dial by itself. Fails (exit code 1) if a request got another answer than one of
+200, 429 and 503, or none at all; or if the server's memory grew by more than --growth after its
+first minute.
+"""
+
+import argparse
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+
+from benchmarks import arrivals
+from benchmarks.load import Exchange, closed, play
+from benchmarks.options import options, parsed
+from benchmarks.played import REFUSED, Load, played
+from benchmarks.plots import soaked
+from benchmarks.report import Column, Report
+from benchmarks.server import add_load, add_server, capacity, served, server_options
+from benchmarks.workload import Workload
+from tokendial.train import Run
+
+SETTLE_S = 60.0
+COLUMNS = (
+    Column("minutes", "minutes", "{:g}"),
+    Column("requests", "requests"),
+    Column("answered", "answered"),
+    Column("refused", "refused"),
+    Column("errors", "errors"),
+    Column("within", "within the objective", "{:.2%}"),
+    Column("slowest_ms", "slowest (ms)", "{:.0f}"),
+    Column("memory_mib", "memory at the end (MiB)", "{:.0f}"),
+    Column("growth", "growth", "{:+.2%}"),
+)
+
+
+@contextmanager
+def memory_of(pid: int, every: float = 1.0) -> Iterator[list[float]]:
+    """Resident memory of a process in MiB, measured again and again while the body runs."""
+    process, ended = psutil.Process(pid), threading.Event()
+    found: list[float] = []
+
+    def measure() -> None:
+        while not ended.wait(every):
+            found.append(process.memory_info().rss / 2**20)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def growth(memory: Sequence[float], settle: int) -> float:
+    """From the first to the last tenth of what was measured, as a share; medians.
+
+    Args:
+        memory: Again and again.
+        settle: How many of the first ones do not count.
+    """
+    counts = memory[settle:]
+    tenth = -(-len(counts) // 10)
+    return float(np.median(counts[-tenth:]) / np.median(counts[:tenth]) - 1)
+
+
+def wrong(exchanges: Sequence[Exchange]) -> Counter[str]:
+    """What came in place of an answer or a refusal, and how often."""
+    return Counter(
+        one.error or f"status {one.status}"
+        for one in exchanges
+        if one.status != 200 and one.status not in REFUSED
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Run, write the results, and fail if something was wrong."""
+    asked = _asked(arguments)
+    each, told, seconds = asked.images_per_request, server_options(asked), 60 * asked.minutes
+    workload = Workload(Run(asked.run), asked.images)
+    bodies = [workload.body(group, top=workload.top) for group in workload.groups(each)]
+    with served([asked.run], *told, "--degree", "0") as server:
+        slo = server.slo
+        found = capacity(server, bodies, each, asked.probe)
+    times = arrivals.poisson(rate=asked.load * found / each, seconds=seconds, seed=asked.seed)
+    print(f"degree 0 answers {found:.0f} images/s; {len(times)} requests come", flush=True)
+    with served([asked.run], *told) as server:
+        closed(server.predict, bodies[:3], clients=1, timeout=10)
+        with memory_of(server.pid) as memory:
+            exchanges = play(
+                server.predict,
+                times,
+                bodies,
+                in_flight=asked.in_flight,
+                timeout=slo + asked.timeout,
+            )
+    result = played(Load(times, seconds, 0.0, seconds), exchanges, each, slo)
+    errors = wrong(exchanges)
+    row = result.row() | {
+        "minutes": asked.minutes,
+        "slowest_ms": 1000 * max(one.latency for one in exchanges if one.status),
+        "memory_mib": memory[-1],
+        "growth": growth(memory, round(min(SETTLE_S, seconds / 5))),
+        "memory": memory,
+        "what": dict(errors),
+    }
+    notes = [f"degree 0 answers {found:.0f} images/s; {asked.load:g} times as much was asked for"]
+    name = f"soak_{Run(asked.run).recipe().model.name}"
+    Report(name, COLUMNS, [row], soaked(row, 1000 * slo), notes).write(asked)
+    failed = [f"{count} x {error}" for error, count in errors.items()]
+    if row["growth"] > asked.growth:
+        failed.append(f"memory grew by {row['growth']:.1%}, {asked.growth:.0%} are allowed")
+    if failed:
+        sys.exit(f"soak: {'; '.join(failed)}")
+
+
+def _asked(arguments: list[str]) -> argparse.Namespace:
+    parser = options("soak", __doc__, quick="a quarter of a minute")
+    add_load(parser)
+    add_server(parser)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--load", type=float, default=2.0, help="rate, in capacities of degree 0")
+    parser.add_argument("--growth", type=float, default=0.03, help="of memory that is allowed")
+    return parsed(parser, arguments, minutes=0.25, probe=1.0, images=200)

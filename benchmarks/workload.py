@@ -1,0 +1,105 @@
+"""Requests with labelled images of a run, and what their answers are worth."""
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.load import Exchange
+from tokendial.tasks import BinaryMasks, Classification
+from tokendial.train import Run
+
+_BATCH = 256
+_EPS = 1e-4  # less than a grey level: probabilities of 0 and 1 have no finite logit
+
+
+class Workload:
+    """Images of a run's validation set, encoded before any clock starts."""
+
+    def __init__(self, run: Run, images: int) -> None:
+        """Read and encode the first images.
+
+        Args:
+            run: It; not of videos.
+            images: How many; fewer if the set has not as many.
+        """
+        recipe = run.recipe()
+        validation: Any = recipe.data.build(recipe.seed).val
+        samples = [validation[index] for index in range(min(images, len(validation)))]
+        self.images: list[Image.Image] = [image for image, _ in samples]
+        self.targets = [torch.as_tensor(target).long() for _, target in samples]
+        self.task, self.classes = run.task(), run.classes()
+        self._encoded = [_png(image) for image in self.images]
+
+    def body(self, images: Sequence[int], **fields: object) -> bytes:
+        """A request.
+
+        Args:
+            images: By their numbers.
+            fields: Of the request besides `images`.
+        """
+        return json.dumps({"images": [self._encoded[n] for n in images], **fields}).encode()
+
+    def groups(self, each: int) -> list[range]:
+        """All images in groups of `each`; what is left over does not count."""
+        return [range(first, first + each) for first in range(0, len(self.images) - each + 1, each)]
+
+    @property
+    def top(self) -> int:
+        """Classes that an answer has to name so that it can be judged."""
+        return len(self.classes) if getattr(self.task, "multi_label", False) else 1
+
+    def score(self, answers: Iterable[tuple[int, dict[str, Any]]]) -> float | None:
+        """What runs of this task are judged by, over images by number and their predictions.
+
+        None if there are no answers.
+        """
+        metrics, left, count = self.task.metrics(), iter(answers), 0
+        while some := list(islice(left, _BATCH)):
+            logits: Any = [self._logits(prediction) for _, prediction in some]
+            targets: Any = [self.targets[number] for number, _ in some]
+            if isinstance(self.task, Classification):  # masks may differ in size
+                logits, targets = torch.stack(logits), torch.stack(targets)
+            metrics.update(logits, targets)
+            count += len(some)
+        return float(next(iter(metrics.compute().values()))) if count else None
+
+    def _logits(self, prediction: dict[str, Any]) -> Tensor:
+        """What the metrics of the task take: [K], or maps [K, H, W]."""
+        if isinstance(self.task, Classification):
+            return torch.from_numpy(probabilities(prediction, self.classes))
+        mask = torch.from_numpy(mask_of(prediction))
+        if isinstance(self.task, BinaryMasks):
+            return (mask.float() / 255).logit(_EPS).unsqueeze(0)
+        return F.one_hot(mask.long(), self.task.num_classes).movedim(-1, 0).float()
+
+
+def predictions(exchange: Exchange) -> list[dict[str, Any]]:
+    """One for each image of an answered request, in order."""
+    found: list[dict[str, Any]] = json.loads(exchange.body)["predictions"]
+    return found
+
+
+def probabilities(prediction: dict[str, Any], classes: Sequence[str]) -> "np.ndarray":
+    """Of each class [K], 0 for those that the answer does not name."""
+    told = {row["name"]: row["probability"] for row in prediction["classes"]}
+    return np.array([told.get(name, 0.0) for name in classes])
+
+
+def mask_of(prediction: dict[str, Any]) -> "np.ndarray":
+    """The mask [H, W] uint8: grey levels, or indices of classes."""
+    return np.array(Image.open(io.BytesIO(base64.b64decode(prediction["mask"]))))
+
+
+def _png(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
