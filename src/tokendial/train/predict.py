@@ -186,7 +186,7 @@ def predict_masks(
     task = run.task()
     if not isinstance(task, BinaryMasks | Segmentation):
         raise ValueError(f"{run.folder} predicts classes, not masks.")
-    binary, files = isinstance(task, BinaryMasks), list(files)
+    files = list(files)
     # A mask could take the place of an image that has its name.
     if beside := [path for path in files if path.parent.resolve() == out.resolve()]:
         raise ValueError(
@@ -210,15 +210,31 @@ def predict_masks(
         else:
             logits = task.predict(model, transform(image).unsqueeze(0).to(on))[0].float()
         size = image.height, image.width
-        mask = _probabilities(logits, size) if binary else _classes(logits, size)
+        mask = mask_image(task, logits, size)
         taken[path.stem] += 1
         stem = path.stem if taken[path.stem] == 1 else f"{path.stem}-{taken[path.stem]}"
         target, over = out / f"{stem}.png", out / f"{stem}.overlay.png"
         _write(mask, target)
         if overlay:
             _write(_overlaid(image, mask), over)
-        inside = float((np.asarray(mask) > (127 if binary else 0)).mean())
-        yield MaskFile(str(path), str(target), str(over) if overlay else None, inside)
+        share = mask_share(task, mask)
+        yield MaskFile(str(path), str(target), str(over) if overlay else None, share)
+
+
+def mask_image(
+    task: BinaryMasks | Segmentation, logits: Tensor, size: tuple[int, int]
+) -> Image.Image:
+    """The mask that logits [K, h, w] stand for, at another size.
+
+    Grey levels of one class's probabilities, or indices of several classes with a palette.
+    """
+    return _probabilities(logits, size) if isinstance(task, BinaryMasks) else _classes(logits, size)
+
+
+def mask_share(task: BinaryMasks | Segmentation, mask: Image.Image) -> float:
+    """Share of the pixels that lie inside, or that are of any class but the first."""
+    threshold = 127 if isinstance(task, BinaryMasks) else 0
+    return float((np.asarray(mask) > threshold).mean())
 
 
 def _probabilities(logits: Tensor, size: tuple[int, int]) -> Image.Image:
