@@ -1,8 +1,16 @@
+from io import BytesIO
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from tokendial.data.images import ImageError, find_images, read_image
+from tokendial.data.images import (
+    ImageError,
+    TooManyPixelsError,
+    decode_image,
+    find_images,
+    read_image,
+)
 
 
 def gradient(height: int = 6, width: int = 8) -> np.ndarray:
@@ -135,3 +143,36 @@ def test_nothing_found_raises(tmp_path):
         find_images(iter([tmp_path]))
     with pytest.raises(ImageError, match="no such image or folder: .*nowhere"):
         find_images([tmp_path / "nowhere"])
+
+
+def png(**kwargs):
+    file = BytesIO()
+    Image.fromarray(gradient()).save(file, "PNG", **kwargs)
+    return file.getvalue()
+
+
+def test_an_image_in_a_file_may_have_as_many_pixels_as_is_said():
+    assert decode_image(png(), "some.png", max_pixels=48).size == (8, 6)
+    with pytest.raises(TooManyPixelsError, match="some.png has 8 x 6 pixels, more than 47 in all"):
+        decode_image(png(), "some.png", max_pixels=47)
+
+
+def test_pixels_are_counted_by_the_header_before_anything_is_decoded():
+    """What is there ends where the pixels would begin."""
+    with pytest.raises(TooManyPixelsError):
+        decode_image(png().partition(b"IDAT")[0] + b"IDAT", "bomb.png", max_pixels=47)
+
+
+def test_formats_that_are_not_named_are_not_opened():
+    assert decode_image(png(), "some.png", formats=("PNG",)).size == (8, 6)
+    with pytest.raises(ImageError, match="some.png is not an image"):
+        decode_image(png(), "some.png", formats=("JPEG", "WEBP"))
+
+
+def test_an_error_without_words_still_names_the_file(monkeypatch):
+    def fails(image):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fails)
+    with pytest.raises(ImageError, match=r"some.png cannot be decoded \(MemoryError\)"):
+        decode_image(png(), "some.png")

@@ -8,12 +8,17 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokendial.data.files import files_in, find_files
+from tokendial.errors import one_line
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 class ImageError(ValueError):
     """An image file that cannot be used; the message is one line that names the file."""
+
+
+class TooManyPixelsError(ImageError):
+    """An image that is larger than is allowed; told by its header, before it is decoded."""
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -33,23 +38,49 @@ def read_image(path: str | Path) -> Image.Image:
     return _decoded(path, str(path))
 
 
-def decode_image(data: bytes, name: str) -> Image.Image:
+def decode_image(
+    data: bytes,
+    name: str,
+    *,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """Read an image that lies inside another file, as `read_image` does; `name` tells where.
 
+    Args:
+        data: The bytes of the image file.
+        name: What errors call it.
+        formats: Pillow's names of the formats that are tried; None: every one that it knows.
+        max_pixels: Most pixels, read from the header before anything is decoded; None: what
+            Pillow takes for sane.
+
     Raises:
-        ImageError: If it is not an image, truncated, or too large to be sane.
+        TooManyPixelsError: If it has more pixels than that.
+        ImageError: If it is not an image of these formats, or truncated.
     """
     if not data:
         raise ImageError(f"{name} is empty.")
-    return _decoded(BytesIO(data), name)
+    return _decoded(BytesIO(data), name, formats, max_pixels)
 
 
-def _decoded(source: Path | BytesIO, name: str) -> Image.Image:
+def _decoded(
+    source: Path | BytesIO,
+    name: str,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise TooManyPixelsError(
+                    f"{name} has {image.width} x {image.height} pixels, "
+                    f"more than {max_pixels:,} in all."
+                )
             return _rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
     except Image.DecompressionBombError:
-        raise ImageError(
+        raise TooManyPixelsError(
             f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, "
             f"as decompression bombs have."
         ) from None
@@ -57,8 +88,8 @@ def _decoded(source: Path | BytesIO, name: str) -> Image.Image:
         raise ImageError(f"{name} is not an image.") from None
     # Pillow's decoders raise what they please on broken data; all of it means the same here, and
     # so do their warnings where the caller has made these errors.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, Warning) as error:
-        raise ImageError(f"{name} cannot be decoded ({str(error).splitlines()[0]}).") from None
+    except Exception as error:
+        raise ImageError(f"{name} cannot be decoded ({one_line(error)}).") from None
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
