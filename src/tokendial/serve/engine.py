@@ -153,6 +153,39 @@ class Engine:
             self._changed.notify()
         return asked.future
 
+    def check(
+        self,
+        name: str,
+        images: int,
+        *,
+        degree: int | None = None,
+        within_s: float | None = None,
+        ahead: int = 0,
+    ) -> None:
+        """Raise what `submit` would, while preparing the images can still be spared.
+
+        Args:
+            name: Of the model.
+            images: How many.
+            degree: Of the dial; None: the controller's.
+            within_s: Seconds from now in which the answer is of use; None: the service-level
+                objective.
+            ahead: Images that are being prepared, and will be submitted first.
+
+        Raises:
+            Refused: As `submit` does.
+        """
+        now = self._clock()
+        seconds = self._scheduler.rules.slo_s if within_s is None else within_s
+        ticket = Ticket(name, [None] * images, degree, now, now + seconds, owner=None)
+        with self._changed:
+            self._scheduler.check(ticket, now, ahead=ahead)
+
+    def seconds(self, name: str, degree: int, images: int = 1) -> float:
+        """What a batch takes here, by what has been measured so far."""
+        with self._changed:
+            return self._scheduler.costs.seconds(name, degree, images)
+
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Do something in the engine's thread between two batches; the future is its result.
 

@@ -101,13 +101,21 @@ class Scheduler:
             Refused: If too much waits, it cannot be answered before its deadline, or nothing is
                 taken in any more.
         """
-        self._rates.setdefault(ticket.group, _Rate(now)).add(len(ticket.payloads), now)
+        self.check(ticket, now)
+        self._count(ticket, now)
+        insort(self._waiting, ticket, key=lambda waiting: waiting.deadline)
+
+    def check(self, ticket: Ticket, now: float, *, ahead: int = 0) -> None:
+        """Raise what `admit` would, if `ahead` images like these were still to come before it."""
         try:
-            self._check(ticket, now)
+            self._check(ticket, now, ahead)
         except Refused as refused:
+            self._count(ticket, now)
             self.refused[refused.reason] += len(ticket.payloads)
             raise
-        insort(self._waiting, ticket, key=lambda waiting: waiting.deadline)
+
+    def _count(self, ticket: Ticket, now: float) -> None:
+        self._rates.setdefault(ticket.group, _Rate(now)).add(len(ticket.payloads), now)
 
     def next(self, now: float) -> Batch | float:
         """The batch to run now, or for how many seconds there is none unless requests come."""
@@ -160,16 +168,17 @@ class Scheduler:
         """Images that wait."""
         return sum(ticket.left for ticket in self._waiting)
 
-    def _check(self, ticket: Ticket, now: float) -> None:
+    def _check(self, ticket: Ticket, now: float, ahead: int) -> None:
         if self.draining:
             raise Refused("draining", "the server is stopping.", 1.0)
-        images, queued = len(ticket.payloads), self.queued
+        images, queued = len(ticket.payloads), self.queued + ahead
         if queued + images > self.max_queue:
             told = f"{queued} images wait and {images} came, at most {self.max_queue} may wait."
             raise Refused("full", told, self._retry_s(self._waiting))
         sooner = [other for other in self._waiting if other.deadline <= ticket.deadline]
-        free = max(self._busy_until, now)
-        done = free + self._work(sooner) + self._seconds(ticket, self._fastest_of(ticket), queued)
+        degree = self._fastest_of(ticket)
+        free = max(self._busy_until, now) + ahead * self._plan[ticket.name, degree].each
+        done = free + self._work(sooner) + self._seconds(ticket, degree, queued)
         if done > ticket.deadline:
             told = (
                 f"the answer would take {1000 * (done - now):.0f} ms, "
