@@ -75,7 +75,7 @@ def evaluate(
     from tokendial.train import Run
     from tokendial.train.evaluate import evaluate as run_evaluation
 
-    speed = _speed(optimize, compile)
+    speed = speed_of(optimize, compile)
     rows = run_evaluation(Run(run), degrees, batch_size=batch_size, speed=speed)
     unit = "clip" if Run(run).on_videos() else "image"
     # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
@@ -97,7 +97,8 @@ def evaluate(
     _write_evaluation(rows, figure, run / "eval" / "degrees")
 
 
-def _speed(optimize: bool, compile: bool) -> "Speed":
+def speed_of(optimize: bool, compile: bool) -> "Speed":
+    """What the two options ask for."""
     from tokendial.speed import Speed
 
     return Speed.compiled if compile else Speed.measured if optimize else Speed.plain
@@ -183,7 +184,7 @@ def predict(
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
     if out is not None and ray:
         raise ValueError("ray is for classes: masks are written by one process.")
-    speed = _speed(optimize, compile)
+    speed = speed_of(optimize, compile)
     if speed != "plain" and (out is not None or ray):
         raise ValueError("optimize and compile are for classes, predicted by one process.")
     trained = Run(run)

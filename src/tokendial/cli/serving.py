@@ -1,0 +1,133 @@
+"""The command that serves runs over HTTP."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokendial.cli.app import app
+from tokendial.cli.using import Compile, Optimize, speed_of
+
+if TYPE_CHECKING:
+    from tokendial.serve.engine import Engine
+    from tokendial.serve.models import Served
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folder of a run, or NAME=FOLDER; one backbone."),
+    ],
+    slo_ms: Annotated[float, typer.Option(help="Answer within so many milliseconds.")] = 100.0,
+    host: Annotated[str, typer.Option(help="Address; the default is this machine only.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port; 0: any that is free.")] = 8000,
+    degree: Annotated[
+        int | None, typer.Option(help="One degree for all, instead of what the load allows.")
+    ] = None,
+    max_degree: Annotated[int | None, typer.Option(help="The last degree to offer.")] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="The least accuracy, as `tokendial eval` found it.")
+    ] = None,
+    compensator: Annotated[
+        str | None, typer.Option(help="Folder of a compensator that turns with the dial.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Most images that run together.")] = 32,
+    max_wait_ms: Annotated[
+        float, typer.Option(help="How long a batch may wait for more images.")
+    ] = 2.0,
+    max_queue: Annotated[int, typer.Option(help="Most images that may wait.")] = 512,
+    optimize: Optimize = False,
+    compile: Compile = False,
+    threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
+    decoders: Annotated[int, typer.Option(help="Images decoded at the same time.")] = 2,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="File with one API key a line; or TOKENDIAL_API_KEYS, by commas."),
+    ] = None,
+    max_bytes: Annotated[int, typer.Option(help="Most bytes of a request.")] = 10 * 2**20,
+    max_pixels: Annotated[int, typer.Option(help="Most pixels of an image.")] = 50_000_000,
+    max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 32,
+    max_connections: Annotated[int, typer.Option(help="Most connections at a time.")] = 256,
+    timeout_s: Annotated[
+        float, typer.Option(help="Seconds to send a request, or to answer the last ones.")
+    ] = 30.0,
+) -> None:
+    """Serve runs over HTTP; the dial turns by itself, so that answers keep coming in time."""
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise ValueError(
+            f"serving needs {', '.join(missing)}, which is not installed: "
+            "pip install 'tokendial[serve]'."
+        )
+    from tokendial.serve.app import create_app
+    from tokendial.serve.server import Server, address_of, bound_socket, exposed
+    from tokendial.serve.settings import Settings, check_settings, read_keys
+    from tokendial.serve.starting import started
+
+    folders = _named(runs)
+    # Each option has the name of its setting, which says what is allowed.
+    told = {name: value for name, value in context.params.items() if name in Settings.model_fields}
+    speed = speed_of(optimize, compile)
+    settings = check_settings(told | {"speed": speed, "api_keys": read_keys(api_keys)})
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    # Clients' mistakes; they are told.
+    for name in ("uvicorn.error", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    listener = bound_socket(settings)  # before what takes long
+    served, engine = started(folders, settings)
+    application = create_app(engine, served, settings)
+    _print_degrees(served, engine, served.ladder(max_degree, min_accuracy))
+    if exposed(settings):
+        print(f"whoever reaches {host} may ask: there are no API keys.", file=sys.stderr)
+
+    def ready() -> None:
+        print(f"serving {', '.join(served.names)} on {address_of(listener)}", flush=True)
+
+    def reload() -> None:
+        changed = served.reload(engine.call)
+        print(f"read anew: {', '.join(changed) or 'nothing has changed'}", flush=True)
+
+    server = Server(application, engine, settings, ready=ready, reload=reload)
+    server.run(sockets=[listener])
+
+
+def _print_degrees(served: "Served", engine: "Engine", degrees: Sequence[int]) -> None:
+    """What each degree costs here, and what it is worth."""
+    for name in served.names:
+        title = name if len(served.names) > 1 else None
+        table = Table("degree", "GMACs", "ms per image", "accuracy", title=title)
+        for degree in degrees:
+            accuracy = served.accuracy(name, degree)
+            table.add_row(
+                str(degree),
+                f"{served.gmacs(name, degree):.4f}",
+                f"{1000 * engine.seconds(name, degree):.2f}",
+                "" if accuracy is None else f"{accuracy:.2%}",
+            )
+        Console().print(table)
+
+
+def _named(texts: list[str]) -> dict[str, Path]:
+    """Folders by name, of NAME=FOLDER, or FOLDER, which has its own."""
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, sign, folder = text.partition("=")
+        if not sign or Path(text).is_dir():  # there are folders with such names
+            name, folder = Path(text).resolve().name, text
+        if not 0 < len(name) <= 100:
+            raise ValueError(f"runs: a name has 1 to 100 letters, got {text!r}.")
+        if name in folders:
+            raise ValueError(f"runs: {name} is there twice; say NAME=FOLDER.")
+        folders[name] = Path(folder)
+    return folders

@@ -1,0 +1,209 @@
+"""One request: read, decoded, queued, answered; given up as soon as nobody waits for it."""
+
+import asyncio
+import time
+from base64 import b64encode
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import anyio.to_thread
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from tokendial.serve.engine import Answer, Engine
+from tokendial.serve.metrics import Metrics
+from tokendial.serve.models import Classes, Served
+from tokendial.serve.problems import ProblemError, refusal
+from tokendial.serve.scheduler import Refused
+from tokendial.serve.schemas import (
+    Class,
+    ClassesPrediction,
+    MaskPrediction,
+    OfModel,
+    Options,
+    Predictions,
+)
+from tokendial.serve.settings import Settings
+from tokendial.serve.uploads import Upload, receive, to_image
+
+_TOP = 5
+_LEARNT = 0.1
+"""Share of a surprise in the time of decoding that is believed."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An image as the model takes it."""
+
+    tensor: Tensor
+    """[3, H, W]."""
+    size: tuple[int, int]
+    """Height and width of the image itself, in pixels."""
+
+
+class Predictor:
+    """Answers requests of one event loop."""
+
+    def __init__(
+        self, engine: Engine, served: Served, settings: Settings, metrics: Metrics
+    ) -> None:
+        self.degrees = served.ladder(settings.max_degree, settings.min_accuracy)
+        self._engine, self._served, self._settings = engine, served, settings
+        self._metrics = metrics
+        # Threads are bounded, so that decoding leaves room for the model and for the event loop.
+        self._decoders = anyio.CapacityLimiter(settings.decoders)
+        self._painters = anyio.CapacityLimiter(settings.decoders)
+        self._decoding, self._decode_s = 0, 0.0
+
+    async def __call__(self, request: Request, options: Options) -> Predictions:
+        """Answer a request.
+
+        Raises:
+            ProblemError: If it is not in order, or has to be refused.
+        """
+        began = time.monotonic()
+        upload = await receive(request, options, self._settings)
+        whole = time.monotonic()
+        asked = upload.options
+        name = self.name_of(asked)
+        degree, top = self.degree_of(name, asked), self._top_of(name, asked)
+        # What a client says counts from its first byte; our own promise, from its last: how fast
+        # it sends is not in our hands.
+        if asked.deadline_ms is None:
+            until = whole + self._settings.slo_ms / 1000
+        else:
+            until = began + asked.deadline_ms / 1000
+        try:
+            work = self._answers(name, upload, degree, until)
+            images, answers = await unless_gone(request, work)
+        except Refused as refused:
+            self._metrics.refused(refused.reason, len(upload.images))
+            raise refusal(refused) from None
+        told = await asyncio.gather(
+            *(self._told(name, *each, top) for each in zip(images, answers, strict=True))
+        )
+        seconds = time.monotonic() - whole
+        for answer in answers:
+            self._metrics.answered(name, answer.degree, seconds)
+        revision = self._served.revision(name)
+        return Predictions(model=name, revision=revision, predictions=list(told))
+
+    def name_of(self, options: OfModel) -> str:
+        """The model that is asked for."""
+        names = self._served.names
+        if options.model is not None and options.model not in names:
+            message = f"There is no such model; served are {', '.join(names)}."
+            raise ProblemError(404, "unknown_model", message, "model")
+        return options.model or names[0]
+
+    def degree_of(self, name: str, options: Options) -> int | None:
+        """The degree that is asked for; None: the dial's."""
+        if options.degree == "auto":
+            return None
+        if options.degree == "best":
+            # As evaluated; where that was not done, the first one, which reduces nothing.
+            return max(self.degrees, key=lambda degree: self._served.accuracy(name, degree) or 0.0)
+        if options.degree not in self.degrees:
+            message = f"The dial has the degrees {', '.join(map(str, self.degrees))}."
+            raise ProblemError(422, "invalid", message, "degree")
+        return options.degree
+
+    def _top_of(self, name: str, options: Options) -> int:
+        classes = len(self._served.classes(name))
+        if options.top is not None and options.top > classes:
+            raise ProblemError(422, "invalid", f"The model has {classes} classes.", "top")
+        return options.top or min(_TOP, classes)
+
+    async def prepare(
+        self, name: str, upload: Upload, degree: int | None, until: float
+    ) -> list[Prepared]:
+        """Decode images in worker threads, if they can still be answered in time.
+
+        Raises:
+            Refused: If they cannot: what will not be answered shall not cost a decoding.
+        """
+        count, ahead = len(upload.images), self._decoding
+        decoded = time.monotonic() + (1 + ahead // self._settings.decoders) * self._decode_s
+        self._engine.check(name, count, degree=degree, within_s=until - decoded, ahead=ahead)
+        self._decoding += count
+        try:
+            return await asyncio.gather(
+                *(
+                    anyio.to_thread.run_sync(
+                        partial(self._prepared, name, image, upload.name(index), until),
+                        limiter=self._decoders,
+                    )
+                    for index, image in enumerate(upload.images)
+                )
+            )
+        finally:
+            self._decoding -= count
+
+    def _prepared(self, name: str, file: bytes | str, called: str, until: float) -> Prepared:
+        began = time.monotonic()
+        if began > until:
+            raise Refused("late", "the deadline went by before the image was decoded.", 1.0)
+        image = to_image(file, called, self._settings)
+        prepared = Prepared(self._served.prepare(name, image), (image.height, image.width))
+        self._decode_s += _LEARNT * (time.monotonic() - began - self._decode_s)
+        return prepared
+
+    async def _answers(
+        self, name: str, upload: Upload, degree: int | None, until: float
+    ) -> tuple[list[Prepared], list[Answer]]:
+        images = await self.prepare(name, upload, degree, until)
+        future = self._engine.submit(
+            name,
+            [image.tensor for image in images],
+            degree=degree,
+            within_s=until - time.monotonic(),
+        )
+        return images, await asyncio.wrap_future(future)
+
+    async def _told(
+        self, name: str, image: Prepared, answer: Answer, top: int
+    ) -> ClassesPrediction | MaskPrediction:
+        told = partial(self._served.answer, name, answer.output, image.size, top)
+        if self._served.kind(name) == "classes":
+            found = told()  # takes less time than a thread
+        else:
+            found = await anyio.to_thread.run_sync(told, limiter=self._painters)
+        computed = {
+            "degree": answer.degree,
+            "queue_ms": 1000 * answer.queue_s,
+            "compute_ms": 1000 * answer.compute_s,
+            "batch": answer.batch,
+        }
+        if isinstance(found, Classes):
+            pairs = zip(found.names, found.probabilities, strict=True)
+            classes = [Class(name=name, probability=value) for name, value in pairs]
+            return ClassesPrediction(**computed, classes=classes)
+        mask = b64encode(found.png).decode()
+        return MaskPrediction(**computed, mask=mask, share=found.share)
+
+
+async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
+    """Do some work, and give it up when the client goes away.
+
+    Raises:
+        ClientDisconnect: If it went.
+    """
+    doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientDisconnect
+        return doing.result()
+    finally:
+        doing.cancel()
+        gone.cancel()
+        await asyncio.gather(doing, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,47 @@
+"""From run folders and settings to models in memory and an engine that runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from tokendial.serve.controller import Rules
+from tokendial.serve.engine import Engine
+from tokendial.serve.models import Served, load_served
+from tokendial.serve.scheduler import Scheduler
+from tokendial.serve.settings import Settings
+from tokendial.train.runs import Run
+
+
+def started(runs: Mapping[str, Path], settings: Settings) -> tuple[Served, Engine]:
+    """Load runs, measure what every degree costs on this machine, start the engine.
+
+    Args:
+        runs: Folders by the names that they are served under; the first one is the default.
+        settings: The objective and the dial.
+
+    Raises:
+        ValueError: If a run cannot be served, or a setting does not fit it.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    served = load_served(
+        {name: Run(folder) for name, folder in runs.items()},
+        compensator=Path(settings.compensator) if settings.compensator else None,
+        speed=settings.speed,
+    )
+    offered = served.ladder(settings.max_degree, settings.min_accuracy)
+    fixed = settings.degree
+    if fixed is not None and fixed not in offered:
+        raise ValueError(f"degree must be one of {', '.join(map(str, offered))}, got {fixed}.")
+    rules = Rules(
+        slo_s=settings.slo_ms / 1000,
+        degrees=offered if fixed is None else (fixed,),
+        max_batch=settings.max_batch,
+    )
+    costs = served.measured(rules, offered)
+    wait_s = settings.max_wait_ms / 1000
+    scheduler = Scheduler(costs, rules, max_queue=settings.max_queue, max_wait_s=wait_s)
+    engine = Engine(served.run, scheduler)
+    engine.start()
+    return served, engine

@@ -1,0 +1,148 @@
+"""What a server does about clients that are slow, many, greedy, gone, or strangers."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+from serving import file, form, picture, serving, text
+
+PNG = "image/png"
+HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(pets):
+    """One that has no time, no room and no patience."""
+    limits = {"max_bytes": 20_000, "timeout_s": 0.5, "max_connections": 8, "max_queue": 2}
+    with serving({"pets": pets}, api_keys=("first-key", "second"), **limits) as s:
+        yield s
+
+
+KEY = {"authorization": "Bearer second"}
+
+
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def everything(connection) -> bytes:
+    """What comes until the other side closes."""
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_a_request_with_a_key_is_answered(server):
+    for headers in (KEY, {"x-api-key": "first-key"}):
+        assert server.ask("/v1/predict", file(picture()), PNG, **headers).status == 200
+
+
+PROTECTED = ["/v1/predict", "/v1/models", "/v1/degrees", "/v1/live", "/metrics"]
+
+
+@pytest.mark.parametrize("path", PROTECTED)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Bearer secon"},
+        {"authorization": "Bearer"},
+        {"authorization": "Basic second"},
+        {"authorization": "Bearer \xe9"},
+        {"x-api-key": ""},
+        {"x-api-key": "first-key,second"},
+    ],
+)
+def test_without_a_key_there_is_no_answer(server, path, headers):
+    body = file(picture()) if path == "/v1/predict" else None
+    reply = server.ask(path, body, PNG, **headers)
+    assert (reply.status, reply.error["code"]) == (401, "unauthorized")
+    assert reply.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/openapi.json"])
+def test_probes_need_no_key(server, path):
+    assert server.ask(path).status == 200
+
+
+def test_too_many_bytes_are_refused_before_they_are_sent(server):
+    head = HEAD + b"X-API-Key: second\r\nContent-Length: 20001\r\nConnection: close\r\n\r\n"
+    assert everything(server.connect(head)).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("wrap", [lambda body: (body, PNG), form, text])
+def test_too_many_bytes_of_unknown_length_are_refused(server, wrap):
+    body, kind = wrap(bytes(30_000))
+    reply = server.ask("/v1/predict", iter([body]), kind, **KEY)
+    assert (reply.status, reply.error["code"]) == (413, "too_large")
+
+
+def test_a_body_that_drips_in_is_given_up(server):
+    head = HEAD + b"X-API-Key: second\r\nContent-Length: 9\r\n\r\n1"
+    reply = everything(server.connect(head))
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HT", HEAD])
+def test_a_connection_that_asks_nothing_is_closed(server, sent):
+    assert everything(server.connect(sent)) == b""
+
+
+def test_a_connection_that_goes_on_sending_what_was_refused_is_closed(server):
+    head = HEAD + b"X-API-Key: second\r\nContent-Length: 1000000\r\n\r\n"
+    with server.connect(head) as connection:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+        with suppress(OSError):  # reset, or broken pipe
+            while True:
+                connection.sendall(b"1")
+                time.sleep(0.01)
+
+
+def test_a_head_that_is_too_large_is_refused(server):
+    reply = everything(server.connect(b"GET /healthz HTTP/1.1\r\nX: " + 70_000 * b"x"))
+    assert reply.startswith(b"HTTP/1.1 400 ")
+
+
+def test_more_connections_than_allowed_are_told_to_come_later(server):
+    idle = [server.connect() for _ in range(8)]
+    until(lambda: len(server.server.server_state.connections) >= 8)
+    reply = server.ask("/v1/models", **KEY)
+    assert (reply.status, reply.error["code"]) == (503, "busy")
+    assert int(reply.headers["retry-after"]) >= 1
+    assert server.ask("/healthz").status == 200
+    for connection in idle:
+        connection.close()
+    until(lambda: not server.server.server_state.connections)
+    assert server.ask("/v1/models", **KEY).status == 200
+
+
+def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
+    reply = server.ask("/v1/predict?deadline_ms=0.001", file(picture()), PNG, **KEY)
+    assert (reply.status, reply.error["code"]) == (503, "late")
+    assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_more_images_than_may_wait_are_told_to_come_later(server):
+    reply = server.ask("/v1/predict", *form(*3 * [file(picture())]), **KEY)
+    assert (reply.status, reply.error["code"]) == (429, "full")
+    assert int(reply.headers["retry-after"]) >= 1
+    assert server.ask("/v1/live", **KEY).json["refused"]["full"] >= 3
+
+
+def test_what_nobody_waits_for_is_taken_out_of_the_queue(server):
+    image = file(picture())
+    head = HEAD + b"X-API-Key: second\r\nContent-Length: %d\r\n\r\n" % len(image)
+    with server.busy():
+        connection = server.connect(head + image)
+        until(lambda: server.engine.status().queued == 1)
+        connection.close()
+        until(lambda: len(server.server.server_state.connections) == 0)
+        until(lambda: not server.server.server_state.tasks)
+    answered = server.engine.status().answered
+    assert server.ask("/v1/predict", image, PNG, **KEY).status == 200
+    assert server.engine.status().answered == answered + 1

@@ -1,0 +1,151 @@
+"""A server in a thread, and what a client sends."""
+
+import http.client
+import io
+import json
+import signal
+import socket
+import threading
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokendial.serve.app import create_app
+from tokendial.serve.engine import Engine
+from tokendial.serve.models import Served
+from tokendial.serve.server import Server, bound_socket
+from tokendial.serve.settings import check_settings
+from tokendial.serve.starting import started
+from tokendial.train import Run
+
+# The machine of the tests may be busy: what they are about is never the time.
+PATIENT = {"port": 0, "slo_ms": 60_000, "max_batch": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, str]:
+        return self.json["error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    port: int
+    engine: Engine
+    served: Served
+    server: Server
+    thread: threading.Thread
+
+    def ask(
+        self,
+        path: str,
+        body: bytes | Iterator[bytes] | None = None,
+        kind: str | None = None,
+        method: str | None = None,
+        **headers: str,
+    ) -> Reply:
+        """Send a request over a connection of its own."""
+        if kind is not None:
+            headers["content-type"] = kind
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            client.request(method or ("GET" if body is None else "POST"), path, body, headers)
+            reply = client.getresponse()
+            return Reply(reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read())
+        finally:
+            client.close()
+
+    def predict(self, *images: bytes, query: str = "") -> Reply:
+        """Ask for images, in a form."""
+        return self.ask(f"/v1/predict{query}", *form(*images))
+
+    def connect(self, text: bytes = b"") -> socket.socket:
+        """A connection over which some bytes have been sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        connection.sendall(text)
+        return connection
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Let the engine do nothing for a while."""
+        begun, go_on = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            begun.set()
+            go_on.wait()
+
+        self.engine.call(wait)
+        begun.wait()
+        try:
+            yield
+        finally:
+            go_on.set()
+
+
+@contextmanager
+def serving(runs: Mapping[str, Run], **told: Any) -> Iterator[Serving]:
+    """A server that ends with the block."""
+    settings = check_settings(PATIENT | told)
+    listener = bound_socket(settings)
+    served, engine = started({name: run.folder for name, run in runs.items()}, settings)
+    ready = threading.Event()
+    server = Server(
+        create_app(engine, served, settings),
+        engine,
+        settings,
+        ready=ready.set,
+        reload=lambda: served.reload(engine.call),
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    ready.wait()
+    try:
+        yield Serving(listener.getsockname()[1], engine, served, server, thread)
+    finally:
+        if thread.is_alive():
+            server.handle_exit(signal.SIGTERM, None)
+        thread.join()
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (50, 40)) -> Image.Image:
+    """An image of its own, width and height given."""
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The image as a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def form(*images: bytes, name: str = "images") -> tuple[bytes, str]:
+    """A form with files, and its Content-Type."""
+    parts = [
+        f'--x\r\nContent-Disposition: form-data; name="{name}"; filename="{i}"\r\n\r\n'.encode()
+        + image
+        + b"\r\n"
+        for i, image in enumerate(images)
+    ]
+    return b"".join([*parts, b"--x--\r\n"]), "multipart/form-data; boundary=x"
+
+
+def text(*images: bytes, **options: Any) -> tuple[bytes, str]:
+    """A request as JSON, and its Content-Type."""
+    coded = [b64encode(image).decode() for image in images]
+    return json.dumps({"images": coded} | options).encode(), "application/json"
