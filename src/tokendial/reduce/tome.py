@@ -27,7 +27,7 @@ from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape, check_choice
 from tokendial.reduce.listed import check_removed, dial_of_lists
 from tokendial.tokens import Grouping, Tokens
 
-_MOST_SIMILARITIES = 2**19
+_MOST_SIMILARITIES = 2**18
 """How many are held at a time, for each image."""
 
 
