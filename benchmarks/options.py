@@ -59,7 +59,7 @@ def parsed(
 ) -> argparse.Namespace:
     """The options; with --quick, one round and the values of `quick`, unless they are given."""
     if "--quick" in arguments:
-        known = vars(parser.parse_args([]))
+        known = vars(parser.parse_args(arguments))
         small = {"repeats": 1} | {name: QUICK[name] for name in QUICK if name in known} | quick
         parser.set_defaults(**small)
     return parser.parse_args(arguments)
