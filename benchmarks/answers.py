@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,11 @@ class Offline:
 def mixed(
     models: Sequence[str], degrees: Sequence[int], *, images: int, requests: int, seed: int
 ) -> list[Request]:
-    """Requests for one to four of the images, a third of them at fixed degrees."""
+    """Requests for one to four of the images; half of them leave the degree to the server."""
     draw = np.random.default_rng(seed)
     found = []
     for _ in range(requests):
-        asked = draw.choice(["auto", "best", "fixed"])
+        asked = draw.choice(["auto", "best", "fixed"], p=[0.5, 0.25, 0.25])
         found.append(
             Request(
                 model=str(draw.choice(models)),
@@ -161,7 +162,7 @@ def compared(done: Sequence[tuple[Request, Exchange]], offline: Mapping[str, Off
 def main(arguments: list[str]) -> None:
     """Ask, compare, write the results, and fail if an answer was wrong."""
     asked = _asked(arguments)
-    runs = [Run(folder) for folder in asked.runs]
+    runs = [Run(_folder(text)) for text in asked.runs]
     workload = Workload(runs[0], asked.images)
     with served(asked.runs, *server_options(asked)) as server:
         models = [model["name"] for model in server.get("/v1/models")["models"]]
@@ -192,10 +193,15 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"answers: {wrong} of {sum(row['images'] for row in rows)} are wrong")
 
 
+def _folder(run: str) -> str:
+    """Of RUN or NAME=RUN."""
+    return run if Path(run).is_dir() else run.partition("=")[2]
+
+
 def _asked(arguments: list[str]) -> argparse.Namespace:
     parser = options("answers", __doc__, quick="100 requests")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="as `tokendial serve` takes them")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or NAME=FOLDER")
     add_server(parser)
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--clients", type=int, default=16, help="requests at a time")
+    parser.add_argument("--clients", type=int, default=48, help="requests at a time")
     return parsed(parser, arguments, requests=100, images=50)

@@ -106,6 +106,9 @@ def capacity(server: Server, bodies: Sequence[bytes], each: int, seconds: float)
         bodies: Requests, taken in turn.
         each: Images in a request.
         seconds: For each number of clients.
+
+    Raises:
+        ValueError: If none is.
     """
     best, slo = 0.0, server.slo
     for clients in CLIENTS:
@@ -117,6 +120,8 @@ def capacity(server: Server, bodies: Sequence[bytes], each: int, seconds: float)
         best, before = max(best, rate), best
         if rate < _GAIN * before:
             break
+    if not best:
+        raise ValueError(f"{server.url} answers nobody within its objective of {1000 * slo:.0f} ms")
     return best
 
 

@@ -118,6 +118,13 @@ def test_capacity_is_not_above_what_the_server_can_do(scenes):
     assert 0 < found <= 4 / BUSY_S
 
 
+def test_a_server_without_capacity_is_told(scenes):
+    stand_in = StandIn(scenes, status=lambda _: 503)
+    bodies = [stand_in.workload.body(range(4))]
+    with stand_in.served([]) as server, pytest.raises(ValueError, match="objective of 10000 ms"):
+        capacity(server, bodies, each=4, seconds=0.02)
+
+
 @pytest.mark.parametrize("trace", ["poisson", "bursts", "diurnal"])
 def test_traces_are_as_long_as_asked(trace):
     asked = serving._asked(["RUN", "--trace", trace, "--seconds", "5,30,15"])
@@ -131,6 +138,11 @@ def test_a_recorded_trace_is_played_as_it_is(tmp_path):
     load = serving.load_of(serving._asked(["RUN", "--trace", str(tmp_path / "times.txt")]), 100.0)
     assert load.times.tolist() == [0, 0.5, 2]
     assert (load.start, load.end, load.seconds) == (0, 3, 3)
+
+
+def test_quick_is_short_but_for_what_is_given():
+    asked = serving._asked(["RUN", "--quick", "--probe", "9"])
+    assert (sum(asked.seconds), asked.probe) == (14, 9)
 
 
 SOAK = ["--images-per-request", "4", "--probe", "0.1", "--minutes", "0.02", "--growth", "1"]
