@@ -24,8 +24,15 @@ from benchmarks.options import options, parsed
 from benchmarks.played import REFUSED
 from benchmarks.plots import bars
 from benchmarks.report import Column, Report, Row
-from benchmarks.server import Server, add_server, served, server_options
-from benchmarks.workload import Workload, mask_of, predictions, probabilities
+from benchmarks.server import add_server, served, server_options
+from benchmarks.workload import (
+    Workload,
+    encoded,
+    mask_of,
+    predictions,
+    probabilities,
+    request_body,
+)
 from tokendial.tasks import BinaryMasks, Classification
 from tokendial.tasks.dense import best_class, sized
 from tokendial.train import Run
@@ -59,7 +66,7 @@ class Offline:
     def __init__(self, run: Run, images: Sequence[Image.Image]) -> None:
         self.model, self.task, self.classes = run.model(), run.task(), run.classes()
         self.transform = self.task.image_transform(self.model.anatomy)
-        self.images = images
+        self.images, self.encoded = images, [encoded(image) for image in images]
         self.expected = lru_cache(maxsize=None)(self._expected)
 
     @torch.inference_mode()
@@ -112,16 +119,22 @@ def mixed(
 
 
 def answered(
-    server: Server, requests: Sequence[Request], bodies: Sequence[bytes], clients: int
+    url: str, requests: Sequence[Request], offline: Mapping[str, Offline], *, clients: int
 ) -> list[tuple[Request, Exchange]]:
     """All requests with their answers; those that are refused are sent again.
+
+    Args:
+        url: Where they go.
+        requests: They.
+        offline: The models, and the images.
+        clients: Requests at a time.
 
     Raises:
         ValueError: If a request gets another answer, or is refused every time.
     """
-    done, left = [], list(zip(requests, bodies, strict=True))
+    done, left = [], [(request, _body(request, offline[request.model])) for request in requests]
     for _ in range(ROUNDS):
-        exchanges = closed(server.predict, [body for _, body in left], clients=clients, timeout=60)
+        exchanges = closed(url, [body for _, body in left], clients=clients, timeout=60)
         pairs = list(zip(left, exchanges, strict=True))
         for (request, _), exchange in pairs:
             if exchange.status not in (200, *REFUSED):
@@ -131,6 +144,17 @@ def answered(
         if not left:
             return done
     raise ValueError(f"{len(left)} requests were refused {ROUNDS} times")
+
+
+def _body(request: Request, model: Offline) -> bytes:
+    """As JSON; it asks for all classes, and has time."""
+    return request_body(
+        [model.encoded[number] for number in request.images],
+        model=request.model,
+        degree=request.degree,
+        deadline_ms=DEADLINE_MS,
+        top=len(model.classes),
+    )
 
 
 def compared(done: Sequence[tuple[Request, Exchange]], offline: Mapping[str, Offline]) -> list[Row]:
@@ -163,29 +187,14 @@ def main(arguments: list[str]) -> None:
     """Ask, compare, write the results, and fail if an answer was wrong."""
     asked = _asked(arguments)
     runs = [Run(_folder(text)) for text in asked.runs]
-    workload = Workload(runs[0], asked.images)
+    images = Workload(runs[0], asked.images).images
     with served(asked.runs, *server_options(asked)) as server:
         models = [model["name"] for model in server.get("/v1/models")["models"]]
+        offline = {name: Offline(run, images) for name, run in zip(models, runs, strict=True)}
         requests = mixed(
-            models,
-            server.degrees,
-            images=len(workload.images),
-            requests=asked.requests,
-            seed=asked.seed,
+            models, server.degrees, images=len(images), requests=asked.requests, seed=asked.seed
         )
-        classes = {name: run.classes() for name, run in zip(models, runs, strict=True)}
-        bodies = [
-            workload.body(
-                request.images,
-                model=request.model,
-                degree=request.degree,
-                deadline_ms=DEADLINE_MS,
-                top=len(classes[request.model]),
-            )
-            for request in requests
-        ]
-        done = answered(server, requests, bodies, asked.clients)
-    offline = {name: Offline(run, workload.images) for name, run in zip(models, runs, strict=True)}
+        done = answered(server.predict, requests, offline, clients=asked.clients)
     rows = compared(done, offline)
     figure = bars(rows, "what", {"apart": "largest difference", "batch": "images in a batch"})
     Report(f"answers_{runs[0].recipe().model.name}", COLUMNS, rows, figure).write(asked)

@@ -37,7 +37,7 @@ class Workload:
         self.images: list[Image.Image] = [image for image, _ in samples]
         self.targets = [torch.as_tensor(target).long() for _, target in samples]
         self.task, self.classes = run.task(), run.classes()
-        self._encoded = [_png(image) for image in self.images]
+        self._encoded = [encoded(image) for image in self.images]
 
     def body(self, images: Sequence[int], **fields: object) -> bytes:
         """A request.
@@ -46,7 +46,7 @@ class Workload:
             images: By their numbers.
             fields: Of the request besides `images`.
         """
-        return json.dumps({"images": [self._encoded[n] for n in images], **fields}).encode()
+        return request_body([self._encoded[number] for number in images], **fields)
 
     def groups(self, each: int) -> list[range]:
         """All images in groups of `each`; what is left over does not count."""
@@ -82,6 +82,18 @@ class Workload:
         return F.one_hot(mask.long(), self.task.num_classes).movedim(-1, 0).float()
 
 
+def request_body(images: Sequence[str], **fields: object) -> bytes:
+    """A request for images that are encoded, with its other fields."""
+    return json.dumps({"images": images, **fields}).encode()
+
+
+def encoded(image: Image.Image) -> str:
+    """A PNG, in base64."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def predictions(exchange: Exchange) -> list[dict[str, Any]]:
     """One for each image of an answered request, in order."""
     found: list[dict[str, Any]] = json.loads(exchange.body)["predictions"]
@@ -97,9 +109,3 @@ def probabilities(prediction: dict[str, Any], classes: Sequence[str]) -> "np.nda
 def mask_of(prediction: dict[str, Any]) -> "np.ndarray":
     """The mask [H, W] uint8: grey levels, or indices of classes."""
     return np.array(Image.open(io.BytesIO(base64.b64decode(prediction["mask"]))))
-
-
-def _png(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return base64.b64encode(file.getvalue()).decode()
