@@ -68,7 +68,10 @@ class Played:
             "within": good / len(answered) if answered else None,
             "p50_ms": _percentile(answered, 50),
             "p99_ms": _percentile(answered, 99),
-            "degree": _mean_degree(answered),
+            "degree": _mean(answered, "degree"),
+            "batch": _mean(answered, "batch"),
+            "queue_ms": _mean(answered, "queue_ms"),
+            "compute_ms": _mean(answered, "compute_ms"),
             "back_s": self.back(),
             "by_second": self.by_second(),
         }
@@ -96,7 +99,7 @@ class Played:
             return None
         answered = [some for some in self.outcomes if some.answer]
         answered.sort(key=lambda some: some.at)
-        reduced = [n for n, some in enumerate(answered) if any(_degrees([some]))]
+        reduced = [n for n, some in enumerate(answered) if _mean([some], "degree")]
         first = reduced[-1] + 1 if reduced else 0
         return max(0.0, answered[first].at - self.load.end) if first < len(answered) else None
 
@@ -109,7 +112,7 @@ class Played:
             {
                 "asked": self.each * len(row),
                 "good": self.each * self._good(row),
-                "degree": _mean_degree(row),
+                "degree": _mean(row, "degree"),
                 "p99_ms": _percentile(row, 99),
             }
             for row in seconds
@@ -142,12 +145,7 @@ def _percentile(some: Sequence[Outcome], share: float) -> float | None:
     return float(np.percentile(found, share)) if found else None
 
 
-def _mean_degree(some: Sequence[Outcome]) -> float | None:
-    """Over images."""
-    degrees = _degrees(some)
-    return float(np.mean(degrees)) if degrees else None
-
-
-def _degrees(some: Sequence[Outcome]) -> list[int]:
-    """Of each image."""
-    return [prediction["degree"] for one in some for prediction in one.answer]
+def _mean(some: Sequence[Outcome], key: str) -> float | None:
+    """Of what the server told of each image."""
+    found = [prediction[key] for one in some for prediction in one.answer]
+    return float(np.mean(found)) if found else None

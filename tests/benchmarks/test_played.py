@@ -11,7 +11,8 @@ from benchmarks.played import Load, played
 
 def exchange(number, planned, ms=None, *degrees, status=200):
     """A request that was answered after some milliseconds at some degrees, or refused."""
-    body = json.dumps({"predictions": [{"degree": degree} for degree in degrees]}).encode()
+    rows = [{"degree": n, "batch": 2, "queue_ms": 1.0 + n, "compute_ms": 9.0} for n in degrees]
+    body = json.dumps({"predictions": rows}).encode()
     answered = None if ms is None else planned + ms / 1000
     return Exchange(number, planned, planned + 0.001, answered, status, body)
 
@@ -45,6 +46,8 @@ def test_the_part_that_counts():
     assert row["p50_ms"] == pytest.approx(35)
     assert row["p99_ms"] == pytest.approx(150, rel=0.03)
     assert row["degree"] == (0 + 0 + 3 + 3 + 3 + 5 + 5 + 5) / 8
+    assert row["queue_ms"] == 1 + row["degree"]
+    assert (row["batch"], row["compute_ms"]) == (2, 9)
 
 
 def test_a_request_without_answer_is_an_error():
