@@ -47,6 +47,7 @@ COLUMNS = (
     Column("degrees", "degrees reported"),
     Column("batch", "images in a batch", "{:.1f}"),
     Column("apart", "largest difference", "{:.1e}"),
+    Column("wrong", "wrong"),
 )
 
 
@@ -204,7 +205,7 @@ def main(arguments: list[str]) -> None:
 
 def _folder(run: str) -> str:
     """Of RUN or NAME=RUN."""
-    return run if Path(run).is_dir() else run.partition("=")[2]
+    return run if Path(run).is_dir() else run.partition("=")[2] or run
 
 
 def _asked(arguments: list[str]) -> argparse.Namespace:

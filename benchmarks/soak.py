@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import psutil
@@ -46,8 +46,9 @@ def memory_of(pid: int, every: float = 1.0) -> Iterator[list[float]]:
     found: list[float] = []
 
     def measure() -> None:
-        while not ended.wait(every):
-            found.append(process.memory_info().rss / 2**20)
+        with suppress(psutil.NoSuchProcess):  # a server that is gone shows in its answers
+            while not ended.wait(every):
+                found.append(process.memory_info().rss / 2**20)
 
     thread = threading.Thread(target=measure)
     thread.start()
