@@ -11,7 +11,7 @@ space := $(empty) $(empty)
 # Tests start many processes; each would compile torch, three times as long as importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint setup browser
 
 demo: .venv/ready
 	$(BIN)/tokendial demo
@@ -27,6 +27,12 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 setup: .venv/ready
+
+# Tests of the server's page run in it; without it they are skipped.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+		echo "no browser could be installed (Debian's package: chromium); the page is not tested"
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import tokendial
-from tokendial.serve import routes
+from tokendial.serve import page_routes, routes
 from tokendial.serve.access import KeyHolders
 from tokendial.serve.engine import Engine
 from tokendial.serve.metrics import Metrics
@@ -46,6 +46,9 @@ def create_app(engine: Engine, served: Served, settings: Settings) -> FastAPI:
     app.include_router(routes.predictions(predictor), prefix="/v1", dependencies=[keys])
     about = routes.about(engine, served, predictor, metrics)
     app.include_router(about, prefix="/v1", dependencies=[keys])
+    views = page_routes.tokens(engine, served, predictor)
+    app.include_router(views, prefix="/v1", dependencies=[keys])
+    app.include_router(page_routes.page())
     app.include_router(routes.numbers(metrics), dependencies=[keys])
     app.include_router(routes.machines(engine))
     return app

@@ -65,8 +65,15 @@ class Predictor:
         Raises:
             ProblemError: If it is not in order, or has to be refused.
         """
+        return (await self.predicted(request, options, self._settings.max_images))[0]
+
+    async def predicted(
+        self, request: Request, options: Options, most: int
+    ) -> tuple[Predictions, list[Prepared]]:
+        """The answer to a request of at most so many images, and the images."""
         began = time.monotonic()
-        upload = await receive(request, options, self._settings)
+        settings = self._settings.model_copy(update={"max_images": most})
+        upload = await receive(request, options, settings)
         whole = time.monotonic()
         asked = upload.options
         name = self.name_of(asked)
@@ -90,7 +97,7 @@ class Predictor:
         for answer in answers:
             self._metrics.answered(name, answer.degree, seconds)
         revision = self._served.revision(name)
-        return Predictions(model=name, revision=revision, predictions=list(told))
+        return Predictions(model=name, revision=revision, predictions=list(told)), images
 
     def name_of(self, options: OfModel) -> str:
         """The model that is asked for."""

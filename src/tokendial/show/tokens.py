@@ -79,6 +79,14 @@ def _per_patch(attention_N: Tensor, held_P: Tensor) -> Tensor:
     return (attention_N / patches.clamp(min=1))[held_P.clamp(min=0)] * kept
 
 
+def seen_pixels(model: DialViT, image: Tensor) -> np.ndarray:
+    """What a model sees, to look at: [H, W, 3] uint8 of an image [3, H, W] that is normalised."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in model.anatomy.statistics)
+    pixels = (image.cpu() * std + mean) * 255
+    seen: np.ndarray = pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    return seen
+
+
 def paint_tokens(pixels: np.ndarray, origin: np.ndarray) -> np.ndarray:
     """Fill each token's patches with their mean colour, and draw borders between tokens.
 
@@ -156,8 +164,7 @@ def run_figure(
         title: Line above the panels.
     """
     model, tensor = _model_and_image(run, image, degree)
-    mean, std = (torch.tensor(values)[:, None, None] for values in model.anatomy.statistics)
-    pixels = ((tensor * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    pixels = seen_pixels(model, tensor)
     return token_figure(model, tensor, pixels, title=f"{title}, degree {model.degree}")
 
 

@@ -1,0 +1,127 @@
+"""The page, and the tokens of an image for it."""
+
+import asyncio
+from importlib.resources import files
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from tokendial.serve.engine import Engine
+from tokendial.serve.models import Served
+from tokendial.serve.predicting import Predictor, Prepared
+from tokendial.serve.problems import ProblemError, refusal, retry_after
+from tokendial.serve.routes import IMAGE_BODIES, failures
+from tokendial.serve.scheduler import Refused
+from tokendial.serve.schemas import ClassesPrediction, MaskPrediction, Options
+from tokendial.serve.token_view import TokenView, seen_image, token_view
+
+_MOST = 8
+"""Views at a time, from the first byte of the request; the page is not what the server is for."""
+_KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' blob: data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+
+class Tokens(TokenView):
+    """Answer of `/v1/tokens`."""
+
+    model: str
+    revision: str
+    """Short hash of the model's weights."""
+    gmacs: float
+    """Multiply-accumulates of the image, in 1e9."""
+    image: str
+    """What the model sees: base64 of a PNG."""
+    prediction: ClassesPrediction | MaskPrediction
+    """As `/v1/predict` gives it; its degree is that of the view."""
+
+
+def page() -> APIRouter:
+    """`/` and `/page/*`: what a browser shows, from this server alone."""
+    router = APIRouter(include_in_schema=False)
+    contents = {
+        file.name: file.read_bytes() for file in (files("tokendial.serve") / "page").iterdir()
+    }
+
+    @router.get("/page/{name}")
+    async def part(name: str) -> Response:
+        if name not in contents:
+            raise ProblemError(404, "not_found", "Not Found")
+        kind = _KINDS[name.rpartition(".")[2]]
+        return Response(contents[name], media_type=kind, headers=_HEADERS)
+
+    @router.get("/")
+    async def index() -> Response:
+        return await part("index.html")
+
+    return router
+
+
+def tokens(engine: Engine, served: Served, predictor: Predictor) -> APIRouter:
+    """`/tokens`."""
+    router = APIRouter(tags=["predict"])
+    views = _Views(engine, served, predictor)
+
+    @router.post(
+        "/tokens",
+        response_model=Tokens,
+        responses=failures(400, 401, 404, 408, 413, 415, 422, 429, 503),
+        openapi_extra={"requestBody": {"required": True, "content": IMAGE_BODIES}},
+    )
+    async def tokens(request: Request, options: Annotated[Options, Query()]) -> Response:
+        """The prediction of one image, and which of its tokens each layer merged or dropped."""
+        answer = await views(request, options)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    return router
+
+
+class _Views:
+    """Views of tokens, which come after predictions: few are made, one by one between batches."""
+
+    def __init__(self, engine: Engine, served: Served, predictor: Predictor) -> None:
+        self._engine, self._served, self._predictor = engine, served, predictor
+        self._going = 0
+        self._turn = asyncio.Lock()
+
+    async def __call__(self, request: Request, options: Options) -> Tokens:
+        if self._going == _MOST:
+            message = f"At most {_MOST} views of tokens are made at a time."
+            raise ProblemError(429, "full", message, headers=retry_after(1.0))
+        self._going += 1
+        try:
+            return await self._view(request, options)
+        finally:
+            self._going -= 1
+
+    async def _view(self, request: Request, options: Options) -> Tokens:
+        # An image that is refused, or not answered in time, is not looked into either.
+        predictions, (image,) = await self._predictor.predicted(request, options, most=1)
+        name, (prediction,) = predictions.model, predictions.predictions
+        try:
+            async with self._turn:
+                view = await asyncio.wrap_future(
+                    self._engine.call(lambda: self._in_the_engine(name, image, prediction.degree))
+                )
+        except Refused as refused:
+            raise refusal(refused) from None
+        seen = await asyncio.to_thread(seen_image, self._served.model, image.tensor)
+        return Tokens(
+            **dict(view),
+            model=name,
+            revision=predictions.revision,
+            gmacs=self._served.gmacs(name, prediction.degree),
+            image=seen,
+            prediction=prediction,
+        )
+
+    def _in_the_engine(self, name: str, image: Prepared, degree: int) -> TokenView:
+        adapter = self._served.tasks[name].adapter
+        return token_view(self._served.model, image.tensor, degree, adapter=adapter)
