@@ -185,3 +185,26 @@ def test_every_request_ends_once_in_time_and_at_the_degree_it_asked_for(requests
             if each.degree is not None:
                 assert set(each.degrees) == {each.degree}
     assert all(len({(t.name, t.degree) for t, _ in b.parts}) <= 2 for b in played.batches)
+
+
+def test_a_machine_that_was_slow_once_is_believed_in_again():
+    """For two seconds everything takes ten times as long, and nearly all is refused."""
+
+    def takes(batch, now):
+        slow = 10.0 if 5 < now < 7 else 1.0
+        return slow * true_seconds(batch.name, batch.degree, len(batch.parts))
+
+    times = arrivals.poisson(rate=0.5 * BASE, seconds=60, seed=7)
+    played = play(scheduler(SLO), asked(times), takes=takes)
+    late = [each for each in played.asked if each.at > 30]
+    assert not any(each.refused for each in late)
+    assert {degree for each in late for degree in each.degrees} == {0}
+
+
+def test_what_was_learnt_fades_when_nothing_runs():
+    known = costs()
+    for _ in range(100):
+        known.observe(NAME, 0, 1, 5 * true_seconds(NAME, 0, 1))
+    assert known.seconds(NAME, 0, 1) > 3 * true_seconds(NAME, 0, 1)
+    known.fade(300)
+    assert known.seconds(NAME, 0, 1) == pytest.approx(true_seconds(NAME, 0, 1), rel=0.01)

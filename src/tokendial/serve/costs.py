@@ -8,6 +8,8 @@ _LEARNT = 0.05
 """Share of a surprise that is put down to the machine, and again to the degree."""
 _CLIPPED = math.log(2)
 """The largest surprise that counts, as a logarithm: one pause says nothing about the next batch."""
+_FADES_S = 20.0
+"""Seconds of idleness after which a third of what was learnt is left."""
 _DEVIATIONS = 4.0
 """Mean deviations that a cautious estimate lies above the mean, as in TCP's timer (RFC 6298)."""
 
@@ -65,6 +67,16 @@ class Costs:
         self._machine += _LEARNT * surprise
         self._own[name, degree] += _LEARNT * surprise
         self._spread += _LEARNT * (abs(surprise) - self._spread)
+
+    def fade(self, seconds: float) -> None:
+        """Forget a part of what was learnt: for so long nothing has run that could confirm it.
+
+        Else a machine that was slow once, so that nothing could be promised any more, would be
+        taken to be slow for ever.
+        """
+        kept = math.exp(-seconds / _FADES_S)
+        self._machine *= kept
+        self._own = {point: kept * own for point, own in self._own.items()}
 
     def _measured(self, point: Point, images: int) -> float:
         sizes, seconds = self._sizes[point], self._seconds[point]

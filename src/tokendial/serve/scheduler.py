@@ -178,7 +178,9 @@ class Scheduler:
         sooner = [other for other in self._waiting if other.deadline <= ticket.deadline]
         degree = self._fastest_of(ticket)
         free = max(self._busy_until, now) + ahead * self._plan[ticket.name, degree].each
-        done = free + self._work(sooner) + self._seconds(ticket, degree, queued)
+        # With nothing ahead a wrong guess harms nobody, and running it is how to learn better.
+        idle = not queued and free == now
+        done = free + self._work(sooner) + self._seconds(ticket, degree, queued, sure=not idle)
         if done > ticket.deadline:
             told = (
                 f"the answer would take {1000 * (done - now):.0f} ms, "
@@ -199,7 +201,8 @@ class Scheduler:
         for ticket in self._waiting:
             if ticket.owner.gone():
                 continue
-            if now + self._seconds(ticket, self._fastest_of(ticket)) > ticket.deadline:
+            # It has been promised an answer, so it is given up only when that is unlikely.
+            if now + self._seconds(ticket, self._fastest_of(ticket), sure=False) > ticket.deadline:
                 self.refused["late"] += len(ticket.payloads)
                 told = "the machine took longer than expected: the deadline cannot be made."
                 ticket.owner.refuse(Refused("late", told, self._retry_s(kept)))
@@ -209,6 +212,8 @@ class Scheduler:
 
     def _turn(self, now: float) -> None:
         if now - self._turned >= _TURN_EVERY_S:
+            if not self._waiting:
+                self.costs.fade(now - self._turned)
             self._replan()
             self.dial = turned(self.dial, self.observed(now), self._plan, self.rules)
             self._turned = now
@@ -268,13 +273,19 @@ class Scheduler:
             for ticket in tickets
         )
 
-    def _seconds(self, ticket: Ticket, degree: int, others: int = 0) -> float:
-        """Seconds for what is left of a request, nearly always; `others` may fill its batches."""
+    def _seconds(
+        self, ticket: Ticket, degree: int, others: int = 0, *, sure: bool = True
+    ) -> float:
+        """Seconds for what is left of a request: in the mean, or nearly always (`sure`).
+
+        Its batches may be filled up with `others`.
+        """
         full = self._plan[ticket.name, degree]
         batches, rest = divmod(ticket.left, full.images)
         rest = min(rest + others, full.images)
-        seconds = batches * full.cautious
-        return seconds + (self.costs.cautious(ticket.name, degree, rest) if rest else 0.0)
+        of = self.costs.cautious if sure else self.costs.seconds
+        seconds = batches * of(ticket.name, degree, full.images)
+        return seconds + (of(ticket.name, degree, rest) if rest else 0.0)
 
     def _fastest_of(self, ticket: Ticket) -> int:
         """The degree asked for, or the fastest that the dial may take."""
