@@ -81,7 +81,7 @@ class Predictor:
         # What a client says counts from its first byte; our own promise, from its last: how fast
         # it sends is not in our hands.
         if asked.deadline_ms is None:
-            until = whole + self._settings.slo_ms / 1000
+            until = whole + self._settings.engine_slo_s
         else:
             until = began + asked.deadline_ms / 1000
         try:

@@ -13,6 +13,7 @@ from tokendial.speed import Speed
 KEYS_VARIABLE = "TOKENDIAL_API_KEYS"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+_ENGINES = 0.9
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -62,6 +63,11 @@ class Settings(BaseModel):
     """Images that are decoded at the same time, each in a thread of its own."""
     api_keys: Annotated[tuple[str, ...], Field(repr=False)] = ()
     """A request has to bring one of these; none: whoever reaches the server may ask."""
+
+    @property
+    def engine_slo_s(self) -> float:
+        """Seconds of the promise in which the engine has to be done: the answer has a way to go."""
+        return _ENGINES * self.slo_ms / 1000
 
 
 def check_settings(values: Mapping[str, Any]) -> Settings:

@@ -35,7 +35,7 @@ def started(runs: Mapping[str, Path], settings: Settings) -> tuple[Served, Engin
     if fixed is not None and fixed not in offered:
         raise ValueError(f"degree must be one of {', '.join(map(str, offered))}, got {fixed}.")
     rules = Rules(
-        slo_s=settings.slo_ms / 1000,
+        slo_s=settings.engine_slo_s,
         degrees=offered if fixed is None else (fixed,),
         max_batch=settings.max_batch,
     )
