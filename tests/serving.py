@@ -6,8 +6,9 @@ import json
 import signal
 import socket
 import threading
+import time
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,3 +150,17 @@ def text(*images: bytes, **options: Any) -> tuple[bytes, str]:
     """A request as JSON, and its Content-Type."""
     coded = [b64encode(image).decode() for image in images]
     return json.dumps({"images": coded} | options).encode(), "application/json"
+
+
+def until(happened: Callable[[], object]) -> None:
+    """Wait for what a server does; an error if it takes a minute."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def everything(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    with connection:
+        return b"".join(iter(lambda: connection.recv(65536), b""))

@@ -93,6 +93,22 @@ def test_a_full_queue_and_a_deadline_that_cannot_be_made_are_refused_at_once(eng
     assert engine.status().refused == {"late": 1, "full": 1}
 
 
+def test_what_would_be_refused_is_told_before_it_is_prepared(engine):
+    engine.check(NAME, 20, within_s=1.0)
+    with pytest.raises(Refused, match="at most 20 may wait"):
+        engine.check(NAME, 1, ahead=200)
+    engine.check(NAME, 1, within_s=0.006, ahead=2)
+    with pytest.raises(Refused, match="left"):
+        engine.check(NAME, 1, within_s=0.006, ahead=19)
+    assert engine.status().refused == {"full": 1, "late": 1}
+    assert engine.status().queued == 0
+
+
+def test_what_a_batch_takes_is_told(engine):
+    assert engine.seconds(NAME, 0) == pytest.approx(0.001)
+    assert engine.seconds("cars", 2, 8) == pytest.approx(0.004)
+
+
 def test_a_promise_that_cannot_be_kept_is_taken_back(engine, model):
     model.free.clear()
     engine.submit(NAME, ["first"])

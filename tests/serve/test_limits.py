@@ -2,11 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from serving import file, form, picture, serving, text
+from serving import everything, file, form, picture, serving, text, until
 
 PNG = "image/png"
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
@@ -21,19 +20,6 @@ def server(pets):
 
 
 KEY = {"authorization": "Bearer second"}
-
-
-def until(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def everything(connection) -> bytes:
-    """What comes until the other side closes."""
-    with connection:
-        return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def test_a_request_with_a_key_is_answered(server):

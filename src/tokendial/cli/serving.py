@@ -1,6 +1,7 @@
 """The command that serves runs over HTTP."""
 
 import logging
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from tokendial.cli.using import Compile, Optimize, speed_of
 if TYPE_CHECKING:
     from tokendial.serve.engine import Engine
     from tokendial.serve.models import Served
+    from tokendial.serve.settings import Settings
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
@@ -70,10 +72,8 @@ def serve(
             f"serving needs {', '.join(missing)}, which is not installed: "
             "pip install 'tokendial[serve]'."
         )
-    from tokendial.serve.app import create_app
-    from tokendial.serve.server import Server, address_of, bound_socket, exposed
+    from tokendial.serve.server import bound_socket
     from tokendial.serve.settings import Settings, check_settings, read_keys
-    from tokendial.serve.starting import started
 
     folders = _named(runs)
     # Each option has the name of its setting, which says what is allowed.
@@ -84,12 +84,21 @@ def serve(
     # Clients' mistakes; they are told.
     for name in ("uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    listener = bound_socket(settings)  # before what takes long
+    with bound_socket(settings) as listener:  # a mistake here is told before what takes long
+        _serve(folders, settings, listener)
+
+
+def _serve(folders: dict[str, Path], settings: "Settings", listener: socket.socket) -> None:
+    from tokendial.serve.app import create_app
+    from tokendial.serve.server import Server, address_of, exposed
+    from tokendial.serve.starting import started
+
     served, engine = started(folders, settings)
-    application = create_app(engine, served, settings)
-    _print_degrees(served, engine, served.ladder(max_degree, min_accuracy))
+    offered = served.ladder(settings.max_degree, settings.min_accuracy)
+    _print_degrees(served, engine, offered)
     if exposed(settings):
-        print(f"whoever reaches {host} may ask: there are no API keys.", file=sys.stderr)
+        told = f"whoever reaches {settings.host} may ask: there are no API keys."
+        print(told, file=sys.stderr)
 
     def ready() -> None:
         print(f"serving {', '.join(served.names)} on {address_of(listener)}", flush=True)
@@ -98,6 +107,7 @@ def serve(
         changed = served.reload(engine.call)
         print(f"read anew: {', '.join(changed) or 'nothing has changed'}", flush=True)
 
+    application = create_app(engine, served, settings)
     server = Server(application, engine, settings, ready=ready, reload=reload)
     server.run(sockets=[listener])
 

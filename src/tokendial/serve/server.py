@@ -25,6 +25,8 @@ from tokendial.serve.schemas import Problem
 from tokendial.serve.settings import LOOPBACK, Settings
 
 _log = logging.getLogger(__name__)
+# Uvicorn bounds a head only while a part of it is missing.
+_MOST_HEAD_BYTES, _HEADER_BYTES = 32_768, 32
 _ALWAYS_OPEN = ("/healthz", "/metrics")
 
 
@@ -34,8 +36,12 @@ def bound_socket(settings: Settings) -> socket.socket:
         settings.host, settings.port, type=socket.SOCK_STREAM
     )[0]
     listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 
@@ -131,25 +137,34 @@ class Server(uvicorn.Server):
 
 
 class _Door:
-    """Refuses what comes when the server is about to end, or when too many are connected."""
+    """Refuses what comes at the end, from too many connections, or with too many headers."""
 
     def __init__(self, app: ASGIApp, most: int, connected: Callable[[], int]) -> None:
         self._app, self._most, self._connected = app, most, connected
         self.closed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _ALWAYS_OPEN:
-            told = None
-            if self.closed:
-                told = Problem(code="draining", message="The server is stopping.", field=None)
-            elif self._connected() > self._most:
-                message = f"At most {self._most} connections are open at a time."
-                told = Problem(code="busy", message=message, field=None)
-            if told is not None:
-                headers = retry_after(1.0) | {"connection": "close"}
-                await failure(503, told, headers)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        answer = self._refusal(scope) if scope["type"] == "http" else None
+        await (answer or self._app)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ASGIApp | None:
+        head = len(scope["raw_path"]) + len(scope["query_string"])
+        head += sum(len(name) + len(value) + _HEADER_BYTES for name, value in scope["headers"])
+        if head > _MOST_HEAD_BYTES:
+            return _refused(431, "head_too_large", "The headers are too long.")
+        if scope["path"] in _ALWAYS_OPEN:
+            return None
+        if self.closed:
+            return _refused(503, "draining", "The server is stopping.")
+        if self._connected() > self._most:
+            message = f"At most {self._most} connections are open at a time."
+            return _refused(503, "busy", message)
+        return None
+
+
+def _refused(status: int, code: str, message: str) -> ASGIApp:
+    headers = {"connection": "close"} | (retry_after(1.0) if status == 503 else {})
+    return failure(status, Problem(code=code, message=message, field=None), headers)
 
 
 def _patient(timeout_s: float) -> type[H11Protocol]:

@@ -1,0 +1,147 @@
+"""`tokendial serve` as a process meets it: mistakes, signals, the last answers."""
+
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import pytest
+from processes import ended, start, wait_until
+from safetensors.torch import load, save
+from serving import file, form, picture
+
+from tokendial.saving import WEIGHTS
+from tokendial.serve.settings import check_settings, read_keys
+
+CLIENTS = 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN/nowhere"], "is not the folder of a run: recipe.yaml is missing"),
+        (["a=RUN", "a=RUN"], "runs: a is there twice; say NAME=FOLDER."),
+        (["=RUN"], "runs: a name has 1 to 100 letters"),
+        (["RUN", "--slo-ms", "0"], "slo_ms: Input should be greater than 0, got 0.0."),
+        (["RUN", "--port", "70000"], "port: Input should be less than or equal to 65535"),
+        (["RUN", "--max-pixels", "0"], "max_pixels: Input should be greater than or equal to 1"),
+        (["RUN", "--degree", "99"], "degree must be one of 0, 1, "),
+        (["RUN", "--max-degree", "99"], "max_degree must"),
+        (["RUN", "--min-accuracy", "0.5"], "min_accuracy needs the accuracy of "),
+        (["RUN", "--min-accuracy", "50"], "min_accuracy: Input should be less than or equal to 1"),
+        (["RUN", "--port", "TAKEN"], "Address already in use"),
+        (["RUN", "--host", "no.such.host.invalid"], "Name or service not known"),
+        (["RUN", "--api-keys", "KEYS"], "holds no key."),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(cli, pets, tmp_path, arguments, message):
+    (tmp_path / "keys").write_text("\n \n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        known = {"RUN": str(pets.folder), "KEYS": str(tmp_path / "keys")}
+        known["TAKEN"] = str(taken.getsockname()[1])
+        words = [re.sub("RUN|KEYS|TAKEN", lambda found: known[found[0]], a) for a in arguments]
+        port = [] if "--port" in words else ["--port", "0"]
+        code, _, err = cli("serve", *words, *port)
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert message in err
+
+
+def test_a_missing_package_names_the_extra(cli, pets, monkeypatch):
+    there = "tokendial.cli.serving.find_spec"
+    monkeypatch.setattr(there, lambda name: None if name == "uvicorn" else name)
+    code, _, err = cli("serve", pets.folder)
+    assert code == 2
+    assert err == (
+        "error: serving needs uvicorn, which is not installed: pip install 'tokendial[serve]'.\n"
+    )
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path):
+    (tmp_path / "keys").write_text("one\n\n  two \n")
+    assert read_keys(tmp_path / "keys", {}) == ("one", "two")
+    assert read_keys(tmp_path / "keys", {"TOKENDIAL_API_KEYS": "two, three"}) == (
+        "one",
+        "two",
+        "three",
+    )
+    assert read_keys(None, {}) == ()
+    with pytest.raises(ValueError, match="TOKENDIAL_API_KEYS holds no key"):
+        read_keys(None, {"TOKENDIAL_API_KEYS": ","})
+    with pytest.raises(ValueError, match="key 2 of .* must be printable ASCII") as caught:
+        read_keys(None, {"TOKENDIAL_API_KEYS": "one,s\xe9cret"})
+    assert "cret" not in str(caught.value)
+    assert "s3cret" not in repr(check_settings({"api_keys": ("s3cret",)}))
+
+
+def test_a_setting_that_is_not_one_is_told():
+    with pytest.raises(ValueError, match="slo is not a setting; known are .*slo_ms"):
+        check_settings({"slo": 100})
+
+
+def ask(port: int, *images: bytes) -> tuple[int, str]:
+    """The status and the revision of the model, which is empty where there is no answer."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body, kind = form(*images)
+    client.request("POST", "/v1/predict", body, {"content-type": kind})
+    reply = client.getresponse()
+    text = reply.read().decode()
+    client.close()
+    return reply.status, text.partition('"revision":"')[2].partition('"')[0]
+
+
+@pytest.fixture
+def server(pets, tmp_path):
+    """A process that serves a copy of a run, and its port."""
+    shutil.copytree(pets.folder, tmp_path / "pets")
+    (tmp_path / "stdout").touch()
+    process = start(tmp_path, "serve", tmp_path / "pets", "--port", "0", "--slo-ms", "60000")
+    try:
+        wait_until(lambda: "serving" in (tmp_path / "stdout").read_text(), process)
+        (port,) = re.findall(
+            r"serving pets on http://127.0.0.1:(\d+)\n", (tmp_path / "stdout").read_text()
+        )
+        yield process, int(port)
+    finally:
+        process.kill()
+
+
+def test_runs_are_read_anew_and_what_was_accepted_is_answered_at_the_end(server, tmp_path):
+    (process, port), image = server, file(picture())
+    out, err, weights = tmp_path / "stdout", tmp_path / "stderr", tmp_path / "pets/best" / WEIGHTS
+    old = ask(port, image)[1]
+    good = weights.read_bytes()
+    weights.write_bytes(b"broken")
+    os.kill(process.pid, signal.SIGHUP)
+    wait_until(lambda: "not reloaded, the old models go on" in err.read_text(), process)
+    assert ask(port, image) == (200, old)
+    weights.write_bytes(save({name: value + 0.1 for name, value in load(good).items()}))
+    os.kill(process.pid, signal.SIGHUP)
+    wait_until(lambda: "read anew: pets" in out.read_text(), process)
+    assert ask(port, image)[1] not in ("", old)
+
+    stopped, before, after = threading.Event(), [], []
+
+    def client() -> None:
+        while not stopped.is_set():
+            before.append(ask(port, image, image)[0])
+        with suppress(OSError, http.client.HTTPException):
+            after.append(ask(port, image)[0])
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(client) for _ in range(CLIENTS)]
+        wait_until(lambda: len(before) > 3 * CLIENTS, process)
+        stopped.set()
+        os.kill(process.pid, signal.SIGTERM)
+        for each in clients:
+            each.result()
+    assert ended(process) == 0
+    # Each client may have met the end with one request; none was left without an answer.
+    assert set(before) <= {200, 503}
+    assert before.count(503) <= CLIENTS
+    assert set(after) <= {200, 503}
+    assert "Traceback" not in err.read_text()

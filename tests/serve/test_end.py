@@ -1,0 +1,46 @@
+"""The end of a server: what has come is answered, what comes is refused."""
+
+import signal
+
+from serving import everything, file, picture, serving, until
+
+HEAD = (
+    b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+)
+
+
+def test_accepted_requests_are_answered_and_new_ones_refused(pets):
+    image = file(picture())
+    request = HEAD % len(image) + image
+    with serving({"pets": pets}) as server:
+        with server.busy():
+            queued = server.connect(request)
+            until(lambda: server.engine.status().queued == 1)
+            begun = server.connect(request[:-10])
+            until(lambda: len(server.server.server_state.tasks) == 2)
+            server.server.handle_exit(signal.SIGTERM, None)
+            until(lambda: server.ask("/readyz").status == 503)
+            reply = server.predict(image)
+            assert (reply.status, reply.error["code"]) == (503, "draining")
+            assert int(reply.headers["retry-after"]) >= 1
+            assert reply.headers["connection"] == "close"
+            assert server.ask("/healthz").status == 200
+            begun.sendall(request[-10:])
+            until(lambda: server.engine.status().queued == 2)
+        for connection in (queued, begun):
+            assert everything(connection).startswith(b"HTTP/1.1 200 ")
+        server.thread.join(30)
+        assert not server.thread.is_alive()
+        assert not server.engine.alive
+
+
+def test_a_second_signal_ends_it_at_once(pets):
+    with serving({"pets": pets}) as server:
+        with server.busy():
+            connection = server.connect(HEAD % 9 + b"1")
+            until(lambda: server.server.server_state.tasks)
+            for _ in range(2):
+                server.server.handle_exit(signal.SIGTERM, None)
+            server.thread.join(30)
+            assert not server.thread.is_alive()
+        assert b"200" not in everything(connection)
