@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from serving import file, form, picture
 
 from tokendial.saving import WEIGHTS
+from tokendial.serve.server import address_of, bound_socket, exposed
 from tokendial.serve.settings import check_settings, read_keys
 
 CLIENTS = 8
@@ -81,6 +82,22 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path):
 def test_a_setting_that_is_not_one_is_told():
     with pytest.raises(ValueError, match="slo is not a setting; known are .*slo_ms"):
         check_settings({"slo": 100})
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "expected"),
+    [
+        ("127.0.0.1", (), False),
+        ("localhost", (), False),
+        ("0.0.0.0", (), True),
+        ("0.0.0.0", ("key",), False),
+    ],
+)
+def test_only_what_others_reach_without_a_key_is_exposed(host, keys, expected):
+    settings = check_settings({"host": host, "port": 0, "api_keys": keys})
+    with bound_socket(settings) as listener:
+        assert exposed(listener, settings) == expected
+        assert re.fullmatch(r"http://[0-9.]+:[0-9]+", address_of(listener))
 
 
 def ask(port: int, *images: bytes) -> tuple[int, str]:

@@ -65,11 +65,12 @@ def test_several_images_are_answered_in_their_order(server, cars, send, degree):
 
 
 def test_a_mask_has_the_size_of_its_image(masks):
-    with serving({"masks": masks}) as server:
+    with serving({"masks": masks}, degree=3) as server:
         reply = server.predict(file(picture(size=(50, 40))), file(picture(size=(30, 60))))
         (model,) = server.ask("/v1/models").json["models"]
     assert model["kind"] == "masks"
     for prediction, size in zip(reply.json["predictions"], [(50, 40), (30, 60)], strict=True):
+        assert prediction["degree"] == 3  # which is fixed
         mask = Image.open(io.BytesIO(b64decode(prediction["mask"])))
         assert mask.size == size
         assert prediction["share"] == pytest.approx((np.asarray(mask) > 127).mean())

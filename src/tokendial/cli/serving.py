@@ -96,7 +96,7 @@ def _serve(folders: dict[str, Path], settings: "Settings", listener: socket.sock
     served, engine = started(folders, settings)
     offered = served.ladder(settings.max_degree, settings.min_accuracy)
     _print_degrees(served, engine, offered)
-    if exposed(settings):
+    if exposed(listener, settings):
         told = f"whoever reaches {settings.host} may ask: there are no API keys."
         print(told, file=sys.stderr)
 

@@ -273,9 +273,7 @@ class Scheduler:
             for ticket in tickets
         )
 
-    def _seconds(
-        self, ticket: Ticket, degree: int, others: int = 0, *, sure: bool = True
-    ) -> float:
+    def _seconds(self, ticket: Ticket, degree: int, others: int = 0, *, sure: bool = True) -> float:
         """Seconds for what is left of a request: in the mean, or nearly always (`sure`).
 
         Its batches may be filled up with `others`.

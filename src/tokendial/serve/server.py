@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Coroutine
+from ipaddress import ip_address
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,7 @@ from tokendial.errors import one_line
 from tokendial.serve.engine import Engine
 from tokendial.serve.problems import failure, retry_after
 from tokendial.serve.schemas import Problem
-from tokendial.serve.settings import LOOPBACK, Settings
+from tokendial.serve.settings import Settings
 
 _log = logging.getLogger(__name__)
 # Uvicorn bounds a head only while a part of it is missing.
@@ -51,9 +52,9 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def exposed(settings: Settings) -> bool:
+def exposed(listener: socket.socket, settings: Settings) -> bool:
     """Whether other machines reach the server, and nobody has to bring a key."""
-    return settings.host not in LOOPBACK and not settings.api_keys
+    return not (settings.api_keys or ip_address(listener.getsockname()[0]).is_loopback)
 
 
 class Server(uvicorn.Server):

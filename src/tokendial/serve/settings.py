@@ -11,7 +11,6 @@ from pydantic_core import ErrorDetails
 from tokendial.speed import Speed
 
 KEYS_VARIABLE = "TOKENDIAL_API_KEYS"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _ENGINES = 0.9
 Count = Annotated[int, Field(ge=1)]
@@ -24,7 +23,7 @@ class Settings(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    host: str = LOOPBACK[0]
+    host: str = "127.0.0.1"
     """Address to listen at; the default takes requests of this machine only."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen at; 0: any that is free."""
