@@ -3,12 +3,6 @@
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MultilabelAccuracy,
-    MultilabelAveragePrecision,
-)
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.transforms import (
@@ -20,6 +14,7 @@ from tokendial.data.transforms import (
     train_transform,
 )
 from tokendial.speed import Optimized
+from tokendial.tasks.base import Metrics
 from tokendial.vit import DialViT
 
 
@@ -89,21 +84,11 @@ class Classification:
         smoothing = 0.0 if targets.is_floating_point() else self.augment.smoothing
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
-    def metrics(self) -> MetricCollection:
+    def metrics(self) -> Metrics:
         """Metrics over an evaluation set; the one named accuracy is what runs are judged by."""
-        metrics: dict[str, Metric | MetricCollection]
-        if self.multi_label:
-            metrics = {
-                "accuracy": MultilabelAccuracy(self.num_classes, average="micro"),
-                "mean_average_precision": MultilabelAveragePrecision(self.num_classes),
-            }
-        else:
-            metrics = {"accuracy": MulticlassAccuracy(self.num_classes, average="micro")}
-            if self.num_classes > 5:
-                metrics["accuracy_top5"] = MulticlassAccuracy(
-                    self.num_classes, average="micro", top_k=5
-                )
-        return MetricCollection(metrics)
+        from tokendial.tasks.metrics import class_metrics
+
+        return class_metrics(self.num_classes, multi_label=self.multi_label)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities [B, num_classes]: independent ones with several labels."""

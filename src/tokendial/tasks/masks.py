@@ -7,23 +7,18 @@ pysodmetrics, which published leaderboards use.
 
 # Shape legend: B batch, H and W pixels.
 
-import warnings
-from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from tokendial.data.dense import DenseAugment
+from tokendial.tasks.base import Metrics
 from tokendial.tasks.dense import DenseTask, sized
 
 BCE_WEIGHT, DICE_WEIGHT = 1.0, 0.5
 _DICE_EPS = 1e-3
-_THRESHOLDS = 256
 
 
 class BinaryMasks(DenseTask):
@@ -56,8 +51,10 @@ class BinaryMasks(DenseTask):
         found = sized(logits.float(), targets.shape[-2:]).squeeze(1) > 0
         return float((found == (targets > 0)).float().mean())
 
-    def metrics(self) -> "MaskMetrics":
+    def metrics(self) -> Metrics:
         """S-measure, F-measures, E-measures and mean absolute error."""
+        from tokendial.tasks.metrics import MaskMetrics
+
         return MaskMetrics()
 
 
@@ -103,83 +100,3 @@ class FeatureDistillation(nn.Module):
         if self.detach:
             teacher = teacher.detach()
         return torch.mean(1 - F.cosine_similarity(student, teacher, dim=-1, eps=1e-6))
-
-
-class MaskMetrics(Metric):
-    """pysodmetrics' measures at the size of each mask, image by image.
-
-    S-measure; weighted F-measure (beta^2 = 1); adaptive, mean and largest F-measure (beta^2 = 0.3)
-    and E-measure; mean absolute error. The largest ones are those of the mean curve. An image on
-    which a measure is not defined (the S-measure of a mask one pixel high) does not count for it,
-    and one of a single pixel not at all.
-    """
-
-    full_state_update = False
-    scalars: Tensor
-    defined: Tensor
-    curves: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # S, weighted F, adaptive F, adaptive E, absolute error; the curves of F and E.
-        self.add_state("scalars", torch.zeros(5), dist_reduce_fx="sum")
-        self.add_state("defined", torch.zeros(5), dist_reduce_fx="sum")
-        self.add_state("curves", torch.zeros(2, _THRESHOLDS), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, targets: Tensor | Sequence[Tensor]) -> None:
-        """Take in logits [B, 1, h, w] and masks [H, W] of 0 and 1, of any sizes."""
-        for own, mask in zip(logits, targets, strict=True):
-            if mask.numel() == 1:
-                continue
-            probable = sized(own.unsqueeze(0).float().sigmoid(), mask.shape)[0, 0]
-            grey = (probable * 255).round().byte().cpu().numpy()
-            scalars, curves = _measures(grey, mask.cpu().numpy().astype(np.uint8) * 255)
-            found = torch.from_numpy(scalars).to(self.scalars)
-            self.scalars += found.nan_to_num()
-            self.defined += found.isfinite()
-            self.curves += torch.from_numpy(curves).to(self.curves)
-            self.count += 1
-
-    def compute(self) -> dict[str, Tensor]:
-        """Each measure by its name; what runs are judged by comes first."""
-        structure, weighted_f, adaptive_f, adaptive_e, error = self.scalars / self.defined
-        f_curve, e_curve = self.curves / self.count
-        return {
-            "s_measure": structure,
-            "weighted_f": weighted_f,
-            "max_f": f_curve.max(),
-            "mean_f": f_curve.mean(),
-            "adaptive_f": adaptive_f,
-            "max_e": e_curve.max(),
-            "mean_e": e_curve.mean(),
-            "adaptive_e": adaptive_e,
-            "mae": error,
-        }
-
-
-def _measures(grey: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scalars [5], NaN where not defined, and curves [2, 256] of one image.
-
-    Args:
-        grey: uint8 [H, W].
-        mask: uint8 [H, W], 0 or 255.
-    """
-    import py_sod_metrics as sod
-
-    with warnings.catch_warnings():
-        # Fmeasure says that it will be removed; what replaces it is not in all releases.
-        warnings.simplefilter("ignore")
-        measures: list[Any] = [
-            sod.Smeasure(),
-            sod.WeightedFmeasure(),
-            sod.Fmeasure(),
-            sod.Emeasure(),
-            sod.MAE(),
-        ]
-        for measure in measures:
-            measure.step(pred=grey, gt=mask)
-    s, weighted, f, e, mae = (measure.get_results() for measure in measures)
-    scalars = [s["sm"], weighted["wfm"], f["fm"]["adp"], e["em"]["adp"], mae["mae"]]
-    return np.array(scalars, np.float64), np.stack([f["fm"]["curve"], e["em"]["curve"]])

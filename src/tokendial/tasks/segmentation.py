@@ -1,13 +1,11 @@
 """Semantic segmentation: a class for every pixel."""
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from tokendial.data.pairs import IGNORED
-from tokendial.tasks.dense import DenseTask, best_class, sized
+from tokendial.tasks.base import Metrics
+from tokendial.tasks.dense import DenseTask, sized
 
 
 class Segmentation(DenseTask):
@@ -30,27 +28,8 @@ class Segmentation(DenseTask):
         right = (sized(logits.float(), targets.shape[-2:]).argmax(1) == targets) & counts
         return float(right.sum() / counts.sum().clamp(min=1))
 
-    def metrics(self) -> "PixelMetrics":
+    def metrics(self) -> Metrics:
         """Mean IoU, pixel accuracy, and the IoU of each class."""
+        from tokendial.tasks.metrics import PixelMetrics
+
         return PixelMetrics(self.num_classes)
-
-
-class PixelMetrics(MulticlassConfusionMatrix):
-    """Mean IoU over the classes that occur or are found, pixel accuracy, and each class's IoU."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, ignore_index=IGNORED, validate_args=False)
-
-    def update(self, logits: Tensor, targets: Tensor | Sequence[Tensor]) -> None:
-        """Take in logits [B, K, h, w] and masks [H, W] of any sizes."""
-        for own, mask in zip(logits, targets, strict=True):
-            found = best_class(own.float(), mask.shape)
-            super().update(found.flatten().long(), mask.flatten().to(found.device))
-
-    def compute(self) -> dict[str, Tensor]:  # type: ignore[override]  # by name, as other tasks
-        """Each metric by its name; what runs are judged by comes first."""
-        confusion = super().compute().double()
-        right, total = confusion.diagonal(), confusion.sum()
-        iou = right / (confusion.sum(0) + confusion.sum(1) - right)
-        per_class = {f"iou_{number}": value for number, value in enumerate(iou)}
-        return {"mean_iou": iou.nanmean(), "pixel_accuracy": right.sum() / total} | per_class
