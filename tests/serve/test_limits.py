@@ -113,6 +113,27 @@ def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
     assert int(reply.headers["retry-after"]) >= 1
 
 
+def slow(monkeypatch, served, seconds: float) -> None:
+    """Let images take that long to prepare."""
+    kind, quick = type(served), type(served).prepare
+
+    def prepare(self, name, image):
+        time.sleep(seconds)
+        return quick(self, name, image)
+
+    monkeypatch.setattr(kind, "prepare", prepare)
+
+
+def test_large_images_are_given_the_time_to_decode_unless_the_client_has_none(pets, monkeypatch):
+    with serving({"pets": pets}, slo_ms=700) as server:
+        slow(monkeypatch, server.served, 0.8)
+        for _ in range(2):  # however often: what large ones took is not held against others
+            assert server.predict(file(picture())).status == 200
+        reply = server.predict(file(picture()), query="?deadline_ms=700")
+        assert (reply.status, reply.error["code"]) == (503, "late")
+        assert "decoded" in reply.error["message"]
+
+
 def test_more_images_than_may_wait_are_told_to_come_later(server):
     reply = server.ask("/v1/predict", *form(*3 * [file(picture())]), **KEY)
     assert (reply.status, reply.error["code"]) == (429, "full")

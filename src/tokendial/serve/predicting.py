@@ -43,6 +43,8 @@ class Prepared:
     """[3, H, W]."""
     size: tuple[int, int]
     """Height and width of the image itself, in pixels."""
+    seconds: float
+    """That it took."""
 
 
 class Predictor:
@@ -80,12 +82,11 @@ class Predictor:
         degree, top = self.degree_of(name, asked), self._top_of(name, asked)
         # What a client says counts from its first byte; our own promise, from its last: how fast
         # it sends is not in our hands.
-        if asked.deadline_ms is None:
-            until = whole + self._settings.engine_slo_s
-        else:
+        until = whole + self._settings.engine_slo_s
+        if asked.deadline_ms is not None:
             until = began + asked.deadline_ms / 1000
         try:
-            work = self._answers(name, upload, degree, until)
+            work = self._answers(name, upload, degree, until, asked.deadline_ms is None)
             images, answers = await unless_gone(request, work)
         except Refused as refused:
             self._metrics.refused(refused.reason, len(upload.images))
@@ -134,8 +135,10 @@ class Predictor:
             Refused: If they cannot: what will not be answered shall not cost a decoding.
         """
         count, ahead = len(upload.images), self._decoding
-        decoded = time.monotonic() + (1 + ahead // self._settings.decoders) * self._decode_s
-        self._engine.check(name, count, degree=degree, within_s=until - decoded, ahead=ahead)
+        # Those ahead are told by what was decoded lately; the time of this one is not foreseen, or
+        # a few large images could keep everything out that would teach otherwise.
+        begins = time.monotonic() + ahead // self._settings.decoders * self._decode_s
+        self._engine.check(name, count, degree=degree, within_s=until - begins, ahead=ahead)
         self._decoding += count
         try:
             return await asyncio.gather(
@@ -155,20 +158,26 @@ class Predictor:
         if began > until:
             raise Refused("late", "the deadline went by before the image was decoded.", 1.0)
         image = to_image(file, called, self._settings)
-        prepared = Prepared(self._served.prepare(name, image), (image.height, image.width))
-        self._decode_s += _LEARNT * (time.monotonic() - began - self._decode_s)
-        return prepared
+        tensor = self._served.prepare(name, image)
+        seconds = time.monotonic() - began
+        self._decode_s += _LEARNT * (seconds - self._decode_s)
+        return Prepared(tensor, (image.height, image.width), seconds)
 
     async def _answers(
-        self, name: str, upload: Upload, degree: int | None, until: float
+        self, name: str, upload: Upload, degree: int | None, until: float, own: bool
     ) -> tuple[list[Prepared], list[Answer]]:
         images = await self.prepare(name, upload, degree, until)
-        future = self._engine.submit(
-            name,
-            [image.tensor for image in images],
-            degree=degree,
-            within_s=until - time.monotonic(),
-        )
+        if own:
+            # The promise is about the load. An image that takes half of it to decode is large, and
+            # would be refused on an idle machine, too: it is given the time that it takes more.
+            decoding = sum(image.seconds for image in images)
+            decoding /= min(len(images), self._settings.decoders)
+            until += max(0.0, decoding - self._settings.engine_slo_s / 2)
+        left = until - time.monotonic()
+        if left <= 0:
+            raise Refused("late", "the deadline went by while the image was decoded.", 1.0)
+        tensors = [image.tensor for image in images]
+        future = self._engine.submit(name, tensors, degree=degree, within_s=left)
         return images, await asyncio.wrap_future(future)
 
     async def _told(
