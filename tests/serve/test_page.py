@@ -24,7 +24,7 @@ def browser():
         pytest.skip("no browser is installed; Debian's package is chromium")
     expect.set_options(timeout=20_000)  # the machine may be busy
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found)
+        browser = playwright.chromium.launch(executable_path=found, args=["--disable-gpu"])
         yield browser
         browser.close()
 
