@@ -165,6 +165,7 @@ function showAnswers() {
   delete main.dataset.empty;
   document.querySelector(".drop strong").textContent = "Choose another image";
   $("result").hidden = false;
+  $("revision").textContent = view.revision;
   $("layer").max = depth;
   if (first) $("layer").value = depth;
   if ($("auto").checked) turnTo(view.degree);
