@@ -107,7 +107,7 @@ def policies(rows: Sequence[Row], slo_ms: float) -> Figure:
             values = [np.nan if second[key] is None else second[key] for second in seconds]
             axis.step(range(len(values)), values, where="post", label=row["policy"])
     latency.axhline(slo_ms, color="grey", linestyle="--", label="objective")
-    load.set_ylabel("images/s (answered within the objective)")
+    load.set_ylabel("images/s in time")
     degree.set_ylabel("mean degree of answers")
     latency.set(ylabel="p99 (ms)", xlabel="seconds", yscale="log")
     for axis in (load, degree, latency):
