@@ -65,6 +65,17 @@ def serve(
     timeout_s: Annotated[
         float, typer.Option(help="Seconds to send a request, or to answer the last ones.")
     ] = 30.0,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On a Ray cluster: that of RAY_ADDRESS, or this machine.")
+    ] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: copies of the model.")] = 1,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: add copies as the load asks for, up to this."),
+    ] = None,
+    home: Annotated[
+        int, typer.Option(min=0, help="With --ray: the degree at which copies shall bear the load.")
+    ] = 0,
 ) -> None:
     """Serve runs over HTTP; the dial turns by itself, so that answers keep coming in time."""
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
@@ -84,6 +95,11 @@ def serve(
     # Clients' mistakes; they are told.
     for name in ("uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if ray:
+        _serve_on_ray(folders, settings, replicas, max_replicas, home)
+        return
+    if (replicas, max_replicas, home) != (1, None, 0):
+        raise ValueError("replicas, max_replicas and home are for --ray.")
     with bound_socket(settings) as listener:  # a mistake here is told before what takes long
         _serve(folders, settings, listener)
 
@@ -110,6 +126,34 @@ def _serve(folders: dict[str, Path], settings: "Settings", listener: socket.sock
     application = create_app(engine, served, settings)
     server = Server(application, engine, settings, ready=ready, reload=reload)
     server.run(sockets=[listener])
+
+
+def _serve_on_ray(
+    folders: dict[str, Path],
+    settings: "Settings",
+    replicas: int,
+    max_replicas: int | None,
+    home: int,
+) -> None:
+    if find_spec("ray") is None:
+        raise ValueError("ray: serving on Ray needs: pip install 'tokendial[serve,ray]'.")
+    from tokendial.serve.cluster import serve_on_ray
+    from tokendial.serve.on_ray import Deployed
+
+    # Replicas do not run where the command was given.
+    runs = {name: folder.resolve() for name, folder in folders.items()}
+    if settings.compensator:
+        compensator = str(Path(settings.compensator).resolve())
+        settings = settings.model_copy(update={"compensator": compensator})
+    deployed = Deployed(
+        runs=runs, settings=settings, replicas=replicas, max_replicas=max_replicas, home=home
+    )
+
+    def ready() -> None:
+        names = ", ".join(runs)
+        print(f"serving {names} on Ray at http://{settings.host}:{settings.port}", flush=True)
+
+    serve_on_ray(deployed, ready)
 
 
 def _print_degrees(served: "Served", engine: "Engine", degrees: Sequence[int]) -> None:

@@ -223,6 +223,11 @@ class Engine:
                 Counter(scheduler.refused),
             )
 
+    def utilisation(self, degree: int) -> float:
+        """Share of the time that arrivals would need with the dial at `degree`."""
+        with self._changed:
+            return self._scheduler.utilisation(self._clock(), degree)
+
     def drain(self, timeout_s: float) -> bool:
         """Refuse what comes from now on, answer what was taken in, end the thread.
 

@@ -1,12 +1,13 @@
 """What Prometheus reads: latency by degree, the queue, the dial, refusals, accuracy to expect."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import get_args
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from tokendial.serve.engine import Engine
@@ -88,3 +89,27 @@ class Metrics(Collector):
         for name in self._served.names:
             accuracy.add_metric([name], self.last_minute.accuracy(name, self._served.accuracy))
         yield accuracy
+
+
+class Joined(Collector):
+    """The numbers of several servers, told apart by a label."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        """Take what `Metrics.text` gave for each."""
+        self._texts = texts
+
+    def text(self) -> bytes:
+        """All of them, in Prometheus' format."""
+        return prometheus_client.generate_latest(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """Each kind of number once, with the samples of all."""
+        found: dict[str, Metric] = {}
+        for replica, text in self._texts.items():
+            for of in text_string_to_metric_families(text):
+                joined = found.setdefault(of.name, Metric(of.name, of.documentation, of.type))
+                joined.samples += [
+                    sample._replace(labels=sample.labels | {"replica": replica})
+                    for sample in of.samples
+                ]
+        return found.values()

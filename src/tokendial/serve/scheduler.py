@@ -158,10 +158,14 @@ class Scheduler:
             [(group, images, grain * (step + 0.5)) for (step, group), images in waiting.items()],
         )
 
-    def utilisation(self, now: float) -> float:
-        """Share of the time that arrivals need at the present degree; above 1: the queue grows."""
+    def utilisation(self, now: float, degree: int | None = None) -> float:
+        """Share of the time that arrivals need, with the dial at a degree.
+
+        Above 1 the queue grows. None: the degree that the dial is at.
+        """
         arrivals = replace(self.observed(now), waiting=())
-        return pressure(self.dial.degree, arrivals, self._plan, self.rules)
+        degree = self.dial.degree if degree is None else degree
+        return pressure(degree, arrivals, self._plan, self.rules)
 
     @property
     def queued(self) -> int:
