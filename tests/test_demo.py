@@ -1,7 +1,16 @@
 import csv
 import re
 
+import pytest
+
 from tokendial.demo import run_demo, run_masks_demo
+from tokendial.train import evaluate
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch):
+    """Speeds are measured, but not for long."""
+    monkeypatch.setattr(evaluate, "_SPEED_SECONDS", 0.0)
 
 
 def test_the_demo_trains_turns_the_dial_and_reports(tmp_path):
