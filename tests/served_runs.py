@@ -1,7 +1,9 @@
 """Runs that are ready to be served: small models, their weights away from zero, not trained."""
 
+import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import tokendial as td
@@ -49,3 +51,17 @@ def write_run(folder, classes, *, seed=1, degree=2) -> Run:
     run.claim(check_recipe(recipe), classes)
     model.save_pretrained(run.best)
     return run
+
+
+def pictures(count: int) -> list[Image.Image]:
+    draw = np.random.default_rng(0)
+    return [
+        Image.fromarray(draw.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(count)
+    ]
+
+
+@torch.no_grad()
+def alone(run: Run, image: Image.Image, degree: int) -> torch.Tensor:
+    model = run.model()
+    model.set_degree(degree)
+    return model(run.task().image_transform(model.anatomy)(image).unsqueeze(0))[0]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tokendial.serve.app import create_app
 from tokendial.serve.engine import Engine
-from tokendial.serve.models import Served
+from tokendial.serve.served import Served
 from tokendial.serve.server import Server, bound_socket
 from tokendial.serve.settings import check_settings
 from tokendial.serve.starting import started
@@ -120,6 +120,7 @@ def serving(runs: Mapping[str, Run], **told: Any) -> Iterator[Serving]:
         if thread.is_alive():
             server.handle_exit(signal.SIGTERM, None)
         thread.join()
+        served.close()
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (50, 40)) -> Image.Image:

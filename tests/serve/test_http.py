@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from serving import file, form, picture, serving, text
 
+from tokendial.serve.facts import Facts
+
 PNG, JSON, FORM = "image/png", "application/json", "multipart/form-data; boundary=x"
 
 
@@ -101,7 +103,7 @@ def test_the_dial_is_told(server, pets):
 def test_the_best_degree_is_the_most_accurate_one(server, monkeypatch):
     for accuracies, best in (({}, 0), ({0: 0.7, 1: 0.9, 2: 0.8}, 1)):
         monkeypatch.setattr(
-            type(server.served),
+            Facts,
             "accuracy",
             lambda self, name, degree, of=accuracies: of.get(degree),
         )
@@ -246,7 +248,7 @@ def test_a_failure_of_ours_is_logged_and_not_told(server, monkeypatch, caplog, w
         if where == "run":
             patch.setattr(server.engine, "_run", fails)
         else:
-            patch.setattr(type(server.served), "prepare", fails)
+            patch.setattr(Facts, "prepare", fails)
         reply = server.predict(file(picture()))
     assert (reply.status, reply.error["code"]) == (500, "internal")
     assert b"secret" not in reply.body

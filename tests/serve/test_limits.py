@@ -7,6 +7,8 @@ from contextlib import suppress
 import pytest
 from serving import everything, file, form, picture, serving, text, until
 
+from tokendial.serve.facts import Facts
+
 PNG = "image/png"
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 
@@ -113,20 +115,20 @@ def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
     assert int(reply.headers["retry-after"]) >= 1
 
 
-def slow(monkeypatch, served, seconds: float) -> None:
+def slow(monkeypatch, seconds: float) -> None:
     """Let images take that long to prepare."""
-    kind, quick = type(served), type(served).prepare
+    quick = Facts.prepare
 
     def prepare(self, name, image):
         time.sleep(seconds)
         return quick(self, name, image)
 
-    monkeypatch.setattr(kind, "prepare", prepare)
+    monkeypatch.setattr(Facts, "prepare", prepare)
 
 
 def test_large_images_are_given_the_time_to_decode_unless_the_client_has_none(pets, monkeypatch):
     with serving({"pets": pets}, slo_ms=700) as server:
-        slow(monkeypatch, server.served, 0.8)
+        slow(monkeypatch, 0.8)
         for _ in range(2):  # however often: what large ones took is not held against others
             assert server.predict(file(picture())).status == 200
         reply = server.predict(file(picture()), query="?deadline_ms=700")

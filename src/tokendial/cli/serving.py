@@ -4,6 +4,7 @@ import logging
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,7 @@ from tokendial.cli.using import Compile, Optimize, speed_of
 
 if TYPE_CHECKING:
     from tokendial.serve.engine import Engine
-    from tokendial.serve.models import Served
+    from tokendial.serve.facts import Facts
     from tokendial.serve.settings import Settings
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
@@ -110,22 +111,23 @@ def _serve(folders: dict[str, Path], settings: "Settings", listener: socket.sock
     from tokendial.serve.starting import started
 
     served, engine = started(folders, settings)
-    offered = served.ladder(settings.max_degree, settings.min_accuracy)
-    _print_degrees(served, engine, offered)
-    if exposed(listener, settings):
-        told = f"whoever reaches {settings.host} may ask: there are no API keys."
-        print(told, file=sys.stderr)
+    with closing(served):
+        offered = served.facts.ladder(settings.max_degree, settings.min_accuracy)
+        _print_degrees(served.facts, engine, offered)
+        if exposed(listener, settings):
+            told = f"whoever reaches {settings.host} may ask: there are no API keys."
+            print(told, file=sys.stderr)
 
-    def ready() -> None:
-        print(f"serving {', '.join(served.names)} on {address_of(listener)}", flush=True)
+        def ready() -> None:
+            print(f"serving {', '.join(served.facts.names)} on {address_of(listener)}", flush=True)
 
-    def reload() -> None:
-        changed = served.reload(engine.call)
-        print(f"read anew: {', '.join(changed) or 'nothing has changed'}", flush=True)
+        def reload() -> None:
+            changed = served.reload(engine.call)
+            print(f"read anew: {', '.join(changed) or 'nothing has changed'}", flush=True)
 
-    application = create_app(engine, served, settings)
-    server = Server(application, engine, settings, ready=ready, reload=reload)
-    server.run(sockets=[listener])
+        application = create_app(engine, served, settings)
+        server = Server(application, engine, settings, ready=ready, reload=reload)
+        server.run(sockets=[listener])
 
 
 def _serve_on_ray(
@@ -156,16 +158,16 @@ def _serve_on_ray(
     serve_on_ray(deployed, ready)
 
 
-def _print_degrees(served: "Served", engine: "Engine", degrees: Sequence[int]) -> None:
+def _print_degrees(facts: "Facts", engine: "Engine", degrees: Sequence[int]) -> None:
     """What each degree costs here, and what it is worth."""
-    for name in served.names:
-        title = name if len(served.names) > 1 else None
+    for name in facts.names:
+        title = name if len(facts.names) > 1 else None
         table = Table("degree", "GMACs", "ms per image", "accuracy", title=title)
         for degree in degrees:
-            accuracy = served.accuracy(name, degree)
+            accuracy = facts.accuracy(name, degree)
             table.add_row(
                 str(degree),
-                f"{served.gmacs(name, degree):.4f}",
+                f"{facts.gmacs(name, degree):.4f}",
                 f"{1000 * engine.seconds(name, degree):.2f}",
                 "" if accuracy is None else f"{accuracy:.2%}",
             )

@@ -12,9 +12,9 @@ from tokendial.serve import page_routes, routes
 from tokendial.serve.access import KeyHolders
 from tokendial.serve.engine import Engine
 from tokendial.serve.metrics import Metrics
-from tokendial.serve.models import Served
 from tokendial.serve.predicting import Predictor
 from tokendial.serve.problems import install
+from tokendial.serve.served import Served
 from tokendial.serve.settings import Settings
 
 

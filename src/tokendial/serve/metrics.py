@@ -12,9 +12,9 @@ from prometheus_client.registry import Collector
 
 from tokendial.serve.engine import Engine
 from tokendial.serve.live import LastMinute
-from tokendial.serve.models import Served
 from tokendial.serve.scheduler import Reason
 from tokendial.serve.schemas import Live
+from tokendial.serve.served import Served
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5)
@@ -86,8 +86,10 @@ class Metrics(Collector):
             "Of the images of the last minute, by what their degrees reached in evaluation.",
             labels=["model"],
         )
-        for name in self._served.names:
-            accuracy.add_metric([name], self.last_minute.accuracy(name, self._served.accuracy))
+        for name in self._served.facts.names:
+            accuracy.add_metric(
+                [name], self.last_minute.accuracy(name, self._served.facts.accuracy)
+            )
         yield accuracy
 
 

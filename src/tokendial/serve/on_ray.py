@@ -30,7 +30,7 @@ from tokendial.serve.schemas import Problem
 from tokendial.serve.settings import Count, Settings, read_keys
 
 if TYPE_CHECKING:
-    from tokendial.serve.models import Served
+    from tokendial.serve.facts import Facts
 
 _log = logging.getLogger(__name__)
 _TRIES = 2
@@ -124,7 +124,7 @@ class Replica:
         from tokendial.serve.starting import started
 
         served, engine = started(runs, settings)
-        check_home(home, served, settings)
+        check_home(home, served.facts, settings)
         self._served, self._engine, self._home = served, engine, home
         self._app = create_app(engine, served, settings)
         await self._app.router.lifespan_context(self._app).__aenter__()
@@ -240,9 +240,9 @@ class Front:
         return Response(Joined(texts).text(), media_type=CONTENT_TYPE)
 
 
-def check_home(home: int, served: "Served", settings: Settings) -> None:
+def check_home(home: int, facts: "Facts", settings: Settings) -> None:
     """Raise a ValueError if the dial does not go to where it is to be at home."""
-    offered = served.ladder(settings.max_degree, settings.min_accuracy)
+    offered = facts.ladder(settings.max_degree, settings.min_accuracy)
     if home not in offered:
         raise ValueError(f"home must be one of {', '.join(map(str, offered))}, got {home}.")
 

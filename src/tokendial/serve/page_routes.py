@@ -7,13 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from tokendial.serve.engine import Engine
-from tokendial.serve.models import Served
-from tokendial.serve.predicting import Predictor, Prepared
+from tokendial.serve.predicting import Predictor
 from tokendial.serve.problems import ProblemError, refusal, retry_after
 from tokendial.serve.routes import IMAGE_BODIES, failures
 from tokendial.serve.scheduler import Refused
 from tokendial.serve.schemas import ClassesPrediction, MaskPrediction, Options
-from tokendial.serve.token_view import TokenView, seen_image, token_view
+from tokendial.serve.served import Served
+from tokendial.serve.token_view import TokenView
 
 _MOST = 8
 """Views at a time, from the first byte of the request; the page is not what the server is for."""
@@ -107,21 +107,18 @@ class _Views:
         name, (prediction,) = predictions.model, predictions.predictions
         try:
             async with self._turn:
-                view = await asyncio.wrap_future(
-                    self._engine.call(lambda: self._in_the_engine(name, image, prediction.degree))
+                view, seen = await asyncio.wrap_future(
+                    self._engine.call(
+                        lambda: self._served.view(name, prediction.degree, image.tensor)
+                    )
                 )
         except Refused as refused:
             raise refusal(refused) from None
-        seen = await asyncio.to_thread(seen_image, self._served.model, image.tensor)
         return Tokens(
             **dict(view),
             model=name,
             revision=predictions.revision,
-            gmacs=self._served.gmacs(name, prediction.degree),
+            gmacs=self._served.facts.gmacs(name, prediction.degree),
             image=seen,
             prediction=prediction,
         )
-
-    def _in_the_engine(self, name: str, image: Prepared, degree: int) -> TokenView:
-        adapter = self._served.tasks[name].adapter
-        return token_view(self._served.model, image.tensor, degree, adapter=adapter)

@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from tokendial.serve.engine import Answer, Engine
+from tokendial.serve.facts import Classes
 from tokendial.serve.metrics import Metrics
-from tokendial.serve.models import Classes, Served
 from tokendial.serve.problems import ProblemError, refusal
 from tokendial.serve.scheduler import Refused
 from tokendial.serve.schemas import (
@@ -26,6 +26,7 @@ from tokendial.serve.schemas import (
     Options,
     Predictions,
 )
+from tokendial.serve.served import Served
 from tokendial.serve.settings import Settings
 from tokendial.serve.uploads import Upload, receive, to_image
 
@@ -53,7 +54,7 @@ class Predictor:
     def __init__(
         self, engine: Engine, served: Served, settings: Settings, metrics: Metrics
     ) -> None:
-        self.degrees = served.ladder(settings.max_degree, settings.min_accuracy)
+        self.degrees = served.facts.ladder(settings.max_degree, settings.min_accuracy)
         self._engine, self._served, self._settings = engine, served, settings
         self._metrics = metrics
         # Threads are bounded, so that decoding leaves room for the model and for the event loop.
@@ -99,12 +100,12 @@ class Predictor:
         seconds = time.monotonic() - whole
         for answer in answers:
             self._metrics.answered(name, answer.degree, seconds)
-        revision = self._served.revision(name)
+        revision = self._served.facts.revision(name)
         return Predictions(model=name, revision=revision, predictions=list(told)), images
 
     def name_of(self, options: OfModel) -> str:
         """The model that is asked for."""
-        names = self._served.names
+        names = self._served.facts.names
         if options.model is not None and options.model not in names:
             message = f"There is no such model; served are {', '.join(names)}."
             raise ProblemError(404, "unknown_model", message, "model")
@@ -116,14 +117,16 @@ class Predictor:
             return None
         if options.degree == "best":
             # As evaluated; where that was not done, the first one, which reduces nothing.
-            return max(self.degrees, key=lambda degree: self._served.accuracy(name, degree) or 0.0)
+            return max(
+                self.degrees, key=lambda degree: self._served.facts.accuracy(name, degree) or 0.0
+            )
         if options.degree not in self.degrees:
             message = f"The dial has the degrees {', '.join(map(str, self.degrees))}."
             raise ProblemError(422, "invalid", message, "degree")
         return options.degree
 
     def _top_of(self, name: str, options: Options) -> int:
-        classes = len(self._served.classes(name))
+        classes = len(self._served.facts.classes(name))
         if options.top is not None and options.top > classes:
             raise ProblemError(422, "invalid", f"The model has {classes} classes.", "top")
         return options.top or min(_TOP, classes)
@@ -160,7 +163,7 @@ class Predictor:
         if began > until:
             raise Refused("late", "the deadline went by before the image was decoded.", 1.0)
         image = to_image(file, called, self._settings)
-        tensor = self._served.prepare(name, image)
+        tensor = self._served.facts.prepare(name, image)
         seconds = time.monotonic() - began
         self._decode_s += _LEARNT * (seconds - self._decode_s)
         return Prepared(tensor, (image.height, image.width), seconds)
@@ -185,8 +188,8 @@ class Predictor:
     async def _told(
         self, name: str, image: Prepared, answer: Answer, top: int
     ) -> ClassesPrediction | MaskPrediction:
-        told = partial(self._served.answer, name, answer.output, image.size, top)
-        if self._served.kind(name) == "classes":
+        told = partial(self._served.facts.answer, name, answer.output, image.size, top)
+        if self._served.facts.kind(name) == "classes":
             found = told()  # takes less time than a thread
         else:
             found = await anyio.to_thread.run_sync(told, limiter=self._painters)

@@ -6,7 +6,6 @@ from fastapi import APIRouter, Query, Request, Response
 
 from tokendial.serve.engine import Engine
 from tokendial.serve.metrics import CONTENT_TYPE, Metrics
-from tokendial.serve.models import Served
 from tokendial.serve.predicting import Predictor
 from tokendial.serve.problems import ProblemError
 from tokendial.serve.schemas import (
@@ -21,6 +20,7 @@ from tokendial.serve.schemas import (
     PredictBody,
     Predictions,
 )
+from tokendial.serve.served import Served
 from tokendial.serve.uploads import FORMATS
 
 _TOLD = {
@@ -86,12 +86,12 @@ def about(engine: Engine, served: Served, predictor: Predictor, metrics: Metrics
             models=[
                 Model(
                     name=name,
-                    kind=served.kind(name),
-                    classes=list(served.classes(name)),
-                    revision=served.revision(name),
-                    default=name == served.names[0],
+                    kind=served.facts.kind(name),
+                    classes=list(served.facts.classes(name)),
+                    revision=served.facts.revision(name),
+                    default=name == served.facts.names[0],
                 )
-                for name in served.names
+                for name in served.facts.names
             ]
         )
 
@@ -105,9 +105,9 @@ def about(engine: Engine, served: Served, predictor: Predictor, metrics: Metrics
             degrees=[
                 Degree(
                     degree=degree,
-                    gmacs=served.gmacs(name, degree),
+                    gmacs=served.facts.gmacs(name, degree),
                     ms=1000 * engine.seconds(name, degree),
-                    accuracy=served.accuracy(name, degree),
+                    accuracy=served.facts.accuracy(name, degree),
                 )
                 for degree in predictor.degrees
             ],

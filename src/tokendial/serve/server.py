@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
     async def _read_anew(self) -> None:
         try:
             await asyncio.to_thread(self._reload)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             _log.error("not reloaded, the old models go on: %s", one_line(error))
 
 

@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from tokendial.serve.controller import Rules
 from tokendial.serve.engine import Engine
-from tokendial.serve.models import Served, load_served
 from tokendial.serve.scheduler import Scheduler
+from tokendial.serve.served import Served
 from tokendial.serve.settings import Settings
 from tokendial.train.runs import Run
 
 
 def started(runs: Mapping[str, Path], settings: Settings) -> tuple[Served, Engine]:
     """Load runs, measure what every degree costs on this machine, start the engine.
+
+    Whoever calls closes what is served after the engine has ended.
 
     Args:
         runs: Folders by the names that they are served under; the first one is the default.
@@ -23,14 +23,16 @@ def started(runs: Mapping[str, Path], settings: Settings) -> tuple[Served, Engin
     Raises:
         ValueError: If a run cannot be served, or a setting does not fit it.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    served = load_served(
-        {name: Run(folder) for name, folder in runs.items()},
-        compensator=Path(settings.compensator) if settings.compensator else None,
-        speed=settings.speed,
-    )
-    offered = served.ladder(settings.max_degree, settings.min_accuracy)
+    served = Served({name: Run(folder) for name, folder in runs.items()}, settings)
+    try:
+        return served, _engine(served, settings)
+    except BaseException:
+        served.close()
+        raise
+
+
+def _engine(served: Served, settings: Settings) -> Engine:
+    offered = served.facts.ladder(settings.max_degree, settings.min_accuracy)
     fixed = settings.degree
     if fixed is not None and fixed not in offered:
         raise ValueError(f"degree must be one of {', '.join(map(str, offered))}, got {fixed}.")
@@ -44,4 +46,4 @@ def started(runs: Mapping[str, Path], settings: Settings) -> tuple[Served, Engin
     scheduler = Scheduler(costs, rules, max_queue=settings.max_queue, max_wait_s=wait_s)
     engine = Engine(served.run, scheduler)
     engine.start()
-    return served, engine
+    return engine

@@ -45,7 +45,7 @@ def token_view(
     """Follow the patches of one image through the layers.
 
     The model is left at the degree and with the adapter that it had. Nothing else may run it
-    meanwhile: in a server this is called in the engine's thread.
+    meanwhile.
 
     Args:
         model: A wrapped model of images.
