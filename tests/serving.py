@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 from PIL import Image
 
+from tokendial.serve import served as served_module
+from tokendial.serve.apart import Order
 from tokendial.serve.app import create_app
 from tokendial.serve.engine import Engine
 from tokendial.serve.served import Served
@@ -97,12 +101,33 @@ class Serving:
             go_on.set()
 
 
+class Near:
+    """Models in the process of the tests; one of their own would take seconds to start."""
+
+    alive = True
+
+    def __init__(self, order: Order) -> None:
+        self.models = order.load()
+        self.facts, self.view = self.models.facts, self.models.view
+
+    def run(self, name: str, degree: int, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        return list(self.models.run(name, degree, torch.stack(images)))
+
+    def close(self) -> None:
+        pass
+
+
 @contextmanager
-def serving(runs: Mapping[str, Run], **told: Any) -> Iterator[Serving]:
-    """A server that ends with the block."""
+def serving(runs: Mapping[str, Run], *, apart: bool = False, **told: Any) -> Iterator[Serving]:
+    """A server that ends with the block; its models are in a process of their own, or near."""
     settings = check_settings(PATIENT | told)
     listener = bound_socket(settings)
-    served, engine = started({name: run.folder for name, run in runs.items()}, settings)
+    folders = {name: run.folder for name, run in runs.items()}
+    if apart:
+        served, engine = started(folders, settings)
+    else:
+        with mock.patch.object(served_module, "Apart", Near):
+            served, engine = started(folders, settings)
     ready = threading.Event()
     server = Server(
         create_app(engine, served, settings),

@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import Future
+from threading import Timer
 
 import psutil
 import pytest
@@ -42,47 +43,45 @@ def serve():
     assert not children()
 
 
-def test_images_come_back_as_the_logits_they_have_alone(serve, pets, masks):
-    for name, run in (("pets", pets), ("masks", masks)):
-        served, images = serve(**{name: run}), pictures(3)
-        ready = [served.facts.prepare(name, image) for image in images]
-        for degree in (4, 0):
-            for some in (ready, ready[:1]):  # what an earlier batch has left does not count
-                for logits, image in zip(served.run(name, degree, some), images, strict=False):
-                    torch.testing.assert_close(logits, alone(run, image, degree))
+def test_images_come_back_as_the_logits_they_have_alone(serve, pets):
+    served, images = serve(pets=pets), pictures(3)
+    ready = [served.facts.prepare("pets", image) for image in images]
+    for degree in (4, 0):
+        for some in (ready, ready[:1]):  # what an earlier batch has left does not count
+            for logits, image in zip(served.run("pets", degree, some), images, strict=False):
+                torch.testing.assert_close(logits, alone(pets, image, degree))
+    with pytest.raises(ValueError, match="degree must be"):
+        served.run("pets", 99, ready)
+    with pytest.raises(RuntimeError, match="KeyError: 'dogs'"):
+        served.run("dogs", 0, ready)
+    torch.testing.assert_close(served.run("pets", 0, ready)[0], alone(pets, images[0], 0))
 
 
-def test_every_degree_and_size_is_measured(serve, pets):
-    served = serve(pets=pets)
+def test_every_degree_and_size_is_measured(serve, masks):
+    served = serve(masks=masks)
     degrees = served.facts.degrees
     costs = served.measured(Rules(60.0, degrees, max_batch=3), degrees)
-    assert set(costs.points) == {("pets", degree) for degree in degrees}
+    assert set(costs.points) == {("masks", degree) for degree in degrees}
     assert all(costs.seconds(*point, 3) >= costs.seconds(*point, 1) > 0 for point in costs.points)
 
 
-def test_what_cannot_be_loaded_or_run_is_told(serve, pets, tmp_path):
+def test_what_cannot_be_loaded_is_told(serve, tmp_path):
     with pytest.raises(ValueError, match="is not the folder of a run"):
         serve(pets=Run(tmp_path))
-    served = serve(pets=pets)
-    image = served.facts.prepare("pets", pictures(1)[0])
-    with pytest.raises(ValueError, match="degree must be"):
-        served.run("pets", 99, [image])
-    with pytest.raises(RuntimeError, match="KeyError: 'dogs'"):
-        served.run("dogs", 0, [image])
-    torch.testing.assert_close(served.run("pets", 0, [image])[0], alone(pets, pictures(1)[0], 0))
+    assert not children()
 
 
-def test_a_process_that_was_killed_is_started_again(serve, pets):
+def test_a_process_that_is_gone_is_started_again(serve, pets):
     served = serve(pets=pets)
     (image,) = pictures(1)
     ready = served.facts.prepare("pets", image)
     (process,) = children()
-    process.terminate()  # is for the server to obey
+    process.terminate()  # that is for the server to obey
     torch.testing.assert_close(served.run("pets", 1, [ready])[0], alone(pets, image, 1))
-    process.suspend()  # so that the next batch finds it alive
+    process.suspend()  # with a batch
+    Timer(0.2, process.kill).start()
     with pytest.raises(RuntimeError, match="the process of the models ended with -9"):
-        served._models._process.kill()
-        served._models.run("pets", 1, [ready])
+        served.run("pets", 1, [ready])
     torch.testing.assert_close(served.run("pets", 1, [ready])[0], alone(pets, image, 1))
 
 
