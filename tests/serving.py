@@ -104,8 +104,6 @@ class Serving:
 class Near:
     """Models in the process of the tests; one of their own would take seconds to start."""
 
-    alive = True
-
     def __init__(self, order: Order) -> None:
         self.models = order.load()
         self.facts, self.view = self.models.facts, self.models.view

@@ -37,6 +37,10 @@ class Order:
     """Of the model; None: torch's choice."""
 
 
+class GoneError(RuntimeError):
+    """The process has ended; another one may do."""
+
+
 class Apart:
     """Models that another process has in memory; for one thread at a time.
 
@@ -48,8 +52,8 @@ class Apart:
         """Start the process, and wait until it has loaded the models.
 
         Raises:
-            ValueError: What `order.load` raised; so do OSErrors.
-            RuntimeError: If it failed otherwise.
+            ValueError: As `order.load` does.
+            GoneError: If the process has ended.
         """
         ours, theirs = socket.socketpair()
         memory = _unnamed_file()
@@ -62,8 +66,7 @@ class Apart:
             )
         self._pipe = Connection(ours.detach())
         try:
-            send(self._pipe, order)
-            self.facts: Facts = self._answer()
+            self.facts: Facts = self._ask(order)
             self._images = shared_images(memory, order.most, self.facts.input_shape)
         except BaseException:
             self.close()
@@ -71,37 +74,29 @@ class Apart:
         finally:
             os.close(memory)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
-
     def run(self, name: str, degree: int, images: Sequence[Tensor]) -> list[Tensor]:
-        """Logits of each image."""
+        """Logits of each image; a GoneError if the process has ended."""
         torch.stack(list(images), out=self._images[: len(images)])
         return list(self._ask("run", name, degree, len(images)))
 
     def view(self, name: str, degree: int, image: Tensor) -> tuple[TokenView, str]:
-        """The tokens of an image [3, H, W], and what the model sees of it: a PNG in base64."""
+        """The tokens of an image, and what the model sees of it, as `Models.view`."""
         found: tuple[TokenView, str] = self._ask("view", name, degree, image)
         return found
 
     def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
+        """End the process; whoever waits for an answer gets a GoneError."""
         self._process.kill()
         self._process.wait()
+        self._pipe.close()
 
     def _ask(self, *asked: Any) -> Any:
-        send(self._pipe, asked)
-        return self._answer()
-
-    def _answer(self) -> Any:
         try:
+            send(self._pipe, asked)
             answer, error = receive(self._pipe)
         except (EOFError, ConnectionError):
             code = self._process.wait()
-            raise RuntimeError(f"the process of the models ended with {code}.") from None
+            raise GoneError(f"the process of the models ended with {code}.") from None
         if error:
             raise error
         return answer

@@ -1,16 +1,17 @@
 """What is served: models that compute in a process of their own, and can be exchanged."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tokendial.serve.apart import Apart, Order
+from tokendial.serve.apart import Apart, GoneError, Order
 from tokendial.serve.controller import Rules
 from tokendial.serve.costs import Costs, measured_costs
 from tokendial.serve.facts import Facts, revision_of
@@ -18,6 +19,9 @@ from tokendial.serve.models import load_models
 from tokendial.serve.settings import Settings
 from tokendial.serve.token_view import TokenView
 from tokendial.train.runs import Run
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Served:
@@ -45,7 +49,7 @@ class Served:
         )
         self._runs = runs
         self._order = Order(load, settings.max_batch, settings.threads)
-        self._models = Apart(self._order)
+        self._models, self._closed = Apart(self._order), False
 
     @property
     def facts(self) -> Facts:
@@ -54,11 +58,11 @@ class Served:
 
     def run(self, name: str, degree: int, images: Sequence[Tensor]) -> list[Tensor]:
         """Logits of each image."""
-        return self._living().run(name, degree, images)
+        return self._asked(lambda models: models.run(name, degree, images))
 
     def view(self, name: str, degree: int, image: Tensor) -> tuple[TokenView, str]:
         """The tokens of an image [3, H, W], and what the model sees of it: a PNG in base64."""
-        return self._living().view(name, degree, image)
+        return self._asked(lambda models: models.view(name, degree, image))
 
     def measured(self, rules: Rules, degrees: Sequence[int]) -> Costs:
         """How long batches take here, on random images."""
@@ -101,12 +105,19 @@ class Served:
 
     def close(self) -> None:
         """End the process; nothing can be run any more."""
+        self._closed = True
         self._models.close()
 
-    def _living(self) -> Apart:
-        if not self._models.alive:  # the system may have ended it, for want of memory
+    def _asked(self, ask: Callable[[Apart], T]) -> T:
+        """What models answer; a new process is asked if the old one was lost with the question."""
+        try:
+            return ask(self._models)
+        except GoneError as error:  # the system may have taken its memory
+            if self._closed:
+                raise
+            _log.error("%s Starting another one.", error)
             self._exchange(self._started_anew())
-        return self._models
+            return ask(self._models)
 
     def _started_anew(self) -> Apart:
         fresh = Apart(self._order)

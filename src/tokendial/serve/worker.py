@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tokendial.serve.apart import Order, receive, send, shared_images
+from tokendial.serve.apart import receive, send, shared_images
 
 
 def main(pipe: Connection, memory: int) -> None:
@@ -22,7 +22,7 @@ def main(pipe: Connection, memory: int) -> None:
     # It may be sent to every process of a service; what the server has accepted is computed still.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(EOFError, ConnectionError):  # the server is gone
-        order: Order = receive(pipe)
+        (order,) = receive(pipe)
         if order.threads is not None:
             torch.set_num_threads(order.threads)
         try:
