@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tokendial import attention
 from tokendial.attention import BY_PRODUCTS, attend
 
 
@@ -42,6 +43,18 @@ def test_a_token_of_size_two_weighs_like_two_equal_tokens():
     torch.testing.assert_close(out, attend(*doubled)[0][:, :5])
     rows = weights(q, k, size.log()[:, None, None, :])
     torch.testing.assert_close(merged.class_attention, rows.mean(1)[:, 0])
+
+
+@pytest.mark.parametrize("most", [1, 100, 10**9])
+@pytest.mark.parametrize("sized", [False, True])
+def test_matrix_products_give_what_the_fused_kernel_does(sized, most, monkeypatch):
+    monkeypatch.setattr(attention, "_MOST_WEIGHTS", most)
+    q, k, v = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in qkv(6))
+    size = 1 + 3 * torch.rand(2, 6) if sized else None
+    for multiple in (1, 4):
+        fused, _ = attend(q, k, v, size_BN=size, key_multiple=multiple)
+        same, _ = attend(q, k, v, size_BN=size, key_multiple=multiple, fused=False)
+        torch.testing.assert_close(same, fused)
 
 
 @pytest.mark.parametrize("sized", [False, True])

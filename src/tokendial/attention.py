@@ -10,6 +10,8 @@ from torch import Tensor
 
 BY_PRODUCTS = frozenset({"mean_keys", "class_attention", "mean_attention", "attention"})
 """What `attend` can return besides the output."""
+_MOST_WEIGHTS = 2**22
+"""Attention weights that are held at a time, or those of one head."""
 
 
 @dataclass(slots=True)
@@ -36,12 +38,12 @@ def attend(
     size_BN: Tensor | None = None,
     policy_BN: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
+    fused: bool = True,
     key_multiple: int = 1,
 ) -> tuple[Tensor, Attended]:
     """Attention of every token to every token.
 
-    The fused kernel of PyTorch computes it unless there is a policy; class attention costs one
-    extra row, not a second pass.
+    Class attention costs one extra row, not a second pass.
 
     Args:
         q_BHNC: Queries.
@@ -54,8 +56,11 @@ def attend(
         policy_BN: 1 for tokens that others may see, 0 for those that only see themselves. None:
             all are seen.
         needs: Which of `BY_PRODUCTS` to return.
-        key_multiple: The fused kernel gets keys and values for a multiple of so many tokens, the
-            surplus masked out: some processors run that faster. The result is the same.
+        fused: Let the fused kernel of PyTorch compute it, which never holds a whole attention map;
+            else matrix products do, some maps at a time. Some processors run these faster. With a
+            policy there is no fused kernel.
+        key_multiple: Attention gets keys and values for a multiple of so many tokens, the surplus
+            masked out: some processors run that faster. The result is the same.
 
     Returns:
         Weighted values of all heads, [B, N, H * C], before the output projection; and the
@@ -74,9 +79,12 @@ def attend(
             mask = k_BHNC.new_zeros(1, 1, 1, k_BHNC.shape[2]) if bias is None else bias
             mask = F.pad(mask, (0, surplus), value=-torch.inf)
             keys, values = (F.pad(each, (0, 0, 0, surplus)) for each in (k_BHNC, v_BHNC))
-        out = F.scaled_dot_product_attention(
-            q_BHNC, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
-        )
+        if fused or dropout:
+            out = F.scaled_dot_product_attention(
+                q_BHNC, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
+            )
+        else:
+            out = _unfused(q_BHNC, keys, values, mask, scale)
     else:
         logits = (q_BHNC * scale) @ k_BHNC.transpose(-2, -1)
         weights = masked_softmax(logits if bias is None else logits + bias, policy_BN)
@@ -93,6 +101,26 @@ def attend(
         if "attention" in needs:
             attended.attention = weights
     return out.transpose(1, 2).flatten(2), attended
+
+
+def _unfused(
+    q_BHNC: Tensor, k_BHMC: Tensor, v_BHMC: Tensor, mask_B11M: Tensor | None, scale: float
+) -> Tensor:
+    """Attention by matrix products, [B, H, N, C]."""
+    heads, num_tokens, num_keys = q_BHNC.shape[1], q_BHNC.shape[2], k_BHMC.shape[2]
+    if mask_B11M is None:
+        mask_B11M = q_BHNC.new_zeros(1, 1, 1, num_keys)
+    masks = mask_B11M.expand(q_BHNC.shape[0], heads, 1, num_keys).flatten(0, 1)
+    some = max(1, _MOST_WEIGHTS // (num_tokens * num_keys))
+    split = (
+        torch.split(each, some)
+        for each in (masks, *(x.flatten(0, 1) for x in (q_BHNC, k_BHMC, v_BHMC)))
+    )
+    parts = [
+        torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(dim=-1) @ v
+        for mask, q, k, v in zip(*split, strict=True)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(q_BHNC.shape)
 
 
 def masked_softmax(logits_BHNN: Tensor, policy_BN: Tensor, eps: float = 1e-6) -> Tensor:

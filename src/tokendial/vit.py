@@ -81,6 +81,8 @@ class DialViT(AdaptedViT):
     checkpoint_activations: bool = False
     """Whether training recomputes the blocks in the backward pass instead of keeping their
     activations: less memory, more time."""
+    fused_attention: bool = True
+    """Whether the fused kernel computes attention, see `attend`."""
     key_multiple: int = 1
     """Attention gets keys for a multiple of so many tokens, see `attend`."""
 
@@ -227,6 +229,7 @@ class DialViT(AdaptedViT):
             size_BN=size_BN,
             policy_BN=tokens.policy,
             needs=needs,
+            fused=self.fused_attention,
             key_multiple=self.key_multiple,
         )
         out = tokens.x + anatomy.attention_branch(layer, heads, x)

@@ -45,6 +45,7 @@ def test_every_method_gives_the_logits_of_the_model(reduce, keep_everything):
     fast = td.optimize(model, images(4), degrees=degrees)
     assert [trial.name for trial in fast.trials if trial.kept] == [
         "packed weights",
+        "unfused attention",
         "padded keys",
         "a core each",
     ]
@@ -127,7 +128,7 @@ def test_what_fails_or_is_slower_is_left_out(monkeypatch):
     model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4)).eval()
 
     class Broken(nn.Linear):
-        def __init__(self, linear):
+        def __init__(self, linear, gelu):
             super().__init__(linear.in_features, linear.out_features)
 
         def forward(self, x):

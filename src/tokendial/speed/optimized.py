@@ -21,6 +21,7 @@ from tokendial.speed.treatments import (
     try_compiled,
     try_packed,
     try_padded,
+    try_unfused,
 )
 from tokendial.vit import DialViT
 
@@ -43,7 +44,10 @@ class Optimized(nn.Module):
 
     Treatments, by name:
         packed weights: Linear layers keep a second copy of their weights in the order that the
-            processor's matrix units read, where PyTorch would make it in every call.
+            processor's matrix units read, where PyTorch would make it in every call, and apply a
+            GELU that follows before they write their results.
+        unfused attention: Matrix products and a softmax compute attention instead of the fused
+            kernel.
         padded keys: Attention gets keys for a multiple of 32 tokens, the surplus masked.
         a core each: The batch is split, and every core runs its images through the whole model,
             instead of all cores sharing every operation.
@@ -143,6 +147,7 @@ def optimize(
     if example.device.type == "cpu":
         keep_freed_memory()
         try_packed(fast, example)
+        try_unfused(fast, example)
         try_padded(fast, example)
         try_a_core_each(fast, example)
     if compile:

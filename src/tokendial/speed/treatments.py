@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from tokendial.vit import DialViT
@@ -89,42 +91,67 @@ def _seconds(fast: Treated, example: Tensor) -> float:
 class PackedLinear(nn.Linear):
     """A Linear layer with a second copy of its weights, packed for the processor.
 
-    The packed copy follows the weights when these are changed in place.
+    The packed copy follows the weights when these are changed in place. With `gelu`, the layer
+    applies that to its results before they are rounded and written: "none" (the exact one) or
+    "tanh", as `nn.GELU` names them.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, gelu: str | None = None) -> None:
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        self.gelu = gelu
         self.packed: Tensor | None = None
         self._version = -1
 
     def forward(self, x: Tensor) -> Tensor:
         """`nn.Linear` of [..., in_features]."""
         if torch.compiler.is_compiling():  # the packed copy is opaque to the compiler
-            return super().forward(x)
+            plain = super().forward(x)
+            return F.gelu(plain, approximate=self.gelu) if self.gelu else plain
         if self.packed is None or self._version != self.weight._version:
             self._version = self.weight._version
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.packed, self.bias, "gelu" if self.gelu else "none", [], self.gelu or ""
+        )
         return out
 
 
 def try_packed(fast: Treated, example: Tensor) -> None:
     """Keep weights in the processor's own order."""
     vit = fast.model.vit
-    plain = {
+    linears = {
         name: module
         for name, module in vit.named_modules()
         # Layers that PEFT or hooks have changed do more than multiply.
         if type(module) is nn.Linear and not module._forward_hooks
     }
-    packed = {name: PackedLinear(linear) for name, linear in plain.items()}
+    gelus = {
+        f"{name}.act": module.act
+        for name, module in vit.named_modules()
+        if type(module) is Mlp and f"{name}.fc1" in linears and type(module.act) is nn.GELU
+    }
+    applied = {name.removesuffix("act") + "fc1": gelu.approximate for name, gelu in gelus.items()}
+    plain: dict[str, nn.Module] = {**linears, **gelus}
+    packed: dict[str, nn.Module] = {
+        **{name: PackedLinear(linear, applied.get(name)) for name, linear in linears.items()},
+        **{name: nn.Identity() for name in gelus},
+    }
 
     def use(on: bool) -> None:
         for name, linear in (packed if on else plain).items():
             vit.set_submodule(name, linear)
 
     _try("packed weights", fast, example, use)
+
+
+def try_unfused(fast: Treated, example: Tensor) -> None:
+    """Compute attention by matrix products."""
+
+    def use(on: bool) -> None:
+        fast.model.fused_attention = not on
+
+    _try("unfused attention", fast, example, use)
 
 
 def try_padded(fast: Treated, example: Tensor) -> None:
