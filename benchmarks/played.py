@@ -79,15 +79,25 @@ class Played:
     def score(self, workload: Workload, groups: Sequence[Sequence[int]]) -> float | None:
         """Accuracy, or what else runs are judged by, of the answers in the part that counts.
 
+        All images weigh the same: of each, as many answers as of the one that has least, spread
+        over the time. Else chance would decide which images a policy is judged by.
+
         Args:
             workload: Whose images were sent.
             groups: The images of each request, taken in turn.
         """
+        found: dict[int, list[Outcome]] = {}
+        for some in self._counts():
+            if some.answer:
+                found.setdefault(some.exchange.number % len(groups), []).append(some)
+        least = min(map(len, found.values()), default=0)
         return workload.score(
             pair
-            for some in self._counts()
-            if some.answer
-            for pair in zip(groups[some.exchange.number % len(groups)], some.answer, strict=True)
+            for group, outcomes in found.items()
+            for turn in range(least)
+            for pair in zip(
+                groups[group], outcomes[turn * len(outcomes) // least].answer, strict=True
+            )
         )
 
     def back(self) -> float | None:

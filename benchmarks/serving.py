@@ -2,8 +2,8 @@
 
 The capacity of degree 0 comes first: the images/s that a server answers within its objective to as
 many clients as give the most. Then a trace of load is played to four fresh servers that differ in
-the dial alone: by default ten seconds at half of that capacity, a minute at three times as much,
-and twenty seconds at half again. Numbers are those of the part in the middle. Requests carry
+the dial alone: by default ten seconds at 0.3 of that capacity, a minute at three times as much,
+and twenty seconds at 0.3 again. Numbers are those of the part in the middle. Requests carry
 labelled images of the run's validation set; they go out at the times of the trace, whatever the
 server does, and latency counts from these times.
 """
@@ -126,7 +126,7 @@ def _asked(arguments: list[str]) -> argparse.Namespace:
         help=f"{', '.join(TRACES)}, or a file with the time of a request in each line, in seconds",
     )
     parser.add_argument(
-        "--low", type=float, default=0.5, help="rate around the step, in capacities"
+        "--low", type=float, default=0.3, help="rate around the step, in capacities"
     )
     parser.add_argument("--load", type=float, default=3.0, help="rate in the step, in capacities")
     parser.add_argument(

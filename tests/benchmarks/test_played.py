@@ -84,6 +84,21 @@ def test_how_late_requests_left():
     assert of(STEP).late() == pytest.approx(1.0)
 
 
+class Pairs:
+    """Shows what is judged."""
+
+    def score(self, answers):
+        return [(image, prediction["degree"]) for image, prediction in answers]
+
+
+def test_all_images_weigh_the_same():
+    groups = [[0, 1], [2, 3]]
+    # Requests 2 and 6 carried the first group, 1 and 3 the second.
+    told = [(0, 3), (1, 3), (0, 5), (1, 5), (2, 0), (3, 0), (2, 3), (3, 5)]
+    assert sorted(of(STEP).score(Pairs(), groups)) == sorted(told)
+    assert of(STEP[:6]).score(Pairs(), groups) == [(2, 0), (3, 0), (0, 3), (1, 3)]
+
+
 def test_a_server_that_answers_nobody():
     row = of([exchange(0, 1.5, 1, status=429)]).row()
     assert (row["answered"], row["goodput"]) == (0, 0)
