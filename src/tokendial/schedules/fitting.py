@@ -185,7 +185,9 @@ class _Fitting:
             share = self._refined(best)
             if share <= above * limit:
                 kept.append(best)
-            if best == harder or _BELOW * limit <= share <= above * limit:
+            fits = best == harder or _BELOW * limit <= share <= above * limit
+            late = attempt > 0 and self._elapsed() > end
+            if fits or late:
                 break
             factor = share / self._share(best)
         return min(kept or [best], key=search.divergence)

@@ -14,7 +14,7 @@ from tokendial.measure.cost import count_parts
 from tokendial.schedules.space import Schedule, Space
 from tokendial.vit import DialViT, Step
 
-_TURNS, _MOST_TURNS = 5, 25
+_TURNS, _MOST_TURNS = 3, 25
 
 
 class Trial:
