@@ -3,6 +3,7 @@ import json
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,8 +172,21 @@ def test_the_command_line_finds_the_fastest_way_first(cli, run, digits):
     code, _, err = cli("predict", run.folder, digits, "--compile", "--out", run.folder / "masks")
     assert (code, err.strip()) == (
         2,
-        "error: optimize and compile are for classes, predicted by one process.",
+        "error: optimize, compile and precision are for classes, predicted by one process.",
     )
+
+
+def test_the_command_line_uses_half_precision(cli, run, digits):
+    def classes(*flags):
+        code, out, err = cli("predict", run.folder, digits, *flags)
+        assert (code, "packed weights: " in err) == (0, bool(flags))
+        return [row["class"] for row in csv.DictReader(out.splitlines())]
+
+    whole, half = classes(), classes("--precision", "bf16")
+    assert np.mean([a == b for a, b in zip(whole, half, strict=True)]) > 0.9
+    code, _, err = cli("predict", run.folder, digits, "--precision", "int8")
+    assert code == 2
+    assert "int8" in err
 
 
 def test_the_command_line_reports_what_it_cannot_read_and_does_the_rest(cli, run, digits, tmp_path):

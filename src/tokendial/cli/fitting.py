@@ -1,6 +1,5 @@
 """The command that finds schedules of token reduction for a run: fit."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,18 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tokendial.cli.app import app
-from tokendial.cli.using import RunFolder
+from tokendial.cli.using import Precision, RunFolder
 
 if TYPE_CHECKING:
     from tokendial.schedules import Fitted, Point
-
-
-class Precision(StrEnum):
-    """Arithmetic that is timed."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 @app.command()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokendial.cli.app import app
-from tokendial.cli.using import Compile, Optimize, speed_of
+from tokendial.cli.using import Compile, Faster, Optimize, Precision, speed_of
 
 if TYPE_CHECKING:
     from tokendial.serve.engine import Engine
@@ -53,6 +53,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(help="Most images that may wait.")] = 512,
     optimize: Optimize = False,
     compile: Compile = False,
+    precision: Faster = Precision.fp32,
     threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
     decoders: Annotated[int, typer.Option(help="Images decoded at the same time.")] = 2,
     api_keys: Annotated[
@@ -90,7 +91,7 @@ def serve(
     folders = _named(runs)
     # Each option has the name of its setting, which says what is allowed.
     told = {name: value for name, value in context.params.items() if name in Settings.model_fields}
-    speed = speed_of(optimize, compile)
+    speed = speed_of(optimize, compile, precision)
     settings = check_settings(told | {"speed": speed, "api_keys": read_keys(api_keys)})
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     # Clients' mistakes; they are told.

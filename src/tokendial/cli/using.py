@@ -35,6 +35,23 @@ Compile = Annotated[
     bool, typer.Option("--compile", help="The same, and compile: a minute or so for each degree.")
 ]
 
+
+class Precision(StrEnum):
+    """Arithmetic."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Faster = Annotated[
+    Precision,
+    typer.Option(
+        "--precision",
+        help="Arithmetic; half precision where there are instructions for it. With --optimize.",
+    ),
+]
+
 _SHOWN_SCORES = 3
 
 
@@ -61,11 +78,13 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     optimize: Optimize = False,
     compile: Compile = False,
+    precision: Faster = Precision.fp32,
 ) -> None:
     """Accuracy, cost and speed of a run along the dial: table, CSV and plot."""
+    speed = speed_of(optimize, compile, precision)
     if compensator is not None:
-        if optimize or compile:
-            raise ValueError("optimize and compile do not go with --compensator.")
+        if speed:
+            raise ValueError("optimize, compile and precision do not go with --compensator.")
         _evaluate_bridged(runs, degrees, compensator, sources, batch_size)
         return
     if len(runs) > 1 or sources is not None:
@@ -75,7 +94,6 @@ def evaluate(
     from tokendial.train import Run
     from tokendial.train.evaluate import evaluate as run_evaluation
 
-    speed = speed_of(optimize, compile)
     rows = run_evaluation(Run(run), degrees, batch_size=batch_size, speed=speed)
     unit = "clip" if Run(run).on_videos() else "image"
     # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
@@ -97,11 +115,11 @@ def evaluate(
     _write_evaluation(rows, figure, run / "eval" / "degrees")
 
 
-def speed_of(optimize: bool, compile: bool) -> "Speed":
-    """What the two options ask for."""
+def speed_of(optimize: bool, compile: bool, precision: Precision) -> "Speed":
+    """What the options ask for."""
     from tokendial.speed import Speed
 
-    return Speed.compiled if compile else Speed.measured if optimize else Speed.plain
+    return Speed(optimize, compile, precision.value)
 
 
 def _evaluate_bridged(
@@ -172,6 +190,7 @@ def predict(
     ] = False,
     optimize: Optimize = False,
     compile: Compile = False,
+    precision: Faster = Precision.fp32,
 ) -> None:
     """Class and probability, or mask, of each file; exit code 1 if some could not be read."""
     from tokendial.data import ImageError, VideoError, find_images, find_sources, find_videos
@@ -184,9 +203,11 @@ def predict(
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
     if out is not None and ray:
         raise ValueError("ray is for classes: masks are written by one process.")
-    speed = speed_of(optimize, compile)
-    if speed != "plain" and (out is not None or ray):
-        raise ValueError("optimize and compile are for classes, predicted by one process.")
+    speed = speed_of(optimize, compile, precision)
+    if speed and (out is not None or ray):
+        raise ValueError(
+            "optimize, compile and precision are for classes, predicted by one process."
+        )
     trained = Run(run)
     answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
     if out is None:

@@ -11,7 +11,7 @@ from tokendial.reduce import EViT, ToMe
 from tokendial.schedules.agreement import Judge
 from tokendial.schedules.checks import Budget, check, method_of, read_budgets
 from tokendial.schedules.costs import CostTable, coarse, measure
-from tokendial.schedules.meters import MacCounter, Meter, Stopwatch, trial
+from tokendial.schedules.meters import TURNS, MacCounter, Meter, Stopwatch, trial
 from tokendial.schedules.result import Fitted, FittedDegree, Point
 from tokendial.schedules.search import Search
 from tokendial.schedules.space import Schedule, Space
@@ -20,7 +20,7 @@ from tokendial.vit import DialViT
 _TIMED_COUNTS, _COUNTED_COUNTS = 32, 8
 _ROUNDS = 9
 _TABLE_SHARE, _LAST_SHARE, _COMPARING_SHARE = 0.25, 0.15, 0.005
-"""Of the time: for the table at most, for what follows the search, for each schedule compared."""
+"""Of the time: for the table, for what follows the search at least, for each schedule compared."""
 _FORWARDS, _FORWARDS_PER_LAYER = 40, 8
 """Schedules that are judged in a search, more or less."""
 _CORRECTIONS, _MARGIN = 4, 0.002
@@ -109,8 +109,8 @@ class _Fitting:
         """Measure the table, and check that the budgets can be reached."""
         self.space, self.meter, self.kind, self.note = space, meter, kind, note
         self.start, self.seconds = time.monotonic(), 60 * minutes
-        self.until = 0.0
-        """When, in seconds from the start, the search at hand has to end."""
+        self.end = self.until = 0.0
+        """When, in seconds from the start, all searches and the one at hand have to end."""
         self.table = CostTable(space)
         counts = coarse(space.shape.num_patches, _COUNTED_COUNTS if meter.exact else _TIMED_COUNTS)
         note(f"measuring blocks at {len(counts)} numbers of tokens")
@@ -143,11 +143,14 @@ class _Fitting:
         return 1 / budget if self.kind == "speedup" else budget / self.unreduced
 
     def affordable(self, stopwatch: Stopwatch, images: int) -> int:
-        """How many of the images leave time for a search."""
+        """How many of the images leave time for a search, and for what follows it."""
         batch = min(stopwatch.one(self.space.none) for _ in range(3))
         per_image = batch / len(stopwatch.images)
+        compared = 1 + (1 + len(_NEAR)) * len(self.limits)
+        follows = ((1 + TURNS) * compared + _CURVE) * batch
+        self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
         wanted = (_FORWARDS + _FORWARDS_PER_LAYER * self.space.shape.depth) * len(self.limits)
-        left = (1 - _LAST_SHARE) * self.seconds - self._elapsed()
+        left = self.end - self._elapsed()
         return min(images, max(_FEWEST_IMAGES, int(left / wanted / per_image)))
 
     def run(self, judge: Judge, batch_size: int, images: int) -> Fitted:
@@ -161,8 +164,7 @@ class _Fitting:
             sorted(self.limits.items(), key=lambda item: item[1]),
             strict=True,
         ):
-            end = (1 - _LAST_SHARE) * self.seconds
-            seconds = max(0.0, end - self._elapsed()) / left
+            seconds = max(0.0, self.end - self._elapsed()) / left
             found[budget] = last = self._within(search, limit, last, seconds)
             self.note(
                 f"{self.kind} {budget:g}: {len(search.known)} schedules judged, divergence "

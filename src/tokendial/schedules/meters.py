@@ -14,7 +14,7 @@ from tokendial.measure.cost import count_parts
 from tokendial.schedules.space import Schedule, Space
 from tokendial.vit import DialViT, Step
 
-_TURNS, _MOST_TURNS = 3, 25
+TURNS, _MOST_TURNS = 3, 25
 
 
 class Trial:
@@ -92,7 +92,7 @@ class Stopwatch:
         """
         turns: list[list[float]] = []
         start = self._now()
-        while len(turns) <= _TURNS or (
+        while len(turns) <= TURNS or (
             len(turns) <= _MOST_TURNS and self._now() - start < self.seconds * len(schedules)
         ):
             turns.append([self.one(schedule) for schedule in schedules])

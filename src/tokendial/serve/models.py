@@ -50,7 +50,7 @@ def load_models(
     runs: Mapping[str, Run],
     *,
     compensator: Path | None = None,
-    speed: Speed = Speed.plain,
+    speed: Speed | None = None,
     batch: int = 8,
     device: str | None = None,
 ) -> Models:
@@ -69,15 +69,17 @@ def load_models(
     """
     if not runs:
         raise ValueError("runs must name at least one run.")
-    if speed is not Speed.plain and len(runs) > 1:
-        raise ValueError("optimize and compile are for one run: several take turns in one model.")
+    if speed and len(runs) > 1:
+        raise ValueError(
+            "optimize, compile and precision are for one run: several take turns in one model."
+        )
     tasks = {name: _task(run) for name, run in runs.items()}
     on = device or default_device()
     # Read before the weights, so that weights that change meanwhile are seen by the next reload.
     revisions = {name: revision_of(run) for name, run in runs.items()}
     model, adapters, degrees = _model(runs, compensator, on)
     fast: DialViT | Optimized = model
-    if speed is not Speed.plain:
+    if speed:
         example = torch.zeros(batch, *model.anatomy.input_shape, device=on)
         fast = sped_up(model, example, speed, degrees)
     served = {}

@@ -43,7 +43,7 @@ class Settings(BaseModel):
     """Most images that may wait."""
     compensator: str | None = None
     """Folder of a compensator that bridges the degrees."""
-    speed: Speed = Speed.plain
+    speed: Speed = Speed()
     """How the model is sped up on this machine before it serves."""
     threads: Count | None = None
     """Threads of the model; None: torch's choice."""

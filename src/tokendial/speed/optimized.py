@@ -8,7 +8,8 @@ may bring a percent. So each treatment is tried on an example and has to earn it
 import copy
 import sys
 from collections.abc import Callable, Sequence
-from enum import StrEnum
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,27 @@ from tokendial.speed.treatments import (
 )
 from tokendial.vit import DialViT
 
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
-class Speed(StrEnum):
-    """What is done for speed before a model runs."""
 
-    plain = "plain"
-    """Nothing."""
-    measured = "measured"
-    """`optimize`."""
-    compiled = "compiled"
-    """`optimize` with `compile`."""
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What is done for speed before a model runs; false if that is nothing."""
+
+    optimize: bool = False
+    """Find the fastest way to run it here, see `optimize`."""
+    compile: bool = False
+    """The same, and compile."""
+    precision: Precision = "fp32"
+    """Half precision is optimised, too."""
+
+    def __bool__(self) -> bool:
+        return self != Speed()
 
 
 class Optimized(nn.Module):
@@ -156,22 +168,23 @@ def optimize(
 
 
 def sped_up(
-    model: DialViT, example: Tensor, speed: Speed, degrees: Sequence[int]
+    model: DialViT, example: Tensor, speed: Speed | None, degrees: Sequence[int]
 ) -> DialViT | Optimized:
     """The model itself, or optimised for some degrees and batches like the example.
 
     What was tried is told on the standard error.
     """
-    if speed is Speed.plain:
+    if not speed:
         return model
-    fast = optimize(model, example, degrees=degrees, compile=speed is Speed.compiled)
+    dtype = None if speed.precision == "fp32" else DTYPES[speed.precision]
+    fast = optimize(model, example, degrees=degrees, dtype=dtype, compile=speed.compile)
     print(*fast.notes, *fast.trials, sep="\n", file=sys.stderr)
     return fast
 
 
 def _supported(dtype: torch.dtype, device: torch.device, notes: list[str]) -> torch.dtype:
     """`dtype`, or float32 where the processor would have to emulate it."""
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    names = {known: str(known).removeprefix("torch.") for known in DTYPES.values()}
     if dtype not in names:
         raise ValueError(f"dtype must be one of {', '.join(names.values())}, got {dtype}.")
     native = (

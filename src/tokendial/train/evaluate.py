@@ -129,7 +129,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     device: str | None = None,
-    speed: Speed = Speed.plain,
+    speed: Speed | None = None,
 ) -> list[DegreeRow]:
     """Accuracy, cost and measured speed of a run's best model at several degrees.
 

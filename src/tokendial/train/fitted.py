@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,12 +11,12 @@ from tokendial.atomic import replacing
 from tokendial.data.images import images_in, read_image
 from tokendial.methods import from_json
 from tokendial.schedules import Fitted, fit
+from tokendial.speed import DTYPES, Precision
 from tokendial.tasks import Classification, VideoClassification
 from tokendial.train.evaluate import default_device
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FIT = "fit.json"
 
 
@@ -31,7 +30,7 @@ def fit_run(
     images: int = 256,
     seed: int = 0,
     batch_size: int = 8,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
     device: str | None = None,
     minutes: float = 5.0,
     note: Callable[[str], None] = lambda text: None,
@@ -61,7 +60,7 @@ def fit_run(
         raise ValueError(f"{run.folder} must be a run of classification of images, to be fitted.")
     if out.exists() and not (out / FIT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is there already and holds no fit.")
-    model = run.model().to(device or default_device(), _DTYPES[precision])
+    model = run.model().to(device or default_device(), DTYPES[precision])
     drawn = _drawn(run, task, model, calibration, images, seed)
     fitted = fit(
         model,

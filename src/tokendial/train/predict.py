@@ -71,7 +71,7 @@ class Predictor:
         top: int = 1,
         batch_size: int = 32,
         device: str | None = None,
-        speed: Speed = Speed.plain,
+        speed: Speed | None = None,
     ) -> None:
         """Load the model; see `predict`.
 
@@ -94,7 +94,7 @@ class Predictor:
         """Sources that go together through the model."""
         self._transform = task.image_transform(model.anatomy)
         self.model: DialViT | Optimized = model
-        if speed is not Speed.plain:
+        if speed:
             example = torch.zeros(self.batch, *model.anatomy.input_shape, device=self.device)
             self.model = sped_up(model, example, speed, [model.degree])
         self._of_videos = isinstance(task, VideoClassification)
@@ -135,7 +135,7 @@ def predict(
     top: int = 1,
     batch_size: int = 32,
     device: str | None = None,
-    speed: Speed = Speed.plain,
+    speed: Speed | None = None,
 ) -> Iterator[Answer]:
     """Classes of images or videos, in order; one that cannot be read gives its error instead.
 
