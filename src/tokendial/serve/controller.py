@@ -131,13 +131,13 @@ def planned(costs: Costs, rules: Rules) -> Plan:
     """The full batch of every model at every degree that was measured.
 
     Who comes just after a batch has begun waits for it and then for their own, so two of them have
-    to fit into the objective. Sizes are powers of two, and the largest one allowed.
+    to fit into the objective. Sizes grow by halves, up to the largest one allowed.
     """
     plan = {}
     for name, degree in costs.points:
         images = 1
         while images < rules.max_batch:
-            larger = min(2 * images, rules.max_batch)
+            larger = min(images + max(1, images // 2), rules.max_batch)
             if 2 * costs.cautious(name, degree, larger) > rules.slo_s:
                 break
             images = larger

@@ -146,17 +146,23 @@ class Predictor:
         self._engine.check(name, count, degree=degree, within_s=until - begins, ahead=ahead)
         self._decoding += count
         try:
-            return await asyncio.gather(
+            # A lot of images for each thread: to go to one and back takes as long as a small image.
+            lots = min(count, self._settings.decoders)
+            found = await asyncio.gather(
                 *(
                     anyio.to_thread.run_sync(
-                        partial(self._prepared, name, image, upload.name(index), until),
+                        partial(self._lot, name, upload, range(first, count, lots), until),
                         limiter=self._decoders,
                     )
-                    for index, image in enumerate(upload.images)
+                    for first in range(lots)
                 )
             )
+            return [found[index % lots][index // lots] for index in range(count)]
         finally:
             self._decoding -= count
+
+    def _lot(self, name: str, upload: Upload, lot: range, until: float) -> list[Prepared]:
+        return [self._prepared(name, upload.images[i], upload.name(i), until) for i in lot]
 
     def _prepared(self, name: str, file: bytes | str, called: str, until: float) -> Prepared:
         began = time.monotonic()
