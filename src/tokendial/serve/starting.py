@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from tokendial.serve.controller import Rules
 from tokendial.serve.engine import Engine
 from tokendial.serve.scheduler import Scheduler
@@ -14,7 +16,8 @@ from tokendial.train.runs import Run
 def started(runs: Mapping[str, Path], settings: Settings) -> tuple[Served, Engine]:
     """Load runs, measure what every degree costs on this machine, start the engine.
 
-    Whoever calls closes what is served after the engine has ended.
+    PyTorch computes with one thread in this process from then on. Whoever calls closes what is
+    served after the engine has ended.
 
     Args:
         runs: Folders by the names that they are served under; the first one is the default.
@@ -23,6 +26,8 @@ def started(runs: Mapping[str, Path], settings: Settings) -> tuple[Served, Engin
     Raises:
         ValueError: If a run cannot be served, or a setting does not fit it.
     """
+    # Models have their own process; here, images are prepared in many threads, each by itself.
+    torch.set_num_threads(1)
     served = Served({name: Run(folder) for name, folder in runs.items()}, settings)
     try:
         return served, _engine(served, settings)
