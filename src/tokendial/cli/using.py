@@ -48,7 +48,7 @@ Faster = Annotated[
     Precision,
     typer.Option(
         "--precision",
-        help="Arithmetic; half precision where there are instructions for it. With --optimize.",
+        help="Arithmetic. Half precision (where there are instructions for it) implies --optimize.",
     ),
 ]
 

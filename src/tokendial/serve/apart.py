@@ -77,7 +77,7 @@ class Apart:
     def run(self, name: str, degree: int, images: Sequence[Tensor]) -> list[Tensor]:
         """Logits of each image; a GoneError if the process has ended."""
         torch.stack(list(images), out=self._images[: len(images)])
-        return list(self._ask("run", name, degree, len(images)))
+        return list(torch.from_numpy(self._ask("run", name, degree, len(images))))
 
     def view(self, name: str, degree: int, image: Tensor) -> tuple[TokenView, str]:
         """The tokens of an image, and what the model sees of it, as `Models.view`."""
@@ -103,7 +103,7 @@ class Apart:
 
 
 def send(pipe: Connection, message: Any) -> None:
-    """Pickled as plain data: torch would teach the connection to send tensors as open files."""
+    """Pickled as plain data: the connection's own way sends tensors as open files."""
     pipe.send_bytes(pickle.dumps(message))
 
 

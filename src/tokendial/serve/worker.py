@@ -38,7 +38,7 @@ def main(pipe: Connection, memory: int) -> None:
             failed: Exception | None = None
             try:
                 if what == "run":
-                    answer = models.run(name, degree, images[:argument])
+                    answer = models.run(name, degree, images[:argument]).numpy()
                 else:
                     answer = models.view(name, degree, argument)
             except Exception as error:
