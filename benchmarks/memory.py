@@ -22,6 +22,7 @@ import tokendial as td
 from tokendial.tokens import Tokens
 
 _REDUCING, _FFN = "benchmarks: reducing", "benchmarks: FFN within"
+_RESULT = "benchmarks: bytes of the result "
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,22 @@ class _Held:
             )
             for name in (_REDUCING, _FFN)
         )
+        self.results = [
+            self._allocation(self._span(event)[0], int(event["name"].removeprefix(_RESULT)))
+            for event in events
+            if event.get("cat") == "user_annotation" and event["name"].startswith(_RESULT)
+        ]
+        """States from which results were there, with their bytes."""
 
     def _span(self, event: dict[str, Any]) -> tuple[int, int]:
         """First and last state within an event."""
         first = bisect.bisect_left(self.times, event["ts"])
         return first, bisect.bisect_right(self.times, event["ts"] + event["dur"])
+
+    def _allocation(self, state: int, size: int) -> tuple[int, int]:
+        """The last one before a state of at least so many bytes."""
+        made = next(n for n in range(state, 0, -1) if self.after[n] - self.after[n - 1] >= size)
+        return made, size
 
     def reducing_peak(self) -> int:
         """Most that the reducer's work held in any layer."""
@@ -93,8 +105,11 @@ class _Held:
             # Choosing the groups and merging them are one piece of work.
             begin = begin if first == end else first
             end = last
-            own = [self.after[n] for n in range(begin, end + 1) if n not in within_ffn]
-            most = max(most, max(own) - self.after[begin])
+            for n in range(begin, end + 1):
+                # Tokens that leave the layer would be there without a reduction.
+                result = sum(size for made, size in self.results if begin < made <= n)
+                if n not in within_ffn:
+                    most = max(most, self.after[n] - self.after[begin] - result)
         return most
 
 
@@ -103,7 +118,7 @@ def marked(model: td.DialViT) -> Iterator[None]:
     """Mark the work of a model's reducer for `peak_of`.
 
     That is: its hooks before a block and between attention and FFN, merging the tokens, and what it
-    does around an FFN that it runs itself, without the FFN.
+    does around an FFN that it runs itself, without the FFN and the tokens that leave it.
     """
     reducer = model.reducer
     if reducer is None:
@@ -125,7 +140,10 @@ def marked(model: td.DialViT) -> Iterator[None]:
             with record_function(_FFN):
                 return ffn(x)
 
-        return marks(type(reducer).around_ffn)(reducer, layer, degree, tokens, attended, own)
+        with record_function(_REDUCING):
+            found = type(reducer).around_ffn(reducer, layer, degree, tokens, attended, own)
+            with record_function(f"{_RESULT}{found[0].nbytes}"):
+                return found
 
     runs_ffn = type(reducer).around_ffn is not td.reduce.Reducer.around_ffn
     with (

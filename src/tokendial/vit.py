@@ -255,9 +255,9 @@ class DialViT(AdaptedViT):
             y = normed() if x is tokens.x else anatomy.ffn_input(layer, x)
             return adapter.after_ffn(layer, anatomy.ffn_branch(layer, y))
 
-        out, selected = around(ffn) if around else (ffn(tokens.x), None)
+        x, selected = around(ffn) if around else (tokens.x + ffn(tokens.x), None)
         branch, carried = adapter.beside_ffn(layer, tokens, normed)
-        x = tokens.x + out if branch is None else tokens.x + out + branch
+        x = x if branch is None else x + branch
         return replace(tokens, x=x, carried=carried, selected=selected)
 
     def feature_map(

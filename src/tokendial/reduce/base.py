@@ -140,10 +140,10 @@ class Reducer(nn.Module, ABC):
             ffn: The FFN with its norm and scale, of [..., D].
 
         Returns:
-            What is added to the tokens, [B, N, D], and which tokens were processed, [B, N] (None:
-            all).
+            The tokens with the FFN's output added where it ran, [B, N, D], and which tokens were
+            processed, [B, N] (None: all).
         """
-        return ffn(tokens.x), None
+        return tokens.x + ffn(tokens.x), None
 
     def losses(self, passes: Passes) -> dict[str, Tensor]:
         """Losses of the method, weighted, to be added to the task's loss of the student."""

@@ -7,11 +7,12 @@ every token. Departures: any batch size and any shape of the grid at inference, 
 one image with a square grid.
 """
 
-# Shape legend: B batch, L patch tokens, D embed_dim.
+# Shape legend: B batch, L patch tokens, D embed_dim, R x C grid.
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.methods import register
@@ -30,13 +31,30 @@ class DAR(SelectConfig):
         return DARReducer(self, vit)
 
 
+class Dispatcher(nn.Conv2d):
+    """A 3x3 convolution to one channel, as nine products of every token.
+
+    The usual way would bring all features into another order for it, and take the memory of them.
+    """
+
+    def forward(self, grid_BDRC: Tensor) -> Tensor:
+        """Logits [B, 1, R, C]."""
+        batch, _, rows, columns = grid_BDRC.shape
+        taps = self.weight[0].flatten(1).expand(batch, -1, -1)
+        taps_BL9 = grid_BDRC.flatten(2).transpose(1, 2) @ taps
+        # Then each token adds up those of its neighbours that are meant for it.
+        maps_B9RC = taps_BL9.transpose(1, 2).reshape(batch, 9, rows, columns)
+        shifts = torch.eye(9, dtype=maps_B9RC.dtype, device=maps_B9RC.device).view(1, 9, 3, 3)
+        return F.conv2d(maps_B9RC, shifts, self.bias, padding=1)
+
+
 class DARReducer(Selector):
     """Runs DAR: one 3x3 convolution per layer, 9 D + 1 parameters."""
 
     def __init__(self, config: DAR, vit: ViTShape) -> None:
         super().__init__(config, vit)
         self.dispatchers = nn.ModuleList(
-            nn.Conv2d(vit.embed_dim, 1, 3, padding=1) for _ in range(vit.depth)
+            Dispatcher(vit.embed_dim, 1, 3, padding=1) for _ in range(vit.depth)
         )
 
     def logits(self, layer: int, tokens: Tokens) -> Tensor:

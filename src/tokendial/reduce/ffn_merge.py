@@ -87,5 +87,5 @@ class FFNMergeReducer(Reducer):
             seed=(config.seed, layer),
         )
         if grouping is None:
-            return ffn(tokens.x), None
-        return grouping.unmerge(ffn(grouping.merge(tokens.x))), None
+            return tokens.x + ffn(tokens.x), None
+        return tokens.x + grouping.unmerge(ffn(grouping.merge(tokens.x))), None

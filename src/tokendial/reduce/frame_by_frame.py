@@ -85,8 +85,8 @@ class FrameByFrameReducer(Reducer):
         """As the method does with each time step."""
         grids = tokens.grids
         seen = _attended_apart(attended, grids)
-        out, selected = self.inner.around_ffn(layer, degree, _apart(tokens), seen, ffn)
-        return _join(out, grids), None if selected is None else _join(selected, grids)
+        x, selected = self.inner.around_ffn(layer, degree, _apart(tokens), seen, ffn)
+        return _join(x, grids), None if selected is None else _join(selected, grids)
 
     def losses(self, passes: Passes) -> dict[str, Tensor]:
         """The method's; shares are taken over whole clips."""

@@ -136,7 +136,8 @@ class Selector(Reducer):
         if self.training:
             chosen = gumbel_sigmoid(logits_BL, self.temperature)
             mask_BN = torch.cat([always, chosen], dim=1)
-            return mask_BN.to(tokens.x.dtype).unsqueeze(-1) * ffn(tokens.x), mask_BN
+            out_BND = mask_BN.to(tokens.x.dtype).unsqueeze(-1) * ffn(tokens.x)
+            return tokens.x + out_BND, mask_BN
         mask_BN = torch.cat([always, (logits_BL > 0).to(always.dtype)], dim=1)
         return run_on_selected(ffn, tokens.x, mask_BN > 0), mask_BN
 
@@ -163,21 +164,21 @@ def logistic_noise(like: Tensor) -> Tensor:
 
 
 def run_on_selected(ffn: Callable[[Tensor], Tensor], x_BND: Tensor, selected_BN: Tensor) -> Tensor:
-    """Run `ffn` on the selected tokens of all images, packed into [K, D]; zeros elsewhere."""
+    """Add `ffn` to the selected tokens of all images, for which they are packed into [K, D]."""
     flat = x_BND.flatten(0, 1)
     index = selected_BN.flatten().nonzero().squeeze(1)
-    out = ffn(flat.index_select(0, index))
-    return out.new_zeros(flat.shape).index_copy_(0, index, out).view(x_BND.shape)
+    rows = flat.index_select(0, index)
+    return flat.index_copy(0, index, rows + ffn(rows)).view(x_BND.shape)
 
 
 def _run_on_best(
     ffn: Callable[[Tensor], Tensor], tokens: Tokens, logits_BL: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Run `ffn` on the prefix and the `count` best patch tokens of each image."""
+    """Add `ffn` to the prefix and the `count` best patch tokens of each image."""
     num_tokens = tokens.x.shape[1]
     grouping = Grouping.keeping(best_tokens(logits_BL, count, tokens.prefix), num_tokens)
-    out = grouping.unmerge(ffn(grouping.merge(tokens.x)))
-    return out, (grouping.index >= 0).to(tokens.x.dtype)
+    out_BND = grouping.unmerge(ffn(grouping.merge(tokens.x)))
+    return tokens.x + out_BND, (grouping.index >= 0).to(tokens.x.dtype)
 
 
 def selected_patches(outcome: Outcome) -> Tensor:
