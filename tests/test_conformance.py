@@ -40,6 +40,15 @@ def test_degree_0_is_the_identity(reduce):
     assert torch.equal(model(images()), vit(images()))
 
 
+@each_pair
+@torch.no_grad()
+def test_skipping_what_the_head_does_not_read_changes_nothing(reduce, adapt):
+    model = noisy(reduce, adapt)
+    whole = model(images())
+    model.skips_unread = True
+    torch.testing.assert_close(model(images()), whole, atol=1e-5, rtol=0)
+
+
 @each_reducer
 def test_a_higher_degree_costs_less(reduce):
     model = td.wrap(tiny_vit(), reduce=reduce)

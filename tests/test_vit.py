@@ -6,6 +6,21 @@ from zoo import EVERY, TIMM, backbone, own_output
 import tokendial as td
 from tokendial.tokens import Grouping
 
+POOLING_PATCHES = {
+    "mae",
+    "siglip",
+    "siglip average",
+    "eva",
+    "eva02",
+    "eva02 large",
+    "dinov3",
+    "dinov3 swiglu",
+    "perception encoder",
+    "grouped queries",
+    "hf dinov2",
+    "hf dinov2 registers",
+    "hf clip classifier",
+}
 
 @pytest.mark.parametrize("square", [True, False])
 @pytest.mark.parametrize("name", EVERY)
@@ -15,6 +30,30 @@ def test_degree_0_equals_the_model_itself(name, square):
     pictures = images(2, *size)
     model = td.wrap(vit, reduce=td.ToMe(r=0))
     torch.testing.assert_close(model(pictures), own_output(vit)(pictures), atol=1e-5, rtol=0)
+
+
+def last_ffn_tokens(model, pictures):
+    """Logits, and how many tokens of an image the last block's FFN saw."""
+    counts = []
+    last = model.anatomy.blocks[-1].mlp
+    hook = last.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[-2]))
+    logits = model(pictures)
+    hook.remove()
+    return logits, counts[0]
+
+
+@pytest.mark.parametrize("r", [0, 2])
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_patch_tokens_that_the_head_does_not_read_can_be_skipped(name, r):
+    vit, size = backbone(name)
+    model = td.wrap(vit, reduce=td.ToMe(r=r)).eval()
+    whole, all_tokens = last_ffn_tokens(model, images(2, *size))
+    model.skips_unread = True
+    lean, tokens = last_ffn_tokens(model, images(2, *size))
+    torch.testing.assert_close(lean, whole, atol=1e-5, rtol=0)
+    patches_are_read = name in POOLING_PATCHES
+    assert tokens == (all_tokens if patches_are_read else model.anatomy.shape.num_prefix_tokens)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov3"])

@@ -111,9 +111,14 @@ def _export(model: DialViT, path: Path, batch: int | None) -> Exported:
     # An example of one image would make the exporter take 1 for a constant.
     example = _images(model, batch or 2)
     any_number = {0: torch.export.Dim("batch", min=1, max=2**16)}
-    program = torch.export.export(
-        model, (example,), dynamic_shapes=None if batch else {"images": any_number}
-    )
+    skipped = model.skips_unread
+    model.skips_unread = True  # a file gives logits and nothing else
+    try:
+        program = torch.export.export(
+            model, (example,), dynamic_shapes=None if batch else {"images": any_number}
+        )
+    finally:
+        model.skips_unread = skipped
     tried = [_images(model, count) for count in ([batch] if batch else [1, 3])]
     with replacing(path) as temporary:
         if path.suffix == ".onnx":

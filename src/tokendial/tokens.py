@@ -189,6 +189,11 @@ class Tokens:
             position=position,
         )
 
+    def prefix_alone(self) -> "Tokens":
+        """The prefix tokens, without any patch."""
+        prefix = torch.arange(self.prefix, device=self.x.device).expand(self.x.shape[0], -1)
+        return self.reduced(Grouping.keeping(prefix, self.x.shape[1]))
+
     def with_prompts(self, prompts_PD: Tensor) -> "Tokens":
         """The same tokens with prompts, the same for each image, as the last prefix tokens."""
         at, count = self.prefix, len(prompts_PD)

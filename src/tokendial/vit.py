@@ -85,6 +85,9 @@ class DialViT(AdaptedViT):
     """Whether the fused kernel computes attention, see `attend`."""
     key_multiple: int = 1
     """Attention gets keys for a multiple of so many tokens, see `attend`."""
+    skips_unread: bool = False
+    """Whether the last block leaves out patch tokens, in `forward` alone, if the head reads prefix
+    tokens only: the logits are the same, and nobody looks at the rest."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images [B, 3, H, W], or of clips [B, T, 3, H, W], at the present degree.
@@ -92,10 +95,18 @@ class DialViT(AdaptedViT):
         Returns:
             [B, num_classes]; with a decoder [B, num_classes, h, w], at the decoder's resolution.
         """
-        for step in self._steps_to_logits(images):
+        unread = self.skips_unread and self._reads_prefix_alone
+        for step in self._steps_to_logits(images, skip_unread=unread):
             tokens = step.tokens
             del step  # as `steps` does
         return self._logits(tokens)
+
+    @property
+    def _reads_prefix_alone(self) -> bool:
+        """Whether nothing reads the patch tokens that leave the last block."""
+        if self.decoder is not None or self.adapter.needs_grid or self.adapter.needs_all:
+            return False
+        return self.anatomy.reads_prefix_alone
 
     def forward_at(self, images: Tensor, degrees: Sequence[int]) -> Tensor:
         """Logits of a batch whose images want degrees of their own; each degree runs once.
@@ -133,9 +144,10 @@ class DialViT(AdaptedViT):
         logits = self.decoder(read) if self.decoder else self.anatomy.classify(last)
         return Outcome(self.degree, logits.float(), self.anatomy.norm(last.x), tokens, read)
 
-    def _steps_to_logits(self, images: Tensor) -> Iterator[Step]:
+    def _steps_to_logits(self, images: Tensor, *, skip_unread: bool = False) -> Iterator[Step]:
         # A decoder needs every position back.
-        return self.steps(images, track=self.decoder is not None, dropped="own")
+        track = self.decoder is not None
+        return self._steps(images, track=track, dropped="own", skip_unread=skip_unread)
 
     def _logits(self, tokens: Tokens) -> Tensor:
         if self.decoder is None:
@@ -177,6 +189,17 @@ class DialViT(AdaptedViT):
         Yields:
             The state after each block, before the final norm.
         """
+        return self._steps(images, track=track, dropped=dropped, needs=needs)
+
+    def _steps(
+        self,
+        images: Tensor,
+        *,
+        track: bool,
+        dropped: Literal["own", "fused"],
+        needs: frozenset[str] = frozenset(),
+        skip_unread: bool = False,
+    ) -> Iterator[Step]:
         tokens = self.anatomy.embed(images)
         if track:
             tokens = tokens.tracked(fused_count=dropped == "fused")
@@ -185,18 +208,23 @@ class DialViT(AdaptedViT):
             run = partial(checkpoint, self._block, use_reentrant=False)
         degree = self.degree  # a recomputed block has to find it as it was
         assert self.hooks >= 0  # read, so that a compiled model is compiled anew when they change
-        for layer in range(1, len(self.anatomy.blocks) + 1):
-            step = run(layer, degree, tokens, needs)
+        depth = len(self.anatomy.blocks)
+        for layer in range(1, depth + 1):
+            step = run(layer, degree, tokens, needs, skip_unread and layer == depth)
             tokens = step.tokens
             yield step
             del step  # what it holds besides the tokens is not needed while the next block runs
 
-    def _block(self, layer: int, degree: int, tokens: Tokens, needs: frozenset[str]) -> Step:
+    def _block(
+        self, layer: int, degree: int, tokens: Tokens, needs: frozenset[str], prefix_alone: bool
+    ) -> Step:
         reducer = self.reducer if degree else None
         if reducer:
             tokens = reducer.before_block(layer, degree, tokens)
         tokens = self.adapter.before_block(layer, tokens)
         acting = reducer if reducer and reducer.acts(layer, degree) else None
+        if prefix_alone:  # methods reduce patch tokens, of which there are none left
+            acting = None
         # Features that nobody will look at are not held while the FFN runs.
         entered = None if tokens.origin is None else tokens
         tokens, attended = self._attention(
@@ -204,6 +232,7 @@ class DialViT(AdaptedViT):
             tokens,
             needs=needs | acting.needs if acting else needs,
             size_BN=tokens.size if reducer and reducer.proportional_attention else None,
+            prefix_alone=prefix_alone,
         )
         if acting:
             grouping = acting.group(layer, degree, tokens, attended)
@@ -214,11 +243,20 @@ class DialViT(AdaptedViT):
         return Step(layer, tokens, attended, entered)
 
     def _attention(
-        self, layer: int, tokens: Tokens, *, needs: frozenset[str], size_BN: Tensor | None
+        self,
+        layer: int,
+        tokens: Tokens,
+        *,
+        needs: frozenset[str],
+        size_BN: Tensor | None,
+        prefix_alone: bool,
     ) -> tuple[Tokens, Attended]:
         anatomy = self.anatomy
         x = anatomy.attention_input(layer, tokens.x)
         q, k, v = anatomy.qkv(layer, x, tokens)
+        if prefix_alone:  # they see all tokens
+            tokens = tokens.prefix_alone()
+            x, q = x[:, : tokens.prefix], q[:, :, : tokens.prefix]
         scale, dropout = anatomy.attention_settings(layer)
         heads, attended = attend(
             q,

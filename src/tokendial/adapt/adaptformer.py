@@ -63,6 +63,8 @@ class AdaptFormerAdapter(Bottlenecks):
 class MixedAdaptFormer(Adapter):
     """Runs AdaptFormer with experts: `experts` bottlenecks and a router per layer."""
 
+    needs_all = True
+
     def __init__(self, vit: ViTShape, config: AdaptFormer) -> None:
         super().__init__()
         self.scale = config.scale

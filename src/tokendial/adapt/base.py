@@ -31,6 +31,8 @@ class Adapter(nn.Module):
 
     needs_grid: ClassVar[bool] = False
     """Whether it reads the patches as a map, which no reduction may have thinned out."""
+    needs_all: ClassVar[bool] = False
+    """Whether what it gives one token depends on the others, in whatever order and number."""
     merged: bool = False
     """Whether its weights are part of the backbone's at present."""
 

@@ -64,6 +64,11 @@ class Anatomy(ABC):
         """The classification heads, which train in every method of fine-tuning."""
 
     @property
+    def reads_prefix_alone(self) -> bool:
+        """Whether `classify` looks at prefix tokens only, such as a class token."""
+        return False
+
+    @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation that images are normalised with."""
         return (0.5,) * self.in_chans, (0.5,) * self.in_chans

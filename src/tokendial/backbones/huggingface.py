@@ -192,6 +192,12 @@ class HuggingFaceViT(Anatomy):
     def norm(self, x_BND: Tensor) -> Tensor:
         return getattr(self.trunk, self.names.norm)(x_BND)  # type: ignore[no-any-return]
 
+    @property
+    def reads_prefix_alone(self) -> bool:
+        classifies = hasattr(self.vit, "classifier")
+        # Where `classify` takes the mean of patches.
+        return not classifies or not (self.names.scales or self.names is _CLIP)
+
     def classify(self, tokens: Tokens) -> Tensor:
         vit: Any = self.vit
         name = type(vit).__name__

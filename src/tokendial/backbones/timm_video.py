@@ -18,6 +18,10 @@ class TimmFrames(TimmViT):
     def frames(self) -> int:
         return int(self.vit.head.frames)
 
+    @property
+    def reads_prefix_alone(self) -> bool:
+        return False  # whatever the image model read
+
     def embed(self, images_B3HW: Tensor) -> Tokens:
         check_clips(images_B3HW, self.frames)
         return super().embed(images_B3HW.flatten(0, 1))

@@ -72,6 +72,10 @@ class TimmAnatomy(Anatomy):
         return [head for name in HEADS if (head := getattr(self.vit, name, None)) is not None]
 
     @property
+    def reads_prefix_alone(self) -> bool:
+        return self.vit.attn_pool is None and self.vit.global_pool == "token"
+
+    @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         cfg = self.vit.pretrained_cfg
         return tuple(cfg["mean"]), tuple(cfg["std"])

@@ -154,6 +154,7 @@ def optimize(
         dtype = _supported(dtype, example.device, notes)
     fast = Optimized(_twin(model, dtype), sorted({*degrees, model.degree}))
     fast.notes = notes
+    fast.model.skips_unread = True
     example = example.to(next(fast.model.parameters()).dtype)
     fast(example)  # what is wrong with the example is told here
     if example.device.type == "cpu":
