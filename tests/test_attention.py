@@ -68,6 +68,19 @@ def test_surplus_keys_change_nothing(sized):
         torch.testing.assert_close(getattr(padded, name), getattr(plain, name))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_sizes_in_the_keys_weigh_like_a_mask(fused, scale):
+    q, k, v = qkv(6)
+    size = 1 + 3 * torch.rand(2, 6)
+    settings = {"size_BN": size, "scale": scale, "needs": BY_PRODUCTS, "fused": fused}
+    out, plain = attend(q, k, v, **settings)
+    same, in_keys = attend(q, k, v, **settings, sizes_in_keys=True, key_multiple=4)
+    torch.testing.assert_close(same, out)
+    for name in BY_PRODUCTS:
+        torch.testing.assert_close(getattr(in_keys, name), getattr(plain, name))
+
+
 def test_a_policy_hides_tokens_from_all_others():
     q, k, v = qkv(6)
     policy = torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0, 1.0]]).expand(2, -1)

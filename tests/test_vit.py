@@ -22,6 +22,7 @@ POOLING_PATCHES = {
     "hf clip classifier",
 }
 
+
 @pytest.mark.parametrize("square", [True, False])
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()

@@ -40,6 +40,7 @@ def attend(
     needs: frozenset[str] = frozenset(),
     fused: bool = True,
     key_multiple: int = 1,
+    sizes_in_keys: bool = False,
 ) -> tuple[Tensor, Attended]:
     """Attention of every token to every token.
 
@@ -61,6 +62,8 @@ def attend(
             policy there is no fused kernel.
         key_multiple: Attention gets keys and values for a multiple of so many tokens, the surplus
             masked out: some processors run that faster. The result is the same.
+        sizes_in_keys: Token sizes become channels of the keys, so that the fused kernel needs no
+            mask: the fastest ones of GPUs take none. The result is the same.
 
     Returns:
         Weighted values of all heads, [B, N, H * C], before the output projection; and the
@@ -74,17 +77,21 @@ def attend(
     scale = q_BHNC.shape[-1] ** -0.5 if scale is None else scale
     bias = None if size_BN is None else size_BN.log().to(q_BHNC.dtype)[:, None, None, :]
     if policy_BN is None:
-        keys, values, mask = k_BHNC, v_BHNC, bias
-        if surplus := -k_BHNC.shape[2] % key_multiple:
+        queries, keys, values, mask = q_BHNC, k_BHNC, v_BHNC, bias
+        if sizes_in_keys and bias is not None:
+            queries, keys, values = _with_sizes(q_BHNC, k_BHNC, v_BHNC, bias / scale)
+            mask = None
+        elif surplus := -k_BHNC.shape[2] % key_multiple:
             mask = k_BHNC.new_zeros(1, 1, 1, k_BHNC.shape[2]) if bias is None else bias
             mask = F.pad(mask, (0, surplus), value=-torch.inf)
             keys, values = (F.pad(each, (0, 0, 0, surplus)) for each in (k_BHNC, v_BHNC))
         if fused or dropout:
             out = F.scaled_dot_product_attention(
-                q_BHNC, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
+                queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
             )
         else:
-            out = _unfused(q_BHNC, keys, values, mask, scale)
+            out = _unfused(queries, keys, values, mask, scale)
+        out = out[..., : v_BHNC.shape[-1]]
     else:
         logits = (q_BHNC * scale) @ k_BHNC.transpose(-2, -1)
         weights = masked_softmax(logits if bias is None else logits + bias, policy_BN)
@@ -101,6 +108,16 @@ def attend(
         if "attention" in needs:
             attended.attention = weights
     return out.transpose(1, 2).flatten(2), attended
+
+
+def _with_sizes(
+    q_BHNC: Tensor, k_BHNC: Tensor, v_BHNC: Tensor, bias_B11N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values whose dot products have the bias of each key in them."""
+    channels = 8  # fast kernels want their number to stay a multiple of this
+    bias_BHN1 = bias_B11N.transpose(-2, -1).expand(-1, k_BHNC.shape[1], -1, -1)
+    keys = torch.cat([k_BHNC, F.pad(bias_BHN1, (0, channels - 1))], dim=-1)
+    return F.pad(q_BHNC, (0, channels), value=1.0), keys, F.pad(v_BHNC, (0, channels))
 
 
 def _unfused(

@@ -85,6 +85,8 @@ class DialViT(AdaptedViT):
     """Whether the fused kernel computes attention, see `attend`."""
     key_multiple: int = 1
     """Attention gets keys for a multiple of so many tokens, see `attend`."""
+    sizes_in_keys: bool = False
+    """Whether token sizes become channels of the keys, see `attend`."""
     skips_unread: bool = False
     """Whether the last block leaves out patch tokens, in `forward` alone, if the head reads prefix
     tokens only: the logits are the same, and nobody looks at the rest."""
@@ -216,7 +218,12 @@ class DialViT(AdaptedViT):
             del step  # what it holds besides the tokens is not needed while the next block runs
 
     def _block(
-        self, layer: int, degree: int, tokens: Tokens, needs: frozenset[str], prefix_alone: bool
+        self,
+        layer: int,
+        degree: int,
+        tokens: Tokens,
+        needs: frozenset[str],
+        prefix_alone: bool = False,
     ) -> Step:
         reducer = self.reducer if degree else None
         if reducer:
@@ -269,6 +276,7 @@ class DialViT(AdaptedViT):
             needs=needs,
             fused=self.fused_attention,
             key_multiple=self.key_multiple,
+            sizes_in_keys=self.sizes_in_keys,
         )
         out = tokens.x + anatomy.attention_branch(layer, heads, x)
         beside = self.adapter.beside_attention(layer, x, tokens)

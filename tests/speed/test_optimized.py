@@ -139,7 +139,37 @@ def test_what_fails_or_is_slower_is_left_out(monkeypatch):
     fast = td.optimize(model, images())
     assert str(fast.trials[0]) == "packed weights: not supported here (not here)"
     assert str(fast.trials[1]).endswith("x, left out")
-    assert torch.equal(fast(images()), model(images()))
+    same_logits(fast, model, (4,))
+
+
+@torch.no_grad()
+def test_what_computes_something_else_is_left_out(monkeypatch, keep_everything):
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4)).eval()
+
+    class Forgetful(nn.Linear):
+        def __init__(self, linear, gelu):
+            super().__init__(linear.in_features, linear.out_features)
+
+        def forward(self, x):
+            return torch.full((*x.shape[:-1], self.out_features), torch.nan)
+
+    monkeypatch.setattr(treatments, "PackedLinear", Forgetful)
+    fast = td.optimize(model, images())
+    assert str(fast.trials[0]) == "packed weights: not supported here (its logits differ by nan%)"
+    same_logits(fast, model, (4,))
+
+
+@torch.no_grad()
+def test_sizes_in_keys_give_the_logits_of_the_model(keep_everything):
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4)).eval()
+    fast = td.optimize(model, images())
+    treatments.try_sizes_in_keys(fast, images())
+    assert fast.trials[-1].name == "sizes in keys"
+    assert fast.trials[-1].kept
+    same_logits(fast, model, (0, 4))
+    pruned = td.optimize(td.wrap(tiny_vit(), reduce=td.EViT(r=4)), images())
+    treatments.try_sizes_in_keys(pruned, images())
+    assert pruned.trials[-1].name != "sizes in keys"
 
 
 def test_settings_that_are_not_allowed():

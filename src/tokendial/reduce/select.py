@@ -167,8 +167,12 @@ def run_on_selected(ffn: Callable[[Tensor], Tensor], x_BND: Tensor, selected_BN:
     """Add `ffn` to the selected tokens of all images, for which they are packed into [K, D]."""
     flat = x_BND.flatten(0, 1)
     index = selected_BN.flatten().nonzero().squeeze(1)
-    rows = flat.index_select(0, index)
-    return flat.index_copy(0, index, rows + ffn(rows)).view(x_BND.shape)
+    if torch.compiler.is_exporting():
+        # Other runtimes add at indices slowly, wrongly, or not at all.
+        rows = flat.index_select(0, index)
+        return flat.index_copy(0, index, rows + ffn(rows)).view(x_BND.shape)
+    out = ffn(flat.index_select(0, index)).to(flat.dtype)
+    return flat.index_add(0, index, out).view(x_BND.shape)
 
 
 def _run_on_best(

@@ -22,6 +22,7 @@ from tokendial.speed.treatments import (
     try_compiled,
     try_packed,
     try_padded,
+    try_sizes_in_keys,
     try_unfused,
 )
 from tokendial.vit import DialViT
@@ -60,6 +61,8 @@ class Optimized(nn.Module):
             GELU that follows before they write their results.
         unfused attention: Matrix products and a softmax compute attention instead of the fused
             kernel.
+        sizes in keys: Attention gets the sizes of merged tokens as channels of the keys instead of
+            a mask, which the fastest kernels of GPUs do not take.
         padded keys: Attention gets keys for a multiple of 32 tokens, the surplus masked.
         a core each: The batch is split, and every core runs its images through the whole model,
             instead of all cores sharing every operation.
@@ -163,6 +166,8 @@ def optimize(
         try_unfused(fast, example)
         try_padded(fast, example)
         try_a_core_each(fast, example)
+    else:
+        try_sizes_in_keys(fast, example)
     if compile:
         try_compiled(fast, example)
     return fast

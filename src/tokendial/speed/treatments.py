@@ -19,6 +19,9 @@ from tokendial.vit import DialViT
 _EARNED = 1.02
 """A treatment stays if it makes the model faster by this factor: less could be chance."""
 _TURNS = 3
+_MOST_CHANGED = 0.2
+"""Rounding, in half precision also of near ties between tokens, moves logits by some hundredths of
+their norm. What moves them further computes something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Trial:
     name: str
     """Which, see `Optimized`."""
     speedup: float | None
-    """Time without it over time with it; None: it failed."""
+    """Time without it over time with it; None: it failed, or gave other logits."""
     kept: bool
     """Whether it was faster and stays."""
     problem: str = ""
@@ -57,9 +60,13 @@ class Treated(Protocol):
 
 def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None]) -> None:
     """Measure with and without a treatment, which `use` switches on and off, and choose."""
+    use(False)
+    wanted = fast(example).float()
     try:
         use(True)
-        fast(example)
+        moved, norm = (fast(example).float() - wanted).norm(), wanted.norm()
+        if not moved <= _MOST_CHANGED * norm:
+            raise ArithmeticError(f"its logits differ by {float(moved / norm):.0%}")
     except Exception as error:  # whatever a backend may throw; the plain path remains
         use(False)
         fast.trials.append(_failed(name, error))
@@ -154,6 +161,18 @@ def try_unfused(fast: Treated, example: Tensor) -> None:
     _try("unfused attention", fast, example, use)
 
 
+def try_sizes_in_keys(fast: Treated, example: Tensor) -> None:
+    """Give attention the sizes of merged tokens without a mask."""
+    reducer = fast.model.reducer
+    if reducer is None or not reducer.proportional_attention:
+        return
+
+    def use(on: bool) -> None:
+        fast.model.sizes_in_keys = on
+
+    _try("sizes in keys", fast, example, use)
+
+
 def try_padded(fast: Treated, example: Tensor) -> None:
     """Pad the keys."""
 
@@ -191,12 +210,14 @@ def try_a_core_each(fast: Treated, example: Tensor) -> None:
 def try_compiled(fast: Treated, example: Tensor) -> None:
     """Compile every degree."""
     plain, before = fast.run, fast.model.degree
-    graphs = torch.compile(fast.model, dynamic=False)
+    # On GPUs this mode replays the kernels of a pass in one call (CUDA graphs).
+    graphs = torch.compile(fast.model, dynamic=False, mode="reduce-overhead")
 
     def run(images: Tensor) -> Tensor:
         # A batch of another size runs at once, without a compiler.
         with torch.compiler.set_stance("eager_on_recompile"):
-            return graphs(images)  # type: ignore[no-any-return]
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return graphs(images).clone()  # type: ignore[no-any-return]  # the next pass overwrites it
 
     def use(on: bool) -> None:
         fast.run = run if on else plain
