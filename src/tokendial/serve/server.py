@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tokendial.errors import one_line
 from tokendial.serve.engine import Engine
 from tokendial.serve.problems import failure, retry_after
+from tokendial.serve.scheduler import Refused
 from tokendial.serve.schemas import Problem
 from tokendial.serve.settings import Settings
 
@@ -133,7 +134,7 @@ class Server(uvicorn.Server):
     async def _read_anew(self) -> None:
         try:
             await asyncio.to_thread(self._reload)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, Refused) as error:
             _log.error("not reloaded, the old models go on: %s", one_line(error))
 
 

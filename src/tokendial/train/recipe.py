@@ -27,6 +27,7 @@ from tokendial.data.clip import Clip
 from tokendial.data.dense import DenseAugment
 from tokendial.data.transforms import Augment
 from tokendial.methods import known, method_class, to_json
+from tokendial.speed import Precision
 
 
 def _method(kind: str) -> Any:
@@ -139,7 +140,7 @@ class TrainSection(_Section):
     """Largest norm of the gradient; null: not clipped."""
     ema: float | None = Field(None, gt=0.0, lt=1.0)
     """Decay of the moving average of the weights, which is then evaluated and saved; null: off."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the forward pass."""
     degree: int | None = Field(None, ge=0)
     """Degree of the dial to train at; null: the one that the reduction method describes."""
