@@ -55,6 +55,8 @@ class Optimized(nn.Module):
 
     It is called and turned as the model is, but has no adapters to switch and does not train.
 
+    Patch tokens that leave the last block are not computed if the head reads none.
+
     Treatments, by name:
         packed weights: Linear layers keep a second copy of their weights in the order that the
             processor's matrix units read, where PyTorch would make it in every call, and apply a
@@ -66,8 +68,8 @@ class Optimized(nn.Module):
         padded keys: Attention gets keys for a multiple of 32 tokens, the surplus masked.
         a core each: The batch is split, and every core runs its images through the whole model,
             instead of all cores sharing every operation.
-        compiled: By torch.compile, one graph for each degree and for the example's batch size;
-            other batches run as without it.
+        compiled: By torch.compile, one graph for each degree and for the example's batch size
+            (on GPUs a CUDA graph); other batches run as without it.
     """
 
     def __init__(self, model: DialViT, degrees: Sequence[int]) -> None:
@@ -121,7 +123,7 @@ def optimize(
     """Find the fastest way to run a model on this machine and make it ready.
 
     Treatments are tried one after another on the example, at the model's degree, each turn beside a
-    pass without it; those that bring less than 2 % are left out. Memory that passes give back is
+    pass without it; those that bring less than 2 % or other logits are left out. Memory that passes give back is
     kept for the next pass from here on, in the whole process (Linux).
 
     Args:
