@@ -1,8 +1,9 @@
-"""Plain timm, the authors' ToMe, the ViT of transformers, and Tokendial's ToMe at the same r.
+"""Plain timm, the authors' ToMe, Pruna's, the ViT of transformers, and Tokendial's, at the same r.
 
 The authors' code is imported from a checkout of facebookresearch/ToMe (--tome-checkout), as it is;
-it must give the logits of Tokendial's ToMe. A row is compared with plain timm in the same mode, and
-in the last columns with timm's fastest mode; the fastest mode of each peer is marked.
+it must give the logits of Tokendial's ToMe. Pruna's ToMe acts on a ViT of transformers. A row is
+compared with plain timm in the same mode, and in the last columns with timm's fastest mode; the
+fastest mode of each peer is marked.
 """
 
 import argparse
@@ -71,6 +72,10 @@ def peers(vit: nn.Module, asked: argparse.Namespace) -> tuple[dict[str, nn.Modul
         models["transformers"] = TransformersViT(vit, asked.device)
     else:
         notes.append("transformers: not installed")
+    if find_spec("pruna"):
+        models["pruna's tome"] = pruna_tome(TransformersViT(vit, asked.device), asked.r)
+    else:
+        notes.append("pruna: not installed")
     return models, notes
 
 
@@ -129,6 +134,15 @@ def authors_tome(checkout: Path, vit: nn.Module, r: int) -> nn.Module:
     model = copy.deepcopy(vit, memo={id(weight): weight for weight in vit.parameters()})
     patch(model)
     model.r = r
+    return model
+
+
+def pruna_tome(model: "TransformersViT", r: int) -> nn.Module:
+    """The same model with Pruna's token merging."""
+    from pruna import SmashConfig, smash
+
+    config = SmashConfig({"token_merging": {"r": r}}, device=model.model.device.type)
+    model.model = smash(model.model, config).model
     return model
 
 

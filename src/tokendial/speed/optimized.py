@@ -123,8 +123,8 @@ def optimize(
     """Find the fastest way to run a model on this machine and make it ready.
 
     Treatments are tried one after another on the example, at the model's degree, each turn beside a
-    pass without it; those that bring less than 2 % or other logits are left out. Memory that passes give back is
-    kept for the next pass from here on, in the whole process (Linux).
+    pass without it; those that bring less than 2 % or other logits are left out. Memory that passes
+    give back is kept for the next pass from here on, in the whole process (Linux).
 
     Args:
         model: It stays as it is. Its weights are shared unless `dtype` changes them or a
