@@ -27,10 +27,13 @@ FLOORS = (
     ("reduce",),
     ("attention",),
     ("tokens", "methods", "atomic", "errors"),
+    ("kernels",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 CORE = {room for room, floor in FLOOR.items() if floor >= FLOOR["saving"]}
 CORE_MAY_IMPORT = {"torch", "timm", "safetensors", "huggingface_hub", "tokendial"}
+# Imported when the first kernel starts: the library runs where there is no Triton, too.
+WITH_TRITON = SOURCE / "kernels" / "programs.py"
 # A saved model is written by a method of the model, and loaded by a function above it.
 UPWARD = {("adapted", "saving")}
 
@@ -69,7 +72,7 @@ def test_imports_point_downwards(path):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path, room in modules().items() if room in CORE],
+    [path for path, room in modules().items() if room in CORE and path != WITH_TRITON],
     ids=lambda path: str(path.relative_to(SOURCE)),
 )
 def test_the_core_needs_few_packages(path):
@@ -79,6 +82,7 @@ def test_the_core_needs_few_packages(path):
 
 def test_importing_the_library_loads_nothing_heavy():
     heavy = {"accelerate", "torchmetrics", "matplotlib", "typer", "peft", "transformers"}
+    heavy.add("tokendial.kernels.programs")
     code = f"import sys, tokendial; print(sorted({heavy} & set(sys.modules)))"
     environment = {"PYTHONPATH": str(SOURCE.parent), "PATH": ""}
     done = subprocess.run(

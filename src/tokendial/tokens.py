@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokendial.kernels import fuses, merge_fused
+
 
 @dataclass(slots=True)
 class Grouping:
@@ -61,6 +63,8 @@ class Grouping:
             return self.sum(x_BND)
         if self.how == "mean" and self.src.shape[1] == 0:
             return take(x_BND, self.keep)
+        if fuses(x_BND):
+            return merge_fused(x_BND, self.keep, self.src, self.dst, weight_BN, self.how)
         if weight_BN is None:
             weight_BN = x_BND.new_ones(x_BND.shape[:2])
         # Weights become shares before they meet the features, which are then passed over once.
@@ -75,6 +79,8 @@ class Grouping:
 
     def sum(self, x_BND: Tensor) -> Tensor:
         """Plain sum of each group's members, [B, G, D]."""
+        if fuses(x_BND):
+            return merge_fused(x_BND, self.keep, self.src, self.dst, None, "sum")
         return self._absorbed(take(x_BND, self.keep), take(x_BND, self.src))
 
     def _absorbed(self, kept_BGD: Tensor, absorbed_BSD: Tensor) -> Tensor:

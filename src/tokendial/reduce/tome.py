@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.attention import Attended
+from tokendial.kernels import fuses, most_similar_fused
 from tokendial.methods import register
 from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape, check_choice
 from tokendial.reduce.listed import check_removed, dial_of_lists
@@ -256,6 +257,8 @@ def _most_similar(
     nobody's.
     """
     unit = F.normalize(metric_BNC.float(), dim=-1, eps=0.0)
+    if fuses(unit):
+        return most_similar_fused(unit, source, target, passed_by)
     sources, targets = unit[:, source], unit[:, target].transpose(-1, -2)
     found = []
     # Some sources at a time: all similarities of a large image would take more than its features.

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy
+from tokendial.kernels import can_fuse, fused
 from tokendial.speed.treatments import (
     Trial,
     keep_freed_memory,
     try_a_core_each,
     try_compiled,
+    try_fused_reduction,
     try_packed,
     try_padded,
     try_sizes_in_keys,
@@ -68,6 +70,8 @@ class Optimized(nn.Module):
         padded keys: Attention gets keys for a multiple of 32 tokens, the surplus masked.
         a core each: The batch is split, and every core runs its images through the whole model,
             instead of all cores sharing every operation.
+        fused reduction: On a GPU, one kernel finds each token's most similar one, and one merges
+            tokens, in place of many small ones. What is compiled runs without.
         compiled: By torch.compile, one graph for each degree and for the example's batch size
             (on GPUs a CUDA graph); other batches run as without it.
     """
@@ -78,6 +82,8 @@ class Optimized(nn.Module):
         """The treated copy."""
         self.degrees = tuple(degrees)
         """Degrees that were made ready."""
+        self.fused_reduction = False
+        """Whether reductions run in fused kernels, see `tokendial.kernels`."""
         self.trials: list[Trial] = []
         """What was tried, in order."""
         self.notes: list[str] = []
@@ -109,7 +115,8 @@ class Optimized(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Logits as the model gives them, up to rounding."""
-        return (self.run or self.model)(images.to(next(self.model.parameters()).dtype))
+        with fused(self.fused_reduction):
+            return (self.run or self.model)(images.to(next(self.model.parameters()).dtype))
 
 
 def optimize(
@@ -170,6 +177,8 @@ def optimize(
         try_a_core_each(fast, example)
     else:
         try_sizes_in_keys(fast, example)
+    if can_fuse(example.device):
+        try_fused_reduction(fast, example)
     if compile:
         try_compiled(fast, example)
     return fast

@@ -48,6 +48,7 @@ class Treated(Protocol):
 
     model: DialViT
     degrees: tuple[int, ...]
+    fused_reduction: bool
     trials: list[Trial]
     run: Callable[[Tensor], Tensor] | None
 
@@ -205,6 +206,15 @@ def try_a_core_each(fast: Treated, example: Tensor) -> None:
     torch.set_num_threads(cores)  # the pool's threads have told PyTorch that new ones use one core
     if not fast.trials[-1].kept:
         pool.shutdown()
+
+
+def try_fused_reduction(fast: Treated, example: Tensor) -> None:
+    """Reduce in fused kernels."""
+
+    def use(on: bool) -> None:
+        fast.fused_reduction = on
+
+    _try("fused reduction", fast, example, use)
 
 
 def try_compiled(fast: Treated, example: Tensor) -> None:
