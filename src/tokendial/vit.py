@@ -278,6 +278,7 @@ class DialViT(AdaptedViT):
             key_multiple=self.key_multiple,
             sizes_in_keys=self.sizes_in_keys,
         )
+        del q, k, v  # what follows finds their memory free
         out = tokens.x + anatomy.attention_branch(layer, heads, x)
         beside = self.adapter.beside_attention(layer, x, tokens)
         return replace(tokens, x=out if beside is None else out + beside), attended

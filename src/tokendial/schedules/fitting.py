@@ -146,7 +146,8 @@ class _Fitting:
         """How many of the images leave time for a search, and for what follows it."""
         batch = min(stopwatch.one(self.space.none) for _ in range(3))
         per_image = batch / len(stopwatch.images)
-        compared = 1 + (1 + len(_NEAR)) * len(self.limits)
+        # A search is measured beside the whole model once it is over time; then all that was found.
+        compared = 1 + (2 + 1 + len(_NEAR)) * len(self.limits)
         follows = ((1 + TURNS) * compared + _CURVE) * batch
         self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
         wanted = (_FORWARDS + _FORWARDS_PER_LAYER * self.space.shape.depth) * len(self.limits)
