@@ -104,6 +104,8 @@ class Optimized(nn.Module):
         """
         if degree not in self.degrees:
             ready = ", ".join(map(str, self.degrees))
+            if len(self.degrees) > 2 and self.degrees == self.model.degrees:
+                ready = f"0 to {self.degrees[-1]}"
             raise ValueError(f"degree must be one that was made ready ({ready}), got {degree!r}.")
         self.model.set_degree(degree)
 
