@@ -229,9 +229,9 @@ class DialViT(AdaptedViT):
         if reducer:
             tokens = reducer.before_block(layer, degree, tokens)
         tokens = self.adapter.before_block(layer, tokens)
-        acting = reducer if reducer and reducer.acts(layer, degree) else None
-        if prefix_alone:  # methods reduce patch tokens, of which there are none left
-            acting = None
+        # Methods reduce patch tokens; after the attention of prefix tokens alone there are none.
+        acts = reducer and not prefix_alone and reducer.acts(layer, degree)
+        acting = reducer if acts else None
         # Features that nobody will look at are not held while the FFN runs.
         entered = None if tokens.origin is None else tokens
         tokens, attended = self._attention(

@@ -139,7 +139,8 @@ def test_what_fails_or_is_slower_is_left_out(monkeypatch):
     fast = td.optimize(model, images())
     assert str(fast.trials[0]) == "packed weights: not supported here (not here)"
     assert str(fast.trials[1]).endswith("x, left out")
-    same_logits(fast, model, (4,))
+    model.skips_unread = True  # the one thing that is always done
+    assert torch.equal(fast(images()), model(images()))
 
 
 @torch.no_grad()
