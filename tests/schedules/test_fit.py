@@ -5,7 +5,9 @@ import torch
 from examples import images, tiny_vit
 
 import tokendial as td
+from tokendial.schedules import Fitted
 from tokendial.schedules.agreement import compared, two_way
+from tokendial.schedules.result import FittedDegree, Point
 
 
 @pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop")])
@@ -102,3 +104,28 @@ def test_a_model_without_a_head_raises():
     model = td.wrap(tiny_vit(num_classes=0))
     with pytest.raises(ValueError, match="fit needs a classifier of images"):
         td.fit(model, images(2), gmacs=0.01)
+
+
+def fitted_at(cost, *, spread=0.0):
+    point = Point((0, 1), cost=cost, divergence=0.0, top1=1.0)
+    return Fitted(
+        reduce=td.ToMe(r=[[0, 1]]),
+        kind="speedup",
+        unreduced=10.0,
+        batch_size=8,
+        images=8,
+        degrees=(FittedDegree(1, 1.5, point, None),),
+        searched=(),
+        constants=(),
+        table=None,
+        spread=spread,
+    )
+
+
+def test_a_fit_says_when_it_is_far_from_its_budget_on_either_side_or_was_disturbed():
+    assert fitted_at(1 / 1.5).warnings() == []
+    assert fitted_at(0.75).warnings() == ["degree 1 misses its budget by 12%."]
+    (below,) = fitted_at(1 / 2.34).warnings()
+    assert "stays 36% below its budget, at 2.34 times the speed of degree 0" in below
+    (disturbed,) = fitted_at(1 / 1.5, spread=0.4).warnings()
+    assert "times differed by 40% between passes" in disturbed

@@ -60,17 +60,20 @@ def test_a_model_without_class_token_has_no_class_attention():
     assert token_maps(model, images(1)[0]).class_attention is None
 
 
-def test_tokens_are_painted_with_their_mean_colour_and_dropped_ones_dark():
-    pixels = np.zeros((6, 9, 3), np.uint8)
-    pixels[:, 3:6] = 100
-    origin = np.array([[5, 5, -1], [7, 5, -1]])
+def test_merged_tokens_have_a_colour_each_dropped_ones_are_dark_others_as_they_are():
+    pixels = np.full((8, 16, 3), 100, np.uint8)
+    origin = np.array([[5, 5, -1, 6], [7, 5, 6, 6]])
     painted = paint_tokens(pixels, origin)
-    # The token of three patches is the mean of black, grey and grey.
-    assert painted[1, 1].tolist() == [66, 66, 66]
-    assert painted[4, 1].tolist() == [0, 0, 0]
-    assert painted[1, 8].tolist() == [40, 40, 40]
-    assert painted[3, 1].tolist() == [255, 255, 255]
-    assert painted[1, 3].tolist() == [66, 66, 66]
+    one, other = painted[1, 1], painted[6, 10]
+    assert len({*map(tuple, (one, other, painted[1, 13]))}) == 2  # a colour for each merged token
+    for colour in (one, other):  # on a grey image, too
+        assert int(colour.max()) - int(colour.min()) > 50
+    assert painted[5, 1].tolist() == [100] * 3  # a token of its own
+    assert painted[1, 9].tolist() == [20] * 3  # dropped
+    assert painted[1, 7].tolist() == [255] * 3  # outline between two tokens
+    assert painted[5, 3].tolist() == [255] * 3
+    assert painted[1, 3].tolist() == one.tolist()  # none within a token
+    assert painted[1, 15].tolist() != [255] * 3  # none at the rim of the image
 
 
 def test_tokens_that_the_ffn_skips_are_shown_as_missing():
@@ -87,10 +90,15 @@ def test_the_figure_has_a_panel_for_every_layer_that_reduces():
     model = td.wrap(tiny_vit(), reduce=td.EViT(keep_rate=0.5, layers=(2, 4)))
     figure = token_figure(model, images(1)[0], np.zeros((32, 32, 3), np.uint8))
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["image", "layer 2: 34 tokens", "layer 4: 19 tokens", "class attention"]
+    assert titles == [
+        "what the model sees",
+        "layer 2: 34 tokens",
+        "layer 4: 19 tokens",
+        "class attention, last layer",
+    ]
 
 
-def test_a_deep_model_is_thinned_out_to_six_panels():
+def test_a_deep_model_is_thinned_out_to_five_layers():
     model = td.wrap(tiny_vit(depth=9), reduce=td.ToMe(r=3))
     figure = token_figure(model, images(1)[0], np.zeros((32, 32, 3), np.uint8))
-    assert len(figure.axes) == 1 + 6 + 1
+    assert len(figure.axes) == 1 + 5 + 1

@@ -1,17 +1,24 @@
 import csv
+import dataclasses
 import json
+import math
 import shutil
 import tarfile
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from examples import tiny_vit
 
+import tokendial as td
 from tokendial.data import ImageError, find_sources, read_image
 from tokendial.train import Run
-from tokendial.train.evaluate import evaluate, images_per_second, parse_degrees
+from tokendial.train.degrees import degrees_to_show, parse_degrees, spread_by_cost
+from tokendial.train.evaluate import evaluate, time_degrees
 from tokendial.train.predict import predict
 from tokendial.train.predict_ray import predict_on_ray
+from tokendial.train.tables import class_scores
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,37 @@ from tokendial.train.predict_ray import predict_on_ray
 )
 def test_degrees_can_be_written_in_several_ways(text, degrees):
     assert parse_degrees(text, tuple(range(9))) == degrees
+
+
+def test_all_of_a_long_dial_are_a_few_that_are_evenly_spaced_in_cost():
+    vit = tiny_vit(img_size=64, patch_size=4, depth=2)
+    model = td.wrap(vit, reduce=td.ToMe(r=5))
+    assert len(model.degrees) > 100
+    found = degrees_to_show(model, "all")
+    assert found[0] == 0
+    assert found[-1] == model.degrees[-1]
+    assert 5 in found  # the one that is set
+    assert len(found) <= 11
+    chosen = [model.cost(degree).macs for degree in found if degree != 5]
+    even = (chosen[0] - chosen[-1]) / 9
+    assert all(0.7 * even < a - b < 1.3 * even for a, b in pairwise(chosen))
+    assert degrees_to_show(model, "every") == list(model.degrees)
+
+
+def test_a_choice_of_degrees_asks_for_few_costs():
+    asked = []
+
+    def cost(degree):
+        asked.append(degree)
+        return 1000.0 - degree
+
+    assert spread_by_cost(range(685), cost, 3) == [0, 342, 684]
+    assert len(asked) == len(set(asked)) < 60
+
+
+def test_a_dial_that_gets_no_cheaper_at_its_end_is_no_problem():
+    costs = [9.0, 7.0, 5.0, 5.0, 5.0, 5.0]
+    assert spread_by_cost(range(6), costs.__getitem__, 3) == [0, 1, 5]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +181,35 @@ def test_the_command_line_evaluates(cli, run):
         assert [row["degree"] for row in csv.DictReader(file)] == ["0", "4", "8"]
     assert read_image(run.folder / "eval" / "degrees.png").size[0] > 400
     assert "images/s" in out
+    assert read_image(run.folder / "eval" / "confusion.png").size[0] > 400
+    with (run.folder / "eval" / "classes.csv").open() as file:
+        classes = list(csv.DictReader(file))
+    assert [row["class"] for row in classes[:4]] == [f"digit {digit}" for digit in range(4)]
+    with (run.folder / "eval" / "degrees.csv").open() as file:
+        first = next(csv.DictReader(file))
+    right = sum(float(row["recall"]) * int(row["images"]) for row in classes[:4])
+    assert right / 80 == pytest.approx(float(first["accuracy"]), abs=1e-4)
+    assert float(first["speedup"]) == 1.0
+    assert all(len(text) <= 12 for text in first.values())  # no digits of rounding
+
+
+def test_each_class_is_told_with_what_it_is_taken_for(run):
+    row = evaluate(run, "0")[0]
+    confusion = torch.tensor([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
+    a, b, c = class_scores(dataclasses.replace(row, confusion=confusion), ["a", "b", "c"])
+    assert (a.images, a.recall, a.precision, a.mistaken_for, a.times) == (10, 0.8, 1.0, "b", 2)
+    assert (b.images, b.recall, b.mistaken_for, b.times) == (5, 1.0, None, 0)
+    assert b.precision == pytest.approx(5 / 7)
+    assert c.images == 0
+    assert math.isnan(c.recall)
+
+
+def test_progress_is_told_batch_by_batch(run):
+    told = []
+    evaluate(run, "0,8", batch_size=32, progress=lambda *state: told.append(state))
+    assert [done for done, _, _ in told] == [1, 2, 3, 4, 5, 6, 6]
+    assert {total for _, total, _ in told} == {6}
+    assert told[0][2] == "degree 0"
 
 
 def test_the_command_line_predicts_csv_and_json(cli, run, digits, tmp_path):
@@ -269,4 +336,5 @@ def test_the_version_is_printed(cli):
 
 
 def test_speed_is_measured_on_the_device_of_the_model(run):
-    assert images_per_second(run.model(), torch.rand(2, 3, 32, 32)) > 0
+    first, last = time_degrees(run.model(), torch.rand(2, 3, 32, 32), [0, 8])
+    assert 0 < last.seconds < 10 * first.seconds

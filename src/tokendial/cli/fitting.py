@@ -60,9 +60,8 @@ def fit(
         note=lambda text: console.print(text, highlight=False),
     )
     console.print(_table(fitted))
-    for degree in fitted.degrees:
-        if (over := degree.found.cost / fitted.share(degree.budget) - 1) > 0.02:
-            print(f"degree {degree.degree} misses its budget by {over:.0%}, measured at the end")
+    for warning in fitted.warnings():
+        print(warning)
     with replacing(folder / "fit.png") as path:
         path.write_bytes(png(fit_figure(fitted, title=str(run))))
     print(f"wrote {folder}: tokendial eval {folder} --degrees all")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -25,7 +26,13 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 Degree = Annotated[
     int | None, typer.Option(help="Degree of the dial; default: the one that was trained.")
 ]
-Degrees = Annotated[str, typer.Option(help="Such as 0,4,8 or 0..16 or 0..16:4 or all.")]
+Degrees = Annotated[
+    str,
+    typer.Option(
+        help="Such as 0,4,8 or 0..16 or 0..16:4. all: every degree, or about ten by cost of a long "
+        "dial. every: every one."
+    ),
+]
 
 
 Optimize = Annotated[
@@ -53,6 +60,7 @@ Faster = Annotated[
 ]
 
 _SHOWN_SCORES = 3
+_SHOWN_CLASSES = 20
 
 
 class Format(StrEnum):
@@ -90,29 +98,93 @@ def evaluate(
     if len(runs) > 1 or sources is not None:
         raise ValueError("several runs and sources go with --compensator only.")
     (run,) = runs
+    from tokendial.show.confusion import confusion_figure
     from tokendial.show.plots import dial_figure
     from tokendial.train import Run
     from tokendial.train.evaluate import evaluate as run_evaluation
+    from tokendial.train.progress import bar
+    from tokendial.train.tables import write_classes
 
-    rows = run_evaluation(Run(run), degrees, batch_size=batch_size, speed=speed)
-    unit = "clip" if Run(run).on_videos() else "image"
+    opened, console = Run(run), Console(stderr=True)
+    with bar(console) as shown:
+        rows = run_evaluation(
+            opened, degrees, batch_size=batch_size, speed=speed, progress=shown.update
+        )
+    unit = "clip" if opened.on_videos() else "image"
+    Console().print(_dial_table(rows, unit))
+    _warn_if_disturbed(rows)
+    stem = run / "eval" / "degrees"
+    _write_evaluation(rows, dial_figure(rows, title=str(run), unit=unit), stem)
+    matrices = [(row.degree, row.confusion.numpy()) for row in rows if row.confusion is not None]
+    if matrices:
+        classes = opened.classes()
+        Console().print(_class_table(rows, classes))
+        ends = [matrices[0], matrices[-1]] if len(matrices) > 1 else matrices
+        table, picture = stem.with_name("classes.csv"), stem.with_name("confusion.png")
+        write_classes(rows, classes, table)
+        _write_picture(confusion_figure(ends, classes, title=str(run)), picture)
+        print(f"wrote {table} and {picture}")
+
+
+def _dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
+    """Scores, cost and speed at each degree."""
     # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
     shown = list(rows[0].scores)[:_SHOWN_SCORES]
     names = [name.replace("_", " ") for name in shown]
     # Where tokens are chosen by their values, every one leaves the last layer.
     last = "tokens left" if rows[0].share is None else "tokens processed"
-    table = Table("degree", *names, "GMACs", f"{unit}s/s", last)
+    table = Table("degree", *names, "GMACs", "cost", f"{unit}s/s", "speed", last)
     for row in rows:
         table.add_row(
             str(row.degree),
             *(f"{row.scores[name]:.2%}" for name in shown),
-            f"{row.gmacs:.4f}",
-            f"{row.images_per_s:.0f}",
+            f"{row.gmacs:.4g}",
+            f"{row.gmacs / rows[0].gmacs:.0%}",
+            f"{row.images_per_s:.1f}" if row.images_per_s < 10 else f"{row.images_per_s:.0f}",
+            f"{row.speedup:.2f}x" + " ?" * row.disturbed,
             str(row.tokens) if row.share is None else f"{row.share:.1%}",
         )
-    Console().print(table)
-    figure = dial_figure(rows, title=str(run), unit=unit)
-    _write_evaluation(rows, figure, run / "eval" / "degrees")
+    return table
+
+
+def _class_table(rows: "Sequence[DegreeRow]", classes: Sequence[str]) -> Table:
+    """The classes that are recognised worst at the first degree, beside the last one."""
+    from tokendial.train.tables import class_scores
+
+    first, last = class_scores(rows[0], classes), class_scores(rows[-1], classes)
+    several = len(rows) > 1
+    table = Table(
+        "class",
+        "images",
+        f"recall at {rows[0].degree}",
+        *[f"at {rows[-1].degree}"] * several,
+        f"precision at {rows[0].degree}",
+        *[f"at {rows[-1].degree}"] * several,
+        "most often taken for",
+        title=f"the {_SHOWN_CLASSES} classes of lowest recall" * (len(classes) > _SHOWN_CLASSES),
+    )
+    worst = sorted(zip(first, last, strict=True), key=lambda pair: pair[0].recall)
+    for at_first, at_last in worst[:_SHOWN_CLASSES]:
+        table.add_row(
+            at_first.name,
+            str(at_first.images),
+            _percent(at_first.recall),
+            *[_percent(at_last.recall)] * several,
+            _percent(at_first.precision),
+            *[_percent(at_last.precision)] * several,
+            f"{at_first.mistaken_for} ({at_first.times})" if at_first.mistaken_for else "",
+        )
+    return table
+
+
+def _percent(share: float) -> str:
+    """Nothing where there were no images to take a share of."""
+    return "" if math.isnan(share) else f"{share:.1%}"
+
+
+def _warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[BridgedRow]") -> None:
+    if any(row.disturbed for row in rows):
+        print("speed: times differed widely, so something else used this machine: measure again")
 
 
 def speed_of(optimize: bool, compile: bool, precision: Precision) -> "Speed":
@@ -128,17 +200,21 @@ def _evaluate_bridged(
     from tokendial.compensate import Compensator
     from tokendial.show.plots import bridged_figure
     from tokendial.train import Run
-    from tokendial.train.evaluate import evaluate_bridged, parse_degrees
+    from tokendial.train.degrees import parse_degrees
+    from tokendial.train.evaluate import evaluate_bridged
+    from tokendial.train.progress import bar
 
     plugin = Compensator.from_pretrained(compensator)
     offered = tuple(range(plugin.steps + 1))
-    rows = evaluate_bridged(
-        [Run(folder) for folder in folders],
-        plugin,
-        degrees,
-        sources=parse_degrees(sources, offered) if sources else None,
-        batch_size=batch_size,
-    )
+    with bar(Console(stderr=True)) as shown:
+        rows = evaluate_bridged(
+            [Run(folder) for folder in folders],
+            plugin,
+            degrees,
+            sources=parse_degrees(sources, offered) if sources else None,
+            batch_size=batch_size,
+            progress=shown.update,
+        )
     table = Table("trained at", "run at", "plain", "compensated", "gain", "GMACs", "images/s")
     for row in rows:
         table.add_row(
@@ -148,9 +224,10 @@ def _evaluate_bridged(
             f"{row.accuracy:.2%}",
             f"{100 * (row.accuracy - row.plain):+.2f}",
             f"{row.gmacs:.4f}",
-            f"{row.images_per_s:.0f}",
+            f"{row.images_per_s:.0f}" + " ?" * row.disturbed,
         )
     Console().print(table)
+    _warn_if_disturbed(rows)
     figure = bridged_figure(rows, title=f"scale {plugin.scale:g}")
     _write_evaluation(rows, figure, folders[0] / "eval" / "bridged")
 
@@ -159,15 +236,20 @@ def _write_evaluation(
     rows: "Sequence[DegreeRow] | Sequence[BridgedRow]", figure: "Figure", stem: Path
 ) -> None:
     """Write the rows as CSV and their figure as PNG, and say where."""
-    from tokendial.atomic import replacing
-    from tokendial.show.report import png
-    from tokendial.train.evaluate import write_rows
+    from tokendial.train.tables import write_rows
 
     table, plot = stem.with_suffix(".csv"), stem.with_suffix(".png")
     write_rows(rows, table)
-    with replacing(plot) as path:
-        path.write_bytes(png(figure))
+    _write_picture(figure, plot)
     print(f"wrote {table} and {plot}")
+
+
+def _write_picture(figure: "Figure", path: Path) -> None:
+    from tokendial.atomic import replacing
+    from tokendial.show.report import png
+
+    with replacing(path) as temporary:
+        temporary.write_bytes(png(figure, dpi=150))
 
 
 @app.command()
@@ -295,7 +377,7 @@ def export(
     from tokendial.export import export as export_model
     from tokendial.export import export_bundle
     from tokendial.train import Run
-    from tokendial.train.evaluate import parse_degrees
+    from tokendial.train.degrees import degrees_to_show
 
     model = Run(run).model()
     folder = run / "export"
@@ -306,7 +388,7 @@ def export(
     elif degree is not None or to is not ExportFormat.onnx:
         raise ValueError("degrees makes a bundle of ONNX files: leave degree and pt2 out.")
     else:
-        wanted = parse_degrees(degrees, model.degrees)
+        wanted = degrees_to_show(model, degrees)
         found = export_bundle(model, out or folder, wanted, batch=batch)
     for each in found:
         print(

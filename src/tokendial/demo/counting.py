@@ -12,11 +12,12 @@ from tokendial.demo.output import print_table, write_report
 from tokendial.show.plots import bridged_figure
 from tokendial.show.report import Section
 from tokendial.show.tokens import run_figure
-from tokendial.train.evaluate import BridgedRow, evaluate_bridged, write_rows
+from tokendial.train.evaluate import BridgedRow, evaluate_bridged
 from tokendial.train.finetune import train
 from tokendial.train.recipe import Recipe
 from tokendial.train.recipe_file import read_recipe
 from tokendial.train.runs import Run
+from tokendial.train.tables import write_rows
 
 _PICTURES = (0, 1)
 

@@ -10,11 +10,12 @@ from tokendial.show.masks import run_mask_figure
 from tokendial.show.plots import dial_figure
 from tokendial.show.report import Section
 from tokendial.show.tokens import run_figure
-from tokendial.train.evaluate import DegreeRow, evaluate, write_rows
+from tokendial.train.evaluate import DegreeRow, evaluate
 from tokendial.train.finetune import train
 from tokendial.train.recipe import Recipe
 from tokendial.train.recipe_file import read_recipe
 from tokendial.train.runs import Run
+from tokendial.train.tables import write_rows
 
 _PICTURES = (0, 1, 2, 3)
 

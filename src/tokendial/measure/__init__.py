@@ -1,6 +1,7 @@
-"""Measuring: cost by counting, shares of tokens."""
+"""Measuring: cost by counting, time by one clock, shares of tokens."""
 
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.measure.shares import ShareMeter, calibrate
+from tokendial.measure.timing import DISTURBED, Timing, time_in_rounds
 
-__all__ = ["Cost", "ShareMeter", "calibrate", "count_macs"]
+__all__ = ["DISTURBED", "Cost", "ShareMeter", "Timing", "calibrate", "count_macs", "time_in_rounds"]

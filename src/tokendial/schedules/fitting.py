@@ -30,6 +30,8 @@ _BELOW, _ABOVE = 0.97, 1.01
 """How far a measured cost may lie from its budget."""
 _NEAR = (0.85, 0.93, 1.0, 1.08, 1.18)
 """Costs of constant schedules that are measured beside what was found, as shares of its cost."""
+_NEAR_BUDGET = (0.95, 1.0)
+"""The same as shares of the budget: a search that was misled by a busy machine ends far below."""
 _CURVE = 8
 _FEWEST_IMAGES = 8
 
@@ -147,7 +149,7 @@ class _Fitting:
         batch = min(stopwatch.one(self.space.none) for _ in range(3))
         per_image = batch / len(stopwatch.images)
         # A search is measured beside the whole model once it is over time; then all that was found.
-        compared = 1 + (2 + 1 + len(_NEAR)) * len(self.limits)
+        compared = 1 + (2 + 1 + len(_NEAR) + len(_NEAR_BUDGET)) * len(self.limits)
         follows = ((1 + TURNS) * compared + _CURVE) * batch
         self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
         wanted = (_FORWARDS + _FORWARDS_PER_LAYER * self.space.shape.depth) * len(self.limits)
@@ -214,9 +216,9 @@ class _Fitting:
     ) -> Fitted:
         """Compare what was found with constant schedules, end to end, and choose."""
         lines = self.space.lines()
-        near = {s for schedule in found.values() for s in self._near(lines, schedule)}
+        near = {s for item in found.items() for s in self._near(lines, *item)}
         tried = list(dict.fromkeys([self.space.none, *found.values(), *near]))
-        costs = self.meter.whole(tried)
+        costs, spread = self.meter.whole(tried), self.meter.spread
         shares = {schedule: cost / costs[0] for schedule, cost in zip(tried, costs, strict=True)}
 
         def point(schedule: Schedule, share: float) -> Point:
@@ -250,11 +252,13 @@ class _Fitting:
             searched=tuple(point(schedule, self._share(schedule)) for schedule in search.known),
             constants=constants,
             table=self.table,
+            spread=spread,
         )
 
-    def _near(self, lines: list[Schedule], schedule: Schedule) -> list[Schedule]:
-        """Constant schedules that cost as much by the table, a little more, a little less."""
-        wanted = (self._share(schedule) * part for part in _NEAR)
+    def _near(self, lines: list[Schedule], budget: float, schedule: Schedule) -> list[Schedule]:
+        """Constant schedules that cost about as much as what was found, or the budget."""
+        wanted = [self._share(schedule) * part for part in _NEAR]
+        wanted += [self.limits[budget] * part for part in _NEAR_BUDGET]
         return [min(lines[1:], key=lambda s: abs(self._share(s) - share)) for share in wanted]
 
     def _curve(self, lines: list[Schedule], least: float) -> list[Schedule]:

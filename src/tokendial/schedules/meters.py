@@ -4,13 +4,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, pairwise
-from statistics import median
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tokendial.measure.cost import count_parts
+from tokendial.measure.timing import time_in_rounds
 from tokendial.schedules.space import Schedule, Space
 from tokendial.vit import DialViT, Step
 
@@ -49,6 +49,8 @@ class Meter(Protocol):
 
     exact: bool
     """Whether the same question has the same answer."""
+    spread: float
+    """Largest quartile spread of the times in the last comparison, see `Timing`; 0 if counted."""
 
     def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:
         """Costs of the layers from `first`, 2 at least, to `last`."""
@@ -74,6 +76,7 @@ class Stopwatch:
             seconds: For each schedule that is compared with others, if a few passes take less.
         """
         self.tried, self.images, self.seconds = tried, images, seconds
+        self.spread = 0.0
 
     @torch.no_grad()
     def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:
@@ -86,24 +89,18 @@ class Stopwatch:
 
     @torch.no_grad()
     def whole(self, schedules: Sequence[Schedule]) -> list[float]:
-        """Medians of passes that take turns, so that a busy machine slows all of them alike.
-
-        Given as the first one's median times the median of their ratios to it, turn by turn.
-        """
-        turns: list[list[float]] = []
-        start = self._now()
-        while len(turns) <= TURNS or (
-            len(turns) <= _MOST_TURNS and self._now() - start < self.seconds * len(schedules)
-        ):
-            turns.append([self.one(schedule) for schedule in schedules])
-        del turns[0]  # chooses kernels and fills caches
-        first = median(turn[0] for turn in turns)
-        columns = zip(*turns, strict=True)
-        firsts = [turn[0] for turn in turns]
-        return [
-            first * median(own / base for own, base in zip(column, firsts, strict=True))
-            for column in columns
-        ]
+        """Times of passes that take turns, so that a busy machine slows all of them alike."""
+        timings = time_in_rounds(
+            schedules,
+            self.tried.turn,
+            lambda: self.tried.model(self.images),
+            device=self.images.device,
+            seconds=self.seconds,
+            least_rounds=TURNS,
+            most_rounds=_MOST_TURNS,
+        )
+        self.spread = max(timing.spread for timing in timings)
+        return [timing.seconds for timing in timings]
 
     @torch.no_grad()
     def one(self, schedule: Schedule) -> float:
@@ -123,6 +120,7 @@ class MacCounter:
     """Multiply-accumulates of one image, counted."""
 
     exact = True
+    spread = 0.0
 
     def __init__(self, tried: Trial) -> None:
         self.tried = tried

@@ -4,10 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from tokendial.measure.timing import DISTURBED
 from tokendial.methods import to_json
 from tokendial.reduce import EViT, ToMe
 from tokendial.schedules.costs import CostTable
 from tokendial.schedules.space import Schedule
+
+_MISSED = 0.05
+"""Distance from the budget, as a fraction of it, that is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,8 @@ class Fitted:
     """Constant schedules among them, the mildest first."""
     table: CostTable
     """Costs of blocks."""
+    spread: float
+    """Largest quartile spread of the times in the final comparison, see `Timing`; 0 if counted."""
 
     @property
     def unit(self) -> str:
@@ -75,6 +81,26 @@ class Fitted:
     def share(self, budget: float) -> float:
         """What a budget allows, as a share of the cost of the model that removes nothing."""
         return 1 / budget if self.kind == "speedup" else budget / self.unreduced
+
+    def warnings(self) -> list[str]:
+        """What to know before the result is used, a line each; empty if all went well."""
+        lines = []
+        for row in self.degrees:
+            over = row.found.cost / self.share(row.budget) - 1
+            if over > _MISSED:
+                lines.append(f"degree {row.degree} misses its budget by {over:.0%}.")
+            elif over < -_MISSED:
+                lines.append(
+                    f"degree {row.degree} stays {-over:.0%} below its budget, at "
+                    f"{row.found.speedup:.2f} times the speed of degree 0: no schedule nearer to "
+                    "the budget was found."
+                )
+        if self.spread > DISTURBED:
+            lines.append(
+                f"times differed by {self.spread:.0%} between passes, so something else used the "
+                "machine: fit again when it is idle, or with more minutes."
+            )
+        return lines
 
     @property
     def frontier(self) -> tuple[Point, ...]:

@@ -2,6 +2,7 @@
 
 # Shape legend: P patches, H and W pixels.
 
+import colorsys
 from dataclasses import dataclass
 
 import matplotlib.figure
@@ -15,8 +16,13 @@ from tokendial.show.plots import diversity_figure
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
-_DROPPED = np.array([40, 40, 40], dtype=np.uint8)
+_DIMMED = 0.2
+"""Brightness that is left of a patch that was dropped or skipped."""
+_TINT = 0.5
+"""Weight of the colour over the mean of a merged token's patches."""
 _BORDER = np.array([255, 255, 255], dtype=np.uint8)
+_HUE_STEP = 0.618034
+"""Golden ratio: hues of tokens with numbers that follow each other lie far apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +94,15 @@ def seen_pixels(model: DialViT, image: Tensor) -> np.ndarray:
 
 
 def paint_tokens(pixels: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """Fill each token's patches with their mean colour, and draw borders between tokens.
+    """Show which patches share a token: a colour and a white outline for each merged token.
+
+    A merged token's patches are filled with their mean, tinted in a colour of its own: on grey
+    images, too, they differ from their neighbours. A patch that is a token by itself stays as it
+    is, and dropped or skipped ones are dark.
 
     Args:
         pixels: [H, W, 3] uint8, H and W divisible by the rows and columns of `origin`.
-        origin: [rows, columns] token of each patch; -1 (dropped, skipped) is painted dark.
+        origin: [rows, columns] token of each patch; -1: dropped, or skipped by the FFN.
 
     Returns:
         [H, W, 3] uint8.
@@ -100,17 +110,27 @@ def paint_tokens(pixels: np.ndarray, origin: np.ndarray) -> np.ndarray:
     height, width = pixels.shape[0] // origin.shape[0], pixels.shape[1] // origin.shape[1]
     of_pixel = origin.repeat(height, axis=0).repeat(width, axis=1)
     painted = pixels.copy()
+    merged = np.zeros(of_pixel.shape, dtype=bool)
     for token in np.unique(origin):
         inside = of_pixel == token
         if token < 0:
-            painted[inside] = _DROPPED
+            painted[inside] = (pixels[inside] * _DIMMED).astype(np.uint8)
         elif inside.sum() > height * width:
-            painted[inside] = pixels[inside].mean(axis=0).astype(np.uint8)
-    below = of_pixel[1:] != of_pixel[:-1]
-    right = of_pixel[:, 1:] != of_pixel[:, :-1]
-    painted[1:][below] = _BORDER
-    painted[:, 1:][right] = _BORDER
+            merged |= inside
+            mean = pixels[inside].mean(axis=0)
+            painted[inside] = ((1 - _TINT) * mean + _TINT * _colour(int(token))).astype(np.uint8)
+    for axis in (0, 1):
+        ahead = np.roll(of_pixel, -1, axis) != of_pixel
+        outline = ahead & (merged | np.roll(merged, -1, axis))
+        last: tuple[slice | int, ...] = (-1,) if axis == 0 else (slice(None), -1)
+        outline[last] = False  # what is rolled in there is the other side of the image
+        painted[outline] = _BORDER
     return painted
+
+
+def _colour(token: int) -> np.ndarray:
+    rgb = colorsys.hsv_to_rgb(token * _HUE_STEP % 1.0, 0.85, 1.0)
+    return 255 * np.array(rgb)
 
 
 def token_figure(
@@ -128,28 +148,46 @@ def token_figure(
     # Enlarged so that the one-pixel borders stay thin beside small patches.
     enlarge = max(1, 448 // max(pixels.shape[:2]))
     large = pixels.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
-    panels = [("image", large)]
+    panels = [("what the model sees", large)]
     for layer in _layers_to_show(maps.reduces):
         count = maps.num_tokens[layer - 1]
         panels.append(
             (f"layer {layer}: {count} tokens", paint_tokens(large, maps.origin[layer - 1]))
         )
     columns = len(panels) + (maps.class_attention is not None)
-    figure = matplotlib.figure.Figure(figsize=(2.1 * columns, 2.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(2.4 * columns, 3.1), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis, (name, panel) in zip(axes, panels, strict=False):
         axis.imshow(panel)
-        axis.set_title(name, fontsize=8)
+        axis.set_title(name, fontsize=9)
     if maps.class_attention is not None:
-        axes[-1].imshow(large)
+        axes[-1].imshow(large.mean(axis=2), cmap="gray", vmin=0, vmax=255)
         extent = (0, large.shape[1], large.shape[0], 0)
-        axes[-1].imshow(maps.class_attention, alpha=0.6, cmap="inferno", extent=extent)
-        axes[-1].set_title("class attention", fontsize=8)
+        strong = maps.class_attention / max(maps.class_attention.max(), 1e-9)
+        # Where there is little attention the image shows through.
+        axes[-1].imshow(
+            strong,
+            alpha=0.25 + 0.6 * strong,
+            cmap="inferno",
+            extent=extent,
+            interpolation="bicubic",
+        )
+        axes[-1].set_title("class attention, last layer", fontsize=9)
     for axis in axes:
         axis.set_axis_off()
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(title, fontsize=10)
+    figure.supxlabel(_legend(maps), fontsize=8, color="#4a5568")
     return figure
+
+
+def _legend(maps: TokenMaps) -> str:
+    """What the colours of the panels mean, as far as they occur."""
+    merged = any(len(np.unique(o[o >= 0])) < (o >= 0).sum() for o in maps.origin)
+    dark = any((o < 0).any() for o in maps.origin)
+    parts = ["coloured: patches merged into one token"] * merged
+    parts += ["dark: patches that were dropped or that the FFN skipped"] * dark
+    return " \u00b7 ".join([*parts, "as in the image: a token of its own"])
 
 
 def run_figure(
@@ -195,7 +233,7 @@ def _model_and_image(run: Run, image: Image.Image, degree: int | None) -> tuple[
     return model, run.task().image_transform(model.anatomy)(image)
 
 
-def _layers_to_show(reduces: tuple[bool, ...], most: int = 6) -> list[int]:
+def _layers_to_show(reduces: tuple[bool, ...], most: int = 5) -> list[int]:
     """Layers that reduce, thinned out evenly to `most`."""
     layers = [number + 1 for number, does in enumerate(reduces) if does]
     if len(layers) <= most:

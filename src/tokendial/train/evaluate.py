@@ -1,29 +1,36 @@
 """Using a finished run: accuracy, cost and speed along the dial, and predictions."""
 
-import csv
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tokendial.atomic import replacing
 from tokendial.compensate import Compensator
-from tokendial.measure import ShareMeter
+from tokendial.measure import DISTURBED, ShareMeter, Timing, time_in_rounds
 from tokendial.speed import Optimized, Speed, sped_up
-from tokendial.tasks import Task
+from tokendial.tasks import Classification, Task
 from tokendial.train.batches import eval_loader
+from tokendial.train.degrees import degrees_to_show
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
+if TYPE_CHECKING:
+    from torchmetrics.classification import MulticlassConfusionMatrix
+
 _SPEED_SECONDS = 1.0
+"""Time to spend on measuring the speed of each degree."""
+
+Progress = Callable[[int, int, str], object]
+"""Told how many parts of the work are done, of how many, and what is being done."""
+
+
+def no_progress(done: int, total: int, text: str) -> None:
+    """Show nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +44,25 @@ class DegreeRow:
     gmacs: float
     """Multiply-accumulates for one image, or one clip, in 1e9."""
     images_per_s: float
-    """Images, or clips, measured on this machine, this batch size, forward pass alone."""
+    """Images (or clips) per second, measured on this machine at this batch size, forward pass
+    alone; all degrees took turns, see `tokendial.measure.time_in_rounds`."""
+    speedup: float
+    """Times as fast as the first degree that was evaluated."""
+    spread: float
+    """Quartile spread of the measured times, as a fraction of their median."""
     tokens: int
     """Tokens (prefix included) that leave the last layer."""
     share: float | None
     """Share of the patch tokens that the FFNs processed, measured on the validation set; None for
     methods that choose no tokens by their values."""
+    confusion: Tensor | None
+    """[classes, classes] validation images of each true class (row) that were given each class
+    (column); None for tasks other than classification with one label per image."""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else used the machine while speed was measured."""
+        return self.spread > DISTURBED
 
     @property
     def accuracy(self) -> float:
@@ -67,9 +87,17 @@ class BridgedRow:
     gmacs: float
     """Multiply-accumulates for one image, in 1e9; the same with and without."""
     images_per_s: float
-    """Measured with it, on this machine, this batch size, forward pass alone."""
+    """Images per second, measured with it on this machine at this batch size, forward pass alone;
+    all degrees of a run took turns."""
+    spread: float
+    """Quartile spread of the measured times, as a fraction of their median."""
     tokens: int
     """Tokens (prefix included) that leave the last layer."""
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else used the machine while speed was measured."""
+        return self.spread > DISTURBED
 
 
 @torch.no_grad()
@@ -78,10 +106,22 @@ def evaluate_loader(
     loader: DataLoader[Any],
     task: Task,
     accelerator: Accelerator | None = None,
+    *,
+    confusion: "MulticlassConfusionMatrix | None" = None,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Metrics of `model` over a loader, at its present degree; of all processes together.
 
-    What runs are judged by comes first.
+    Args:
+        model: The model.
+        loader: Gives batches of images and targets.
+        task: What the model has learnt.
+        accelerator: Of a training run; None: the arithmetic of the model as it is.
+        confusion: Also takes in logits and targets; None: nothing does.
+        after_batch: Called after each batch, such as to show progress.
+
+    Returns:
+        Each metric by its name. What runs are judged by comes first.
     """
     device = next(model.parameters()).device
     metrics = task.metrics().to(device)
@@ -92,35 +132,10 @@ def evaluate_loader(
         if isinstance(targets, Tensor):
             targets = targets.to(device).long()
         metrics.update(logits.float(), targets)
+        if confusion is not None:
+            confusion.update(logits.float().cpu(), targets.cpu())
+        after_batch()
     return {name: float(value) for name, value in metrics.compute().items()}
-
-
-def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
-    """Degrees written as "0,4,8", "0..16", "0..16:4" or "all".
-
-    Raises:
-        ValueError: If the text is none of these, or a degree is not offered.
-    """
-    if text == "all":
-        return list(offered)
-    degrees: list[int] = []
-    for part in text.split(","):
-        span, _, step = part.partition(":")
-        first, dots, last = span.partition("..")
-        try:
-            if dots:
-                degrees += range(int(first), int(last) + 1, int(step or 1))
-            else:
-                degrees.append(int(part))
-        except ValueError:
-            raise ValueError(
-                f"degrees must look like 0,4,8 or 0..16 or 0..16:4 or all, got {text!r}."
-            ) from None
-    if not degrees:
-        raise ValueError(f"degrees: {text!r} names none; a span must rise, as in 0..16.")
-    if bad := [degree for degree in degrees if degree not in offered]:
-        raise ValueError(f"degrees must lie in [0, {offered[-1]}], got {bad[0]}.")
-    return degrees
 
 
 def evaluate(
@@ -130,43 +145,83 @@ def evaluate(
     batch_size: int = 64,
     device: str | None = None,
     speed: Speed | None = None,
+    progress: Progress = no_progress,
 ) -> list[DegreeRow]:
     """Accuracy, cost and measured speed of a run's best model at several degrees.
 
     Args:
         run: A run with a model.
-        degrees: Such as "0,4,8"; "all".
+        degrees: Such as "0,4,8", "all" or "every", see `parse_degrees`.
         batch_size: Images per forward pass.
         device: Where to compute; None: the accelerator if there is one.
-        speed: What to do for it first.
+        speed: How to make the model faster first; None: it runs as it is.
+        progress: Told after each batch.
 
     Raises:
         ValueError: If the run has no model, or a degree is not offered.
     """
     model = run.model().to(device or default_device())
-    wanted = parse_degrees(degrees, model.degrees)
+    wanted = degrees_to_show(model, degrees)
     task, loader = _validation(run, model, batch_size)
     images = some_images(loader, model, batch_size)
     fast = sped_up(model, images.to(next(model.parameters()).device), speed, wanted)
     turned = fast.model if isinstance(fast, Optimized) else fast
     meter = ShareMeter(turned) if ShareMeter.fits(turned) else None
-    rows = []
+    report = _Report(progress, len(wanted) * len(loader))
+    scores, shares, confusions = [], [], []
     for degree in wanted:
         fast.set_degree(degree)
-        cost = model.cost(degree)
+        report.text = f"degree {degree}"
+        confusion = _confusion(task)
         with meter or nullcontext():
-            scores = evaluate_loader(fast, loader, task)
+            scores.append(
+                evaluate_loader(
+                    fast, loader, task, confusion=confusion, after_batch=report.one_more
+                )
+            )
+        shares.append(meter.share if meter else None)
+        confusions.append(None if confusion is None else confusion.compute())
+    report.tell(f"measuring the speed of {len(wanted)} degrees in turns")
+    timings = time_degrees(fast, images, wanted)
+    rows = []
+    for place, (degree, timing) in enumerate(zip(wanted, timings, strict=True)):
+        cost = model.cost(degree)
         rows.append(
             DegreeRow(
                 degree=degree,
-                scores=scores,
+                scores=scores[place],
                 gmacs=cost.gmacs,
-                images_per_s=images_per_second(fast, images),
+                images_per_s=len(images) / timing.seconds,
+                speedup=timings[0].seconds / timing.seconds,
+                spread=timing.spread,
                 tokens=cost.tokens_per_layer[-1],
-                share=meter.share if meter else None,
+                share=shares[place],
+                confusion=confusions[place],
             )
         )
     return rows
+
+
+class _Report:
+    """Counts the parts that are done."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done, self.text = progress, total, 0, ""
+
+    def one_more(self) -> None:
+        self.done += 1
+        self.progress(self.done, self.total, self.text)
+
+    def tell(self, text: str) -> None:
+        self.progress(self.done, self.total, text)
+
+
+def _confusion(task: Task) -> "MulticlassConfusionMatrix | None":
+    if not isinstance(task, Classification) or task.multi_label or task.num_classes < 2:
+        return None
+    from torchmetrics.classification import MulticlassConfusionMatrix
+
+    return MulticlassConfusionMatrix(task.num_classes)
 
 
 def evaluate_bridged(
@@ -177,6 +232,7 @@ def evaluate_bridged(
     sources: Sequence[int] | None = None,
     batch_size: int = 64,
     device: str | None = None,
+    progress: Progress = no_progress,
 ) -> list[BridgedRow]:
     """Every run at every degree, without and with a compensator: the source x target grid.
 
@@ -188,6 +244,7 @@ def evaluate_bridged(
         sources: The degree that each run was trained at; None: as the runs say.
         batch_size: Images per forward pass.
         device: Where to compute; None: the accelerator if there is one.
+        progress: Told after each batch.
 
     Raises:
         ValueError: If a run has no model, the compensator does not fit it, a degree is not offered,
@@ -207,26 +264,45 @@ def evaluate_bridged(
         source = 0 if unreduced else model.degree
         if sources is not None:
             source = sources[number]
-        wanted = parse_degrees(degrees, model.degrees[: compensator.steps + 1])
+        wanted = degrees_to_show(model, degrees, model.degrees[: compensator.steps + 1])
         task, loader = _validation(run, model, batch_size)
         images = some_images(loader, model, batch_size)
-        for target in wanted:
+        report = _Report(progress, 2 * len(wanted) * len(loader))
+        report.text = str(run.folder)
+
+        def scores(
+            target: int,
+            model: DialViT = model,
+            loader: DataLoader[Any] = loader,
+            task: Task = task,
+            report: _Report = report,
+        ) -> float:
             model.set_degree(target)
-            plain = _judged(evaluate_loader(model, loader, task))
-            compensator.attach(model, source)
-            cost = model.cost()
-            row = BridgedRow(
-                run=recipe.output,
-                source=source,
-                degree=target,
-                plain=plain,
-                accuracy=_judged(evaluate_loader(model, loader, task)),
-                gmacs=cost.gmacs,
-                images_per_s=images_per_second(model, images),
-                tokens=cost.tokens_per_layer[-1],
-            )
+            return _judged(evaluate_loader(model, loader, task, after_batch=report.one_more))
+
+        plain = list(map(scores, wanted))
+        compensator.attach(model, source)
+        try:
+            compensated = list(map(scores, wanted))
+            report.tell(f"measuring the speed of {len(wanted)} degrees in turns")
+            timings = time_degrees(model, images, wanted)
+        finally:
             compensator.detach(model)
-            rows.append(row)
+        for place, target in enumerate(wanted):
+            cost = model.cost(target)
+            rows.append(
+                BridgedRow(
+                    run=recipe.output,
+                    source=source,
+                    degree=target,
+                    plain=plain[place],
+                    accuracy=compensated[place],
+                    gmacs=cost.gmacs,
+                    images_per_s=len(images) / timings[place].seconds,
+                    spread=timings[place].spread,
+                    tokens=cost.tokens_per_layer[-1],
+                )
+            )
     return rows
 
 
@@ -270,43 +346,23 @@ def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Ten
 
 
 @torch.no_grad()
-def images_per_second(model: DialViT | Optimized, images: Tensor) -> float:
-    """Throughput of the forward pass at the present degree: median over about a second of runs.
+def time_degrees(
+    model: DialViT | Optimized, images: Tensor, degrees: Sequence[int]
+) -> list[Timing]:
+    """Time of the forward pass at each degree, all degrees in turns.
 
-    The images matter where a method chooses tokens by their values.
+    Args:
+        model: A wrapped or an optimised model.
+        images: [B, 3, H, W], as they will come: methods that choose tokens by their values take
+            more or less time for others.
+        degrees: Degrees to time.
     """
     images = images.to(next(model.parameters()).device)
     model.eval()
-    seconds: list[float] = []
-    # The first passes choose kernels and fill caches; they do not count.
-    for _ in range(2):
-        _timed(model, images)
-    while len(seconds) < 5 or (sum(seconds) < _SPEED_SECONDS and len(seconds) < 200):
-        seconds.append(_timed(model, images))
-    return len(images) / median(seconds)
-
-
-def _timed(model: DialViT | Optimized, images: Tensor) -> float:
-    start = time.perf_counter()
-    model(images)
-    if images.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
-
-
-def write_rows(rows: Sequence[DegreeRow] | Sequence[BridgedRow], path: Path) -> None:
-    """Write the table as CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        flat = [_flat(asdict(row)) for row in rows]
-        writer = csv.DictWriter(file, fieldnames=list(flat[0]))
-        writer.writeheader()
-        writer.writerows(flat)
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its scores as columns."""
-    columns: dict[str, Any] = {}
-    for name, value in row.items():
-        columns |= value if isinstance(value, dict) else {name: value}
-    return columns
+    return time_in_rounds(
+        degrees,
+        model.set_degree,
+        lambda: model(images),
+        device=images.device,
+        seconds=_SPEED_SECONDS,
+    )

@@ -3,7 +3,7 @@
 import torch
 
 from tokendial.measure.cost import Cost
-from tokendial.train.evaluate import parse_degrees
+from tokendial.train.degrees import degrees_to_show
 from tokendial.train.recipe import ModelSection, check_method, check_section
 from tokendial.train.recipe_file import apply_overrides
 from tokendial.vit import wrap
@@ -43,5 +43,5 @@ def profile(
             adapt=check_method("adapt", data.get("adapt")),
             backbone=backbone,
         )
-    wanted = parse_degrees(degrees, wrapped.degrees) if degrees else sorted({0, wrapped.degree})
+    wanted = degrees_to_show(wrapped, degrees) if degrees else sorted({0, wrapped.degree})
     return [wrapped.cost(degree) for degree in wanted]
