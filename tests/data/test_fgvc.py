@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from tokendial.data import FGVC, ImageError
+from tokendial.data import FGVC
 from tokendial.train import read_recipe
 
 # What each list file of CUB holds: number and value.
@@ -298,8 +298,9 @@ def test_missing_lists_are_named_with_where_to_get_them(tmp_path, task, message)
 def test_a_missing_and_an_unreadable_image_are_named(flowers):
     path = flowers / "jpg" / "image_00001.jpg"
     path.write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"image_00001.jpg is not an image"):
-        build(flowers, "flowers").train[0]
+    for val in ("val", "test"):
+        with pytest.raises(ValueError, match=r"^data: .*image_00001.jpg is not an image\.$"):
+            build(flowers, "flowers", val=val)
     path.unlink()
     with pytest.raises(ValueError, match=r"setid.mat: no such image: .*image_00001.jpg"):
         build(flowers, "flowers")

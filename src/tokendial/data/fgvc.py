@@ -23,6 +23,7 @@ from tokendial.data.labelled import (
     read_pairs,
     required_file,
     required_folder,
+    whole_images,
 )
 from tokendial.data.matlab import read_mat
 from tokendial.data.splits import Splits
@@ -82,9 +83,9 @@ class FGVC(OfficialSet):
         """Read the lists.
 
         Raises:
-            ValueError: If a file or an image is missing, a list is not what it should be, there
-                are more or fewer images or classes than published, or `holdout` is set where
-                there is a list for validation.
+            ValueError: If a file or an image is missing, an image cannot be read, a list is not
+                what it should be, there are more or fewer images or classes than published, or
+                `holdout` is set where there is a list for validation.
         """
         task, root = _TASKS[self.task], Path(self.root)
         required_folder(root, task.source)
@@ -97,6 +98,7 @@ class FGVC(OfficialSet):
         classes = [names.get(class_id, f"class {class_id}") for class_id in ids]
         train, val, test = (_files(part, numbers) for part in (lists.train, lists.val, lists.test))
         if self.val == "val" and lists.val:
+            whole_images(root, [train.files, val.files])
             return Splits(train=train, val=val, classes=tuple(classes))
         return self.splits(train, test, classes, seed)
 

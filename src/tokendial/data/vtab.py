@@ -16,6 +16,7 @@ from tokendial.data.labelled import (
     read_number,
     read_pairs,
     required_folder,
+    whole_images,
 )
 from tokendial.data.splits import Splits
 from tokendial.methods import register
@@ -97,13 +98,15 @@ class VTAB:
 
         Raises:
             ValueError: If a list or an image is missing, a list has another length than the
-                published one, a line is not a path and a label, or a label is no class.
+                published one, a line is not a path and a label, a label is no class, or an image
+                cannot be read.
         """
         task = VTAB_TASKS[self.task]
         folder = required_folder(required_folder(Path(self.root), _SOURCE) / self.task, _SOURCE)
         train, val = (
             self._read(folder / name, size or task.test) for name, size in _LISTS[self.split]
         )
+        whole_images(folder, [train.files, val.files])
         classes = tuple(f"class {number}" for number in range(task.classes))
         return Splits(train=train, val=val, classes=classes)
 
