@@ -1,11 +1,13 @@
 """Runs on sets in their published formats, by recipes as they are."""
 
 import io
+import shutil
 import tarfile
 
 import pytest
 
 from tokendial.train import read_recipe, train
+from tokendial.train.finetune import FineTuning
 
 
 @pytest.fixture
@@ -47,3 +49,25 @@ def test_two_epochs(request, settings, recipe_file, tmp_path):
     assert [line["epoch"] for line in metrics] == [1, 2]
     assert metrics[1]["train_loss"] < metrics[0]["train_loss"]
     assert run.classes() == ("class 0", "class 1", "class 2", "class 3")
+
+
+def test_a_single_class_is_refused_in_one_line(cli, digits, recipe_file, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(digits / split / "digit 1", tmp_path / split / "one")
+    code, _, err = cli("train", recipe_file, f"data.root={tmp_path}", f"output={tmp_path}/run")
+    assert (code, err) == (
+        2,
+        "error: data: classification needs at least 2 classes to tell apart, got 1: 'one'.\n",
+    )
+
+
+def test_a_class_that_is_not_validated_on_is_told(digits, recipe_file, tmp_path, caplog):
+    shutil.copytree(digits, tmp_path / "digits")
+    shutil.rmtree(tmp_path / "digits" / "val" / "digit 2")
+    (tmp_path / "digits" / "val" / "digit 2").mkdir()
+    shutil.rmtree(tmp_path / "digits" / "val" / "digit 3")
+    FineTuning(read_recipe(recipe_file, [f"data.root={tmp_path / 'digits'}"]))
+    assert caplog.messages == [
+        "there is nothing to validate on of 2 of 4 classes ('digit 2', 'digit 3'): "
+        "scores say nothing about such classes"
+    ]

@@ -48,7 +48,15 @@ class HuggingFace:
                     f"data.{field}: {self.path} has no split {name!r}; it has {', '.join(splits)}."
                 )
         train, val = (self._read(splits[name]) for name in (self.train, self.val))
-        names = getattr(splits[self.train].features[self.label], "names", None)
+        names, of_val = (
+            getattr(splits[name].features[self.label], "names", None)
+            for name in (self.train, self.val)
+        )
+        if of_val is not None and names is not None and of_val != names:
+            raise ValueError(
+                f"data.label: the splits {self.train} and {self.val} of {self.path} must have the "
+                f"same classes in the same order, got {_start(names)} and {_start(of_val)}."
+            )
         if names is None:
             names = [f"class {number}" for number in range(max(train.labels) + 1)]
         for split in (train, val):
@@ -106,6 +114,10 @@ class HuggingFace:
                 f"each image, got {split.features[self.label]}."
             )
         return _Rows(images, self.image, labels.tolist(), self.path)
+
+
+def _start(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 class _Rows(Dataset[tuple[Image.Image, int]]):
