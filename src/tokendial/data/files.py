@@ -1,11 +1,18 @@
 """Files of one kind, told by their endings, among what a user names."""
 
+import dataclasses
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable
+from glob import glob
 from pathlib import Path
+from typing import Any, TypeVar
 
+PATH = {"path": True}
+"""Metadata of a data set's fields that are paths; relative ones start from the working folder."""
+DataT = TypeVar("DataT")
 _OF_SYSTEMS = frozenset(
     {"#recycle", "$recycle.bin", "@eadir", "@recycle", "__macosx", "lost+found"}
     | {"system volume information"}
@@ -92,3 +99,34 @@ def endings(others: Counter[str], before: str = "", after: str = "") -> str:
     told = ", ".join(f"{n:,} {suffix or 'without one'}" for suffix, n in others.most_common(8))
     more = ", ..." if len(others) > 8 else ""
     return f"{before}{told}{more}{after}" if others else ""
+
+
+def found_from(data: DataT, folder: Path) -> DataT:
+    """A data set whose relative paths start from `folder`, as far as something is there.
+
+    Args:
+        data: A dataclass; its fields that are paths have the metadata `PATH`.
+        folder: Where they are looked up.
+    """
+    unchecked: Any = data
+    changed = {}
+    for field in dataclasses.fields(unchecked):
+        value = getattr(data, field.name)
+        if "path" in field.metadata and value is not None:
+            several = isinstance(value, list)
+            found = [_joined(folder, path) for path in (value if several else [value])]
+            changed[field.name] = found if several else found[0]
+    replaced: DataT = dataclasses.replace(unchecked, **changed)
+    return replaced
+
+
+def _joined(folder: Path, path: str) -> str:
+    joined = folder / path
+    # Shards are named by patterns, in which braces count and list.
+    there = joined.exists() or glob(re.sub(r"\{[^{}]*\}", "*", str(joined)))
+    return str(joined) if there else path
+
+
+def shown(path: Path) -> str:
+    """A path, and where it was looked up if it is a relative one."""
+    return str(path) if path.is_absolute() else f"{path} (looked up in {Path.cwd()})"

@@ -5,11 +5,11 @@ import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from tokendial.data.files import of_a_system, warn_of_others
+from tokendial.data.files import PATH, of_a_system, shown, warn_of_others
 from tokendial.data.images import images_in
 from tokendial.data.labelled import (
     Broken,
@@ -38,7 +38,7 @@ class FindsFiles(Protocol):
 class ClassFolders:
     """Fields of sets that are a folder for each split with a folder for each class."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder that holds the splits; with `holdout` it may hold the classes themselves."""
     train: str = "train"
     """Name of the training folder; without a folder train, training is taken as well."""
@@ -117,7 +117,7 @@ def split_folders(root: Path, train: str, val: str, holdout: float) -> tuple[Pat
         ValueError: If a folder is missing, or there is one to validate on and `holdout` is not 0.
     """
     if not root.is_dir():
-        raise ValueError(f"data.root: no such folder: {root}.")
+        raise ValueError(f"data.root: no such folder: {shown(root)}.")
     there = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
     of_train, of_val = _named(there, train), _named(there, val)
     if holdout:
@@ -208,7 +208,7 @@ def list_classes(folder: Path, files_in: FindsFiles, kind: str) -> tuple[Labelle
 def _class_folders(folder: Path, files_in: FindsFiles, kind: str) -> dict[str, list[Path]]:
     """Files by class, classes sorted; what is passed over on the way is logged."""
     if not folder.is_dir():
-        raise ValueError(f"data: no such folder: {folder}.")
+        raise ValueError(f"data: no such folder: {shown(folder)}.")
     entries = sorted(path for path in folder.iterdir() if not of_a_system(path.name))
     classes = [path for path in entries if path.is_dir()]
     if not classes:

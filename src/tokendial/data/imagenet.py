@@ -3,9 +3,10 @@
 Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from tokendial.data.files import PATH
 from tokendial.data.folder import list_folders
 from tokendial.data.images import images_in
 from tokendial.data.labelled import Files, check_count, read_lines, whole_images
@@ -23,9 +24,9 @@ _SOURCE = (
 class ImageNet:
     """Images in `root/train/WNID/` and `root/val/WNID/`; classes are numbered by these ids."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder that holds train and val."""
-    classes: str | None = None
+    classes: str | None = field(default=None, metadata=PATH)
     """File of names: lines of a WordNet id and a name, such as "n01440764 tench, Tinca tinca";
     null: the ids are the names."""
     check: bool = True

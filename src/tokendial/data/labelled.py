@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from tokendial.data.checking import broken_images
+from tokendial.data.files import PATH, shown
 from tokendial.data.images import read_image
 from tokendial.data.splits import Splits
 
@@ -64,7 +65,7 @@ class Arrays(Dataset[tuple[Image.Image, int]]):
 class OfficialSet:
     """Fields of the sets that are published as a training and a test set."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder of the set."""
     val: Literal["val", "test"] = "test"
     """What is validated on. val: images kept back from training, to choose settings by; test: the
@@ -178,7 +179,7 @@ def required_file(path: Path, source: str) -> Path:
         ValueError: If it is not; `source` tells where to get it.
     """
     if not path.is_file():
-        raise ValueError(f"data: no such file: {path}. {source}")
+        raise ValueError(f"data: no such file: {shown(path)}. {source}")
     return path
 
 
@@ -189,7 +190,7 @@ def required_folder(path: Path, source: str) -> Path:
         ValueError: If it is not; `source` tells where to get it.
     """
     if not path.is_dir():
-        raise ValueError(f"data.root: no such folder: {path}. {source}")
+        raise ValueError(f"data.root: no such folder: {shown(path)}. {source}")
     return path
 
 

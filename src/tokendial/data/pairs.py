@@ -5,7 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from tokendial.data.files import warn_of_others
+from tokendial.data.files import PATH, shown, warn_of_others
 from tokendial.data.images import (
     ImageError,
     count_pictures,
@@ -37,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 class Pairs:
     """`root/images/SPLIT/NAME.jpg` and `root/annotations/SPLIT/NAME.png`, one root or several."""
 
-    root: str | list[str]
+    root: str | list[str] = field(metadata=PATH)
     """Folder that holds images and annotations, or several, whose pairs are joined."""
     classes: int | list[str] | None = None
     """Number or names of the classes of a semantic segmentation; null: binary masks."""
@@ -161,7 +161,7 @@ def _by_name(folder: Path, others: Counter[str] | None) -> dict[str, list[Path]]
         ValueError: If there is no such folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"data: no such folder: {folder}.")
+        raise ValueError(f"data: no such folder: {shown(folder)}.")
     found: dict[str, list[Path]] = {}
     for path in images_in(folder, others):
         name = str(path.relative_to(folder).with_suffix(""))

@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from tokendial.atomic import replacing
-from tokendial.data.files import endings, files_in, warn_of_others
+from tokendial.data.files import PATH, endings, files_in, warn_of_others
 from tokendial.data.images import (
     IMAGE_SUFFIXES,
     ImageError,
@@ -46,9 +46,9 @@ _BLOCK = tarfile.BLOCKSIZE
 class WebDataset:
     """Shards whose samples are an image (.jpg, .png and others) and a label as text (.cls)."""
 
-    train: str
+    train: str = field(metadata=PATH)
     """Pattern of the training shards, such as "/data/train-{0000..0146}.tar" or "/data/tr*.tar"."""
-    val: str
+    val: str = field(metadata=PATH)
     """Pattern of the shards to validate on."""
     classes: int | list[str]
     """Number or names of the classes."""

@@ -1,10 +1,10 @@
 """Images without labels, in one folder and those below it."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokendial.data.files import warn_of_others
+from tokendial.data.files import PATH, shown, warn_of_others
 from tokendial.data.images import images_in
 from tokendial.data.labelled import Broken, Files, check_broken, whole_images
 from tokendial.data.splits import Splits
@@ -16,7 +16,7 @@ from tokendial.methods import register
 class Unlabelled:
     """Every image below `root`; enough to train a compensator."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder of images, with folders in it or without."""
     val_every: int = 20
     """One image in so many is for validation."""
@@ -38,7 +38,7 @@ class Unlabelled:
         """
         root = Path(self.root)
         if not root.is_dir():
-            raise ValueError(f"data.root: no such folder: {root}.")
+            raise ValueError(f"data.root: no such folder: {shown(root)}.")
         others: Counter[str] = Counter()
         files = images_in(root, others)
         warn_of_others(others, "image", root)

@@ -7,12 +7,13 @@ frames, their number and a label; later work shares this form.
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
+from tokendial.data.files import PATH
 from tokendial.data.folder import ClassFolders
 from tokendial.data.labelled import (
     Broken,
@@ -123,7 +124,7 @@ class Videos(Dataset[tuple[Video, int]]):
 class VideoSet:
     """Fields of all sets of videos."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder of the set; relative paths in lists start from it."""
     broken: Broken = "error"
     """What to do about broken videos. error: stop, before the run if one is missing or empty, else

@@ -5,10 +5,11 @@ Benchmark", https://arxiv.org/abs/1910.04867. The layout is the one that papers 
 efficient fine-tuning share (NOAH, https://arxiv.org/abs/2206.04673).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from tokendial.data.files import PATH
 from tokendial.data.labelled import (
     Files,
     check_count,
@@ -77,7 +78,7 @@ _LISTS = {
 class VTAB:
     """`root/TASK/train800.txt` and its sisters: lines of a path below `root/TASK` and a label."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder that holds the folders of the tasks."""
     task: str
     """One of the 19 tasks, such as cifar or clevr_count."""

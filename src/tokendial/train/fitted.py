@@ -97,9 +97,8 @@ def _drawn(
         if not files:
             raise ValueError(f"calibration: {folder} holds no images.")
         return torch.stack([transform(read_image(files[index])) for index in some(len(files))])
-    recipe = run.recipe()
     try:
-        train = recipe.data.build(recipe.seed).train
+        train = run.data().train
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} Other pictures can be given by calibration.") from None
     return torch.stack([transform(train[index][0]) for index in some(len(train))])
