@@ -219,3 +219,35 @@ def test_files_of_several_pictures_are_told_of_in_every_run(tmp_path, caplog):
             f"{tmp_path}/train/a/x.tif holds 3 pictures, the first one is read "
             "(and 1 more such file(s))"
         ]
+
+
+def test_a_set_is_checked_from_the_command_line(damaged, cli):
+    write(damaged, "train/c/1.png", "val/B/2.png", "val/a/3.png")
+    (damaged / "train" / "empty").mkdir()
+    code, out, _ = cli("data", "check", damaged)
+    *problems, summary = out.splitlines()
+    assert code == 1
+    assert problems[:4] == [
+        f"class folder {damaged}/train/empty holds no images",
+        f"class 'B' of {damaged}/val is not in {damaged}/train, which has 'b': rename one if they "
+        "are the same",
+        f"class 'c' has no images in {damaged}/val",
+        f"class 'empty' has no images in {damaged}/val",
+    ]
+    assert [line.split()[0] for line in problems[4:]] == [
+        f"{damaged}/{name}" for name in ("train/a/1.jpg", "train/b/0.jpg", "val/b/1.jpg")
+    ]
+    assert summary == (
+        f"{damaged}: 5 images of 4 classes to train on, 4 to validate on; 7 problems"
+    )
+
+
+def test_a_folder_of_classes_without_splits_is_checked_too(tmp_path, cli):
+    write(tmp_path, "a/1.png", "b/1.png")
+    assert cli("data", "check", tmp_path)[:2] == (
+        0,
+        f"{tmp_path}: 2 images of 2 classes, no folder to validate on: see data.holdout; "
+        "no problems\n",
+    )
+    code, _, err = cli("data", "check", tmp_path / "nowhere")
+    assert (code, err) == (2, f"error: data.root: no such folder: {tmp_path}/nowhere.\n")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from tokendial.data.checking import broken_images
 from tokendial.data.files import PATH, of_a_system, shown, warn_of_others
 from tokendial.data.images import images_in
 from tokendial.data.labelled import (
@@ -203,6 +204,47 @@ def list_classes(folder: Path, files_in: FindsFiles, kind: str) -> tuple[Labelle
             raise ValueError(f"data: class folder {folder / name} holds no {kind}.")
     listed = [(path, label) for label, files in enumerate(found.values()) for path in files]
     return listed, tuple(found)
+
+
+def check_folders(root: Path, train: str, val: str) -> tuple[list[str], str]:
+    """All that is wrong with a folder of classes, with splits or without, every image read.
+
+    Args:
+        root: Folder that holds the splits, or the classes.
+        train: Name of the training folder, as `split_folders` takes it.
+        val: Name of the validation folder, likewise.
+
+    Returns:
+        A line about each class that has no images, or is in one split alone, and each image that
+        cannot be read; and in one line what there is.
+
+    Raises:
+        ValueError: If there are no such folders, or no classes in them.
+    """
+    try:
+        of_train, of_val = split_folders(root, train, val, 0.0)
+    except ValueError:
+        of_train, of_val = split_folders(root, train, val, holdout=0.5)
+    trained = _class_folders(of_train, images_in, "images")
+    validated = {} if of_val is None else _class_folders(of_val, images_in, "images")
+    problems = [f"class folder {of_train / n} holds no images" for n, f in trained.items() if not f]
+    if of_val is not None:
+        problems += [
+            f"class {name!r} of {of_val} is not in {of_train}{_resembled(name, trained)}"
+            for name in validated
+            if name not in trained
+        ]
+        problems += [
+            f"class {name!r} has no images in {of_val}"
+            for name in trained
+            if not validated.get(name)
+        ]
+    files = [path for part in (trained, validated) for some in part.values() for path in some]
+    problems += broken_images(root, files).values()
+    to_train = f"{sum(map(len, trained.values())):,} images of {len(trained):,} classes"
+    if of_val is None:
+        return problems, f"{to_train}, no folder to validate on: see data.holdout"
+    return problems, f"{to_train} to train on, {sum(map(len, validated.values())):,} to validate on"
 
 
 def _class_folders(folder: Path, files_in: FindsFiles, kind: str) -> dict[str, list[Path]]:

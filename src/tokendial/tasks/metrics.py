@@ -52,7 +52,7 @@ class MeanAveragePrecision(MultilabelAveragePrecision):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, average="none")
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # type: ignore[override]  # a number, not curves
         """Mean in [0, 1]; NaN if no image has any class."""
         with warnings.catch_warnings():
             # torchmetrics warns of classes that no image has; they are left out below.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def _drawn(
             raise ValueError(f"calibration: {folder} holds no images.")
         return torch.stack([transform(read_image(files[index])) for index in some(len(files))])
     try:
-        train = run.data().train
+        train: Any = run.data().train
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} Other pictures can be given by calibration.") from None
     return torch.stack([transform(train[index][0]) for index in some(len(train))])

@@ -353,7 +353,11 @@ def _nearest(name: str, dotted: list[str]) -> str | None:
 def _all_fields() -> list[str]:
     """Dotted names of all fields; sections of every recipe come before those of methods."""
     names = [*Recipe.model_fields, *CompensateRecipe.model_fields]
-    sections = {"model": ModelSection, "train": TrainSection, "distill": DistillSection}
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSection,
+        "train": TrainSection,
+        "distill": DistillSection,
+    }
     for section, model in sections.items():
         names += [f"{section}.{name}" for name in model.model_fields]
     own = [("augment", Augment), ("clip", Clip), ("dense", DenseAugment)]

@@ -166,8 +166,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     for number, (name, value) in enumerate(read):
         section, _, field = name.partition(".")
         there = data.get(section)
-        chosen = field == "name" and section in KINDS and isinstance(there, dict)
-        if chosen and there.get("name", value) != value:
+        before = there.get("name", value) if isinstance(there, dict) else value
+        if field == "name" and section in KINDS and value != before:
             data[section] = {}
             for earlier, given in read[:number]:
                 if earlier.startswith(f"{section}."):

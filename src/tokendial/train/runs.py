@@ -66,8 +66,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.classes_file) as path:
             kind = {"multi_label": multi_label, "dense": dense, "video": video}
-            kind |= {"working_folder": str(Path.cwd())}
-            path.write_text(json.dumps({"classes": list(classes)} | kind) + "\n")
+            told = {"classes": list(classes)} | kind | {"working_folder": str(Path.cwd())}
+            path.write_text(json.dumps(told) + "\n")
         with replacing(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
