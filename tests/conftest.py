@@ -39,6 +39,12 @@ def pytest_runtest_protocol(item):
         coverage.start()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> None:
+    """What is remembered of images that were checked stays out of the user's cache."""
+    os.environ["TOKENDIAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def vit() -> nn.Module:
     return tiny_vit()

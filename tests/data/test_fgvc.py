@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.io import savemat
 
-from tokendial.data import FGVC, ImageError
+from tokendial.data import FGVC
+from tokendial.train import read_recipe
 
 # What each list file of CUB holds: number and value.
 CUB = {
@@ -160,7 +162,7 @@ def flowers(save):
 @pytest.mark.parametrize(
     ("val", "train", "validated"),
     [
-        ("test", ([0, 2, 3, 1], [1, 0, 0, 1]), ([5, 4], [0, 1])),
+        ("test", ([0, 2], [1, 0]), ([5, 4], [0, 1])),
         ("val", ([0, 2], [1, 0]), ([3, 1], [0, 1])),
     ],
 )
@@ -170,6 +172,14 @@ def test_flowers_by_their_own_lists(flowers, shows, val, train, validated):
         assert labels(dataset) == expected
         assert all_show(shows, dataset, pieces)
     assert splits.classes == ("class 5", "class 77")
+
+
+def test_recipes_of_tocom_train_on_the_official_training_list_as_its_code_does(flowers):
+    recipe = read_recipe("tocom/flowers")
+    (flowers / "train.json").write_text('{"jpg/image_00001.jpg": 0}')
+    splits = replace(recipe.data, root=str(flowers), check=False).build(0)
+    assert [path.name for path, _ in splits.train.files] == ["image_00001.jpg", "image_00003.jpg"]
+    assert [path.name for path, _ in splits.val.files] == ["image_00006.jpg", "image_00005.jpg"]
 
 
 def test_numbers_of_images_that_do_not_exist_are_refused(flowers):
@@ -288,8 +298,9 @@ def test_missing_lists_are_named_with_where_to_get_them(tmp_path, task, message)
 def test_a_missing_and_an_unreadable_image_are_named(flowers):
     path = flowers / "jpg" / "image_00001.jpg"
     path.write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"image_00001.jpg is not an image"):
-        build(flowers, "flowers").train[0]
+    for val in ("val", "test"):
+        with pytest.raises(ValueError, match=r"^data: .*image_00001.jpg is not an image\.$"):
+            build(flowers, "flowers", val=val)
     path.unlink()
     with pytest.raises(ValueError, match=r"setid.mat: no such image: .*image_00001.jpg"):
         build(flowers, "flowers")

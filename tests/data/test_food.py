@@ -1,7 +1,7 @@
 import pytest
 from layouts import write_food101
 
-from tokendial.data import Food101, ImageError
+from tokendial.data import Food101
 
 TRAIN = ["baklava/12", "apple_pie/7", "apple_pie/9"]
 TEST = ["apple_pie/3"]
@@ -58,7 +58,7 @@ def test_a_missing_list_is_named_with_where_to_get_it(root):
         build(root / "nowhere")
 
 
-def test_an_unreadable_image_is_named_when_it_is_read(root):
+def test_an_unreadable_image_is_named_before_the_run(root):
     (root / "images" / "baklava" / "12.jpg").write_bytes(b"")
-    with pytest.raises(ImageError, match=r"baklava/12.jpg is empty"):
-        build(root).train[0]
+    with pytest.raises(ValueError, match=r"baklava/12.jpg is empty"):
+        build(root)

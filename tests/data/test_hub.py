@@ -166,3 +166,10 @@ def test_a_missing_library_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(ValueError, match=r"data.name hf needs: pip install 'tokendial\[hf\]'"):
         HuggingFace(path=str(tmp_path)).build(0)
+
+
+def test_classes_that_differ_between_splits_are_refused(splits, saved, pieces):
+    other = datasets.ClassLabel(names=["dog", "cat", "rocket"])
+    splits["validation"] = table(pieces[3:5], [0, 2], other)
+    with pytest.raises(ValueError, match="same order, got cat, dog, rocket and dog, cat, rocket"):
+        HuggingFace(path=saved(splits)).build(0)

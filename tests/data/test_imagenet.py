@@ -64,5 +64,7 @@ def test_unsorted_validation_images_are_told_what_to_do(save):
 
 
 def test_a_missing_folder_is_named_with_where_to_get_it(tmp_path):
-    with pytest.raises(ValueError, match=r"no such folder: .*nowhere. ImageNet-1k, https://image-"):
+    with pytest.raises(
+        ValueError, match=r"no such folder: .*nowhere/train. ImageNet-1k, https://image-"
+    ):
         build(tmp_path / "nowhere")

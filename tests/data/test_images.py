@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 from tokendial.data.images import (
     ImageError,
     TooManyPixelsError,
+    check_image,
     decode_image,
     find_images,
     read_image,
@@ -176,3 +177,42 @@ def test_an_error_without_words_still_names_the_file(monkeypatch):
     monkeypatch.setattr(ImageOps, "exif_transpose", fails)
     with pytest.raises(ImageError, match=r"some.png cannot be decoded \(MemoryError\)"):
         decode_image(png(), "some.png")
+
+
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_checking_finds_what_reading_finds(tmp_path, settings):
+    """Damaged photographs with EXIF data: the fast check refuses the same ones as the full read."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "a.jpg"
+    photo = Image.effect_noise((48, 40), 60).convert("RGB")
+    photo.save(path, exif=exif, **settings)
+    whole = path.read_bytes()
+
+    def refused(read):
+        try:
+            read(path)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    found = []
+    for number in range(60):
+        data = bytearray(whole)
+        if number % 2:
+            data = data[: rng.integers(2, len(data))]
+        else:
+            data[rng.integers(2, len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        found.append((refused(check_image), refused(read_image)))
+    assert all(quick == full for quick, full in found)
+    assert 30 <= sum(full is not None for _, full in found) < 60
+
+
+def test_only_pictures_are_opened_whatever_their_ending(tmp_path):
+    """Pillow would hand PostScript to another program."""
+    path = tmp_path / "a.png"
+    Image.new("L", (4, 4)).save(path, "EPS")
+    with pytest.raises(ImageError, match="a.png is not an image"):
+        read_image(path)

@@ -179,3 +179,34 @@ def test_an_upright_photograph_fits_its_mask(tmp_path):
 def test_mistakes_are_one_line(root, make, message):
     with pytest.raises(ValueError, match=message):
         make(root)
+
+
+def test_two_files_of_one_name_are_named_and_neither_is_taken(root, caplog):
+    """Which of them belongs to the mask, or is the mask, cannot be told."""
+    image, mask = write(root, "training", "a", disc(), image_suffix=".png", mask_suffix=".tif")
+    first, second = root / "images/training/a.jpg", root / "annotations/training/a.png"
+    with pytest.raises(ValueError, match=f"data: {second} and {mask} have one name .and 1 more"):
+        Pairs(root=str(root)).build(0)
+    found, problems = Pairs(root=str(root)).pairs(root, "training")
+    assert problems == [f"{second} and {mask} have one name", f"{first} and {image} have one name"]
+    assert [path.stem for path, _ in found] == ["b", "c"]
+    assert len(Pairs(root=str(root), broken="skip").build(0).train) == 2
+
+
+def test_names_of_pairs_are_the_same_in_both_forms_of_unicode(root):
+    image, mask = write(root, "training", "x", disc())
+    image.rename(image.with_name("caf\u00e9.jpg"))
+    mask.rename(mask.with_name("cafe\u0301.png"))
+    assert len(Pairs(root=str(root)).build(0).train) == 4
+
+
+def test_what_is_left_out_of_pairs_is_told(root, caplog):
+    (root / "images/training/d.heic").write_bytes(b"")
+    pages = [Image.fromarray(disc())] * 2
+    pages[0].save(root / "images/training/e.tif", save_all=True, append_images=pages[1:])
+    write(root, "training", "e", disc(), image_suffix=".gif")[0].unlink()
+    Pairs(root=str(root)).build(0)
+    assert caplog.messages == [
+        f"{root}, training: left out 1 file(s) that are no images by their endings: 1 .heic",
+        f"{root}/images/training/e.tif holds 2 pictures, the first one is read",
+    ]

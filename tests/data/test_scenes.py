@@ -81,7 +81,7 @@ def test_the_last_training_items_of_fashion_mnist_are_held_out(tmp_path):
         data = gzip.compress(header + array.astype(np.uint8).tobytes(), compresslevel=1)
         (tmp_path / f"train-{name}-ubyte.gz").write_bytes(data)
     scenes = splits("count", items=str(tmp_path))
-    assert (len(scenes.train.labels), len(scenes.val.labels)) == (1000, 5000)
+    assert (len(scenes.train.item_kinds), len(scenes.val.item_kinds)) == (1000, 5000)
 
 
 @pytest.mark.parametrize(

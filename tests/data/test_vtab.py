@@ -1,7 +1,7 @@
 import pytest
 from layouts import write_vtab
 
-from tokendial.data import VTAB, VTAB_GROUPS, VTAB_TASKS, ImageError
+from tokendial.data import VTAB, VTAB_GROUPS, VTAB_TASKS
 
 LISTS = {
     "train800.txt": ["images/a.jpg 0", "images/b 2.jpg 3"],
@@ -93,10 +93,10 @@ def test_what_is_missing_is_named_with_where_to_get_it(root):
         build(root)
 
 
-def test_an_unreadable_image_is_named_when_it_is_read(root):
+def test_an_unreadable_image_is_named_before_the_run(root):
     (root / "kitti" / "images" / "a.jpg").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"a.jpg is not an image"):
-        build(root).train[0]
+    with pytest.raises(ValueError, match=r"a.jpg is not an image"):
+        build(root)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Runs on sets in their published formats, by recipes as they are."""
 
 import io
+import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 
 from tokendial.train import read_recipe, train
+from tokendial.train.finetune import FineTuning
 
 
 @pytest.fixture
@@ -47,3 +50,73 @@ def test_two_epochs(request, settings, recipe_file, tmp_path):
     assert [line["epoch"] for line in metrics] == [1, 2]
     assert metrics[1]["train_loss"] < metrics[0]["train_loss"]
     assert run.classes() == ("class 0", "class 1", "class 2", "class 3")
+
+
+def test_a_single_class_is_refused_in_one_line(cli, digits, recipe_file, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(digits / split / "digit 1", tmp_path / split / "one")
+    code, _, err = cli("train", recipe_file, f"data.root={tmp_path}", f"output={tmp_path}/run")
+    assert (code, err) == (
+        2,
+        "error: data: classification needs at least 2 classes to tell apart, got 1: 'one'.\n",
+    )
+
+
+def test_a_class_that_is_not_validated_on_is_told(digits, recipe_file, tmp_path, caplog):
+    shutil.copytree(digits, tmp_path / "digits")
+    shutil.rmtree(tmp_path / "digits" / "val" / "digit 2")
+    (tmp_path / "digits" / "val" / "digit 2").mkdir()
+    shutil.rmtree(tmp_path / "digits" / "val" / "digit 3")
+    FineTuning(read_recipe(recipe_file, [f"data.root={tmp_path / 'digits'}"]))
+    assert caplog.messages == [
+        "there is nothing to validate on of 2 of 4 classes ('digit 2', 'digit 3'): "
+        "scores say nothing about such classes"
+    ]
+
+
+@pytest.fixture
+def elsewhere(digits, recipe_file, tmp_path, monkeypatch):
+    """A run that was trained on `digits`, a relative path; the working folder is another by now."""
+    trained, other = tmp_path / "trained", tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(digits, trained / "digits")
+    monkeypatch.chdir(trained)
+    settings = ["data.root=digits", "train.epochs=1", f"output={tmp_path / 'run'}"]
+    run = train(read_recipe(recipe_file, settings), quiet=True)
+    monkeypatch.chdir(other)
+    return run
+
+
+def test_relative_data_of_a_run_are_found_from_every_folder(elsewhere, cli):
+    # Data of the same name in the present folder are others.
+    (Path.cwd() / "digits").mkdir()
+    code, out, _ = cli("eval", elsewhere.folder, "--degrees", "0")
+    assert (code, "accuracy" in out) == (0, True)
+
+
+def test_data_that_have_moved_are_looked_up_in_the_present_folder(elsewhere, tmp_path, cli):
+    (tmp_path / "trained" / "digits").rename("digits")
+    assert cli("eval", elsewhere.folder, "--degrees", "0")[0] == 0
+    Path("digits").rename("gone")
+    code, _, err = cli("eval", elsewhere.folder, "--degrees", "0")
+    assert (code, err) == (
+        2,
+        f"error: data.root: no such folder: digits (looked up in {tmp_path / 'other'}).\n",
+    )
+
+
+def test_other_data_of_the_same_name_are_another_run(elsewhere, tmp_path, recipe_file, cli):
+    shutil.copytree(tmp_path / "trained" / "digits", "digits")
+    settings = ["data.root=digits", "train.epochs=1", f"output={elsewhere.folder}"]
+    code, _, err = cli("train", recipe_file, *settings)
+    assert code == 2
+    assert "holds another run: its data were looked up in" in err
+
+
+def test_a_run_is_not_evaluated_on_other_classes(elsewhere, tmp_path, cli):
+    (tmp_path / "trained/digits/train/digit 1").rename(tmp_path / "trained/digits/train/new")
+    shutil.rmtree(tmp_path / "trained/digits/val/digit 1")
+    code, _, err = cli("eval", elsewhere.folder, "--degrees", "0")
+    assert code == 2
+    assert "are no longer those that" in err
+    assert "(4 then, 4 now; what differs: digit 1)" in err

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from examples import tiny_vit
+from PIL import Image
 
 import tokendial as td
-from tokendial.data import ImageError, find_sources, read_image
+from tokendial.data import ImageError, find_sources, labelled, read_image
 from tokendial.train import Run
 from tokendial.train.degrees import degrees_to_show, parse_degrees, spread_by_cost
 from tokendial.train.evaluate import evaluate, time_degrees
@@ -137,6 +138,19 @@ def test_images_in_shards_are_predicted_like_files(run, digits, tmp_path, cli):
     code, _, err = cli("predict", run.folder, shard)
     assert code == 2
     assert "is not a whole, uncompressed tar file" in err
+
+
+def test_what_predict_leaves_out_of_folders_and_files_is_told(run, tmp_path, caplog):
+    pages = [Image.new("L", (32, 32), grey) for grey in (0, 200)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    for name in ("b.heic", "._a.tif", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    shard_of([tmp_path / "a.tif"], tmp_path / "d.tar")
+    assert len(list(predict(run, find_sources([tmp_path])))) == 2
+    assert caplog.messages == [
+        f"{tmp_path}: left out 2 file(s) that are no images by their endings: 1 .heic, 1 .txt",
+        f"{tmp_path}/a.tif holds 2 pictures, the first one is read",
+    ]
 
 
 @pytest.mark.slow
@@ -318,7 +332,11 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(cli, tmp_path, arg
     assert not (tmp_path / "run").exists()
 
 
-def test_a_broken_image_in_a_loading_process_is_one_line_too(cli, digits, recipe_file, tmp_path):
+def test_an_image_that_breaks_during_a_run_is_one_line_too(
+    cli, digits, recipe_file, tmp_path, monkeypatch
+):
+    """In a loading process; the check before the run is left out, as it was whole by then."""
+    monkeypatch.setattr(labelled, "broken_images", lambda root, files: {})
     shutil.copytree(digits, tmp_path / "digits")
     (tmp_path / "digits" / "train" / "digit 1" / "5.png").write_text("text")
     code, _, err = cli(

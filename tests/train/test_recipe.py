@@ -101,8 +101,11 @@ def test_recipes_of_dar_train_what_was_published():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.epoch=3", "train.epoch is not a field of a recipe; did you mean epochs?"),
-        ("zzz=3", "zzz is not a field of a recipe."),
+        ("train.epoch=3", "train.epoch is not a field of a recipe; did you mean train.epochs[?]$"),
+        ("epochs=3", r"^epochs is not a field of a recipe; did you mean train.epochs\?$"),
+        ("reduce.epochs=3", r"^reduce.epochs is not a field of evit; it has reduce.keep_rate, .*"),
+        ("adapt.dim=3", "^adapt.dim is not a field of linear; it has no fields.$"),
+        ("zzz=3", "zzz is not a field of a recipe.$"),
         ("train.epochs=many", "train.epochs: Input should be a valid integer.*, got 'many'"),
         ("train.epochs=0", "train.epochs: Input should be greater than or equal to 1, got 0"),
         ("train.lr=-1", "train.lr: Input should be greater than 0, got -1"),
@@ -116,13 +119,16 @@ def test_recipes_of_dar_train_what_was_published():
         ("train.precision=fp8", "train.precision: Input should be 'fp32', 'bf16' or 'fp16'"),
         ("model.name=transformers.ViTModel", "model: name must be a timm model, got 'transf"),
         ("augment.flip=2", r"augment: flip must lie in \[0, 1\], got 2"),
-        ("augment.flop=2", "augment.flop is not a field of a recipe; did you mean flip?"),
+        (
+            "augment.flop=2",
+            "augment.flop is not a field of a recipe; did you mean augment.flip[?]$",
+        ),
         ("reduce.name=none", r"reduce: reduce.name must be one of dar, .*, tome, got 'none'"),
         ("reduce.keep_rate=0", r"reduce: keep_rate must be in \(0, 1\], got 0"),
         ("reduce.layers=[1.5]", "reduce.layers.0: Input should be a valid integer"),
         (
             "reduce.keep_rates=0.5",
-            "reduce.keep_rates is not a field of a recipe; did you mean keep_",
+            r"reduce.keep_rates is not a field of evit; did you mean reduce.keep_rate\?$",
         ),
         ("adapt=8", "adapt: must be a mapping with a name, one of adaptformer, bitfit, convpass"),
         ("data.root=null", "data.root: Input should be a valid string, got None"),
@@ -135,6 +141,20 @@ def test_a_mistake_is_one_line_that_names_the_field(file, override, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_recipe(file, ["seed=0", override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reduce"),
+    [
+        (["reduce.name=tome"], td.ToMe()),
+        (["reduce.name=evit"], td.EViT(layers=(4, 7))),
+        (["reduce.name=tome", "reduce.r=3"], td.ToMe(r=3)),
+        (["reduce.r=3", "reduce.name=tome"], td.ToMe(r=3)),
+        (["reduce.keep_rate=0.5", "reduce.name=evit"], td.EViT(layers=(4, 7), keep_rate=0.5)),
+    ],
+)
+def test_another_method_brings_none_of_the_settings_of_the_one_before(file, overrides, reduce):
+    assert read_recipe(file, overrides).reduce == reduce
 
 
 @pytest.mark.parametrize("mix", ["augment.mixup=0.5", "augment.cutmix=1"])

@@ -216,6 +216,8 @@ def shrunk(name: str, roots: dict[str, Path], weights: dict[str, Path]) -> list[
     if data.startswith("scene"):
         return [*out, *SCENES, *(["model.weights=null"] if name == "pretrain_scenes" else [])]
     out += [f"data.root={roots[fields['data'].get('task') if data == 'fgvc' else data]}"]
+    if data == "fgvc":
+        out.append("data.lists=json")
     if data not in ("image_folder", "unlabelled", "pairs"):
         out.append("data.check=false")
     file = weights["none" if fields.get("loss") == "features" else "head"]

@@ -54,7 +54,7 @@ def profile(
 
 @data.command("check")
 def check_data(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Holds images/ and annotations/.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of a data set.")],
     classes: Annotated[
         int | None, typer.Option(min=2, help="Of a semantic segmentation; default: binary masks.")
     ] = None,
@@ -64,7 +64,14 @@ def check_data(
     train: Annotated[str, typer.Option(help="Name of the training folders.")] = "training",
     val: Annotated[str, typer.Option(help="Name of the validation folders.")] = "validation",
 ) -> None:
-    """List unpaired and unreadable files, differing sizes and odd values; exit code 1 if any."""
+    """List what is wrong with a folder of classes, or of images and masks; exit code 1 if any.
+
+    Unreadable files and classes without images; of masks unpaired files, differing sizes and odd
+    values.
+    """
+    if not any((root / name).is_dir() for name in ("images", "annotations")):
+        _check_class_folders(root, train, val)
+        return
     from tokendial.data.pairs import Pairs, check_pairs
 
     pairs = Pairs(root=str(root), classes=classes, ignore_zero=ignore_zero, train=train, val=val)
@@ -75,6 +82,20 @@ def check_data(
         found += 1
     print(f"{root}: {count} pairs, {f'{found} problems' if found else 'no problems'}")
     if found:
+        raise typer.Exit(1)
+
+
+def _check_class_folders(root: Path, train: str, val: str) -> None:
+    from tokendial.data.folder import check_folders
+
+    # The names that such folders have by default; they stand for those of pairs, too.
+    names = {"training": "train", "validation": "val"}
+    problems, summary = check_folders(root, names.get(train, train), names.get(val, val))
+    for problem in problems:
+        print(problem)
+    found = f"{len(problems):,} problems" if problems else "no problems"
+    print(f"{root}: {summary}; {found}")
+    if problems:
         raise typer.Exit(1)
 
 

@@ -4,10 +4,11 @@ Kay et al., "The Kinetics Human Action Video Dataset", https://arxiv.org/abs/170
 al., "The something something video database", ICCV 2017.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tokendial.data.files import PATH
 from tokendial.data.labelled import check_count, read_lines, required_folder
 from tokendial.data.splits import Splits
 from tokendial.data.video_sets import LISTS_SOURCE, VideoSet, check_template, read_list
@@ -20,7 +21,7 @@ class _PublishedSet(VideoSet):
 
     val: Literal["val", "test"] = "val"
     """What is validated on: val.csv or test.csv."""
-    classes: str | None = None
+    classes: str | None = field(default=None, metadata=PATH)
     """File with the names of the classes, one a line, in the order of the labels; null: numbers."""
     check: bool = True
     """Whether the lists must have the classes, and where they are fixed the videos, of the whole

@@ -23,6 +23,7 @@ from tokendial.data.labelled import (
     read_pairs,
     required_file,
     required_folder,
+    whole_images,
 )
 from tokendial.data.matlab import read_mat
 from tokendial.data.splits import Splits
@@ -46,7 +47,7 @@ class _Lists:
 class _Task:
     classes: int
     train: int
-    """Images to train on, with those that are meant for validation."""
+    """Images of the official lists for training and validation together."""
     test: int
     images: str
     """Folder that the paths in JSON lists start from."""
@@ -60,9 +61,9 @@ class _Task:
 class FGVC(OfficialSet):
     """One of four sets, with its official lists or `{train,val,test}.json` beside them.
 
-    `val` test trains on the official training list, of Flowers with the one for validation; or on
-    train.json alone, as VPT's code does. `val` val takes the list for validation, where there is
-    one, and `holdout` where there is none.
+    Trained on is the official training list, or train.json alone, as ToCom's and VPT's code do:
+    images of a list for validation (Flowers has one) are left out, whatever is validated on. `val`
+    val takes that list, where there is one, and `holdout` where there is none.
     """
 
     task: Literal["cub", "cars", "dogs", "flowers"]
@@ -82,27 +83,24 @@ class FGVC(OfficialSet):
         """Read the lists.
 
         Raises:
-            ValueError: If a file or an image is missing, a list is not what it should be, there
-                are more or fewer images or classes than published, or `holdout` is set where
-                there is a list for validation.
+            ValueError: If a file or an image is missing, an image cannot be read, a list is not
+                what it should be, there are more or fewer images or classes than published, or
+                `holdout` is set where there is a list for validation.
         """
         task, root = _TASKS[self.task], Path(self.root)
         required_folder(root, task.source)
         as_json = self.lists == "json" or (self.lists == "auto" and (root / "train.json").exists())
         lists = _json(root, task) if as_json else task.official(root, task.source)
         self._check(lists, as_json)
-        train = lists.train
-        if self.val == "test" and not as_json:
-            train = train + lists.val
         ids = sorted({class_id for _, class_id in lists.train})
         numbers = {class_id: number for number, class_id in enumerate(ids)}
         names = lists.names or _folder_names(lists.train)
         classes = [names.get(class_id, f"class {class_id}") for class_id in ids]
+        train, val, test = (_files(part, numbers) for part in (lists.train, lists.val, lists.test))
         if self.val == "val" and lists.val:
-            return Splits(
-                train=_files(train, numbers), val=_files(lists.val, numbers), classes=tuple(classes)
-            )
-        return self.splits(_files(train, numbers), _files(lists.test, numbers), classes, seed)
+            whole_images(root, [train.files, val.files])
+            return Splits(train=train, val=val, classes=tuple(classes))
+        return self.splits(train, test, classes, seed)
 
     def _check(self, lists: _Lists, as_json: bool) -> None:
         task = _TASKS[self.task]

@@ -1,6 +1,6 @@
 """Sets of Hugging Face's library datasets: folders that it has saved, or sets of its hub."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from tokendial.data.files import PATH
 from tokendial.data.images import decode_image, read_image
 from tokendial.data.splits import Splits
 from tokendial.methods import register
@@ -18,7 +19,7 @@ from tokendial.methods import register
 class HuggingFace:
     """A column of images and a column of labels; needs `pip install 'tokendial[hf]'`."""
 
-    path: str
+    path: str = field(metadata=PATH)
     """Folder written by `DatasetDict.save_to_disk`, or the name of a set on the hub."""
     subset: str | None = None
     """Which configuration of a set on the hub; null: its default."""
@@ -42,13 +43,22 @@ class HuggingFace:
                 is missing, a column is of another kind, or an image has no label.
         """
         splits = self._open()
-        for field in ("train", "val"):
-            if (name := getattr(self, field)) not in splits:
+        for setting in ("train", "val"):
+            if (name := getattr(self, setting)) not in splits:
                 raise ValueError(
-                    f"data.{field}: {self.path} has no split {name!r}; it has {', '.join(splits)}."
+                    f"data.{setting}: {self.path} has no split {name!r}; "
+                    f"it has {', '.join(splits)}."
                 )
         train, val = (self._read(splits[name]) for name in (self.train, self.val))
-        names = getattr(splits[self.train].features[self.label], "names", None)
+        names, of_val = (
+            getattr(splits[name].features[self.label], "names", None)
+            for name in (self.train, self.val)
+        )
+        if of_val is not None and names is not None and of_val != names:
+            raise ValueError(
+                f"data.label: the splits {self.train} and {self.val} of {self.path} must have the "
+                f"same classes in the same order, got {_start(names)} and {_start(of_val)}."
+            )
         if names is None:
             names = [f"class {number}" for number in range(max(train.labels) + 1)]
         for split in (train, val):
@@ -82,10 +92,10 @@ class HuggingFace:
     def _read(self, split: Any) -> "_Rows":
         import datasets
 
-        for field in ("image", "label"):
-            if (name := getattr(self, field)) not in split.features:
+        for setting in ("image", "label"):
+            if (name := getattr(self, setting)) not in split.features:
                 raise ValueError(
-                    f"data.{field}: {self.path} has no column {name!r}; it has "
+                    f"data.{setting}: {self.path} has no column {name!r}; it has "
                     f"{', '.join(split.features)}."
                 )
         kind = split.features[self.image]
@@ -106,6 +116,10 @@ class HuggingFace:
                 f"each image, got {split.features[self.label]}."
             )
         return _Rows(images, self.image, labels.tolist(), self.path)
+
+
+def _start(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 class _Rows(Dataset[tuple[Image.Image, int]]):

@@ -3,11 +3,13 @@
 Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokendial.data.folder import read_folders
-from tokendial.data.labelled import check_count, read_lines
+from tokendial.data.files import PATH
+from tokendial.data.folder import list_folders
+from tokendial.data.images import images_in
+from tokendial.data.labelled import Files, check_count, read_lines, whole_images
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -22,9 +24,9 @@ _SOURCE = (
 class ImageNet:
     """Images in `root/train/WNID/` and `root/val/WNID/`; classes are numbered by these ids."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder that holds train and val."""
-    classes: str | None = None
+    classes: str | None = field(default=None, metadata=PATH)
     """File of names: lines of a WordNet id and a name, such as "n01440764 tench, Tinca tinca";
     null: the ids are the names."""
     check: bool = True
@@ -32,17 +34,20 @@ class ImageNet:
     it will do."""
 
     def build(self, seed: int) -> Splits:
-        """List the files.
+        """List the files and read every image.
 
         Raises:
             ValueError: If a folder is missing or empty, there are more or fewer images or classes
-                than published, or the file of names lacks one.
+                than published, an image cannot be read, or the file of names lacks a name.
         """
         root = Path(self.root)
         try:
-            train, val, wnids = read_folders(root, "train", "val")
+            of_train, of_val, wnids = list_folders(
+                root / "train", root / "val", images_in, "images"
+            )
         except ValueError as error:
             raise ValueError(f"{error} {_SOURCE}") from None
+        train, val = map(Files, whole_images(root, [of_train, of_val]))
         for files, split, size in ((train, "train", 1_281_167), (val, "val", 50_000)):
             for what, got, expected in (
                 ("classes", len(set(files.labels)), 1000),

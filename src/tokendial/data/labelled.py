@@ -1,7 +1,8 @@
 """What sets of images with one label each share: how they are held, checked and split."""
 
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +10,16 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
+from tokendial.data.checking import broken_images
+from tokendial.data.files import PATH, shown
 from tokendial.data.images import read_image
 from tokendial.data.splits import Splits
+
+Labelled = list[tuple[Path, int]]
+"""Files and the indices of their classes."""
+Broken = Literal["error", "skip"]
+"""What to do about images that cannot be read: stop, or leave them out."""
+_LOG = logging.getLogger(__name__)
 
 
 class Files(Dataset[tuple[Image.Image, int]]):
@@ -56,7 +65,7 @@ class Arrays(Dataset[tuple[Image.Image, int]]):
 class OfficialSet:
     """Fields of the sets that are published as a training and a test set."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder of the set."""
     val: Literal["val", "test"] = "test"
     """What is validated on. val: images kept back from training, to choose settings by; test: the
@@ -81,11 +90,13 @@ class OfficialSet:
     def splits(
         self, train: Files | Arrays, test: Files | Arrays, classes: Sequence[str], seed: int
     ) -> Splits:
-        """Keep back what the fields say.
+        """Keep back what the fields say; images that are files are read, to see that they can be.
 
         Raises:
-            ValueError: If nothing is kept back and that is to be validated on.
+            ValueError: If nothing is kept back and that is to be validated on, or an image cannot
+                be read.
         """
+        whole_images(Path(self.root), [s.files for s in (train, test) if isinstance(s, Files)])
         kept, held = split_off(train.labels, self.holdout, seed)
         if self.val == "val" and not held:
             raise ValueError(
@@ -106,9 +117,48 @@ def split_off(labels: Sequence[int], share: float, seed: int) -> tuple[list[int]
     held: list[int] = []
     for label in np.unique(numbers):
         of_class = rng.permutation(np.flatnonzero(numbers == label))
-        held += of_class[: round(share * len(of_class))].tolist()
+        # One stays, however large the share is: no class is without an image to train on.
+        held += of_class[: min(round(share * len(of_class)), len(of_class) - 1)].tolist()
     kept = np.setdiff1d(np.arange(len(numbers)), held)
     return kept.tolist(), sorted(held)
+
+
+def check_broken(value: str) -> None:
+    """Raise a ValueError if a field `broken` has another value than it can have."""
+    if value not in ("error", "skip"):
+        raise ValueError(f"broken must be one of error, skip, got {value!r}.")
+
+
+def whole_images(
+    root: Path, parts: Sequence[Labelled], broken: Broken | None = None
+) -> list[Labelled]:
+    """Parts of a set without the images that cannot be read; every one is read to find out.
+
+    Args:
+        root: Folder of the set.
+        parts: Files below it.
+        broken: What to do about them; None: stop, as images of this set cannot be left out.
+
+    Raises:
+        ValueError: If an image cannot be read and `broken` is not skip, or none is left of a part.
+    """
+    problems = broken_images(root, [path for part in parts for path, _ in part])
+    if not problems:
+        return list(parts)
+    if broken == "skip" or len(problems) > 1:
+        for problem in problems.values():
+            _LOG.warning("%s: %s", "left out" if broken == "skip" else "broken", problem)
+    if broken != "skip":
+        first, *others = problems.values()
+        several = f" (one of {len(problems):,} broken images, each is logged)" if others else ""
+        way_out = "; data.broken=skip leaves such images out" if broken else ""
+        raise ValueError(f"data: {first}{several}{way_out}.")
+    kept = [[(path, label) for path, label in part if path not in problems] for part in parts]
+    if not all(kept):
+        raise ValueError(
+            f"data: {next(iter(problems.values()))}; none is left of a part of {root}."
+        )
+    return kept
 
 
 def check_count(what: str, got: int, expected: int, *, strict: bool) -> None:
@@ -129,7 +179,7 @@ def required_file(path: Path, source: str) -> Path:
         ValueError: If it is not; `source` tells where to get it.
     """
     if not path.is_file():
-        raise ValueError(f"data: no such file: {path}. {source}")
+        raise ValueError(f"data: no such file: {shown(path)}. {source}")
     return path
 
 
@@ -140,7 +190,7 @@ def required_folder(path: Path, source: str) -> Path:
         ValueError: If it is not; `source` tells where to get it.
     """
     if not path.is_dir():
-        raise ValueError(f"data.root: no such folder: {path}. {source}")
+        raise ValueError(f"data.root: no such folder: {shown(path)}. {source}")
     return path
 
 

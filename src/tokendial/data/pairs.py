@@ -1,9 +1,11 @@
 """Images and masks in two folders, paired by their names: ADE20K's layout and what is like it."""
 
 import logging
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +13,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from tokendial.data.images import ImageError, images_in, read_image
+from tokendial.data.files import PATH, shown, warn_of_others
+from tokendial.data.images import (
+    ImageError,
+    count_pictures,
+    images_in,
+    read_image,
+    warn_of_several,
+)
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -28,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 class Pairs:
     """`root/images/SPLIT/NAME.jpg` and `root/annotations/SPLIT/NAME.png`, one root or several."""
 
-    root: str | list[str]
+    root: str | list[str] = field(metadata=PATH)
     """Folder that holds images and annotations, or several, whose pairs are joined."""
     classes: int | list[str] | None = None
     """Number or names of the classes of a semantic segmentation; null: binary masks."""
@@ -87,7 +96,9 @@ class Pairs:
     def _set(self, split: str) -> "PairSet":
         found: list[tuple[Path, Path]] = []
         for root in self.roots():
-            pairs, problems = self.pairs(root, split)
+            others: Counter[str] = Counter()
+            pairs, problems = self.pairs(root, split, others)
+            warn_of_others(others, "image", f"{root}, {split}")
             of_pairs = self._problems(pairs)
             problems += filter(None, of_pairs)
             if problems and self.broken == "error":
@@ -102,6 +113,7 @@ class Pairs:
         if not found:
             roots = ", ".join(map(str, self.roots()))
             raise ValueError(f"data: no pairs of an image and a mask for {split} in {roots}.")
+        warn_of_several((path, count_pictures(path)) for pair in found for path in pair)
         return self.reader(found)
 
     def reader(self, pairs: Sequence[tuple[Path, Path]]) -> "PairSet":
@@ -115,24 +127,46 @@ class Pairs:
         with ThreadPoolExecutor() as pool:
             return list(pool.map(self.reader(pairs).problem, range(len(pairs))))
 
-    def pairs(self, root: Path, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
-        """Pairs of files of a split, and one line about each file that has no partner.
+    def pairs(
+        self, root: Path, split: str, others: Counter[str] | None = None
+    ) -> tuple[list[tuple[Path, Path]], list[str]]:
+        """Pairs of files of a split, and one line about each file that has not just one partner.
+
+        Args:
+            root: One of the folders.
+            split: Name of the training or the validation folders.
+            others: Endings of files that are no images are counted here.
 
         Raises:
             ValueError: If a folder is missing.
         """
-        sides = []
-        for name in (self.images, self.annotations):
-            folder = root / name / split
-            if not folder.is_dir():
-                raise ValueError(f"data: no such folder: {folder}.")
-            sides.append(
-                {path.relative_to(folder).with_suffix(""): path for path in images_in(folder)}
-            )
-        images, masks = sides
-        problems = [f"{images[stem]} has no mask" for stem in images.keys() - masks.keys()]
-        problems += [f"{masks[stem]} has no image" for stem in masks.keys() - images.keys()]
-        return [(images[stem], masks[stem]) for stem in images if stem in masks], sorted(problems)
+        images, masks = (
+            _by_name(root / name / split, others) for name in (self.images, self.annotations)
+        )
+        problems = [f"{p} has no mask" for n in images if n not in masks for p in images[n]]
+        problems += [f"{p} has no image" for n in masks if n not in images for p in masks[n]]
+        pairs = []
+        for name in (name for name in images if name in masks):
+            if several := [side for side in (images[name], masks[name]) if len(side) > 1]:
+                problems += [f"{' and '.join(map(str, side))} have one name" for side in several]
+            else:
+                pairs.append((images[name][0], masks[name][0]))
+        return pairs, sorted(problems)
+
+
+def _by_name(folder: Path, others: Counter[str] | None) -> dict[str, list[Path]]:
+    """Images below a folder by their names without endings, which file systems write differently.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data: no such folder: {shown(folder)}.")
+    found: dict[str, list[Path]] = {}
+    for path in images_in(folder, others):
+        name = str(path.relative_to(folder).with_suffix(""))
+        found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
+    return found
 
 
 class PairSet(Dataset[tuple[Image.Image, np.ndarray]]):

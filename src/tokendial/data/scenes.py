@@ -130,7 +130,7 @@ class SceneSet(Dataset[tuple[Image.Image, Any]]):
             img_size: Side of a scene in pixels.
             cells: Rows and columns of items.
         """
-        self.labels, self.backgrounds = labels, backgrounds
+        self.item_kinds, self.backgrounds = labels, backgrounds
         self.task, self.num_scenes, self.seed, self.img_size = task, num_scenes, seed, img_size
         self.cells = cells
         self.sprites = [_resized(items, side) for side in ITEM_SIDES]

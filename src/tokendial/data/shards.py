@@ -12,8 +12,9 @@ import logging
 import re
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from tokendial.atomic import replacing
+from tokendial.data.files import PATH, endings, files_in, warn_of_others
 from tokendial.data.images import (
     IMAGE_SUFFIXES,
     ImageError,
@@ -44,9 +46,9 @@ _BLOCK = tarfile.BLOCKSIZE
 class WebDataset:
     """Shards whose samples are an image (.jpg, .png and others) and a label as text (.cls)."""
 
-    train: str
+    train: str = field(metadata=PATH)
     """Pattern of the training shards, such as "/data/train-{0000..0146}.tar" or "/data/tr*.tar"."""
-    val: str
+    val: str = field(metadata=PATH)
     """Pattern of the shards to validate on."""
     classes: int | list[str]
     """Number or names of the classes."""
@@ -232,16 +234,20 @@ def find_sources(paths: Iterable[str | Path]) -> list[Path | ShardImage]:
     """
     searched = list(map(Path, paths))
     found: list[Path | ShardImage] = []
+    others: Counter[str] = Counter()
     for path in searched:
         if path.is_dir():
-            shards = sorted(path.rglob("*.tar"))
-            found += images_in(path)
+            shards = files_in(path, {".tar"})
+            found += images_in(path, others)
         else:
             shards = [path] if path.suffix == ".tar" and path.is_file() else []
             found += [] if shards else find_images([path])
         found += [image for shard in shards for image in shard_images(shard)]
+    del others[".tar"]
+    where = ", ".join(map(str, searched))
     if not found:
-        raise ImageError(f"no images found in {', '.join(map(str, searched))}.")
+        raise ImageError(f"no images found in {where}{endings(others, ' (only ', ')')}.")
+    warn_of_others(others, "image", where)
     return found
 
 

@@ -1,10 +1,12 @@
 """Images without labels, in one folder and those below it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from tokendial.data.files import PATH, shown, warn_of_others
 from tokendial.data.images import images_in
-from tokendial.data.labelled import Files
+from tokendial.data.labelled import Broken, Files, check_broken, whole_images
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -14,27 +16,35 @@ from tokendial.methods import register
 class Unlabelled:
     """Every image below `root`; enough to train a compensator."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder of images, with folders in it or without."""
     val_every: int = 20
     """One image in so many is for validation."""
+    broken: Broken = "error"
+    """What to do about images that cannot be read; every one is read before the run begins. error:
+    stop, with a line about each; skip: report them and leave them out."""
 
     def __post_init__(self) -> None:
+        check_broken(self.broken)
         if self.val_every < 2:
             raise ValueError(f"val_every must be at least 2, got {self.val_every}.")
 
     def build(self, seed: int) -> Splits:
-        """List the files.
+        """List the files and read every image.
 
         Raises:
-            ValueError: If the folder does not exist, or holds fewer than two images.
+            ValueError: If the folder does not exist, or holds fewer than two images; or if one
+                cannot be read and `broken` does not say to skip it.
         """
         root = Path(self.root)
         if not root.is_dir():
-            raise ValueError(f"data.root: no such folder: {root}.")
-        files = images_in(root)
+            raise ValueError(f"data.root: no such folder: {shown(root)}.")
+        others: Counter[str] = Counter()
+        files = images_in(root, others)
+        warn_of_others(others, "image", root)
         if len(files) < 2:
             raise ValueError(f"data.root: {root} must hold at least 2 images, got {len(files)}.")
         val = [(file, 0) for file in files[:: self.val_every]]
         train = [(file, 0) for number, file in enumerate(files) if number % self.val_every]
-        return Splits(train=Files(train), val=Files(val), classes=())
+        of_train, of_val = map(Files, whole_images(root, [train, val], self.broken))
+        return Splits(train=of_train, val=of_val, classes=())

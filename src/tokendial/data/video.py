@@ -1,5 +1,6 @@
 """Reading videos: how many frames there are, and of these just the ones that are asked for."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -230,9 +231,9 @@ def find_videos(paths: Iterable[str | Path]) -> list[Path]:
     return find_files(paths, VIDEO_SUFFIXES, "video", VideoError)
 
 
-def videos_in(folder: Path) -> list[Path]:
-    """Video files anywhere below `folder`, sorted; told by their suffix."""
-    return files_in(folder, VIDEO_SUFFIXES)
+def videos_in(folder: Path, others: Counter[str] | None = None) -> list[Path]:
+    """Video files anywhere below `folder`, sorted; `others` counts the endings of other files."""
+    return files_in(folder, VIDEO_SUFFIXES, others)
 
 
 @contextmanager

@@ -7,14 +7,21 @@ frames, their number and a label; later work shares this form.
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
-from tokendial.data.folder import list_folders
-from tokendial.data.labelled import read_lines, read_number, required_folder
+from tokendial.data.files import PATH
+from tokendial.data.folder import ClassFolders
+from tokendial.data.labelled import (
+    Broken,
+    check_broken,
+    read_lines,
+    read_number,
+    required_folder,
+)
 from tokendial.data.splits import Splits
 from tokendial.data.video import (
     FrameFolder,
@@ -65,7 +72,7 @@ class Videos(Dataset[tuple[Video, int]]):
         """Of all videos, in order."""
         return [entry.label for entry in self.entries]
 
-    def kept(self, broken: Literal["error", "skip"]) -> "Videos":
+    def kept(self, broken: Broken) -> "Videos":
         """Those that are not broken.
 
         Raises:
@@ -117,27 +124,28 @@ class Videos(Dataset[tuple[Video, int]]):
 class VideoSet:
     """Fields of all sets of videos."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder of the set; relative paths in lists start from it."""
-    broken: Literal["error", "skip"] = "error"
+    broken: Broken = "error"
     """What to do about broken videos. error: stop, before the run if one is missing or empty, else
     when it is read; skip: open every one before the run and decode its last frame, report those
     that cannot be read and leave them out."""
 
     def __post_init__(self) -> None:
-        if self.broken not in ("error", "skip"):
-            raise ValueError(f"broken must be one of error, skip, got {self.broken!r}.")
+        check_broken(self.broken)
 
 
 @register("data", "video_folder")
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoFolder(VideoSet):
-    """Videos in `root/train/CLASS/` and `root/val/CLASS/`."""
+class VideoFolder(ClassFolders):
+    """Videos in `root/train/CLASS/` and `root/val/CLASS/`, or with `holdout` in `root/CLASS/`."""
 
-    train: str = "train"
-    """Name of the training folder."""
-    val: str = "val"
-    """Name of the validation folder."""
+    broken: Broken = "error"
+    """What to do about broken videos, as in `video_lists`."""
+
+    def __post_init__(self) -> None:
+        ClassFolders.__post_init__(self)
+        check_broken(self.broken)
 
     def build(self, seed: int) -> Splits:
         """List the files.
@@ -146,8 +154,7 @@ class VideoFolder(VideoSet):
             ValueError: If a folder is missing or empty, the validation set has a class that the
                 training set has not, or a video is broken and `broken` does not say to skip it.
         """
-        root = Path(self.root)
-        *files, classes = list_folders(root, self.train, self.val, videos_in, "videos")
+        *files, classes = self.listed(videos_in, "videos", seed)
         train, val = (Videos(Entry(*pair) for pair in some).kept(self.broken) for some in files)
         return Splits(train=train, val=val, classes=classes, video=True)
 

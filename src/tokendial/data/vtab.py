@@ -5,10 +5,11 @@ Benchmark", https://arxiv.org/abs/1910.04867. The layout is the one that papers 
 efficient fine-tuning share (NOAH, https://arxiv.org/abs/2206.04673).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from tokendial.data.files import PATH
 from tokendial.data.labelled import (
     Files,
     check_count,
@@ -16,6 +17,7 @@ from tokendial.data.labelled import (
     read_number,
     read_pairs,
     required_folder,
+    whole_images,
 )
 from tokendial.data.splits import Splits
 from tokendial.methods import register
@@ -76,7 +78,7 @@ _LISTS = {
 class VTAB:
     """`root/TASK/train800.txt` and its sisters: lines of a path below `root/TASK` and a label."""
 
-    root: str
+    root: str = field(metadata=PATH)
     """Folder that holds the folders of the tasks."""
     task: str
     """One of the 19 tasks, such as cifar or clevr_count."""
@@ -97,13 +99,15 @@ class VTAB:
 
         Raises:
             ValueError: If a list or an image is missing, a list has another length than the
-                published one, a line is not a path and a label, or a label is no class.
+                published one, a line is not a path and a label, a label is no class, or an image
+                cannot be read.
         """
         task = VTAB_TASKS[self.task]
         folder = required_folder(required_folder(Path(self.root), _SOURCE) / self.task, _SOURCE)
         train, val = (
             self._read(folder / name, size or task.test) for name, size in _LISTS[self.split]
         )
+        whole_images(folder, [train.files, val.files])
         classes = tuple(f"class {number}" for number in range(task.classes))
         return Splits(train=train, val=val, classes=classes)
 

@@ -3,8 +3,10 @@
 Imported where metrics are made: torchmetrics takes longer to import than torch does.
 """
 
+import logging
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,13 @@ from torchmetrics.classification import (
     MultilabelAccuracy,
     MultilabelAveragePrecision,
 )
+from torchmetrics.utilities import dim_zero_cat
 
 from tokendial.data.pairs import IGNORED
 from tokendial.tasks.dense import best_class, sized
 
 _THRESHOLDS = 256
+_LOG = logging.getLogger(__name__)
 
 
 def class_metrics(num_classes: int, *, multi_label: bool) -> MetricCollection:
@@ -30,13 +34,51 @@ def class_metrics(num_classes: int, *, multi_label: bool) -> MetricCollection:
     if multi_label:
         metrics = {
             "accuracy": MultilabelAccuracy(num_classes, average="micro"),
-            "mean_average_precision": MultilabelAveragePrecision(num_classes),
+            "mean_average_precision": MeanAveragePrecision(num_classes),
         }
     else:
         metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes > 5:
             metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
     return MetricCollection(metrics)
+
+
+class MeanAveragePrecision(MultilabelAveragePrecision):
+    """Mean of the average precision of the classes that at least one image has.
+
+    torchmetrics counts the others as 0, though nothing could have been found of them.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average="none")
+
+    def compute(self) -> Tensor:  # type: ignore[override]  # a number, not curves
+        """Mean in [0, 1]; NaN if no image has any class."""
+        with warnings.catch_warnings():
+            # torchmetrics warns of classes that no image has; they are left out below.
+            warnings.filterwarnings("ignore", message="No positive samples")
+            per_class = torch.as_tensor(super().compute())
+        present = dim_zero_cat(self.target).gt(0).any(dim=0)
+        _tell_share("mean_average_precision", present, "no image has the others")
+        return per_class[present].mean()
+
+
+def _tell_share(metric: str, counted: Tensor, why: str) -> None:
+    """Log how many classes a mean is over, if not over all.
+
+    Args:
+        metric: Its name.
+        counted: [classes] bool.
+        why: The others do not count.
+    """
+    if not counted.all():
+        _tell(f"{metric} is the mean over {int(counted.sum())} of {len(counted)} classes: {why}")
+
+
+@cache
+def _tell(line: str) -> None:
+    """Log a line once, however many epochs and degrees have it."""
+    _LOG.warning(line)
 
 
 class PixelMetrics(MulticlassConfusionMatrix):
@@ -56,6 +98,8 @@ class PixelMetrics(MulticlassConfusionMatrix):
         confusion = super().compute().double()
         right, total = confusion.diagonal(), confusion.sum()
         iou = right / (confusion.sum(0) + confusion.sum(1) - right)
+        why = "the others are neither in the masks nor found"
+        _tell_share("mean_iou", ~iou.isnan(), why)
         per_class = {f"iou_{number}": value for number, value in enumerate(iou)}
         return {"mean_iou": iou.nanmean(), "pixel_accuracy": right.sum() / total} | per_class
 

@@ -313,9 +313,8 @@ def _judged(scores: dict[str, float]) -> float:
 def _validation(run: Run, model: DialViT, batch_size: int) -> tuple[Task, Any]:
     """The task of a run, and a loader of its validation set."""
     recipe, task = run.recipe(), run.task()
-    data = recipe.data.build(recipe.seed)
     loader = eval_loader(
-        data.val,
+        run.data().val,
         task.eval_transform(model.anatomy),
         batch_size=task.eval_batch(batch_size),
         workers=recipe.train.workers,

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from tokendial.data.splits import Splits
+from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.measure import ShareMeter, calibrate
 from tokendial.saving import load
 from tokendial.tasks import FeatureDistillation
@@ -83,6 +83,12 @@ class FineTuning:
         self.data: Splits = recipe.data.build(recipe.seed)
         if not self.data.classes:
             raise ValueError("data: fine-tuning needs labelled images; these have no classes.")
+        if len(self.data.classes) == 1 and not self.data.dense:
+            raise ValueError(
+                "data: classification needs at least 2 classes to tell apart, got 1: "
+                f"{self.data.classes[0]!r}."
+            )
+        warn_of_absent_classes(self.data)
         self.task = task_of(
             recipe,
             len(self.data.classes),

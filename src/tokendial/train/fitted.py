@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,9 +98,8 @@ def _drawn(
         if not files:
             raise ValueError(f"calibration: {folder} holds no images.")
         return torch.stack([transform(read_image(files[index])) for index in some(len(files))])
-    recipe = run.recipe()
     try:
-        train = recipe.data.build(recipe.seed).train
+        train: Any = run.data().train
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} Other pictures can be given by calibration.") from None
     return torch.stack([transform(train[index][0]) for index in some(len(train))])

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokendial.atomic import replacing
-from tokendial.data.images import ImageError, read_image
+from tokendial.data.images import ImageError, count_pictures, read_image, warn_of_several
 from tokendial.data.shards import ShardImage
 from tokendial.data.video import VideoError, VideoFile
 from tokendial.speed import Optimized, Speed, sped_up
@@ -122,7 +122,11 @@ class Predictor:
         try:
             if isinstance(source, ShardImage):
                 return self._transform(source.read())
-            return self._transform(VideoFile(source) if self._of_videos else read_image(source))
+            if self._of_videos:
+                return self._transform(VideoFile(source))
+            image = read_image(source)
+            warn_of_several([(source, count_pictures(source))])
+            return self._transform(image)
         except (ImageError, VideoError) as error:
             return error
 
@@ -205,6 +209,7 @@ def predict_masks(
         except ImageError as error:
             yield error
             continue
+        warn_of_several([(path, count_pictures(path))])
         if tiles:
             logits = _in_tiles(model, image, task.augment.stride, on)
         else:

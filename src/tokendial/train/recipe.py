@@ -29,6 +29,9 @@ from tokendial.data.transforms import Augment
 from tokendial.methods import known, method_class, to_json
 from tokendial.speed import Precision
 
+KINDS = ("reduce", "adapt", "decode", "data", "compensate")
+"""Sections of a recipe that are a method: a name and its settings."""
+
 
 def _method(kind: str) -> Any:
     """A field that holds a registered method, written as a mapping with its name."""
@@ -299,7 +302,7 @@ def check_section(section: type[SectionT], data: dict[str, Any]) -> SectionT:
     try:
         return section.model_validate(data)
     except ValidationError as error:
-        raise ValueError(_one_line(error.errors()[0])) from None
+        raise ValueError(_one_line(error.errors()[0], data)) from None
 
 
 def check_method(kind: str, data: dict[str, Any] | None) -> Any:
@@ -308,29 +311,57 @@ def check_method(kind: str, data: dict[str, Any] | None) -> Any:
         return TypeAdapter(_method(kind)).validate_python(data)
     except ValidationError as error:
         detail = error.errors()[0]
-        raise ValueError(_one_line(detail | {"loc": (kind, *detail["loc"])})) from None
+        detail = detail | {"loc": (kind, *detail["loc"])}
+        raise ValueError(_one_line(detail, {kind: data})) from None
 
 
-def _one_line(error: ErrorDetails) -> str:
+def _one_line(error: ErrorDetails, data: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in ("int", "float", "str"))
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
     value = error["input"]
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        name = str(error["loc"][-1])
-        near = difflib.get_close_matches(name, _all_fields(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        return f"{where} is not a field of a recipe{hint}"
+        return _unknown_field(where, data)
     if error["type"] == "missing":
         return f"{where} is missing from the recipe."
     got = f", got {value!r}" if "got" not in message and not isinstance(value, dict) else ""
     return f"{where}: {message}{got}." if where else f"{message}{got}."
 
 
+def _unknown_field(where: str, data: dict[str, Any]) -> str:
+    """Says of what a dotted name is no field, and which one may be meant."""
+    section, _, name = where.rpartition(".")
+    method = data.get(section) if section in KINDS else None
+    if isinstance(method, dict) and "name" in method:
+        allowed = [
+            f"{section}.{f.name}" for f in dataclasses.fields(method_class(section, method["name"]))
+        ]
+        hint = _nearest(name, allowed) or f"; it has {', '.join(allowed) or 'no fields'}."
+        return f"{where} is not a field of {method['name']}{hint}"
+    fields = _all_fields()
+    beside = [field for field in fields if field.rpartition(".")[0] == section]
+    hint = _nearest(name, beside) or _nearest(name, fields) or "."
+    return f"{where} is not a field of a recipe{hint}"
+
+
+def _nearest(name: str, dotted: list[str]) -> str | None:
+    """Which of some dotted fields may be meant by the last part of a name."""
+    by_last = {field.rpartition(".")[2]: field for field in reversed(dotted)}
+    near = difflib.get_close_matches(name, by_last, n=1)
+    return f"; did you mean {by_last[near[0]]}?" if near else None
+
+
 def _all_fields() -> list[str]:
-    sections = (Recipe, CompensateRecipe, ModelSection, TrainSection, DistillSection)
-    names = [name for section in sections for name in section.model_fields]
-    kinds = ("reduce", "adapt", "decode", "data", "compensate")
-    methods = [method_class(kind, name) for kind in kinds for name in known(kind)]
-    for cls in (Augment, Clip, DenseAugment, *methods):
-        names += [field.name for field in dataclasses.fields(cls)]
+    """Dotted names of all fields; sections of every recipe come before those of methods."""
+    names = [*Recipe.model_fields, *CompensateRecipe.model_fields]
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSection,
+        "train": TrainSection,
+        "distill": DistillSection,
+    }
+    for section, model in sections.items():
+        names += [f"{section}.{name}" for name in model.model_fields]
+    own = [("augment", Augment), ("clip", Clip), ("dense", DenseAugment)]
+    methods = [(kind, method_class(kind, name)) for kind in KINDS for name in known(kind)]
+    for section, cls in (*own, *methods):
+        names += [f"{section}.{field.name}" for field in dataclasses.fields(cls)]
     return names

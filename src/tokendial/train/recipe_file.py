@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 
 import yaml
 
-from tokendial.train.recipe import BaseRecipe, CompensateRecipe, Recipe, check_section
+from tokendial.train.recipe import KINDS, BaseRecipe, CompensateRecipe, Recipe, check_section
 
 RecipeT = TypeVar("RecipeT", bound=BaseRecipe)
 
@@ -157,9 +157,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Write `dotted.field=value` overrides into `data` and return it."""
-    for override in overrides:
-        _override(data, override)
+    """Write `dotted.field=value` overrides into `data` and return it.
+
+    Another method than the one that is there (`adapt.name=lora`) replaces it with its settings, as
+    in files; settings among the overrides are the new one's, wherever they stand.
+    """
+    read = [_parsed(override) for override in overrides]
+    for number, (name, value) in enumerate(read):
+        section, _, field = name.partition(".")
+        there = data.get(section)
+        before = there.get("name", value) if isinstance(there, dict) else value
+        if field == "name" and section in KINDS and value != before:
+            data[section] = {}
+            for earlier, given in read[:number]:
+                if earlier.startswith(f"{section}."):
+                    _set(data, earlier, given)
+        _set(data, name, value)
     return data
 
 
@@ -178,7 +191,8 @@ def find_recipe(path: str | Path) -> tuple[Path, str]:
     raise ValueError(f"no such recipe: {path}.")
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
+    """The dotted field of an override, and its value."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ValueError(f"an override must look like train.epochs=10, got {override!r}.")
@@ -190,6 +204,10 @@ def _override(data: dict[str, Any], override: str) -> None:
         # YAML 1.1 reads 1e-3 as text, because the dot is missing.
         with contextlib.suppress(ValueError):
             value = float(value)
+    return name, value
+
+
+def _set(data: dict[str, Any], name: str, value: Any) -> None:
     *parents, last = name.split(".")
     place = data
     for parent in parents:

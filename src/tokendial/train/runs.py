@@ -4,11 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import yaml
 
 from tokendial.atomic import replacing
 from tokendial.data.clip import Clip
+from tokendial.data.files import found_from
+from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.measure import Cost
 from tokendial.reduce.base import ReducerConfig
 from tokendial.saving import CONFIG, load
@@ -63,7 +66,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.classes_file) as path:
             kind = {"multi_label": multi_label, "dense": dense, "video": video}
-            path.write_text(json.dumps({"classes": list(classes)} | kind) + "\n")
+            told = {"classes": list(classes)} | kind | {"working_folder": str(Path.cwd())}
+            path.write_text(json.dumps(told) + "\n")
         with replacing(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
@@ -94,7 +98,40 @@ class Run:
                     f"output: {self.folder} holds another run: its {name} is "
                     f"{old.get(name)}, not {new.get(name)}; choose another output."
                 )
+        if (started := self._working_folder()) is not None:
+            theirs, ours = (found_from(recipe.data, folder) for folder in (started, Path.cwd()))
+            if theirs != ours and recipe.data not in (theirs, ours):
+                raise ValueError(
+                    f"output: {self.folder} holds another run: its data were looked up in "
+                    f"{started}, not in {Path.cwd()}; choose another output."
+                )
         return True
+
+    def _working_folder(self) -> Path | None:
+        """Where relative paths of the recipe start from; None: older runs do not say it."""
+        if not self.classes_file.exists():
+            return None
+        started = json.loads(self.classes_file.read_text()).get("working_folder")
+        return Path(started) if started else None
+
+    def data(self) -> Splits:
+        """The data set of the run; a ValueError if it is not there, or has other classes by now.
+
+        Relative paths start from the folder in which the training was started; from the present
+        one where nothing is there.
+        """
+        recipe, started = self.recipe(), self._working_folder()
+        data = recipe.data if started is None else found_from(recipe.data, started)
+        splits: Splits = data.build(recipe.seed)
+        then, now = self.classes(), splits.classes
+        if [normalize("NFC", name) for name in then] != [normalize("NFC", name) for name in now]:
+            changed = set(then) ^ set(now) or {"their order"}
+            raise ValueError(
+                f"data: the classes are no longer those that {self.folder} was trained on "
+                f"({len(then)} then, {len(now)} now; what differs: {min(changed)})."
+            )
+        warn_of_absent_classes(splits)
+        return splits
 
     @property
     def finished(self) -> bool:

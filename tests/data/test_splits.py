@@ -1,0 +1,32 @@
+"""Classes that have no samples to train or to validate on."""
+
+import pytest
+from torch.utils.data import Subset
+
+from tokendial.data import Splits
+from tokendial.data.labelled import Files
+from tokendial.data.splits import warn_of_absent_classes
+
+
+def files(*labels):
+    return Files([(None, label) for label in labels])
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "lines"),
+    [
+        (files(0, 1, 2), files(2, 1, 0, 0), []),
+        (files(0, 1, 2), files(1, 1), ["to validate on of 2 of 3 classes ('a', 'c'): scores say"]),
+        (files(0, 2), files(0, 1, 2), ["to train on of 1 of 3 classes ('b'): such classes are"]),
+        (files(0, 1, 2), Subset(files(0, 1, 2), [0, 1]), ["to validate on of 1 of 3 classes ('c"]),
+    ],
+)
+def test_classes_without_samples_are_told(caplog, train, val, lines):
+    warn_of_absent_classes(Splits(train=train, val=val, classes=("a", "b", "c")))
+    assert len(caplog.messages) == len(lines)
+    assert all(part in line for part, line in zip(lines, caplog.messages, strict=True))
+
+
+def test_sets_whose_labels_are_not_known_beforehand_are_passed_over(caplog):
+    warn_of_absent_classes(Splits(train=[], val=Subset([], []), classes=("a", "b")))
+    assert caplog.messages == []
