@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokendial.data.images import images_in
 from tokendial.data.labelled import Files
+from tokendial.data.pixels import ValueRange, check_range, named, warn_of_unused_range
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -24,26 +25,35 @@ class ImageFolder:
     """Name of the training folder."""
     val: str = "val"
     """Name of the validation folder."""
+    range: ValueRange = None
+    """What is black and white in files of more than 8 bits, such as [0, 4095]; image: each image's
+    own smallest and largest value; null: as the type of the file says."""
+
+    def __post_init__(self) -> None:
+        check_range(self.range)
 
     def build(self, seed: int) -> Splits:
         """List the files.
 
         Raises:
-            ValueError: If a folder is missing or empty, or the validation set has a class that
-                the training set has not.
+            ValueError: If a folder is missing or empty, the validation set has a class that the
+                training set has not, or nothing says what is black and white.
         """
-        train, val, classes = read_folders(Path(self.root), self.train, self.val)
+        train, val, classes = read_folders(Path(self.root), self.train, self.val, self.range)
+        warn_of_unused_range(named(path for path, _ in train.files), self.range, self.root)
         return Splits(train=train, val=val, classes=classes)
 
 
-def read_folders(root: Path, train: str, val: str) -> tuple[Files, Files, tuple[str, ...]]:
+def read_folders(
+    root: Path, train: str, val: str, value_range: ValueRange = None
+) -> tuple[Files, Files, tuple[str, ...]]:
     """The images of two folders with one folder for each class, and the names of the classes.
 
     Raises:
         ValueError: As `list_folders`.
     """
     of_train, of_val, classes = list_folders(root, train, val, images_in, "images")
-    return Files(of_train), Files(of_val), classes
+    return Files(of_train, value_range), Files(of_val, value_range), classes
 
 
 def list_folders(

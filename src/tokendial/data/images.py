@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from tokendial.data.files import files_in, find_files
+from tokendial.data.pixels import RangeError, ValueRange, rgb_image
 from tokendial.errors import one_line
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -21,21 +21,26 @@ class TooManyPixelsError(ImageError):
     """An image that is larger than is allowed; told by its header, before it is decoded."""
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, value_range: ValueRange = None) -> Image.Image:
     """Read an image as 8-bit RGB, upright.
 
-    16-bit greys are scaled to 8 bits, transparent pixels lie on white, CMYK, palette and grey
-    images are converted, and the orientation that a camera noted is applied.
+    Transparent pixels lie on white, CMYK, palette and grey images are converted, and the
+    orientation that a camera noted is applied.
+
+    Args:
+        path: The file.
+        value_range: What is black and white in files of more than 8 bits, see `data.pixels`.
 
     Raises:
-        ImageError: If the file is missing, not an image, truncated, or too large to be sane.
+        ImageError: If the file is missing, not an image, truncated, or too large to be sane, or
+            nothing says what is black and white.
     """
     path = Path(path)
     if not path.is_file():
         raise ImageError(f"no such image: {path}.")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} is empty.")
-    return _decoded(path, str(path))
+    return _decoded(path, str(path), value_range=value_range)
 
 
 def decode_image(
@@ -44,6 +49,7 @@ def decode_image(
     *,
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
+    value_range: ValueRange = None,
 ) -> Image.Image:
     """Read an image that lies inside another file, as `read_image` does; `name` tells where.
 
@@ -53,6 +59,7 @@ def decode_image(
         formats: Pillow's names of the formats that are tried; None: every one that it knows.
         max_pixels: Most pixels, read from the header before anything is decoded; None: what
             Pillow takes for sane.
+        value_range: What is black and white in files of more than 8 bits, see `data.pixels`.
 
     Raises:
         TooManyPixelsError: If it has more pixels than that.
@@ -60,7 +67,7 @@ def decode_image(
     """
     if not data:
         raise ImageError(f"{name} is empty.")
-    return _decoded(BytesIO(data), name, formats, max_pixels)
+    return _decoded(BytesIO(data), name, formats, max_pixels, value_range)
 
 
 def _decoded(
@@ -68,17 +75,25 @@ def _decoded(
     name: str,
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
+    value_range: ValueRange = None,
 ) -> Image.Image:
     try:
-        with Image.open(source, formats=formats) as image:
+        # Pillow maps a file that it opens by its path into memory, and then mixes up the rows of a
+        # TIFF that lies on its side.
+        with (
+            source.open("rb") if isinstance(source, Path) else source as file,
+            Image.open(file, formats=formats) as image,
+        ):
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise TooManyPixelsError(
                     f"{name} has {image.width} x {image.height} pixels, "
                     f"more than {max_pixels:,} in all."
                 )
-            return _rgb(ImageOps.exif_transpose(image))
+            return rgb_image(image, value_range)
     except ImageError:
         raise
+    except RangeError as error:
+        raise ImageError(f"{name} {error}") from None
     except Image.DecompressionBombError:
         raise TooManyPixelsError(
             f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, "
@@ -104,24 +119,3 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 def images_in(folder: Path) -> list[Path]:
     """Image files anywhere below `folder`, sorted; told by their suffix."""
     return files_in(folder, IMAGE_SUFFIXES)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        return _from_deep(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_deep(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    # Integer greys are 16-bit images, also where Pillow opens them as 32-bit; floats are in [0, 1]
-    # unless their values say otherwise.
-    top = 65535.0 if image.mode.startswith("I") else max(1.0, values.max())
-    grey = (values / top * 255.0).round().clip(0, 255).astype(np.uint8)
-    # A PNG may name one grey level as the transparent one.
-    grey[values == image.info.get("transparency")] = 255
-    return Image.fromarray(grey).convert("RGB")

@@ -10,21 +10,22 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from tokendial.data.images import read_image
+from tokendial.data.pixels import ValueRange
 from tokendial.data.splits import Splits
 
 
 class Files(Dataset[tuple[Image.Image, int]]):
     """Reads image `i` of a list when it is asked for."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[tuple[Path, int]], value_range: ValueRange = None) -> None:
+        self.files, self.value_range = list(files), value_range
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
-        return read_image(path), label
+        return read_image(path, self.value_range), label
 
     @property
     def labels(self) -> list[int]:
