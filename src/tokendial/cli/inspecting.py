@@ -63,16 +63,34 @@ def check_data(
     ] = False,
     train: Annotated[str, typer.Option(help="Name of the training folders.")] = "training",
     val: Annotated[str, typer.Option(help="Name of the validation folders.")] = "validation",
+    mask: Annotated[str, typer.Option(help="As data.mask of a recipe, such as nonzero.")] = "auto",
+    ignore: Annotated[str, typer.Option(help="As data.ignore, such as 255.")] = "null",
+    palette: Annotated[str, typer.Option(help="As data.palette, such as voc.")] = "null",
+    value_range: Annotated[
+        str, typer.Option("--range", help="As data.range, such as [0,4095].")
+    ] = "null",
 ) -> None:
-    """List unpaired and unreadable files, differing sizes and odd values; exit code 1 if any."""
-    from tokendial.data.pairs import Pairs, check_pairs
+    """List unpaired and unreadable files, differing sizes and odd values; exit code 1 if any.
 
-    pairs = Pairs(root=str(root), classes=classes, ignore_zero=ignore_zero, train=train, val=val)
+    Of binary masks it also tells what is inside, and how much of each split that is.
+    """
+    from tokendial.data.pairs import check_pairs
+    from tokendial.train.recipe import check_method
+    from tokendial.train.recipe_file import apply_overrides
+
+    fields = {"name": "pairs", "root": str(root), "train": train, "val": val}
+    fields |= {"classes": classes, "ignore_zero": ignore_zero}
+    told = {"mask": mask, "ignore": ignore, "palette": palette, "range": value_range}
+    overrides = [f"{name}={value}" for name, value in told.items()]
+    pairs = check_method("data", apply_overrides(fields, overrides))
     count = sum(len(pairs.pairs(root, split)[0]) for split in (train, val))
     found = 0
-    for problem in check_pairs(pairs, root):
+    notes: list[str] = []
+    for problem in check_pairs(pairs, root, notes):
         print(problem)
         found += 1
+    for note in notes:
+        print(f"{root}: {note}")
     print(f"{root}: {count} pairs, {f'{found} problems' if found else 'no problems'}")
     if found:
         raise typer.Exit(1)

@@ -76,7 +76,9 @@ def rgb_image(image: Image.Image, value_range: ValueRange = None) -> Image.Image
         raise RangeError(_OF_GREYS)
     upright = ImageOps.exif_transpose(image)
     if depth is not None and depth is not _COLOURS:
-        return _scaled(_values(upright, depth), depth, value_range, image.info.get("transparency"))
+        return _scaled(
+            stored_values(upright, depth), depth, value_range, image.info.get("transparency")
+        )
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
         white = Image.new("RGBA", upright.size, "white")
@@ -127,7 +129,7 @@ def warn_of_unused_range(
                 depth = depth_of(image)
                 if depth is None:
                     continue
-                values = _values(image, depth)
+                values = stored_values(image, depth)
         except Exception:  # Pillow's decoders raise what they please
             continue
         ends.append(_ends(values))
@@ -158,7 +160,7 @@ def spread(items: Sequence[T]) -> list[T]:
     return list(items[:: -(-len(items) // _SAMPLE) or 1])
 
 
-def _values(image: Image.Image, depth: Depth) -> np.ndarray:
+def stored_values(image: Image.Image, depth: Depth) -> np.ndarray:
     """Grey levels [H, W] as the file has them."""
     values = np.asarray(image)
     if depth is _COLOURS:
@@ -219,9 +221,12 @@ def _fitting_range(low: float, high: float) -> str:
 
 
 def _deep_colours(image: Image.Image) -> bool:
+    return image.mode.startswith(("RGB", "LA")) and ";16" in raw_mode(image)
+
+
+def raw_mode(image: Image.Image) -> str:
+    """Pillow's name for how the pixels of an image lie in its file, before it is loaded."""
     tiles: Any = getattr(image, "tile", ())
-    if not tiles or not image.mode.startswith(("RGB", "LA")):
-        return False
-    args = tiles[0][3]
+    args = tiles[0][3] if tiles else ""
     raw = args[0] if isinstance(args, tuple) else args
-    return isinstance(raw, str) and ";16" in raw
+    return raw if isinstance(raw, str) else ""
