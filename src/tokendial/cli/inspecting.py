@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -78,7 +78,7 @@ def check_data(
     from tokendial.train.recipe import check_method
     from tokendial.train.recipe_file import apply_overrides
 
-    fields = {"name": "pairs", "root": str(root), "train": train, "val": val}
+    fields: dict[str, Any] = {"name": "pairs", "root": str(root), "train": train, "val": val}
     fields |= {"classes": classes, "ignore_zero": ignore_zero}
     told = {"mask": mask, "ignore": ignore, "palette": palette, "range": value_range}
     overrides = [f"{name}={value}" for name, value in told.items()]
