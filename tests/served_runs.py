@@ -27,7 +27,7 @@ def described(num_classes: int) -> td.Backbone:
     return td.Backbone(name=MODEL["name"], weights=None, args=args)
 
 
-def write_run(folder, classes, *, seed=1, degree=2) -> Run:
+def write_run(folder, classes, *, seed=1, degree=2, value_range=None) -> Run:
     """A classifier with an adapter on the one backbone."""
     model = td.wrap(
         backbone(num_classes=len(classes)),
@@ -45,7 +45,7 @@ def write_run(folder, classes, *, seed=1, degree=2) -> Run:
         "model": MODEL,
         "reduce": {"name": "tome", "r": 4},
         "adapt": {"name": "adaptformer", "dim": 4},
-        "data": {"name": "image_folder", "root": "."},
+        "data": {"name": "image_folder", "root": ".", "range": value_range},
     }
     run = Run(folder)
     run.claim(check_recipe(recipe), classes)

@@ -68,6 +68,26 @@ def test_the_middle_of_test_images_as_in_the_authors_code(size):
     assert ((image[0] > 0.99) & (target == 0)).float().mean() < 0.05
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_a_long_test_image_lacks_is_right_and_below_as_in_the_authors_code(turned):
+    """40 x 80 becomes 341 x 682 for a model of 518: its rows stay where they are."""
+    wide = np.zeros((40, 80), np.uint8)
+    wide[:, 20:60] = 1
+    mask = wide.T if turned else wide
+    image = Image.fromarray(mask * 200 + 50).convert("RGB")
+    frame = Frame((518, 518), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    seen, target = DenseEvalTransform(DenseAugment(test="crop"), frame, 7)(image, mask)
+    if turned:
+        seen, target = seen.mT, target.mT
+    # 682 columns are cropped to 518, 82 from each side: 20 of 80 columns end at 170.5 - 82.
+    assert (seen[:, :341].min(), seen[:, 341:].max()) == (pytest.approx(50 / 255), 0)
+    assert (target[:341, 89:429] == 1).all()
+    assert (target[:341, :88] == 0).all()
+    assert (target[:341, 431:] == 0).all()
+    assert (target[341:] == 7).all()
+    assert (seen[0, :341, 100:420] > 0.97).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

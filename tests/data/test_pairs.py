@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 
 from tokendial.cli import app
 from tokendial.data import ImageError, Pairs
-from tokendial.data.pairs import check_pairs, read_binary_mask, read_class_mask
+from tokendial.data.masks import read_binary_mask, read_class_mask
+from tokendial.data.pairs import check_pairs
 
 RNG = np.random.default_rng(0)
 
@@ -72,12 +73,19 @@ def test_binary_masks_of_every_kind_are_read(tmp_path, mask, suffix):
 
 
 def test_an_empty_mask_stays_empty_also_with_the_noise_of_jpeg(tmp_path):
-    grey = Image.fromarray(RNG.integers(0, 6, (40, 40), dtype=np.uint8))
-    grey.save(tmp_path / "mask.jpg")
-    assert not read_binary_mask(tmp_path / "mask.jpg").any()
+    """Beside other masks: alone it could be one of small values."""
+    noise = Image.fromarray(RNG.integers(0, 6, (40, 40), dtype=np.uint8))
+    write(tmp_path, "training", "empty", noise, size=(40, 40), mask_suffix=".jpg")
+    for split in ("training", "validation"):
+        write(tmp_path, split, "full", Image.fromarray(disc(200, 300)), mask_suffix=".jpg")
+    train = Pairs(root=str(tmp_path)).build(0).train
+    assert not train[0][1].any()
+    np.testing.assert_array_equal(train[1][1], disc(200, 300, inside=1))
+    with pytest.raises(ValueError, match="data.mask=nonzero .*data.mask=half"):
+        read_binary_mask(tmp_path / "annotations" / "training" / "empty.jpg")
 
 
-def test_a_palette_counts_by_its_index(tmp_path):
+def test_a_palette_of_classes_counts_by_its_index(tmp_path):
     image = Image.fromarray(disc(inside=1), mode="P")
     image.putpalette([0, 0, 0, 128, 0, 0])
     image.save(tmp_path / "mask.png")
@@ -144,11 +152,22 @@ def test_a_file_that_is_no_image_stops_the_run(root):
 
 def test_the_command_line_checks_a_folder(root):
     done = CliRunner().invoke(app, ["data", "check", str(root)])
-    assert (done.exit_code, done.output) == (0, f"{root}: 6 pairs, no problems\n")
+    part = disc().mean() / 255
+    shares = [
+        f"{root}: {split}: {part:.1%} of the pixels are inside; of 3 masks 0 are empty and 0 full"
+        for split in ("training", "validation")
+    ]
+    assert done.exit_code == 0
+    assert done.output.splitlines() == [
+        f"{root}: inside is 255",
+        *shares,
+        f"{root}: 6 pairs, no problems",
+    ]
     damage(root)
     done = CliRunner().invoke(app, ["data", "check", str(root)])
     assert done.exit_code == 1
-    assert len(done.output.splitlines()) == 6
+    assert len(done.output.splitlines()) == 9
+    assert "inside is what is brighter than half of the range" in done.output
     assert done.output.splitlines()[-1] == f"{root}: 4 pairs, 5 problems"
 
 
@@ -174,6 +193,18 @@ def test_an_upright_photograph_fits_its_mask(tmp_path):
         (lambda root: Pairs(root="x", classes=1), "classes must be at least 2, or null, got 1"),
         (lambda root: Pairs(root="x", ignore_zero=True), "ignore_zero must be false for binary"),
         (lambda root: Pairs(root="x", broken="maybe"), "broken must be one of error, skip"),
+        (lambda root: Pairs(root="x", mask=[]), "mask must name at least one value"),
+        (lambda root: Pairs(root="x", classes=2, mask="half"), "mask is for binary masks, but"),
+        (
+            lambda root: Pairs(root="x", palette="voc"),
+            "palette is for classes, but classes is null",
+        ),
+        (
+            lambda root: Pairs(root="x", classes=20, palette="voc"),
+            r"palette must have 20 colours \(classes and ignore_zero\), got 21",
+        ),
+        (lambda root: Pairs(root="x", ignore=(0, 0, 256)), r"colours must lie in .*\[0, 0, 256\]"),
+        (lambda root: Pairs(root="x", range=(3, 1)), "range must be two rising numbers"),
     ],
 )
 def test_mistakes_are_one_line(root, make, message):

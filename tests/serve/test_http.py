@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from served_runs import write_run
 from serving import file, form, picture, serving, text
 
 from tokendial.serve.facts import Facts
+from tokendial.train.predict import predict
 
 PNG, JSON, FORM = "image/png", "application/json", "multipart/form-data; boundary=x"
 
@@ -49,6 +51,20 @@ def test_a_raw_image_gets_the_answer_of_the_offline_model(server, pets):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_every_format_is_read(server, kind):
     assert server.ask("/v1/predict", file(picture(), kind), f"image/{kind.lower()}").status == 200
+
+
+def test_images_of_twelve_bits_are_read_with_the_range_of_the_run(tmp_path):
+    """By the server and by predict, as the same image of 8 bits is."""
+    run = write_run(tmp_path / "run", ["cat", "dog"], value_range=[0, 4080])
+    plain = np.asarray(picture().convert("L"))
+    deep = file(Image.fromarray(plain.astype(np.uint16) * 16))
+    (tmp_path / "deep.png").write_bytes(deep)
+    (answer,) = predict(run, [tmp_path / "deep.png"], degree=0, top=2)
+    expected = offline(run, Image.fromarray(plain).convert("RGB"), 0)
+    assert dict(zip(answer.classes, answer.probabilities, strict=True)) == pytest.approx(expected)
+    with serving({"run": run}) as server:
+        reply = server.ask("/v1/predict?degree=0", deep, PNG)
+    assert told(reply.json["predictions"][0]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("degree", [0, 3])

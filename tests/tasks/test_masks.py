@@ -99,6 +99,45 @@ def test_empty_and_full_masks_have_finite_losses_and_metrics(inside):
     assert task.hits(torch.full((2, 1, 4, 4), 9.0), targets) == inside
 
 
+def test_the_loss_leaves_out_what_is_ignored():
+    """Its gradient is 0 there; the rest is that of the part that counts."""
+    torch.manual_seed(0)
+    task = BinaryMasks(DenseAugment())
+    logits = torch.randn(2, 1, 8, 8, requires_grad=True)
+    targets = torch.randint(2, (2, 8, 8))
+    targets[..., 5:] = 255
+    loss = task.loss(logits, targets)
+    kept = task.loss(logits[..., :5], targets[..., :5])
+    torch.testing.assert_close(loss, kept)
+    loss.backward()
+    assert logits.grad[..., 5:].abs().sum() == 0
+    assert logits.grad[..., :5].abs().min() > 0
+    right = torch.where(targets == 1, 9.0, -9.0)[:, None]
+    assert task.hits(right, targets) == 1.0
+    assert task.loss(logits, torch.full((2, 8, 8), 255)) == 0
+
+
+def test_metrics_leave_out_what_is_ignored():
+    """Those that do not see where pixels lie are those of the part that counts."""
+    maps, masks = logits_of(TENSORS["input.pred_uint8"])[:4, None], TENSORS["input.gt"][:4].long()
+    columns = masks.shape[-1] * 2 // 3
+    void = masks.clone()
+    void[..., columns:] = 255
+    part, ignored, other, none = (MaskMetrics() for _ in range(4))
+    part.update(maps[..., :columns], masks[..., :columns])
+    ignored.update(maps, void)
+    changed = maps.clone()
+    changed[..., columns:] = 3.0
+    other.update(changed, void)
+    expected, found = part.compute(), ignored.compute()
+    for name in ("mae", "max_f", "mean_f", "adaptive_f", "max_e", "mean_e", "adaptive_e"):
+        torch.testing.assert_close(found[name], expected[name], msg=name)
+    for name, value in other.compute().items():
+        torch.testing.assert_close(value, found[name], msg=name)
+    none.update(maps, torch.full_like(void, 255))
+    assert none.count == 0
+
+
 def replay(monkeypatch, noise):
     layers = iter(noise.squeeze(-1).unbind(1))
     monkeypatch.setattr("tokendial.reduce.select.logistic_noise", lambda like: next(layers))

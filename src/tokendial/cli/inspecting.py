@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -63,23 +63,37 @@ def check_data(
     ] = False,
     train: Annotated[str, typer.Option(help="Name of the training folders.")] = "training",
     val: Annotated[str, typer.Option(help="Name of the validation folders.")] = "validation",
+    mask: Annotated[str, typer.Option(help="As data.mask of a recipe, such as nonzero.")] = "auto",
+    ignore: Annotated[str, typer.Option(help="As data.ignore, such as 255.")] = "null",
+    palette: Annotated[str, typer.Option(help="As data.palette, such as voc.")] = "null",
+    value_range: Annotated[
+        str, typer.Option("--range", help="As data.range, such as [0,4095].")
+    ] = "null",
 ) -> None:
     """List what is wrong with a folder of classes, or of images and masks; exit code 1 if any.
 
     Unreadable files and classes without images; of masks unpaired files, differing sizes and odd
     values.
-    """
-    if not any((root / name).is_dir() for name in ("images", "annotations")):
-        _check_class_folders(root, train, val)
-        return
-    from tokendial.data.pairs import Pairs, check_pairs
 
-    pairs = Pairs(root=str(root), classes=classes, ignore_zero=ignore_zero, train=train, val=val)
+    Of binary masks it also tells what is inside, and how much of each split that is.
+    """
+    from tokendial.data.pairs import check_pairs
+    from tokendial.train.recipe import check_method
+    from tokendial.train.recipe_file import apply_overrides
+
+    fields: dict[str, Any] = {"name": "pairs", "root": str(root), "train": train, "val": val}
+    fields |= {"classes": classes, "ignore_zero": ignore_zero}
+    told = {"mask": mask, "ignore": ignore, "palette": palette, "range": value_range}
+    overrides = [f"{name}={value}" for name, value in told.items()]
+    pairs = check_method("data", apply_overrides(fields, overrides))
     count = sum(len(pairs.pairs(root, split)[0]) for split in (train, val))
     found = 0
-    for problem in check_pairs(pairs, root):
+    notes: list[str] = []
+    for problem in check_pairs(pairs, root, notes):
         print(problem)
         found += 1
+    for note in notes:
+        print(f"{root}: {note}")
     print(f"{root}: {count} pairs, {f'{found} problems' if found else 'no problems'}")
     if found:
         raise typer.Exit(1)

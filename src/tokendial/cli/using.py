@@ -343,7 +343,8 @@ def show(
     if trained.on_videos():
         raise ValueError(f"{run} is a run on videos; what can be shown are runs on images.")
     draw = run_diversity_figure if diversity else run_figure
-    figure = draw(trained, read_image(image), degree=degree, title=image.name)
+    picture = read_image(image, trained.value_range())
+    figure = draw(trained, picture, degree=degree, title=image.name)
     if not out.parent.is_dir():
         raise ValueError(f"out: no such folder: {out.parent}.")
     with replacing(out) as path:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import PIL
 
 from tokendial.atomic import replacing
 from tokendial.data.images import ImageError, check_image, count_pictures, warn_of_several
+from tokendial.data.pixels import ValueRange
 
 _AT_ONCE = 1024
 """Files that are given to the threads together: an interruption waits for these alone."""
@@ -35,7 +37,9 @@ class Seen(NamedTuple):
     """How many pictures it holds."""
 
 
-def broken_images(root: Path, files: Sequence[Path]) -> dict[Path, str]:
+def broken_images(
+    root: Path, files: Sequence[Path], value_range: ValueRange = None
+) -> dict[Path, str]:
     """One line about each file that cannot be read as an image.
 
     Every file is decoded, in threads. Those that are whole are remembered by size and times of
@@ -47,8 +51,9 @@ def broken_images(root: Path, files: Sequence[Path]) -> dict[Path, str]:
     Args:
         root: Folder that the files lie in.
         files: Image files below it.
+        value_range: What is black and white in files of more than 8 bits, see `data.pixels`.
     """
-    cache = _cache_file(root)
+    cache = _cache_file(root, value_range)
     with _alone(cache):
         known = _load(cache)
         stamps = {path: stamp for path in files if (stamp := _stamp(path))}
@@ -56,7 +61,7 @@ def broken_images(root: Path, files: Sequence[Path]) -> dict[Path, str]:
         todo = [path for path in files if known.get(names[path], [])[:3] != stamps.get(path)]
         found: dict[Path, Seen] = {}
         try:
-            for path, seen in _check(root, todo):
+            for path, seen in _check(root, todo, value_range):
                 found[path] = seen
         finally:
             fresh = {
@@ -71,13 +76,16 @@ def broken_images(root: Path, files: Sequence[Path]) -> dict[Path, str]:
     return {path: seen.problem for path, seen in found.items() if seen.problem is not None}
 
 
-def _check(root: Path, files: Sequence[Path]) -> Iterator[tuple[Path, Seen]]:
+def _check(
+    root: Path, files: Sequence[Path], value_range: ValueRange
+) -> Iterator[tuple[Path, Seen]]:
+    look = partial(_look, value_range=value_range)
     start = last = time.monotonic()
     every = _FIRST_LINE_S
     with ThreadPoolExecutor(min(_MOST_THREADS, (os.cpu_count() or 1) + 4)) as pool:
         for first in range(0, len(files), _AT_ONCE):
             some = files[first : first + _AT_ONCE]
-            yield from zip(some, pool.map(_look, some), strict=True)
+            yield from zip(some, pool.map(look, some), strict=True)
             now, done = time.monotonic(), first + len(some)
             if now - last > every and done < len(files):
                 left = (now - start) / done * (len(files) - done) / 60
@@ -86,9 +94,9 @@ def _check(root: Path, files: Sequence[Path]) -> Iterator[tuple[Path, Seen]]:
                 last, every = now, _LINE_EVERY_S
 
 
-def _look(path: Path) -> Seen:
+def _look(path: Path, value_range: ValueRange) -> Seen:
     try:
-        check_image(path)
+        check_image(path, value_range)
     except ImageError as error:
         return Seen(str(error).rstrip("."), 1)
     return Seen(None, count_pictures(path))
@@ -106,9 +114,10 @@ def _stamp(path: Path) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _cache_file(root: Path) -> Path | None:
-    """Where what is known of a folder is kept; None: nowhere."""
-    key = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
+def _cache_file(root: Path, value_range: ValueRange) -> Path | None:
+    """Where what is known of a folder, read with a range, is kept; None: nowhere."""
+    what = str(root.resolve()) + (f" {value_range}" if value_range else "")
+    key = hashlib.sha256(what.encode(errors="surrogateescape")).hexdigest()[:32]
     try:
         base = Path(os.environ.get("TOKENDIAL_CACHE") or Path.home() / ".cache" / "tokendial")
         folder = base / "checked_images"

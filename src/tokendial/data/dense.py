@@ -35,7 +35,9 @@ class DenseAugment:
     test: Literal["whole", "crop", "slide"] = "whole"
     """How test images are seen. whole: stretched to the model's size, and the result stretched
     back; slide: in windows of the model's size that overlap, on the image with its short side
-    brought to the model's; crop: the middle alone, image and mask, as in DAR's code."""
+    brought to the model's; crop: the middle alone, image and mask, as in DAR's code: the short side
+    is at most the model's, the long one at most 682/518 of it, and what is missing is black, right
+    and below."""
     stride: float = 2 / 3
     """Distance of two windows, in windows; with `test` slide."""
 
@@ -135,10 +137,11 @@ class DenseEvalTransform:
         wanted = list(self.frame.size)
         size = _fitting(image, self.frame.size)
         image, target = v2.Resize(size, _BILINEAR)(image, target)
-        image = tvf.center_crop(image, wanted)
+        # The authors' code pads right and below; torchvision's center_crop would pad around.
         rows, columns = (max(0, side - have) for side, have in zip(wanted, size, strict=True))
-        around = [columns // 2, rows // 2, (columns + 1) // 2, (rows + 1) // 2]
-        target = tvf.center_crop(tvf.pad(target, around, fill=self.outside), wanted)
+        padding = [0, 0, columns, rows]
+        image = tvf.center_crop(tvf.pad(image, padding), wanted)
+        target = tvf.center_crop(tvf.pad(target, padding, fill=self.outside), wanted)
         return self.frame.finish(image), target.as_subclass(Tensor).long()
 
 
@@ -153,4 +156,4 @@ def _fitting(image: Image.Image, size: tuple[int, int]) -> list[int]:
     most 682/518 of it."""
     short, long = min(image.size), max(image.size)
     factor = min(min(size) / short, _TEST_WIDTH * max(size) / long)
-    return [max(1, round(factor * image.height)), max(1, round(factor * image.width))]
+    return [max(1, int(factor * side + 0.5)) for side in (image.height, image.width)]

@@ -20,6 +20,7 @@ from tokendial.data.labelled import (
     split_off,
     whole_images,
 )
+from tokendial.data.pixels import ValueRange, check_range, named, warn_of_unused_range
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -83,26 +84,31 @@ class ImageFolder(ClassFolders):
     broken: Broken = "error"
     """What to do about images that cannot be read; every one is read before the run begins. error:
     stop, with a line about each; skip: report them and leave them out."""
+    range: ValueRange = None
+    """What is black and white in files of more than 8 bits, such as [0, 4095]; image: each image's
+    own smallest and largest value; null: as the type of the file says."""
 
     def __post_init__(self) -> None:
         ClassFolders.__post_init__(self)
         check_broken(self.broken)
+        check_range(self.range)
 
     def build(self, seed: int) -> Splits:
         """List the files and read every image.
 
         Raises:
             ValueError: If a folder is missing or empty, the validation set has a class that the
-                training set has not, or an image cannot be read and `broken` does not say to
-                skip it.
+                training set has not, an image cannot be read and `broken` does not say to skip
+                it, or nothing says what is black and white.
         """
         train, val, classes = self.listed(images_in, "images", seed)
-        train, val = whole_images(Path(self.root), [train, val], self.broken)
+        warn_of_unused_range(named(path for path, _ in train), self.range, self.root)
+        train, val = whole_images(Path(self.root), [train, val], self.broken, self.range)
         if emptied := set(range(len(classes))) - {label for _, label in train}:
             raise ValueError(
                 f"data: no image of class {classes[min(emptied)]!r} in {self.root} can be read."
             )
-        return Splits(train=Files(train), val=Files(val), classes=classes)
+        return Splits(train=Files(train, self.range), val=Files(val, self.range), classes=classes)
 
 
 def split_folders(root: Path, train: str, val: str, holdout: float) -> tuple[Path, Path | None]:

@@ -1,6 +1,7 @@
 """Sets of Hugging Face's library datasets: folders that it has saved, or sets of its hub."""
 
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 
 from tokendial.data.files import PATH
 from tokendial.data.images import decode_image, read_image
+from tokendial.data.pixels import ValueRange, check_range, spread, warn_of_unused_range
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -34,13 +36,20 @@ class HuggingFace:
     """Name of the column of images."""
     label: str = "label"
     """Name of the column of labels: of classes with names, or of whole numbers."""
+    range: ValueRange = None
+    """What is black and white in files of more than 8 bits, such as [0, 4095]; image: each image's
+    own smallest and largest value; null: as the type of the file says."""
+
+    def __post_init__(self) -> None:
+        check_range(self.range)
 
     def build(self, seed: int) -> Splits:
         """Open the set, and fetch it first if it is one of the hub.
 
         Raises:
             ValueError: If datasets is not installed, the set cannot be opened, a split or column
-                is missing, a column is of another kind, or an image has no label.
+                is missing, a column is of another kind, an image has no label, or nothing says
+                what is black and white.
         """
         splits = self._open()
         for setting in ("train", "val"):
@@ -67,6 +76,8 @@ class HuggingFace:
                     f"data.label: labels of {self.path} must lie in [0, {len(names) - 1}], "
                     f"got {bad[0]}."
                 )
+        sources = map(train.source, spread(range(len(train))))
+        warn_of_unused_range(sources, self.range, self.path)
         return Splits(train=train, val=val, classes=tuple(names))
 
     def _open(self) -> dict[str, Any]:
@@ -115,7 +126,7 @@ class HuggingFace:
                 f"data.label: column {self.label!r} of {self.path} must hold one whole number for "
                 f"each image, got {split.features[self.label]}."
             )
-        return _Rows(images, self.image, labels.tolist(), self.path)
+        return _Rows(images, self.image, labels.tolist(), self.path, self.range)
 
 
 def _start(names: list[str]) -> str:
@@ -123,14 +134,26 @@ def _start(names: list[str]) -> str:
 
 
 class _Rows(Dataset[tuple[Image.Image, int]]):
-    def __init__(self, rows: Any, column: str, labels: list[int], name: str) -> None:
+    def __init__(
+        self, rows: Any, column: str, labels: list[int], name: str, value_range: ValueRange
+    ) -> None:
         self.rows, self.column, self.labels, self.name = rows, column, labels, name
+        self.value_range = value_range
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        name, source = self.source(index)
+        if isinstance(source, Path):
+            image = read_image(source, self.value_range)
+        else:
+            image = decode_image(source.getvalue(), name, value_range=self.value_range)
+        return image, self.labels[index]
+
+    def source(self, index: int) -> tuple[str, Path | BytesIO]:
+        """What errors call an image, and its file."""
         found = self.rows[index][self.column] or {"bytes": b"", "path": None}
         if found["bytes"] is None:
-            return read_image(found["path"]), self.labels[index]
-        return decode_image(found["bytes"], f"{self.name}, row {index}"), self.labels[index]
+            return found["path"], Path(found["path"])
+        return f"{self.name}, row {index}", BytesIO(found["bytes"])

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, features
 
 from tokendial.data.files import files_in, find_files
+from tokendial.data.pixels import RangeError, ValueRange, rgb_image
 from tokendial.errors import one_line
 
 # Pillow reads more than these, some of it by other programs (EPS by Ghostscript) or as what is no
@@ -44,32 +44,41 @@ class TooManyPixelsError(ImageError):
     """An image that is larger than is allowed; told by its header, before it is decoded."""
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path, value_range: ValueRange = None) -> Image.Image:
     """Read an image as 8-bit RGB, upright.
 
-    16-bit greys are scaled to 8 bits, transparent pixels lie on white, CMYK, palette and grey
-    images are converted, and the orientation that a camera noted is applied.
+    Transparent pixels lie on white, CMYK, palette and grey images are converted, and the
+    orientation that a camera noted is applied.
+
+    Args:
+        path: The file.
+        value_range: What is black and white in files of more than 8 bits, see `data.pixels`.
 
     Raises:
-        ImageError: If the file is missing, not an image, truncated, or too large to be sane.
+        ImageError: If the file is missing, not an image, truncated, or too large to be sane, or
+            nothing says what is black and white.
     """
-    return _read(Path(path))
+    return _read(Path(path), value_range)
 
 
-def check_image(path: Path) -> None:
+def check_image(path: Path, value_range: ValueRange = None) -> None:
     """Raise the ImageError that `read_image` would, in a third of the time or less for JPEGs.
 
     All of the data is decoded, but a JPEG's pixels are made at an eighth of its size.
+
+    Args:
+        path: The file.
+        value_range: As `read_image` takes it.
     """
-    _read(path, smallest=True)
+    _read(path, value_range, smallest=True)
 
 
-def _read(path: Path, *, smallest: bool = False) -> Image.Image:
+def _read(path: Path, value_range: ValueRange, *, smallest: bool = False) -> Image.Image:
     if not path.is_file():
         raise ImageError(f"no such image: {path}.")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} is empty.")
-    return _decoded(path, str(path), smallest=smallest)
+    return _decoded(path, str(path), value_range=value_range, smallest=smallest)
 
 
 def decode_image(
@@ -78,6 +87,7 @@ def decode_image(
     *,
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
+    value_range: ValueRange = None,
 ) -> Image.Image:
     """Read an image that lies inside another file, as `read_image` does; `name` tells where.
 
@@ -87,6 +97,7 @@ def decode_image(
         formats: Pillow's names of the formats that are tried; None: `IMAGE_FORMATS`.
         max_pixels: Most pixels, read from the header before anything is decoded; None: what
             Pillow takes for sane.
+        value_range: What is black and white in files of more than 8 bits, see `data.pixels`.
 
     Raises:
         TooManyPixelsError: If it has more pixels than that.
@@ -94,7 +105,7 @@ def decode_image(
     """
     if not data:
         raise ImageError(f"{name} is empty.")
-    return _decoded(BytesIO(data), name, formats, max_pixels)
+    return _decoded(BytesIO(data), name, formats, max_pixels, value_range)
 
 
 def _decoded(
@@ -102,11 +113,17 @@ def _decoded(
     name: str,
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
+    value_range: ValueRange = None,
     *,
     smallest: bool = False,
 ) -> Image.Image:
     try:
-        with Image.open(source, formats=formats or IMAGE_FORMATS) as image:
+        # Pillow maps a file that it opens by its path into memory, and then mixes up the rows of a
+        # TIFF that lies on its side.
+        with (
+            source.open("rb") if isinstance(source, Path) else source as file,
+            Image.open(file, formats=formats or IMAGE_FORMATS) as image,
+        ):
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise TooManyPixelsError(
                     f"{name} has {image.width} x {image.height} pixels, "
@@ -114,9 +131,11 @@ def _decoded(
                 )
             if smallest:
                 image.draft(image.mode, (1, 1))
-            return _rgb(ImageOps.exif_transpose(image))
+            return rgb_image(image, value_range)
     except ImageError:
         raise
+    except RangeError as error:
+        raise ImageError(f"{name} {error}") from None
     except Image.DecompressionBombError:
         raise TooManyPixelsError(
             f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, "
@@ -167,24 +186,3 @@ def warn_of_several(counts: Iterable[tuple[Path, int]]) -> None:
         (path, count), more = several[0], len(several) - 1
         and_more = f" (and {more:,} more such file(s))" if more else ""
         _LOG.warning("%s holds %d pictures, the first one is read%s", path, count, and_more)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        return _from_deep(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _from_deep(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    # Integer greys are 16-bit images, also where Pillow opens them as 32-bit; floats are in [0, 1]
-    # unless their values say otherwise.
-    top = 65535.0 if image.mode.startswith("I") else max(1.0, values.max())
-    grey = (values / top * 255.0).round().clip(0, 255).astype(np.uint8)
-    # A PNG may name one grey level as the transparent one.
-    grey[values == image.info.get("transparency")] = 255
-    return Image.fromarray(grey).convert("RGB")

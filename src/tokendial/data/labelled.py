@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Subset
 from tokendial.data.checking import broken_images
 from tokendial.data.files import PATH, shown
 from tokendial.data.images import read_image
+from tokendial.data.pixels import ValueRange
 from tokendial.data.splits import Splits
 
 Labelled = list[tuple[Path, int]]
@@ -25,15 +26,15 @@ _LOG = logging.getLogger(__name__)
 class Files(Dataset[tuple[Image.Image, int]]):
     """Reads image `i` of a list when it is asked for."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]]) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[tuple[Path, int]], value_range: ValueRange = None) -> None:
+        self.files, self.value_range = list(files), value_range
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.files[index]
-        return read_image(path), label
+        return read_image(path, self.value_range), label
 
     @property
     def labels(self) -> list[int]:
@@ -130,7 +131,10 @@ def check_broken(value: str) -> None:
 
 
 def whole_images(
-    root: Path, parts: Sequence[Labelled], broken: Broken | None = None
+    root: Path,
+    parts: Sequence[Labelled],
+    broken: Broken | None = None,
+    value_range: ValueRange = None,
 ) -> list[Labelled]:
     """Parts of a set without the images that cannot be read; every one is read to find out.
 
@@ -138,11 +142,12 @@ def whole_images(
         root: Folder of the set.
         parts: Files below it.
         broken: What to do about them; None: stop, as images of this set cannot be left out.
+        value_range: What is black and white in files of more than 8 bits.
 
     Raises:
         ValueError: If an image cannot be read and `broken` is not skip, or none is left of a part.
     """
-    problems = broken_images(root, [path for part in parts for path, _ in part])
+    problems = broken_images(root, [path for part in parts for path, _ in part], value_range)
     if not problems:
         return list(parts)
     if broken == "skip" or len(problems) > 1:

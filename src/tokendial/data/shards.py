@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tokendial.data.images import (
     images_in,
 )
 from tokendial.data.labelled import read_number
+from tokendial.data.pixels import ValueRange, check_range, spread, warn_of_unused_range
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -57,10 +59,14 @@ class WebDataset:
     index: bool = True
     """Whether the places of the samples are kept beside each shard, as SHARD.index.npz, to be
     found at once by the next run; a folder that cannot be written to does no harm."""
+    range: ValueRange = None
+    """What is black and white in files of more than 8 bits, such as [0, 4095]; image: each image's
+    own smallest and largest value; null: as the type of the file says."""
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
             raise ValueError(f"classes must be at least 2, got {self.classes!r}.")
+        check_range(self.range)
 
     @property
     def num_classes(self) -> int:
@@ -72,17 +78,20 @@ class WebDataset:
 
         Raises:
             ValueError: If a shard is missing, compressed or cut off, or a sample lacks its image,
-                its label, or has a label that is no class.
+                its label, or has a label that is no class, or nothing says what is black and
+                white.
         """
         names = self.classes
         if isinstance(names, int):
             names = [f"class {number}" for number in range(names)]
         train, val = (self._read(field) for field in ("train", "val"))
+        sources = ((train.name(i), BytesIO(train.data(i))) for i in spread(range(len(train))))
+        warn_of_unused_range(sources, self.range, self.train)
         return Splits(train=train, val=val, classes=tuple(names))
 
     def _read(self, field: str) -> "ShardSet":
         shards = find_shards(getattr(self, field), f"data.{field}")
-        found = ShardSet(shards, [self._indexed(shard) for shard in shards])
+        found = ShardSet(shards, [self._indexed(shard) for shard in shards], self.range)
         bad = np.flatnonzero(found.labels >= self.num_classes)
         if bad.size:
             raise ValueError(
@@ -114,9 +123,11 @@ _Index = dict[str, np.ndarray]
 class ShardSet(Dataset[tuple[Image.Image, int]]):
     """Reads sample `i` from its shard when it is asked for."""
 
-    def __init__(self, shards: Sequence[Path], indices: Sequence[_Index]) -> None:
+    def __init__(
+        self, shards: Sequence[Path], indices: Sequence[_Index], value_range: ValueRange = None
+    ) -> None:
         """Join what `read_shard` has found in each shard."""
-        self.shards = list(shards)
+        self.shards, self.value_range = list(shards), value_range
         self.shard = np.repeat(np.arange(len(shards)), [len(index["label"]) for index in indices])
         self.keys, self.offsets, self.sizes, self.labels = (
             np.concatenate([index[name] for index in indices])
@@ -127,10 +138,15 @@ class ShardSet(Dataset[tuple[Image.Image, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = decode_image(self.data(index), self.name(index), value_range=self.value_range)
+        return image, int(self.labels[index])
+
+    def data(self, index: int) -> bytes:
+        """The image file of a sample."""
         with self.shards[self.shard[index]].open("rb") as file:
             file.seek(self.offsets[index])
-            data = file.read(self.sizes[index])
-        return decode_image(data, self.name(index)), int(self.labels[index])
+            content: bytes = file.read(self.sizes[index])
+        return content
 
     def name(self, index: int) -> str:
         """The shard and the key of a sample."""
@@ -218,11 +234,11 @@ class ShardImage:
     def __str__(self) -> str:
         return f"{self.shard}, sample {self.key}"
 
-    def read(self) -> Image.Image:
-        """Read it as 8-bit RGB; an ImageError if it cannot be decoded."""
+    def read(self, value_range: ValueRange = None) -> Image.Image:
+        """Read it as 8-bit RGB, as `read_image` does; an ImageError if it cannot be decoded."""
         with self.shard.open("rb") as file:
             file.seek(self.offset)
-            return decode_image(file.read(self.size), str(self))
+            return decode_image(file.read(self.size), str(self), value_range=value_range)
 
 
 def find_sources(paths: Iterable[str | Path]) -> list[Path | ShardImage]:

@@ -26,8 +26,8 @@ class Splits:
     multi_label: bool = False
     """Whether any number of classes can be right at once."""
     dense: bool = False
-    """Whether targets are masks: [H, W] uint8, of class indices and 255 where nothing is asked, or
-    with a single class of 0 and 1."""
+    """Whether targets are masks: [H, W] uint8, of class indices, or with a single class of 0 and 1,
+    and 255 where nothing is asked."""
     video: bool = False
     """Whether these are videos: a `Video` in place of each image."""
 

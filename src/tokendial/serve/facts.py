@@ -9,6 +9,7 @@ from typing import Literal
 from PIL import Image
 from torch import Tensor
 
+from tokendial.data.pixels import ValueRange
 from tokendial.data.transforms import Transform
 from tokendial.saving import CONFIG, WEIGHTS
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
@@ -51,6 +52,8 @@ class TaskOf:
     """Multiply-accumulates of an image at each degree, in 1e9."""
     accuracy: Mapping[int, float]
     """At the degrees where `tokendial eval` has measured it."""
+    value_range: ValueRange
+    """What is black and white in images of more than 8 bits."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

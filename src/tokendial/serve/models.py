@@ -93,6 +93,7 @@ def load_models(
             revisions[name],
             {degree: model.cost(degree).gmacs for degree in degrees},
             _accuracy(run, bridged=compensator is not None),
+            run.value_range(),
         )
     return Models(Facts(served, degrees, model.anatomy.input_shape), model, fast, on)
 

@@ -168,7 +168,8 @@ class Predictor:
         began = time.monotonic()
         if began > until:
             raise Refused("late", "the deadline went by before the image was decoded.", 1.0)
-        image = to_image(file, called, self._settings)
+        value_range = self._served.facts.tasks[name].value_range
+        image = to_image(file, called, self._settings, value_range)
         tensor = self._served.facts.prepare(name, image)
         seconds = time.monotonic() - began
         self._decode_s += _LEARNT * (seconds - self._decode_s)

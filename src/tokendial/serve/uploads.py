@@ -17,6 +17,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, parse_options_header
 
 from tokendial.data.images import ImageError, TooManyPixelsError, decode_image
+from tokendial.data.pixels import ValueRange
 from tokendial.serve.problems import ProblemError, invalid
 from tokendial.serve.schemas import Options, PredictBody
 from tokendial.serve.settings import Settings
@@ -144,7 +145,9 @@ def _from_json(body: bytes, request: Request) -> Upload:
     return Upload(list(asked.images), asked)
 
 
-def to_image(file: bytes | str, name: str, settings: Settings) -> Image.Image:
+def to_image(
+    file: bytes | str, name: str, settings: Settings, value_range: ValueRange = None
+) -> Image.Image:
     """Decode an image; for worker threads.
 
     Raises:
@@ -160,7 +163,13 @@ def to_image(file: bytes | str, name: str, settings: Settings) -> Image.Image:
     if file.startswith(b"\xff\xd8") and file.count(b"\xff\xda") > _MOST_SCANS:
         raise ProblemError(422, "not_an_image", f"{name} has more than {_MOST_SCANS} scans.", name)
     try:
-        return decode_image(file, name, formats=FORMATS, max_pixels=settings.max_pixels)
+        return decode_image(
+            file,
+            name,
+            formats=FORMATS,
+            max_pixels=settings.max_pixels,
+            value_range=value_range,
+        )
     except TooManyPixelsError as error:
         raise ProblemError(413, "too_many_pixels", str(error), name) from None
     except ImageError as error:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.data.dense import DenseAugment
+from tokendial.data.masks import IGNORED
 from tokendial.tasks.base import Metrics
 from tokendial.tasks.dense import DenseTask, sized
 
@@ -40,16 +41,22 @@ class BinaryMasks(DenseTask):
             )
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy and half the Dice loss; logits [B, 1, h, w], targets [B, H, W]."""
+        """Cross-entropy and half the Dice loss; logits [B, 1, h, w], targets [B, H, W].
+
+        Over the pixels that count; 0 for a batch in which none does.
+        """
         logits = sized(logits.float(), targets.shape[-2:]).squeeze(1)
-        inside = targets.float()
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, inside)
-        return BCE_WEIGHT * cross_entropy + DICE_WEIGHT * dice_loss(logits, inside)
+        inside, counts = (targets == 1).float(), (targets != IGNORED).float()
+        total = F.binary_cross_entropy_with_logits(logits, inside, counts, reduction="sum")
+        cross_entropy = total / counts.sum().clamp(min=1)
+        return BCE_WEIGHT * cross_entropy + DICE_WEIGHT * dice_loss(logits, inside, counts)
 
     def hits(self, logits: Tensor, targets: Tensor) -> float:
-        """Share of pixels on the right side."""
+        """Share of pixels on the right side, among those that count."""
         found = sized(logits.float(), targets.shape[-2:]).squeeze(1) > 0
-        return float((found == (targets > 0)).float().mean())
+        counts = targets != IGNORED
+        right = (found == (targets == 1)) & counts
+        return float(right.sum() / counts.sum().clamp(min=1))
 
     def metrics(self) -> Metrics:
         """S-measure, F-measures, E-measures and mean absolute error."""
@@ -58,13 +65,20 @@ class BinaryMasks(DenseTask):
         return MaskMetrics()
 
 
-def dice_loss(logits_BHW: Tensor, inside_BHW: Tensor) -> Tensor:
+def dice_loss(logits_BHW: Tensor, inside_BHW: Tensor, counts_BHW: Tensor | None = None) -> Tensor:
     """1 - twice the intersection over the sum of both areas, mean over images.
+
+    Args:
+        logits_BHW: Of being inside.
+        inside_BHW: 1 inside, 0 elsewhere.
+        counts_BHW: 0 where nothing is asked, 1 elsewhere; None: 1 everywhere.
 
     Source:
         DAR's code: probabilities in the first power, a constant of 1e-3 above and below.
     """
     probable = logits_BHW.sigmoid()
+    if counts_BHW is not None:
+        probable = probable * counts_BHW
     both = (probable * inside_BHW).sum((1, 2))
     areas = probable.sum((1, 2)) + inside_BHW.sum((1, 2))
     return torch.mean(1 - (2 * both + _DICE_EPS) / (areas + _DICE_EPS))

@@ -21,7 +21,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
-from tokendial.data.pairs import IGNORED
+from tokendial.data.masks import IGNORED
 from tokendial.tasks.dense import best_class, sized
 
 _THRESHOLDS = 256
@@ -110,7 +110,9 @@ class MaskMetrics(Metric):
     S-measure; weighted F-measure (beta^2 = 1); adaptive, mean and largest F-measure (beta^2 = 0.3)
     and E-measure; mean absolute error. The largest ones are those of the mean curve. An image on
     which a measure is not defined (the S-measure of a mask one pixel high) does not count for it,
-    and one of a single pixel not at all.
+    and one with at most one pixel that counts not at all. Pixels where nothing is asked are left
+    out; the S-measure and the weighted F-measure, which see where pixels lie, take them for outside
+    and rightly found to be so.
     """
 
     full_state_update = False
@@ -128,13 +130,13 @@ class MaskMetrics(Metric):
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, targets: Tensor | Sequence[Tensor]) -> None:
-        """Take in logits [B, 1, h, w] and masks [H, W] of 0 and 1, of any sizes."""
+        """Take in logits [B, 1, h, w] and masks [H, W] of 0, 1 and `IGNORED`, of any sizes."""
         for own, mask in zip(logits, targets, strict=True):
-            if mask.numel() == 1:
+            if (mask != IGNORED).sum() <= 1:
                 continue
             probable = sized(own.unsqueeze(0).float().sigmoid(), mask.shape)[0, 0]
             grey = (probable * 255).round().byte().cpu().numpy()
-            scalars, curves = _measures(grey, mask.cpu().numpy().astype(np.uint8) * 255)
+            scalars, curves = _measures(grey, mask.cpu().numpy())
             found = torch.from_numpy(scalars).to(self.scalars)
             self.scalars += found.nan_to_num()
             self.defined += found.isfinite()
@@ -163,22 +165,26 @@ def _measures(grey: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
     Args:
         grey: uint8 [H, W].
-        mask: uint8 [H, W], 0 or 255.
+        mask: [H, W], 1 inside, 0 outside, `IGNORED` where nothing is asked.
     """
     import py_sod_metrics as sod
 
+    counts, inside = mask != IGNORED, (mask == 1).astype(np.uint8) * 255
+    whole = np.where(counts, grey, grey[counts].min()), inside
+    # In a row, for measures that do not look at where pixels lie.
+    row = (grey, inside) if counts.all() else (grey[counts][None], inside[counts][None])
     with warnings.catch_warnings():
         # Fmeasure says that it will be removed; what replaces it is not in all releases.
         warnings.simplefilter("ignore")
-        measures: list[Any] = [
-            sod.Smeasure(),
-            sod.WeightedFmeasure(),
-            sod.Fmeasure(),
-            sod.Emeasure(),
-            sod.MAE(),
+        measures: list[tuple[Any, tuple[np.ndarray, np.ndarray]]] = [
+            (sod.Smeasure(), whole),
+            (sod.WeightedFmeasure(), whole),
+            (sod.Fmeasure(), row),
+            (sod.Emeasure(), row),
+            (sod.MAE(), row),
         ]
-        for measure in measures:
-            measure.step(pred=grey, gt=mask)
-    s, weighted, f, e, mae = (measure.get_results() for measure in measures)
+        for measure, (pred, gt) in measures:
+            measure.step(pred=pred, gt=gt)
+    s, weighted, f, e, mae = (measure.get_results() for measure, _ in measures)
     scalars = [s["sm"], weighted["wfm"], f["fm"]["adp"], e["em"]["adp"], mae["mae"]]
     return np.array(scalars, np.float64), np.stack([f["fm"]["curve"], e["em"]["curve"]])

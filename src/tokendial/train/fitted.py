@@ -97,7 +97,9 @@ def _drawn(
         files = images_in(folder)
         if not files:
             raise ValueError(f"calibration: {folder} holds no images.")
-        return torch.stack([transform(read_image(files[index])) for index in some(len(files))])
+        value_range = run.value_range()
+        drawn = [read_image(files[index], value_range) for index in some(len(files))]
+        return torch.stack([transform(image) for image in drawn])
     try:
         train: Any = run.data().train
     except (ValueError, OSError) as error:

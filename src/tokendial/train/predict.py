@@ -98,6 +98,7 @@ class Predictor:
             example = torch.zeros(self.batch, *model.anatomy.input_shape, device=self.device)
             self.model = sped_up(model, example, speed, [model.degree])
         self._of_videos = isinstance(task, VideoClassification)
+        self._value_range = run.value_range()
 
     @torch.no_grad()
     def __call__(self, sources: Sequence[Source]) -> list[Answer]:
@@ -121,10 +122,10 @@ class Predictor:
     def _read(self, source: Source) -> Tensor | ImageError | VideoError:
         try:
             if isinstance(source, ShardImage):
-                return self._transform(source.read())
+                return self._transform(source.read(self._value_range))
             if self._of_videos:
                 return self._transform(VideoFile(source))
-            image = read_image(source)
+            image = read_image(source, self._value_range)
             warn_of_several([(source, count_pictures(source))])
             return self._transform(image)
         except (ImageError, VideoError) as error:
@@ -201,11 +202,11 @@ def predict_masks(
     if degree is not None:
         model.set_degree(degree)
     out.mkdir(parents=True, exist_ok=True)
-    transform = task.image_transform(model.anatomy)
+    transform, value_range = task.image_transform(model.anatomy), run.value_range()
     taken: Counter[str] = Counter()
     for path in files:
         try:
-            image = read_image(path)
+            image = read_image(path, value_range)
         except ImageError as error:
             yield error
             continue

@@ -11,6 +11,7 @@ import yaml
 from tokendial.atomic import replacing
 from tokendial.data.clip import Clip
 from tokendial.data.files import found_from
+from tokendial.data.pixels import ValueRange
 from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.measure import Cost
 from tokendial.reduce.base import ReducerConfig
@@ -151,6 +152,11 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes in the order of the logits."""
         return tuple(json.loads(self.classes_file.read_text())["classes"])
+
+    def value_range(self) -> ValueRange:
+        """What is black and white in images of more than 8 bits, as its data set says."""
+        found: ValueRange = getattr(self.recipe().data, "range", None)
+        return found
 
     def on_videos(self) -> bool:
         """Whether it learns from videos; a ValueError if the folder holds no run."""
