@@ -1,14 +1,30 @@
 """The command line itself: its groups of commands, how mistakes are told, the version."""
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import tokendial
 from tokendial.errors import one_line
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. Typer would call both of these an abort, and say nothing else."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except EOFError as error:
+            raise ValueError(str(error) or "a file ends too early.") from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -25,14 +41,26 @@ app.add_typer(weights, name="weights")
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.exit(1)
     # Of the system: no such folder, no permission, disk full, the hub out of reach.
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+
+
+def _flush() -> None:
+    """Write what has been printed, while an error can still be told in one line."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python tries again when it ends, and would complain in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 @app.callback(invoke_without_command=True)

@@ -28,7 +28,7 @@ def write_versions(run: Run) -> None:
         "accelerator": accelerator.type if accelerator else None,
         "git": _revision(),
     }
-    with replacing(run.folder / "versions.json") as path:
+    with replacing(run.versions_file) as path:
         path.write_text(json.dumps(found, indent=2) + "\n")
 
 
