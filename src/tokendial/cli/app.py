@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -11,16 +13,32 @@ import tokendial
 from tokendial.errors import one_line
 
 
+class _Stopped(BaseException):
+    """Ctrl-C, by a name that Typer does not know: it would end without a word."""
+
+
 class _Commands(TyperGroup):
+    """Commands that leave it to `main` to say why they end."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the arguments."""
+        with _told():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        """Run a command. Typer would call both of these an abort, and say nothing else."""
-        try:
+        """Run a command."""
+        with _told():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except EOFError as error:
-            raise ValueError(str(error) or "a file ends too early.") from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Stopped from None
+    except EOFError as error:  # Typer would say that the user has aborted it
+        raise ValueError(str(error) or "a file ends too early.") from error
 
 
 app = typer.Typer(
@@ -51,6 +69,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, _Stopped):
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def _flush() -> None:
