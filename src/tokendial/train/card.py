@@ -3,7 +3,9 @@
 import json
 import platform
 import subprocess
+from bisect import bisect_left
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +17,7 @@ from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
 _PACKAGES = ("tokendial", "torch", "torchvision", "timm", "accelerate")
-_MOST_DEGREES = 6
+_DEGREES = 5
 
 
 def write_versions(run: Run) -> None:
@@ -53,12 +55,32 @@ def write_card(run: Run) -> None:
     if run.card_file.exists():
         return
     model = run.model()
-    degrees = model.degrees[:: -(-len(model.degrees) // _MOST_DEGREES)]
-    costs = {d: model.cost(d) for d in sorted({*degrees, model.degree, model.degrees[-1]})}
+    costs = {degree: model.cost(degree) for degree in spread_degrees(model)}
     with replacing(run.cost_file) as path:
         path.write_text(json.dumps(asdict(costs[model.degree])) + "\n")
     with replacing(run.card_file) as path:
         path.write_text(_card(run, model, list(costs.values())), encoding="utf-8")
+
+
+def spread_degrees(model: DialViT) -> list[int]:
+    """About five degrees whose costs lie evenly between the highest and the lowest.
+
+    The first, the last and the present one are among them, in place of those that are near it.
+    """
+    # Of very many degrees, neighbours cost about the same; each count takes up to a second.
+    degrees = model.degrees[:: max(1, len(model.degrees) // 64)]
+    cost = cache(lambda degree: model.cost(degree).macs)
+    most, least = cost(0), cost(model.degrees[-1])
+    step = (most - least) / (_DEGREES - 1)
+    chosen = {0, model.degrees[-1], model.degree}
+    for number in range(1, _DEGREES - 1):
+        wanted = most - number * step
+        # Costs fall from degree to degree: the first that costs no more, or the one before it.
+        place = bisect_left(degrees, -wanted, key=lambda degree: -cost(degree))
+        near = min(degrees[max(0, place - 1) : place + 1], key=lambda d: abs(cost(d) - wanted))
+        if abs(cost(near) - cost(model.degree)) > step / 2:
+            chosen.add(near)
+    return sorted(chosen)
 
 
 def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
