@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from examples import images, tiny_vit
+from limits import files_of_at_most
 from PIL import Image
 
 import tokendial as td
@@ -155,9 +156,18 @@ def test_a_pt2_file_and_a_bundle_say_the_same(untrained, tmp_path, monkeypatch, 
     told = json.loads(named["extra"][FACTS])
     assert told["classes"] == ["ant", "bee", "crab"]
     assert (told["short_side"], told["interpolation"], told["divide_by"]) == (32, "bicubic", 255)
-    assert cli("export", untrained.folder, "--degrees", "0,2", "--out", "bundle")[0] == 0
+    assert cli("export", untrained.folder, "--degrees", "2", "--out", "bundle")[0] == 0
     bundle = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
     assert bundle.items() >= {n: v for n, v in told.items() if n != "degree"}.items()
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_file_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path, ending):
+    path = tmp_path / f"model.{ending}"
+    path.write_text("old")
+    with files_of_at_most(20_000), pytest.raises(OSError, match="the file stays as it was"):
+        export(td.wrap(tiny_vit(depth=1)), path)
+    assert [(p, p.read_text()) for p in tmp_path.iterdir()] == [(path, "old")]
 
 
 def test_mistakes_are_told(tmp_path):

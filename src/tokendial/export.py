@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,10 @@ def _export(model: DialViT, path: Path, batch: int | None, facts: Mapping[str, A
             _write_onnx(program, told, temporary)
             given = _run_onnx(temporary, tried)
         else:
-            # Into an open file: torch's own would not tell what the system said of a full disk.
-            with temporary.open("wb") as file:
-                torch.export.save(program, file, extra_files={FACTS: json.dumps(told)})
+            # By way of memory: torch's writer ends the process if the disk is full.
+            written = BytesIO()
+            torch.export.save(program, written, extra_files={FACTS: json.dumps(told)})
+            temporary.write_bytes(written.getbuffer())
             module = torch.export.load(temporary).module()
             given = [module(images) for images in tried]
         wanted = [model(images) for images in tried]

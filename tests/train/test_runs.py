@@ -3,13 +3,12 @@
 import logging
 import os
 import re
-import resource
 import shutil
 import signal
-from contextlib import contextmanager
 
 import pytest
 import torch
+from limits import files_of_at_most
 from processes import start_to_hold
 from safetensors.torch import load_file
 
@@ -142,17 +141,6 @@ def test_a_folder_with_other_files_gets_no_lock(tmp_path):
     with pytest.raises(ValueError, match="is not empty and holds no run"), Run(tmp_path).alone():
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-@contextmanager
-def files_of_at_most(size):
-    """The system refuses to write further, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
