@@ -24,7 +24,7 @@ from tokendial.cli import app, main
 from tokendial.data.dense import DenseAugment
 from tokendial.data.transforms import Augment
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
-from tokendial.train import Recipe
+from tokendial.train import Recipe, Run
 from tokendial.train.batches import eval_loader
 from tokendial.train.finetune import FineTuning
 from tokendial.train.loop import Trainer
@@ -91,6 +91,21 @@ def _lead(folder: Path, arguments: list[str]) -> None:
             os.dup2(file.fileno(), number)
     sys.argv = ["tokendial", *arguments]
     main()
+
+
+def start_to_hold(run: Run) -> BaseProcess:
+    """Start a process that has a run, and keeps it until it is killed."""
+    process = _context.Process(target=_hold, args=(run.folder,))
+    process.start()
+    wait_until(lambda: run.lock_file.exists() and run.lock_file.read_text(), process)
+    return process
+
+
+def _hold(folder: Path) -> None:
+    run = Run(folder)
+    with run.alone() as lock:
+        run.sign(lock)
+        time.sleep(_TIMEOUT_S)
 
 
 def wait_until(happened: Callable[[], object], process: BaseProcess) -> None:

@@ -83,12 +83,21 @@ def test_the_core_needs_few_packages(path):
 def test_importing_the_library_loads_nothing_heavy():
     heavy = {"accelerate", "torchmetrics", "matplotlib", "typer", "peft", "transformers"}
     heavy.add("tokendial.kernels.programs")
-    code = f"import sys, tokendial; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, tokendial; tokendial.wrap; print(sorted({heavy} & set(sys.modules)))"
     environment = {"PYTHONPATH": str(SOURCE.parent), "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, tokendial.cli; print('torch' in sys.modules)"
+    environment = {"PYTHONPATH": str(SOURCE.parent), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_public_names_are_there():

@@ -38,7 +38,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_stops_a_run_cleanly(tmp_path, number):
     run = Run(tmp_path / "run")
     process = start(*LONG, f"output={run.folder}", "train.workers=2")
@@ -51,6 +51,52 @@ def test_a_signal_to_the_whole_group_stops_a_run_cleanly(tmp_path, number):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert err == "stopped; the same command goes on from here\n"
+
+
+# Ctrl-C at the moment when a module is first looked for.
+INTERRUPTED = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[-1]:
+            sys.argv.pop()
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from tokendial.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "tokendial.data.scenes"])
+def test_an_early_ctrl_c_is_one_line_and_code_130(tmp_path, module):
+    command = [sys.executable, "-c", INTERRUPTED, *LONG, f"output={tmp_path / 'run'}", module]
+    source = str(Path(tokendial.__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": source, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_that_finds_no_room_is_one_line_and_code_2():
+    source = str(Path(tokendial.__file__).parent.parent)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tokendial.cli", "--version"],
+            env=os.environ | {"PYTHONPATH": source},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_a_file_that_ends_too_early_is_no_abort(cli, monkeypatch):
+    def ends_early():
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr("tokendial.train.recipe_file.contents", ends_early)
+    assert cli("recipes") == (2, "", "error: Ran out of input\n")
 
 
 @pytest.mark.parametrize(

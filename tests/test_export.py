@@ -1,15 +1,24 @@
 """Exported files, run by onnxruntime and by torch."""
 
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 from examples import images, tiny_vit
+from limits import files_of_at_most
+from PIL import Image
 
 import tokendial as td
-from tokendial.export import export, export_bundle
+from tokendial.export import FACTS, export, export_bundle
+from tokendial.train import Run
+from tokendial.train.finetune import build_model
+from tokendial.train.predict import predict
+from tokendial.train.recipe import check_recipe
 
 # The exporter's own warnings are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,6 +35,38 @@ METHODS = {
 def model_of(name):
     torch.manual_seed(0)
     return td.wrap(tiny_vit(depth=2), reduce=METHODS[name])
+
+
+def sides(graph):
+    """What the sides of all tensors of a graph are called, where they are no numbers."""
+    values = (*graph.input, *graph.output, *graph.value_info)
+    return {d.dim_param for v in values for d in v.type.tensor_type.shape.dim if d.dim_param}
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """A run on three classes whose best model is the fresh one."""
+    recipe = {
+        "output": str(tmp_path / "run"),
+        "model": {
+            "name": "vit_tiny_patch16_224",
+            "weights": None,
+            "img_size": 28,
+            "args": {"patch_size": 7, "embed_dim": 24, "depth": 2, "num_heads": 2},
+        },
+        "reduce": {"name": "tome", "r": 2},
+        "adapt": {"name": "full"},
+        "data": {"name": "image_folder", "root": "none"},
+    }
+    run = Run(recipe["output"])
+    run.claim(check_recipe(recipe), ["ant", "bee", "crab"])
+    build_model(check_recipe(recipe), 3).save_pretrained(run.best)
+    return run
+
+
+def code_of_the_page(number):
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)[number]
 
 
 def run(path, pictures):
@@ -54,6 +95,11 @@ def test_onnx_gives_the_same_logits_for_any_batch(name, tmp_path):
         ours = model.eval()(images(count))
         torch.testing.assert_close(run(found.path, images(count)), ours, atol=1e-4, rtol=0)
     assert reductions(found.path) <= {"none"}
+    graph = onnx.load(found.path).graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    # How many tokens DAR selects has a name of torch's, too.
+    assert name == "dar" or all(re.fullmatch(r"(\d+\*)?batch", side) for side in sides(graph))
 
 
 @torch.no_grad()
@@ -79,6 +125,49 @@ def test_a_bundle_holds_the_weights_once_and_says_how_to_call_it(tmp_path):
         torch.testing.assert_close(run(path, images()), model(images()), atol=1e-4, rtol=0)
     whole = sum(path.stat().st_size for path in (tmp_path / "bundle").iterdir())
     assert whole < 1.6 * one
+
+
+def test_the_program_of_the_page_predicts_without_tokendial(untrained, tmp_path, monkeypatch, cli):
+    draw = np.random.default_rng(0)
+    image = Image.fromarray(draw.integers(0, 256, (45, 83, 3), np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera that was held upright
+    image.save(tmp_path / "image.png", exif=turned)
+    monkeypatch.chdir(tmp_path)
+    assert cli("export", untrained.folder, "--degree", 1, "--out", "model.onnx")[0] == 0
+    code, named = code_of_the_page(0), {}
+    exec(code, named)
+    (ours,) = predict(untrained, [tmp_path / "image.png"], degree=1, top=3)
+    theirs = dict(zip(named["told"]["classes"], named["probabilities"].tolist(), strict=True))
+    expected = dict(zip(ours.classes, ours.probabilities, strict=True))
+    assert theirs == pytest.approx(expected, abs=1e-6)
+    # Without the resize rule the answer is another one.
+    exec(code.replace('told["short_side"]', "None"), named)
+    assert abs(named["probabilities"].max() - ours.probabilities[0]) > 1e-5
+    assert named["told"]["degree"] == 1
+    assert named["told"]["crop"] == [28, 28]
+
+
+def test_a_pt2_file_and_a_bundle_say_the_same(untrained, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    assert cli("export", untrained.folder, "--to", "pt2", "--out", "model.pt2")[0] == 0
+    named = {}
+    exec(code_of_the_page(1), named)
+    told = json.loads(named["extra"][FACTS])
+    assert told["classes"] == ["ant", "bee", "crab"]
+    assert (told["short_side"], told["interpolation"], told["divide_by"]) == (32, "bicubic", 255)
+    assert cli("export", untrained.folder, "--degrees", "2", "--out", "bundle")[0] == 0
+    bundle = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert bundle.items() >= {n: v for n, v in told.items() if n != "degree"}.items()
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_file_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path, ending):
+    path = tmp_path / f"model.{ending}"
+    path.write_text("old")
+    with files_of_at_most(20_000), pytest.raises(OSError, match="the file stays as it was"):
+        export(td.wrap(tiny_vit(depth=1)), path)
+    assert [(p, p.read_text()) for p in tmp_path.iterdir()] == [(path, "old")]
 
 
 def test_mistakes_are_told(tmp_path):

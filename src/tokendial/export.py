@@ -4,24 +4,34 @@ A file holds one degree of the dial, for any batch size or one. Several degrees 
 graph for each, and one file of weights that all of them share. No graph adds up colliding indices
 (a scatter with a reduction), which ONNX cannot average and some runtimes compute wrongly: merging
 is gathers and a small matrix product there.
+
+What a caller has to know stands in the file, as JSON: in an ONNX file's metadata by names that
+begin with `tokendial.`, in torch.export's format in the extra file `tokendial.json`.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from tokendial.atomic import replacing
+from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
+from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
 FORMATS = (".onnx", ".pt2")
 """Endings of the files that can be written."""
+FACTS = "tokendial.json"
+"""Extra file in a .pt2 file that says what a caller has to know."""
 _WEIGHTS = "weights.bin"
 _SMALL = 1024
 _TOLERANCE = 1e-4
@@ -41,8 +51,54 @@ class Exported:
     """Largest difference between its logits and the model's, on random images."""
 
 
+def run_facts(run: Run, model: DialViT) -> dict[str, Any]:
+    """What a caller of a run's model has to know: classes, and how its images are prepared.
+
+    Returns:
+        `task`: classification (softmax), multi_label (sigmoid), video_classification, binary_masks
+        (sigmoid) or segmentation. `classes`: names in the order of the logits. `short_side`: the
+        pixels that images are resized to, in their proportions; null: to height and width of
+        `input`, whatever their shape. `interpolation`: Pillow's. `crop`: height and width of the
+        part in the middle; null: all. `divide_by`: 8-bit values by this, before `mean` and `std`.
+        `range`: what is black and white in files of more than 8 bits; null: the ends of their
+        type. Tasks that look at windows or views say so under `windows` and `clip`; then sides are
+        resized until both cover `input`.
+    """
+    task = run.task()
+    facts: dict[str, Any] = {"task": "", "classes": list(run.classes()), "divide_by": 255}
+    facts["range"] = run.value_range()
+    if isinstance(task, VideoClassification):
+        facts |= {"task": "video_classification", "clip": asdict(task.clip)}
+        return facts | {"interpolation": "bicubic", "short_side": None, "crop": None}
+    if isinstance(task, Classification):
+        transform: Any = task.image_transform(model.anatomy)
+        resize = next(step for step in transform.transforms if isinstance(step, v2.Resize))
+        crops = [step for step in transform.transforms if isinstance(step, v2.CenterCrop)]
+        short = resize.size[0] if len(resize.size) == 1 else None
+        return facts | {
+            "task": "multi_label" if task.multi_label else "classification",
+            "interpolation": resize.interpolation.value,
+            "short_side": short,
+            "crop": list(crops[0].size) if crops else None,
+        }
+    assert isinstance(task, BinaryMasks | Segmentation)  # there are no other tasks
+    slides = task.augment.test == "slide"
+    return facts | {
+        "task": "binary_masks" if isinstance(task, BinaryMasks) else "segmentation",
+        "interpolation": "bilinear",
+        "short_side": None,
+        "crop": None,
+        "windows": {"stride": task.augment.stride} if slides else None,
+    }
+
+
 def export(
-    model: DialViT, out: str | Path, *, degree: int | None = None, batch: int | None = None
+    model: DialViT,
+    out: str | Path,
+    *,
+    degree: int | None = None,
+    batch: int | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a model at one degree, run the file, and compare.
 
@@ -52,6 +108,8 @@ def export(
             `torch.export.load`). One that is there is replaced.
         degree: Of the dial; None: the present one.
         batch: Images per call; None: any number.
+        facts: What else the file should say, such as `run_facts`; the degree, `input` [3, H, W],
+            `mean` and `std` always stand in it.
 
     Raises:
         ValueError: If the ending is another, `degree` is not offered, `batch` is below 1, packages
@@ -69,14 +127,19 @@ def export(
     try:
         if degree is not None:
             model.set_degree(degree)
-        return _export(model, path, batch)
+        return _export(model, path, batch, facts or {})
     finally:
         model.set_degree(before)
         model.train(training)
 
 
 def export_bundle(
-    model: DialViT, out: str | Path, degrees: Sequence[int], *, batch: int | None = None
+    model: DialViT,
+    out: str | Path,
+    degrees: Sequence[int],
+    *,
+    batch: int | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[Exported]:
     """Write several degrees as ONNX: `degree_D.onnx` each, `weights.bin` for all, `bundle.json`.
 
@@ -85,6 +148,7 @@ def export_bundle(
         out: Folder, made if it is missing.
         degrees: Of the dial.
         batch: Images per call; None: any number.
+        facts: What else the files and `bundle.json` should say; see `export`.
 
     Raises:
         ValueError: As `export` does.
@@ -92,7 +156,7 @@ def export_bundle(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     found = [
-        export(model, folder / f"degree_{degree}.onnx", degree=degree, batch=batch)
+        export(model, folder / f"degree_{degree}.onnx", degree=degree, batch=batch, facts=facts)
         for degree in degrees
     ]
     _share_weights(folder, [each.path for each in found])
@@ -100,6 +164,7 @@ def export_bundle(
         "files": {str(each.degree): each.path.name for each in found},
         "gmacs": {str(each.degree): each.gmacs for each in found},
         **_how_to_call(model),
+        **(facts or {}),
     }
     with replacing(folder / "bundle.json") as path:
         path.write_text(json.dumps(told, indent=2) + "\n")
@@ -107,7 +172,7 @@ def export_bundle(
 
 
 @torch.no_grad()
-def _export(model: DialViT, path: Path, batch: int | None) -> Exported:
+def _export(model: DialViT, path: Path, batch: int | None, facts: Mapping[str, Any]) -> Exported:
     # An example of one image would make the exporter take 1 for a constant.
     example = _images(model, batch or 2)
     any_number = {0: torch.export.Dim("batch", min=1, max=2**16)}
@@ -119,13 +184,17 @@ def _export(model: DialViT, path: Path, batch: int | None) -> Exported:
         )
     finally:
         model.skips_unread = skipped
+    told = {**_how_to_call(model), "degree": model.degree, **facts}
     tried = [_images(model, count) for count in ([batch] if batch else [1, 3])]
     with replacing(path) as temporary:
         if path.suffix == ".onnx":
-            _write_onnx(program, model, temporary)
+            _write_onnx(program, told, temporary)
             given = _run_onnx(temporary, tried)
         else:
-            torch.export.save(program, temporary)
+            # By way of memory: torch's writer ends the process if the disk is full.
+            written = BytesIO()
+            torch.export.save(program, written, extra_files={FACTS: json.dumps(told)})
+            temporary.write_bytes(written.getbuffer())
             module = torch.export.load(temporary).module()
             given = [module(images) for images in tried]
         wanted = [model(images) for images in tried]
@@ -149,7 +218,7 @@ def _check_onnx() -> None:
         raise ValueError(f"ONNX needs {missing[0]}: pip install 'tokendial[export]'.")
 
 
-def _write_onnx(program: Any, model: DialViT, path: Path) -> None:
+def _write_onnx(program: Any, told: Mapping[str, Any], path: Path) -> None:
     written = torch.onnx.export(
         program,
         dynamo=True,
@@ -159,11 +228,23 @@ def _write_onnx(program: Any, model: DialViT, path: Path) -> None:
         verbose=False,
     )
     assert written is not None
-    told = _how_to_call(model) | {"degree": model.degree}
+    _name_batch(written.model.graph)
     written.model.metadata_props.update(
         {f"tokendial.{name}": json.dumps(value) for name, value in told.items()}
     )
     written.save(path)
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the number of images `batch`, where torch has a name of its own for it."""
+    # A side is a number, or has a formula such as 65*s34 as its value.
+    symbol = getattr(graph.inputs[0].shape[0], "value", None)
+    if symbol is None:
+        return
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        for place, side in enumerate(value.shape or ()):
+            if formula := getattr(side, "value", None):
+                value.shape[place] = re.sub(rf"\b{symbol}\b", "batch", formula)
 
 
 def _stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:

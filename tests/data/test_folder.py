@@ -193,7 +193,7 @@ def test_a_class_without_an_image_that_can_be_read_is_refused(damaged):
 def test_a_set_that_was_checked_is_not_read_again_unless_it_changed(damaged, monkeypatch):
     ImageFolder(root=str(damaged), broken="skip").build(0)
     read = []
-    monkeypatch.setattr(checking, "check_image", read.append)
+    monkeypatch.setattr(checking, "check_image", lambda path, value_range: read.append(path))
     (damaged / "train" / "a" / "0.jpg").write_bytes((damaged / "val/a/1.jpg").read_bytes())
     broken = ["train/a/1.jpg", "train/b/0.jpg", "val/b/1.jpg"]
     ImageFolder(root=str(damaged), broken="skip").build(0)

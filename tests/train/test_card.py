@@ -3,11 +3,15 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 
+import pytest
 import torch
+from examples import tiny_vit
 
 import tokendial as td
 from tokendial.train import Run, read_recipe, train
+from tokendial.train.degrees import spread_degrees
 
 
 def test_versions_are_those_that_ran(run):
@@ -26,6 +30,21 @@ def test_the_card_tells_the_metrics_and_the_cost_of_the_best_model(run):
     assert "ToMe(r=2" in card
     for degree in (0, model.degree, model.degrees[-1]):
         assert f"| {degree} | {model.cost(degree).gmacs:.4g} | " in card
+
+
+@pytest.mark.parametrize("trained", [0, 5, 32])
+def test_degrees_of_the_card_are_spread_over_the_cost(trained):
+    model = td.wrap(tiny_vit(depth=3), reduce=td.ToMe(r=8))
+    model.set_degree(trained)
+    degrees = spread_degrees(model, 5)
+    assert {0, trained, model.degrees[-1]} <= set(degrees)
+    assert 5 <= len(degrees) <= 6
+    costs = [model.cost(degree).macs for degree in degrees]
+    gaps = [before - after for before, after in pairwise(costs)]
+    even = (costs[0] - costs[-1]) / 4
+    # Degrees, which cost the same at the end of the dial, would be up to two such gaps apart.
+    assert max(gaps) < 1.6 * even
+    assert min(gaps) > 0.4 * even
 
 
 def test_what_a_run_costs_is_noted(run):

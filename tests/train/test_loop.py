@@ -123,16 +123,27 @@ def test_a_model_that_is_evaluated_once_is_the_last_one(recipe_file, tmp_path):
     assert all(torch.equal(w, best[n]) for n, w in weights(once).items())
 
 
-def test_blocks_inside_each_other_are_all_asked_to_stop():
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU"])
+def test_blocks_inside_each_other_are_all_asked_to_stop(name):
     with stop_requests() as outer:
         with stop_requests() as inner:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, name))
             assert inner.asked
         assert outer.asked
         with stop_requests() as later:
             assert later.asked
     with stop_requests() as fresh:
         assert not fresh.asked
+
+
+def test_a_closed_terminal_does_not_stop_what_nohup_started():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_folder_whose_claim_was_killed_is_free(recipe_file, tmp_path):

@@ -13,6 +13,7 @@ from tokendial.train import CompensateRecipe, Recipe, read_recipe
 from tokendial.train.finetune import build_model
 from tokendial.train.recipe import check_recipe
 from tokendial.train.recipe_file import resolved_recipe
+from tokendial.train.runs import flat
 
 MINIMAL = {
     "output": "out",
@@ -236,11 +237,35 @@ def test_recipes_are_listed_and_explained(cli):
         assert ("baselines/cifar100/lora" in names) == (folder == "baselines")
     code, printed, _ = cli("recipes", "dar_star/cod")
     assert code == 0
-    assert printed.startswith("DAR* on camouflage")
-    fields = yaml.safe_load(printed.partition("\n\n")[2])
+    assert printed.startswith("# DAR* on camouflage")
+    fields = yaml.safe_load(printed)
     assert fields["data"]["root"] == ["datasets/cod10k", "datasets/camo"]
-    assert fields["distill"] == {"weight": 0.1}
+    assert fields["distill"] == {"weight": 0.1, "dim": None, "detach": False}
     assert cli("recipes", "none")[::2] == (2, "error: no such recipe: none.\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "open_field", "kind"),
+    [
+        ("demo", [], Recipe),
+        ("dar_star/cod", [], Recipe),
+        ("image_folder", ["data.root=pets"], Recipe),
+        ("tocom_scenes", [], CompensateRecipe),
+    ],
+)
+def test_an_explained_recipe_has_every_field_and_is_the_same_recipe(
+    cli, tmp_path, name, open_field, kind
+):
+    code, printed, _ = cli("recipes", name)
+    assert code == 0
+    explained = tmp_path / "explained.yaml"
+    explained.write_text(printed)
+    recipe = read_recipe(name, open_field, kind=kind)
+    assert read_recipe(explained, open_field, kind=kind) == recipe
+    fields, expected = (flat(fields) for fields in (yaml.safe_load(printed), recipe.model_dump()))
+    named = {text.partition("=")[0] for text in open_field}
+    assert fields.keys() | named >= expected.keys()
+    assert all(f"# {field} is left open: it has to be given." in printed for field in named)
 
 
 def test_the_schema_holds_every_shipped_recipe_and_no_mistake(cli):

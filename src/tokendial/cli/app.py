@@ -1,14 +1,48 @@
 """The command line itself: its groups of commands, how mistakes are told, the version."""
 
+import os
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import tokendial
 from tokendial.errors import one_line
 
+
+class _Stopped(BaseException):
+    """Ctrl-C, by a name that Typer does not know: it would end without a word."""
+
+
+class _Commands(TyperGroup):
+    """Commands that leave it to `main` to say why they end."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the arguments."""
+        with _told():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        with _told():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Stopped from None
+    except EOFError as error:  # Typer would say that the user has aborted it
+        raise ValueError(str(error) or "a file ends too early.") from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -25,14 +59,29 @@ app.add_typer(weights, name="weights")
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.exit(1)
     # Of the system: no such folder, no permission, disk full, the hub out of reach.
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Stopped):
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _flush() -> None:
+    """Write what has been printed, while an error can still be told in one line."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python tries again when it ends, and would complain in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 @app.callback(invoke_without_command=True)

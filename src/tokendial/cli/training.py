@@ -99,15 +99,12 @@ def recipes(
     ] = False,
 ) -> None:
     """List the recipes that are shipped, or explain one."""
-    import yaml
-
     from tokendial.train.recipe_file import (
         contents,
         describe,
         find_recipe,
         recipe_schema,
         recipes_in,
-        resolved_recipe,
         summary,
     )
 
@@ -119,8 +116,39 @@ def recipes(
     elif below := recipes_in(name):
         _print_recipes({shipped: summary(file) for shipped, file in below.items()})
     else:
-        print(f"{describe(find_recipe(name)[0])}\n")
-        print(yaml.safe_dump(resolved_recipe(name), sort_keys=False), end="")
+        for line in describe(find_recipe(name)[0]).splitlines():
+            print(f"# {line}".rstrip())
+        print()
+        print(_every_field(name), end="")
+
+
+def _every_field(name: str) -> str:
+    """A recipe as YAML with the values of all its fields; what it leaves open is a comment."""
+    import yaml
+    from pydantic import ValidationError
+
+    from tokendial.train.recipe import CompensateRecipe, Recipe, check_section
+    from tokendial.train.recipe_file import apply_overrides, find_recipe, resolved_recipe
+
+    data = resolved_recipe(name)
+    data.setdefault("output", f"runs/{find_recipe(name)[1]}")
+    kind = Recipe if "adapt" in data else CompensateRecipe
+    try:
+        kind.model_validate(data)
+        left_open = []
+    except ValidationError as error:
+        wrong = error.errors()
+        left_open = [".".join(map(str, e["loc"])) for e in wrong if e["type"] == "missing"]
+    filled = apply_overrides(data, [f"{field}=_" for field in left_open])
+    fields = check_section(kind, filled).model_dump(mode="json")
+    for field in left_open:
+        *parents, last = field.split(".")
+        place = fields
+        for parent in parents:
+            place = place[parent]
+        del place[last]
+    notes = "".join(f"# {field} is left open: it has to be given.\n" for field in left_open)
+    return notes + yaml.safe_dump(fields, sort_keys=False)
 
 
 def _print_recipes(recipes: dict[str, str]) -> None:

@@ -376,21 +376,21 @@ def export(
 ) -> None:
     """Write the best model for other runtimes, and compare what the file gives."""
     from tokendial.export import export as export_model
-    from tokendial.export import export_bundle
+    from tokendial.export import export_bundle, run_facts
     from tokendial.train import Run
     from tokendial.train.degrees import degrees_to_show
 
-    model = Run(run).model()
-    folder = run / "export"
+    model, folder = Run(run).model(), run / "export"
+    facts = run_facts(Run(run), model)
     if degrees is None:
         path = out or folder / f"degree_{model.degree if degree is None else degree}.{to}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = [export_model(model, path, degree=degree, batch=batch)]
+        found = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
     elif degree is not None or to is not ExportFormat.onnx:
         raise ValueError("degrees makes a bundle of ONNX files: leave degree and pt2 out.")
     else:
         wanted = degrees_to_show(model, degrees)
-        found = export_bundle(model, out or folder, wanted, batch=batch)
+        found = export_bundle(model, out or folder, wanted, batch=batch, facts=facts)
     for each in found:
         print(
             f"wrote {each.path}: degree {each.degree}, {each.gmacs:.4g} GMACs, "

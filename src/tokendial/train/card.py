@@ -11,11 +11,12 @@ import torch
 
 from tokendial.atomic import replacing
 from tokendial.measure import Cost
+from tokendial.train.degrees import spread_degrees
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
 
 _PACKAGES = ("tokendial", "torch", "torchvision", "timm", "accelerate")
-_MOST_DEGREES = 6
+_DEGREES = 5
 
 
 def write_versions(run: Run) -> None:
@@ -28,7 +29,7 @@ def write_versions(run: Run) -> None:
         "accelerator": accelerator.type if accelerator else None,
         "git": _revision(),
     }
-    with replacing(run.folder / "versions.json") as path:
+    with replacing(run.versions_file) as path:
         path.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -53,8 +54,7 @@ def write_card(run: Run) -> None:
     if run.card_file.exists():
         return
     model = run.model()
-    degrees = model.degrees[:: -(-len(model.degrees) // _MOST_DEGREES)]
-    costs = {d: model.cost(d) for d in sorted({*degrees, model.degree, model.degrees[-1]})}
+    costs = {degree: model.cost(degree) for degree in spread_degrees(model, _DEGREES)}
     with replacing(run.cost_file) as path:
         path.write_text(json.dumps(asdict(costs[model.degree])) + "\n")
     with replacing(run.card_file) as path:

@@ -1,5 +1,7 @@
 """Checkpoints: everything a killed run needs to go on as if nothing had happened."""
 
+import logging
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.atomic import replacing
+from tokendial.errors import one_line
 from tokendial.train.sharding import spread
 
 _KEPT = 2
+_STATE = {"position", "weights", "buffers", "optimizer", "ema", "scaler"}
+_LOG = logging.getLogger(__name__)
 
 
 class Ema:
@@ -66,21 +71,62 @@ def load_trained(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def save_checkpoint(folder: Path, update: int, state: dict[str, Any]) -> None:
-    """Write `folder/update-00000100.pt` whole or not at all, and keep the newest two."""
+    """Write `folder/update-00000100.pt` whole or not at all, and keep the newest two.
+
+    Those of later updates go, too: the run went back behind them, because they cannot be read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"update-{update:08d}.pt") as path:
-        torch.save(state, path)
-    for old in _all(folder)[:-_KEPT]:
-        old.unlink()
+    written = folder / f"update-{update:08d}.pt"
+    # Into an open file: torch's own would not tell what the system said when the disk is full.
+    with replacing(written) as path, path.open("wb") as file:
+        torch.save(state, file)
+    up_to_now = [path for path in _all(folder) if path <= written]
+    for other in set(_all(folder)) - set(up_to_now[-_KEPT:]):
+        other.unlink()
 
 
-def newest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The state that was written last, or None."""
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that was written last of those that are whole, or None if there is none.
+
+    What is wrong with later ones is logged as warnings.
+
+    Raises:
+        ValueError: If there are checkpoints, but none of them is whole.
+    """
     files = _all(folder)
-    if not files:
-        return None
-    state: dict[str, Any] = torch.load(files[-1], map_location="cpu", weights_only=True)
+    for path in reversed(files):
+        wrong = _damage(path)
+        if wrong is None:
+            return path
+        _LOG.warning("%s is damaged (%s): left out", path, wrong)
+    if files:
+        raise ValueError(
+            f"output: none of the {len(files)} checkpoints in {folder} can be read; remove them "
+            "to train from the beginning."
+        )
+    return None
+
+
+def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """The state in a checkpoint that is whole; with `mmap`, tensors are read when they are used."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     return state
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint.
+
+    torch writes a checksum of each tensor, and does not look at it when it reads.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:
+                return f"wrong checksum of {part}"
+        state = read_checkpoint(path, mmap=True)
+    except Exception as error:  # zipfile and torch raise what they please on garbage
+        return one_line(error)
+    missing = _STATE - state.keys() if isinstance(state, dict) else _STATE
+    return f"no {min(missing)} in it" if missing else None
 
 
 def _all(folder: Path) -> list[Path]:

@@ -32,8 +32,8 @@ def compensate(recipe: CompensateRecipe, *, quiet: bool = False) -> Run:
         (saved compensators).
 
     Raises:
-        ValueError: If the recipe does not fit the data or the model, or the folder holds another
-            run.
+        ValueError: If the recipe does not fit the data or the model, the folder holds another
+            run, or another process trains it.
         InterruptedRunError: If the process was asked to stop.
     """
     return Trainer(recipe, Compensating(recipe), quiet=quiet).run_to_end()

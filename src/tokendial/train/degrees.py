@@ -2,40 +2,33 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 from tokendial.vit import DialViT
 
 _LISTED = 12
 """A dial with more degrees than this is evaluated at a choice of them unless all are asked for."""
 _SPREAD = 10
-"""How many degrees are chosen from a longer dial, besides the one that was trained."""
+"""How many degrees are chosen from a longer dial; the one that was trained can be one more."""
 
 
-def parse_degrees(
-    text: str, offered: tuple[int, ...], cost: Callable[[int], float] | None = None
-) -> list[int]:
+def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
     """Degrees written as "0,4,8", "0..16", "0..16:4", "all" or "every".
 
     Args:
-        text: As above. "every": all that are offered. "all": the same for a short dial; of a long
-            one, on which neighbours hardly differ, about ten that are evenly spaced in cost.
+        text: As above; "all" and "every" are all that are offered. Where "all" is to mean a choice
+            from a long dial, `degrees_to_show` makes it.
         offered: Degrees of the dial, rising.
-        cost: Cost at a degree, which falls along the dial; None: "all" is "every".
 
     Raises:
         ValueError: If the text is none of these, or a degree is not offered.
 
     Example:
-        >>> parse_degrees("0..8:4", tuple(range(17)))
-        [0, 4, 8]
-        >>> parse_degrees("all", tuple(range(101)), cost=lambda degree: 200.0 - degree)
-        [0, 11, 22, 33, 44, 56, 67, 78, 89, 100]
+        >>> parse_degrees("0..8:4,1", tuple(range(17)))
+        [0, 4, 8, 1]
     """
-    if text == "every" or (text == "all" and (cost is None or len(offered) <= _LISTED)):
+    if text in ("all", "every"):
         return list(offered)
-    if text == "all" and cost is not None:
-        return spread_by_cost(offered, cost, _SPREAD)
     degrees: list[int] = []
     for part in text.split(","):
         span, _, step = part.partition(":")
@@ -57,28 +50,46 @@ def parse_degrees(
     return degrees
 
 
-def spread_by_cost(offered: Sequence[int], cost: Callable[[int], float], count: int) -> list[int]:
+def spread_by_cost(
+    offered: Sequence[int], cost: Callable[[int], float], count: int, also: int | None = None
+) -> list[int]:
     """At most `count` degrees that are about evenly spaced in cost, the first and last included.
 
     Args:
         offered: Degrees of the dial, rising.
         cost: Cost at a degree, which falls along the dial. Asked at few of them.
         count: How many, at least 2.
+        also: A degree that is included besides, in place of one whose cost is near; None: none.
     """
-    known = lru_cache(maxsize=None)(cost)
-    first, last = known(offered[0]), known(offered[-1])
-    wanted = (first + (last - first) * part / (count - 1) for part in range(1, count - 1))
-
-    def nearest(target: float) -> int:
-        after = bisect_left(offered, -target, key=lambda degree: -known(degree))
+    known = cache(cost)
+    most, least = known(offered[0]), known(offered[-1])
+    step = (most - least) / (count - 1)
+    chosen = {offered[0], offered[-1]} | ({also} if also in offered else set())
+    for part in range(1, count - 1):
+        wanted = most - part * step
+        after = bisect_left(offered, -wanted, key=lambda degree: -known(degree))
         beside = offered[max(0, after - 1) : after + 1]
-        return min(beside, key=lambda degree: abs(known(degree) - target))
+        near = min(beside, key=lambda degree: abs(known(degree) - wanted))
+        if also not in offered or abs(known(near) - known(also)) > step / 2:
+            chosen.add(near)
+    return sorted(chosen)
 
-    return sorted({offered[0], *map(nearest, wanted), offered[-1]})
+
+def spread_degrees(model: DialViT, count: int, offered: tuple[int, ...] | None = None) -> list[int]:
+    """About `count` degrees of a model that are evenly spaced in cost; its present one is included.
+
+    Args:
+        model: A wrapped model.
+        count: How many, at least 2.
+        offered: Degrees to choose from; None: all of the model's.
+    """
+    return spread_by_cost(
+        offered or model.degrees, lambda d: float(model.cost(d).macs), count, also=model.degree
+    )
 
 
 def degrees_to_show(model: DialViT, text: str, offered: tuple[int, ...] | None = None) -> list[int]:
-    """Degrees written as `parse_degrees` takes them; of "all", the one set on the model is one.
+    """Degrees written as `parse_degrees` takes them; "all" of a long dial include the present one.
 
     Args:
         model: A wrapped model, at the degree that it was trained at.
@@ -89,5 +100,6 @@ def degrees_to_show(model: DialViT, text: str, offered: tuple[int, ...] | None =
         ValueError: If a degree is not offered.
     """
     offered = offered or model.degrees
-    found = parse_degrees(text, offered, lambda degree: float(model.cost(degree).macs))
-    return sorted({*found, model.degree} & {*offered}) if text == "all" else found
+    if text == "all" and len(offered) > _LISTED:
+        return spread_degrees(model, _SPREAD, offered)
+    return parse_degrees(text, offered)

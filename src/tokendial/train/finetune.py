@@ -35,17 +35,17 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
         best/ and last/ (saved models), versions.json and README.md (a draft of a model card).
 
     Raises:
-        ValueError: If the recipe does not fit the data or the model, or the folder holds another
-            run.
+        ValueError: If the recipe does not fit the data or the model, the folder holds another
+            run, or another process trains it.
         InterruptedRunError: If the process was asked to stop.
     """
     job = FineTuning(recipe)
-    trainer = Trainer(recipe, job, quiet=quiet)
-    run = trainer.run_to_end()
-    if trainer.main:
-        job.calibrate(run, trainer.accelerator.device)
+
+    def finish(run: Run, device: torch.device) -> None:
+        job.calibrate(run, device)
         write_card(run)
-    return run
+
+    return Trainer(recipe, job, quiet=quiet).run_to_end(finish)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> DialViT:

@@ -1,14 +1,19 @@
 """The training loop, on Accelerate: one process or many, any device, killed and resumed."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from torch.utils.data import DataLoader
 
 from tokendial.train.batches import (
@@ -26,6 +31,7 @@ from tokendial.train.checkpoint import (
     load_buffers,
     load_trained,
     newest_checkpoint,
+    read_checkpoint,
     save_checkpoint,
     trained,
 )
@@ -54,7 +60,7 @@ _MOST_WAITING = 0.1
 
 
 class InterruptedRunError(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM); a checkpoint has been written."""
+    """The run was asked to stop by a signal; a checkpoint has been written."""
 
 
 @dataclass(slots=True)
@@ -72,7 +78,7 @@ class Trainer:
     """Runs a job to its end."""
 
     def __init__(self, recipe: BaseRecipe, job: Job, *, quiet: bool = False) -> None:
-        """Set up the run; goes on where a killed run of the same recipe stopped.
+        """Set up the run.
 
         Args:
             recipe: Of the run.
@@ -80,8 +86,7 @@ class Trainer:
             quiet: Print nothing.
 
         Raises:
-            ValueError: If the recipe does not fit the data or the model, or the folder holds
-                another run.
+            ValueError: If the recipe does not fit the data or the model.
         """
         settings = recipe.train
         self.recipe, self.settings = recipe, settings
@@ -106,16 +111,6 @@ class Trainer:
         self._loaders()
         self.updates = self.sampler.updates * settings.epochs
         optimizer = torch.optim.AdamW(job.parameter_groups())
-        if self.main:
-            data = job.data
-            self.run.claim(
-                recipe,
-                data.classes,
-                multi_label=data.multi_label,
-                dense=data.dense,
-                video=data.video,
-            )
-        self.accelerator.wait_for_everyone()
         self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine(optimizer, settings, self.sampler.updates)
         self.ema = Ema(job.module, settings.ema) if settings.ema else None
@@ -144,18 +139,48 @@ class Trainer:
             **shard,
         )
 
-    def run_to_end(self) -> Run:
-        """Train; an InterruptedRunError if the process was asked to stop."""
-        self._resume()
+    def run_to_end(self, finish: Callable[[Run, torch.device], None] | None = None) -> Run:
+        """Train; go on where a killed run of the same recipe stopped.
+
+        Args:
+            finish: Called in the first process when the last epoch is done, before other processes
+                may write the run again; also if it was done already.
+
+        Raises:
+            ValueError: If the folder holds another run, or another process has it.
+            InterruptedRunError: If the process was asked to stop.
+        """
+        with self.run.alone() if self.main else nullcontext() as lock:
+            if self.main:
+                self._claim()
+            self.accelerator.wait_for_everyone()
+            self._resume()
+            self._train(lock)
+            if self.main and finish is not None:
+                finish(self.run, self.accelerator.device)
+        return self.run
+
+    def _claim(self) -> None:
+        data = self.job.data
+        self.run.claim(
+            self.recipe,
+            data.classes,
+            multi_label=data.multi_label,
+            dense=data.dense,
+            video=data.video,
+        )
+
+    def _train(self, lock: TextIO | None) -> None:
         with display(self.updates, self.at.update, shows=self.job.shows, quiet=self.quiet) as shown:
             if self.at.update == self.updates and not self.at.batches:
                 shown.note(
                     f"{self.run.folder} is finished: nothing to do; best model: {self.run.best}"
                 )
-                return self.run
+                return
             if self.at.update:
                 shown.note(f"resuming at update {self.at.update} of {self.updates}")
-            if self.main:
+            if lock is not None:
+                self.run.sign(lock)
                 write_versions(self.run)
             self.accelerator.init_trackers("tokendial", hyper_parameters(self.recipe))
             with stop_requests() as self.stop:
@@ -166,7 +191,6 @@ class Trainer:
                     self._finish_epoch(epoch, shown)
             self.accelerator.end_training()
             shown.note(f"best model: {self.run.best}")
-        return self.run
 
     def _train_epoch(self, epoch: int, shown: Display) -> None:
         self.model.train()
@@ -274,9 +298,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        state = newest_checkpoint(self.run.checkpoints)
-        if state is None:
+        # One process chooses: they must not go on from different ones.
+        found = [newest_checkpoint(self.run.checkpoints) if self.main else None]
+        (path,) = broadcast_object_list(found)
+        if path is None:
             return
+        state = read_checkpoint(path)
         self.at = _Position(**state["position"])
         load_trained(self.job.module, state["weights"])
         load_buffers(self.job.module, state["buffers"])

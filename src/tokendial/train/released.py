@@ -34,6 +34,7 @@ def released_run(file: Path, recipe: Recipe) -> Run:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     run = Run(recipe.output)
-    run.claim(recipe, ("mask",), dense=True)
-    model.save_pretrained(run.best)
+    with run.alone():
+        run.claim(recipe, ("mask",), dense=True)
+        model.save_pretrained(run.best)
     return run

@@ -1,27 +1,33 @@
-"""The folder of a run: what lies where, and that no two runs share one."""
+"""The folder of a run: what lies where, and that no two runs or processes share one."""
 
+import errno
 import json
-from collections.abc import Sequence
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from unicodedata import normalize
 
 import yaml
 
-from tokendial.atomic import replacing
+from tokendial.atomic import leftovers, replacing
 from tokendial.data.clip import Clip
 from tokendial.data.files import found_from
 from tokendial.data.pixels import ValueRange
 from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.measure import Cost
 from tokendial.reduce.base import ReducerConfig
-from tokendial.saving import CONFIG, load
+from tokendial.saving import CONFIG, WEIGHTS, load
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task, VideoClassification
 from tokendial.train.recipe import BaseRecipe, Recipe, check_recipe, check_section
 from tokendial.vit import DialViT
 
 _FREE = ("output", "train.workers", "train.trackers")
 """Fields of a recipe that may change while a run goes on: they do not change what is learnt."""
+_LOG = logging.getLogger(__name__)
 
 
 class Run:
@@ -34,6 +40,8 @@ class Run:
         self.metrics_file = self.folder / "metrics.jsonl"
         self.card_file = self.folder / "README.md"
         self.cost_file = self.folder / "cost.json"
+        self.versions_file = self.folder / "versions.json"
+        self.lock_file = self.folder / ".lock"
         self.checkpoints = self.folder / "checkpoints"
         self.best, self.last = self.folder / "best", self.folder / "last"
         if (self.folder / CONFIG).is_file():  # what a fit writes is a saved model itself
@@ -62,8 +70,7 @@ class Run:
         """
         if self.holds(recipe):
             return
-        if self.folder.is_dir() and any(map(self._precious, self.folder.iterdir())):
-            raise ValueError(f"output: {self.folder} is not empty and holds no run.")
+        self._check_free()
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.classes_file) as path:
             kind = {"multi_label": multi_label, "dense": dense, "video": video}
@@ -72,10 +79,61 @@ class Run:
         with replacing(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
+    @contextmanager
+    def alone(self) -> Iterator[TextIO]:
+        """Keep other processes from writing this run while the block runs; make the folder.
+
+        The operating system holds the lock, and lets go of it when this process dies, however it
+        dies; processes that load images do not inherit it. One that is suspended keeps it. On a
+        disk that takes no locks a warning is logged instead.
+
+        Yields:
+            The locked file. What is written into it tells others whose the run is.
+
+        Raises:
+            ValueError: If another process has the run, or the folder holds files that are not a
+                run's.
+        """
+        self._check_free()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.lock_file.open("a", encoding="utf-8") as file:
+            if _lock(file):
+                self._remove_leftovers()
+            yield file
+
+    def sign(self, lock: TextIO) -> None:
+        """Say in the locked file which process has the run."""
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
+
+    def _check_free(self) -> None:
+        """See that the folder holds a run, or nothing of value."""
+        if not self.folder.is_dir() or self.recipe_file.exists():
+            return
+        if any(map(self._precious, self.folder.iterdir())):
+            raise ValueError(f"output: {self.folder} is not empty and holds no run.")
+
     def _precious(self, path: Path) -> bool:
         """Whether a file is more than what a process left that was killed while it claimed."""
         name = self.classes_file.name
-        return path.name != name and not path.name.startswith((f".{name}.", ".recipe.yaml."))
+        mine = (name, self.lock_file.name)
+        return path.name not in mine and not path.name.startswith((f".{name}.", ".recipe.yaml."))
+
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of processes that were killed while they had the run."""
+        models = [folder / name for folder in (self.best, self.last) for name in (CONFIG, WEIGHTS)]
+        for written in (
+            self.recipe_file,
+            self.classes_file,
+            self.metrics_file,
+            self.card_file,
+            self.cost_file,
+            self.versions_file,
+            self.checkpoints / "update-*.pt",
+            *models,
+        ):
+            for left in leftovers(written):
+                left.unlink()
 
     def holds(self, recipe: BaseRecipe) -> bool:
         """Whether the folder is already this recipe's.
@@ -87,7 +145,7 @@ class Run:
             return False
         # Read as a recipe, so that fields that are younger than the run have their defaults.
         try:
-            there = check_section(type(recipe), yaml.safe_load(self.recipe_file.read_text()))
+            there = check_section(type(recipe), _parsed(self.recipe_file, yaml.safe_load))
         except ValueError as error:
             raise ValueError(
                 f"output: {self.folder} holds another run ({error}); choose another output."
@@ -147,11 +205,11 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe of the run; a ValueError if the folder holds none."""
         self._check()
-        return check_recipe(yaml.safe_load(self.recipe_file.read_text()))
+        return check_recipe(_parsed(self.recipe_file, yaml.safe_load))
 
     def classes(self) -> tuple[str, ...]:
         """Names of the classes in the order of the logits."""
-        return tuple(json.loads(self.classes_file.read_text())["classes"])
+        return tuple(_parsed(self.classes_file, json.loads)["classes"])
 
     def value_range(self) -> ValueRange:
         """What is black and white in images of more than 8 bits, as its data set says."""
@@ -162,11 +220,11 @@ class Run:
         """Whether it learns from videos; a ValueError if the folder holds no run."""
         self._check()
         # Runs from before there were videos do not say it.
-        return bool(json.loads(self.classes_file.read_text()).get("video", False))
+        return bool(_parsed(self.classes_file, json.loads).get("video", False))
 
     def task(self) -> Task:
         """What the run learns; a ValueError if the folder holds none."""
-        recipe, told = self.recipe(), json.loads(self.classes_file.read_text())
+        recipe, told = self.recipe(), _parsed(self.classes_file, json.loads)
         return task_of(
             recipe,
             len(told["classes"]),
@@ -195,7 +253,10 @@ class Run:
         """One record per finished epoch."""
         if not self.metrics_file.exists():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        lines: list[dict[str, Any]] = _parsed(
+            self.metrics_file, lambda text: [json.loads(line) for line in text.splitlines()]
+        )
+        return lines
 
     def best_record(self) -> dict[str, Any]:
         """The record of the epoch whose model is in best/."""
@@ -207,7 +268,7 @@ class Run:
         """What the best model costs at the degree that it was trained at."""
         if not self.cost_file.exists():
             return self.model().cost()
-        cost = json.loads(self.cost_file.read_text())
+        cost = _parsed(self.cost_file, json.loads)
         return Cost(**cost | {"tokens_per_layer": tuple(cost["tokens_per_layer"])})
 
     def record(self, metrics: dict[str, Any]) -> None:
@@ -215,6 +276,41 @@ class Run:
         kept = [line for line in self.metrics() if line["epoch"] < metrics["epoch"]]
         with replacing(self.metrics_file) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, metrics]))
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    """What a file of a run holds; a ValueError in one line if it is damaged."""
+    try:
+        return parse(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}.") from None
+
+
+def _lock(file: TextIO) -> bool:
+    """Lock a file for this process; False where that is not possible.
+
+    Raises:
+        ValueError: If another process has locked it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return False
+    try:
+        # Not flock: a process that loads images would keep that one when its parent is killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        folder = Path(file.name).parent
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            _LOG.warning(
+                "%s takes no locks (%s): see that no other process trains this run", folder, error
+            )
+            return False
+        owner = Path(file.name).read_text(encoding="utf-8").strip() or "another process"
+        raise ValueError(
+            f"output: {folder} is in use by {owner}, which may be suspended; end it first."
+        ) from None
+    return True
 
 
 def task_of(

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: Ctrl-C, and the SIGTERM of schedulers and containers."""
+"""Signals that ask a run to stop: from the keyboard, a closed terminal, schedulers, containers."""
 
 import atexit
 import multiprocessing.util  # its own exit handler has to be registered before ours
@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has the first two. The others: a closed terminal, Ctrl-\, a limit on processor time.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +28,7 @@ def stop_requests() -> Iterator[StopRequest]:
     """Note the signals in place of dying of them, while the block runs.
 
     Of blocks inside each other, as of a run in a sweep, all are told; also those that begin later.
+    A closed terminal is no matter to what `nohup` has started.
     """
     request = StopRequest(asked=any(outer.asked for outer in _open))
 
@@ -34,13 +37,18 @@ def stop_requests() -> Iterator[StopRequest]:
             each.asked = True
 
     _open.append(request)
-    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    heard = [number for number in _SIGNALS if not _under_nohup(number)]
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _open.remove(request)
+
+
+def _under_nohup(number: int) -> bool:
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
