@@ -98,6 +98,7 @@ def test_a_share_is_held_out_of_a_training_folder_and_a_test_folder_left_alone(t
         (["train/a/1.png", "valid/a/1.png"], {}, "must be 0, as .* has the folder valid to"),
         (["train/a/1.png", "test/a/1.png"], {"val": "test"}, "must be 0, as .* the folder test"),
         (["test/a/1.png"], {}, "has no folder 'train'"),
+        (["a/1.png"], {"train": "photos"}, "has no folder 'photos'; it has a."),
         (["a/1.png", "b/1.png"], {"holdout": 0.4}, "must hold out at least one of .*, got 0.4"),
         ([], {"holdout": 1.0}, r"holdout must lie in \[0, 1\), got 1.0"),
     ],

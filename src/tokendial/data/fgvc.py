@@ -61,9 +61,9 @@ class _Task:
 class FGVC(OfficialSet):
     """One of four sets, with its official lists or `{train,val,test}.json` beside them.
 
-    Trained on is the official training list, or train.json alone, as ToCom's and VPT's code do:
-    images of a list for validation (Flowers has one) are left out, whatever is validated on. `val`
-    val takes that list, where there is one, and `holdout` where there is none.
+    The official training list is trained on, or train.json, as in ToCom's and VPT's code: images of
+    a list for validation (Flowers has one) never are. `val` val validates on that list, where there
+    is one, and on a `holdout` where there is none.
     """
 
     task: Literal["cub", "cars", "dogs", "flowers"]

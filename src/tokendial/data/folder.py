@@ -133,7 +133,8 @@ def split_folders(root: Path, train: str, val: str, holdout: float) -> tuple[Pat
                 f"data.holdout must be 0, as {root} has the folder {of_val.name} to validate on, "
                 f"got {holdout}."
             )
-        if of_train is not None or of_val is None:
+        # The classes themselves are in `root` if nothing says where else.
+        if of_train is not None or (of_val is None and train in _SAME_AS):
             return of_train or root, None
     for wanted, found in ((train, of_train), (val, of_val)):
         if found is None:
