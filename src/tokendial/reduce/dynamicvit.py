@@ -27,6 +27,7 @@ from tokendial.reduce.base import (
     check_share,
     dial_of,
     divergence,
+    init_linears,
 )
 from tokendial.tokens import Grouping, Tokens
 
@@ -100,6 +101,7 @@ class DynamicViTReducer(Reducer):
         self.rates, self.degree = dial_of(config.keep_rate)
         self.degrees = tuple(range(len(self.rates)))
         self.predictors = nn.ModuleList(Predictor(vit.embed_dim) for _ in config.layers)
+        init_linears(self)
 
     def acts(self, layer: int, degree: int) -> bool:
         """Never after attention: it drops tokens before the block."""
