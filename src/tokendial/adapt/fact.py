@@ -56,6 +56,7 @@ class Factors(HookedAdapter):
         nn.init.zeros_(self.right.weight)
         self.cores: nn.Parameter | None = None
         self.mix: nn.Parameter | None = None
+        self.matrices = ("cores",) if config.kind == "tt" else ("cores", "mix")
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Act on every linear layer of the blocks.
