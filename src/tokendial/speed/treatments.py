@@ -94,7 +94,7 @@ def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
     if not moved <= rounding:
         raise ArithmeticError(f"its logits differ by {moved:.1%}")
     lost = wanted.amax(-1) - wanted.gather(-1, given.argmax(-1, keepdim=True)).squeeze(-1)
-    others = float((lost > 2 * rounding * norm).float().mean())
+    others = float((lost > 2 * rounding * norm).double().mean())
     if others > _MOST_OTHER_CLASSES:
         raise ArithmeticError(f"its top class differs in {others:.0%} of the images")
 
