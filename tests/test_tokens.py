@@ -76,6 +76,34 @@ def test_carried_features_follow_with_the_weights_of_the_tokens():
     torch.testing.assert_close(carried, column(0, (4 + 3 * 8) / 4, 9))
 
 
+def test_prompts_come_and_go_in_everything_that_has_a_row_for_each_token():
+    row = torch.tensor([[1.0, 0.0, 1.0, 0.0, 1.0]])
+    tokens = Tokens(
+        column(10, 2, 99, 6, 7),
+        prefix=1,
+        grid=(2, 2),
+        size=row + 1,
+        policy=row,
+        selected=row,
+        carried={"z": column(0, 4, 5, 8, 9)},
+    ).tracked()
+    prompted = tokens.with_prompts(torch.tensor([[20.0], [30.0]]))
+    assert prompted.x.flatten().tolist() == [10, 20, 30, 2, 99, 6, 7]
+    assert prompted.origin.tolist() == [[0, 3, 4, 5, 6]]
+    for rows, theirs in (
+        (prompted.size - 1, [1, 0, 0, 0, 1, 0, 1]),
+        (prompted.policy, [1, 1, 1, 0, 1, 0, 1]),
+        (prompted.selected, [1, 1, 1, 0, 1, 0, 1]),
+        (prompted.carried["z"], [0, 0, 0, 4, 5, 8, 9]),
+    ):
+        assert rows.flatten().tolist() == theirs
+    again = prompted.without_prompts(2)
+    for field in ("x", "size", "policy", "selected", "origin"):
+        assert torch.equal(getattr(again, field), getattr(tokens, field))
+    assert torch.equal(again.carried["z"], tokens.carried["z"])
+    assert (again.prefix, prompted.prefix) == (1, 3)
+
+
 @st.composite
 def matched(draw: st.DrawFn) -> tuple[Grouping, int]:
     prefix = draw(st.integers(0, 5))

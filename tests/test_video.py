@@ -344,26 +344,35 @@ def test_adapters_take_turns_with_heads_of_their_own(kind, tmp_path):
 # One time step at a time.
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "dynamicvit", "ffn_merge"])
+ONE_STEP = {name: fitting(REDUCERS[name]) for name in ("tome", "evit", "dynamicvit", "ffn_merge")}
+ONE_STEP["dyt"] = td.DyT(selection="topk")
+ONE_STEP["evit of one"] = dataclasses.replace(ONE_STEP["evit"], keep_rate=15 / 16, layers=(2,))
+
+
+@pytest.mark.parametrize("prompts", [None, "deep", "shallow"])
+@pytest.mark.parametrize("reduce", ONE_STEP.values(), ids=ONE_STEP)
 @torch.no_grad()
-def test_frame_by_frame_equals_the_method_on_each_time_step(method):
+def test_frame_by_frame_equals_the_method_on_each_time_step(reduce, prompts):
     """With tokens that are the same at every time step, each loses the same ones."""
-    reduce = td.FrameByFrame(reduce=fitting(REDUCERS[method]))
-    torch.manual_seed(0)
-    model = td.wrap(tubelets(), reduce=reduce).eval()
-    model.vit.patch_embed.positions[:] = 0
+
+    def model_of(frames, reduce):
+        # As many for each time step: attention sees them, and matching goes by even and odd places.
+        adapt = td.VPT(prompts=frames, deep=prompts == "deep") if prompts else None
+        torch.manual_seed(0)
+        model = td.wrap(tubelets(frames=frames), reduce=reduce, adapt=adapt).eval()
+        model.vit.patch_embed.positions[:] = 0
+        return model
+
+    model, one = model_of(6, td.FrameByFrame(reduce=reduce)), model_of(2, reduce)
+    if prompts:
+        model.adapter.prompts.copy_(one.adapter.prompts.repeat(1, 3, 1))
     pair = clips(2, frames=2)
-    still = pair.repeat(1, 2, 1, 1, 1)
-    maps = model.feature_map(still)
-    torch.testing.assert_close(maps[:, 0], maps[:, 1])
-    # Attention over two equal halves is that over one of them: the model of half as many frames.
-    torch.manual_seed(0)
-    half = td.wrap(tubelets(frames=2), reduce=fitting(REDUCERS[method])).eval()
-    half.load_state_dict({k.replace("inner.", ""): v for k, v in model.state_dict().items()})
-    half.vit.patch_embed.positions[:] = 0
-    torch.testing.assert_close(model(still), half(pair), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(maps[:, :1], half.feature_map(pair), atol=1e-5, rtol=1e-5)
-    assert model.cost().tokens_per_layer == tuple(2 * n for n in half.cost().tokens_per_layer)
+    still = pair.repeat(1, 3, 1, 1, 1)
+    # Attention over three equal parts is that over one of them: the model of one time step.
+    torch.testing.assert_close(model(still), one(pair), atol=1e-5, rtol=1e-5)
+    maps = one.feature_map(pair).expand(-1, 3, -1, -1, -1)
+    torch.testing.assert_close(model.feature_map(still), maps, atol=1e-5, rtol=1e-5)
+    assert model.cost().tokens_per_layer == tuple(3 * n for n in one.cost().tokens_per_layer)
 
 
 @torch.no_grad()

@@ -99,20 +99,20 @@ def test_merging_with_itself_changes_nothing_where_every_token_stays(name):
     torch.testing.assert_close(model(pictures), vit(pictures), atol=1e-5, rtol=0)
 
 
+# The last of them gives up one token alone: then nothing is absorbed, and it is fused all the same.
+@pytest.mark.parametrize(("keep_rate", "given_up"), [(0.25, 48), (62 / 64, 2), (63 / 64, 1)])
 @torch.no_grad()
-def test_fused_positions_are_restored_as_they_were_or_as_the_fused_token(vit):
-    model = td.wrap(vit, reduce=td.EViT(keep_rate=0.25, layers=(2,)))
-    plain = td.wrap(vit).feature_map(images(), layer=1)
+def test_fused_positions_are_restored_as_they_were_or_as_the_fused_token(vit, keep_rate, given_up):
+    model = td.wrap(vit, reduce=td.EViT(keep_rate=keep_rate, layers=(2,)))
     *_, last = model.steps(images(), track=True)
     fused = last.tokens.origin[0, 1:] == last.tokens.x.shape[1] - 1
-    assert fused.sum() == 48
+    assert fused.sum() == given_up
     own = model.feature_map(images(), layer=4)[0].flatten(1)[:, fused]
     shared = model.feature_map(images(), layer=4, dropped="fused")[0].flatten(1)[:, fused]
     assert (shared == shared[:, :1]).all()
     attended = vit.blocks[1].attn(vit.blocks[1].norm1(_tokens(vit, 1)))
     when_dropped = (_tokens(vit, 1) + attended)[0, 1:].T
     torch.testing.assert_close(own, when_dropped[:, fused])
-    assert plain.shape == (2, 48, 8, 8)
 
 
 def _tokens(vit, layers):

@@ -34,6 +34,9 @@ class Grouping:
     """[B, N] weight of each old token in its group; None: the token's size."""
     how: Literal["mean", "sum"] = "mean"
     """Whether a group is the weighted mean or the weighted sum of its members."""
+    fused: Tensor | None = None
+    """[B, F] new tokens that stand for what was given up, be it one old token or many; None: there
+    are none."""
 
     @classmethod
     def keeping(cls, keep: Tensor, num_tokens: int) -> "Grouping":
@@ -108,11 +111,11 @@ class Grouping:
 
         Args:
             origin_BP: The map so far.
-            fused_count: Whether members of a weighted sum are found in it, or count as dropped.
+            fused_count: Whether members of a fused token are found in it, or count as dropped.
         """
         index = self.index
-        if self.how == "sum" and not fused_count:
-            fused = torch.zeros_like(self.keep).scatter(1, self.dst, 1)
+        if self.fused is not None and not fused_count:
+            fused = torch.zeros_like(self.keep).scatter(1, self.fused, 1)
             in_fused = (index >= 0) & (fused.gather(1, index.clamp(min=0)) > 0)
             index = index.masked_fill(in_fused, -1)
         followed = index.gather(1, origin_BP.clamp(min=0))
@@ -138,8 +141,8 @@ class Tokens:
     lost: Tensor | None = None
     """[B, P, D] features of the dropped positions when they were dropped; with `origin`."""
     fused_count: bool = True
-    """Whether `origin` follows tokens into a fused one (a weighted sum of what was given up);
-    if not, they count as dropped."""
+    """Whether `origin` follows tokens into a fused one (see `Grouping.fused`); if not, they count
+    as dropped."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """Features [B, N, *] that follow the tokens through each reduction."""
     rope: Tensor | None = None
@@ -214,6 +217,7 @@ class Tokens:
             prefix=at + count,
             size=None if self.size is None else insert(self.size, 1.0),
             policy=None if self.policy is None else insert(self.policy, 1.0),
+            selected=None if self.selected is None else insert(self.selected, 1.0),
             origin=_moved(self.origin, at, count),
             carried={name: insert(y, 0.0) for name, y in self.carried.items()},
         )

@@ -6,6 +6,7 @@ from examples import golden, images, split, tiny_vit
 import tokendial as td
 from tokendial.attention import attend, masked_softmax
 from tokendial.backbones import anatomy_of
+from tokendial.reduce.base import Passes
 
 
 def policy_case():
@@ -166,3 +167,16 @@ def test_attention_with_a_policy_of_ones_is_nearly_plain_attention(vit):
     q, k, v = anatomy.qkv(1, anatomy.attention_input(1, tokens.x), tokens)
     masked, _ = attend(q, k, v, policy_BN=torch.ones(2, 65))
     torch.testing.assert_close(masked, attend(q, k, v)[0], atol=1e-5, rtol=0)
+
+
+def test_an_image_that_keeps_no_patch_trains_like_others():
+    model = td.wrap(tiny_vit(), reduce=td.DynamicViT(layers=(2, 4))).train()
+    for predictor in model.reducer.predictors:
+        # Log-probabilities of keeping and dropping so far apart that no noise matters.
+        predictor.outside[4].bias.data = torch.tensor([-1e4, 1e4])
+    outcome = model.outcome(images())
+    assert outcome.tokens[-1].policy.sum() == 2  # the class tokens
+    loss = sum(model.reducer.losses(Passes(outcome, None, None, torch.sum)).values())
+    (outcome.logits.sum() + loss).backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

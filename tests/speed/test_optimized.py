@@ -160,6 +160,36 @@ def test_what_computes_something_else_is_left_out(monkeypatch, keep_everything):
     same_logits(fast, model, (4,))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.float32, 1.01), (torch.float32, 1.15), (torch.bfloat16, 1.1)],
+)
+@torch.no_grad()
+def test_what_gives_larger_logits_is_left_out(dtype, factor, monkeypatch, keep_everything):
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4)).eval().to(dtype)
+    fast = td.optimize(model, images(4))
+
+    def use(on):
+        fast.run = (lambda x: factor * fast.model(x)) if on else None
+
+    treatments._try("louder", fast, images(4).to(dtype), use)
+    assert str(fast.trials[-1]).startswith("louder: not supported here (its logits differ by ")
+    assert fast.run is None
+
+
+def test_logits_are_the_same_up_to_rounding_and_few_near_ties():
+    wanted = images(20).flatten(1)[:, :10].unsqueeze(-1)
+    generator = torch.Generator().manual_seed(0)
+    rounded = wanted + 1e-4 * torch.randn(wanted.shape, generator=generator)
+    treatments._check_same(rounded, wanted, 0.005)
+    # Of one image or two a tie fell the other way; of four it is no chance.
+    rounded[:2] = wanted[:2].roll(1, dims=1)
+    treatments._check_same(rounded, wanted, 0.005)
+    rounded[:4] = wanted[:4].roll(1, dims=1)
+    with pytest.raises(ArithmeticError, match="its top class differs in 20% of the images"):
+        treatments._check_same(rounded, wanted, 0.005)
+
+
 @torch.no_grad()
 def test_sizes_in_keys_give_the_logits_of_the_model(keep_everything):
     model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4)).eval()

@@ -35,6 +35,7 @@ SEMANTIC = (
     "dense.test=slide",
     "train.degree=2",
     "train.epochs=1",
+    "train.lr=0.02",
 )
 
 

@@ -11,6 +11,8 @@ import torch
 import yaml
 from examples import tiny_vit
 from safetensors.torch import load_file
+from torch import nn
+from zoo import backbone
 
 import tokendial
 import tokendial as td
@@ -110,6 +112,20 @@ def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_p
     run = train(recipe, quiet=True)
     expected = weights(alone)
     assert all(torch.equal(w, expected[n]) for n, w in weights(run).items())
+
+
+def test_a_run_goes_on_whose_checkpoint_groups_parameters_otherwise(recipe_file, tmp_path, capsys):
+    run = train(read_recipe(recipe_file, [f"output={tmp_path / 'run'}"]), quiet=True)
+    newest, before = sorted(run.checkpoints.iterdir(), reverse=True)
+    newest.unlink()
+    shutil.rmtree(run.last)
+    state = torch.load(before, weights_only=True)
+    one, other = state["optimizer"]["param_groups"]
+    one["params"], other["params"] = one["params"] + other["params"][:1], other["params"][1:]
+    torch.save(state, before)
+    train(read_recipe(recipe_file, [f"output={run.folder}"]))
+    assert "the optimizer's moments start anew" in capsys.readouterr().out
+    assert run.last.exists()
 
 
 def test_a_model_that_is_evaluated_once_is_the_last_one(recipe_file, tmp_path):
@@ -285,9 +301,61 @@ def test_the_rate_of_the_backbone_falls_towards_the_input(vit):
     assert rates[id(vit.patch_embed.proj.weight)] == rates[id(vit.pos_embed)] == 1 / 32
 
 
-def test_prompts_and_scales_do_not_decay(vit):
-    for adapt in (td.VPT(), td.SSF()):
-        model = td.wrap(tiny_vit(), adapt=adapt)
-        groups = parameter_groups(model, 0.05, lr=1.0)
-        decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-        assert decayed == {id(model.vit.head.weight)}
+VECTORS = {
+    "vit": {"cls_token", "pos_embed"},
+    "deit distilled": {"cls_token", "dist_token", "pos_embed"},
+    "dinov2 registers": {"cls_token", "reg_token", "pos_embed"},
+    "siglip": {"pos_embed", "attn_pool.latent"},
+    "rope mixed": {"rope.freqs"},
+    "hf deit": {"deit.embeddings.distillation_token", "deit.embeddings.cls_token"},
+    "hf dinov2 registers": {"dinov2_with_registers.embeddings.register_tokens"},
+    "hf clip": {"embeddings.position_embedding.weight"},
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_weights_of_layers_decay_and_vectors_of_any_shape_do_not(name):
+    vit = backbone(name)[0]
+    decayed = decaying(td.wrap(vit, adapt=td.Full()))
+    decayed = {n for n, parameter in vit.named_parameters() if id(parameter) in decayed}
+    layers = {n for n, m in vit.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert decayed == {f"{layer}.weight" for layer in layers}
+    vectors = {n for n, _ in vit.named_parameters()} - decayed
+    assert vectors >= VECTORS[name] | getattr(vit, "no_weight_decay", set)() & {*vit.state_dict()}
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        ({"adapt": td.VPT()}, set()),
+        ({"adapt": td.SSF()}, set()),
+        ({"adapt": td.FacT(rank=2)}, {"left.weight", "right.weight", "cores"}),
+        ({"adapt": td.FacT(rank=2, kind="tk")}, {"left.weight", "right.weight", "cores", "mix"}),
+    ],
+)
+def test_prompts_and_scales_do_not_decay_but_matrices_of_adapters_do(parts, names):
+    model = td.wrap(tiny_vit(), **parts)
+    expected = {id(model.adapter.get_parameter(name)) for name in names}
+    assert decaying(model) == {id(model.vit.head.weight)} | expected
+
+
+def test_matrices_of_peft_decay_and_its_vectors_do_not():
+    for method, count in (("loha", 4), ("ia3", 0)):
+        options = {"r": 2} if method == "loha" else {"feedforward_modules": []}
+        model = td.wrap(tiny_vit(depth=1), adapt=td.PEFT(method=method, options=options))
+        assert len(decaying(model) - {id(model.vit.head.weight)}) == count
+
+
+def test_queries_of_video_and_of_decoders_do_not_decay():
+    video = td.wrap(td.video_vit(tiny_vit(), frames=2, num_classes=3), adapt=td.Linear())
+    dense = td.wrap(tiny_vit(num_classes=0), decode=td.MaskTransformer(), adapt=td.Linear())
+    assert id(video.vit.head.query) not in decaying(video)
+    assert id(video.vit.head.q.weight) in decaying(video)
+    assert id(dense.decoder.classes) not in decaying(dense)
+    assert id(dense.decoder.project.weight) in decaying(dense)
+
+
+def decaying(model):
+    """Parameters, by identity, that weight decay acts on."""
+    groups = parameter_groups(model, 0.05, lr=1.0)
+    return {id(p) for group in groups if group["weight_decay"] for p in group["params"]}

@@ -33,6 +33,9 @@ class Adapter(nn.Module):
     """Whether it reads the patches as a map, which no reduction may have thinned out."""
     needs_all: ClassVar[bool] = False
     """Whether what it gives one token depends on the others, in whatever order and number."""
+    matrices: tuple[str, ...] = ()
+    """Names of its parameters that are matrices although they are no layer's weight; weight decay
+    acts on them as on those."""
     merged: bool = False
     """Whether its weights are part of the backbone's at present."""
 

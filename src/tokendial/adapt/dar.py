@@ -48,11 +48,9 @@ class Compensator(nn.Module):
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.pointwise = nn.Conv2d(dim, dim, 1)
         self.up = nn.Conv2d(dim, embed_dim, 1)
-        for conv in (self.down, self.depthwise, self.pointwise):
-            nn.init.kaiming_uniform_(conv.weight, a=5**0.5)
-        nn.init.zeros_(self.up.weight)
-        for conv in (self.down, self.depthwise, self.pointwise, self.up):
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # they have one
+        _init_by_outputs(self.down)
+        for parameter in self.up.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, patches: Tensor) -> Tensor:
         """[B, D, rows, columns] to the same."""
@@ -69,6 +67,8 @@ class DARAdapters(Bottlenecks):
     def __init__(self, config: DARAdapter, vit: ViTShape) -> None:
         width, narrow = config.dims
         super().__init__(vit, width)
+        for down in self.down:
+            _init_by_outputs(down)  # type: ignore[arg-type]  # ModuleList forgets its type
         self.compensators = nn.ModuleList(
             Compensator(vit.embed_dim, narrow) for _ in range(vit.depth)
         )
@@ -83,3 +83,12 @@ class DARAdapters(Bottlenecks):
         prefix, rest = adapted.tensor_split([tokens.prefix], dim=1)
         both = torch.cat([prefix, rest + patches], dim=1)
         return self.scales[layer - 1] * both, tokens.carried
+
+
+def _init_by_outputs(layer: nn.Linear | nn.Conv2d) -> None:
+    """Kaiming's initialisation by the number of outputs, with biases of zero, as DAR's code has it.
+
+    The layers between the first and the last one of its compensator start as PyTorch's do.
+    """
+    nn.init.kaiming_uniform_(layer.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # it has one

@@ -56,6 +56,7 @@ class Factors(HookedAdapter):
         nn.init.zeros_(self.right.weight)
         self.cores: nn.Parameter | None = None
         self.mix: nn.Parameter | None = None
+        self.matrices = ("cores",) if config.kind == "tt" else ("cores", "mix")
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Act on every linear layer of the blocks.
@@ -63,21 +64,25 @@ class Factors(HookedAdapter):
         Raises:
             ValueError: If a layer's width is no multiple of the model's.
         """
-        first = 0
+        rank = self.config.rank
+        inputs_M: list[int] = []
         for block in blocks:
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear):
                     count = self._count(name, module)
-                    self.act_on(module, _Update(self, first, module.in_features))
-                    first += count
-        rank = self.config.rank
+                    self.act_on(module, _Update(self, len(inputs_M), module.in_features))
+                    inputs_M += [rank * module.in_features // self.embed_dim] * count
         if self.config.kind == "tt":
-            self.cores = nn.Parameter(torch.empty(first, rank, rank))
+            # The authors' cores of one layer are a Linear, which PyTorch draws by its inputs.
+            bounds_M11 = torch.tensor(inputs_M)[:, None, None] ** -0.5
+            self.cores = nn.Parameter(
+                torch.empty(len(inputs_M), rank, rank).uniform_(-1.0, 1.0) * bounds_M11
+            )
         else:
             self.cores = nn.Parameter(torch.empty(rank, rank, rank))
-            self.mix = nn.Parameter(torch.empty(first, rank))
+            self.mix = nn.Parameter(torch.empty(len(inputs_M), rank))
             nn.init.xavier_uniform_(self.mix)
-        nn.init.xavier_uniform_(self.cores)
+            nn.init.xavier_uniform_(self.cores)
 
     def _count(self, name: str, module: nn.Linear) -> int:
         dim = self.embed_dim

@@ -5,6 +5,7 @@ Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, https://arxiv.org/abs/220
 reduction merges or drops them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +48,11 @@ class Prompts(Adapter):
         self.config, self.depth = config, vit.depth
         layers = vit.depth if config.deep else 1
         self.prompts = nn.Parameter(torch.empty(layers, config.prompts, vit.embed_dim))
-        # Xavier's bound for a projection of one patch of 16 x 16 pixels, as the authors draw them.
-        bound = (6.0 / (3 * 16 * 16 + vit.embed_dim)) ** 0.5
+
+    def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        """Draw the prompts as the authors do: with Xavier's bound for the projection of a patch."""
+        projection = next(m for m in vit.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+        bound = (6.0 / (projection.weight[0].numel() + self.prompts.shape[-1])) ** 0.5
         nn.init.uniform_(self.prompts, -bound, bound)
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:

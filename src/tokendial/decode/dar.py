@@ -48,4 +48,5 @@ class DARDecoder(DecoderConfig):
 
 def _normalised(inside: int, outside: int) -> nn.Module:
     conv = nn.Conv2d(inside, outside, 1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outside), act=nn.ReLU()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokendial.decode.base import DecoderConfig, check_counts, check_dropout
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.reduce.base import ViTShape, init_linears
 
 
 @register("decode", "mask_transformer")
@@ -64,6 +64,7 @@ class MaskTransformerDecoder(nn.Module):
         self.project_patches = nn.Linear(dim, dim, bias=False)
         self.project_classes = nn.Linear(dim, dim, bias=False)
         self.mask_norm = nn.LayerNorm(config.num_classes)
+        init_linears(self)
         nn.init.trunc_normal_(self.classes, std=0.02)
         for linear in (self.project_patches, self.project_classes):
             nn.init.normal_(linear.weight, std=dim**-0.5)

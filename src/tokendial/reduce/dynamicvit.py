@@ -27,6 +27,7 @@ from tokendial.reduce.base import (
     check_share,
     dial_of,
     divergence,
+    init_linears,
 )
 from tokendial.tokens import Grouping, Tokens
 
@@ -83,7 +84,9 @@ class Predictor(nn.Module):
         """Log-probabilities [B, L, 2] of keeping (first) and dropping (second) each token."""
         local, shared = self.inside(x_BLD).chunk(2, dim=-1)
         kept_BL1 = kept_BL.to(shared.dtype).unsqueeze(-1)
-        mean = (shared * kept_BL1).sum(1, keepdim=True) / kept_BL1.sum(1, keepdim=True)
+        # Where none is kept the mean is zero; the authors' code divides by zero there.
+        count = kept_BL1.sum(1, keepdim=True).clamp(min=1)
+        mean = (shared * kept_BL1).sum(1, keepdim=True) / count
         scores: Tensor = self.outside(torch.cat([local, mean.expand_as(shared)], dim=-1))
         return scores
 
@@ -100,6 +103,7 @@ class DynamicViTReducer(Reducer):
         self.rates, self.degree = dial_of(config.keep_rate)
         self.degrees = tuple(range(len(self.rates)))
         self.predictors = nn.ModuleList(Predictor(vit.embed_dim) for _ in config.layers)
+        init_linears(self)
 
     def acts(self, layer: int, degree: int) -> bool:
         """Never after attention: it drops tokens before the block."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tokendial.methods import register
-from tokendial.reduce.base import Passes, ViTShape, check_share, divergence
+from tokendial.reduce.base import Passes, ViTShape, check_share, divergence, init_linears
 from tokendial.reduce.select import SelectConfig, Selector, selected_patches
 from tokendial.tokens import Tokens
 
@@ -50,6 +50,7 @@ class DyTReducer(Selector):
         super().__init__(config, vit)
         self.also_runs = frozenset({"complete"} if config.complete else ())
         self.dispatchers = nn.ModuleList(nn.Linear(vit.embed_dim, 1) for _ in range(vit.depth))
+        init_linears(self)
 
     def logits(self, layer: int, tokens: Tokens) -> Tensor:
         """The dispatcher's logits of the patch tokens."""

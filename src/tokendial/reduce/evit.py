@@ -227,8 +227,9 @@ def attentive_grouping(
         weight = scores_BL / scores_BL.scatter(1, kept, 0.0).sum(dim=1, keepdim=True)
     weight = weight.scatter(1, kept, 1.0)
     weight = torch.cat([weight.new_ones(num_images, num_prefix_tokens), weight], dim=1)
-    dst = torch.full_like(src, keep.shape[1] - 1)
-    return Grouping(keep, src, dst, num_tokens, weight, "sum")
+    fused = torch.full_like(keep[:, :1], keep.shape[1] - 1)
+    dst = fused.expand_as(src)
+    return Grouping(keep, src, dst, num_tokens, weight, "sum", fused)
 
 
 def most_removed(num_patches: int, rest: str) -> int:

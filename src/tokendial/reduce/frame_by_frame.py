@@ -5,13 +5,14 @@ reduction method then compares all of them: ToMe merges over time, EViT may drop
 Wrapped by this one, it sees one time step at a time, and every time step loses as many tokens.
 """
 
-# Shape legend: B clips, G time steps, N tokens of a clip, D embed_dim.
+# Shape legend: B clips, G time steps, N tokens of a clip, P prefix tokens, D embed_dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.attention import Attended
@@ -50,8 +51,6 @@ class FrameByFrameReducer(Reducer):
 
     def __init__(self, config: FrameByFrame, vit: ViTShape) -> None:
         super().__init__()
-        if vit.num_grids > 1 and vit.num_prefix_tokens:
-            raise ValueError("frame_by_frame needs clips without class or register tokens.")
         step = replace(vit, num_patches=vit.num_patches // vit.num_grids, num_grids=1)
         self.inner: Reducer = config.reduce.build(step)
         self.needs, self.also_runs = self.inner.needs, self.inner.also_runs
@@ -70,9 +69,9 @@ class FrameByFrameReducer(Reducer):
 
     def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
         """The groupings of all time steps as one."""
-        seen = _attended_apart(attended, tokens.grids)
+        seen = _attended_apart(attended, tokens)
         grouping = self.inner.group(layer, degree, _apart(tokens), seen)
-        return None if grouping is None else _one_grouping(grouping, tokens.grids)
+        return None if grouping is None else _one_grouping(grouping, tokens)
 
     def around_ffn(
         self,
@@ -83,10 +82,11 @@ class FrameByFrameReducer(Reducer):
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         """As the method does with each time step."""
-        grids = tokens.grids
-        seen = _attended_apart(attended, grids)
+        seen = _attended_apart(attended, tokens)
         x, selected = self.inner.around_ffn(layer, degree, _apart(tokens), seen, ffn)
-        return _join(x, grids), None if selected is None else _join(selected, grids)
+        if selected is not None:
+            selected = _join(selected, tokens.grids, tokens.prefix)
+        return _join(x, tokens.grids, tokens.prefix), selected
 
     def losses(self, passes: Passes) -> dict[str, Tensor]:
         """The method's; shares are taken over whole clips."""
@@ -98,46 +98,63 @@ class FrameByFrameReducer(Reducer):
 
 
 def _apart(tokens: Tokens) -> Tokens:
-    """[B, N, ...] to [B * G, N / G, ...], one grid each."""
-    grids, held = tokens.grids, tokens.x.shape[1] // tokens.grids
-    origin = tokens.origin
+    """Each time step of each clip as a sequence [B * G, P + (N - P) / G, ...] of one grid.
+
+    Prefix tokens, which belong to the whole clip, stand before each of them.
+    """
+    grids, prefix, origin = tokens.grids, tokens.prefix, tokens.origin
+    held = (tokens.x.shape[1] - prefix) // grids
+    first = _prefix_positions(tokens)
     if origin is not None:
-        origin = _split(_numbered(origin, grids, -held), grids)
-    return _changed(tokens, lambda values: _split(values, grids), grids=1, origin=origin)
+        origin = _split(_numbered(origin, grids, -held, first), grids, first)
+    return _changed(tokens, _split, grids, origin, grids_after=1)
 
 
 def _together(tokens: Tokens, grids: int) -> Tokens:
     """The opposite of `_apart`."""
-    origin = tokens.origin
+    origin, held = tokens.origin, tokens.x.shape[1] - tokens.prefix
+    first = _prefix_positions(tokens)
     if origin is not None:
-        origin = _numbered(_join(origin, grids), grids, tokens.x.shape[1])
-    return _changed(tokens, lambda values: _join(values, grids), grids=grids, origin=origin)
+        origin = _numbered(_join(origin, grids, first), grids, held, first)
+    return _changed(tokens, _join, grids, origin, grids_after=grids)
+
+
+def _prefix_positions(tokens: Tokens) -> int:
+    """Original positions that are prefix tokens; prompts have none."""
+    rows, columns = tokens.grid
+    return 0 if tokens.origin is None else tokens.origin.shape[1] - tokens.grids * rows * columns
 
 
 def _changed(
-    tokens: Tokens, change: Callable[[Tensor], Tensor], *, grids: int, origin: Tensor | None
+    tokens: Tokens,
+    change: Callable[[Tensor, int, int], Tensor],
+    grids: int,
+    origin: Tensor | None,
+    *,
+    grids_after: int,
 ) -> Tokens:
     def each(values: Tensor | None) -> Tensor | None:
-        return None if values is None else change(values)
+        return None if values is None else change(values, grids, tokens.prefix)
 
+    lost = tokens.lost
     return replace(
         tokens,
-        x=change(tokens.x),
-        grids=grids,
+        x=change(tokens.x, grids, tokens.prefix),
+        grids=grids_after,
         size=each(tokens.size),
         origin=origin,
-        lost=each(tokens.lost),
-        carried={name: change(values) for name, values in tokens.carried.items()},
+        lost=None if lost is None else change(lost, grids, _prefix_positions(tokens)),
+        carried={n: change(values, grids, tokens.prefix) for n, values in tokens.carried.items()},
         policy=each(tokens.policy),
         selected=each(tokens.selected),
     )
 
 
-def _attended_apart(attended: Attended, grids: int) -> Attended:
+def _attended_apart(attended: Attended, tokens: Tokens) -> Attended:
     """By-products that have a row for each token; reduction methods read no others."""
 
     def each(values: Tensor | None) -> Tensor | None:
-        return None if values is None else _split(values, grids)
+        return None if values is None else _split(values, tokens.grids, tokens.prefix)
 
     return Attended(
         mean_keys=each(attended.mean_keys),
@@ -146,33 +163,48 @@ def _attended_apart(attended: Attended, grids: int) -> Attended:
     )
 
 
-def _one_grouping(grouping: Grouping, grids: int) -> Grouping:
+def _one_grouping(grouping: Grouping, tokens: Tokens) -> Grouping:
     """The grouping of clips from those of their time steps."""
+    grids, prefix = tokens.grids, tokens.prefix
+    old, new = grouping.num_tokens - prefix, grouping.keep.shape[1] - prefix
 
-    def joined(index: Tensor, tokens: int) -> Tensor:
-        return _numbered(_join(index, grids), grids, tokens)
+    def joined(index: Tensor, step: int, first: int = 0) -> Tensor:
+        return _numbered(_join(index, grids, first), grids, step, first)
 
-    weight = grouping.weight
+    weight, fused = grouping.weight, grouping.fused
     return Grouping(
-        keep=joined(grouping.keep, grouping.num_tokens),
-        src=joined(grouping.src, grouping.num_tokens),
-        dst=joined(grouping.dst, grouping.keep.shape[1]),
-        num_tokens=grids * grouping.num_tokens,
-        weight=None if weight is None else _join(weight, grids),
+        keep=joined(grouping.keep, old, prefix),
+        src=joined(grouping.src, old),
+        dst=joined(grouping.dst, new),
+        num_tokens=prefix + grids * old,
+        weight=None if weight is None else _join(weight, grids, prefix),
         how=grouping.how,
+        fused=None if fused is None else joined(fused, new),
     )
 
 
-def _numbered(index_BK: Tensor, grids: int, step: int) -> Tensor:
-    """Indices of clips moved by `step` from one time step to the next; -1 stays."""
-    first = step * torch.arange(grids, device=index_BK.device)
-    moved = index_BK + first.repeat_interleave(index_BK.shape[1] // grids)
+def _numbered(index_BK: Tensor, grids: int, step: int, first: int) -> Tensor:
+    """Indices of clips moved by `step` from one time step to the next; -1 stays.
+
+    The `first` ones are of prefix tokens and stay, too.
+    """
+    number = torch.arange(grids, device=index_BK.device)
+    moves = step * number.repeat_interleave((index_BK.shape[1] - first) // grids)
+    moved = index_BK + F.pad(moves, (first, 0))
     return torch.where(index_BK < 0, index_BK, moved)
 
 
-def _split(values: Tensor, grids: int) -> Tensor:
-    return values.reshape(values.shape[0] * grids, values.shape[1] // grids, *values.shape[2:])
+def _split(values: Tensor, grids: int, first: int) -> Tensor:
+    """Of clips to of time steps, the `first` rows repeated for each of them."""
+    shared, apart = values.tensor_split([first], dim=1)
+    num_clips, held = apart.shape[:2]
+    steps = apart.reshape(num_clips * grids, held // grids, *values.shape[2:])
+    return torch.cat([shared.repeat_interleave(grids, dim=0), steps], dim=1) if first else steps
 
 
-def _join(values: Tensor, grids: int) -> Tensor:
-    return values.reshape(values.shape[0] // grids, values.shape[1] * grids, *values.shape[2:])
+def _join(values: Tensor, grids: int, first: int) -> Tensor:
+    """The opposite of `_split`."""
+    shared, apart = values.tensor_split([first], dim=1)
+    num_steps, held = apart.shape[:2]
+    clips = apart.reshape(num_steps // grids, held * grids, *values.shape[2:])
+    return torch.cat([shared[::grids], clips], dim=1) if first else clips

@@ -256,6 +256,11 @@ def _most_similar(
     In float32, so that half precision does not blur the order. The first `passed_by` targets are
     nobody's.
     """
+    device = metric_BNC.device.type
+    if torch.is_autocast_enabled(device):
+        # Or products would be in half precision whatever the metric is.
+        with torch.autocast(device, enabled=False):
+            return _most_similar(metric_BNC, source, target, passed_by)
     unit = F.normalize(metric_BNC.float(), dim=-1, eps=0.0)
     if fuses(unit):
         return most_similar_fused(unit, source, target, passed_by)

@@ -19,9 +19,12 @@ from tokendial.vit import DialViT
 _EARNED = 1.02
 """A treatment stays if it makes the model faster by this factor: less could be chance."""
 _TURNS = 3
-_MOST_CHANGED = 0.2
-"""Rounding, in half precision also of near ties between tokens, moves logits by some hundredths of
-their norm. What moves them further computes something else."""
+_ROUNDING = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.06}
+"""By how much of their norm rounding may move the logits of a typical image, products of float32 by
+GPUs in TF32 included. What moves them further computes something else."""
+_MOST_OTHER_CLASSES = 0.1
+"""Share of the images whose highest logit may be another one, although rounding does not explain
+it: of near ties between tokens another one may be merged or dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,7 @@ def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None])
     wanted = fast(example).float()
     try:
         use(True)
-        moved, norm = (fast(example).float() - wanted).norm(), wanted.norm()
-        if not moved <= _MOST_CHANGED * norm:
-            raise ArithmeticError(f"its logits differ by {float(moved / norm):.0%}")
+        _check_same(fast(example).float(), wanted, _ROUNDING[example.dtype])
     except Exception as error:  # whatever a backend may throw; the plain path remains
         use(False)
         fast.trials.append(_failed(name, error))
@@ -82,6 +83,20 @@ def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None])
     speedup = statistics.median(ratios)
     use(speedup >= _EARNED)
     fast.trials.append(Trial(name, speedup, kept=speedup >= _EARNED))
+
+
+def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
+    """Raise an ArithmeticError unless logits [B, classes, ...] are the same up to rounding."""
+    given, wanted = given.movedim(1, -1), wanted.movedim(1, -1)
+    norm = wanted.norm(dim=-1)
+    # Of most images: in few of them, a near tie between tokens may have fallen the other way.
+    moved = float(((given - wanted).norm(dim=-1) / norm.clamp(min=1e-12)).median())
+    if not moved <= rounding:
+        raise ArithmeticError(f"its logits differ by {moved:.1%}")
+    lost = wanted.amax(-1) - wanted.gather(-1, given.argmax(-1, keepdim=True)).squeeze(-1)
+    others = float((lost > 2 * rounding * norm).double().mean())
+    if others > _MOST_OTHER_CLASSES:
+        raise ArithmeticError(f"its top class differs in {others:.0%} of the images")
 
 
 def _failed(name: str, error: Exception) -> Trial:

@@ -18,7 +18,6 @@ from tokendial.data.splits import Splits
 from tokendial.tasks.classification import Classification
 from tokendial.train.batches import seed_all
 from tokendial.train.loop import Trainer
-from tokendial.train.optimizer import decay_groups
 from tokendial.train.recipe import CompensateRecipe
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT, wrap
@@ -169,7 +168,8 @@ class Compensating:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The plugin's matrices."""
         settings = self.recipe.train
-        return decay_groups(self.module.named_parameters(), settings.weight_decay, settings.lr)
+        parameters = list(self.module.parameters())
+        return [{"params": parameters, "weight_decay": settings.weight_decay, "lr": settings.lr}]
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:
         """Draw the two degrees of this update; all processes draw the same."""

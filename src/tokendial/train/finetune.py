@@ -110,7 +110,7 @@ class FineTuning:
         decay, lr = settings.weight_decay, settings.lr
         groups = parameter_groups(self.model, decay, lr, settings.layer_decay)
         if self.objective.distillation:
-            groups += decay_groups(self.objective.distillation.named_parameters(), decay, lr)
+            groups += decay_groups(self.objective.distillation, decay, lr)
         return groups
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:

@@ -307,9 +307,19 @@ class Trainer:
         self.at = _Position(**state["position"])
         load_trained(self.job.module, state["weights"])
         load_buffers(self.job.module, state["buffers"])
-        self.optimizer.load_state_dict(spread_optimizer(state["optimizer"], self.optimizer))
+        if _grouped_alike(state["optimizer"], self.optimizer.state_dict()):
+            self.optimizer.load_state_dict(spread_optimizer(state["optimizer"], self.optimizer))
+        elif not self.quiet:
+            # Earlier versions let more parameters decay, and kept the moments in another order.
+            print("the checkpoint groups parameters otherwise: the optimizer's moments start anew")
         if self.ema:
             present = self.ema.average
             self.ema.average = {n: spread(v, present[n]) for n, v in state["ema"].items()}
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _grouped_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two states of optimizers have groups of the same sizes."""
+    sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (one, other)]
+    return sizes[0] == sizes[1]

@@ -1,25 +1,17 @@
 """The optimizer's groups of parameters and its learning rate over a run."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from tokendial.adapt.base import Adapter
 from tokendial.train.checkpoint import trained
 from tokendial.train.recipe import TrainSection
 from tokendial.vit import DialViT
-
-_VECTORS = {
-    "cls_token",
-    "dist_token",
-    "reg_token",
-    "pos_embed",
-    "position_embeddings",
-    "prompts",
-}
-"""Last parts of names of parameters that are vectors, whatever their shape."""
 
 
 def parameter_groups(
@@ -27,9 +19,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Trained parameters, grouped by weight decay and learning rate.
 
-    Matrices decay; biases, norms, scales, prompts, positions and other vectors do not. With
-    `layer_decay` the rate of the backbone falls by that factor from block to block towards the
-    input, as in the fine-tuning recipes of BEiT and MAE; heads, adapters and reducers keep `lr`.
+    With `layer_decay` the rate of the backbone falls by that factor from block to block towards
+    the input, as in the fine-tuning recipes of BEiT and MAE; heads, adapters and reducers keep
+    `lr`. What decays: see `decay_groups`.
     """
     inside = {
         id(parameter): number
@@ -48,23 +40,40 @@ def parameter_groups(
         layer = inside.get(id(parameter), depth if id(parameter) in after else 0)
         return lr * layer_decay ** (depth + 1 - layer)
 
-    return decay_groups(trained(model).items(), weight_decay, rate)
+    return decay_groups(model, weight_decay, rate)
 
 
 def decay_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]],
+    module: nn.Module,
     weight_decay: float,
     rate: float | Callable[[str, nn.Parameter], float],
 ) -> list[dict[str, Any]]:
-    """Named parameters, grouped by weight decay (matrices have it) and learning rate."""
+    """Trained parameters of a module, grouped by weight decay and learning rate.
+
+    Matrices decay: the weights of linear layers and convolutions, what PEFT puts beside them, and
+    what an adapter names as its `matrices`. All else is a vector or many of them, whatever its
+    shape: biases, norms, scales, tokens, prompts, queries, positions, embeddings of classes.
+    """
+    matrices = {id(parameter) for parameter in _matrices(module)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters:
-        vector = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _VECTORS
+    for name, parameter in trained(module).items():
+        decay = weight_decay if id(parameter) in matrices else 0.0
         lr = rate(name, parameter) if callable(rate) else rate
-        groups.setdefault((0.0 if vector else weight_decay, lr), []).append(parameter)
+        groups.setdefault((decay, lr), []).append(parameter)
     return [
         {"params": group, "weight_decay": decay, "lr": lr} for (decay, lr), group in groups.items()
     ]
+
+
+def _matrices(module: nn.Module) -> Iterator[Tensor]:
+    for part in module.modules():
+        if isinstance(part, nn.Linear | _ConvNd):
+            yield part.weight
+        elif isinstance(part, nn.ParameterDict):
+            # PEFT's layers hold so what is no layer by itself; some of it is a row or a column.
+            yield from (p for p in part.values() if p.ndim > 1 and min(p.shape) > 1)
+        elif isinstance(part, Adapter):
+            yield from (getattr(part, name) for name in part.matrices)
 
 
 def cosine(

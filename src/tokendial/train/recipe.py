@@ -138,7 +138,8 @@ class TrainSection(_Section):
     layer_decay: float | None = Field(None, gt=0.0, le=1.0)
     """Factor on the rate of the backbone from one block to the one before it; null: 1."""
     weight_decay: float = Field(0.05, ge=0.0)
-    """AdamW's weight decay; biases, norms and other vectors have none."""
+    """AdamW's weight decay of matrices; biases, norms, tokens, positions and other vectors have
+    none."""
     clip_grad: float | None = Field(None, gt=0.0)
     """Largest norm of the gradient; null: not clipped."""
     ema: float | None = Field(None, gt=0.0, lt=1.0)
