@@ -2,14 +2,23 @@ import csv
 import json
 import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from examples import images, tiny_vit
 
+import tokendial as td
 from tokendial.data import ImageError, find_sources, read_image
 from tokendial.train import Run
-from tokendial.train.evaluate import evaluate, images_per_second, parse_degrees
+from tokendial.train import evaluate as evaluation
+from tokendial.train.evaluate import (
+    evaluate,
+    evaluate_bridged,
+    images_per_second,
+    parse_degrees,
+)
 from tokendial.train.predict import predict
 from tokendial.train.predict_ray import predict_on_ray
 
@@ -270,3 +279,23 @@ def test_the_version_is_printed(cli):
 
 def test_speed_is_measured_on_the_device_of_the_model(run):
     assert images_per_second(run.model(), torch.rand(2, 3, 32, 32)) > 0
+
+
+def test_a_compensator_is_detached_when_the_evaluation_with_it_fails(monkeypatch):
+    """The run and its data are stand-ins: only the model and the compensator are real."""
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4))
+    plugin = td.Compensator.for_model(model, td.ToCom())
+    recipe = SimpleNamespace(reduce=model.reduce_config, output="run")
+    run = SimpleNamespace(recipe=lambda: recipe, model=lambda reduce: model)
+
+    def scores(model, loader, task):
+        if model.compensation:
+            raise RuntimeError("out of memory")
+        return {"top1": 1.0}
+
+    monkeypatch.setattr(evaluation, "_validation", lambda *args: (None, None))
+    monkeypatch.setattr(evaluation, "some_images", lambda *args: images())
+    monkeypatch.setattr(evaluation, "evaluate_loader", scores)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate_bridged([run], plugin, "2", device="cpu")
+    assert model.compensation is None

@@ -33,6 +33,11 @@ class Adapter(nn.Module):
     """Whether it reads the patches as a map, which no reduction may have thinned out."""
     needs_all: ClassVar[bool] = False
     """Whether what it gives one token depends on the others, in whatever order and number."""
+    in_backbone: ClassVar[bool] = False
+    """Whether it acts by layers or hooks that it puts into the backbone."""
+    adds: bool = True
+    """Whether it only adds to the output of a backbone's layer, and what it adds does not depend on
+    the layer's weights."""
     merged: bool = False
     """Whether its weights are part of the backbone's at present."""
 

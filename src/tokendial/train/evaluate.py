@@ -214,18 +214,20 @@ def evaluate_bridged(
             model.set_degree(target)
             plain = _judged(evaluate_loader(model, loader, task))
             compensator.attach(model, source)
-            cost = model.cost()
-            row = BridgedRow(
-                run=recipe.output,
-                source=source,
-                degree=target,
-                plain=plain,
-                accuracy=_judged(evaluate_loader(model, loader, task)),
-                gmacs=cost.gmacs,
-                images_per_s=images_per_second(model, images),
-                tokens=cost.tokens_per_layer[-1],
-            )
-            compensator.detach(model)
+            try:
+                cost = model.cost()
+                row = BridgedRow(
+                    run=recipe.output,
+                    source=source,
+                    degree=target,
+                    plain=plain,
+                    accuracy=_judged(evaluate_loader(model, loader, task)),
+                    gmacs=cost.gmacs,
+                    images_per_s=images_per_second(model, images),
+                    tokens=cost.tokens_per_layer[-1],
+                )
+            finally:
+                compensator.detach(model)
             rows.append(row)
     return rows
 
