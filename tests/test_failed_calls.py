@@ -60,11 +60,7 @@ FAILING = {
     "full": {"reduce": td.ToMe(r=99), "adapt": td.Full()},
     "half-way": {"adapt": td.FacT(rank=3)},
     "half-way in PEFT": {
-        "adapt": td.PEFT(
-            method="boft",
-            options={"boft_block_size": 16, "boft_n_factor": 1},
-            target_modules=("qkv", "fc2"),
-        )
+        "adapt": td.PEFT(method="c3a", options={"block_size": 16}, target_modules=("qkv", "fc2"))
     },
     "no such layer": {"adapt": td.LoRA(target_modules=("query",))},
     "needs a grid": {"reduce": td.ToMe(r=4), "adapt": td.ConvPass(dim=4)},
