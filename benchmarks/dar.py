@@ -5,6 +5,8 @@ the patches. The model without DAR (same adapters, same decoder) and DAR take tu
 image by image; logits of the batch have to be those of the single images.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,9 @@ def main(arguments: list[str]) -> None:
     vit = backbone(asked.model, img_size=asked.img_size, device=asked.device)
     vit.reset_classifier(0)
     parts = {"adapt": td.DARAdapter(), "decode": td.DARDecoder()}
+    plain = copy.deepcopy(vit)
     model = td.wrap(vit, reduce=td.DAR(), **parts).eval().to(asked.device)
-    dense = td.wrap(vit, **parts).eval().to(asked.device)
+    dense = td.wrap(plain, **parts).eval().to(asked.device)
     images = random_images(vit, asked.batch)
     centre(model, images)
 

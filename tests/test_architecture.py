@@ -102,3 +102,12 @@ def test_the_command_line_starts_without_torch():
 
 def test_public_names_are_there():
     assert all(hasattr(tokendial, name) for name in tokendial.__all__)
+
+
+def test_asserts_only_narrow_types():
+    """`python -O` leaves them out: what checks or does something else stands in a statement."""
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert):
+                told = ast.unparse(node.test)
+                assert told.endswith(" is not None") or told.startswith("isinstance("), (path, told)

@@ -1,5 +1,10 @@
 """Every method compiles as one graph that equals the eager model."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from examples import images, perturbed, tiny_vit
@@ -80,3 +85,40 @@ def test_compiled_models_notice_adapters_and_compensators():
         compare_hooks()
         plugin.detach(model)
     assert len({logits.sum().item() for logits in seen}) == 5
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@torch.no_grad()
+def test_compiled_models_notice_what_is_merged(merge):
+    torch._dynamo.reset()
+    model = perturbed(td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=4), adapt=td.SSF()))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    plugin = perturbed(td.Compensator.for_model(model, td.ToCom(scale=0.5)), 0.3)
+    for change in (lambda: plugin.attach(model, merge=merge), model.merge_adapters):
+        compiled(images())
+        change()
+        assert torch.equal(compiled(images()), model(images()))
+
+
+WITHOUT_ASSERTS = """
+import torch
+from examples import images, perturbed, tiny_vit
+import tokendial as td
+
+with torch.no_grad():
+    model = td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=4)).eval()
+    plugin = perturbed(td.Compensator.for_model(model, td.ToCom(scale=0.5)), 0.3)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for change in (lambda: None, lambda: plugin.attach(model, merge=False)):
+        change()
+        print(torch.equal(compiled(images()), model(images())))
+"""
+
+
+def test_compiled_models_notice_hooks_in_python_without_asserts():
+    """`python -O` leaves asserts out, and what they read."""
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent / 'src'}"}
+    command = [sys.executable, "-O", "-c", WITHOUT_ASSERTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr

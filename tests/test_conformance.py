@@ -75,6 +75,15 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch(reduce):
     torch.testing.assert_close(model(images(3)[1:2]), model(images(3))[1:2])
 
 
+@each_pair
+@torch.no_grad()
+def test_an_empty_batch_gives_the_logits_of_no_image(reduce, adapt):
+    model = td.wrap(tiny_vit(), reduce=reduce, adapt=adapt).eval()
+    assert model(images()[:0]).shape == (0, 7)
+    assert model.feature_map(images()[:0]).shape == (0, 48, 8, 8)
+    assert model.forward_at(images()[:0], []).shape == (0, 7)
+
+
 @each_reducer
 @torch.no_grad()
 def test_every_position_is_somewhere_or_dropped(reduce):

@@ -45,6 +45,15 @@ def clips(count=2, frames=4, size=16):
     return torch.randn(count, frames, 3, size, size, generator=generator)
 
 
+@pytest.mark.parametrize("reduce", [None, td.ToMe(r=4), td.FrameByFrame(reduce=td.ToMe(r=2))])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@torch.no_grad()
+def test_an_empty_batch_gives_the_logits_of_no_clip(make, reduce):
+    model = td.wrap(make(), reduce=reduce).eval()
+    assert model(clips(0)).shape == (0, 7)
+    assert model.feature_map(clips(0)).shape == (0, *model.feature_map(clips(2)).shape[1:])
+
+
 # The published numbers.
 
 

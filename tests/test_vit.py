@@ -57,6 +57,16 @@ def test_patch_tokens_that_the_head_does_not_read_can_be_skipped(name, r):
     assert tokens == (all_tokens if patches_are_read else model.anatomy.shape.num_prefix_tokens)
 
 
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_an_empty_batch_gives_the_logits_of_no_image(name):
+    vit, size = backbone(name)
+    model = td.wrap(vit, reduce=td.ToMe(r=2)).eval()
+    pictures = images(1, *size)
+    assert model(pictures[:0]).shape == (0, *model(pictures).shape[1:])
+    assert model.feature_map(pictures[:0]).shape == (0, *model.feature_map(pictures).shape[1:])
+
+
 @pytest.mark.parametrize("name", ["vit", "dinov3"])
 @pytest.mark.parametrize("size", [(64, 96), (32, 32)])
 @torch.no_grad()

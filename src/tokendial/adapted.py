@@ -1,14 +1,16 @@
 """AdaptedViT: a ViT, its dial, the adapters that take turns in it, and what is saved of them."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
-from tokendial.adapt.fitting import Fitting
+from tokendial.adapt.fitting import Fitting, carried_by
 from tokendial.backbones import Backbone, anatomy_of, fingerprint, fresh_head
 from tokendial.decode import DecoderConfig
 from tokendial.reduce.base import ReducerConfig
@@ -16,6 +18,10 @@ from tokendial.reduce.base import ReducerConfig
 
 class Compensation(Protocol):
     """Changes weights of the model whenever the dial turns; see `tokendial.compensate`."""
+
+    @property
+    def in_weights(self) -> bool:
+        """Whether the weights are changed now, rather than what layers give."""
 
     def on(self) -> None:
         """Begin, at the degree of the model."""
@@ -29,6 +35,8 @@ class Compensation(Protocol):
 
 DEFAULT = "default"
 """Name of the adapter that a model was wrapped with."""
+_MODELS: "WeakKeyDictionary[nn.Module, WeakSet[AdaptedViT]]" = WeakKeyDictionary()
+"""The wrapped models that share a backbone, as long as they live."""
 
 
 class AdaptedViT(nn.Module):
@@ -47,20 +55,76 @@ class AdaptedViT(nn.Module):
         self.anatomy = anatomy_of(vit)
         self.reduce_config = reduce
         self._backbone = backbone or Backbone.of(vit)
+        self._described = Backbone.of(vit)
         self.fingerprint = fingerprint(vit)
         self.vit: Any = vit
-        self._check_headless(decode)
+        self.check_headless(decode)
+        self._wrapped_head_size = self._head_size
         fitting = self._fitting(adapt, decode, self._head_size)
+        self.compensation: Compensation | None = None
+        """What turns with the dial, if a compensator is attached."""
+        self._degree = 0
+        if fitting.reducer:
+            check_degree(fitting.reducer.degree, fitting.reducer.degrees)
+            self._degree = fitting.reducer.degree
+        self._check_alone(vit, adapts=adapt is not None)
         if adapt:
             heads = {name: vit.get_submodule(name) for name in self.head_names}
             fitting.install(vit, self.anatomy.blocks, heads, shared=False)
         self._fittings = {DEFAULT: fitting}
         self._activate(DEFAULT)
-        self.compensation: Compensation | None = None
-        """What turns with the dial, if a compensator is attached."""
-        self.degree = 0
-        """Position of the dial."""
-        self.set_degree(self.reducer.degree if self.reducer else 0)
+        _MODELS.setdefault(vit, WeakSet()).add(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "vit" and "vit" in self.__dict__.get("_modules", ()):
+            self._follow(value)
+        super().__setattr__(name, value)
+
+    def _follow(self, vit: nn.Module) -> None:
+        """Run another backbone from now on; a ValueError if it cannot replace the present one."""
+        if getattr(self, "_is_replica", False):  # torch.nn.DataParallel puts in the replica's
+            self.anatomy = type(self.anatomy)(vit)
+            return
+        anatomy, present = anatomy_of(vit), self.vit
+        if self.compensation:
+            raise ValueError("a compensator is attached: detach it before vit is replaced.")
+        if any(fitting.adapter.in_backbone for fitting in self._fittings.values()):
+            raise ValueError(
+                "vit cannot be replaced: an adapter has put layers into it; wrap the other one."
+            )
+        if type(anatomy) is not type(self.anatomy) or _shapes(vit) != _shapes(present):
+            raise ValueError("vit must be a model of the same kind and shape as the present one.")
+        self._check_alone(vit, adapts=self._adapts)
+        if self._adapts:
+            for own, theirs in zip(vit.parameters(), present.parameters(), strict=True):
+                own.requires_grad_(theirs.requires_grad)
+        self.anatomy, self.fingerprint = anatomy, fingerprint(vit)
+        _MODELS.setdefault(vit, WeakSet()).add(self)
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether it changes its backbone, now or when adapters take turns."""
+        return len(self._fittings) > 1 or self._fittings[DEFAULT].config is not None
+
+    def _check_alone(self, vit: nn.Module, *, adapts: bool) -> None:
+        """Raise a ValueError if this model or another one would change what both run."""
+        if carried := carried_by(vit):
+            raise ValueError(
+                f"this backbone holds the {carried} of a wrapped model: give that model more "
+                "adapters by add_adapter(), or wrap a fresh backbone."
+            )
+        others = [m for m in _MODELS.get(vit, ()) if m is not self and m.vit is vit]
+        if any(adapts or len(model._fittings) > 1 for model in others):
+            raise ValueError(
+                "another wrapped model has this backbone, and an adapter would change both: wrap a "
+                "copy (copy.deepcopy), or give that model the adapter by add_adapter()."
+            )
+
+    def release_backbone(self) -> None:
+        """Give the backbone back as `wrap` found it; the model cannot be used any more."""
+        if self._fittings[DEFAULT].config is not None:
+            self._fittings[DEFAULT].remove(self.vit)
+        _MODELS[self.vit].discard(self)
 
     def _fitting(
         self, adapt: AdapterConfig | None, decode: DecoderConfig | None, head_size: int
@@ -77,7 +141,8 @@ class AdaptedViT(nn.Module):
         decoder = decode.build(shape) if decode else None
         return Fitting(adapt, adapter, reducer, head_size, decode, decoder)
 
-    def _check_headless(self, decode: DecoderConfig | None) -> None:
+    def check_headless(self, decode: DecoderConfig | None) -> None:
+        """Raise a ValueError if this model cannot have a decoder, but should."""
         if decode and self.anatomy.frames is not None:
             raise ValueError("a decoder reads images, but this model takes clips.")
         if decode and self._head_size:
@@ -99,11 +164,27 @@ class AdaptedViT(nn.Module):
         self.adapt_config = fitting.config
         self.adapter, self.reducer = fitting.adapter, fitting.reducer
         self.decode_config, self.decoder = fitting.decode, fitting.decoder
-        other_head = fitting.head_size != self._fittings[DEFAULT].head_size
-        self.backbone = (
-            self._backbone.with_head(fitting.head_size) if other_head else self._backbone
-        )
         self.note_hooks()
+
+    @property
+    def backbone(self) -> Backbone:
+        """How to build the backbone again, with the head and the settings that it has now."""
+        before, now = self._described.args, Backbone.of(self.vit).args
+        changed = {name: now[name] for name in now if now[name] != before.get(name)}
+        changed.pop("num_classes", None)  # what a model says, whatever its head is
+        backbone = dataclasses.replace(self._backbone, args={**self._backbone.args, **changed})
+        size = self._head_size
+        return backbone if size == self._wrapped_head_size else backbone.with_head(size)
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """timm's notes on the backbone, such as mean and deviation of images; not all have them."""
+        return self.vit.pretrained_cfg
+
+    @property
+    def default_cfg(self) -> Any:
+        """The same by its older name."""
+        return self.vit.default_cfg
 
     def note_hooks(self) -> None:
         """Number the hooks in the backbone: another number for other hooks.
@@ -141,10 +222,12 @@ class AdaptedViT(nn.Module):
 
         Raises:
             ValueError: If the name is taken, the method does not fit, the model has no head to
-                replace or one beside which no decoder can stand, adapters are merged, or the method
-                given to `wrap` trains the weights that all would share.
+                replace or one beside which no decoder can stand, adapters are merged, the method
+                given to `wrap` trains the weights that all would share, or another wrapped model
+                has the backbone.
         """
         default = self._fittings[DEFAULT]
+        self._note_head_size()
         if not isinstance(name, str) or not name or name in self._fittings:
             raise ValueError(f"name must be one that is not taken, got {name!r}.")
         if default.in_place:
@@ -157,18 +240,19 @@ class AdaptedViT(nn.Module):
             allowed = "at least 1" if default.head_size else "None: this model has no head"
             raise ValueError(f"num_classes must be {allowed}, got {num_classes}.")
         self._check_unmerged()
-        self._check_headless(decode)
+        self.check_headless(decode)
         fitting = self._fitting(adapt, decode or default.decode, size)
         active = self._fittings[self.active_adapter]
         with self.own_weights():
             active.take_off(self.vit)
-            heads = {
-                head: fresh_head(self.vit.get_submodule(head), size) for head in self.head_names
-            }
             try:
+                self._check_alone(self.vit, adapts=True)
+                heads = {
+                    head: fresh_head(self.vit.get_submodule(head), size) for head in self.head_names
+                }
                 fitting.install(self.vit, self.anatomy.blocks, heads, shared=True)
-            finally:
                 fitting.take_off(self.vit)
+            finally:
                 active.put_on(self.vit)
         self._fittings[name] = fitting
 
@@ -182,9 +266,15 @@ class AdaptedViT(nn.Module):
         if name == self.active_adapter:
             return
         self._check_unmerged()
+        self._note_head_size()
+        before = self._fittings[self.active_adapter]
         with self.own_weights():
-            self._fittings[self.active_adapter].take_off(self.vit)
-            self._fittings[name].put_on(self.vit)
+            before.take_off(self.vit)
+            try:
+                self._fittings[name].put_on(self.vit)
+            except BaseException:
+                before.put_on(self.vit)
+                raise
             self._activate(name)
 
     def delete_adapter(self, name: str) -> None:
@@ -230,6 +320,10 @@ class AdaptedViT(nn.Module):
         if self.adapter.merged:
             raise ValueError("the adapters are merged: call unmerge_adapters() first.")
 
+    def _note_head_size(self) -> None:
+        """The head of the adapter that acts may be another one than it came with."""
+        self._fittings[self.active_adapter].head_size = self._head_size
+
     @property
     def num_classes(self) -> int:
         """Width of the logits; 0 without a head or decoder."""
@@ -274,6 +368,15 @@ class AdaptedViT(nn.Module):
         """Degrees that the dial offers, from 0 (no reduction) to the cheapest."""
         return self.reducer.degrees if self.reducer else (0,)
 
+    @property
+    def degree(self) -> int:
+        """Position of the dial; setting it turns the dial, as `set_degree` does."""
+        return self._degree
+
+    @degree.setter
+    def degree(self, degree: int) -> None:
+        self.set_degree(degree)
+
     def set_degree(self, degree: int) -> None:
         """Turn the dial.
 
@@ -281,27 +384,32 @@ class AdaptedViT(nn.Module):
             ValueError: If `degree` is not one of `degrees`, or an attached compensator does not
                 reach it.
         """
-        self._check_degree(degree)
+        check_degree(degree, self.degrees)
+        degree = int(degree)
         if self.compensation:
             self.compensation.turn(degree)
-        self.degree = int(degree)
-
-    def _check_degree(self, degree: int) -> None:
-        if isinstance(degree, bool) or degree not in self.degrees:
-            last = self.degrees[-1]
-            raise ValueError(f"degree must be an integer in [0, {last}], got {degree!r}.")
+        self._degree = degree
 
     @contextmanager
     def own_weights(self) -> Iterator[None]:
         """Run a block of code without what an attached compensator does to the weights."""
-        if self.compensation:
-            self.compensation.off()
+        compensation, self.compensation = self.compensation, None
+        if compensation:
+            compensation.off()
         try:
             yield
         finally:
-            if self.compensation:
-                self.compensation.on()
+            self.compensation = compensation
+            if compensation:
+                compensation.on()
             self.note_hooks()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # What is loaded would be lost when the kept weights come back.
+        self._check_unmerged()
+        if self.compensation and self.compensation.in_weights:
+            raise ValueError("a compensator is in the weights: detach it before others are loaded.")
+        super()._load_from_state_dict(*args)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write what was trained, the configuration and the backbone's name; see `load`."""
@@ -316,3 +424,13 @@ class AdaptedViT(nn.Module):
         from tokendial.saving import push
 
         return push(self, repo_id, private=private, token=token)
+
+
+def check_degree(degree: int, degrees: Sequence[int]) -> None:
+    """Raise a ValueError unless `degree` is one of those that a dial offers."""
+    if isinstance(degree, bool) or degree not in degrees:
+        raise ValueError(f"degree must be an integer in [0, {degrees[-1]}], got {degree!r}.")
+
+
+def _shapes(vit: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in vit.named_parameters()}

@@ -30,6 +30,7 @@ def save(model: AdaptedViT, directory: Path) -> None:
     """
     if model.adapter.merged:
         raise ValueError("merged adapters cannot be saved: call unmerge_adapters() first.")
+    model.check_headless(model.decode_config)
     with model.own_weights():
         write_files(directory, _config(model), _saved(model))
 
@@ -59,7 +60,8 @@ def load(
 
     Raises:
         ValueError: If the folder does not hold a saved model, `vit` is not the backbone that it
-            was trained on, or one of the two reduction methods has weights.
+            was trained on, or one of the two reduction methods has weights. A `vit` that was given
+            is then as it was.
     """
     folder, config, tensors = read_files(directory, kind="model")
     backbone = Backbone(**config["backbone"])
@@ -68,16 +70,20 @@ def load(
         vit = (dataclasses.replace(backbone, weights=None) if whole else backbone).create()
     own, adapt, decode = _methods(config)
     model = wrap(vit, reduce=reduce or own, adapt=adapt, decode=decode, backbone=backbone)
-    _check_names(_saved(model), tensors, folder)
-    if whole:
-        # Of what it was fine-tuned from, not of the fresh weights that are now replaced.
-        model.fingerprint = config["fingerprint"]
-    else:
-        _check_backbone(model, config, folder)
-    model.load_state_dict(tensors, strict=False)
-    if reduce is None:
-        _calibrate(model, config)
-        model.set_degree(config["degree"])
+    try:
+        _check_names(_saved(model), tensors, folder)
+        if whole:
+            # Of what it was fine-tuned from, not of the fresh weights that are now replaced.
+            model.fingerprint = config["fingerprint"]
+        else:
+            _check_backbone(model, config, folder)
+        if reduce is None:
+            _calibrate(model, config)
+            model.set_degree(config["degree"])
+        model.load_state_dict(tensors, strict=False)
+    except BaseException:
+        model.release_backbone()
+        raise
     return model.eval()
 
 
@@ -95,20 +101,21 @@ def load_adapter(model: AdaptedViT, name: str, directory: str | Path) -> None:
     _check_backbone(model, config, folder)
     biases = {f"vit.{head}.{bias}" for head in model.head_names for bias in ("bias", "head.bias")}
     heads = [value for tensor, value in tensors.items() if tensor in biases]
-    model.add_adapter(name, adapt, num_classes=len(heads[0]) if heads else None, decode=decode)
     active = model.active_adapter
-    model.set_adapter(name)
-    try:
-        own = _trained(model)
-        found = {tensor: value for tensor, value in tensors.items() if tensor in own}
-        _check_names(own, found, folder)
-        model.load_state_dict(found, strict=False)
-        _calibrate(model, config)
-    except ValueError:
+    with model.own_weights():
+        model.add_adapter(name, adapt, num_classes=len(heads[0]) if heads else None, decode=decode)
+        try:
+            model.set_adapter(name)
+            own = _trained(model)
+            found = {tensor: value for tensor, value in tensors.items() if tensor in own}
+            _check_names(own, found, folder)
+            model.load_state_dict(found, strict=False)
+            _calibrate(model, config)
+        except BaseException:
+            model.set_adapter(active)
+            model.delete_adapter(name)
+            raise
         model.set_adapter(active)
-        model.delete_adapter(name)
-        raise
-    model.set_adapter(active)
 
 
 def push(

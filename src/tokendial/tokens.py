@@ -288,11 +288,12 @@ def patch_grid(tokens: Tokens) -> Tensor:
 def to_grid(patches_BLD: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches as maps [M, D, rows, columns]; M is B, or more if a sequence holds several grids."""
     rows, columns = grid
-    maps = patches_BLD.reshape(-1, rows * columns, patches_BLD.shape[-1])
-    return maps.transpose(1, 2).reshape(maps.shape[0], -1, *grid)
+    width = patches_BLD.shape[-1]
+    maps = patches_BLD.reshape(-1, rows * columns, width)
+    return maps.transpose(1, 2).reshape(maps.shape[0], width, *grid)
 
 
-def from_grid(maps_MDRC: Tensor, batch: int) -> Tensor:
-    """The opposite of `to_grid`: [B, L, D]."""
+def from_grid(maps_MDRC: Tensor, num_patches: int) -> Tensor:
+    """The opposite of `to_grid`: [B, L, D] of sequences with `num_patches` patches."""
     width = maps_MDRC.shape[1]
-    return maps_MDRC.flatten(2).transpose(1, 2).reshape(batch, -1, width)
+    return maps_MDRC.flatten(2).transpose(1, 2).reshape(-1, num_patches, width)

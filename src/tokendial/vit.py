@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokendial.adapt.base import AdapterConfig
-from tokendial.adapted import AdaptedViT
+from tokendial.adapted import AdaptedViT, check_degree
 from tokendial.attention import Attended, attend
 from tokendial.backbones import Backbone
 from tokendial.decode import DecoderConfig
@@ -45,7 +45,8 @@ def wrap(
         features; with a decoder: its logit maps).
 
     Raises:
-        ValueError: If the model is not supported or a method does not fit it.
+        ValueError: If the model is not supported, a method does not fit it, or another wrapped
+            model has it and one of both brings adapters. `vit` is then as it was.
 
     Example:
         >>> import timm, torch
@@ -126,6 +127,8 @@ class DialViT(AdaptedViT):
             raise ValueError(
                 f"degrees must be one for each of the {len(images)} images, got {len(degrees)}."
             )
+        if not degrees:
+            return self(images)  # type: ignore[no-any-return]
         before = self.degree
         rows = {d: [i for i, own in enumerate(degrees) if own == d] for d in sorted(set(degrees))}
         parts = []
@@ -209,8 +212,9 @@ class DialViT(AdaptedViT):
         if self.checkpoint_activations and self.training:
             run = partial(checkpoint, self._block, use_reentrant=False)
         degree = self.degree  # a recomputed block has to find it as it was
-        assert self.hooks >= 0  # read, so that a compiled model is compiled anew when they change
-        depth = len(self.anatomy.blocks)
+        # The number is never negative. That it decides something here, in a statement that Python
+        # keeps, makes a compiled model depend on it: it is compiled anew when hooks change.
+        depth = len(self.anatomy.blocks) if self.hooks >= 0 else 0
         for layer in range(1, depth + 1):
             step = run(layer, degree, tokens, needs, skip_unread and layer == depth)
             tokens = step.tokens
@@ -374,7 +378,7 @@ class DialViT(AdaptedViT):
         found = [maps[layer] for layer in layers]
         if self.anatomy.frames is None:
             return found
-        return [each.reshape(images.shape[0], -1, *each.shape[1:]) for each in found]
+        return [each.reshape(-1, self.anatomy.time_steps, *each.shape[1:]) for each in found]
 
     def cost(self, degree: int | None = None) -> Cost:
         """Parameters, multiply-accumulates and tokens of one image of the configured size.
@@ -400,12 +404,12 @@ class DialViT(AdaptedViT):
 
         try:
             if degree is not None:
-                self._check_degree(degree)
-                self.degree = degree  # weights need not follow to be counted
+                check_degree(degree, self.degrees)
+                self._degree = int(degree)  # weights need not follow to be counted
             macs = count_macs(self, run)
             at = self.degree
         finally:
-            self.degree = before
+            self._degree = before
         readouts = [*self.anatomy.heads, *([self.decoder] if self.decoder else [])]
         heads = {id(p) for readout in readouts for p in readout.parameters()}
         return Cost(

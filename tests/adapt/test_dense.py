@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import timm
 import torch
@@ -114,7 +116,7 @@ def test_the_channel_scale_multiplies_what_is_added_and_read(vit):
     perturbed(model.adapter, std=0.3)
     scales = list(model.adapter.channel_scales)
     ups = [layer["up"][0] for layer in model.adapter.layers]
-    plain = td.wrap(vit, adapt=td.DenseAdapter(dim=5))
+    plain = td.wrap(copy.deepcopy(vit), adapt=td.DenseAdapter(dim=5))
     plain.adapter.load_state_dict(model.adapter.state_dict(), strict=False)
     for layer, up, scale in zip(plain.adapter.layers, ups, scales, strict=True):
         layer["up"][0].weight.copy_(up.weight * scale[:, None])

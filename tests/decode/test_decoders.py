@@ -44,6 +44,14 @@ def test_masks_of_the_mask_transformer_follow_the_definition():
     torch.testing.assert_close(decoder(features), expected)
 
 
+@pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
+@torch.no_grad()
+def test_an_empty_batch_gives_the_logit_maps_of_no_image(decode):
+    model = dense(decode, td.ToMe(r=8))
+    assert model(images()[:0]).shape == (0, *model(images()).shape[1:])
+    assert model.outcome(images()[:0]).logits.shape[0] == 0
+
+
 @pytest.mark.parametrize("reduce", REDUCERS.values(), ids=REDUCERS)
 @pytest.mark.parametrize("decode", DECODERS.values(), ids=DECODERS)
 @torch.no_grad()

@@ -5,18 +5,20 @@ import math
 import shutil
 import tarfile
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from examples import tiny_vit
+from examples import images, tiny_vit
 from PIL import Image
 
 import tokendial as td
 from tokendial.data import ImageError, find_sources, labelled, read_image
 from tokendial.train import Run
+from tokendial.train import evaluate as evaluation
 from tokendial.train.degrees import degrees_to_show, parse_degrees, spread_by_cost
-from tokendial.train.evaluate import evaluate, time_degrees
+from tokendial.train.evaluate import evaluate, evaluate_bridged, time_degrees
 from tokendial.train.predict import predict
 from tokendial.train.predict_ray import predict_on_ray
 from tokendial.train.tables import class_scores
@@ -355,3 +357,23 @@ def test_the_version_is_printed(cli):
 def test_speed_is_measured_on_the_device_of_the_model(run):
     first, last = time_degrees(run.model(), torch.rand(2, 3, 32, 32), [0, 8])
     assert 0 < last.seconds < 10 * first.seconds
+
+
+def test_a_compensator_is_detached_when_the_evaluation_with_it_fails(monkeypatch):
+    """The run and its data are stand-ins: only the model and the compensator are real."""
+    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4))
+    plugin = td.Compensator.for_model(model, td.ToCom())
+    recipe = SimpleNamespace(reduce=model.reduce_config, output="run")
+    run = SimpleNamespace(recipe=lambda: recipe, model=lambda reduce: model)
+
+    def scores(model, loader, task, after_batch):
+        if model.compensation:
+            raise RuntimeError("out of memory")
+        return {"top1": 1.0}
+
+    monkeypatch.setattr(evaluation, "_validation", lambda *args: (None, []))
+    monkeypatch.setattr(evaluation, "some_images", lambda *args: images())
+    monkeypatch.setattr(evaluation, "evaluate_loader", scores)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate_bridged([run], plugin, "2", device="cpu")
+    assert model.compensation is None

@@ -36,6 +36,11 @@ class Adapter(nn.Module):
     matrices: tuple[str, ...] = ()
     """Names of its parameters that are matrices although they are no layer's weight; weight decay
     acts on them as on those."""
+    in_backbone: ClassVar[bool] = False
+    """Whether it acts by layers or hooks that it puts into the backbone."""
+    adds: bool = True
+    """Whether it only adds to the output of a backbone's layer, and what it adds does not depend on
+    the layer's weights."""
     merged: bool = False
     """Whether its weights are part of the backbone's at present."""
 

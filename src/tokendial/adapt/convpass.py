@@ -58,7 +58,7 @@ class Bypass(nn.Module):
         images, _, width = hidden.shape
         pixels = first.reshape(images * prefix, width, 1, 1)
         first = self.conv(pixels).reshape(images, prefix, width) if prefix else first
-        patches = from_grid(self.conv(to_grid(patches, grid)), images)
+        patches = from_grid(self.conv(to_grid(patches, grid)), patches.shape[1])
         out: Tensor = self.up(_quick_gelu(torch.cat([first, patches], dim=1)))
         return out
 

@@ -79,7 +79,9 @@ class DARAdapters(Bottlenecks):
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The branch of this layer."""
         adapted = self.bottleneck(layer, tokens.x)
-        patches = from_grid(self.compensators[layer - 1](patch_grid(tokens)), tokens.x.shape[0])
+        patches = from_grid(
+            self.compensators[layer - 1](patch_grid(tokens)), tokens.x.shape[1] - tokens.prefix
+        )
         prefix, rest = adapted.tensor_split([tokens.prefix], dim=1)
         both = torch.cat([prefix, rest + patches], dim=1)
         return self.scales[layer - 1] * both, tokens.carried

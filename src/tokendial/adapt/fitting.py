@@ -9,6 +9,14 @@ from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.decode import DecoderConfig
 from tokendial.reduce.base import Reducer
 
+_CARRIED = "carried_adapter"
+"""Attribute of a backbone that says which method's layers or hooks stand in it."""
+
+
+def carried_by(vit: nn.Module) -> str | None:
+    """Name of the method whose layers or hooks stand in a backbone; None: it has only its own."""
+    return getattr(vit, _CARRIED, None)
+
 
 @dataclass(slots=True)
 class Fitting:
@@ -33,6 +41,8 @@ class Fitting:
     """The same for single parameters."""
     trained: dict[str, bool] = field(default_factory=dict)
     """While it is off: which parameters of the backbone train when it is on."""
+    found: dict[str, bool] = field(default_factory=dict)
+    """Which of them trained before it was installed."""
 
     def install(
         self,
@@ -55,16 +65,17 @@ class Fitting:
             ValueError: If the method does not fit; the backbone is left as it was.
         """
         before, own = dict(vit.named_modules()), {id(p) for p in vit.parameters()}
+        self.found = {name: p.requires_grad for name, p in vit.named_parameters()}
         vit.requires_grad_(False)
         for name, head in heads.items():
             vit.set_submodule(name, head)
         try:
             self.adapter.install(vit, blocks)
-        finally:
-            for name, module in vit.named_modules():
-                inside = any(name.startswith(f"{outer}.") for outer in self.layers)
-                if before.get(name) is not module and not inside:
-                    self.layers[name] = before[name]
+        except BaseException:
+            self._note_layers(vit, before)
+            self.remove(vit)
+            raise
+        self._note_layers(vit, before)
         changed = {n: p for n, p in vit.named_parameters() if p.requires_grad and id(p) in own}
         self.in_place = bool(changed) and not shared
         if shared:
@@ -74,6 +85,13 @@ class Fitting:
             self._exchange_weights(vit)
         for head in heads.values():
             head.requires_grad_(True)
+        self._mark(vit)
+
+    def remove(self, vit: nn.Module) -> None:
+        """Leave the backbone as `install` found it, while the adapter is on."""
+        self.take_off(vit)
+        for name, parameter in vit.named_parameters():
+            parameter.requires_grad_(self.found[name])
 
     def put_on(self, vit: nn.Module) -> None:
         """Put the adapter back on, where the backbone is now and in its arithmetic."""
@@ -86,8 +104,10 @@ class Fitting:
         self._exchange_layers(vit)
         self._exchange_weights(vit)
         for name, parameter in vit.named_parameters():
-            parameter.requires_grad_(self.trained[name])
+            if name in self.trained:  # a head may have come since
+                parameter.requires_grad_(self.trained[name])
         self.adapter.switch(on=True)
+        self._mark(vit)
 
     def take_off(self, vit: nn.Module) -> None:
         """Leave the backbone as it was without the adapter."""
@@ -95,6 +115,18 @@ class Fitting:
         self._exchange_weights(vit)
         self._exchange_layers(vit)
         self.adapter.switch(on=False)
+        vit.__dict__.pop(_CARRIED, None)
+
+    def _mark(self, vit: nn.Module) -> None:
+        if self.adapter.in_backbone:
+            setattr(vit, _CARRIED, type(self.config).__name__)
+
+    def _note_layers(self, vit: nn.Module, before: Mapping[str, nn.Module]) -> None:
+        """Find what `install` has replaced."""
+        for name, module in vit.named_modules():
+            inside = any(name.startswith(f"{outer}.") for outer in self.layers)
+            if before.get(name) is not module and not inside:
+                self.layers[name] = before[name]
 
     def _exchange_layers(self, vit: nn.Module) -> None:
         for name, module in self.layers.items():

@@ -46,6 +46,8 @@ class _Call:
 class HookedAdapter(Adapter):
     """Owns the layers that act on outputs, and can merge them into the backbone."""
 
+    in_backbone = True
+
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[_Call] = []
@@ -62,6 +64,15 @@ class HookedAdapter(Adapter):
             handle.remove()
         calls = self._calls if on else []
         self._handles = [call.module.register_forward_hook(call) for call in calls]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse: a replica's hooks would call the layers of the original, on another device."""
+        if not self.merged:
+            raise ValueError(
+                f"{type(self).__name__} acts by hooks, which torch.nn.DataParallel does not copy: "
+                "use DistributedDataParallel, or call merge_adapters() first."
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -14,6 +14,10 @@ from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.methods import register
 from tokendial.reduce.base import ViTShape
 
+_ADDING = frozenset({"adalora", "loha", "lokr", "vera"})
+"""Methods that only add to what a layer gives. Others scale it, rotate its input, or read its
+weights; what PEFT's lora does depends on its options."""
+
 
 @register("adapt", "peft")
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +57,11 @@ class PEFT(AdapterConfig):
 class PEFTLayers(Adapter):
     """Lets PEFT put its layers into the backbone; owns no weights itself."""
 
+    in_backbone = True
+
     def __init__(self, peft_config: Any, target_modules: tuple[str, ...]) -> None:
         super().__init__()
+        self.adds = peft_config.peft_type.value.lower() in _ADDING
         self.peft_config, self.target_modules = peft_config, target_modules
         self._layers: list[Any] = []
         self._kept: list[dict[str, Tensor]] = []
@@ -76,8 +83,9 @@ class PEFTLayers(Adapter):
             peft.inject_adapter_in_model(self.peft_config, vit)
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"PEFT cannot put its layers into this model: {error}") from None
+        finally:
+            self._noted = [(vit, getattr(vit, "peft_config", None))]
         self._layers = [module for module in vit.modules() if isinstance(module, BaseTunerLayer)]
-        self._noted = [(vit, getattr(vit, "peft_config", None))]
 
     def switch(self, *, on: bool) -> None:
         """Keep PEFT's note on the backbone as long as its layers are there."""
@@ -88,19 +96,32 @@ class PEFTLayers(Adapter):
                 del vit.peft_config
 
     def merge(self) -> None:
-        """Let PEFT merge its layers, and keep the weights that they change."""
+        """Let PEFT merge its layers, and keep the weights that they change.
+
+        Raises:
+            ValueError: If PEFT cannot merge the method.
+        """
         bases = [layer.get_base_layer() for layer in self._layers]
         self._kept = [
             {name: p.detach().clone() for name, p in base.named_parameters()} for base in bases
         ]
-        for layer in self._layers:
-            layer.merge()
         self.merged = True
+        try:
+            for layer in self._layers:
+                layer.merge()
+        except NotImplementedError as error:
+            self.unmerge()
+            method = self.peft_config.peft_type.value.lower()
+            raise ValueError(f"PEFT cannot merge {method}: {error}") from None
+        except BaseException:
+            self.unmerge()
+            raise
 
     def unmerge(self) -> None:
         """Put the kept weights back: PEFT subtracts what it added, which leaves rounding errors."""
         for layer, kept in zip(self._layers, self._kept, strict=True):
-            layer.unmerge()
+            if layer.merged:
+                layer.unmerge()
             layer.get_base_layer().load_state_dict(kept)
         self._kept, self.merged = [], False
 

@@ -55,6 +55,8 @@ class ScaleShift(OutputLayer):
 class ScalesAndShifts(HookedAdapter):
     """Runs SSF: two numbers per output channel of every layer."""
 
+    adds = False
+
     def __init__(self, config: SSF) -> None:
         super().__init__()
         self.config = config

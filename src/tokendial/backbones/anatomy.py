@@ -53,6 +53,11 @@ class Anatomy(ABC):
         return None
 
     @property
+    def time_steps(self) -> int:
+        """Feature maps of one clip: its frames, or fewer where frames were joined; 1 for images."""
+        return self.frames or 1
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Of one image [3, H, W] of the configured size, or of one clip [T, 3, H, W]."""
         image = (self.in_chans, *self.image_size)
@@ -92,10 +97,10 @@ class Anatomy(ABC):
         """Queries, keys and values [B, H, N, C], rotated where the model rotates them."""
 
     @abstractmethod
-    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Linear, slice]]:
+    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Module, slice]]:
         """The linear layers that make queries and values, and which of their rows do.
 
-        Layers of the backbone itself, inside of those that PEFT puts around them.
+        As they stand in the model: with what PEFT has put around them, see `bare`.
         """
 
     @abstractmethod
@@ -134,7 +139,8 @@ def bare(layer: Any) -> nn.Linear:
 
 def split_heads(x_BND: Tensor, num_heads: int) -> Tensor:
     """[B, N, H * C] to [B, H, N, C]."""
-    return x_BND.reshape(*x_BND.shape[:2], num_heads, -1).transpose(1, 2)
+    batch, tokens, width = x_BND.shape
+    return x_BND.reshape(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
 
 
 def mean_by_size(x_BND: Tensor, size_BN: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_heads
+from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
 from tokendial.reduce.base import ViTShape
 from tokendial.tokens import Tokens
 
@@ -76,7 +76,11 @@ class HuggingFaceViT(Anatomy):
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)
         self.names = _CLASSES[type(vit).__name__]
-        self.trunk: Any = getattr(vit, self.names.trunk, vit)
+
+    @property
+    def trunk(self) -> Any:
+        """The model inside of one that classifies."""
+        return getattr(self.vit, self.names.trunk, self.vit)
 
     @classmethod
     def problem(cls, vit: nn.Module) -> str | None:
@@ -161,9 +165,9 @@ class HuggingFaceViT(Anatomy):
         q, k, v = (split_heads(p(x_BND), heads) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
         return q, k, v
 
-    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Linear, slice]]:
+    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Module, slice]]:
         attn, whole = self._part(layer, self.names.attention), slice(None)
-        return {"query": (bare(attn.q_proj), whole), "value": (bare(attn.v_proj), whole)}
+        return {"query": (attn.q_proj, whole), "value": (attn.v_proj, whole)}
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         attn = self._part(layer, self.names.attention)

@@ -51,10 +51,10 @@ class QueryPooling(nn.Module):
             x_MND: Normalised tokens of M = B * T frames, those of a clip one after another.
             size_MN: Patches per token; a token counts as often as the patches it stands for.
         """
-        x = x_MND.reshape(x_MND.shape[0] // self.frames, -1, x_MND.shape[-1])
+        x = x_MND.reshape(-1, self.frames * x_MND.shape[1], x_MND.shape[-1])
         bias = None
         if size_MN is not None:
-            bias = size_MN.log().to(x.dtype).reshape(x.shape[0], 1, 1, -1)
+            bias = size_MN.log().to(x.dtype).reshape(-1, 1, 1, x.shape[1])
         query = self.q(self.norm_q(self.query)).expand(x.shape[0], -1, -1)
         keys, values = self.k(self.norm_k(x)), self.v(self.norm_v(x))
         q, k, v = (split_heads(part, self.num_heads) for part in (query, keys, values))

@@ -25,6 +25,8 @@ class TimmEva(TimmAnatomy):
 
     def embed(self, images_B3HW: Tensor) -> Tokens:
         vit = self.vit
+        if not len(images_B3HW):
+            return self.embed_none(images_B3HW)
         grid = self.grid(images_B3HW)
         x, rope = vit._pos_embed(vit.patch_embed(images_B3HW))
         return Tokens(vit.norm_pre(x), vit.num_prefix_tokens, grid, rope=rope)

@@ -40,15 +40,17 @@ class TimmTubelets(TimmViT):
 
     @property
     def shape(self) -> ViTShape:
-        return replace(super().shape, num_grids=self._grids)
+        return replace(super().shape, num_grids=self.time_steps)
 
     @property
-    def _grids(self) -> int:
+    def time_steps(self) -> int:
         return self.frames // int(self.vit.patch_embed.tubelet)
 
     def embed(self, images_B3HW: Tensor) -> Tokens:
         check_clips(images_B3HW, self.frames)
-        return replace(super().embed(images_B3HW), grids=self._grids)
+        if not len(images_B3HW):
+            return self.embed_none(images_B3HW)
+        return replace(super().embed(images_B3HW), grids=self.time_steps)
 
 
 def check_clips(clips_BT3HW: Tensor, frames: int) -> None:

@@ -3,6 +3,7 @@
 # Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from timm.layers.attention import Attention
@@ -100,18 +101,23 @@ class TimmAnatomy(Anatomy):
         rows, columns = vit.patch_embed.dynamic_feat_size((height, width))
         return rows, columns
 
+    def embed_none(self, images_0: Tensor) -> Tokens:
+        """Tokens of an empty batch, where timm's own embedding needs an image."""
+        one = self.embed(images_0.new_zeros(1, *images_0.shape[1:]))
+        return replace(one, x=one.x[:0])
+
     def attention_settings(self, layer: int) -> tuple[float, float]:
         attn = self.vit.blocks[layer - 1].attn
         return attn.scale, attn.attn_drop.p if attn.training else 0.0
 
-    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Linear, slice]]:
+    def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Module, slice]]:
         attn: Any = self.vit.blocks[layer - 1].attn
         if attn.qkv is None:
             whole = slice(None)
-            return {"query": (bare(attn.q_proj), whole), "value": (bare(attn.v_proj), whole)}
-        qkv = bare(attn.qkv)
-        width = qkv.out_features // 3
-        return {"query": (qkv, slice(0, width)), "value": (qkv, slice(2 * width, 3 * width))}
+            return {"query": (attn.q_proj, whole), "value": (attn.v_proj, whole)}
+        width = bare(attn.qkv).out_features // 3
+        query, value = slice(0, width), slice(2 * width, 3 * width)
+        return {"query": (attn.qkv, query), "value": (attn.qkv, value)}
 
     def projected(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         """The heads' outputs after norm, gate and projection of the attention layer."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokendial.backbones.anatomy import bare
 from tokendial.vit import DialViT
 
 if TYPE_CHECKING:
@@ -24,14 +25,17 @@ class Attachment:
     def on(self) -> None:
         """Find the layers of the adapter that acts, keep their weights, and turn to the degree."""
         self._places = [
-            _Place(self, layer, part, linear, rows)
+            _Place(self, layer, part, outer, rows)
             for layer in range(1, self.compensator.depth + 1)
-            for part, (linear, rows) in self.model.anatomy.query_value(layer).items()
+            for part, (outer, rows) in self.model.anatomy.query_value(layer).items()
         ]
-        for place in self._places:
-            if self.merge:
+        adapter = self.model.adapter
+        # What does more than add to a layer's output would change a difference in its weights, too.
+        if self.merge and (adapter.adds or adapter.merged):
+            for place in self._places:
                 place.keep()
-            else:
+        else:
+            for place in self._places:
                 place.hook()
         self.turn(self.model.degree)
 
@@ -44,19 +48,28 @@ class Attachment:
     def turn(self, degree: int) -> None:
         """Make the weights those of a degree; a ValueError if the compensator does not reach it."""
         self.compensator.rows(self.source, degree)
-        if self.merge:
+        try:
             for place in self._places:
                 place.put(degree)
+        except BaseException:
+            for place in self._places:
+                place.put(self.model.degree)
+            raise
+
+    @property
+    def in_weights(self) -> bool:
+        """Whether the model's weights hold the difference now, rather than hooks add it."""
+        return any(place.kept is not None for place in self._places)
 
 
 class _Place:
     """The rows of one linear layer that make the queries or values of one block."""
 
     def __init__(
-        self, attachment: Attachment, layer: int, part: "Part", linear: nn.Linear, rows: slice
+        self, attachment: Attachment, layer: int, part: "Part", outer: nn.Module, rows: slice
     ) -> None:
         self.attachment, self.layer, self.part = attachment, layer, part
-        self.linear, self.rows = linear, rows
+        self.outer, self.linear, self.rows = outer, bare(outer), rows
         self.kept: Tensor | None = None
         self.handle: RemovableHandle | None = None
 
@@ -64,8 +77,9 @@ class _Place:
         self.kept = self.linear.weight.detach()[self.rows].clone()
 
     def hook(self) -> None:
-        # Before other hooks, which act on what the layer with its new weights would give.
-        self.handle = self.linear.register_forward_hook(self, prepend=True)
+        # After everything that the adapter does here: the difference is one of the tuned model's
+        # queries and values.
+        self.handle = self.outer.register_forward_hook(self)
 
     def restore(self) -> None:
         if self.kept is not None:
@@ -75,7 +89,8 @@ class _Place:
 
     @torch.no_grad()
     def put(self, degree: int) -> None:
-        assert self.kept is not None
+        if self.kept is None:
+            return
         attachment, weight = self.attachment, self.linear.weight.detach()[self.rows]
         down, up = (
             half.detach().to(weight)

@@ -89,7 +89,8 @@ class Compensator(nn.Module):
             raise ValueError(f"steps must be an integer of at least 1, got {steps!r}.")
         self.config, self.depth, self.embed_dim, self.steps = config, depth, embed_dim, steps
         self.scale = config.scale
-        """Factor on the difference; the paper searches it for each model."""
+        """Factor on the difference; the paper searches it for each model. Where the difference is
+        in a model's weights, another factor acts from the next turn of the dial on."""
         self.origin: Origin | None = None
         """What it was trained on; None: unknown, nothing is checked."""
         groups = 1 if config.shared else steps if config.inversion else 2 * steps
@@ -178,14 +179,19 @@ class Compensator(nn.Module):
     ) -> None:
         """Tie the compensator to a model: from now on the dial turns its queries and values too.
 
+        The difference is added to the queries and values of the fine-tuned model, whatever its
+        adapter makes of them (ToCom, equations 3 and 4: it is one of the downstream weights).
+
         Args:
             model: Fine-tuned, by whatever method, from the backbone that the compensator belongs
                 to.
             source: The degree that it was fine-tuned at.
             merge: Put the difference into the weights each time the dial turns, from pristine
                 copies, so that it costs nothing afterwards and turning back restores every bit.
-                False: add it to the outputs of the layers, which makes turning free; for requests
-                of mixed degrees.
+                As long as an adapter does more than add to what layers give (SSF, IA3, OFT, DoRA)
+                it is added to their outputs all the same: `merge_adapters` frees of that cost.
+                False: always add it to the outputs, which makes turning free; for requests of
+                mixed degrees.
             strict: Whether the backbone's weights have to be those that it was trained on; False
                 for a model that was fine-tuned with other software.
 
@@ -206,7 +212,11 @@ class Compensator(nn.Module):
             self._check_origin(self.origin, model, strict=strict)
         self.rows(source, model.degree)
         attachment = Attachment(self, model, source, merge=merge)
-        attachment.on()
+        try:
+            attachment.on()
+        except BaseException:
+            attachment.off()
+            raise
         model.compensation = attachment
         model.note_hooks()
 
@@ -238,7 +248,8 @@ class Compensator(nn.Module):
 
         Args:
             model: It is attached to; left at `degree`.
-            loader: Batches of images and class indices, not those of the final test.
+            loader: Batches of images and class indices, not those of the final test; gone through
+                once for each factor.
             degree: Degree to search at.
             scales: Factors to try; the paper's by default.
 
@@ -246,23 +257,45 @@ class Compensator(nn.Module):
             Top-1 accuracy for each factor.
 
         Raises:
-            ValueError: If the compensator is not attached to the model.
+            ValueError: If the compensator is not attached to the model, the degree is not offered,
+                or there are no factors or no images. Factor and degree are then as they were.
         """
         self._attachment(model)
-        device = next(model.parameters()).device
-        found: dict[float, float] = {}
-        for scale in scales:
-            self.scale = scale
-            model.eval().set_degree(degree)
-            right = total = 0
-            for images, targets in loader:
-                predicted = model(images.to(device)).argmax(-1).cpu()
-                right += int((predicted == targets).sum())
-                total += len(targets)
-            found[scale] = right / total
-        self.scale = max(found, key=lambda scale: found[scale])
-        model.set_degree(degree)
+        if not scales:
+            raise ValueError("scales must name at least one factor, got none.")
+        before, degree_before, training = self.scale, model.degree, model.training
+        try:
+            found = {scale: self._accuracy(model.eval(), loader, degree, scale) for scale in scales}
+            self.scale = max(found, key=lambda scale: found[scale])
+            model.set_degree(degree)
+        except BaseException:
+            self.scale = before
+            model.set_degree(degree_before)
+            model.train(training)
+            raise
         return found
+
+    def _accuracy(
+        self,
+        model: DialViT,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        degree: int,
+        scale: float,
+    ) -> float:
+        """Top-1 accuracy of the model that it is attached to, with another factor."""
+        self.scale = scale
+        model.set_degree(degree)
+        device = next(model.parameters()).device
+        right = total = 0
+        for images, targets in loader:
+            predicted = model(images.to(device)).argmax(-1).cpu()
+            right += int((predicted == targets).sum())
+            total += len(targets)
+        if not total:
+            raise ValueError(
+                f"loader must give images each time it is gone through, got none at factor {scale}."
+            )
+        return right / total
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""

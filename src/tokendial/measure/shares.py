@@ -78,6 +78,7 @@ def calibrate(model: Any, batches: Iterable[Tensor]) -> Calibration:
             are no images.
     """
     reducer, before, training = _selector(model), model.degree, model.training
+    calibration = reducer.calibration
     images = list(batches)
     if not images:
         raise ValueError("batches must hold at least one image, got none.")
@@ -98,6 +99,9 @@ def calibrate(model: Any, batches: Iterable[Tensor]) -> Calibration:
                     model(batch)
             shares.append(meter.share)
         reducer.calibration = Calibration(thresholds, tuple(shares))
+    except BaseException:
+        reducer.calibration = calibration
+        raise
     finally:
         model.set_degree(before)
         model.train(training)

@@ -60,7 +60,7 @@ class DARReducer(Selector):
     def logits(self, layer: int, tokens: Tokens) -> Tensor:
         """The convolution's logits of the patch tokens."""
         logits: Tensor = self.dispatchers[layer - 1](patch_grid(tokens))
-        return logits.reshape(tokens.x.shape[0], -1)
+        return logits.reshape(-1, tokens.x.shape[1] - tokens.prefix)
 
     def losses(self, passes: Passes) -> dict[str, Tensor]:
         """The share of tokens."""

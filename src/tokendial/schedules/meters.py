@@ -26,10 +26,11 @@ class Trial:
     def turn(self, schedule: Schedule) -> DialViT:
         """The model, so that it runs by `schedule` from now on."""
         model = self.model
-        model.degree = int(any(schedule))
-        if model.degree:
+        reduces = any(schedule)
+        if reduces:
             # Methods that can be tried have no weights, and state of their own neither.
             model.reducer = self.space.method([schedule]).build(self.space.shape).eval()
+        model.set_degree(int(reduces))
         return model
 
 

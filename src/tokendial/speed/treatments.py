@@ -211,7 +211,7 @@ def try_a_core_each(fast: Treated, example: Tensor) -> None:
         return model(images)  # type: ignore[no-any-return]
 
     def run(images: Tensor) -> Tensor:
-        parts = images.tensor_split(min(cores, images.shape[0]))
+        parts = images.tensor_split(max(1, min(cores, images.shape[0])))
         return one(images) if len(parts) == 1 else torch.cat(list(pool.map(one, parts)))
 
     def use(on: bool) -> None:

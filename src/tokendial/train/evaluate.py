@@ -256,53 +256,61 @@ def evaluate_bridged(
         )
     on = device or default_device()
     compensator = compensator.to(on).eval()
-    rows = []
+    rows: list[BridgedRow] = []
     for number, run in enumerate(runs):
-        recipe = run.recipe()
-        unreduced = recipe.reduce is None
+        unreduced = run.recipe().reduce is None
         model = run.model(compensator.reduce_config if unreduced else None).to(on)
         source = 0 if unreduced else model.degree
         if sources is not None:
             source = sources[number]
         wanted = degrees_to_show(model, degrees, model.degrees[: compensator.steps + 1])
-        task, loader = _validation(run, model, batch_size)
-        images = some_images(loader, model, batch_size)
-        report = _Report(progress, 2 * len(wanted) * len(loader))
-        report.text = str(run.folder)
+        rows += _bridged(run, model, compensator, source, wanted, batch_size, progress)
+    return rows
 
-        def scores(
-            target: int,
-            model: DialViT = model,
-            loader: DataLoader[Any] = loader,
-            task: Task = task,
-            report: _Report = report,
-        ) -> float:
-            model.set_degree(target)
-            return _judged(evaluate_loader(model, loader, task, after_batch=report.one_more))
 
-        plain = list(map(scores, wanted))
-        compensator.attach(model, source)
-        try:
-            compensated = list(map(scores, wanted))
-            report.tell(f"measuring the speed of {len(wanted)} degrees in turns")
-            timings = time_degrees(model, images, wanted)
-        finally:
-            compensator.detach(model)
-        for place, target in enumerate(wanted):
-            cost = model.cost(target)
-            rows.append(
-                BridgedRow(
-                    run=recipe.output,
-                    source=source,
-                    degree=target,
-                    plain=plain[place],
-                    accuracy=compensated[place],
-                    gmacs=cost.gmacs,
-                    images_per_s=len(images) / timings[place].seconds,
-                    spread=timings[place].spread,
-                    tokens=cost.tokens_per_layer[-1],
-                )
+def _bridged(
+    run: Run,
+    model: DialViT,
+    compensator: Compensator,
+    source: int,
+    degrees: Sequence[int],
+    batch_size: int,
+    progress: Progress,
+) -> list[BridgedRow]:
+    """The rows of one run: all degrees without the compensator, then all with it."""
+    task, loader = _validation(run, model, batch_size)
+    images = some_images(loader, model, batch_size)
+    report = _Report(progress, 2 * len(degrees) * len(loader))
+
+    def accuracy(degree: int) -> float:
+        model.set_degree(degree)
+        report.text = f"degree {degree}"
+        return _judged(evaluate_loader(model, loader, task, after_batch=report.one_more))
+
+    plain = list(map(accuracy, degrees))
+    compensator.attach(model, source)
+    try:
+        compensated = list(map(accuracy, degrees))
+        report.tell(f"measuring the speed of {len(degrees)} degrees in turns")
+        timings = time_degrees(model, images, degrees)
+    finally:
+        compensator.detach(model)
+    rows = []
+    for place, degree in enumerate(degrees):
+        cost = model.cost(degree)
+        rows.append(
+            BridgedRow(
+                run=run.recipe().output,
+                source=source,
+                degree=degree,
+                plain=plain[place],
+                accuracy=compensated[place],
+                gmacs=cost.gmacs,
+                images_per_s=len(images) / timings[place].seconds,
+                spread=timings[place].spread,
+                tokens=cost.tokens_per_layer[-1],
             )
+        )
     return rows
 
 
