@@ -398,7 +398,6 @@ def test_a_file_without_named_tensors_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     "content",
     [
-        {"conv1.weight": torch.ones(64, 3, 7, 7)},
         {"mask_token": torch.ones(1, 48), "patch_embed.proj.weight": torch.ones(48)},
         # DeiT's tensors, but not as DeiT's file holds them: timm has many models of these shapes.
         blank("deit_tiny_patch16_224").state_dict(),
