@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -143,3 +144,93 @@ def test_a_changed_file_loads_right_or_is_one_line(tmp_path, write, change):
         assert both[0].keys() == both[1].keys()
         assert all(torch.equal(both[0][name].float(), both[1][name].float()) for name in both[0])
     assert loaded < 20
+
+
+class Trap:
+    """Runs when it is unpickled."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self):
+        return Path.touch, (self.sprung,)
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A folder of files that run code where they are unpickled, and the file that would be made."""
+    folder, sprung = tmp_path / "trap", tmp_path / "sprung"
+    folder.mkdir()
+    torch.save({"model": {"patch_embed.proj.weight": Trap(sprung)}}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap(sprung)))
+    (folder / "plain.pkl").write_bytes(pickle.dumps(Trap(sprung)))
+    (folder / "config.json").write_text(json.dumps({"architecture": BACKBONE.name}))
+    yield folder
+    assert not sprung.exists()
+
+
+def test_the_trap_works(trap, tmp_path):
+    pickle.loads((trap / "plain.pkl").read_bytes())
+    assert (tmp_path / "sprung").exists()
+    (tmp_path / "sprung").unlink()
+
+
+FILES = ("pytorch_model.bin", "model.safetensors", "plain.pkl", ".")
+PLACES = [{"weights": file} for file in FILES]
+PLACES += [{"args": {"checkpoint_path": file}} for file in FILES]
+PLACES += [
+    {"weights": "pretrained", "args": {"pretrained_cfg": {"file": "pytorch_model.bin"}}},
+    {"weights": "pretrained", "args": {"pretrained_cfg_overlay": {"file": "pytorch_model.bin"}}},
+    {"weights": "pretrained", "name": "local-dir:"},
+    {"weights": ".", "name": "transformers.ViTModel"},
+]
+
+
+def at(folder, value):
+    """The settings with the places in them made absolute."""
+    if isinstance(value, dict):
+        return {key: at(folder, inner) for key, inner in value.items()}
+    return (
+        f"{value}{folder}"
+        if value.endswith(":")
+        else str(folder / value)
+        if value in FILES
+        else value
+    )
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("saved", [True, False])
+def test_nothing_is_unpickled(tmp_path, trap, place, saved):
+    settings = {"name": BACKBONE.name, "weights": None, "args": {}} | at(trap, place)
+    if saved and place.get("weights") != "pretrained":
+        td.wrap(BACKBONE.create(), adapt=td.BitFit()).save_pretrained(tmp_path / "saved")
+        path = tmp_path / "saved" / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"backbone": settings, "whole": False}))
+        with pytest.raises(ValueError, match="[^\n]+"):
+            td.load(tmp_path / "saved")
+    else:
+        with pytest.raises(ValueError, match="[^\n]+"):
+            td.Backbone(**settings).create()
+
+
+@pytest.mark.parametrize("file", FILES[:-1])
+def test_nothing_is_unpickled_by_what_reads_files(trap, file):
+    with pytest.raises(ValueError, match="needs pickled objects|is damaged or not a weight file"):
+        td.convert_weights(trap / file, BACKBONE)
+    (trap / "config.json").write_text(json.dumps({"format": 1, "kind": "compensator"}))
+    with pytest.raises(ValueError, match="cannot be read"):
+        td.Compensator.from_pretrained(trap)
+
+
+def test_a_saved_model_does_not_say_where_else_to_read(tmp_path):
+    whole(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("hf-hub:someone/model", "local-dir:/x", "../x"):
+        path.write_text(json.dumps(config | {"backbone": config["backbone"] | {"name": name}}))
+        with pytest.raises(
+            ValueError, match=f"backbone.name '{name}' is a place, which is not read"
+        ):
+            td.load(tmp_path)
