@@ -183,7 +183,8 @@ def _calibration(model: AdaptedViT) -> dict[str, Any] | None:
 
 def _calibrate(model: AdaptedViT, config: dict[str, Any]) -> None:
     """Give the reducer what was measured; models saved before dials were measured have nothing."""
-    if not (model.reducer and (found := config.get("calibration"))):
+    found = config.get("calibration")
+    if model.reducer is None or found is None:
         return
     lists = {name: tuple(values) for name, values in _mapping(found, "calibration").items()}
     calibration = from_fields(Calibration, lists, "calibration", "a saved model")
@@ -324,7 +325,7 @@ def _check_source(backbone: Backbone, folder: Path) -> None:
 def _methods(config: dict[str, Any]) -> list[Any]:
     """Reduction, adapter and decoder; models saved before there were decoders have none."""
     written = {kind: config.get(kind) for kind in ("reduce", "adapt", "decode")}
-    return [from_json(kind, data) if data else None for kind, data in written.items()]
+    return [None if data is None else from_json(kind, data) for kind, data in written.items()]
 
 
 def _read_config(folder: Path, kind: str) -> dict[str, Any]:

@@ -312,7 +312,7 @@ class Compensator(nn.Module):
         plugin = cls._blank(method, config, tensors, folder)
         plugin._load(tensors, folder)
         plugin.scale = scale
-        if config.get("origin") is not None:
+        if config.get("origin", "") is not None:
             check_field(config, "origin", dict, folder)
             plugin.origin = from_fields(Origin, config["origin"], "origin", "a compensator")
             from_json("reduce", plugin.origin.reduce)
