@@ -306,9 +306,11 @@ class Compensator(nn.Module):
         folder, config, tensors = read_files(directory, kind="compensator")
         for name in ("depth", "embed_dim", "steps"):
             check_field(config, name, int, folder)
-        if type(scale := config.get("scale")) not in (int, float) or scale <= 0:
+        check_field(config, "compensate", dict, folder)
+        scale: Any = config.get("scale")
+        if type(scale) not in (int, float) or scale <= 0:
             raise ValueError(f"{folder}: scale must be a number above 0, got {scale!r:.60}.")
-        method = from_json("compensate", config.get("compensate"))
+        method = from_json("compensate", config["compensate"])
         plugin = cls._blank(method, config, tensors, folder)
         plugin._load(tensors, folder)
         plugin.scale = scale
