@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
+import torch.nn.functional as F
 from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -181,7 +181,9 @@ def _resized(positions: Tensor, vit: Any, found: Checkpoint) -> Tensor:
             )
     if grid == new:
         return positions
-    resized: Tensor = resample_abs_pos_embed(
-        positions, list(new), old_size=list(grid), num_prefix_tokens=prefix
+    # As timm does; its own function, up to 1.0.30, takes grids of as many patches for the same.
+    own, patches = positions.tensor_split([prefix], dim=1)
+    moved = F.interpolate(
+        patches.transpose(1, 2).reshape(1, -1, *grid), size=new, mode="bicubic", antialias=True
     )
-    return resized
+    return torch.cat([own, moved.flatten(2).transpose(1, 2)], dim=1)
