@@ -26,7 +26,7 @@ FLOORS = (
     ("decode",),
     ("reduce",),
     ("attention",),
-    ("tokens", "methods", "atomic", "errors"),
+    ("tokens", "methods", "atomic", "errors", "weights", "hub"),
     ("kernels",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

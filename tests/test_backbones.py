@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from examples import TINY, images, tiny_vit
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -69,9 +70,9 @@ def test_a_head_of_another_width_is_left_fresh_and_positions_are_resized(tmp_pat
             "img_size must be divisible by the patch size 4x4, got 30x30",
         ),
         (lambda _: tiny(nonsense=1), "model 'vit_tiny_patch16_224' cannot be built"),
-        (lambda _: tiny("/nowhere.pth"), "no such file /nowhere.pth"),
+        (lambda _: tiny("/nowhere.pth"), "no such file: /nowhere.pth"),
         (lambda _: tiny("shipped"), "'shipped' exist for scenes_vit only"),
-        (lambda path: tiny(str(path / "text.pth")), "text.pth is not a ViT state dict"),
+        (lambda path: tiny(str(path / "text.pth")), "text.pth is damaged or not a weight file"),
         (lambda path: tiny(str(path / "deep.pth")), "another backbone: 0 tensors of another shape"),
         (lambda path: tiny(str(path / "wide.pth")), "belongs to another backbone"),
     ],
@@ -82,6 +83,40 @@ def test_what_cannot_be_built_says_why(tmp_path, make, message):
     torch.save(tiny_vit(embed_dim=24).state_dict(), tmp_path / "wide.pth")
     with pytest.raises(ValueError, match=message):
         make(tmp_path).create()
+
+
+@pytest.mark.parametrize(
+    ("name", "hub"),
+    [
+        (TINY_NAME, "http://127.0.0.1:9"),
+        ("hf-hub:someone/model", "http://127.0.0.1:9"),
+        ("transformers.ViTModel", "http://127.0.0.1:9"),
+        (TINY_NAME, None),
+    ],
+)
+def test_without_the_hub_pre_trained_weights_are_one_line_after_one_try(monkeypatch, name, hub):
+    tries = []
+    monkeypatch.setattr(constants, "ENDPOINT", hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", hub is None)
+    monkeypatch.setattr("tokendial.hub.try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: tries.append(args))
+    problem = f"{hub} does not answer" if hub else "HF_HUB_OFFLINE is set"
+    weights = "google/vit" if name.startswith("transformers.") else "pretrained"
+    named = weights if name.startswith("transformers.") else name
+    with pytest.raises(ValueError, match=rf"of {named} are not at hand: {problem}.*model.weights="):
+        td.Backbone(name=name, weights=weights).create()
+    assert not tries
+
+
+@torch.no_grad()
+def test_without_the_hub_pre_trained_weights_come_from_its_cache(monkeypatch, tmp_path):
+    vit, path = timm.create_model(TINY_NAME).eval(), tmp_path / "model.safetensors"
+    save_file(vit.state_dict(), path)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("tokendial.hub.try_to_load_from_cache", lambda *args, **kwargs: str(path))
+    loaded = td.Backbone(name=TINY_NAME, args={"num_classes": 3}).create()
+    assert torch.equal(loaded.norm.bias, vit.norm.bias)
+    assert torch.equal(loaded.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)
 
 
 @pytest.mark.parametrize(

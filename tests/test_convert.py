@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ DISTILLED = td.Backbone(name="deit_tiny_distilled_patch16_224", weights=None, ar
 DINOV2 = td.Backbone(name="vit_small_patch14_dinov2", weights=None, args=SIZES | {"patch_size": 4})
 REGISTERS = td.Backbone(name="vit_small_patch14_reg4_dinov2", weights=None, args=DINOV2.args)
 HEADLESS = PLAIN.with_head(0)
+MAE_DECODER = ("decoder_embed.weight", "decoder_blocks.0.norm1.bias", "mask_token")
 DAR_PARTS = {
     "backbone.blocks.0.adapter.down_proj.weight": "adapter",
     "backbone.blocks.0.compensator.down_conv2.0.weight": "compensator",
@@ -270,12 +272,6 @@ def damaged(release, backbone, drop=(), **changed):
         (as_dinov2, DINOV2, {"extra__weight": torch.ones(1)}, "1 unexpected: extra.weight."),
         (
             as_wrapped,
-            HEADLESS,
-            {"mask_token": torch.ones(1), "decoder_embed__weight": torch.ones(1)},
-            "2 unexpected: mask_token, decoder_embed.weight",
-        ),
-        (
-            as_wrapped,
             PLAIN,
             {"norm__bias": torch.ones(1)},
             "1 of another shape: norm.bias [1] for [48].",
@@ -293,6 +289,12 @@ def damaged(release, backbone, drop=(), **changed):
             PLAIN,
             {"norm__bias": torch.ones(48, dtype=torch.int8)},
             "norm.bias must be of a float type, got torch.int8.",
+        ),
+        (
+            as_wrapped,
+            PLAIN,
+            {"norm__bias": torch.full((48,), torch.nan)},
+            "norm.bias must hold finite numbers, got NaN.",
         ),
     ],
 )
@@ -312,6 +314,10 @@ def test_a_file_that_is_not_whole_is_one_line(tmp_path, release, backbone, chang
         ({"pre_logits/bias": np.ones(48)}, "1 unexpected: pre_logits/bias."),
         ({"cls": np.ones((1, 48))}, "1 of another shape: cls [1, 48] for [1, 1, 48]."),
         ({"cls": np.ones((1, 1, 48), int)}, "cls must be of a float type, got int64."),
+        (
+            {"cls": np.full((1, 1, 48), np.inf)},
+            "cls must hold finite numbers, got NaN or infinity.",
+        ),
         ({"cls": np.array([{}])}, "needs pickled objects, which are not loaded."),
     ],
 )
@@ -330,6 +336,26 @@ def test_a_numpy_file_does_not_leave_tensors_of_the_model_random(tmp_path):
         td.convert_weights(path, DINOV2)
 
 
+def test_what_pre_training_alone_needs_is_left_out_and_counted(tmp_path):
+    vit = HEADLESS.create()
+    content = {"model": vit.state_dict() | dict.fromkeys(MAE_DECODER, torch.ones(1))}
+    converted = td.convert_weights(write(tmp_path, content), HEADLESS)
+    assert converted.kind == "MAE"
+    assert converted.left_out == {"decoder_embed": 1, "decoder_blocks": 1, "mask_token": 1}
+    assert converted.tensors.keys() == vit.state_dict().keys()
+
+
+def test_a_checkpoint_of_dino_is_converted(tmp_path):
+    name = "vit_small_patch16_224"
+    state = {f"backbone.{n}": v for n, v in blank(name).state_dict().items() if "head" not in n}
+    head = {"head.last_layer.weight_g": torch.ones(1)}
+    path = write(tmp_path, {"student": {"x": torch.ones(1)}, "teacher": state | head})
+    converted = td.convert_weights(path)
+    assert converted.summary() == (
+        f"DINO weights of {name}.dino, 150 tensors, no classifier head; left out: 1 student, 1 head"
+    )
+
+
 @pytest.mark.parametrize("file", ["released.pth", "released.npz"])
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:3000], lambda data: b"", lambda data: b"<html>\nnot found</html>"]
@@ -343,9 +369,24 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, file, damage):
 
 
 def test_objects_are_not_unpickled(tmp_path):
-    content = as_wrapped(PLAIN.create()) | {"args": argparse.Namespace(lr=0.1)}
-    with pytest.raises(ValueError, match=r"released.pth needs pickled objects \(argparse.Namespac"):
+    content = as_wrapped(PLAIN.create()) | {"args": Fraction(1, 10)}
+    with pytest.raises(
+        ValueError, match=r"released.pth needs pickled objects \(fractions.Fraction"
+    ):
         td.convert_weights(write(tmp_path, content), PLAIN)
+
+
+def test_arguments_of_training_are_read_as_values(tmp_path):
+    content = as_wrapped(PLAIN.create()) | {"args": argparse.Namespace(lr=0.1)}
+    assert td.convert_weights(write(tmp_path, content), PLAIN).kind == "DeiT"
+
+
+def test_a_file_of_another_network_says_what_it_holds(tmp_path):
+    path = write(tmp_path, {"conv1.weight": torch.ones(64, 3, 7, 7)})
+    with pytest.raises(
+        ValueError, match=r"no ViT that is known \(1 conv1\); expected are names of"
+    ):
+        td.convert_weights(path)
 
 
 @pytest.mark.parametrize("content", [torch.ones(3), {}, {"epoch": 3}, {0: torch.ones(1)}, [1, 2]])
@@ -357,7 +398,6 @@ def test_a_file_without_named_tensors_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     "content",
     [
-        {"conv1.weight": torch.ones(64, 3, 7, 7)},
         {"mask_token": torch.ones(1, 48), "patch_embed.proj.weight": torch.ones(48)},
         # DeiT's tensors, but not as DeiT's file holds them: timm has many models of these shapes.
         blank("deit_tiny_patch16_224").state_dict(),

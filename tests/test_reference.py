@@ -50,6 +50,33 @@ def test_an_unknown_system_raises(vit):
         td.load_reference(td.wrap(vit), {}, system="ats")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.full((7,), torch.nan), "head.bias must hold finite numbers, got NaN"),
+        (torch.ones(7).int(), "head.bias must be of a float type, got torch.int32"),
+        (None, "head.bias must be a dense tensor, got NoneType"),
+    ],
+)
+def test_weights_that_are_no_finite_floats_are_refused(value, message):
+    model, state = dyt_model()
+    with pytest.raises(ValueError, match=f"this dyt state dict: vit.{message}"):
+        td.load_reference(model, state | {"head.bias": value}, system="dyt")
+
+
+def test_a_pair_of_tocom_without_a_place_is_refused_and_other_tensors_are_named(caplog):
+    _, tensors = golden("tocom_vit")
+    pairs = split(tensors, "extra.")
+    td.Compensator.from_reference(pairs | {"norm.bias": torch.ones(1)})
+    assert "left out: 1 norm" in caplog.text
+    odd = {"blocks.0.attn.k_tocom.adapter_up.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match="blocks.0.attn.k_tocom.adapter_up.weight has no place"):
+        td.Compensator.from_reference(pairs | odd)
+    name = next(iter(pairs))
+    with pytest.raises(ValueError, match=f"{name} must hold finite numbers, got infinity"):
+        td.Compensator.from_reference(pairs | {name: pairs[name] / 0})
+
+
 @pytest.mark.parametrize("whole", [True, False])
 @torch.no_grad()
 def test_a_compensator_is_attached_to_a_model_fine_tuned_at_degree_0(whole):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from examples import PAIRS, TINY, images, perturbed, tiny_vit
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 
 import tokendial as td
 
@@ -36,8 +37,6 @@ def test_a_loaded_model_has_the_same_logits(tmp_path, reduce, adapt):
 
 
 def test_only_what_was_trained_is_written(saved):
-    from safetensors.torch import load_file
-
     tensors = load_file(saved / "model.safetensors")
     assert {name.split(".")[0] for name in tensors} == {"adapter", "vit"}
     assert {name for name in tensors if name.startswith("vit.")} == {
@@ -131,6 +130,37 @@ def test_a_reduction_with_weights_cannot_be_had_afterwards(saved):
         td.load(saved, vit=tiny_vit(), reduce=td.DynamicViT(layers=(2,)))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.full((7,), torch.nan), "vit.head.bias must hold finite numbers, got NaN"),
+        (torch.full((7,), -torch.inf), "vit.head.bias must hold finite numbers, got infinity"),
+        (torch.ones(7).int(), "vit.head.bias must be of a float type, got torch.int32"),
+        (torch.ones(7).bool(), "vit.head.bias must be of a float type, got torch.bool"),
+        (torch.ones(7) + 1j, "vit.head.bias must be of a float type, got torch.complex64"),
+    ],
+)
+@pytest.mark.parametrize(
+    "again",
+    [td.load, lambda folder, vit: td.wrap(vit, reduce=td.ToMe(r=4)).load_adapter("new", folder)],
+)
+def test_weights_that_are_no_finite_floats_are_refused(saved, again, value, message):
+    tensors = load_file(saved / "model.safetensors")
+    save_file(tensors | {"vit.head.bias": value}, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        again(saved, vit=tiny_vit())
+
+
+def test_an_adapters_file_with_other_tensors_is_refused_and_nothing_is_left_of_it(saved):
+    tensors = load_file(saved / "model.safetensors")
+    save_file(tensors | {"adapter.extra": torch.ones(1)}, saved / "model.safetensors")
+    wrapped = td.wrap(tiny_vit(), reduce=td.ToMe(r=4))
+    with pytest.raises(ValueError, match="1 tensors differ, the first is adapter.extra"):
+        wrapped.load_adapter("new", saved)
+    assert wrapped.active_adapter == "default"
+    wrapped.add_adapter("new", td.BitFit())
+
+
 def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
     uploaded = {}
 
@@ -153,6 +183,7 @@ def test_a_repository_that_cannot_be_reached_is_one_line(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network\nmore about it")
 
+    monkeypatch.setattr("tokendial.saving.hub_problem", lambda: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match="me/pets is neither a folder nor on the hub: no network$"):
         td.load("me/pets")

@@ -250,6 +250,36 @@ def test_checkpoints_of_videomae_load(form, tmp_path):
         torch.testing.assert_close(loaded(clips()), vit(clips()))
 
 
+@pytest.mark.parametrize("name", ["pos_embed", "encoder.pos_embed"])
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_positions_of_videomae_are_refused_if_they_were_learnt(tmp_path, name, shift):
+    vit = tubelets()
+    form = "pre-trained" if name.startswith("encoder.") else "fine-tuned"
+    state = videomae_names(vit.state_dict(), form)
+    state[name] = vit.patch_embed.positions + shift
+    save_file(state, tmp_path / "model.safetensors")
+    if shift:
+        with pytest.raises(ValueError, match=r"its positions \(pos_embed\) were learnt, those of"):
+            load_weights(vit, tmp_path)
+    else:
+        load_weights(vit, tmp_path)
+
+
+def test_what_videomaes_pre_training_alone_needs_is_left_out_and_named(tmp_path, caplog):
+    vit = tubelets()
+    save_file(videomae_names(vit.state_dict(), "pre-trained"), tmp_path / "model.safetensors")
+    load_weights(vit, tmp_path)
+    assert "left out: 1 decoder, 1 mask_token, 2 norm" in caplog.text
+
+
+def test_a_norm_that_videomae_would_not_apply_is_refused(tmp_path):
+    vit = tubelets()
+    state = videomae_names(vit.state_dict(), "fine-tuned")
+    save_file(state | {"norm.weight": torch.ones(48)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 unexpected; the first is norm\.weight"):
+        load_weights(vit, tmp_path)
+
+
 def test_transformers_gives_the_same_logits(tmp_path):
     config = transformers.VideoMAEConfig(
         image_size=16, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=3,

@@ -6,10 +6,12 @@ list needs to know about it.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T", bound=type)
+V = TypeVar("V")
 
 _REGISTRY: dict[str, dict[str, type]] = {}
 
@@ -64,14 +66,61 @@ def from_json(kind: str, data: dict[str, Any]) -> Any:
     if not isinstance(data, dict) or "name" not in data:
         raise ValueError(f"{kind} must be a mapping with a name, got {data!r}.")
     cls = method_class(kind, data["name"])
-    fields = {field.name for field in dataclasses.fields(cls)}
     values = {key: value for key, value in data.items() if key != "name"}
-    if unknown := sorted(set(values) - fields):
+    return from_fields(cls, values, kind, data["name"])
+
+
+def from_fields(cls: type[V], values: dict[str, Any], where: str, what: str) -> V:
+    """Make a dataclass of plain JSON that may come from anywhere.
+
+    Args:
+        cls: The dataclass; its annotations say which types are allowed.
+        values: Fields by name; those with a default may be missing.
+        where: Before the names of fields, for messages.
+        what: What the fields are of, for messages.
+
+    Raises:
+        ValueError: If a field does not exist, is missing or of another type, or its value is not
+            allowed.
+    """
+    fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(fields)):
         raise ValueError(
-            f"{kind}.{unknown[0]} is not a field of {data['name']}; "
-            f"allowed: {', '.join(sorted(fields))}."
+            f"{where}.{unknown[0]} is not a field of {what}; allowed: {', '.join(sorted(fields))}."
         )
-    return cls(**values)
+    hints = get_type_hints(cls)
+    for name, field in fields.items():
+        if name not in values:
+            if field.default is field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{where}.{name} is missing.")
+        elif not _fits(values[name], hints[name]):
+            allowed = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            got = f"{values[name]!r:.60}"
+            raise ValueError(f"{where}.{name} must be of type {allowed}, got {got}.")
+    try:
+        return cls(**values)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{where}: {values!r:.200} is not allowed: {error}.") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of plain JSON is of an annotated type; a list may stand for a tuple."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list | tuple):
+            return False
+        if origin is tuple and inner[-1] is not ...:
+            return len(value) == len(inner) and all(map(_fits, value, inner))
+        return all(_fits(item, inner[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if origin is dict or hint in (int, str, bool, NoneType):
+        return type(value) is (origin or hint)
+    return True  # Any, which the method checks by itself
 
 
 def _plain(kind: str, value: Any) -> Any:

@@ -5,12 +5,15 @@ where those live here.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokendial.backbones.loading import tell_left_out
 from tokendial.compensate import Compensator
 from tokendial.vit import DialViT
+from tokendial.weights import check_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +85,23 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
             `AdaptFormer` (dyt_video: a model of `video_vit`), DAR with `DARAdapter` and, for a
             whole segmentation model, `DARDecoder`.
             ToCom's compensator is attached to it, for a model fine-tuned at degree 0.
-            Checkpoints of ToCom and DAR may leave the backbone out.
+            Checkpoints of ToCom and DAR may leave the backbone out. What only training needs is
+            left out, and named in the log.
         state_dict: Tensors by the implementation's names, or a checkpoint that holds them under
             "model".
         system: One of `SYSTEMS`.
 
     Raises:
-        ValueError: If the system is unknown, or names are missing or unexpected or shapes differ;
-            the message lists them, and the model is left as it was.
+        ValueError: If the system is unknown, names are missing or unexpected, shapes differ, or
+            numbers are not finite; the message names them, and the model is left as it was.
     """
     if system not in SYSTEMS:
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}.")
     state_dict = state_dict.get("model", state_dict)
     if system == "tocom":
-        plugin = Compensator.from_reference(state_dict)
-        rest = {name: value for name, value in state_dict.items() if "_tocom." not in name}
-        if rest:
+        pairs = {name: value for name, value in state_dict.items() if "_tocom." in name}
+        plugin = Compensator.from_reference(pairs)
+        if rest := {name: value for name, value in state_dict.items() if name not in pairs}:
             _load(model, rest, system)
         plugin.attach(model, source=0)
     else:
@@ -106,11 +110,13 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
 
 def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
     own, told = model.state_dict(), SYSTEMS[system]
+    only_in_training = [name for name in state_dict if name.startswith(told.only_in_training)]
     renamed: dict[str, Any] = {
         our_name(name, system): value
         for name, value in state_dict.items()
-        if not name.startswith(told.only_in_training)
+        if name not in only_in_training
     }
+    check_finite(renamed, f"this {system} state dict", own)
     trained_only = told.frozen_left_out and not any(name.startswith("vit.") for name in renamed)
     missing = [
         name
@@ -127,6 +133,7 @@ def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
         raise ValueError(f"this is not a {system} state dict of this model; {listed}.")
     model.load_state_dict(own | renamed)
+    tell_left_out(f"{system} state dict", Counter(n.split(".")[0] for n in only_in_training))
 
 
 def our_name(name: str, system: str) -> str:

@@ -2,24 +2,38 @@
 
 import dataclasses
 import json
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokendial.adapted import AdaptedViT
 from tokendial.atomic import replacing
 from tokendial.backbones import Backbone, same_backbone
-from tokendial.methods import from_json, to_json
+from tokendial.errors import one_line
+from tokendial.hub import hub_problem
+from tokendial.methods import from_fields, from_json, to_json
 from tokendial.reduce.base import Calibration, ReducerConfig
 from tokendial.vit import DialViT, wrap
+from tokendial.weights import check_finite, read_file
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# A saved model may come from anywhere. These are beyond all that there is, and keep what its
+# configuration describes from filling the memory before it is compared with the tensors.
+_DIGITS = 18
+_MOST_BLOCKS, _MOST_PARAMETERS = 1000, 20_000_000_000
+_MOST_IN_SMALL_FILES = 2**16
+_MISFITS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError,
+    TypeError,
+)  # fmt: skip
 
 
 def save(model: AdaptedViT, directory: Path) -> None:
@@ -64,32 +78,44 @@ def load(
             is then as it was.
     """
     folder, config, tensors = read_files(directory, kind="model")
-    backbone = Backbone(**config["backbone"])
+    backbone = _described(config, tensors, folder)
     whole = config["whole"]
-    if vit is None:
-        vit = (dataclasses.replace(backbone, weights=None) if whole else backbone).create()
     own, adapt, decode = _methods(config)
-    model = wrap(vit, reduce=reduce or own, adapt=adapt, decode=decode, backbone=backbone)
-    try:
-        _check_names(_saved(model), tensors, folder)
-        if whole:
-            # Of what it was fine-tuned from, not of the fresh weights that are now replaced.
-            model.fingerprint = config["fingerprint"]
-        else:
-            _check_backbone(model, config, folder)
-        if reduce is None:
-            _calibrate(model, config)
-            model.set_degree(config["degree"])
-        model.load_state_dict(tensors, strict=False)
-    except BaseException:
-        model.release_backbone()
-        raise
+    methods: dict[str, Any] = {"reduce": reduce or own, "adapt": adapt, "decode": decode}
+    with building(folder):
+        if vit is None:
+            _check_source(backbone, folder)
+            # What the configuration describes takes memory only once the file is known to fit it.
+            with torch.device("meta"):
+                blank = dataclasses.replace(backbone, weights=None).create()
+                count = sum(p.numel() for p in blank.parameters())
+                if count > _MOST_PARAMETERS:
+                    raise ValueError(f"{folder / CONFIG} describes {count} parameters.")
+                _check_names(_saved(wrap(blank, **methods, backbone=backbone)), tensors, folder)
+            vit = (dataclasses.replace(backbone, weights=None) if whole else backbone).create()
+        model = wrap(vit, **methods, backbone=backbone)
+        try:
+            _check_names(_saved(model), tensors, folder)
+            check_finite(tensors, folder / WEIGHTS, model.state_dict())
+            if whole:
+                # Of what it was fine-tuned from, not of the fresh weights that are now replaced.
+                model.fingerprint = config["fingerprint"]
+            else:
+                _check_backbone(model, config, folder)
+            if reduce is None:
+                _calibrate(model, config)
+                model.set_degree(config["degree"])
+            model.load_state_dict(tensors, strict=False)
+        except BaseException:
+            model.release_backbone()
+            raise
     return model.eval()
 
 
 def load_adapter(model: AdaptedViT, name: str, directory: str | Path) -> None:
     """Add a saved adapter and its head to a model; see `DialViT.load_adapter`."""
     folder, config, tensors = read_files(directory, kind="model")
+    _described(config, tensors, folder)
     reduce, adapt, decode = _methods(config)
     if adapt is None:
         raise ValueError(f"{folder} holds a model without an adapter.")
@@ -102,13 +128,15 @@ def load_adapter(model: AdaptedViT, name: str, directory: str | Path) -> None:
     biases = {f"vit.{head}.{bias}" for head in model.head_names for bias in ("bias", "head.bias")}
     heads = [value for tensor, value in tensors.items() if tensor in biases]
     active = model.active_adapter
-    with model.own_weights():
+    with building(folder), model.own_weights():
         model.add_adapter(name, adapt, num_classes=len(heads[0]) if heads else None, decode=decode)
         try:
             model.set_adapter(name)
-            own = _trained(model)
-            found = {tensor: value for tensor, value in tensors.items() if tensor in own}
+            # The file may hold the frozen backbone, too, whose weights the model has.
+            frozen = model.state_dict().keys() - (own := _trained(model)).keys()
+            found = {n: value for n, value in tensors.items() if n not in frozen}
             _check_names(own, found, folder)
+            check_finite(found, folder / WEIGHTS, own)
             model.load_state_dict(found, strict=False)
             _calibrate(model, config)
         except BaseException:
@@ -161,9 +189,16 @@ def _calibration(model: AdaptedViT) -> dict[str, Any] | None:
 
 def _calibrate(model: AdaptedViT, config: dict[str, Any]) -> None:
     """Give the reducer what was measured; models saved before dials were measured have nothing."""
-    if model.reducer and (found := config.get("calibration")):
-        lists = {name: tuple(values) for name, values in found.items()}
-        model.reducer.calibration = Calibration(**lists)
+    found = config.get("calibration")
+    if model.reducer is None or found is None:
+        return
+    lists = {name: tuple(values) for name, values in _mapping(found, "calibration").items()}
+    calibration = from_fields(Calibration, lists, "calibration", "a saved model")
+    wanted = len(model.reducer.degrees) - 1
+    for name, values in lists.items():
+        if len(values) != wanted:
+            raise ValueError(f"calibration.{name} must be {wanted} numbers, got {len(values)}.")
+    model.reducer.calibration = calibration
 
 
 def _saved(model: AdaptedViT) -> dict[str, Tensor]:
@@ -193,10 +228,12 @@ def _folder(directory: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    problem = hub_problem()
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        patterns, local = [CONFIG, WEIGHTS], problem is not None
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = problem or str(error).strip().splitlines()[0]
         raise ValueError(f"{name} is neither a folder nor on the hub: {reason}") from None
 
 
@@ -215,30 +252,115 @@ def read_files(
     folder = _folder(directory)
     config = _read_config(folder, kind)
     try:
-        return folder, config, load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}.") from None
+        return folder, config, read_file(folder / WEIGHTS)
+    except ValueError as error:
+        raise ValueError(f"{WEIGHTS} cannot be read: {error}") from None
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Turn whatever a configuration that fits no model leads to into a ValueError in one line."""
+    try:
+        yield
+    except _MISFITS as error:
+        raise ValueError(
+            f"{folder / CONFIG} describes nothing that can be built: {one_line(error)}."
+        ) from error
+
+
+def check_field(config: dict[str, Any], name: str, kind: type, folder: Path) -> None:
+    """Refuse a field of a configuration that is missing or of another type."""
+    if type(value := config.get(name)) is not kind:
+        raise ValueError(
+            f"{folder / CONFIG}: {name} must be of type {kind.__name__}, got {value!r:.60}."
+        )
+
+
+def check_numbers(numbers: list[Any], name: str, folder: Path) -> None:
+    """Refuse a list that holds other things than numbers."""
+    if odd := [value for value in numbers if type(value) not in (int, float)]:
+        raise ValueError(f"{folder / CONFIG}: {name} must hold numbers, got {odd[0]!r:.60}.")
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r:.60}.")
+    return value
+
+
+def _described(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Backbone:
+    """The backbone of a saved model, after its configuration was looked through."""
+    for name, kind in (("whole", bool), ("fingerprint", list), ("degree", int), ("backbone", dict)):
+        check_field(config, name, kind, folder)
+    check_numbers(config["fingerprint"], "fingerprint", folder)
+    check_sizes(config, tensors, folder)
+    return from_fields(Backbone, config["backbone"], f"{folder / CONFIG}: backbone", "a backbone")
+
+
+def check_sizes(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Refuse sizes in a configuration that its tensors cannot be of, before any is built."""
+    most = max(_MOST_IN_SMALL_FILES, sum(value.numel() for value in tensors.values()))
+    for name in ("backbone", "adapt", "decode"):
+        for key, value in _numbers(config.get(name), name):
+            limit = _MOST_BLOCKS if key.endswith(("depth", "num_hidden_layers")) else most
+            if abs(value) > limit:
+                raise ValueError(f"{folder / CONFIG}: {key} must be at most {limit}, got {value}.")
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """All numbers in plain JSON, and where they stand."""
+    if isinstance(value, int | float):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+
+
+def _check_source(backbone: Backbone, folder: Path) -> None:
+    """Refuse names that say where files lie: a saved model may come from anywhere."""
+    if ":" in backbone.name or "/" in backbone.name:
+        raise ValueError(
+            f"{folder / CONFIG}: backbone.name {backbone.name!r} is a place, which is not read; "
+            "build the backbone and give it: load(..., vit=...)."
+        )
 
 
 def _methods(config: dict[str, Any]) -> list[Any]:
     """Reduction, adapter and decoder; models saved before there were decoders have none."""
     written = {kind: config.get(kind) for kind in ("reduce", "adapt", "decode")}
-    return [from_json(kind, data) if data else None for kind, data in written.items()]
+    return [None if data is None else from_json(kind, data) for kind, data in written.items()]
 
 
 def _read_config(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(
+            path.read_text(), parse_constant=_finite, parse_float=_finite, parse_int=_integer
+        )
     except OSError:
         raise ValueError(f"{folder} holds no saved {kind}: {CONFIG} is missing.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{path}: format must be {FORMAT}, got {config!r:.60}.")
     if (found := config.get("kind", "model")) != kind:
         raise ValueError(f"{folder} holds a {found}, not a {kind}.")
     return config
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"{text:.20}... is too large")
+    return int(text)
 
 
 def _check_backbone(model: AdaptedViT, config: dict[str, Any], folder: Path) -> None:

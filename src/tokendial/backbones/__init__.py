@@ -6,10 +6,10 @@ from tokendial.backbones.build import (
     Backbone,
     anatomy_of,
     fingerprint,
-    load_weights,
     same_backbone,
 )
 from tokendial.backbones.convert import Converted, convert_weights
+from tokendial.backbones.loading import load_weights
 from tokendial.backbones.pooling import fresh_head, video_vit
 
 __all__ = [

@@ -1,25 +1,29 @@
 """Which model a backbone is: build it, load its weights, take it apart, tell it from another."""
 
 import difflib
-import logging
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import eva, load_state_dict, vision_transformer
+from huggingface_hub.errors import HfHubHTTPError
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.backbones.huggingface import HuggingFaceViT
+from tokendial.backbones.checkpoints import read_checkpoint
+from tokendial.backbones.huggingface import CLASSES, HuggingFaceViT
+from tokendial.backbones.loading import load_weights, tell_left_out
 from tokendial.backbones.pooling import QueryPooling, video_vit
 from tokendial.backbones.timm_eva import TimmEva
 from tokendial.backbones.timm_video import TimmFrames, TimmTubelets
-from tokendial.backbones.timm_vit import HEADS, TimmViT
-from tokendial.backbones.videomae import TubeletEmbed, filter_videomae
+from tokendial.backbones.timm_vit import TimmViT
+from tokendial.backbones.videomae import TubeletEmbed
+from tokendial.errors import one_line
+from tokendial.hub import cached_file, hub_problem
+from tokendial.weights import check_finite
 
 SHIPPED_NAME = "scenes_vit"
 SHIPPED_ARGS: dict[str, Any] = {
@@ -32,6 +36,9 @@ SHIPPED_ARGS: dict[str, Any] = {
 }
 _TRANSFORMERS = "transformers."
 _IMAGENET_CLASSES = 1000
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_FRESH = {"classifier", "cls_classifier", "distillation_classifier", "pooler", "mask_token"}
+"""Parts of transformers' models that may start at random: heads, and what no head reads."""
 _SUPPORTED = (
     "timm's VisionTransformer built of the standard pre-norm Block (ViT, DeiT, also distilled, "
     "DeiT-III, DINO, DINOv2 with or without registers, MAE, AugReg, CLIP and SigLIP image towers), "
@@ -48,8 +55,8 @@ class Backbone:
     """timm's model name, "scenes_vit" for the small model that is shipped, or
     "transformers.CLASS"."""
     weights: str | None = "pretrained"
-    """"pretrained" (timm's, from the hub), "shipped", None (random), or a path: a state dict
-    (.safetensors, .pth), or a folder with a fully fine-tuned model of ours. For a class of
+    """"pretrained" (timm's, from the hub), "shipped", None (random), or a path: a checkpoint in
+    torch's or safetensors' format, or a folder with one, see `load_weights`. For a class of
     transformers: what its `from_pretrained` takes."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the timm model, such as img_size, num_classes, drop_path_rate, or fields of
@@ -93,7 +100,10 @@ class Backbone:
         """Width of the head in a file of weights; None if the name of the model says it."""
         if self.weights in (None, "pretrained", "shipped"):
             return None
-        state = _read_weights(Path(str(self.weights)))
+        try:
+            state = read_checkpoint(Path(str(self.weights))).tensors
+        except ValueError as error:
+            raise ValueError(f"model.weights: {error}") from None
         heads = [value for name, value in state.items() if name.endswith("head.weight")]
         return len(heads[0]) if heads else 0
 
@@ -130,19 +140,27 @@ class Backbone:
         return vit  # type: ignore[no-any-return]  # timm does not say what it makes
 
     def _create_timm(self, args: dict[str, Any]) -> Any:
-        name = self.name
+        name, pretrained = self.name, self.weights == "pretrained"
         if name == SHIPPED_NAME:
             name, args = "vit_tiny_patch16_224", SHIPPED_ARGS | args
+        for given in args:
+            if given.startswith("pretrained") or given in ("checkpoint_path", "cache_dir"):
+                raise ValueError(
+                    f"model.args.{given} cannot be set: model.weights says which weights are read."
+                )
+        if pretrained:
+            args = args | _cached(name)
         try:
-            return timm.create_model(name, pretrained=self.weights == "pretrained", **args)
-        except RuntimeError as error:
+            return timm.create_model(name, pretrained=pretrained, **args)
+        except (OSError, HfHubHTTPError) as error:
+            raise _not_to_be_had(name, one_line(error)) from error
+        except Exception as error:  # what arguments that do not fit lead to
             if "Unknown model" not in str(error):
-                raise ValueError(f"model {self.name!r} cannot be built: {error}") from error
+                problem = one_line(error)
+                raise ValueError(f"model {self.name!r} cannot be built: {problem}") from error
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else "."
             raise ValueError(f"model.name {self.name!r} is not a timm model{hint}") from None
-        except (TypeError, AssertionError, ValueError) as error:
-            raise ValueError(f"model {self.name!r} cannot be built: {error}") from error
 
     def _create_transformers(self) -> nn.Module:
         try:
@@ -151,20 +169,78 @@ class Backbone:
             raise ValueError(
                 f"model.name {self.name!r} needs: pip install 'tokendial[transformers]'."
             ) from None
-        cls = getattr(transformers, self.name.removeprefix(_TRANSFORMERS), None)
+        name = self.name.removeprefix(_TRANSFORMERS)
+        cls = getattr(transformers, name, None) if name in CLASSES else None
         if cls is None:
-            raise ValueError(f"model.name {self.name!r} is not a class of transformers.")
+            raise ValueError(
+                f"model.name {self.name!r} is not a class of transformers that is supported: one "
+                f"of {', '.join(CLASSES)}."
+            )
         if self.weights is None:
-            vit = cls(cls.config_class.from_dict(self.args))
-        else:
-            # The weights hold the rest of the configuration, and another head.
-            head = {"num_labels": self.args["num_labels"]} if "num_labels" in self.args else {}
             try:
-                vit = cls.from_pretrained(self.weights, **head, ignore_mismatched_sizes=bool(head))
-            except OSError as error:
-                raise ValueError(f"model.weights {self.weights!r}: {error}") from None
+                vit = cls(cls.config_class.from_dict(self.args))
+            except Exception as error:  # what arguments that do not fit lead to
+                problem = one_line(error)
+                raise ValueError(f"model {self.name!r} cannot be built: {problem}") from error
+        else:
+            vit = self._from_pretrained(cls, self.weights)
         anatomy_of(vit)
         return vit  # type: ignore[no-any-return]
+
+    def _from_pretrained(self, cls: Any, weights: str) -> Any:
+        if weights.startswith((".", "/", "~")) and not Path(weights).exists():
+            raise ValueError(f"model.weights {weights!r}: no such folder.")
+        cached = Path(weights).is_dir() or cached_file(weights, "config.json")
+        if not cached and (problem := hub_problem()):
+            raise _not_to_be_had(weights, problem)
+        # The weights hold the rest of the configuration, and another head.
+        head = {"num_labels": self.args["num_labels"]} if "num_labels" in self.args else {}
+        try:
+            vit, told = cls.from_pretrained(
+                weights,
+                **head,
+                ignore_mismatched_sizes=bool(head),
+                local_files_only=bool(cached),
+                weights_only=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # of reading, of downloading, and of files that do not fit
+            raise ValueError(f"model.weights {weights!r}: {one_line(error)}") from error
+        if missing := [n for n in told["missing_keys"] if _FRESH.isdisjoint(n.split("."))]:
+            raise ValueError(
+                f"model.weights {weights!r} belongs to another backbone: {len(missing)} tensors "
+                f"are missing, the first is {min(missing)}."
+            )
+        check_finite(vit.state_dict(), f"model.weights {weights!r}")
+        tell_left_out(weights, Counter(n.split(".")[0] for n in told["unexpected_keys"]))
+        return vit
+
+
+def _cached(name: str) -> dict[str, Any]:
+    """Arguments that make timm take pre-trained weights from the hub's cache, if it has them.
+
+    Raises:
+        ValueError: If it has not, and the hub does not answer.
+    """
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    repo = cfg.hf_hub_id if cfg else name.partition("hf-hub:")[2]
+    if not repo:
+        return {}  # by another way than the hub, or an unknown name
+    file = cfg.hf_hub_filename if cfg else "config.json"
+    weights = (file, str(Path(file).with_suffix(".safetensors"))) if file else _HUB_FILES
+    if not (found := cached_file(repo, *weights)):
+        if problem := hub_problem():
+            raise _not_to_be_had(name, problem)
+        return {}
+    source = {"file": str(found), "custom_load": False}
+    return {"pretrained_cfg_overlay": source} if cfg else {}
+
+
+def _not_to_be_had(name: str, problem: str) -> ValueError:
+    return ValueError(
+        f"the pre-trained weights of {name} are not at hand: {problem}; give them as a file or "
+        "folder (model.weights=...), or start from random ones (model.weights=null)."
+    )
 
 
 def anatomy_of(vit: nn.Module) -> Anatomy:
@@ -195,56 +271,6 @@ def _check_divisible(vit: Any) -> None:
             f"img_size must be divisible by the patch size {patch[0]}x{patch[1]}, "
             f"got {size[0]}x{size[1]}."
         )
-
-
-def load_weights(vit: nn.Module, path: Path) -> None:
-    """Load a state dict from a file; position embeddings are resized, a head that differs is left.
-
-    Raises:
-        ValueError: If the file cannot be read or its tensors do not fit the model.
-    """
-    state = _read_weights(path)
-    # timm logs every resized position embedding as if it were a warning.
-    logging.getLogger("timm").setLevel(logging.ERROR)
-    try:
-        if isinstance(vit, VisionTransformer) and isinstance(vit.patch_embed, TubeletEmbed):
-            state = filter_videomae(state, vit)
-        else:
-            family: Any = eva if isinstance(vit, Eva) else vision_transformer
-            state = family.checkpoint_filter_fn(state, vit)
-    except Exception as error:
-        raise ValueError(f"model.weights: {path} is not a ViT state dict ({error}).") from error
-    own = vit.state_dict()
-    heads = tuple(f"{name}." for name in HEADS)
-    state = {
-        name: value.float()
-        for name, value in state.items()
-        if not (name.startswith(heads) and name in own and own[name].shape != value.shape)
-    }
-    wrong = [
-        name for name, value in state.items() if name in own and own[name].shape != value.shape
-    ]
-    missing = [name for name in own if name not in state and not name.startswith(heads)]
-    unexpected = [n for n in state if n not in own and not n.startswith(heads)]
-    if bad := wrong + missing + unexpected:
-        raise ValueError(
-            f"model.weights: {path} belongs to another backbone: {len(wrong)} tensors of another "
-            f"shape, {len(missing)} missing, {len(unexpected)} unexpected; the first is {bad[0]}."
-        )
-    vit.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
-
-
-def _read_weights(path: Path) -> dict[str, Any]:
-    """A state dict by timm's names."""
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"model.weights: no such file {path}.")
-    try:
-        state = load_state_dict(str(path))
-    except Exception as error:
-        raise ValueError(f"model.weights: {path} is not a ViT state dict ({error}).") from error
-    return {name.removeprefix("vit."): value for name, value in state.items()}
 
 
 def fingerprint(vit: nn.Module) -> list[float]:

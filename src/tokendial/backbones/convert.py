@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,13 +12,16 @@ import torch
 from safetensors.torch import save_file
 from timm.layers.mlp import GluMlp
 from timm.models import is_model_pretrained
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from tokendial.atomic import replacing
 from tokendial.backbones.build import Backbone
+from tokendial.backbones.checkpoints import GRID, rooted, unwrapped
+from tokendial.backbones.loading import by_timms_names, counted
 from tokendial.backbones.positions import resized_positions
 from tokendial.backbones.timm_vit import HEADS
+from tokendial.weights import check_finite, read_file, unreadable
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -39,13 +41,15 @@ class Converted:
     source: Path
     """The released file."""
     kind: str
-    """"DINOv2", "DeiT", "MAE", "AugReg", "DAR", or "ViT" for other files by timm's names."""
+    """"DINOv2", "DINO", "DeiT", "MAE", "AugReg", "DAR", or "ViT" for other files."""
     model: str
     """The timm model that the tensors belong to."""
     tensors: dict[str, Tensor]
     """The model's state dict, complete but for a head that the file did not hold."""
     left_out: dict[str, int]
     """How many tensors of the file were left out, by group."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns that the positions were resized to; None: those of the file."""
 
     @property
     def has_head(self) -> bool:
@@ -55,7 +59,7 @@ class Converted:
     def summary(self) -> str:
         """What was found, in one line."""
         head = "" if self.has_head else ", no classifier head"
-        left_out = f"; left out: {_counted(self.left_out)}" if self.left_out else ""
+        left_out = f"; left out: {counted(self.left_out)}" if self.left_out else ""
         return f"{self.kind} weights of {self.model}, {len(self.tensors)} tensors{head}{left_out}"
 
     def at(self, img_size: tuple[int, int]) -> "Converted":
@@ -81,13 +85,14 @@ class Converted:
         # The files of DINOv2 with registers have the class token's position in the token itself.
         prefix = positions.shape[1] - math.isqrt(positions.shape[1]) ** 2
         plain_dinov2 = self.kind == "DINOv2" and "reg_token" not in self.tensors
+        grid = img_size[0] // patch, img_size[1] // patch
         resized = resized_positions(
             positions,
-            (img_size[0] // patch, img_size[1] // patch),
+            grid,
             num_prefix_tokens=prefix,
             offset=_DINOV2_OFFSET if plain_dinov2 else 0.0,
         )
-        return replace(self, tensors=self.tensors | {"pos_embed": resized})
+        return replace(self, tensors=self.tensors | {"pos_embed": resized}, grid=grid)
 
     def save(self, out: str | Path | None = None) -> Path:
         """Write the tensors as safetensors, whole or not at all; returns where.
@@ -109,17 +114,19 @@ class Converted:
         # Copies, because safetensors takes no tensors that share memory.
         whole = torch.contiguous_format
         tensors = {n: value.clone(memory_format=whole) for n, value in self.tensors.items()}
+        told = {GRID: f"{self.grid[0]}x{self.grid[1]}"} if self.grid else {}
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(tensors, temporary, metadata={"format": "pt"} | told)
         return path
 
 
 def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Converted:
     """Read a released weight file and give its tensors timm's names.
 
-    Known by their tensors are DINOv2 (also with registers), DeiT (also distilled), MAE (the
-    encoder) and DAR's segmentation models (their backbone alone) in torch's format, and AugReg in
-    NumPy's. Nothing is unpickled but tensors. No tensor is resized, see `Converted.at`.
+    Known by their tensors are DINOv2 (also with registers), DINO's training checkpoints, DeiT (also
+    distilled), MAE (the encoder) and DAR's segmentation models (their backbone alone) in torch's
+    format, and AugReg in NumPy's; other files need the model, see `read_checkpoint`. Nothing is
+    unpickled but tensors. No tensor is resized, see `Converted.at`.
 
     Args:
         path: The file; .npz is NumPy's format, any other suffix torch's.
@@ -139,28 +146,29 @@ def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Co
 
 
 def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
-    state, wrapped = read_state_dict(path)
-    kind = _kind(state, wrapped)
-    left_out: Counter[str] = Counter()
-    if kind == "DAR":
-        state, left_out = _dar_backbone(state)
+    state, wrapper, left_out = unwrapped(read_file(path), path)
+    if any(map(_DAR_PARTS.fullmatch, state)):
+        kind, state = "DAR", _dar_backbone(state, left_out)
         if not state:
             raise ValueError(
-                f"{path} holds only what DAR trained ({_counted(left_out)}), not the backbone: "
+                f"{path} holds only what DAR trained ({counted(left_out)}), not the backbone: "
                 "convert the DINOv2 file that it was fine-tuned from, or make a run of this one "
                 "(--recipe dar/duts)."
             )
+        check_finite(state, path)
+    else:
+        _, state = rooted(state, path, left_out)
+        kind = _kind(state, wrapper, left_out)
+    if "mask_token" in state:
+        left_out["mask_token"] += 1
+        if kind != "DINOv2":
+            del state["mask_token"]
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     backbone = backbone or _derived(path, kind, shapes)
     classes = next((shapes[n][0] for n in _head_names(".weight", ".bias") if shapes.get(n)), 0)
     vit = _build(backbone, classes, device="meta")
     _check(path, f"{kind} file of {backbone.name}", _torch_shapes(vit, kind), shapes)
-    if odd := [name for name, value in state.items() if not value.is_floating_point()]:
-        raise ValueError(f"{path}: {odd[0]} must be of a float type, got {state[odd[0]].dtype}.")
-    if "mask_token" in state:
-        left_out["mask_token"] = 1
-    # timm's function takes tensors out of the dict that it is given.
-    tensors = checkpoint_filter_fn(dict(state), vit)
+    tensors, _ = by_timms_names(state, vit, left_out)
     return Converted(path, kind, backbone.name, tensors, dict(left_out))
 
 
@@ -182,40 +190,6 @@ def _from_numpy(path: Path, backbone: Backbone | None) -> Converted:
     return Converted(path, "AugReg", backbone.name, tensors, {})
 
 
-def read_state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Read a file in torch's format, without unpickling anything but tensors.
-
-    Returns:
-        Tensors by name, and whether the file holds them under "model".
-
-    Raises:
-        ValueError: If it is missing, damaged, or needs other objects.
-    """
-    if not path.is_file():
-        raise ValueError(f"no such file: {path}.")
-    try:
-        with warnings.catch_warnings():
-            # torch warns of pickle protocols that it then fails to read.
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch explains at length how to load what is not safe.
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} needs pickled objects ({found[1]}), which are not loaded."
-            ) from None
-        raise _unreadable(path, "torch", error) from None
-    wrapped = isinstance(loaded, dict) and isinstance(loaded.get("model"), dict)
-    state = loaded["model"] if wrapped else loaded
-    if not (isinstance(state, dict) and state and all(map(_is_named_tensor, state.items()))):
-        raise ValueError(f"{path} is not a weight file: it does not hold tensors by name.")
-    return state, wrapped
-
-
-def _is_named_tensor(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
-
-
 def _read_numpy_shapes(path: Path) -> Shapes:
     import numpy as np
 
@@ -226,39 +200,31 @@ def _read_numpy_shapes(path: Path) -> Shapes:
     except Exception as error:
         if "Object arrays" in str(error):
             raise ValueError(f"{path} needs pickled objects, which are not loaded.") from None
-        raise _unreadable(path, "NumPy", error) from None
+        raise unreadable(path, "NumPy", error) from None
     if odd := [name for name, array in arrays.items() if array.dtype.kind != "f"]:
         raise ValueError(f"{path}: {odd[0]} must be of a float type, got {arrays[odd[0]].dtype}.")
+    if odd := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"{path}: {odd[0]} must hold finite numbers, got NaN or infinity.")
     return {name: array.shape for name, array in arrays.items()}
 
 
-def _unreadable(path: Path, whose: str, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [""])[0][:80]
-    return ValueError(
-        f"{path} is damaged or not a weight file of {whose} ({type(error).__name__}: {reason})."
-    )
-
-
-def _kind(names: Mapping[str, Any], wrapped: bool) -> str:
-    if any(name.startswith("backbone.") for name in names):
-        return "DAR"
-    if "decoder_embed.weight" not in names and {"mask_token", "register_tokens"} & names.keys():
+def _kind(names: Mapping[str, Any], wrapper: str, left_out: Mapping[str, int]) -> str:
+    if "decoder_embed" not in left_out and {"mask_token", "register_tokens"} & names.keys():
         return "DINOv2"
-    if "dist_token" in names or (wrapped and "head.weight" in names):
+    if "dist_token" in names or (wrapper == "model" and "head.weight" in names):
         return "DeiT"
-    return "MAE" if wrapped else "ViT"
+    return {"model": "MAE", "teacher": "DINO"}.get(wrapper, "ViT")
 
 
-def _dar_backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Counter[str]]:
-    """The plain backbone by its own names, and how many tensors there are of what DAR adds."""
-    plain: dict[str, Tensor] = {}
-    added: Counter[str] = Counter()
+def _dar_backbone(state: Mapping[str, Any], left_out: Counter[str]) -> dict[str, Any]:
+    """The plain backbone by its own names; what DAR adds is counted."""
+    plain: dict[str, Any] = {}
     for name, value in state.items():
         if part := _DAR_PARTS.fullmatch(name):
-            added[part[1] or part[2]] += 1
+            left_out[part[1] or part[2]] += 1
         else:
             plain[name.removeprefix("backbone.")] = value
-    return plain, added
+    return plain
 
 
 def _derived(path: Path, kind: str, shapes: Shapes) -> Backbone:
@@ -280,6 +246,7 @@ def _derived(path: Path, kind: str, shapes: Shapes) -> Backbone:
         "DAR": f"vit_{size}_patch{patch}_dinov2",
         "DeiT": f"deit_{size}_{distilled}patch{patch}_{side}",
         "MAE": f"vit_{size}_patch{patch}_{side}.mae",
+        "DINO": f"vit_{size}_patch{patch}_{side}.dino",
         "AugReg": f"vit_{size}_patch{patch}_{side}",
     }.get(kind, "")
     if not is_model_pretrained(name):
@@ -371,10 +338,6 @@ def _check(path: Path, what: str, wanted: Shapes, found: Shapes) -> None:
     if any(problems.values()):
         told = "; ".join(f"{len(n)} {kind}: {_some(n)}" for kind, n in problems.items() if n)
         raise ValueError(f"{path} is not a whole {what}: {told}.")
-
-
-def _counted(groups: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {group}" for group, count in groups.items())
 
 
 def _some(names: list[str]) -> str:

@@ -58,7 +58,7 @@ _FAMILIES = {
     "Dinov2WithRegisters": replace(_DINOV2, trunk="dinov2_with_registers"),
     "CLIP": _CLIP,
 }
-_CLASSES = {
+CLASSES = {
     name: names
     for family, names in _FAMILIES.items()
     for name in (f"{family}Model", f"{family}ForImageClassification")
@@ -67,7 +67,7 @@ _CLASSES = {
     "CLIPVisionModel": _CLIP,
     "CLIPVisionModelWithProjection": _CLIP,
 }
-del _CLASSES["CLIPModel"]  # has a text tower
+del CLASSES["CLIPModel"]  # has a text tower
 
 
 class HuggingFaceViT(Anatomy):
@@ -75,7 +75,7 @@ class HuggingFaceViT(Anatomy):
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)
-        self.names = _CLASSES[type(vit).__name__]
+        self.names = CLASSES[type(vit).__name__]
 
     @property
     def trunk(self) -> Any:
@@ -85,9 +85,9 @@ class HuggingFaceViT(Anatomy):
     @classmethod
     def problem(cls, vit: nn.Module) -> str | None:
         name = type(vit).__name__
-        if not type(vit).__module__.startswith("transformers.") or name not in _CLASSES:
+        if not type(vit).__module__.startswith("transformers.") or name not in CLASSES:
             return f"{name} is of another class"
-        names = _CLASSES[name]
+        names = CLASSES[name]
         try:
             blocks: Any = getattr(vit, names.trunk, vit).get_submodule(names.blocks)
             blocks[0].get_submodule(names.attention).q_proj  # noqa: B018  # is it there?

@@ -7,6 +7,7 @@ have no bias there; timm's are zero, which the softmax cannot tell apart.
 # Shape legend: B clips, T frames, N tokens, D embed_dim.
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -134,31 +135,13 @@ def videomae_huge_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
     return _create("videomae_huge_patch16_224", pretrained, sizes, kwargs)
 
 
-_NAMES = (
-    # The pre-trained files of VideoMAE, and transformers' name of the model inside a classifier.
-    (r"(?:encoder|videomae)\.(?!layer\.)(.+)", r"\1"),
-    # transformers
-    (r"embeddings\.patch_embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
-    (r"encoder\.layer\.(.+)", r"blocks.\1"),
-    (r"(blocks\.\d+)\.attention\.attention\.(query|key|value)\.weight", r"\1.attn.\2.weight"),
-    (r"(blocks\.\d+)\.attention\.attention\.([qv])(?:_|uery\.|alue\.)bias", r"\1.attn.\2_bias"),
-    (r"(blocks\.\d+)\.attention\.output\.dense\.(.+)", r"\1.attn.proj.\2"),
-    (r"(blocks\.\d+)\.intermediate\.dense\.(.+)", r"\1.mlp.fc1.\2"),
-    (r"(blocks\.\d+)\.output\.dense\.(.+)", r"\1.mlp.fc2.\2"),
-    (r"(blocks\.\d+)\.layernorm_before\.(.+)", r"\1.norm1.\2"),
-    (r"(blocks\.\d+)\.layernorm_after\.(.+)", r"\1.norm2.\2"),
-    (r"layernorm\.(.+)", r"norm.\1"),
-    (r"classifier\.(.+)", r"head.\1"),
-    # AdaptFormer, and what builds on it
-    (r"(blocks\.\d+)\.(fc[12]\..+)", r"\1.mlp.\2"),
-    (r"(blocks\.\d+\.attn)\.q_proj\.weight", r"\1.query.weight"),
-    (r"(blocks\.\d+\.attn)\.k_proj\.weight", r"\1.key.weight"),
-    (r"(blocks\.\d+\.attn)\.v_proj\.weight", r"\1.value.weight"),
-)
+_ADAPTFORMER = re.compile(r"(blocks\.\d+)\.(fc[12]\..+)")
 _ONLY_IN_PRETRAINING = ("decoder", "encoder_to_decoder", "mask_token")
 
 
-def filter_videomae(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
+def filter_videomae(
+    state: Mapping[str, Tensor], vit: Any, left_out: Counter[str]
+) -> dict[str, Tensor]:
     """A VideoMAE checkpoint by timm's names.
 
     Args:
@@ -166,30 +149,29 @@ def filter_videomae(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict
             transformers' VideoMAE.
         vit: The model that it is for; the norm after pooling of a pre-trained file, which has
             none, is the model's own.
+        left_out: Counts what pre-training alone needs.
+
+    Raises:
+        ValueError: If it has positions that were learnt.
     """
     named: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name.startswith(_ONLY_IN_PRETRAINING) or name.endswith(("pos_embed", "embeddings")):
-            continue
-        for pattern, ours in _NAMES:
-            name = re.sub(f"^{pattern}$", ours, name)
-        named[name] = value
-    pretrained_norm = [name for name in named if name.startswith("norm.")]
-    for name in pretrained_norm:
-        del named[name]
-    if pretrained_norm and "fc_norm.weight" not in named:
-        named |= {f"fc_norm.{name}": value for name, value in vit.fc_norm.state_dict().items()}
-    for block in range(len(vit.blocks)):
-        _join_qkv(named, f"blocks.{block}.attn.")
+        if name.startswith(_ONLY_IN_PRETRAINING):
+            left_out[name.split(".")[0]] += 1
+        elif name == "pos_embed":
+            _check_fixed(value)
+        else:
+            named[_ADAPTFORMER.sub(r"\1.mlp.\2", name)] = value
+    if "head.weight" not in named and "fc_norm.weight" not in named:
+        # Its last norm acts before pooling, where nothing but pre-training reads.
+        for part, value in vit.fc_norm.state_dict().items():
+            left_out["norm"] += named.pop(f"norm.{part}", None) is not None
+            named[f"fc_norm.{part}"] = value
     return named
 
 
-def _join_qkv(named: dict[str, Tensor], attn: str) -> None:
-    """Queries, keys and values in one layer; keys get a bias of zeros."""
-    parts = [f"{attn}{part}.weight" for part in ("query", "key", "value")]
-    if all(part in named for part in parts):
-        named[f"{attn}qkv.weight"] = torch.cat([named.pop(part) for part in parts])
-    biases = [f"{attn}{part}_bias" for part in ("q", "v")]
-    if all(bias in named for bias in biases):
-        q, v = (named.pop(bias) for bias in biases)
-        named[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+def _check_fixed(positions: Tensor) -> None:
+    """Refuse other positions than the sines and cosines that the model has."""
+    fixed = sine_positions(*positions.shape[1:]) if positions.ndim == 3 else positions.new_zeros(())
+    if fixed.shape != positions.shape or not torch.allclose(positions.float(), fixed, atol=1e-2):
+        raise ValueError("its positions (pos_embed) were learnt, those of this model are fixed")

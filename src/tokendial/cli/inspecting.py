@@ -150,7 +150,9 @@ def reproduce_cost(
 
 @weights.command("convert")
 def weights_convert(
-    file: Annotated[Path, typer.Argument(help="DINOv2, DeiT, MAE, DAR (.pth) or AugReg (.npz).")],
+    file: Annotated[
+        Path, typer.Argument(help="DINOv2, DINO, DeiT, MAE, DAR (.pth) or AugReg (.npz).")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="With --recipe: such as model.weights=dinov2.safetensors."),

@@ -9,6 +9,7 @@ training, dropout acts between the two halves of a pair.
 # Shape legend: B batch, N tokens, D embed_dim, K rank of a pair times steps between two degrees.
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.backbones import same_backbone
+from tokendial.backbones.loading import tell_left_out
 from tokendial.compensate.attachment import Attachment
-from tokendial.methods import from_json, register, to_json
+from tokendial.methods import from_fields, from_json, register, to_json
 from tokendial.reduce.base import DIAL_RATES, ReducerConfig, ViTShape
-from tokendial.saving import push_files, read_files, write_files
+from tokendial.saving import (
+    building,
+    check_field,
+    check_numbers,
+    push_files,
+    read_files,
+    write_files,
+)
 from tokendial.vit import DialViT
+from tokendial.weights import check_finite
 
 Part = Literal["query", "value"]
 PARTS: tuple[Part, Part] = ("query", "value")
@@ -327,23 +337,50 @@ class Compensator(nn.Module):
             ValueError: If the folder holds no compensator.
         """
         folder, config, tensors = read_files(directory, kind="compensator")
+        for name in ("depth", "embed_dim", "steps"):
+            check_field(config, name, int, folder)
+        check_field(config, "compensate", dict, folder)
+        scale: Any = config.get("scale")
+        if type(scale) not in (int, float) or scale <= 0:
+            raise ValueError(f"{folder}: scale must be a number above 0, got {scale!r:.60}.")
         method = from_json("compensate", config["compensate"])
-        plugin = cls(method, config["depth"], config["embed_dim"], config["steps"])
+        plugin = cls._blank(method, config, tensors, folder)
         plugin._load(tensors, folder)
-        plugin.scale = config["scale"]
-        plugin.origin = Origin(**config["origin"]) if config["origin"] else None
+        plugin.scale = scale
+        if config.get("origin", "") is not None:
+            check_field(config, "origin", dict, folder)
+            plugin.origin = from_fields(Origin, config["origin"], "origin", "a compensator")
+            from_json("reduce", plugin.origin.reduce)
+            check_numbers(plugin.origin.fingerprint, "origin.fingerprint", folder)
         return plugin.eval()
 
     @classmethod
+    def _blank(
+        cls, method: ToCom, config: dict[str, Any], tensors: Mapping[str, Tensor], folder: Path
+    ) -> Self:
+        """A compensator for tensors to be read into, if they can be its own."""
+        if 4 * config["depth"] != len(tensors):
+            raise ValueError(
+                f"{folder} does not hold the tensors of this compensator: 4 for each of "
+                f"{config['depth']} blocks, got {len(tensors)}."
+            )
+        shape = config["depth"], config["embed_dim"], config["steps"]
+        with building(folder):
+            with torch.device("meta"):
+                cls(method, *shape)._check_shapes(tensors, folder)
+            return cls(method, *shape)
+
+    @classmethod
     def from_reference(cls, state_dict: Mapping[str, Tensor], *, scale: float = 0.1) -> Self:
-        """Read a checkpoint of the authors' code; other tensors in it are left.
+        """Read a checkpoint of the authors' code; other tensors in it are counted in the log.
 
         Args:
             state_dict: Tensors `blocks.N.attn.{q,v}_tocom.adapter_{down,up}.weight`.
             scale: Factor on the difference.
 
         Raises:
-            ValueError: If there are none, or their shapes do not make 16 equal steps.
+            ValueError: If there are none, their shapes do not make 16 equal steps, or their numbers
+                are not finite.
         """
         state_dict = state_dict.get("model", state_dict)  # type: ignore[assignment]
         steps = 16
@@ -357,6 +394,9 @@ class Compensator(nn.Module):
                 "this is not a ToCom state dict: it needs blocks.N.attn.{q,v}_tocom."
                 f"adapter_{{down,up}}.weight for every block, got {len(found)} of them."
             )
+        if odd := [n for n in state_dict if "_tocom." in n and n not in found.values()]:
+            raise ValueError(f"this is not a ToCom state dict: {odd[0]} has no place in one.")
+        check_finite({name: state_dict[name] for name in found.values()}, "the state dict")
         wide, embed_dim = state_dict[found["0", "q", "down"]].shape
         if wide % steps:
             raise ValueError(f"the width of a pair must be a multiple of {steps}, got {wide}.")
@@ -367,6 +407,8 @@ class Compensator(nn.Module):
             for key, name in found.items()
         }
         plugin._load(tensors, "the state dict")
+        others = Counter(name.split(".")[0] for name in state_dict if name not in found.values())
+        tell_left_out("compensator", others)
         return plugin.eval()
 
     def to_reference(self) -> dict[str, Tensor]:
@@ -397,10 +439,14 @@ class Compensator(nn.Module):
         turned = rows.reshape(self.steps, -1, self.embed_dim).flip(0).reshape(rows.shape)
         return (turned if half == "down" else turned.T).contiguous()
 
-    def _load(self, tensors: Mapping[str, Tensor], where: object) -> None:
+    def _check_shapes(self, tensors: Mapping[str, Tensor], where: object) -> None:
         own = self.state_dict()
         if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in tensors.items()}:
             raise ValueError(f"{where} does not hold the tensors of this compensator.")
+
+    def _load(self, tensors: Mapping[str, Tensor], where: object) -> None:
+        self._check_shapes(tensors, where)
+        check_finite(tensors, where)
         self.load_state_dict(dict(tensors))
 
     @staticmethod

@@ -85,7 +85,8 @@ class ModelSection(_Section):
     name: str
     """timm's model name, or scenes_vit for the small model that is shipped."""
     weights: str | None = "pretrained"
-    """pretrained (timm's, from the hub), shipped, null (random), or the path of a state dict."""
+    """pretrained (timm's, from the hub), shipped, null (random), or the path of a checkpoint: a
+    file in torch's or safetensors' format, a run, or a saved model."""
     img_size: int | tuple[int, int] | None = None
     """Side of the images, or height and width, in pixels; null: the model's own."""
     drop_path: float = Field(0.0, ge=0.0, lt=1.0)

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from tokendial.backbones.convert import read_state_dict
+from tokendial.backbones.checkpoints import unwrapped
 from tokendial.reference import load_reference
 from tokendial.train.finetune import build_model
 from tokendial.train.recipe import Recipe
 from tokendial.train.runs import Run
+from tokendial.weights import read_file
 
 
 def released_run(file: Path, recipe: Recipe) -> Run:
@@ -24,7 +25,7 @@ def released_run(file: Path, recipe: Recipe) -> Run:
         ValueError: If the file cannot be read, its tensors are not those of the recipe's model (the
             message lists which), or the folder holds another run.
     """
-    state, _ = read_state_dict(file)
+    state, _, _ = unwrapped(read_file(file), file)
     if any(name.startswith("backbone.patch_embed.") for name in state):
         section = recipe.model.model_copy(update={"weights": None})
         recipe = recipe.model_copy(update={"model": section})

@@ -1,0 +1,189 @@
+"""Weights from a file into a model: every tensor is used, or named as left out, or refused."""
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import eva, vision_transformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tokendial.backbones.checkpoints import Checkpoint, join_qkv, read_checkpoint
+from tokendial.backbones.timm_vit import HEADS
+from tokendial.backbones.videomae import TubeletEmbed, filter_videomae
+from tokendial.errors import one_line
+
+_LOG = logging.getLogger(__name__)
+_HEADS = tuple(f"{head}." for head in HEADS)
+# Old files of timm have one more layer before the head, which is nothing without it.
+_OF_A_HEAD = re.compile(rf"(?:.*\.)?(?:{'|'.join(HEADS)}|pre_logits)\..+")
+
+
+def load_weights(vit: nn.Module, path: Path) -> None:
+    """Load a checkpoint from a file or folder; a head that differs is left as it is.
+
+    Positions and patches are resized. What the file holds besides the model is named in the log.
+
+    Args:
+        vit: A model of timm.
+        path: A file in torch's or safetensors' format, or a folder with one: a saved model, a run,
+            a model of transformers. Names are those of timm, transformers, OpenAI's CLIP or other
+            published code that timm knows; see `read_checkpoint`.
+
+    Raises:
+        ValueError: If the file cannot be read, or its tensors are not those of the model.
+    """
+    try:
+        found = read_checkpoint(path)
+        left_out = Counter(found.left_out)
+        tensors = {name: value.float() for name, value in found.tensors.items()}
+        state, unused = by_timms_names(tensors, vit, left_out)
+    except ValueError as error:
+        raise ValueError(f"model.weights: {error}") from None
+    own = vit.state_dict()
+    for head in _HEADS:
+        shapes = [
+            {name: value.shape for name, value in holder.items() if name.startswith(head)}
+            for holder in (own, state)
+        ]
+        if shapes[1] and shapes[0] != shapes[1]:
+            left_out[head[:-1]] += len(shapes[1])
+            state = {name: value for name, value in state.items() if name not in shapes[1]}
+    unexpected = [name for name in state if name not in own]
+    has_head = any(name.startswith(_HEADS) for name in state)
+    for name in unused:
+        if name == "mask_token" or (_OF_A_HEAD.fullmatch(name) and not has_head):
+            left_out[name.split(".")[0]] += 1
+        else:
+            unexpected.append(name)
+    missing = [name for name in own if name not in state and not name.startswith(_HEADS)]
+    if "pos_embed" in own and not missing + unexpected:
+        state["pos_embed"] = _resized(state["pos_embed"], vit, found)
+    wrong = [n for n, value in state.items() if n in own and own[n].shape != value.shape]
+    if bad := wrong + missing + unexpected:
+        raise ValueError(
+            f"model.weights: {found.source} ({found.kind}) belongs to another backbone: "
+            f"{len(wrong)} tensors of another shape, {len(missing)} missing, {len(unexpected)} "
+            f"unexpected; the first is {bad[0]}."
+        )
+    vit.load_state_dict(state, strict=False)
+    tell_left_out(found.source, left_out)
+
+
+def tell_left_out(source: object, left_out: Mapping[str, int]) -> None:
+    """Log how many tensors of a file were not used, by group, if there are some."""
+    if any(left_out.values()):
+        _LOG.warning("%s: left out: %s", source, counted(left_out))
+
+
+def counted(groups: Mapping[str, int]) -> str:
+    """Groups of tensors in words."""
+    return ", ".join(f"{count} {group}" for group, count in groups.items() if count)
+
+
+def by_timms_names(
+    state: Mapping[str, Tensor], vit: Any, left_out: Counter[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict by the names of a model of timm, and which of its tensors went nowhere.
+
+    Args:
+        state: By names that `read_checkpoint` gives; floats.
+        vit: The model; positions keep their own size.
+        left_out: Counts what pre-training alone needs.
+
+    Raises:
+        ValueError: If it is of none of the forms that are known.
+    """
+    state = dict(state)
+    if isinstance(vit, VisionTransformer):
+        join_qkv(state)
+    if isinstance(vit.patch_embed, TubeletEmbed):
+        return filter_videomae(state, vit, left_out), []
+    # timm's filters take positions for those of a square, or of the size that the model's name
+    # stands for.
+    positions = state.pop("pos_embed", None)
+    if positions is not None and "register_tokens" in state:
+        # timm adds the class token's position to the token itself.
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + positions[:, :1]
+        positions = positions[:, 1:]
+    family: Any = eva if isinstance(vit, Eva) else vision_transformer
+    # They leave out what they do not know, without a word. What an output was made of is seen from
+    # its gradient.
+    with torch.enable_grad():
+        leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
+        try:
+            named = family.checkpoint_filter_fn(dict(leaves), vit)
+        except Exception as error:
+            raise ValueError(
+                f"this is not a state dict of such a ViT ({one_line(error)})"
+            ) from error
+    used = _made_of(named.values())
+    # A bias of zeros is as good as none: DINOv3's of queries, keys and values.
+    unused = [
+        name
+        for name, leaf in leaves.items()
+        if leaf not in used and (leaf.any() or not name.endswith("bias"))
+    ]
+    named = {name: value.detach() for name, value in named.items()}
+    return named | ({} if positions is None else {"pos_embed": positions}), unused
+
+
+def _made_of(outputs: Iterable[Tensor]) -> set[Tensor]:
+    """The tensors that others were computed from."""
+    leaves, seen = set[Tensor](), set[Any]()
+    waiting: list[Any] = []
+    for output in outputs:
+        if output.grad_fn is None:
+            leaves.add(output)
+        else:
+            waiting.append(output.grad_fn)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        waiting += [following for following, _ in node.next_functions]
+    return leaves
+
+
+def _resized(positions: Tensor, vit: Any, found: Checkpoint) -> Tensor:
+    """Positions [1, N, D], those of prefix tokens first, for the size of a model.
+
+    Unless the file says their rows and columns, they are of a square, or as many as the model's.
+    """
+    if positions.ndim != 3:
+        return positions
+    new = vit.patch_embed.grid_size
+    wanted = vit.pos_embed.shape[1]
+    count, prefix = positions.shape[1], wanted - math.prod(new)
+    grid = found.grid
+    if grid is None or math.prod(grid) + prefix != count:
+        if count == wanted:
+            return positions
+        side = math.isqrt(max(count - prefix, 0))
+        grid = side, side
+        if not side or side * side + prefix != count:
+            raise ValueError(
+                f"model.weights: {found.source} has positions of {count} tokens, which is not "
+                f"{prefix} and a square of patches; to resize them to {new[0]}x{new[1]}, their "
+                "rows and columns have to be known, which saved models and files of `tokendial "
+                "weights convert --img-size` say."
+            )
+    if grid == new:
+        return positions
+    # As timm does; its own function, up to 1.0.30, takes grids of as many patches for the same.
+    own, patches = positions.tensor_split([prefix], dim=1)
+    moved = F.interpolate(
+        patches.transpose(1, 2).reshape(1, -1, *grid), size=new, mode="bicubic", antialias=True
+    )
+    return torch.cat([own, moved.flatten(2).transpose(1, 2)], dim=1)
