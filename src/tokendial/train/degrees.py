@@ -59,18 +59,21 @@ def spread_by_cost(
         offered: Degrees of the dial, rising.
         cost: Cost at a degree, which falls along the dial. Asked at few of them.
         count: How many, at least 2.
-        also: A degree that is included besides, in place of one whose cost is near; None: none.
+        also: An offered degree that is included, too, in place of one whose cost is near; None:
+            no other.
     """
     known = cache(cost)
     most, least = known(offered[0]), known(offered[-1])
     step = (most - least) / (count - 1)
-    chosen = {offered[0], offered[-1]} | ({also} if also in offered else set())
+    chosen = {offered[0], offered[-1]}
+    if also is not None:
+        chosen.add(also)
     for part in range(1, count - 1):
         wanted = most - part * step
         after = bisect_left(offered, -wanted, key=lambda degree: -known(degree))
         beside = offered[max(0, after - 1) : after + 1]
         near = min(beside, key=lambda degree: abs(known(degree) - wanted))
-        if also not in offered or abs(known(near) - known(also)) > step / 2:
+        if also is None or abs(known(near) - known(also)) > step / 2:
             chosen.add(near)
     return sorted(chosen)
 
@@ -83,9 +86,9 @@ def spread_degrees(model: DialViT, count: int, offered: tuple[int, ...] | None =
         count: How many, at least 2.
         offered: Degrees to choose from; None: all of the model's.
     """
-    return spread_by_cost(
-        offered or model.degrees, lambda d: float(model.cost(d).macs), count, also=model.degree
-    )
+    offered = offered or model.degrees
+    present = model.degree if model.degree in offered else None
+    return spread_by_cost(offered, lambda d: float(model.cost(d).macs), count, also=present)
 
 
 def degrees_to_show(model: DialViT, text: str, offered: tuple[int, ...] | None = None) -> list[int]:
