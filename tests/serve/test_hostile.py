@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from PIL import Image
 from serving import everything, file, picture, serving, text
@@ -108,14 +109,12 @@ def test_what_takes_too_long_to_open_is_given_up_and_others_are_answered(pets):
             assert reply.error["field"] == "images[0]"
 
 
-def test_decoders_that_are_killed_come_again(server):
-    for each in server.decoders.children():
-        each.kill()
-    assert server.predict(file(picture())).status == 200
-
-
-def test_all_decoders_with_the_process_that_starts_them_come_again(server):
+@pytest.mark.parametrize("with_their_parent", [False, True])
+def test_decoders_that_are_killed_come_again(server, with_their_parent):
     parent = server.decoders
-    for each in (parent, *parent.children()):
+    killed = [*parent.children(), *[parent][:with_their_parent]]
+    for each in reversed(killed):
         each.kill()
+    gone, _ = psutil.wait_procs(killed, timeout=10)
+    assert len(gone) == len(killed)
     assert server.predict(file(picture())).status == 200

@@ -102,10 +102,10 @@ def serve(
     # Each option has the name of its setting, which says what is allowed.
     told = {name: value for name, value in context.params.items() if name in Settings.model_fields}
     told["allowed_hosts"] = told["allowed_hosts"] or ()
-    if api_keys is not None and readable_by_others(api_keys):
-        print(f"api_keys: every user of this machine can read {api_keys}.", file=sys.stderr)
     speed = speed_of(optimize, compile, precision)
     settings = check_settings(told | {"speed": speed, "api_keys": read_keys(api_keys)})
+    if api_keys is not None and readable_by_others(api_keys):
+        print(f"api_keys: every user of this machine can read {api_keys}.", file=sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     # Clients' mistakes; they are told.
     for name in ("uvicorn.error", "python_multipart"):
