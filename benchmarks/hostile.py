@@ -37,8 +37,7 @@ COLUMNS = (
     Column("honest", "honest answers"),
     Column("refused", "refused"),
     Column("honest_ms", "slowest (ms)", "{:.0f}"),
-    Column("memory_mib", "memory, most (MiB)", "{:.0f}"),
-    Column("growth_mib", "more than before", "{:+.0f}"),
+    Column("growth_mib", "memory (MiB)", "{:+.0f}"),
     Column("alive", "alive"),
 )
 _SETTLE_S = 2.0

@@ -63,7 +63,6 @@ BROKEN = [
     b"nonsense\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
     b"GET / HTTP/1.1\r\n\r\n",
-    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + 40_000 * b"x" + b"\r\n\r\n",
     b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
 ]
 

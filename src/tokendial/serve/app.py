@@ -1,6 +1,7 @@
 """The HTTP application around an engine."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
@@ -76,11 +77,10 @@ async def _every_second(metrics: Metrics) -> None:
 
 async def _watch_loop(metrics: Metrics) -> None:
     """Measure how late the event loop is: for so long, it could answer nobody."""
-    now = asyncio.get_running_loop().time
     while True:
-        due = now() + _LOOK_S
+        due = time.monotonic() + _LOOK_S
         await asyncio.sleep(_LOOK_S)
-        metrics.last_minute.looped(now() - due)
+        metrics.last_minute.looped(time.monotonic() - due)
 
 
 class _Counted:

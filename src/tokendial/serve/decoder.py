@@ -72,7 +72,7 @@ def _limit_memory(more: int) -> None:
 
 def _serve(listener: socket.socket) -> None:
     """Take one connection, and do what is ordered there until it ends."""
-    ready, _, _ = select.select([listener, _STDIN], [], [])
+    ready, _, _ = select.select([listener.fileno(), _STDIN], [], [])
     if _STDIN in ready:
         return
     taken, _ = listener.accept()

@@ -36,9 +36,9 @@ from tokendial.serve.schemas import Problem
 from tokendial.serve.settings import Settings
 
 _log = logging.getLogger(__name__)
-QUICK_PIXELS = 2_000_000
+QUICK_PIXELS = 1_000_000
 """What has more is not decoded quickly."""
-_QUICK_S = 0.25
+_QUICK_S = 0.15
 """Of a processor; what takes longer is not decoded quickly."""
 _BYTES_PER_PIXEL = 32
 """What decoding takes at most: floating-point images, and such with transparency."""

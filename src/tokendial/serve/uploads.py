@@ -222,7 +222,7 @@ def _short(text: memoryview) -> str:
     """A text of JSON, or its beginning where it is longer than any that is allowed."""
     if len(text) > _SHORT:
         return bytes(text[:_SHORT]).decode(errors="replace")
-    decoded: str = json.loads(b'"%b"' % text)
+    decoded: str = json.loads(b'"%b"' % bytes(text))
     return decoded.encode(errors="replace").decode()  # JSON may hold halves of letters
 
 
