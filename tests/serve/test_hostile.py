@@ -1,6 +1,7 @@
 """Requests that are made to cost much: none holds up the event loop, nor others for long."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -8,6 +9,9 @@ import pytest
 from PIL import Image
 from serving import everything, file, picture, serving, text
 
+from benchmarks import hostile
+from benchmarks.attacks import ATTACKS
+from benchmarks.server import Server
 from tokendial.serve.uploads import file_of
 
 JSON = "application/json"
@@ -118,3 +122,22 @@ def test_decoders_that_are_killed_come_again(server, with_their_parent):
     gone, _ = psutil.wait_procs(killed, timeout=10)
     assert len(gone) == len(killed)
     assert server.predict(file(picture())).status == 200
+
+
+def test_the_benchmark_tells_what_others_notice(server, monkeypatch):
+    monkeypatch.setattr(hostile, "_SETTLE_S", 1.1)
+    attack = next(each for each in ATTACKS if "numbers" in each.name)
+    body, _ = text(file(picture()))
+    row = hostile.attacked(Server(f"http://127.0.0.1:{server.port}", os.getpid()), attack, body, 1)
+    assert set(row["answers"].split()) >= {"x", "413"}
+    assert row["honest"] >= 1
+    assert row["lost"] == 0
+    assert row["alive"]
+    assert row["loop_ms"] > 0
+    assert row["honest_ms"] > 0
+
+
+def test_every_attack_is_a_request(server):
+    for attack in ATTACKS:
+        first = attack.sent().partition(b"\r\n")[0]
+        assert first == b"" or first.endswith(b" HTTP/1.1"), attack.name
