@@ -1,6 +1,6 @@
 """Plots of results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -144,4 +144,23 @@ def soaked(row: Row, slo_ms: float) -> Figure:
     latency.set_xlabel("seconds")
     for axis in (memory, degree, latency):
         axis.grid(alpha=0.3)
+    return figure
+
+
+def withstood(rows: Sequence[Row], targets: Mapping[str, float]) -> Figure:
+    """What others noticed of each attack on a server.
+
+    Args:
+        rows: With `attack`, and a number for each of the targets.
+        targets: What is allowed, by key of the rows.
+    """
+    figure = Figure(figsize=(11, 1 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(targets), sharey=True)
+    names = [row["attack"] for row in rows]
+    for axis, (key, most) in zip(axes, targets.items(), strict=True):
+        axis.barh(names, [row[key] or 0 for row in rows])
+        axis.axvline(most, color="grey", linestyle="--")
+        axis.set_xlabel(key)
+        axis.grid(alpha=0.3)
+    axes[0].invert_yaxis()
     return figure

@@ -1,26 +1,33 @@
 """A server in a thread, and what a client sends."""
 
+import atexit
+import functools
 import http.client
 import io
 import json
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
 from tokendial.serve import served as served_module
 from tokendial.serve.apart import Order
 from tokendial.serve.app import create_app
+from tokendial.serve.decoding import DecoderPool
 from tokendial.serve.engine import Engine
 from tokendial.serve.served import Served
 from tokendial.serve.server import Server, bound_socket
@@ -84,6 +91,17 @@ class Serving:
         connection.sendall(text)
         return connection
 
+    @property
+    def decoders(self) -> psutil.Process:
+        """The process that starts decoders."""
+        return psutil.Process(decoders()._process.pid)
+
+    def lag_s(self) -> float:
+        """The longest time in the last minute that the event loop was late."""
+        lines = self.ask("/metrics").body.decode().splitlines()
+        (line,) = (line for line in lines if line.startswith("tokendial_event_loop_lag_seconds "))
+        return float(line.split()[1])
+
     @contextmanager
     def busy(self) -> Iterator[None]:
         """Let the engine do nothing for a while."""
@@ -115,6 +133,16 @@ class Near:
         pass
 
 
+@functools.cache
+def decoders() -> DecoderPool:
+    """Those of all servers of a test process: each pool loads the libraries anew."""
+    here = str(Path(__file__).parent)  # they are sent what is defined here
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([here, *sys.path])):
+        pool = DecoderPool(check_settings({}))
+    atexit.register(pool.close)
+    return pool
+
+
 @contextmanager
 def serving(runs: Mapping[str, Run], *, apart: bool = False, **told: Any) -> Iterator[Serving]:
     """A server that ends with the block; its models are in a process of their own, or near."""
@@ -128,7 +156,7 @@ def serving(runs: Mapping[str, Run], *, apart: bool = False, **told: Any) -> Ite
             served, engine = started(folders, settings)
     ready = threading.Event()
     server = Server(
-        create_app(engine, served, settings),
+        create_app(engine, served, settings, decoders()),
         engine,
         settings,
         ready=ready.set,

@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from tokendial.data import Augment, eval_transform, train_transform
 
@@ -41,6 +45,45 @@ def test_the_centre_is_cropped_in_tests():
     pixels[16:48, 16:48] = 255
     transform = eval_transform(Augment(test_crop_ratio=0.5), (32, 32), (0, 0, 0), (1, 1, 1))
     assert transform(Image.fromarray(pixels)).min() > 0.9
+
+
+NARROW = [(30, 400), (401, 33), (7, 900), (900, 7), (2000, 150)]
+
+
+@pytest.mark.parametrize("sides", NARROW)
+@pytest.mark.parametrize(("ratio", "size"), [(0.875, (32, 32)), (1.0, (32, 32)), (0.5, (16, 48))])
+def test_long_images_are_seen_as_torchvision_shows_them(sides, ratio, size):
+    bicubic = v2.InterpolationMode.BICUBIC
+    if ratio == 1.0 or size[0] != size[1]:
+        steps = [v2.Resize(size, bicubic)]
+    else:
+        steps = [v2.Resize(round(size[0] / ratio), bicubic), v2.CenterCrop(size)]
+    image = picture(*sides)
+    expected = np.asarray(v2.Compose(steps)(image)).astype(int)
+    augment = Augment(test_crop_ratio=ratio)
+    found = eval_transform(augment, size, (0, 0, 0), (1, 1, 1))(image)
+    pixels = (255 * found).round().int().permute(1, 2, 0).numpy()
+    assert abs(pixels - expected).max() <= 1
+    assert (pixels != expected).mean() < 0.01
+
+
+@pytest.mark.parametrize("sides", [(4, 400_000), (400_000, 4), (1, 2_000_000)])
+@pytest.mark.parametrize("ratio", [0.875, 1.0])
+def test_long_images_take_no_more_memory_than_they_have_pixels(sides, ratio):
+    # The whole image, resized, would have gigabytes; the process may have a few hundred megabytes.
+    code = f"""
+import resource
+from pathlib import Path
+from PIL import Image
+from tokendial.data import Augment, eval_transform
+transform = eval_transform(Augment(test_crop_ratio={ratio}), (224, 224), (0,) * 3, (1,) * 3)
+transform(Image.new("RGB", (300, 200)))
+image = Image.new("RGB", {sides})
+most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + 2**28
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+assert transform(image).shape == (3, 224, 224)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

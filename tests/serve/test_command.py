@@ -52,6 +52,15 @@ def test_a_mistake_is_one_line_and_code_2(cli, pets, tmp_path, arguments, messag
     assert message in err
 
 
+def test_a_key_file_that_all_can_read_is_told(cli, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("key")
+    keys.chmod(0o644)
+    code, _, err = cli("serve", tmp_path / "nowhere", "--port", "0", "--api-keys", keys)
+    assert code == 2
+    assert f"every user of this machine can read {keys}" in err.replace("\n", " ")
+
+
 def test_a_missing_package_names_the_extra(cli, pets, monkeypatch):
     there = "tokendial.cli.serving.find_spec"
     monkeypatch.setattr(there, lambda name: None if name == "uvicorn" else name)

@@ -1,11 +1,14 @@
 """The end of a server: what has come is answered, what comes is refused."""
 
 import signal
+import time
+from contextlib import ExitStack
 
 from serving import everything, file, picture, serving, until
 
 HEAD = (
-    b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+    b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    b"Content-Length: %d\r\n\r\n"
 )
 
 
@@ -44,3 +47,15 @@ def test_a_second_signal_ends_it_at_once(pets):
             server.thread.join(30)
             assert not server.thread.is_alive()
         assert b"200" not in everything(connection)
+
+
+def test_the_end_comes_in_time_whatever_clients_do(pets):
+    pages = 500 * b"GET /page/page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with serving({"pets": pets}, timeout_s=4) as server, ExitStack() as closing:
+        for sent in (b"", pages, HEAD % 9 + b"1"):
+            closing.enter_context(server.connect(sent))
+        until(lambda: len(server.server.server_state.tasks) >= 2)
+        began = time.monotonic()
+        server.server.handle_exit(signal.SIGTERM, None)
+        server.thread.join(30)
+        assert time.monotonic() - began < 4

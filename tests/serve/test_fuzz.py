@@ -23,8 +23,8 @@ CHECKS = [
     response_schema_conformance,
 ]
 statuses: Counter[int] = Counter()
-CLOSE = b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-POST = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+CLOSE = b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+POST = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,8 @@ def test_forms_with_wrong_bytes(server):
         b"GET /healthz" + CLOSE + b"X: " + 50_000 * b"x" + b"\r\n\r\n",
         b"GET /healthz" + CLOSE + 5000 * b"X: 1\r\n" + b"\r\n",
         b"GET /healthz?" + 50_000 * b"x" + CLOSE + b"\r\n",
-        b"GET /nowhere HTTP/9.9\r\nHost: x\r\nConnection: close\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /nowhere HTTP/9.9\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
         POST + b"Content-Length: -1\r\n\r\n",
         POST + b"Content-Length: 9" + 99 * b"9" + b"\r\n\r\n",

@@ -2,15 +2,16 @@
 
 import json
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from serving import everything, file, form, picture, serving, text, until
-
-from tokendial.serve.facts import Facts
+from slow_transform import after
 
 PNG = "image/png"
-HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +97,42 @@ def test_a_head_that_is_too_large_is_refused(server):
     assert reply.startswith(b"HTTP/1.1 400 ")
 
 
-def test_more_connections_than_allowed_are_told_to_come_later(server):
-    idle = [server.connect() for _ in range(8)]
-    until(lambda: len(server.server.server_state.connections) >= 8)
-    reply = server.ask("/v1/models", **KEY)
-    assert (reply.status, reply.error["code"]) == (503, "busy")
-    assert int(reply.headers["retry-after"]) >= 1
-    assert server.ask("/healthz").status == 200
-    for connection in idle:
-        connection.close()
-    until(lambda: not server.server.server_state.connections)
+def test_more_requests_than_allowed_are_told_to_come_later(server):
+    head = HEAD + b"X-API-Key: second\r\nContent-Length: 9\r\n\r\n1"
+    with ExitStack() as closing:
+        for _ in range(8):
+            closing.enter_context(server.connect(head))
+        until(lambda: len(server.server.server_state.tasks) == 8)
+        reply = server.ask("/v1/models", **KEY)
+        assert (reply.status, reply.error["code"]) == (503, "busy")
+        assert int(reply.headers["retry-after"]) >= 1
+        assert server.ask("/healthz").status == server.ask("/").status == 200
+    until(lambda: not server.server.server_state.tasks)
     assert server.ask("/v1/models", **KEY).status == 200
+
+
+PAGES = 500 * b"GET /page/page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", PAGES], ids=["nothing", "pages that are never read"])
+def test_connections_without_a_prediction_keep_nobody_out_and_are_closed(server, sent):
+    with ExitStack() as closing:
+        for _ in range(18):
+            closing.enter_context(server.connect(sent))
+        assert server.ask("/v1/predict", file(picture()), PNG, **KEY).status == 200
+        assert len(server.server.server_state.connections) <= 17  # two for each request, and ours
+        until(lambda: not server.server.server_state.connections)
+
+
+def test_bytes_of_requests_are_bounded_together(pets):
+    with serving({"pets": pets}, max_memory=30_000) as server, ExitStack() as closing:
+        begun = HEAD + b"Content-Length: 20000\r\n\r\n" + bytes(15_000)
+        connection = closing.enter_context(server.connect(begun))
+        until(lambda: server.server.server_state.tasks)
+        until(lambda: server.ask("/v1/predict", bytes(16_000), PNG).status == 503)
+        assert server.ask("/v1/predict", bytes(16_000), PNG).error["code"] == "busy"
+        connection.close()
+        until(lambda: server.ask("/v1/predict", bytes(16_000), PNG).status == 422)
 
 
 def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
@@ -115,20 +141,16 @@ def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
     assert int(reply.headers["retry-after"]) >= 1
 
 
-def slow(monkeypatch, seconds: float) -> None:
-    """Let images take that long to prepare."""
-    quick = Facts.prepare
-
-    def prepare(self, name, image):
-        time.sleep(seconds)
-        return quick(self, name, image)
-
-    monkeypatch.setattr(Facts, "prepare", prepare)
+def slow(server, seconds: float) -> None:
+    """Let images take that long to decode."""
+    tasks = server.served.facts.tasks
+    transform = partial(after, seconds, tasks["pets"].transform)
+    tasks["pets"] = replace(tasks["pets"], transform=transform)
 
 
-def test_large_images_are_given_the_time_to_decode_unless_the_client_has_none(pets, monkeypatch):
+def test_large_images_are_given_the_time_to_decode_unless_the_client_has_none(pets):
     with serving({"pets": pets}, slo_ms=700) as server:
-        slow(monkeypatch, 0.8)
+        slow(server, 0.8)
         for _ in range(2):  # however often: what large ones took is not held against others
             assert server.predict(file(picture())).status == 200
         reply = server.predict(file(picture()), query="?deadline_ms=700")

@@ -61,3 +61,14 @@ def test_accuracy_is_the_mean_over_the_images_of_a_model(minute):
     assert minute.accuracy("pets", lambda *of: known.get(of)) == pytest.approx(0.8)
     minute.answered("pets", 2, 0.01)  # a degree that was not evaluated
     assert math.isnan(minute.accuracy("pets", lambda *of: known.get(of)))
+
+
+def test_the_longest_lag_of_the_event_loop_is_told(minute):
+    for late_s in (0.01, 0.2, 0.03):
+        minute.looped(late_s)
+    minute.tick()
+    minute.looped(0.05)
+    minute.tick()
+    history = minute.told(100.0, {}).history
+    assert [past.loop_lag_ms for past in history] == pytest.approx([200, 50])
+    assert minute.loop_lag_s == 0.2

@@ -36,6 +36,10 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(help="Port; 0: any that is free.")] = 8000,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that clients may call the server by, besides its own; repeat."),
+    ] = None,
     degree: Annotated[
         int | None, typer.Option(help="One degree for all, instead of what the load allows.")
     ] = None,
@@ -55,7 +59,10 @@ def serve(
     compile: Compile = False,
     precision: Faster = Precision.fp32,
     threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
-    decoders: Annotated[int, typer.Option(help="Images decoded at the same time.")] = 2,
+    decoders: Annotated[int, typer.Option(help="Processes that decode images.")] = 3,
+    max_decode_s: Annotated[
+        float, typer.Option(help="Most seconds of a processor to decode an image.")
+    ] = 4.0,
     api_keys: Annotated[
         Path | None,
         typer.Option(help="File with one API key a line; or TOKENDIAL_API_KEYS, by commas."),
@@ -63,7 +70,10 @@ def serve(
     max_bytes: Annotated[int, typer.Option(help="Most bytes of a request.")] = 10 * 2**20,
     max_pixels: Annotated[int, typer.Option(help="Most pixels of an image.")] = 50_000_000,
     max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 32,
-    max_connections: Annotated[int, typer.Option(help="Most connections at a time.")] = 256,
+    max_memory: Annotated[
+        int, typer.Option(help="Most bytes of requests and masks held at a time.")
+    ] = 512 * 2**20,
+    max_connections: Annotated[int, typer.Option(help="Most requests at a time.")] = 256,
     timeout_s: Annotated[
         float, typer.Option(help="Seconds to send a request, or to answer the last ones.")
     ] = 30.0,
@@ -86,13 +96,16 @@ def serve(
             "pip install 'tokendial[serve]'."
         )
     from tokendial.serve.server import bound_socket
-    from tokendial.serve.settings import Settings, check_settings, read_keys
+    from tokendial.serve.settings import Settings, check_settings, read_keys, readable_by_others
 
     folders = _named(runs)
     # Each option has the name of its setting, which says what is allowed.
     told = {name: value for name, value in context.params.items() if name in Settings.model_fields}
+    told["allowed_hosts"] = told["allowed_hosts"] or ()
     speed = speed_of(optimize, compile, precision)
     settings = check_settings(told | {"speed": speed, "api_keys": read_keys(api_keys)})
+    if api_keys is not None and readable_by_others(api_keys):
+        print(f"api_keys: every user of this machine can read {api_keys}.", file=sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     # Clients' mistakes; they are told.
     for name in ("uvicorn.error", "python_multipart"):
@@ -108,27 +121,31 @@ def serve(
 
 def _serve(folders: dict[str, Path], settings: "Settings", listener: socket.socket) -> None:
     from tokendial.serve.app import create_app
+    from tokendial.serve.decoding import DecoderPool
     from tokendial.serve.server import Server, address_of, exposed
     from tokendial.serve.starting import started
 
-    served, engine = started(folders, settings)
-    with closing(served):
-        offered = served.facts.ladder(settings.max_degree, settings.min_accuracy)
-        _print_degrees(served.facts, engine, offered)
-        if exposed(listener, settings):
-            told = f"whoever reaches {settings.host} may ask: there are no API keys."
-            print(told, file=sys.stderr)
+    with closing(DecoderPool(settings)) as decoders:  # they load while the models do
+        served, engine = started(folders, settings)
+        with closing(served):
+            offered = served.facts.ladder(settings.max_degree, settings.min_accuracy)
+            _print_degrees(served.facts, engine, offered)
+            if exposed(listener, settings):
+                told = f"whoever reaches {settings.host} may ask: there are no API keys."
+                print(told, file=sys.stderr)
 
-        def ready() -> None:
-            print(f"serving {', '.join(served.facts.names)} on {address_of(listener)}", flush=True)
+            def ready() -> None:
+                print(
+                    f"serving {', '.join(served.facts.names)} on {address_of(listener)}", flush=True
+                )
 
-        def reload() -> None:
-            changed = served.reload(engine.call)
-            print(f"read anew: {', '.join(changed) or 'nothing has changed'}", flush=True)
+            def reload() -> None:
+                changed = served.reload(engine.call)
+                print(f"read anew: {', '.join(changed) or 'nothing has changed'}", flush=True)
 
-        application = create_app(engine, served, settings)
-        server = Server(application, engine, settings, ready=ready, reload=reload)
-        server.run(sockets=[listener])
+            application = create_app(engine, served, settings, decoders)
+            server = Server(application, engine, settings, ready=ready, reload=reload)
+            server.run(sockets=[listener])
 
 
 def _serve_on_ray(

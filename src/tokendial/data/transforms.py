@@ -1,5 +1,6 @@
 """Transforms of training and test images: torchvision's and timm's own."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+_LONG, _HIGH = 8, 100
+"""How many times longer than wide, or higher, an image is resized in another way."""
+_REACH = 3
+"""Pixels on either side that bicubic interpolation reads, and one more for rounding."""
 Transform = Callable[[Any], Tensor]
 """From a PIL image to [3, H, W]."""
 PairTransform = Callable[[Any, Any], tuple[Tensor, Any]]
@@ -85,7 +91,7 @@ def train_transform(
     steps: list[Callable[[Any], Any]] = [
         v2.RandomResizedCrop(img_size, augment.scale, interpolation=bicubic)
         if augment.crop
-        else v2.Resize(img_size, bicubic),
+        else Resized(img_size),
         v2.RandomHorizontalFlip(augment.flip),
     ]
     if augment.randaugment:
@@ -127,14 +133,71 @@ def eval_transform(
     std: tuple[float, ...],
 ) -> Transform:
     """From a PIL image to a normalised [3, H, W] float32 tensor, without chance."""
-    bicubic = v2.InterpolationMode.BICUBIC
     if augment.test_crop_ratio == 1.0 or img_size[0] != img_size[1]:
-        steps: list[Callable[[Any], Any]] = [v2.Resize(img_size, bicubic)]
+        steps: list[Callable[[Any], Any]] = [Resized(img_size)]
     else:
         short = round(img_size[0] / augment.test_crop_ratio)
-        steps = [v2.Resize(short, bicubic), v2.CenterCrop(img_size)]
+        steps = [CentreCropped(short, img_size)]
     composed: Transform = v2.Compose(steps + to_tensor(mean, std))
     return composed
+
+
+class Resized:
+    """Resizes to [height, width], as `v2.Resize` does.
+
+    Pillow resizes rows first, so that a few pixels wide and very high image would become as many
+    rows as wide as the result. Its newer versions do it the other way round, as is done here.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self._size = size
+        self._resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
+
+    def __call__(self, image: Any) -> Any:
+        """Resize a PIL image, or frames [T, 3, H, W]."""
+        if isinstance(image, Image.Image) and image.height > _HIGH * image.width:
+            rows = min(image.height, self._size[0])
+            image = image.resize((image.width, rows), Image.Resampling.BICUBIC)
+        return self._resize(image)
+
+
+class CentreCropped:
+    """Resizes the short side, and takes the centre, as `v2.Resize` and `v2.CenterCrop` do.
+
+    Where an image is many times longer than wide, only the part that is taken is resized: its
+    pixels are the same up to rounding, and the whole would be larger than any memory.
+    """
+
+    def __init__(self, short: int, size: tuple[int, int]) -> None:
+        self._short, self._size = short, size
+        self._whole = v2.Compose(
+            [v2.Resize(short, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+        )
+
+    def __call__(self, image: Any) -> Any:
+        """Resize and crop a PIL image, or frames [T, 3, H, W]."""
+        if not isinstance(image, Image.Image):
+            return self._whole(image)
+        sides = image.width, image.height
+        if max(sides) <= _LONG * min(sides):
+            return self._whole(image)
+        wanted = self._size[::-1]
+        part, box = zip(*map(self._along, sides, wanted, [min(sides)] * 2), strict=True)
+        image = image.crop((part[0][0], part[1][0], part[0][1], part[1][1]))
+        corners = (box[0][0], box[1][0], box[0][1], box[1][1])
+        return image.resize(wanted, Image.Resampling.BICUBIC, box=corners)
+
+    def _along(
+        self, side: int, wanted: int, shortest: int
+    ) -> tuple[tuple[int, int], tuple[float, float]]:
+        """Along one side: which pixels are needed, and which of these the result covers."""
+        # As torchvision rounds: the length down, the first pixel to the nearest.
+        length = int(self._short * side / shortest)
+        first, scale = round((length - wanted) / 2.0), side / length
+        begin, end = first * scale, (first + wanted) * scale
+        around = _REACH * max(1.0, scale)  # what the filter sees besides
+        left, right = max(0, math.floor(begin - around)), min(side, math.ceil(end + around))
+        return (left, right), (begin - left, end - left)
 
 
 def on_image(transform: Transform) -> PairTransform:

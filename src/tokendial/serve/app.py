@@ -1,8 +1,10 @@
 """The HTTP application around an engine."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import cache
 
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,26 +12,36 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import tokendial
 from tokendial.serve import page_routes, routes
 from tokendial.serve.access import KeyHolders
+from tokendial.serve.api_page import api_page
+from tokendial.serve.decoding import DecoderPool
 from tokendial.serve.engine import Engine
+from tokendial.serve.memory import MemoryLimit
 from tokendial.serve.metrics import Metrics
 from tokendial.serve.predicting import Predictor
 from tokendial.serve.problems import install
+from tokendial.serve.request_checks import RequestChecks
 from tokendial.serve.served import Served
 from tokendial.serve.settings import Settings
 
+_LOOK_S = 0.01
+"""How often the event loop is to come round."""
 
-def create_app(engine: Engine, served: Served, settings: Settings) -> FastAPI:
-    """Make the application; whoever made the engine starts and drains it."""
+
+def create_app(
+    engine: Engine, served: Served, settings: Settings, decoders: DecoderPool
+) -> FastAPI:
+    """Make the application; whoever made the engine and the decoders starts and ends them."""
     metrics = Metrics(engine, served, settings.slo_ms)
-    predictor = Predictor(engine, served, settings, metrics)
+    predictor = Predictor(engine, served, settings, metrics, decoders)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        ticking = asyncio.create_task(_every_second(metrics))
+        watching = [asyncio.create_task(each(metrics)) for each in (_every_second, _watch_loop)]
         yield
-        ticking.cancel()
-        with suppress(asyncio.CancelledError):
-            await ticking
+        for task in watching:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
 
     app = FastAPI(
         title="Tokendial",
@@ -38,9 +50,12 @@ def create_app(engine: Engine, served: Served, settings: Settings) -> FastAPI:
         # The pages that FastAPI offers load their scripts from other machines.
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirection is no answer in JSON
         lifespan=lifespan,
     )
     install(app)
+    app.add_middleware(MemoryLimit, most=settings.max_memory)
+    app.add_middleware(RequestChecks, settings=settings)
     app.add_middleware(_Counted, metrics=metrics)
     keys = Depends(KeyHolders(settings.api_keys))
     app.include_router(routes.predictions(predictor), prefix="/v1", dependencies=[keys])
@@ -48,7 +63,7 @@ def create_app(engine: Engine, served: Served, settings: Settings) -> FastAPI:
     app.include_router(about, prefix="/v1", dependencies=[keys])
     views = page_routes.tokens(engine, served, predictor)
     app.include_router(views, prefix="/v1", dependencies=[keys])
-    app.include_router(page_routes.page())
+    app.include_router(page_routes.page(cache(lambda: api_page(app.openapi()))))
     app.include_router(routes.numbers(metrics), dependencies=[keys])
     app.include_router(routes.machines(engine))
     return app
@@ -58,6 +73,14 @@ async def _every_second(metrics: Metrics) -> None:
     while True:
         await asyncio.sleep(1)
         metrics.last_minute.tick()
+
+
+async def _watch_loop(metrics: Metrics) -> None:
+    """Measure how late the event loop is: for so long, it could answer nobody."""
+    while True:
+        due = time.monotonic() + _LOOK_S
+        await asyncio.sleep(_LOOK_S)
+        metrics.last_minute.looped(time.monotonic() - due)
 
 
 class _Counted:

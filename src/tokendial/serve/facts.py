@@ -116,8 +116,7 @@ class Facts:
         """
         of = self.tasks[name]
         if not isinstance(of.task, Classification):
-            mask = mask_image(of.task, logits, size)
-            return Mask(_png(mask), mask_share(of.task, mask))
+            return mask_of(of, logits, size)
         likely = of.task.probabilities(logits.unsqueeze(0))[0]
         values, indices = likely.topk(min(top, len(of.classes)))
         names = tuple(of.classes[index] for index in indices.tolist())
@@ -142,6 +141,14 @@ class Facts:
     def accuracy(self, name: str, degree: int) -> float | None:
         """As `tokendial eval` measured it last; None: it did not."""
         return self.tasks[name].accuracy.get(degree)
+
+
+def mask_of(of: TaskOf, logits: Tensor, size: tuple[int, int]) -> Mask:
+    """What the logits [K, h, w] of a task of masks say, at the size of the image."""
+    if isinstance(of.task, Classification):
+        raise ValueError("of must be a task of masks, got one of classes.")
+    mask = mask_image(of.task, logits, size)
+    return Mask(_png(mask), mask_share(of.task, mask))
 
 
 def revision_of(run: Run) -> str:

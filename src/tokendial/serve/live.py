@@ -21,6 +21,8 @@ class _Bin:
     latencies_s: list[float] = field(default_factory=list)
     images: Counter[tuple[str, int]] = field(default_factory=Counter)
     """By model and degree."""
+    loop_lag_s: float = 0.0
+    """The longest time that the event loop was late."""
 
 
 class LastMinute:
@@ -36,6 +38,15 @@ class LastMinute:
         self._bins[-1].latencies_s.append(seconds)
         self._bins[-1].images[name, degree] += 1
 
+    def looped(self, late_s: float) -> None:
+        """The event loop came round, so much later than it should."""
+        self._bins[-1].loop_lag_s = max(self._bins[-1].loop_lag_s, late_s)
+
+    @property
+    def loop_lag_s(self) -> float:
+        """The longest time in the last minute that the event loop was late, in seconds."""
+        return max(each.loop_lag_s for each in self._bins)
+
     def tick(self) -> None:
         """A second has gone."""
         status = self._engine.status()
@@ -46,6 +57,7 @@ class LastMinute:
                 load=status.arrivals_per_s,
                 p99_ms=_percentile_ms(self._bins[-1].latencies_s, 0.99),
                 queued=status.queued,
+                loop_lag_ms=1000 * self._bins[-1].loop_lag_s,
             )
         )
         self._bins.append(_Bin())

@@ -70,6 +70,11 @@ class Metrics(Collector):
             ("running_images", "Images in the model.", now.running),
             ("arrivals_per_second", "Images that were asked for lately.", now.arrivals_per_s),
             ("utilisation", "Share of the time needed at this degree.", now.utilisation),
+            (
+                "event_loop_lag_seconds",
+                "Longest time in the last minute that the event loop was late.",
+                self.last_minute.loop_lag_s,
+            ),
         ):
             yield GaugeMetricFamily(f"tokendial_{name}", told, value)
         yield CounterMetricFamily("tokendial_answered_images", "By the model.", now.answered)

@@ -121,12 +121,14 @@ class Replica:
     ) -> None:
         # The front needs none of this, and starts in half of the time.
         from tokendial.serve.app import create_app
+        from tokendial.serve.decoding import DecoderPool
         from tokendial.serve.starting import started
 
+        decoders = DecoderPool(settings)  # they load while the models do
         served, engine = started(runs, settings)
         check_home(home, served.facts, settings)
         self._served, self._engine, self._home = served, engine, home
-        self._app = create_app(engine, served, settings)
+        self._app = create_app(engine, served, settings, decoders)
         await self._app.router.lifespan_context(self._app).__aenter__()
 
     async def answer(self, scope: Mapping[str, Any], body: bytes, held_s: float) -> Answered:

@@ -1,6 +1,7 @@
 """The page, and the tokens of an image for it."""
 
 import asyncio
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Annotated
 
@@ -43,8 +44,12 @@ class Tokens(TokenView):
     """As `/v1/predict` gives it; its degree is that of the view."""
 
 
-def page() -> APIRouter:
-    """`/` and `/page/*`: what a browser shows, from this server alone."""
+def page(api_page: Callable[[], str]) -> APIRouter:
+    """`/`, `/docs` and `/page/*`: what a browser shows, from this server alone.
+
+    Args:
+        api_page: Writes the page that describes the requests.
+    """
     router = APIRouter(include_in_schema=False)
     contents = {
         file.name: file.read_bytes() for file in (files("tokendial.serve") / "page").iterdir()
@@ -60,6 +65,10 @@ def page() -> APIRouter:
     @router.get("/")
     async def index() -> Response:
         return await part("index.html")
+
+    @router.get("/docs")
+    async def docs() -> Response:
+        return Response(api_page(), media_type="text/html", headers=_HEADERS)
 
     return router
 

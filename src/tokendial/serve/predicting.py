@@ -2,19 +2,16 @@
 
 import asyncio
 import time
-from base64 import b64encode
 from collections.abc import Coroutine
-from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import anyio.to_thread
 from fastapi import Request
 from starlette.requests import ClientDisconnect
-from torch import Tensor
 
+from tokendial.serve.decoding import DecoderPool, Prepared
 from tokendial.serve.engine import Answer, Engine
 from tokendial.serve.facts import Classes
+from tokendial.serve.memory import Held
 from tokendial.serve.metrics import Metrics
 from tokendial.serve.problems import ProblemError, refusal
 from tokendial.serve.scheduler import Refused
@@ -28,39 +25,27 @@ from tokendial.serve.schemas import (
 )
 from tokendial.serve.served import Served
 from tokendial.serve.settings import Settings
-from tokendial.serve.uploads import Upload, receive, to_image
+from tokendial.serve.uploads import Upload, receive
 
-_TOP = 5
-_LEARNT = 0.1
-"""Share of a surprise in the time of decoding that is believed."""
+_COPIES = 2
+"""Of a mask: as it was painted, and as it is sent."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An image as the model takes it."""
-
-    tensor: Tensor
-    """[3, H, W]."""
-    size: tuple[int, int]
-    """Height and width of the image itself, in pixels."""
-    seconds: float
-    """That it took."""
 
 
 class Predictor:
     """Answers requests of one event loop."""
 
     def __init__(
-        self, engine: Engine, served: Served, settings: Settings, metrics: Metrics
+        self,
+        engine: Engine,
+        served: Served,
+        settings: Settings,
+        metrics: Metrics,
+        decoders: DecoderPool,
     ) -> None:
         self.degrees = served.facts.ladder(settings.max_degree, settings.min_accuracy)
         self._engine, self._served, self._settings = engine, served, settings
-        self._metrics = metrics
-        # Threads are bounded, so that decoding leaves room for the model and for the event loop.
-        self._decoders = anyio.CapacityLimiter(settings.decoders)
-        self._painters = anyio.CapacityLimiter(settings.decoders)
-        self._decoding, self._decode_s = 0, 0.0
+        self._metrics, self._decoders = metrics, decoders
 
     async def __call__(self, request: Request, options: Options) -> Predictions:
         """Answer a request.
@@ -82,26 +67,24 @@ class Predictor:
         whole = time.monotonic() - held_s
         asked = upload.options
         name = self.name_of(asked)
-        degree, top = self.degree_of(name, asked), self._top_of(name, asked)
+        degree = self.degree_of(name, asked)
         # What a client says counts from its first byte; our own promise, from its last: how fast
         # it sends is not in our hands.
         until = whole + self._settings.engine_slo_s
         if asked.deadline_ms is not None:
-            until = began + asked.deadline_ms / 1000
+            until = began + self._checked(asked.deadline_ms) / 1000
         try:
             work = self._answers(name, upload, degree, until, asked.deadline_ms is None)
             images, answers = await unless_gone(request, work)
+            told = await self._told(name, images, answers, asked.top, request.state.held)
         except Refused as refused:
             self._metrics.refused(refused.reason, len(upload.images))
             raise refusal(refused) from None
-        told = await asyncio.gather(
-            *(self._told(name, *each, top) for each in zip(images, answers, strict=True))
-        )
         seconds = time.monotonic() - whole
         for answer in answers:
             self._metrics.answered(name, answer.degree, seconds)
         revision = self._served.facts.revision(name)
-        return Predictions(model=name, revision=revision, predictions=list(told)), images
+        return Predictions(model=name, revision=revision, predictions=told), images
 
     def name_of(self, options: OfModel) -> str:
         """The model that is asked for."""
@@ -125,55 +108,46 @@ class Predictor:
             raise ProblemError(422, "invalid", message, "degree")
         return options.degree
 
-    def _top_of(self, name: str, options: Options) -> int:
-        classes = len(self._served.facts.classes(name))
-        if options.top is not None and options.top > classes:
-            raise ProblemError(422, "invalid", f"The model has {classes} classes.", "top")
-        return options.top or min(_TOP, classes)
+    def _checked(self, deadline_ms: float) -> float:
+        most = self._settings.max_deadline_ms
+        if deadline_ms > most:
+            raise ProblemError(422, "invalid", f"At most {most:g} ms are waited.", "deadline_ms")
+        return deadline_ms
 
     async def prepare(
         self, name: str, upload: Upload, degree: int | None, until: float
     ) -> list[Prepared]:
-        """Decode images in worker threads, if they can still be answered in time.
+        """Decode images, if they can still be answered in time.
 
         Raises:
             Refused: If they cannot: what will not be answered shall not cost a decoding.
         """
-        count, ahead = len(upload.images), self._decoding
         # Those ahead are told by what was decoded lately; the time of this one is not foreseen, or
         # a few large images could keep everything out that would teach otherwise.
-        begins = time.monotonic() + ahead // self._settings.decoders * self._decode_s
-        self._engine.check(name, count, degree=degree, within_s=until - begins, ahead=ahead)
-        self._decoding += count
-        try:
-            # A lot of images for each thread: to go to one and back takes as long as a small image.
-            lots = min(count, self._settings.decoders)
-            found = await asyncio.gather(
-                *(
-                    anyio.to_thread.run_sync(
-                        partial(self._lot, name, upload, range(first, count, lots), until),
-                        limiter=self._decoders,
-                    )
-                    for first in range(lots)
+        within_s = until - time.monotonic() - self._decoders.wait_s
+        count, ahead = len(upload.images), self._decoders.ahead
+        self._engine.check(name, count, degree=degree, within_s=within_s, ahead=ahead)
+        futures = [
+            asyncio.wrap_future(
+                self._decoders.prepare(
+                    name,
+                    self._served.facts.tasks[name],
+                    image,
+                    called=upload.name(index),
+                    rank=index,
+                    until=until,
+                    shape=self._served.facts.input_shape,
+                    settings=self._settings,
+                    base64=upload.base64,
                 )
             )
-            return [found[index % lots][index // lots] for index in range(count)]
+            for index, image in enumerate(upload.images)
+        ]
+        try:
+            return await asyncio.gather(*futures)
         finally:
-            self._decoding -= count
-
-    def _lot(self, name: str, upload: Upload, lot: range, until: float) -> list[Prepared]:
-        return [self._prepared(name, upload.images[i], upload.name(i), until) for i in lot]
-
-    def _prepared(self, name: str, file: bytes | str, called: str, until: float) -> Prepared:
-        began = time.monotonic()
-        if began > until:
-            raise Refused("late", "the deadline went by before the image was decoded.", 1.0)
-        value_range = self._served.facts.tasks[name].value_range
-        image = to_image(file, called, self._settings, value_range)
-        tensor = self._served.facts.prepare(name, image)
-        seconds = time.monotonic() - began
-        self._decode_s += _LEARNT * (seconds - self._decode_s)
-        return Prepared(tensor, (image.height, image.width), seconds)
+            for future in futures:  # the others, if one of them failed or the client is gone
+                future.cancel()
 
     async def _answers(
         self, name: str, upload: Upload, degree: int | None, until: float, own: bool
@@ -193,25 +167,47 @@ class Predictor:
         return images, await asyncio.wrap_future(future)
 
     async def _told(
-        self, name: str, image: Prepared, answer: Answer, top: int
-    ) -> ClassesPrediction | MaskPrediction:
-        told = partial(self._served.facts.answer, name, answer.output, image.size, top)
+        self, name: str, images: list[Prepared], answers: list[Answer], top: int, held: Held
+    ) -> list[ClassesPrediction | MaskPrediction]:
+        """What clients are told of each image."""
         if self._served.facts.kind(name) == "classes":
-            found = told()  # takes less time than a thread
-        else:
-            found = await anyio.to_thread.run_sync(told, limiter=self._painters)
-        computed = {
-            "degree": answer.degree,
-            "queue_ms": 1000 * answer.queue_s,
-            "compute_ms": 1000 * answer.compute_s,
-            "batch": answer.batch,
-        }
-        if isinstance(found, Classes):
-            pairs = zip(found.names, found.probabilities, strict=True)
-            classes = [Class(name=name, probability=value) for name, value in pairs]
-            return ClassesPrediction(**computed, classes=classes)
-        mask = b64encode(found.png).decode()
-        return MaskPrediction(**computed, mask=mask, share=found.share)
+            told: list[ClassesPrediction | MaskPrediction] = []
+            for image, answer in zip(images, answers, strict=True):
+                told.append(self._classes(name, image, answer, top))
+                await asyncio.sleep(0)  # there may be many classes, and many images
+            return told
+        pairs = zip(images, answers, strict=True)
+        return list(await asyncio.gather(*(self._mask(name, *pair, held) for pair in pairs)))
+
+    def _classes(self, name: str, image: Prepared, answer: Answer, top: int) -> ClassesPrediction:
+        found = self._served.facts.answer(name, answer.output, image.size, top)
+        assert isinstance(found, Classes)
+        pairs = zip(found.names, found.probabilities, strict=True)
+        classes = [Class(name=name, probability=value) for name, value in pairs]
+        return ClassesPrediction(**_computed(answer), classes=classes)
+
+    async def _mask(self, name: str, image: Prepared, answer: Answer, held: Held) -> MaskPrediction:
+        painted = await asyncio.wrap_future(
+            self._decoders.paint(
+                name,
+                self._served.facts.tasks[name],
+                answer.output,
+                image.size,
+                until=time.monotonic() + self._settings.timeout_s,
+                settings=self._settings,
+            )
+        )
+        held.take(_COPIES * len(painted.png))
+        return MaskPrediction(**_computed(answer), mask=painted.png.decode(), share=painted.share)
+
+
+def _computed(answer: Answer) -> dict[str, Any]:
+    return {
+        "degree": answer.degree,
+        "queue_ms": 1000 * answer.queue_s,
+        "compute_ms": 1000 * answer.compute_s,
+        "batch": answer.batch,
+    }
 
 
 async def unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:

@@ -1,8 +1,10 @@
 """The paths: predictions, what is served and how it goes, and what machines ask for."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.types import Receive, Scope, Send
 
 from tokendial.serve.engine import Engine
 from tokendial.serve.metrics import CONTENT_TYPE, Metrics
@@ -26,14 +28,19 @@ from tokendial.serve.uploads import FORMATS
 _TOLD = {
     400: "The body is broken.",
     401: "An API key is needed.",
+    403: "It comes from the page of another site.",
     404: "There is no such model.",
     408: "The request came too slowly.",
-    413: "Too many bytes, images or pixels.",
+    413: "Too many bytes, values, images or pixels, or too much work to decode.",
     415: "A body of a kind that is not taken.",
+    421: "The header Host names no host of this server.",
     422: "A value that is not allowed, or no image.",
     429: "Too many images wait; the header Retry-After says when to try again.",
     503: "The deadline cannot be made, or the server stops; Retry-After says when to try again.",
 }
+_BY_THE_HEAD = (403, 421)
+"""What any path may answer."""
+_PIECE = 262_144
 _FILE = {"type": "string", "format": "binary"}
 _FORM = {
     "type": "object",
@@ -48,7 +55,36 @@ IMAGE_BODIES |= {"multipart/form-data": {"schema": _FORM}}
 
 def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a path may answer beside success, for the OpenAPI page."""
-    return {status: {"model": Failure, "description": _TOLD[status]} for status in statuses}
+    return {
+        status: {"model": Failure, "description": _TOLD[status]}
+        for status in sorted({*statuses, *_BY_THE_HEAD})
+    }
+
+
+async def in_pieces(answer: Predictions) -> Response:
+    """The answer as JSON, written and sent in pieces that keep the event loop for a moment each."""
+    # Checked when it was made; checking it again would take longer than writing it.
+    parts = []
+    for prediction in answer.predictions:
+        parts.append(prediction.model_dump_json().encode())
+        await asyncio.sleep(0)
+    rest = answer.model_dump_json(exclude={"predictions"}).encode()
+    return _Pieces(
+        b'%b,"predictions":[%b]}' % (rest[:-1], b",".join(parts)), media_type="application/json"
+    )
+
+
+class _Pieces(Response):
+    """A response that waits for the client to take what was sent before more of it is sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **head})
+        body = memoryview(self.body)
+        for at in range(0, len(body), _PIECE):
+            piece = {"body": bytes(body[at : at + _PIECE]), "more_body": True}
+            await send({"type": "http.response.body", **piece})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def predictions(predictor: Predictor) -> APIRouter:
@@ -68,9 +104,7 @@ def predictions(predictor: Predictor) -> APIRouter:
 
         The options of JSON are fields of its body, those of all else are query parameters.
         """
-        answer = await predictor(request, options)
-        # Checked when it was made; checking it again would take longer than writing it.
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return await in_pieces(await predictor(request, options))
 
     return router
 

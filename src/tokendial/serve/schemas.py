@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-_DAY_MS = 86_400_000
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 
 class OfModel(BaseModel):
@@ -21,11 +19,12 @@ class Options(OfModel):
 
     degree: Literal["auto", "best"] | Annotated[int, Field(ge=0)] = "auto"
     """`auto`: as the load allows; `best`: the most accurate one; or a degree of the dial."""
-    deadline_ms: Annotated[float, Field(gt=0, le=_DAY_MS)] | None = None
-    """From the first byte of the request to the answer. What cannot be answered by then is
-    refused at once. None: the objective of the server, from the last byte of the request."""
-    top: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """Classes to tell, most probable first; none: five, or as many as there are."""
+    deadline_ms: Annotated[float, Field(gt=0)] | None = None
+    """From the first byte of the request to the answer; at most the server's `--timeout-s`. What
+    cannot be answered by then is refused at once. None: the objective of the server, from the last
+    byte of the request."""
+    top: Annotated[int, Field(ge=1, le=100_000)] = 5
+    """Classes to tell, most probable first; all of them if the model has fewer."""
 
 
 class PredictBody(Options):
@@ -33,7 +32,7 @@ class PredictBody(Options):
 
     model_config = ConfigDict(strict=True)
 
-    images: Annotated[list[str], Field(min_length=1)]
+    images: Annotated[list[str], Field(min_length=1), FailFast()]
     """Image files, each as base64."""
 
 
@@ -135,6 +134,8 @@ class Second(Answer):
     """Images per second that were asked for."""
     p99_ms: float | None
     queued: int
+    loop_lag_ms: float
+    """The longest time that the server's event loop was late: for so long it answered nobody."""
 
 
 class Live(Answer):

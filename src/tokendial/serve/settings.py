@@ -1,6 +1,7 @@
 """What a server is told: where it listens, what it promises, and what it takes from a client."""
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,9 @@ class Settings(BaseModel):
     """Address to listen at; the default takes requests of this machine only."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen at; 0: any that is free."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that requests may call this server by (the header Host), besides localhost, the
+    machine's own name, `host` and IP addresses; "*": any name."""
     slo_ms: Annotated[float, Field(gt=0)] = 100.0
     """The promise: an image is answered within so many milliseconds after it has arrived."""
     degree: Annotated[int, Field(ge=0)] | None = None
@@ -48,18 +52,25 @@ class Settings(BaseModel):
     threads: Count | None = None
     """Threads of the model; None: torch's choice."""
     max_bytes: Count = 10 * 2**20
-    """Most bytes of a request. Times `max_connections`, it bounds the memory of bodies."""
+    """Most bytes of a request."""
+    max_memory: Count = 512 * 2**20
+    """Most bytes of requests and masks that the server holds at a time; what is more is answered
+    503."""
     # Above twice Pillow's own limit it refuses whatever we say.
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 50_000_000
-    """Most pixels of an image, by its header; decoding takes about eight bytes for each."""
+    """Most pixels of an image, by its header. Large images that are decoded at the same time have
+    together at most as many, too."""
     max_images: Count = 32
     """Most images of a request."""
     max_connections: Count = 256
-    """Most connections at a time; whoever comes later is answered 503."""
+    """Most requests to `/v1` at a time; whoever comes later is answered 503. Of connections there
+    may be twice as many; then the oldest that asks for no prediction is closed for a new one."""
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that a client has to send a request, and a server that is told to end, to answer."""
-    decoders: Count = 2
-    """Images that are decoded at the same time, each in a thread of its own."""
+    decoders: Count = 3
+    """Processes that decode images. All but one decode large images, too."""
+    max_decode_s: Annotated[float, Field(gt=0)] = 4.0
+    """Most seconds of a processor that decoding an image may take."""
     api_keys: Annotated[tuple[str, ...], Field(repr=False)] = ()
     """A request has to bring one of these; none: whoever reaches the server may ask."""
 
@@ -67,6 +78,11 @@ class Settings(BaseModel):
     def engine_slo_s(self) -> float:
         """Seconds of the promise in which the engine has to be done: the answer has a way to go."""
         return _ENGINES * self.slo_ms / 1000
+
+    @property
+    def max_deadline_ms(self) -> float:
+        """Milliseconds that a request may wait at most for its answer."""
+        return max(self.slo_ms, 1000 * self.timeout_s)
 
 
 def check_settings(values: Mapping[str, Any]) -> Settings:
@@ -97,6 +113,11 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
     if (text := environment.get(KEYS_VARIABLE)) is not None:
         keys += _checked(text.split(","), KEYS_VARIABLE)
     return tuple(dict.fromkeys(keys))
+
+
+def readable_by_others(file: Path) -> bool:
+    """Whether every user of the machine may read a file."""
+    return bool(file.stat().st_mode & stat.S_IROTH)
 
 
 def _checked(entries: list[str], where: str) -> list[str]:

@@ -1,0 +1,143 @@
+"""Requests that are made to cost much: none holds up the event loop, nor others for long."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+from PIL import Image
+from serving import everything, file, picture, serving, text
+
+from benchmarks import hostile
+from benchmarks.attacks import ATTACKS
+from benchmarks.server import Server
+from tokendial.serve.uploads import file_of
+
+JSON = "application/json"
+MB = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def server(pets):
+    with serving({"pets": pets}, timeout_s=120) as running:
+        running.predict(file(picture()))  # the decoders have loaded their libraries
+        yield running
+
+
+BODIES = {
+    "numbers": b'{"images": [' + MB * b"1," + b"1]}",
+    "numbers that are few enough to be looked at": b'{"images": [' + 900 * b"1," + b"1]}",
+    "lists in lists": b'{"images": ' + MB * b"[" + MB * b"]" + b"}",
+    "unknown names": b"{" + b",".join(b'"%d":1' % i for i in range(MB // 4)) + b"}",
+    "empty texts": b'{"images": [' + MB * b'"",' + b'""]}',
+    "quotes": b'{"images": ["' + MB * b'\\"' + b'"]}',
+    "backslashes": b'{"images": ["' + MB * b"\\" + b'"]}',
+    "blanks": 2 * MB * b" ",
+    "a long name": b'{"' + MB * b"x" + b'": 1}',
+    "half of a letter": b'{"images": ["x"], "\\ud800": 1}',
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_json_is_refused_before_its_values_are_made(server, name):
+    before = server.lag_s()
+    reply = server.ask("/v1/predict", BODIES[name], JSON)
+    assert 400 <= reply.status < 500
+    # One value made of each would take seconds; the machine of the tests may be busy.
+    assert server.lag_s() < max(0.5, 2 * before)
+
+
+def test_many_query_parameters_are_refused(server):
+    reply = server.ask("/v1/degrees?" + 15_000 * "a&")
+    assert (reply.status, reply.error["code"]) == (422, "invalid")
+
+
+def test_text_of_images_is_read_as_json_writes_it(server):
+    body, kind = text(file(picture()))
+    images = json.loads(body)["images"][0]
+    assert "/" in images
+    escaped = body.replace(b"/", b"\\/").replace(b"A", b"\\u0041")
+    answer = server.ask("/v1/predict", body, kind).json["predictions"][0]["classes"]
+    assert server.ask("/v1/predict", escaped, kind).json["predictions"][0]["classes"] == answer
+    assert file_of(escaped.split(b'"')[3], "it") == file(picture())
+
+
+def test_tiny_chunks_leave_others_their_turn(server):
+    head = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    chunks = 20_000 * b"1\r\nx\r\n" + b"0\r\n\r\n"
+    sent = head + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n" + chunks
+    answered = 0
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(lambda: everything(server.connect(sent)))
+        while not reply.done():
+            assert server.ask("/healthz").status == 200
+            answered += 1
+    assert reply.result().startswith(b"HTTP/1.1 422 ")
+    assert answered >= 10  # all of it at once would let one or two through
+
+
+def gif_with_comments(size: int) -> bytes:
+    """Pillow puts comments together in a time that grows with the square of their size."""
+    whole = file(Image.new("P", (1, 1)), "GIF")
+    at = 13 + 3 * 2 ** ((whole[10] & 7) + 1) * (whole[10] >> 7)
+    comment = b"\x21\xfe" + (size // 256) * (b"\xff" + 255 * b"x") + b"\x00"
+    return whole[:at] + comment + whole[at:]
+
+
+def narrow(width: int, height: int) -> bytes:
+    """A PNG in some hundred bytes."""
+    return file(Image.new("L", (width, height)), compress_level=9)
+
+
+@pytest.mark.parametrize(("width", "height"), [(4, 400_000), (400_000, 4), (1, 1_000_000)])
+def test_narrow_images_are_as_good_as_others(server, width, height):
+    assert server.predict(narrow(width, height)).status == 200
+
+
+def test_what_takes_too_long_to_open_is_given_up_and_others_are_answered(pets):
+    bombs = 3 * [gif_with_comments(9 * MB)]
+    with serving({"pets": pets}, max_decode_s=0.5, timeout_s=60) as server:
+        server.predict(file(picture()))
+        with ThreadPoolExecutor(3) as pool:
+            query = "?deadline_ms=60000"
+            asked = [pool.submit(server.predict, bomb, query=query) for bomb in bombs]
+            answered = 0
+            while not all(each.done() for each in asked):
+                assert server.predict(file(picture())).status == 200
+                answered += 1
+        assert answered >= 2
+        for each in asked:
+            reply = each.result()
+            assert (reply.status, reply.error["code"]) == (413, "too_costly")
+            assert reply.error["field"] == "images[0]"
+
+
+@pytest.mark.parametrize("with_their_parent", [False, True])
+def test_decoders_that_are_killed_come_again(server, with_their_parent):
+    parent = server.decoders
+    killed = [*parent.children(), *[parent][:with_their_parent]]
+    for each in reversed(killed):
+        each.kill()
+    gone, _ = psutil.wait_procs(killed, timeout=10)
+    assert len(gone) == len(killed)
+    assert server.predict(file(picture())).status == 200
+
+
+def test_the_benchmark_tells_what_others_notice(server, monkeypatch):
+    monkeypatch.setattr(hostile, "_SETTLE_S", 1.1)
+    attack = next(each for each in ATTACKS if "numbers" in each.name)
+    body, _ = text(file(picture()))
+    row = hostile.attacked(Server(f"http://127.0.0.1:{server.port}", os.getpid()), attack, body, 1)
+    assert set(row["answers"].split()) >= {"x", "413"}
+    assert row["honest"] >= 1
+    assert row["lost"] == 0
+    assert row["alive"]
+    assert row["loop_ms"] > 0
+    assert row["honest_ms"] > 0
+
+
+def test_every_attack_is_a_request(server):
+    for attack in ATTACKS:
+        first = attack.sent().partition(b"\r\n")[0]
+        assert first == b"" or first.endswith(b" HTTP/1.1"), attack.name
