@@ -28,7 +28,8 @@ class Settings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen at; 0: any that is free."""
     slo_ms: Annotated[float, Field(gt=0)] = 100.0
-    """The promise: an image is answered within so many milliseconds after it has arrived."""
+    """The promise: an image is answered within so many milliseconds after it has arrived. If it is
+    not set, `starting` makes it as long as the models need here."""
     degree: Annotated[int, Field(ge=0)] | None = None
     """A degree for all who ask for none; None: the controller's."""
     max_degree: Annotated[int, Field(ge=0)] | None = None
@@ -47,6 +48,9 @@ class Settings(BaseModel):
     """How the model is sped up on this machine before it serves."""
     threads: Count | None = None
     """Threads of the model; None: torch's choice."""
+    spare: bool = True
+    """Whether a second process stands by where it takes long to make one ready: on an accelerator,
+    or with `speed`. It has the memory of the model once more."""
     max_bytes: Count = 10 * 2**20
     """Most bytes of a request. Times `max_connections`, it bounds the memory of bodies."""
     # Above twice Pillow's own limit it refuses whatever we say.
