@@ -43,8 +43,8 @@ _STILL_S = 1.0
 """For so long one that runs may show nothing, and..."""
 _PREPARING_S = 60.0
 """... one that is made ready, where drivers of accelerators hold up every thread."""
-_ANSWER_S = 5.0
-"""For a fork, which takes milliseconds."""
+_FORK_S, _ENDED_S = 5.0, 1.0
+"""For the answers of a process that holds models, which take milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Loaded:
                 send(self._pipe, None)
                 for end in (theirs, heart):
                     send_handle(self._pipe, end.fileno(), self._process.pid)
-                pid: int = self._answer(_ANSWER_S)
+                pid: int = self._answer(_FORK_S)
             except BaseException:
                 ours.close()
                 pulse.close()
@@ -119,7 +119,7 @@ class Loaded:
         """How a process ended that was forked and killed; None: it is not known."""
         with self._turn, suppress(LostError, OSError):
             send(self._pipe, pid)
-            code: int = self._answer(_ANSWER_S)
+            code: int = self._answer(_ENDED_S)
             return code
         return None
 

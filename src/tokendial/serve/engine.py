@@ -20,7 +20,7 @@ _IDLE_S = 0.1
 _LOOK_S = 0.05
 """How often a batch that should have ended is looked at."""
 _GRACE = 0.1
-"""Share of the objective by which an answer may come too late before its request is given up."""
+"""Share of its time by which an answer may be late before its request is given up."""
 _TRIES = 2
 """Of a batch: it may be the batch that kills what runs it."""
 _USELESS_S = 30.0
@@ -294,10 +294,11 @@ class Engine:
                 if not self._running or now <= scheduler.busy_until:
                     continue
                 scheduler.drop(now)
-                late = now - _GRACE * scheduler.rules.slo_s
                 told = Refused("late", "the machine took longer than expected.", _LOOK_S)
-                for ticket in {ticket for ticket, _ in self._running if ticket.deadline < late}:
-                    scheduler.give_up(ticket, told)
+                for ticket in {ticket for ticket, _ in self._running}:
+                    late_s = now - ticket.deadline
+                    if late_s > _GRACE * (ticket.deadline - ticket.arrived):
+                        scheduler.give_up(ticket, told)
 
     def _do_calls(self) -> None:
         while not self._calls.empty():

@@ -143,7 +143,8 @@ class Supervisor:
             _end(process)
             raise
         finally:
-            self._starting.remove(process)
+            with self._changed:
+                self._starting.remove(process)
         return process
 
     def _watch(self) -> None:
