@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -78,6 +77,15 @@ def _serves_models(process: psutil.Process) -> bool:
     return False
 
 
+def ready(server: Server) -> bool:
+    """What it says itself."""
+    try:
+        server.get("/readyz")
+    except OSError:  # as which an answer of another status comes, too
+        return False
+    return True
+
+
 @dataclass
 class Watched:
     """What was seen beside the requests."""
@@ -92,13 +100,8 @@ class Watched:
         """Look until it is over."""
         before = time.monotonic()
         while not self.ended.wait(_LOOK_S):
-            try:
-                server.get("/readyz")
-                ready = True
-            except (urllib.error.HTTPError, OSError):
-                ready = False
-            now = time.monotonic()
-            self.unready_s += 0.0 if ready else now - before
+            well, now = ready(server), time.monotonic()
+            self.unready_s += 0.0 if well else now - before
             before = now
             with suppress(psutil.Error):  # one ended while it was looked at
                 self.most = max(self.most, len(processes.living()))
@@ -224,6 +227,9 @@ def main(arguments: list[str]) -> None:
             shutil.rmtree(run.folder)
             brief.append(happens("kill -9, no folder", asked.seconds, lambda: computing().kill()))
             happens("kill -9 of all, no folder", asked.reload_s, kill_all)
+            until = time.monotonic() + asked.reload_s
+            while not ready(server) and time.monotonic() < until:
+                time.sleep(_LOOK_S)
             computing().suspend()
             began = time.monotonic()
         ended_s = time.monotonic() - began

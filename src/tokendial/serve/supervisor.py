@@ -125,7 +125,8 @@ class Supervisor:
             self._closed = True
             self._changed.notify_all()
         self._look.set()
-        _end(*self._starting, self._current, self._spare, self._loaded)
+        # The one that is asked how others have ended first: it may stand still.
+        _end(self._loaded, *self._starting, self._current, self._spare)
         self._watcher.join()
         if self._filler:
             self._filler.join()
