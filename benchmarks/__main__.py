@@ -17,6 +17,7 @@ COMMANDS = {
     "serving": "a load on servers at fixed degrees, and on one that turns the dial by itself",
     "soak": "a server under more load than it can answer, for minutes",
     "hostile": "requests that are made to cost a server much, while others ask it",
+    "outage": "what clients see when a server loses its model process, its folder, or is reloaded",
     "answers": "answers of a server against the offline model",
     "evidence_dense_adapter": "Dense Adapter against other adapters, trained on real images",
     "evidence_tocom": "what ToCom brings back between degrees, trained on real images",

@@ -11,10 +11,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -115,6 +117,18 @@ def wait_until(happened: Callable[[], object], process: BaseProcess) -> None:
         assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def model_processes(pid: int) -> list[psutil.Process]:
+    """Of a server: those that hold models, then those that compute."""
+    found = [each for each in psutil.Process(pid).children(recursive=True) if _serves(each)]
+    return sorted(found, key=lambda each: each.ppid() != pid)
+
+
+def _serves(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):  # it has ended
+        return "tokendial.serve.worker" in process.cmdline()
+    return False
 
 
 def ended(process: BaseProcess) -> int | None:

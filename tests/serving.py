@@ -25,7 +25,6 @@ import torch
 from PIL import Image
 
 from tokendial.serve import served as served_module
-from tokendial.serve.apart import Order
 from tokendial.serve.app import create_app
 from tokendial.serve.decoding import DecoderPool
 from tokendial.serve.engine import Engine
@@ -122,12 +121,21 @@ class Serving:
 class Near:
     """Models in the process of the tests; one of their own would take seconds to start."""
 
-    def __init__(self, order: Order) -> None:
-        self.models = order.load()
-        self.facts, self.view = self.models.facts, self.models.view
+    missing_s = 0.0
 
-    def run(self, name: str, degree: int, images: list[torch.Tensor]) -> list[torch.Tensor]:
+    def __init__(self, load: Callable[[], Any], again: object, *, spare: bool) -> None:
+        (order,) = load.args
+        self.models = order.load()
+        self.facts = self.models.facts
+
+    def process(self) -> "Near":
+        return self
+
+    def run(self, name: str, degree: int, images: list[torch.Tensor], within_s: float | None):
         return list(self.models.run(name, degree, torch.stack(images)))
+
+    def view(self, name: str, degree: int, image: torch.Tensor, within_s: float):
+        return self.models.view(name, degree, image)
 
     def close(self) -> None:
         pass
@@ -150,10 +158,10 @@ def serving(runs: Mapping[str, Run], *, apart: bool = False, **told: Any) -> Ite
     listener = bound_socket(settings)
     folders = {name: run.folder for name, run in runs.items()}
     if apart:
-        served, engine = started(folders, settings)
+        served, engine, settings = started(folders, settings)
     else:
-        with mock.patch.object(served_module, "Apart", Near):
-            served, engine = started(folders, settings)
+        with mock.patch.object(served_module, "Supervisor", Near):
+            served, engine, settings = started(folders, settings)
     ready = threading.Event()
     server = Server(
         create_app(engine, served, settings, decoders()),

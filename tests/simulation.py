@@ -57,6 +57,9 @@ class Asked:
     def gone(self) -> bool:
         return self.now() >= self.leaves_at
 
+    def ended(self) -> bool:
+        return self.gone() or self.refused is not None or self.answered_at is not None
+
     def refuse(self, refused: Refused) -> None:
         self.refused = refused.reason
 

@@ -12,6 +12,8 @@ import pytest
 from local_server import local_server
 
 from benchmarks import answers, serving, soak
+from benchmarks.load import Exchange
+from benchmarks.outage import outage
 from benchmarks.server import Server, capacity, served
 from benchmarks.workload import Workload
 from tokendial.train import Run
@@ -228,3 +230,12 @@ def test_a_server_that_does_not_start_tells_why(in_place_of_serve):
     in_place_of_serve("import sys; sys.exit(f'no such run: {sys.argv[1]}')")
     with pytest.raises(ValueError, match="did not start:\nno such run: RUN"), served(["RUN"]):
         pass
+
+
+def test_an_outage_lasts_from_the_last_answer_to_the_next():
+    def at(answered: float, status: int = 200) -> Exchange:
+        return Exchange(0, answered - 0.5, answered=answered, status=status)
+
+    told = [at(1.0), at(2.0), at(2.5, status=503), at(4.5), at(5.0), Exchange(0, 5.0)]
+    assert outage(told, seconds=6.0) == 2.5
+    assert outage(told, seconds=9.0) == 4.0

@@ -80,6 +80,34 @@ def test_a_degree_that_is_too_slow_for_the_objective_is_not_used():
     assert turned(Dial(0), seen(0.01), plan, rules).degree > 0
 
 
+@pytest.mark.parametrize("images", [4, 20, 60])
+def test_a_request_that_comes_to_rest_is_answered_at_degree_0(images):
+    """However many images it has, if there is time."""
+    played = play(scheduler(SLO), [Asked(1.0, images, within_s=5.0)])
+    assert played.asked[0].degrees == [0] * images
+    assert len(played.batches) > 1 or images == 4
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_an_objective_that_is_too_short_counts_for_those_who_ask_for_it(images):
+    patient = [Asked(float(at), images, within_s=5.0) for at in range(0, 20, 2)]
+    short = 0.9 * true_seconds(NAME, 0, 1)
+    played = play(scheduler(short), patient)
+    assert {degree for each in played.asked for degree in each.degrees} == {0}
+    hurried = play(scheduler(short), [Asked(float(at)) for at in range(20)])
+    assert not any(each.refused for each in hurried.asked)
+    assert all(each.degrees[0] > 0 for each in hurried.asked)
+    assert play(scheduler(short), [Asked(0.0)], seconds=30).degree_at(30) == 0
+
+
+def test_the_images_of_a_request_have_one_degree_while_the_dial_turns():
+    many = Asked(0.0, images=40, within_s=5.0)
+    burst = asked(arrivals.steady(rate=1.7 * BASE, seconds=2))
+    played = play(scheduler(SLO), [many, *burst])
+    assert len(set(many.degrees)) == 1
+    assert len({degree for _, degree in played.dial}) > 1
+
+
 @pytest.mark.parametrize("load", [0.3, 0.6])
 def test_light_load_is_served_at_degree_0(load):
     times = arrivals.poisson(rate=load * BASE, seconds=30, seed=0)
@@ -181,6 +209,7 @@ def test_every_request_ends_once_in_time_and_at_the_degree_it_asked_for(requests
         assert not all(ends[:2])
         if each.answered_at is not None:
             assert len(each.degrees) == each.images
+            assert len(set(each.degrees)) == 1
             assert each.seconds <= (each.within_s or SLO) + 1e-9
             if each.degree is not None:
                 assert set(each.degrees) == {each.degree}

@@ -8,6 +8,7 @@ import pytest
 from simulation import NAME
 
 from tokendial.serve import Costs, Engine, Refused, Rules, Scheduler
+from tokendial.serve.engine import LostError
 
 DEGREES = (0, 1, 2)
 
@@ -19,12 +20,16 @@ class Model:
         self.free = threading.Event()
         self.free.set()
         self.threads, self.ran = set(), []
+        self.dies = 0
 
     def __call__(self, name, degree, payloads):
         self.threads.add(threading.get_ident())
         assert self.free.wait(10)
         if "bad" in payloads:
             raise RuntimeError("this image is not for me")
+        if self.dies:
+            self.dies -= 1
+            raise LostError("it has ended.")
         self.ran += payloads
         return [(name, degree, payload) for payload in payloads]
 
@@ -142,6 +147,65 @@ def test_a_batch_that_fails_is_told_and_the_next_one_runs(engine, caplog):
         engine.submit(NAME, ["good", "bad"]).result(10)
     assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
     assert "a batch of 2 images failed" in caplog.text
+
+
+def test_deadlines_hold_though_a_batch_does_not_end(engine, model):
+    model.free.clear()
+    runs = engine.submit(NAME, ["runs"], within_s=0.3)
+    while not engine.status().running:
+        time.sleep(0.001)
+    waits = engine.submit(NAME, ["waits"], within_s=0.5)
+    for future in (runs, waits):
+        with pytest.raises(Refused, match="longer than expected") as refused:
+            future.result(5)
+        assert refused.value.reason == "late"
+    patient = engine.submit(NAME, ["patient"], within_s=60.0)
+    model.free.set()
+    assert patient.result(10)[0].output == (NAME, 0, "patient")
+    assert "waits" not in model.ran
+    assert engine.status().refused == {"late": 2}
+
+
+def test_a_batch_is_tried_again_when_what_runs_it_is_lost_but_not_for_ever(engine, model):
+    model.dies = 1
+    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+    model.dies = 2
+    with pytest.raises(Refused, match="again with another try") as refused:
+        engine.submit(NAME, ["deadly"]).result(10)
+    assert refused.value.reason == "lost"
+    assert model.dies == 0
+    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+    assert engine.status().refused == {"lost": 1}
+
+
+def test_a_batch_that_nobody_waits_for_is_not_tried_again(engine, model):
+    model.free.clear()
+    model.dies = 2
+    leaves = engine.submit(NAME, ["leaves"])
+    while not engine.status().running:
+        time.sleep(0.001)
+    leaves.cancel()
+    model.free.set()
+    until = time.monotonic() + 10
+    while engine.status().running and time.monotonic() < until:
+        time.sleep(0.001)
+    assert model.dies == 1
+
+
+def test_it_is_ready_while_there_is_something_to_run_batches(model):
+    missing = [0.0]
+    scheduler = Scheduler(Costs({(NAME, 0): {1: 0.001}}), Rules(5.0, (0,)))
+    engine = Engine(model, scheduler, missing_s=lambda: missing[0])
+    assert (engine.ready, engine.useful) == (False, False)
+    engine.start()
+    assert (engine.ready, engine.useful) == (True, True)
+    missing[0] = 0.5
+    assert (engine.ready, engine.useful) == (False, True)
+    missing[0] = 100.0
+    assert (engine.ready, engine.useful) == (False, False)
+    assert engine.drain(10)
+    missing[0] = 0.0
+    assert (engine.ready, engine.useful) == (False, True)
 
 
 def test_work_is_done_between_batches(engine, model):

@@ -281,7 +281,7 @@ def test_the_last_minute_is_told(server):
     live = server.ask("/v1/live").json
     assert live["answered"] >= 2
     assert live["p50_ms"] <= live["p99_ms"]
-    assert live["refused"].keys() == {"full", "late", "draining"}
+    assert live["refused"].keys() == {"full", "late", "lost", "draining"}
 
 
 def test_prometheus_reads_everything(server):

@@ -60,7 +60,8 @@ def test_a_mask_has_the_size_of_the_image(masks):
 
 
 def test_an_optimised_copy_answers_the_same(pets):
-    models = load_models({"pets": pets}, speed=Speed(optimize=True), batch=2)
+    models = load_models({"pets": pets})
+    models.prepare(Speed(optimize=True), batch=2)
     (image,) = pictures(1)
     for degree in (0, 4):
         (found,) = logits(models, "pets", degree, [image])
@@ -109,7 +110,7 @@ def test_runs_that_cannot_be_served_together_are_named(pets, masks, tmp_path):
     with pytest.raises(ValueError, match="runs must name at least one"):
         load_models({})
     with pytest.raises(ValueError, match="are for one run"):
-        load_models({"a": pets, "b": pets}, speed=Speed(precision="bf16"))
+        load_models({"a": pets, "b": pets}).prepare(Speed(precision="bf16"))
     with pytest.raises(ValueError, match="num_classes|decoder|backbone"):
         load_models({"pets": pets, "masks": masks})
     with pytest.raises(ValueError, match="is not the folder of a run"):

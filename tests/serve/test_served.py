@@ -1,20 +1,29 @@
-"""Models in a process of their own: loaded, exchanged, lost."""
+"""Models in processes of their own: loaded, exchanged, lost."""
 
+import json
+import os
 import shutil
-from concurrent.futures import Future
-from threading import Timer
+import signal
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from processes import model_processes
 from served_runs import alone, pictures, write_run
+from serving import until
 
-from tokendial.serve import Rules
+from tokendial.saving import CONFIG
+from tokendial.serve import Refused, Rules
+from tokendial.serve.engine import LostError
 from tokendial.serve.served import Served
 from tokendial.serve.settings import Settings
 from tokendial.train import Run
 
-SETTINGS = Settings(max_batch=3, threads=1)
+# With more threads than one: what is forked has to make its own.
+SETTINGS = Settings(max_batch=3, threads=2)
 
 
 def at_once(work) -> Future:
@@ -24,92 +33,171 @@ def at_once(work) -> Future:
     return future
 
 
-def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "tokendial.serve.worker" in p.cmdline()]
+def processes() -> list[psutil.Process]:
+    """Of models: the one that holds them, and those that compute."""
+    return model_processes(os.getpid())
+
+
+def computing() -> psutil.Process:
+    (_, process) = processes()
+    return process
+
+
+def other_weights(run: Run, folder: Path, seed: int) -> None:
+    model = write_run(folder / str(seed), list(run.classes()), seed=seed).model()
+    model.save_pretrained(run.best)
+
+
+@pytest.fixture(scope="module")
+def runs(pets, cars, tmp_path_factory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        name: Run(shutil.copytree(run.folder, folder / name))
+        for name, run in (("pets", pets), ("cars", cars))
+    }
+
+
+@pytest.fixture(scope="module")
+def served(runs):
+    """Two runs, loaded once: it takes seconds."""
+    served = Served(runs, SETTINGS)
+    yield served
+    served.close()
+    assert not processes()
 
 
 @pytest.fixture
-def serve():
-    """Makes what is served, and ends it."""
-    made = []
+def right(served, runs):
+    """Whether an image gets the logits that it has alone."""
+    (image,) = pictures(1)
 
-    def make(**runs: Run) -> Served:
-        made.append(Served(runs, SETTINGS))
-        return made[-1]
+    def check(name: str = "pets", degree: int = 1) -> None:
+        (found,) = served.run(name, degree, [served.facts.prepare(name, image)])
+        torch.testing.assert_close(found, alone(runs[name], image, degree))
 
-    yield make
-    for served in made:
-        served.close()
-    assert not children()
+    return check
 
 
-def test_images_come_back_as_the_logits_they_have_alone(serve, pets):
-    served, images = serve(pets=pets), pictures(3)
-    ready = [served.facts.prepare("pets", image) for image in images]
-    for degree in (4, 0):
-        for some in (ready, ready[:1]):  # what an earlier batch has left does not count
-            for logits, image in zip(served.run("pets", degree, some), images, strict=False):
-                torch.testing.assert_close(logits, alone(pets, image, degree))
+def test_images_come_back_as_the_logits_they_have_alone(served, runs):
+    images = pictures(3)
+    for name, run in runs.items():
+        ready = [served.facts.prepare(name, image) for image in images]
+        for degree in (4, 0):
+            for some in (ready, ready[:1]):  # what an earlier batch has left does not count
+                for logits, image in zip(served.run(name, degree, some), images, strict=False):
+                    torch.testing.assert_close(logits, alone(run, image, degree))
     with pytest.raises(ValueError, match="degree must be"):
         served.run("pets", 99, ready)
     with pytest.raises(RuntimeError, match="KeyError: 'dogs'"):
         served.run("dogs", 0, ready)
-    torch.testing.assert_close(served.run("pets", 0, ready)[0], alone(pets, images[0], 0))
+    torch.testing.assert_close(served.run("cars", 0, ready)[0], alone(runs["cars"], images[0], 0))
 
 
-def test_every_degree_and_size_is_measured(serve, masks):
-    served = serve(masks=masks)
-    degrees = served.facts.degrees
-    costs = served.measured(Rules(60.0, degrees, max_batch=3), degrees)
-    assert set(costs.points) == {("masks", degree) for degree in degrees}
-    assert all(costs.seconds(*point, 3) >= costs.seconds(*point, 1) > 0 for point in costs.points)
+def test_every_degree_and_size_is_measured(served):
+    degrees = served.facts.degrees[:2]
+    costs = served.measured(Rules(60.0, degrees, max_batch=2), degrees)
+    assert set(costs.points) == {(name, d) for name in ("pets", "cars") for d in degrees}
+    assert all(costs.seconds(*point, 2) >= costs.seconds(*point, 1) > 0 for point in costs.points)
 
 
-def test_what_cannot_be_loaded_is_told(serve, tmp_path):
-    with pytest.raises(ValueError, match="is not the folder of a run"):
-        serve(pets=Run(tmp_path))
-    assert not children()
+def test_those_that_compute_share_the_weights(served, right):
+    right()
+    holding = processes()[0]
+    assert holding.num_threads() == 1  # else it could not be forked
+    info = computing().memory_full_info()
+    assert info.uss < info.rss / 4
 
 
-def test_a_process_that_is_lost_is_replaced(serve, pets, caplog):
-    served = serve(pets=pets)
-    (image,) = pictures(1)
-    ready = served.facts.prepare("pets", image)
-    (process,) = children()
-    process.terminate()  # that is for the server to obey
-    torch.testing.assert_close(served.run("pets", 1, [ready])[0], alone(pets, image, 1))
-    process.suspend()  # with a batch
-    Timer(0.2, process.kill).start()
-    torch.testing.assert_close(served.run("pets", 1, [ready])[0], alone(pets, image, 1))
-    assert "the process of the models ended with -9" in caplog.text
-    (process,) = children()
-    process.kill()  # without one
-    torch.testing.assert_close(served.run("pets", 2, [ready])[0], alone(pets, image, 2))
+def test_a_process_that_is_lost_is_replaced(served, right, caplog):
+    os.kill(computing().pid, signal.SIGTERM)  # that is for the server to obey
+    right()
+    process = computing()
+    process.kill()  # without a batch
+    until(lambda: not served.missing_s and len({*processes()} - {process}) == 2)
+    right()
+    process = computing()
+    process.suspend()  # with one
+    threading.Timer(0.2, process.kill).start()
+    with pytest.raises(LostError):
+        right()
+    right()
+    assert "has ended (-9)" in caplog.text
 
 
-def test_runs_that_changed_on_disk_take_the_place_of_the_old_ones(serve, pets, cars, tmp_path):
-    run = Run(shutil.copytree(cars.folder, tmp_path / "cars"))
-    served = serve(pets=pets, cars=run)
-    (image,) = pictures(1)
-    ready, before = served.facts.prepare("cars", image), served.facts.revision("cars")
+def test_a_process_that_stands_still_is_replaced(served, right):
+    first = computing()
+    first.suspend()
+    until(lambda: served.missing_s)  # while nobody asks
+    until(lambda: not served.missing_s)
+    second = computing()
+    assert second != first
+    right()
+    second.suspend()  # with a batch
+    with pytest.raises(LostError):
+        right()
+    right()
+
+
+def test_what_takes_too_long_is_given_up(served, right):
+    ready = served.facts.prepare("pets", pictures(1)[0])
+
+    def ask_until_looked_at() -> None:
+        while True:
+            served.run("pets", 0, [ready], within_s=0.0)
+
+    with pytest.raises(LostError):
+        ask_until_looked_at()
+    until(lambda: not served.missing_s)  # others were lost shortly before: it may take a second
+    right()
+
+
+def test_runs_that_changed_on_disk_take_the_place_of_the_old_ones(served, right, runs, tmp_path):
+    before, old = served.facts.revision("cars"), processes()
     assert served.reload(at_once) == []
-    write_run(tmp_path / "newer", ["bus", "car", "tram", "van"], seed=3).model().save_pretrained(
-        run.best
-    )
-    assert served.reload(at_once) == ["cars"]
+    other_weights(runs["cars"], tmp_path, seed=3)
+    with ThreadPoolExecutor(8) as pool:  # of all who ask, one reads
+        found = list(pool.map(lambda _: served.reload(at_once), range(8)))
+    assert sorted(found) == [[]] * 7 + [["cars"]]
     assert served.facts.revision("cars") != before
-    torch.testing.assert_close(served.run("cars", 2, [ready])[0], alone(run, image, 2))
-    torch.testing.assert_close(served.run("pets", 2, [ready])[0], alone(pets, image, 2))
+    until(lambda: len(processes()) == 2 and not set(old) & set(processes()))
+    right("cars", 2)
+    right("pets", 2)
 
 
-def test_a_run_that_became_something_else_is_not_taken(serve, pets, cars, tmp_path):
-    run = Run(shutil.copytree(pets.folder, tmp_path / "pets"))
-    served = serve(pets=run)
-    (process,) = children()
-    shutil.copytree(cars.folder, run.folder, dirs_exist_ok=True)
+def test_a_run_that_became_something_else_is_not_taken(served, right, runs, cars, tmp_path):
+    kept = shutil.copytree(runs["pets"].folder, tmp_path / "kept")
+    old = set(processes())
+    shutil.copytree(cars.folder, runs["pets"].folder, dirs_exist_ok=True)
     with pytest.raises(ValueError, match="another kind of model now: restart the server"):
         served.reload(at_once)
-    (run.best / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="cannot be read"):
+    config = json.loads((runs["pets"].best / CONFIG).read_text())
+    del config["backbone"]
+    (runs["pets"].best / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{runs['pets'].folder}.*backbone") as caught:
         served.reload(at_once)
-    assert children() == [process]
+    assert "\n" not in str(caught.value)
+    assert set(processes()) == old
+    shutil.copytree(kept, runs["pets"].folder, dirs_exist_ok=True)
+    right()
+
+
+def test_models_are_loaded_again_when_their_folders_are_gone(served, runs, tmp_path, caplog):
+    (image,) = pictures(1)
+    wanted = alone(runs["cars"], image, 1)
+    ready, revision = served.facts.prepare("cars", image), served.facts.revision("cars")
+    for run in runs.values():
+        shutil.rmtree(run.folder)
+    for process in processes():
+        process.kill()
+
+    def answer() -> torch.Tensor | None:
+        try:
+            return served.run("cars", 1, [ready])[0]
+        except (LostError, Refused):
+            return None
+
+    found: list[torch.Tensor] = []
+    until(lambda: (one := answer()) is not None and not found.append(one))
+    torch.testing.assert_close(found[0], wanted)
+    assert served.facts.revision("cars") == revision
+    assert "they are loaded again" in caplog.text

@@ -31,7 +31,10 @@ def serve(
         list[str],
         typer.Argument(metavar="RUN...", help="Folder of a run, or NAME=FOLDER; one backbone."),
     ],
-    slo_ms: Annotated[float, typer.Option(help="Answer within so many milliseconds.")] = 100.0,
+    slo_ms: Annotated[
+        float | None,
+        typer.Option(help="Answer within so many ms [default: 100, or what the model needs here]."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address; the default is this machine only.")] = (
         "127.0.0.1"
     ),
@@ -59,6 +62,10 @@ def serve(
     compile: Compile = False,
     precision: Faster = Precision.fp32,
     threads: Annotated[int | None, typer.Option(help="Threads of the model.")] = None,
+    spare: Annotated[
+        bool,
+        typer.Option(help="On a GPU or with --optimize: keep a second model process ready."),
+    ] = True,
     decoders: Annotated[int, typer.Option(help="Processes that decode images.")] = 3,
     max_decode_s: Annotated[
         float, typer.Option(help="Most seconds of a processor to decode an image.")
@@ -102,6 +109,8 @@ def serve(
     # Each option has the name of its setting, which says what is allowed.
     told = {name: value for name, value in context.params.items() if name in Settings.model_fields}
     told["allowed_hosts"] = told["allowed_hosts"] or ()
+    if slo_ms is None:
+        del told["slo_ms"]  # chosen when it is known what an image takes
     speed = speed_of(optimize, compile, precision)
     settings = check_settings(told | {"speed": speed, "api_keys": read_keys(api_keys)})
     if api_keys is not None and readable_by_others(api_keys):
@@ -126,10 +135,11 @@ def _serve(folders: dict[str, Path], settings: "Settings", listener: socket.sock
     from tokendial.serve.starting import started
 
     with closing(DecoderPool(settings)) as decoders:  # they load while the models do
-        served, engine = started(folders, settings)
+        served, engine, settings = started(folders, settings)
         with closing(served):
             offered = served.facts.ladder(settings.max_degree, settings.min_accuracy)
             _print_degrees(served.facts, engine, offered)
+            print(f"answers within {settings.slo_ms:g} ms")
             if exposed(listener, settings):
                 told = f"whoever reaches {settings.host} may ask: there are no API keys."
                 print(told, file=sys.stderr)

@@ -44,7 +44,7 @@ def serve_on_ray(deployed: Deployed, ready: Callable[[], None]) -> None:
         raise ValueError("port: a cluster needs one that every machine knows, got 0.")
     runs = {name: Run(folder) for name, folder in deployed.runs.items()}
     bridge = Path(settings.compensator) if settings.compensator else None
-    check_home(deployed.home, load_models(runs, compensator=bridge, device="cpu").facts, settings)
+    check_home(deployed.home, load_models(runs, compensator=bridge).facts, settings)
     if not joins:
         with bound_socket(settings) as listener:  # it is free
             if exposed(listener, settings):

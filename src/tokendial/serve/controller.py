@@ -5,7 +5,7 @@ until then; the lowest degree at which it does is the most accurate one that can
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tokendial.serve.costs import Costs, Point
@@ -56,6 +56,8 @@ class Observed:
     """Images that were asked for lately, refused ones included."""
     waiting: Sequence[tuple[Group, int, float]] = ()
     """Images that wait, with the seconds that are left for them, rising."""
+    patient: Collection[Group] = ()
+    """Those of whom none had to be answered within the objective lately."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +113,15 @@ def pressure(degree: int, seen: Observed, plan: Plan, rules: Rules) -> float:
 
     The larger of two: what arrives, in the long run, and what waits, until its deadlines (the most
     that the first so many of them ask for). What arrives from now on has later ones, so the two do
-    not add up. Infinite where one image alone takes longer than the objective.
+    not add up. Infinite where one image alone takes longer than the objective and is not given
+    more time.
     """
     full = {
         group: plan[group[0], degree if group[1] is None else group[1]]
         for group in (*seen.arrivals_per_s, *(group for group, _, _ in seen.waiting))
     }
-    if any(asked is None and not of.in_time for (_, asked), of in full.items()):
+    hurried = full.keys() - set(seen.patient)
+    if any(group[1] is None and not full[group].in_time for group in hurried):
         return math.inf
     load = sum(full[group].each * rate for group, rate in seen.arrivals_per_s.items())
     work = needed = 0.0

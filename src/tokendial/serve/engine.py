@@ -17,9 +17,22 @@ _log = logging.getLogger(__name__)
 _IDLE_S = 0.1
 """How often the dial is looked at while nothing comes."""
 
+_LOOK_S = 0.05
+"""How often a batch that should have ended is looked at."""
+_GRACE = 0.1
+"""Share of its time by which an answer may be late before its request is given up."""
+_TRIES = 2
+"""Of a batch: it may be the batch that kills what runs it."""
+_USELESS_S = 30.0
+"""After so long without anything to run batches, starting the whole server again may help."""
+
 T = TypeVar("T")
 Run = Callable[[str, int, Sequence[Any]], Sequence[Any]]
 """Runs a batch: told the model's name, the degree and the payloads; gives an output for each."""
+
+
+class LostError(RuntimeError):
+    """What runs batches was lost with the one that it had; another try may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,31 +96,49 @@ class Engine:
         scheduler: Scheduler,
         *,
         on_batch: Callable[[BatchDone], None] | None = None,
+        missing_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make an engine; `start` starts it.
 
         Args:
-            run: Called in the engine's thread only.
+            run: Called in the engine's thread only. After a `LostError` it is called once more.
             scheduler: Belongs to the engine from now on.
             on_batch: Called after each batch in the engine's thread; has to be quick.
+            missing_s: Seconds for which nothing has been there to run batches, 0: there is; for any
+                thread.
             clock: Seconds, never going back.
         """
+        self._missing_s = missing_s
         self._run, self._scheduler, self._clock = run, scheduler, clock
         self._on_batch = on_batch
         self._changed = threading.Condition()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="tokendial-engine", daemon=True)
-        self._running = self._answered = 0
+        self._running: Sequence[tuple[Ticket, int]] = ()
+        self._answered = 0
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+        threading.Thread(
+            target=self._keep_deadlines, name="tokendial-deadlines", daemon=True
+        ).start()
 
     @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should come."""
+        return self.alive and not self.draining and not self._missing_s()
+
+    @property
+    def useful(self) -> bool:
+        """Whether it runs, and can be expected to go on."""
+        return (self.alive or self.draining) and self._missing_s() < _USELESS_S
 
     @property
     def draining(self) -> bool:
@@ -216,7 +247,7 @@ class Engine:
             return Status(
                 scheduler.dial.degree,
                 scheduler.queued,
-                self._running,
+                len(self._running),
                 sum(scheduler.observed(now).arrivals_per_s.values()),
                 scheduler.utilisation(now),
                 self._answered,
@@ -251,8 +282,23 @@ class Engine:
                             return
                         self._changed.wait(min(found, _IDLE_S))
                     continue
-                self._running = len(found.parts)
+                self._running = found.parts
             self._work(found)
+
+    def _keep_deadlines(self) -> None:
+        """Refuse in time what cannot be answered any more, whatever a batch takes."""
+        while self.alive:
+            time.sleep(_LOOK_S)
+            with self._changed:
+                now, scheduler = self._clock(), self._scheduler
+                if not self._running or now <= scheduler.busy_until:
+                    continue
+                scheduler.drop(now)
+                told = Refused("late", "the machine took longer than expected.", _LOOK_S)
+                for ticket in {ticket for ticket, _ in self._running}:
+                    late_s = now - ticket.deadline
+                    if late_s > _GRACE * (ticket.deadline - ticket.arrived):
+                        scheduler.give_up(ticket, told)
 
     def _do_calls(self) -> None:
         while not self._calls.empty():
@@ -260,28 +306,22 @@ class Engine:
 
     def _work(self, batch: Batch) -> None:
         payloads = [ticket.payloads[place] for ticket, place in batch.parts]
-        failed: Exception | None = None
         began = self._clock()
-        try:
-            outputs = self._run(batch.name, batch.degree, payloads)
-        except Exception as error:
-            _log.exception("a batch of %d images failed", len(payloads))
-            outputs, failed = [], error
+        outputs, failed = self._outputs(batch, payloads)
         ended = self._clock()
         with self._changed:
             scheduler = self._scheduler
-            scheduler.finished(batch, ended - began, ended)
-            self._running = 0
+            self._running = ()
             if failed:
+                scheduler.finished(batch, None, ended)
                 for ticket in {ticket for ticket, _ in batch.parts}:
-                    scheduler.forget(ticket)
+                    scheduler.give_up(ticket, failed)
             else:
+                scheduler.finished(batch, ended - began, ended)
                 self._answered += len(payloads)
             queued, dial = scheduler.queued, scheduler.dial.degree
         waited = tuple(began - ticket.arrived for ticket, _ in batch.parts)
         if failed:
-            for ticket, _ in batch.parts:
-                ticket.owner.refuse(failed)
             return
         for (ticket, place), output, seconds in zip(batch.parts, outputs, waited, strict=True):
             answer = Answer(output, batch.degree, len(payloads), seconds, ended - began)
@@ -292,6 +332,25 @@ class Engine:
                     batch.name, batch.degree, len(payloads), waited, ended - began, dial, queued
                 )
             )
+
+    def _outputs(
+        self, batch: Batch, payloads: Sequence[Any]
+    ) -> tuple[Sequence[Any], Exception | None]:
+        """What a batch gives, or why it gives nothing."""
+        for _ in range(_TRIES):
+            try:
+                return self._run(batch.name, batch.degree, payloads), None
+            except LostError as error:
+                _log.error("lost with a batch of %d images: %s", len(payloads), error)
+            except Refused as refused:
+                return (), refused
+            except Exception as error:
+                _log.exception("a batch of %d images failed", len(payloads))
+                return (), error
+            if all(ticket.owner.ended() for ticket, _ in batch.parts):
+                break
+        told = "the process of the models was lost with these images, and again with another try."
+        return (), Refused("lost", told, 1.0)
 
 
 class _Asked:
@@ -310,6 +369,9 @@ class _Asked:
 
     def gone(self) -> bool:
         return self.future.cancelled()
+
+    def ended(self) -> bool:
+        return self.future.done()
 
     def refuse(self, error: Exception) -> None:
         self._end(lambda: self.future.set_exception(error))

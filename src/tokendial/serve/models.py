@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokendial.compensate import Compensator
+from tokendial.errors import one_line
 from tokendial.saving import read_files
 from tokendial.serve.facts import Facts, ServedTask, TaskOf, revision_of
 from tokendial.serve.token_view import TokenView, seen_image, token_view
@@ -28,7 +29,41 @@ class Models:
     """With an adapter for each name."""
     fast: DialViT | Optimized
     """What runs: the model, or its treated copy."""
-    device: str
+    bridge: tuple[Compensator, int] | None
+    """What is attached to the model, and the degree that this was trained at."""
+    device: str = "cpu"
+
+    def prepare(
+        self, speed: Speed | None = None, *, batch: int = 8, device: str | None = None
+    ) -> None:
+        """Make them ready to run.
+
+        Args:
+            speed: What to do for speed; one run only.
+            batch: Images of the batches that it is done for.
+            device: Where to compute; None: the accelerator if there is one.
+
+        Raises:
+            ValueError: If speed is asked for and there are several runs.
+        """
+        if speed and len(self.facts.tasks) > 1:
+            raise ValueError(
+                "optimize, compile and precision are for one run: several take turns in one model."
+            )
+        self.device = device or default_device()
+        if self.device != "cpu":
+            self._move()
+        if speed:
+            example = torch.zeros(batch, *self.facts.input_shape, device=self.device)
+            self.fast = sped_up(self.model, example, speed, self.facts.degrees)
+
+    def _move(self) -> None:
+        if self.bridge:
+            self.bridge[0].detach(self.model)  # it keeps copies of weights where these were
+        self.model.to(self.device)
+        if self.bridge:
+            plugin, source = self.bridge
+            plugin.to(self.device).attach(self.model, source)
 
     @torch.no_grad()
     def run(self, name: str, degree: int, images: Tensor) -> Tensor:
@@ -46,42 +81,35 @@ class Models:
         return view, seen_image(self.model, image)
 
 
-def load_models(
-    runs: Mapping[str, Run],
-    *,
-    compensator: Path | None = None,
-    speed: Speed | None = None,
-    batch: int = 8,
-    device: str | None = None,
-) -> Models:
-    """Put runs into memory, the backbone once.
+def load_models(runs: Mapping[str, Run], *, compensator: Path | None = None) -> Models:
+    """Put runs into the memory of the CPU, the backbone once.
 
     Args:
         runs: By the names that they are served under.
         compensator: Folder of a compensator, which turns with the dial.
-        speed: What to do for speed; one run only.
-        batch: Images of the batches that it is done for.
-        device: Where to compute; None: the accelerator if there is one.
 
     Raises:
-        ValueError: If a run has no model, cannot be served or does not share the backbone and the
-            reduction of the first one, or a setting does not go with several runs.
+        ValueError: If a run has no model, cannot be read or served, or does not share the backbone
+            and the reduction of the first one.
     """
     if not runs:
         raise ValueError("runs must name at least one run.")
-    if speed and len(runs) > 1:
+    try:
+        return _loaded(runs, compensator)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever a file may cause that says something else than it should
+        folders = ", ".join(str(run.folder) for run in runs.values())
         raise ValueError(
-            "optimize, compile and precision are for one run: several take turns in one model."
-        )
+            f"{folders} cannot be read: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _loaded(runs: Mapping[str, Run], compensator: Path | None) -> Models:
     tasks = {name: _task(run) for name, run in runs.items()}
-    on = device or default_device()
     # Read before the weights, so that weights that change meanwhile are seen by the next reload.
     revisions = {name: revision_of(run) for name, run in runs.items()}
-    model, adapters, degrees = _model(runs, compensator, on)
-    fast: DialViT | Optimized = model
-    if speed:
-        example = torch.zeros(batch, *model.anatomy.input_shape, device=on)
-        fast = sped_up(model, example, speed, degrees)
+    model, adapters, degrees, bridge = _model(runs, compensator)
     served = {}
     for name, run in runs.items():
         model.set_adapter(adapters[name])
@@ -95,7 +123,7 @@ def load_models(
             _accuracy(run, bridged=compensator is not None),
             run.value_range(),
         )
-    return Models(Facts(served, degrees, model.anatomy.input_shape), model, fast, on)
+    return Models(Facts(served, degrees, model.anatomy.input_shape), model, model, bridge)
 
 
 def _task(run: Run) -> ServedTask:
@@ -114,13 +142,14 @@ def _task(run: Run) -> ServedTask:
 
 
 def _model(
-    runs: Mapping[str, Run], compensator: Path | None, device: str
-) -> tuple[DialViT, dict[str, str], tuple[int, ...]]:
-    """All runs in one model, the names of their adapters in it, and the degrees it can be at."""
+    runs: Mapping[str, Run], compensator: Path | None
+) -> tuple[DialViT, dict[str, str], tuple[int, ...], tuple[Compensator, int] | None]:
+    """All runs in one model, the names of their adapters in it, the degrees it can be at, and what
+    is attached to it."""
     first = next(iter(runs.values()))
-    plugin = Compensator.from_pretrained(compensator).to(device).eval() if compensator else None
+    plugin = Compensator.from_pretrained(compensator).eval() if compensator else None
     unreduced = plugin is not None and first.recipe().reduce is None
-    model = first.model(plugin.reduce_config if plugin and unreduced else None).to(device).eval()
+    model = first.model(plugin.reduce_config if plugin and unreduced else None).eval()
     sources = {0 if unreduced else model.degree}
     adapters = dict.fromkeys(runs, model.active_adapter)
     for name, run in list(runs.items())[1:]:
@@ -132,8 +161,10 @@ def _model(
         if len(sources) > 1:
             told = ", ".join(map(str, sorted(sources)))
             raise ValueError(f"compensator: runs were trained at different degrees ({told}).")
-        plugin.attach(model, sources.pop())
-    return model, adapters, model.degrees[: plugin.steps + 1] if plugin else model.degrees
+        source = sources.pop()
+        plugin.attach(model, source)
+        return model, adapters, model.degrees[: plugin.steps + 1], (plugin, source)
+    return model, adapters, model.degrees, None
 
 
 def _accuracy(run: Run, *, bridged: bool) -> dict[int, float]:

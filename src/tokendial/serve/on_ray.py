@@ -125,7 +125,7 @@ class Replica:
         from tokendial.serve.starting import started
 
         decoders = DecoderPool(settings)  # they load while the models do
-        served, engine = started(runs, settings)
+        served, engine, settings = started(runs, settings)
         check_home(home, served.facts, settings)
         self._served, self._engine, self._home = served, engine, home
         self._app = create_app(engine, served, settings, decoders)
@@ -172,8 +172,8 @@ class Replica:
 
     def check_health(self) -> None:
         """Fail when the replica is of no more use, so that Ray replaces it."""
-        if not self._engine.alive:
-            raise RuntimeError("The engine does not run.")
+        if not self._engine.useful:
+            raise RuntimeError("The engine does not run, or has nothing to run models with.")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What `replicas_needed` sees."""

@@ -17,7 +17,7 @@ from tokendial.serve.schemas import Failure, Problem
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _MOST_LETTERS = 100
 """Of what a client called a field."""
-_STATUS = {"full": 429, "late": 503, "draining": 503}
+_STATUS = {"full": 429, "late": 503, "lost": 503, "draining": 503}
 
 
 class ProblemError(Exception):

@@ -162,15 +162,16 @@ def machines(engine: Engine) -> APIRouter:
     @router.get("/healthz", responses=failures(503))
     async def healthz() -> dict[str, str]:
         """Whether this process is of any use."""
-        if not (engine.alive or engine.draining):
-            raise ProblemError(503, "stopped", "The engine does not run.")
+        if not engine.useful:
+            raise ProblemError(503, "stopped", "The engine does not run, or has no model.")
         return {"status": "ok"}
 
     @router.get("/readyz", responses=failures(503))
     async def readyz() -> dict[str, str]:
         """Whether requests should be sent here."""
-        if engine.draining or not engine.alive:
-            raise ProblemError(503, "not_ready", "The server is starting or stopping.")
+        if not engine.ready:
+            message = "The server is starting or stopping, or its model is started again."
+            raise ProblemError(503, "not_ready", message)
         return {"status": "ready"}
 
     return router

@@ -13,10 +13,14 @@ from typing import Any, Literal
 from tokendial.serve.controller import Dial, Group, Observed, Rules, planned, pressure, turned
 from tokendial.serve.costs import Costs
 
-Reason = Literal["full", "late", "draining"]
+Reason = Literal["full", "late", "lost", "draining"]
 
 _RATE_S = 1.0
 """Seconds over which arrivals are averaged."""
+_NONE_PER_S = 0.01
+"""Below, nothing comes any more."""
+_PATIENT = 2.0
+"""Objectives that a request has left which does not ask for the objective."""
 _TURN_EVERY_S = 0.02
 _SHORTEST_RETRY_S = 0.05
 
@@ -27,7 +31,8 @@ class Refused(Exception):  # noqa: N818 -- an outcome, nobody's mistake
     def __init__(self, reason: Reason, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.reason: Reason = reason
-        """"full": too many wait; "late": its deadline cannot be made; "draining": at the end."""
+        """"full": too many wait; "late": its deadline cannot be made; "lost": what should run it
+        was lost; "draining": at the end."""
         self.retry_after_s = retry_after_s
         """When it may be worth another try."""
 
@@ -43,10 +48,14 @@ class Ticket:
     arrived: float
     deadline: float
     owner: Any
-    """Whoever asked: `gone()` says whether nobody waits for it any more, `refuse(refused)` is
-    called when the deadline can no longer be made."""
+    """Whoever asked: `gone()` says whether nobody waits for it any more, `ended()` whether that or
+    whether it was answered or refused; `refuse(error)` is called when it will not be answered."""
     begun: int = 0
     """Images that run or have run."""
+    begun_at: int | None = None
+    """Degree that they run at, and the others will: a request gets one."""
+    calm_at: int | None = None
+    """Where the dial was when it came, if nothing waited: its own images do not turn it up."""
 
     @property
     def left(self) -> int:
@@ -54,9 +63,14 @@ class Ticket:
         return len(self.payloads) - self.begun
 
     @property
+    def bound(self) -> int | None:
+        """Degree that it has to run at; None: the dial's."""
+        return self.degree if self.begun_at is None else self.begun_at
+
+    @property
     def group(self) -> Group:
         """What it may run together with."""
-        return self.name, self.degree
+        return self.name, self.bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +103,13 @@ class Scheduler:
         self.refused: Counter[Reason] = Counter()
         """Images that were refused, by reason."""
         self.draining = False
+        self.busy_until = -math.inf
+        """When the batch that runs should end."""
         self._waiting: list[Ticket] = []
         self._rates: dict[Group, _Rate] = {}
-        self._busy_until = self._turned = -math.inf
+        self._hurried: dict[Group, float] = {}
+        """When the last one came that had about the time of the objective, or less."""
+        self._turned = -math.inf
         self._replan()
 
     def admit(self, ticket: Ticket, now: float) -> None:
@@ -103,6 +121,8 @@ class Scheduler:
         """
         self.check(ticket, now)
         self._count(ticket, now)
+        if not self._waiting:
+            ticket.calm_at = self.dial.degree
         insort(self._waiting, ticket, key=lambda waiting: waiting.deadline)
 
     def check(self, ticket: Ticket, now: float, *, ahead: int = 0) -> None:
@@ -116,10 +136,12 @@ class Scheduler:
 
     def _count(self, ticket: Ticket, now: float) -> None:
         self._rates.setdefault(ticket.group, _Rate(now)).add(len(ticket.payloads), now)
+        if ticket.deadline - now < _PATIENT * self.rules.slo_s:
+            self._hurried[ticket.group] = now
 
     def next(self, now: float) -> Batch | float:
         """The batch to run now, or for how many seconds there is none unless requests come."""
-        self._drop(now)
+        self.drop(now)
         self._turn(now)
         if not self._waiting:
             return math.inf
@@ -131,22 +153,46 @@ class Scheduler:
             return wait
         for ticket, _ in parts:
             ticket.begun += 1
+            ticket.begun_at = degree
         self._waiting = [ticket for ticket in self._waiting if ticket.left]
-        self._busy_until = now + self.costs.seconds(head.name, degree, len(parts))
+        self.busy_until = now + self.costs.seconds(head.name, degree, len(parts))
         return Batch(head.name, degree, parts)
 
-    def finished(self, batch: Batch, seconds: float, now: float) -> None:
-        """A batch has run."""
-        self.costs.observe(batch.name, batch.degree, len(batch.parts), seconds)
-        self._busy_until = now
+    def finished(self, batch: Batch, seconds: float | None, now: float) -> None:
+        """A batch has run, for so many seconds; None: it has not come to its end."""
+        if seconds is not None:
+            self.costs.observe(batch.name, batch.degree, len(batch.parts), seconds)
+        self.busy_until = now
 
-    def forget(self, ticket: Ticket) -> None:
-        """Take a request out of the queue, if it is in it."""
+    def drop(self, now: float) -> None:
+        """Take those out whom nobody waits for, or who can no longer be answered in time."""
+        kept: list[Ticket] = []
+        for ticket in self._waiting:
+            if ticket.owner.gone():
+                continue
+            # It has been promised an answer, so it is given up only when that is unlikely.
+            if now + self._seconds(ticket, self._fastest_of(ticket), sure=False) > ticket.deadline:
+                told = "the machine took longer than expected: the deadline cannot be made."
+                self._refuse(ticket, Refused("late", told, self._retry_s(kept)))
+                continue
+            kept.append(ticket)
+        self._waiting = kept
+
+    def give_up(self, ticket: Ticket, error: Exception) -> None:
+        """Refuse a request of which some images run or have run."""
         self._waiting = [waiting for waiting in self._waiting if waiting is not ticket]
+        if not ticket.owner.ended():
+            self._refuse(ticket, error)
+
+    def _refuse(self, ticket: Ticket, error: Exception) -> None:
+        if isinstance(error, Refused):
+            self.refused[error.reason] += len(ticket.payloads)
+        ticket.owner.refuse(error)
 
     def observed(self, now: float) -> Observed:
         """What the controller sees."""
-        arrivals = {group: rate.at(now) for group, rate in self._rates.items()}
+        rates = {group: rate.at(now) for group, rate in self._rates.items()}
+        arrivals = {group: rate for group, rate in rates.items() if rate > _NONE_PER_S}
         # Deadlines that lie close together count as one, so that a long queue is seen quickly.
         grain = self.rules.slo_s / 10
         waiting: Counter[tuple[int, Group]] = Counter()
@@ -156,6 +202,11 @@ class Scheduler:
             now,
             arrivals,
             [(group, images, grain * (step + 0.5)) for (step, group), images in waiting.items()],
+            [
+                group
+                for group in rates
+                if now - self._hurried.get(group, -math.inf) > self.rules.calm_s
+            ],
         )
 
     def utilisation(self, now: float, degree: int | None = None) -> float:
@@ -181,7 +232,7 @@ class Scheduler:
             raise Refused("full", told, self._retry_s(self._waiting))
         sooner = [other for other in self._waiting if other.deadline <= ticket.deadline]
         degree = self._fastest_of(ticket)
-        free = max(self._busy_until, now) + ahead * self._plan[ticket.name, degree].each
+        free = max(self.busy_until, now) + ahead * self._plan[ticket.name, degree].each
         # With nothing ahead a wrong guess harms nobody, and running it is how to learn better.
         idle = not queued and free == now
         done = free + self._work(sooner) + self._seconds(ticket, degree, queued, sure=not idle)
@@ -199,21 +250,6 @@ class Scheduler:
                 told = "with a deadline this short, others that wait would miss theirs."
                 raise Refused("late", told, self._retry_s(self._waiting))
 
-    def _drop(self, now: float) -> None:
-        """Take those out whom nobody waits for, or who can no longer be answered in time."""
-        kept: list[Ticket] = []
-        for ticket in self._waiting:
-            if ticket.owner.gone():
-                continue
-            # It has been promised an answer, so it is given up only when that is unlikely.
-            if now + self._seconds(ticket, self._fastest_of(ticket), sure=False) > ticket.deadline:
-                self.refused["late"] += len(ticket.payloads)
-                told = "the machine took longer than expected: the deadline cannot be made."
-                ticket.owner.refuse(Refused("late", told, self._retry_s(kept)))
-                continue
-            kept.append(ticket)
-        self._waiting = kept
-
     def _turn(self, now: float) -> None:
         if now - self._turned >= _TURN_EVERY_S:
             if not self._waiting:
@@ -230,12 +266,15 @@ class Scheduler:
         }
 
     def _degree_for(self, ticket: Ticket, now: float) -> int:
-        """The one asked for, or the dial's; a higher one if only that makes the deadline."""
-        if ticket.degree is not None:
-            return ticket.degree
+        """The one it is bound to, or the dial's; a higher one if only that makes the deadline."""
+        if ticket.bound is not None:
+            return ticket.bound
+        lowest = self.dial.degree
+        if ticket.calm_at is not None and len(self._waiting) == 1:
+            lowest = min(lowest, ticket.calm_at)
         for degree in self.rules.degrees:
             late = now + self._seconds(ticket, degree) > ticket.deadline
-            if degree >= self.dial.degree and not late:
+            if degree >= lowest and not late:
                 return degree
         return self._fastest_of(ticket)
 
@@ -251,8 +290,8 @@ class Scheduler:
         found = 0
         for ticket in self._waiting:
             # The first one's may be higher than the dial's, to make its deadline.
-            dial = degree if head.degree is None else self.dial.degree
-            asks = dial if ticket.degree is None else ticket.degree
+            dial = degree if head.bound is None else self.dial.degree
+            asks = dial if ticket.bound is None else ticket.bound
             if ticket.name != head.name or asks != degree:
                 continue
             for place in range(ticket.begun, len(ticket.payloads)):
@@ -266,7 +305,7 @@ class Scheduler:
         if room <= 0 or self.draining:
             return 0.0
         wait = head.arrived + self.max_wait_s - now
-        expected = self._rates[head.group].at(now) * self.max_wait_s
+        expected = self._rates[head.name, head.degree].at(now) * self.max_wait_s
         spare = head.deadline - now - self._seconds(head, self._fastest_of(head))
         return wait if expected >= 1 and 0 < wait < spare else 0.0
 
@@ -290,9 +329,9 @@ class Scheduler:
         return seconds + (of(ticket.name, degree, rest) if rest else 0.0)
 
     def _fastest_of(self, ticket: Ticket) -> int:
-        """The degree asked for, or the fastest that the dial may take."""
-        if ticket.degree is not None:
-            return ticket.degree
+        """The degree it is bound to, or the fastest that the dial may take."""
+        if ticket.bound is not None:
+            return ticket.bound
         return self._fastest[ticket.name]
 
     def _retry_s(self, tickets: Iterable[Ticket]) -> float:

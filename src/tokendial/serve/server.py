@@ -25,7 +25,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tokendial.errors import one_line
 from tokendial.serve.engine import Engine
 from tokendial.serve.problems import failure, retry_after
-from tokendial.serve.scheduler import Refused
 from tokendial.serve.schemas import Problem
 from tokendial.serve.settings import Settings
 
@@ -115,6 +114,7 @@ class Server(uvicorn.Server):
         self._ready, self._reload = ready, reload
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reading = self._read_again = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -150,10 +150,18 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def _read_anew(self) -> None:
-        try:
-            await asyncio.to_thread(self._reload)
-        except (ValueError, OSError, RuntimeError, Refused) as error:
-            _log.error("not reloaded, the old models go on: %s", one_line(error))
+        """One reading at a time; signals that come meanwhile are one more of them."""
+        self._read_again = True
+        if self._reading:
+            return
+        self._reading = True
+        while self._read_again:
+            self._read_again = False
+            try:
+                await asyncio.to_thread(self._reload)
+            except Exception as error:
+                _log.error("not reloaded, the old models go on: %s", one_line(error))
+        self._reading = False
 
 
 class _Door:

@@ -32,7 +32,8 @@ class Settings(BaseModel):
     """Names that requests may call this server by (the header Host), besides localhost, the
     machine's own name, `host` and IP addresses; "*": any name."""
     slo_ms: Annotated[float, Field(gt=0)] = 100.0
-    """The promise: an image is answered within so many milliseconds after it has arrived."""
+    """The promise: an image is answered within so many milliseconds after it has arrived. If it is
+    not set, `starting` makes it as long as the models need here."""
     degree: Annotated[int, Field(ge=0)] | None = None
     """A degree for all who ask for none; None: the controller's."""
     max_degree: Annotated[int, Field(ge=0)] | None = None
@@ -51,6 +52,9 @@ class Settings(BaseModel):
     """How the model is sped up on this machine before it serves."""
     threads: Count | None = None
     """Threads of the model; None: torch's choice."""
+    spare: bool = True
+    """Whether a second process stands by where it takes long to make one ready: on an accelerator,
+    or with `speed`. It has the memory of the model once more."""
     max_bytes: Count = 10 * 2**20
     """Most bytes of a request."""
     max_memory: Count = 512 * 2**20
