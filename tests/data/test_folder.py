@@ -203,7 +203,7 @@ def test_a_set_that_was_checked_is_not_read_again_unless_it_changed(damaged, mon
 
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 1}'])
 def test_a_damaged_memory_of_what_was_checked_does_no_harm(damaged, content):
-    checking._cache_file(damaged).write_text(content)
+    checking._cache_file(damaged, None).write_text(content)
     with pytest.raises(ValueError, match="one of 3 broken images"):
         ImageFolder(root=str(damaged)).build(0)
 

@@ -55,7 +55,7 @@ def test_values_are_yaml_and_may_be_lists():
         (["output=a,b"], "over: output cannot be swept"),
         (["seed=0,1,0"], "over: seed is 0 twice"),
         (["seed=[0"], r"over: seed: '\[0' is not a list of YAML values"),
-        (["train.epoch=1,2"], "train.epoch is not a field of a recipe; did you mean epochs?"),
+        (["train.epoch=1,2"], "train.epoch is not a field of a recipe; did you mean train.epochs?"),
         (["train.lr=0.1,-1"], "train.lr: Input should be greater than 0, got -1"),
     ],
 )

@@ -73,10 +73,11 @@ def check_data(
     """List what is wrong with a folder of classes, or of images and masks; exit code 1 if any.
 
     Unreadable files and classes without images; of masks unpaired files, differing sizes and odd
-    values.
-
-    Of binary masks it also tells what is inside, and how much of each split that is.
+    values. Of binary masks also what is inside, and how much of each split that is.
     """
+    if not any((root / name).is_dir() for name in ("images", "annotations")):
+        _check_class_folders(root, train, val, value_range)
+        return
     from tokendial.data.pairs import check_pairs
     from tokendial.train.recipe import check_method
     from tokendial.train.recipe_file import apply_overrides
@@ -99,12 +100,16 @@ def check_data(
         raise typer.Exit(1)
 
 
-def _check_class_folders(root: Path, train: str, val: str) -> None:
+def _check_class_folders(root: Path, train: str, val: str, value_range: str) -> None:
     from tokendial.data.folder import check_folders
+    from tokendial.train.recipe import check_method
+    from tokendial.train.recipe_file import apply_overrides
 
+    fields = {"name": "image_folder", "root": str(root)}
+    of_files = check_method("data", apply_overrides(fields, [f"range={value_range}"])).range
     # The names that such folders have by default; they stand for those of pairs, too.
     names = {"training": "train", "validation": "val"}
-    problems, summary = check_folders(root, names.get(train, train), names.get(val, val))
+    problems, summary = check_folders(root, names.get(train, train), names.get(val, val), of_files)
     for problem in problems:
         print(problem)
     found = f"{len(problems):,} problems" if problems else "no problems"

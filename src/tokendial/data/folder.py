@@ -213,13 +213,16 @@ def list_classes(folder: Path, files_in: FindsFiles, kind: str) -> tuple[Labelle
     return listed, tuple(found)
 
 
-def check_folders(root: Path, train: str, val: str) -> tuple[list[str], str]:
+def check_folders(
+    root: Path, train: str, val: str, value_range: ValueRange = None
+) -> tuple[list[str], str]:
     """All that is wrong with a folder of classes, with splits or without, every image read.
 
     Args:
         root: Folder that holds the splits, or the classes.
         train: Name of the training folder, as `split_folders` takes it.
         val: Name of the validation folder, likewise.
+        value_range: What is black and white in files of more than 8 bits.
 
     Returns:
         A line about each class that has no images, or is in one split alone, and each image that
@@ -247,7 +250,7 @@ def check_folders(root: Path, train: str, val: str) -> tuple[list[str], str]:
             if not validated.get(name)
         ]
     files = [path for part in (trained, validated) for some in part.values() for path in some]
-    problems += broken_images(root, files).values()
+    problems += broken_images(root, files, value_range).values()
     to_train = f"{sum(map(len, trained.values())):,} images of {len(trained):,} classes"
     if of_val is None:
         return problems, f"{to_train}, no folder to validate on: see data.holdout"

@@ -257,8 +257,9 @@ def _most_similar(
     nobody's.
     """
     device = metric_BNC.device.type
-    if torch.is_autocast_enabled(device):
-        # Or products would be in half precision whatever the metric is.
+    # Under autocast, products would be in half precision whatever the metric is. The meta device, on
+    # which costs are counted, does not know autocast.
+    if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _most_similar(metric_BNC, source, target, passed_by)
     unit = F.normalize(metric_BNC.float(), dim=-1, eps=0.0)
