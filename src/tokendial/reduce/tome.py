@@ -257,7 +257,7 @@ def _most_similar(
     nobody's.
     """
     device = metric_BNC.device.type
-    # Under autocast, products would be in half precision whatever the metric is. The meta device, on
+    # Under autocast products would be in half precision whatever the metric is. The meta device, on
     # which costs are counted, does not know autocast.
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
