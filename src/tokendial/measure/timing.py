@@ -53,7 +53,7 @@ def time_in_rounds(
         run: The work; timed until the device has finished it.
         device: Where the work is done.
         seconds: Time to spend on each setting, unless `least_rounds` take longer.
-        least_rounds: Rounds that are counted at least.
+        least_rounds: Rounds that are counted at least; with one, the spread is not known and 0.
         most_rounds: Rounds that are counted at most.
         after_round: Called after each round, such as to show progress.
 
@@ -104,5 +104,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _spread(times: Sequence[float]) -> float:
+    if len(times) == 1:
+        return 0.0
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return (high - low) / middle

@@ -63,7 +63,8 @@ class Facts:
     tasks: Mapping[str, TaskOf]
     """What each name stands for; the first one is the default."""
     degrees: tuple[int, ...]
-    """Of the dial, as far as a compensator reaches."""
+    """Degrees of the dial, as far as a compensator reaches; about ten of a longer dial, evenly spaced
+    in cost."""
     input_shape: tuple[int, ...]
     """Of an image as the models take it, [3, H, W]."""
 
@@ -83,7 +84,7 @@ class Facts:
             ValueError: If there is no such degree, or accuracies are not known.
         """
         last = self.degrees[-1]
-        if max_degree is not None and max_degree not in self.degrees:
+        if max_degree is not None and not 0 <= max_degree <= last:
             raise ValueError(f"max_degree must lie in [0, {last}], got {max_degree}.")
         allowed = [d for d in self.degrees if max_degree is None or d <= max_degree]
         if min_accuracy is None:

@@ -15,6 +15,7 @@ from tokendial.serve.facts import Facts, ServedTask, TaskOf, revision_of
 from tokendial.serve.token_view import TokenView, seen_image, token_view
 from tokendial.speed import Optimized, Speed, sped_up
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
+from tokendial.train.degrees import degrees_to_show
 from tokendial.train.evaluate import default_device
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
@@ -163,8 +164,10 @@ def _model(
             raise ValueError(f"compensator: runs were trained at different degrees ({told}).")
         source = sources.pop()
         plugin.attach(model, source)
-        return model, adapters, model.degrees[: plugin.steps + 1], (plugin, source)
-    return model, adapters, model.degrees, None
+        offered = degrees_to_show(model, "all", model.degrees[: plugin.steps + 1])
+        return model, adapters, tuple(offered), (plugin, source)
+    # Each degree is timed when the server starts, and neighbours on a long dial hardly differ.
+    return model, adapters, tuple(degrees_to_show(model, "all")), None
 
 
 def _accuracy(run: Run, *, bridged: bool) -> dict[int, float]:

@@ -1,9 +1,7 @@
 """What can make a model faster on some machines; each is measured before it stays."""
 
 import ctypes
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
+from tokendial.measure.timing import time_in_rounds
 from tokendial.vit import DialViT
 
 _EARNED = 1.02
@@ -73,14 +72,15 @@ def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None])
         use(False)
         fast.trials.append(_failed(name, error))
         return
-    ratios = []
-    for _ in range(_TURNS):
-        seconds = []
-        for on in (False, True):
-            use(on)
-            seconds.append(_seconds(fast, example))
-        ratios.append(seconds[0] / seconds[1])
-    speedup = statistics.median(ratios)
+    without, treated = time_in_rounds(
+        (False, True),
+        use,
+        lambda: fast(example),
+        device=example.device,
+        seconds=0.0,
+        least_rounds=_TURNS,
+    )
+    speedup = without.seconds / treated.seconds
     use(speedup >= _EARNED)
     fast.trials.append(Trial(name, speedup, kept=speedup >= _EARNED))
 
@@ -101,14 +101,6 @@ def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
 
 def _failed(name: str, error: Exception) -> Trial:
     return Trial(name, None, kept=False, problem=str(error).strip().split("\n")[0])
-
-
-def _seconds(fast: Treated, example: Tensor) -> float:
-    start = time.perf_counter()
-    fast(example)
-    if example.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
 
 
 class PackedLinear(nn.Linear):
