@@ -144,9 +144,9 @@ class Near:
 @functools.cache
 def decoders() -> DecoderPool:
     """Those of all servers of a test process: each pool loads the libraries anew."""
-    here = str(Path(__file__).parent)  # they are sent what is defined here
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([here, *sys.path])):
-        pool = DecoderPool(check_settings({}))
+    # They are sent what is defined here. It stays: those that tests kill are started again.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    pool = DecoderPool(check_settings({}))
     atexit.register(pool.close)
     return pool
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from tokendial.atomic import replacing
+from tokendial.data.transforms import CentreCropped
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
 from tokendial.train.runs import Run
 from tokendial.vit import DialViT
@@ -72,14 +72,13 @@ def run_facts(run: Run, model: DialViT) -> dict[str, Any]:
         return facts | {"interpolation": "bicubic", "short_side": None, "crop": None}
     if isinstance(task, Classification):
         transform: Any = task.image_transform(model.anatomy)
-        resize = next(step for step in transform.transforms if isinstance(step, v2.Resize))
-        crops = [step for step in transform.transforms if isinstance(step, v2.CenterCrop)]
-        short = resize.size[0] if len(resize.size) == 1 else None
+        resize = transform.transforms[0]
+        cropped = isinstance(resize, CentreCropped)
         return facts | {
             "task": "multi_label" if task.multi_label else "classification",
-            "interpolation": resize.interpolation.value,
-            "short_side": short,
-            "crop": list(crops[0].size) if crops else None,
+            "interpolation": "bicubic",
+            "short_side": resize.short if cropped else None,
+            "crop": list(resize.size) if cropped else None,
         }
     assert isinstance(task, BinaryMasks | Segmentation)  # there are no other tasks
     slides = task.augment.test == "slide"

@@ -150,6 +150,7 @@ def slow(server, seconds: float) -> None:
 
 def test_large_images_are_given_the_time_to_decode_unless_the_client_has_none(pets):
     with serving({"pets": pets}, slo_ms=700) as server:
+        until(lambda: server.predict(file(picture())).status == 200)  # decoders have started
         slow(server, 0.8)
         for _ in range(2):  # however often: what large ones took is not held against others
             assert server.predict(file(picture())).status == 200

@@ -140,7 +140,10 @@ def test_what_is_for_images_says_so(run, folder, cli):
         (["model.frames=null"], "model.frames must be a number, such as 8, for data of videos"),
         (["augment.test_crop_ratio=1"], "augment.test_crop_ratio is for images"),
         (["clip.test_clips=0"], "clip: test_clips must be at least 1, got 0"),
-        (["clip.test_clip=2"], "clip.test_clip is not a field of a recipe; did you mean test_clip"),
+        (
+            ["clip.test_clip=2"],
+            "clip.test_clip is not a field of a recipe; did you mean clip.test_clips",
+        ),
         (["data={name: scenes}"], "clip is for videos, but the data Scenes are not"),
         (
             ["data={name: scenes}", "clip={}"],

@@ -150,13 +150,13 @@ class Resized:
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
-        self._size = size
+        self.size = size
         self._resize = v2.Resize(size, v2.InterpolationMode.BICUBIC)
 
     def __call__(self, image: Any) -> Any:
         """Resize a PIL image, or frames [T, 3, H, W]."""
         if isinstance(image, Image.Image) and image.height > _HIGH * image.width:
-            rows = min(image.height, self._size[0])
+            rows = min(image.height, self.size[0])
             image = image.resize((image.width, rows), Image.Resampling.BICUBIC)
         return self._resize(image)
 
@@ -169,7 +169,7 @@ class CentreCropped:
     """
 
     def __init__(self, short: int, size: tuple[int, int]) -> None:
-        self._short, self._size = short, size
+        self.short, self.size = short, size
         self._whole = v2.Compose(
             [v2.Resize(short, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)]
         )
@@ -181,7 +181,7 @@ class CentreCropped:
         sides = image.width, image.height
         if max(sides) <= _LONG * min(sides):
             return self._whole(image)
-        wanted = self._size[::-1]
+        wanted = self.size[::-1]
         part, box = zip(*map(self._along, sides, wanted, [min(sides)] * 2), strict=True)
         image = image.crop((part[0][0], part[1][0], part[0][1], part[1][1]))
         corners = (box[0][0], box[1][0], box[0][1], box[1][1])
@@ -192,7 +192,7 @@ class CentreCropped:
     ) -> tuple[tuple[int, int], tuple[float, float]]:
         """Along one side: which pixels are needed, and which of these the result covers."""
         # As torchvision rounds: the length down, the first pixel to the nearest.
-        length = int(self._short * side / shortest)
+        length = int(self.short * side / shortest)
         first, scale = round((length - wanted) / 2.0), side / length
         begin, end = first * scale, (first + wanted) * scale
         around = _REACH * max(1.0, scale)  # what the filter sees besides

@@ -340,6 +340,7 @@ class DecoderPool:
                     _log.error(
                         "the decoders ended with %d, others are started", self._process.returncode
                     )
+                    self._end()
                     self._process = self._started()
             time.sleep(0.05)
 

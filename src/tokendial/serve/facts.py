@@ -63,7 +63,7 @@ class Facts:
     tasks: Mapping[str, TaskOf]
     """What each name stands for; the first one is the default."""
     degrees: tuple[int, ...]
-    """Degrees of the dial, as far as a compensator reaches; about ten of a longer dial, evenly spaced
+    """Degrees of the dial, as far as a compensator reaches; of a long dial about ten, evenly spaced
     in cost."""
     input_shape: tuple[int, ...]
     """Of an image as the models take it, [3, H, W]."""
