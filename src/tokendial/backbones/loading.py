@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,15 @@ def load_weights(vit: nn.Module, path: Path) -> None:
 
 
 def tell_left_out(source: object, left_out: Mapping[str, int]) -> None:
-    """Log how many tensors of a file were not used, by group, if there are some."""
+    """Log how many tensors of a file were not used, by group, if there are some; each file once."""
     if any(left_out.values()):
-        _LOG.warning("%s: left out: %s", source, counted(left_out))
+        _warn_once(f"{source}: left out: {counted(left_out)}")
+
+
+@cache
+def _warn_once(line: str) -> None:
+    # A run's backbone is read each time that the run is used.
+    _LOG.warning(line)
 
 
 def counted(groups: Mapping[str, int]) -> str:

@@ -141,14 +141,19 @@ def bridged_figure(rows: Sequence[BridgedPoint], *, title: str = "") -> matplotl
             (left, [float(row.degree) for row in of_source]),
             (right, [row.images_per_s for row in of_source]),
         ):
-            # Where a higher degree is no faster, a line would run back and forth.
-            join = "-" if xs == sorted(xs) else ""
+            # From left to right: where a higher degree is no faster, the line does not run back.
+            order = sorted(range(len(xs)), key=xs.__getitem__)
             for ys, style, name in (
-                ([100 * row.plain for row in of_source], "o" + (":" if join else ""), "plain"),
-                ([100 * row.accuracy for row in of_source], "s" + join, "compensated"),
+                ([100 * row.plain for row in of_source], "o:", "plain"),
+                ([100 * row.accuracy for row in of_source], "s-", "compensated"),
             ):
                 axis.plot(
-                    xs, ys, style, color=color, markersize=4, label=f"trained at {source}, {name}"
+                    [xs[place] for place in order],
+                    [ys[place] for place in order],
+                    style,
+                    color=color,
+                    markersize=4,
+                    label=f"trained at {source}, {name}",
                 )
     left.set_ylabel("accuracy (%)")
     left.set_xlabel("degree")
