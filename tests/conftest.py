@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tokendial.cli import main
 # The same examples in every run, and no limit on their time: the machine may be busy.
 settings.register_profile("tokendial", derandomize=True, deadline=None)
 settings.load_profile("tokendial")
+# Under nohup it is ignored, and the processes that tests start would ignore it, too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The models of the tests are too small to share; threads that wait for each other cost more.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
