@@ -57,9 +57,13 @@ def test_first_runs_do_not_count(played):
 
 
 def test_there_are_as_many_rounds_as_time_and_limits_allow(played):
-    rounds = []
-    settings = {"after_round": lambda: rounds.append(1), "least_rounds": 3, "most_rounds": 6}
     for own, counted in ((10.0, 3), (0.2, 4), (0.001, 6)):
-        rounds.clear()
-        played([own, own], lambda run: 1.0, seconds=1.0, **settings)
-        assert len(rounds) == 1 + counted
+        runs = []
+        played(
+            [own, own],
+            lambda run, runs=runs: runs.append(run) or 1.0,
+            seconds=1.0,
+            least_rounds=3,
+            most_rounds=6,
+        )
+        assert len(runs) == 2 * (1 + counted)

@@ -1,5 +1,6 @@
 """The end of a server: what has come is answered, what comes is refused."""
 
+import select
 import signal
 import time
 from contextlib import ExitStack
@@ -52,9 +53,10 @@ def test_a_second_signal_ends_it_at_once(pets):
 def test_the_end_comes_in_time_whatever_clients_do(pets):
     pages = 500 * b"GET /page/page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with serving({"pets": pets}, timeout_s=4) as server, ExitStack() as closing:
-        for sent in (b"", pages, HEAD % 9 + b"1"):
-            closing.enter_context(server.connect(sent))
+        sent = (b"", pages, HEAD % 9 + b"1")
+        _, unread, _ = (closing.enter_context(server.connect(some)) for some in sent)
         until(lambda: server.server.server_state.tasks)  # the body that does not come
+        until(lambda: select.select([unread], [], [], 0)[0])  # the pages that nobody reads
         began = time.monotonic()
         server.server.handle_exit(signal.SIGTERM, None)
         server.thread.join(30)

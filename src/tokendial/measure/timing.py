@@ -38,7 +38,6 @@ def time_in_rounds(
     seconds: float = 1.0,
     least_rounds: int = 5,
     most_rounds: int = 100,
-    after_round: Callable[[], object] = lambda: None,
 ) -> list[Timing]:
     """Time the same work under several settings, all of them once in each round.
 
@@ -55,7 +54,6 @@ def time_in_rounds(
         seconds: Time to spend on each setting, unless `least_rounds` take longer.
         least_rounds: Rounds that are counted at least; with one, the spread is not known and 0.
         most_rounds: Rounds that are counted at most.
-        after_round: Called after each round, such as to show progress.
 
     Returns:
         One timing for each setting, in their order.
@@ -78,7 +76,6 @@ def time_in_rounds(
             prepare(setting)
             times.append(_seconds(run, device))
         rounds.append(times)
-        after_round()
     del rounds[0]
     columns = list(zip(*rounds, strict=True))
     firsts = columns[0]
