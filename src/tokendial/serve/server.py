@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
                 self._door,
                 backlog=_BACKLOG,
                 h11_max_incomplete_event_size=_MOST_HEAD_BYTES,
-                http=_patient(settings.timeout_s, 2 * settings.max_connections),
+                http=patient_protocol(settings.timeout_s, 2 * settings.max_connections),
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -211,7 +211,7 @@ def _asks_for_a_prediction(connection: H11Protocol) -> bool:
     return going and cycle.scope["path"].startswith(_LIMITED)
 
 
-def _patient(timeout_s: float, most: int) -> type[H11Protocol]:
+def patient_protocol(timeout_s: float, most: int) -> type[H11Protocol]:
     """HTTP/1.1 as uvicorn speaks it, for clients that send a head, or take an answer, in time.
 
     What is between, the application times. It is one timer for a connection that sends nothing, one
