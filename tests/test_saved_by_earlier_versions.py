@@ -1,8 +1,8 @@
 """What earlier versions wrote is read as they read it.
 
-`fixtures/saved_by_0_1` holds, as 0.1 wrote them, a saved model for each reduction method and several
-adapters, a compensator and a run folder with a checkpoint in mid-epoch; `logits.safetensors` holds
-what 0.1 computed with the models. A renamed setting, method, weight or file fails here.
+`fixtures/saved_by_0_1` holds what 0.1 wrote: a saved model for each reduction method and several
+adapters, a compensator, and a run folder with a checkpoint in mid-epoch. `logits.safetensors`
+holds what 0.1 computed with the models. A renamed setting, method, weight or file fails here.
 """
 
 import csv
