@@ -33,9 +33,9 @@ from benchmarks.workload import (
     probabilities,
     request_body,
 )
+from tokendial.runs import Run
 from tokendial.tasks import BinaryMasks, Classification
 from tokendial.tasks.dense import best_class, sized
-from tokendial.train import Run
 
 PROBABILITY, GREY, PIXELS = 1e-4, 1 / 255, 1e-3
 """How far an answer may be from the offline model."""

@@ -32,9 +32,9 @@ import torch
 import tokendial as td
 from benchmarks.report import write_json
 from tokendial.measure import ShareMeter
-from tokendial.train import Run
+from tokendial.runs import Run
+from tokendial.runs.evaluate import evaluate_loader
 from tokendial.train.batches import eval_loader
-from tokendial.train.evaluate import evaluate_loader
 
 METHODS: dict[str, list[str]] = {
     "linear decoder, frozen": [

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import write_json
-from tokendial.train import Run
+from tokendial.runs import Run
 
 # Widths for equal numbers of parameters: 69.2 k, 68.3 k and 69.1 k; linear trains the head alone.
 METHODS = {

@@ -27,10 +27,10 @@ from benchmarks.alternating import Runner, alternate, ratio
 from benchmarks.report import write_json
 from tokendial.backbones import Backbone
 from tokendial.data import Scenes
-from tokendial.data.transforms import Augment
-from tokendial.schedules.agreement import compared, two_way
+from tokendial.data.transforms.image import Augment
 from tokendial.tasks import Classification
 from tokendial.train.batches import eval_loader
+from tokendial.tune.agreement import compared, two_way
 
 SEEDS = (0, 1, 2)
 # Held-out scenes are those of a seed of its own, and of the validation items.

@@ -39,9 +39,9 @@ import tokendial as td
 from benchmarks.report import write_json
 from tokendial.atomic import replacing
 from tokendial.methods import to_json
-from tokendial.train import Run
+from tokendial.runs import Run
+from tokendial.runs.evaluate import evaluate_loader
 from tokendial.train.batches import eval_loader
-from tokendial.train.evaluate import evaluate_loader
 
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=16), "evit": td.EViT(r=6)}
 # Epochs and learning rate; where an item is, the pre-training has not asked at all.

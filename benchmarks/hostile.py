@@ -26,7 +26,7 @@ from benchmarks.report import Column, Report, Row
 from benchmarks.server import Server, add_server, served, server_options
 from benchmarks.soak import memory_of
 from benchmarks.workload import Workload
-from tokendial.train import Run
+from tokendial.runs import Run
 
 TARGETS = {"loop_ms": 50.0, "honest_ms": 1000.0}
 COLUMNS = (

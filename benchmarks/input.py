@@ -17,10 +17,11 @@ from benchmarks.alternating import Runner, alternate, seconds
 from benchmarks.options import add_model, listed, options, parsed
 from benchmarks.plots import bars
 from benchmarks.report import Column, Report, Row
-from tokendial.data.folder import ImageFolder
-from tokendial.data.images import read_image
-from tokendial.data.transforms import Augment, train_transform
-from tokendial.train import Run, read_recipe, train
+from tokendial.data.readers.images import read_image
+from tokendial.data.sets.folder import ImageFolder
+from tokendial.data.transforms.image import Augment, train_transform
+from tokendial.runs import Run, read_recipe
+from tokendial.train import train
 
 PICTURES = ("astronaut", "chelsea", "coffee", "rocket")
 SIZE = (500, 375)

@@ -36,8 +36,8 @@ from benchmarks.report import Column, Report, Row
 from benchmarks.server import Server, add_server, served, server_options
 from benchmarks.workload import encoded, request_body
 from tokendial.atomic import replacing
-from tokendial.saving import WEIGHTS
-from tokendial.train import Run
+from tokendial.model.loading import WEIGHTS
+from tokendial.runs import Run
 
 DEADLINE_MS = 1000.0
 SIGHUPS = 25
@@ -73,7 +73,7 @@ class Processes:
 def _serves_models(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         living = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        return living and "tokendial.serve.worker" in process.cmdline()
+        return living and "tokendial.serve.workers.worker" in process.cmdline()
     return False
 
 
@@ -191,7 +191,7 @@ def revision(server: Server) -> str:
 
 def main(arguments: list[str]) -> None:
     """Let everything happen, write the results, and fail if something was wrong."""
-    from tokendial.serve.facts import revision_of
+    from tokendial.serve.workers.facts import revision_of
 
     asked = _asked(arguments)
     rows, failed = [], []

@@ -18,7 +18,7 @@ from benchmarks.plots import policies
 from benchmarks.report import Column, Report, Row
 from benchmarks.server import add_load, add_server, capacity, served, server_options
 from benchmarks.workload import Workload
-from tokendial.train import Run
+from tokendial.runs import Run
 
 TRACES = ("step", "poisson", "bursts", "diurnal")
 COLUMNS = (

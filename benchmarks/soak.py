@@ -23,7 +23,7 @@ from benchmarks.plots import soaked
 from benchmarks.report import Column, Report
 from benchmarks.server import add_load, add_server, capacity, served, server_options
 from benchmarks.workload import Workload
-from tokendial.train import Run
+from tokendial.runs import Run
 
 SETTLE_S = 60.0
 COLUMNS = (

@@ -16,7 +16,7 @@ from benchmarks.memory import peak_of
 from benchmarks.options import add_model, listed, options, parsed
 from benchmarks.plots import bars
 from benchmarks.report import Column, Report, Row
-from tokendial.data.transforms import Augment
+from tokendial.data.transforms.image import Augment
 from tokendial.tasks.classification import Classification
 from tokendial.train.objective import Objective
 

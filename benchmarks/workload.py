@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.load import Exchange
+from tokendial.runs import Run
 from tokendial.tasks import BinaryMasks, Classification
-from tokendial.train import Run
 
 _BATCH = 256
 _EPS = 1e-4  # less than a grey level: probabilities of 0 and 1 have no finite logit

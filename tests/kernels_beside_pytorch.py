@@ -13,8 +13,8 @@ from torch import Tensor
 import tokendial as td
 from tokendial.kernels import fused, launch
 from tokendial.reduce.tome import _most_similar
-from tokendial.speed import treatments
 from tokendial.tokens import Grouping
+from tokendial.tune import treatments
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 few = settings(derandomize=True, deadline=None, max_examples=15)

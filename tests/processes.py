@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tokendial.cli import app, main
-from tokendial.data.dense import DenseAugment
-from tokendial.data.transforms import Augment
+from tokendial.data.transforms.dense import DenseAugment
+from tokendial.data.transforms.image import Augment
+from tokendial.runs import Recipe, Run
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
-from tokendial.train import Recipe, Run
 from tokendial.train.batches import eval_loader
 from tokendial.train.finetune import FineTuning
 from tokendial.train.loop import Trainer
@@ -127,7 +127,7 @@ def model_processes(pid: int) -> list[psutil.Process]:
 
 def _serves(process: psutil.Process) -> bool:
     with suppress(psutil.Error):  # it has ended
-        return "tokendial.serve.worker" in process.cmdline()
+        return "tokendial.serve.workers.worker" in process.cmdline()
     return False
 
 

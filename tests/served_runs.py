@@ -7,8 +7,8 @@ from PIL import Image
 from torch import nn
 
 import tokendial as td
-from tokendial.train import Run
-from tokendial.train.recipe import check_recipe
+from tokendial.runs import Run
+from tokendial.runs.recipe import check_recipe
 
 BACKBONE = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 MODEL = {"name": "vit_tiny_patch16_224", "weights": None, "img_size": 32, "args": BACKBONE}

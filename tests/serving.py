@@ -24,15 +24,15 @@ import psutil
 import torch
 from PIL import Image
 
-from tokendial.serve import served as served_module
-from tokendial.serve.app import create_app
-from tokendial.serve.decoding import DecoderPool
-from tokendial.serve.engine import Engine
-from tokendial.serve.served import Served
-from tokendial.serve.server import Server, bound_socket
+from tokendial.runs import Run
+from tokendial.serve.http.app import create_app
+from tokendial.serve.http.server import Server, bound_socket
+from tokendial.serve.scheduling.engine import Engine
 from tokendial.serve.settings import check_settings
 from tokendial.serve.starting import started
-from tokendial.train import Run
+from tokendial.serve.workers import served as served_module
+from tokendial.serve.workers.decoding import DecoderPool
+from tokendial.serve.workers.served import Served
 
 # The machine of the tests may be busy: what they are about is never the time.
 PATIENT = {"port": 0, "slo_ms": 60_000, "max_batch": 4}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tokendial
-from tokendial.train import Run
+from tokendial.runs import Run
 
 # The demo on so few images that it starts at once, and for so long that it does not end.
 LONG = [
@@ -67,7 +67,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["typer", "torch", "tokendial.data.scenes"])
+@pytest.mark.parametrize("module", ["typer", "torch", "tokendial.data.sets.scenes"])
 def test_an_early_ctrl_c_is_one_line_and_code_130(tmp_path, module):
     command = [sys.executable, "-c", INTERRUPTED, *LONG, f"output={tmp_path / 'run'}", module]
     source = str(Path(tokendial.__file__).parent.parent)
@@ -95,7 +95,7 @@ def test_a_file_that_ends_too_early_is_no_abort(cli, monkeypatch):
     def ends_early():
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr("tokendial.train.recipe_file.contents", ends_early)
+    monkeypatch.setattr("tokendial.runs.recipe_file.contents", ends_early)
     assert cli("recipes") == (2, "", "error: Ran out of input\n")
 
 

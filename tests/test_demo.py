@@ -4,7 +4,7 @@ import re
 import pytest
 
 from tokendial.demo import run_demo, run_masks_demo
-from tokendial.train import evaluate
+from tokendial.runs import evaluate
 
 
 @pytest.fixture(autouse=True)

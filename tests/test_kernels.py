@@ -11,8 +11,8 @@ from examples import images, tiny_vit
 
 import tokendial as td
 from tokendial.kernels import can_fuse, fused, fuses, launch, merge_fused, most_similar_fused
-from tokendial.speed import optimized
 from tokendial.tokens import Grouping
+from tokendial.tune import optimized
 
 pytest.importorskip("triton")
 # The first of three tokens absorbs the last.

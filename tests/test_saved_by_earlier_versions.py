@@ -16,7 +16,8 @@ from examples import images
 from safetensors.torch import load_file
 
 import tokendial as td
-from tokendial.train import Run, train
+from tokendial.runs import Run
+from tokendial.train import train
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_by_0_1"
 LOGITS = load_file(SAVED / "logits.safetensors")

@@ -24,7 +24,7 @@ from PIL import Image
 from recolour import recoloured
 
 from tokendial.atomic import replacing
-from tokendial.data.images import find_images, read_image
+from tokendial.data.readers.images import find_images, read_image
 
 T = TypeVar("T")
 

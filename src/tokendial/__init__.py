@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from tokendial.compensate import Compensator, ToCom
     from tokendial.decode import DARDecoder, LinearDecoder, MaskTransformer
     from tokendial.measure import calibrate
+    from tokendial.model.dial_vit import DialViT, wrap
+    from tokendial.model.loading import load
     from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, FrameByFrame, ToMe
     from tokendial.reference import load_reference
-    from tokendial.saving import load
-    from tokendial.schedules import Fitted, fit
-    from tokendial.speed import Optimized, optimize
-    from tokendial.vit import DialViT, wrap
+    from tokendial.tune import Fitted, Optimized, fit, optimize
 
 __all__ = [
     "DAR",
@@ -85,10 +84,9 @@ _HOMES = {
     "measure": "calibrate",
     "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame ToMe",
     "reference": "load_reference",
-    "saving": "load",
-    "schedules": "Fitted fit",
-    "speed": "Optimized optimize",
-    "vit": "DialViT wrap",
+    "model.loading": "load",
+    "tune": "Fitted Optimized fit optimize",
+    "model.dial_vit": "DialViT wrap",
 }
 
 if not TYPE_CHECKING:  # else every name would have the type Any

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from tokendial.atomic import replacing
-from tokendial.data.transforms import CentreCropped
+from tokendial.data.transforms.image import CentreCropped
+from tokendial.model.dial_vit import DialViT
+from tokendial.runs.run import Run
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
-from tokendial.train.runs import Run
-from tokendial.vit import DialViT
 
 FORMATS = (".onnx", ".pt2")
 """Endings of the files that can be written."""

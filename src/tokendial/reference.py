@@ -12,7 +12,7 @@ from typing import Any
 
 from tokendial.backbones.loading import tell_left_out
 from tokendial.compensate import Compensator
-from tokendial.vit import DialViT
+from tokendial.model.dial_vit import DialViT
 from tokendial.weights import check_finite
 
 

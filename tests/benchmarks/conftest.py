@@ -3,9 +3,9 @@
 import pytest
 from torch import nn
 
-from tokendial.train import Run
+from tokendial.runs import Run
+from tokendial.runs.recipe import check_recipe
 from tokendial.train.finetune import build_model
-from tokendial.train.recipe import check_recipe
 
 SECTIONS = {
     "model": {

@@ -16,7 +16,7 @@ from benchmarks.load import Exchange
 from benchmarks.outage import outage
 from benchmarks.server import Server, capacity, served
 from benchmarks.workload import Workload
-from tokendial.train import Run
+from tokendial.runs import Run
 
 BUSY_S = 0.004
 

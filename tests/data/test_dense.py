@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tokendial.data import DenseAugment
-from tokendial.data.dense import (
+from tokendial.data.transforms.dense import (
     DenseEvalTransform,
     DenseImageTransform,
     DenseTrainTransform,

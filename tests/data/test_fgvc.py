@@ -6,7 +6,7 @@ import pytest
 from scipy.io import savemat
 
 from tokendial.data import FGVC
-from tokendial.train import read_recipe
+from tokendial.runs import read_recipe
 
 # What each list file of CUB holds: number and value.
 CUB = {

@@ -3,7 +3,7 @@
 import pytest
 
 from tokendial.data import K400, HuggingFace, ImageFolder, Pairs, Unlabelled, WebDataset
-from tokendial.data.files import found_from
+from tokendial.data.readers.files import found_from
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 import pytest
 from PIL import Image
 
-from tokendial.data import ImageFolder, checking
+from tokendial.data import ImageFolder
+from tokendial.data.readers import checking
 
 
 def write(root, *names):

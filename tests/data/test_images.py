@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tokendial.data.images import (
+from tokendial.data.readers.images import (
     ImageError,
     TooManyPixelsError,
     check_image,

@@ -3,7 +3,7 @@
 import pytest
 
 from tokendial.data import Food101
-from tokendial.data.labelled import split_off
+from tokendial.data.sets.labelled import split_off
 
 
 @pytest.fixture

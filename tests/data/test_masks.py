@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from tokendial.cli import app
 from tokendial.data import ImageError, Pairs
-from tokendial.data.masks import palette_colours, read_binary_mask, read_class_mask
-from tokendial.data.pairs import check_pairs
+from tokendial.data.readers.masks import palette_colours, read_binary_mask, read_class_mask
+from tokendial.data.sets.pairs import check_pairs
 
 SHAPE = (12, 16)
 OBJECT = np.zeros(SHAPE, np.uint8)

@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from tokendial.cli import app
 from tokendial.data import ImageError, Pairs
-from tokendial.data.masks import read_binary_mask, read_class_mask
-from tokendial.data.pairs import check_pairs
+from tokendial.data.readers.masks import read_binary_mask, read_class_mask
+from tokendial.data.sets.pairs import check_pairs
 
 RNG = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tokendial.data import ImageError, ImageFolder, Unlabelled, WebDataset, read_image
-from tokendial.data.images import decode_image
+from tokendial.data.readers.images import decode_image
 
 
 def tiff(values, *, white_is_zero=False, orientation=1):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tokendial.data import Scenes
-from tokendial.data.scenes import BAG, SNEAKER
+from tokendial.data.sets.scenes import BAG, SNEAKER
 
 
 def splits(task, **kwargs):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tokendial.data import ImageError, WebDataset
-from tokendial.data.shards import find_shards
+from tokendial.data.sets.shards import find_shards
 
 
 def encoded(piece, kind):
@@ -70,7 +70,7 @@ def test_a_kept_index_gives_the_same_samples_without_reading_the_shard_again(roo
         "train-01.tar.index.npz",
         "val.tar.index.npz",
     }
-    monkeypatch.setattr("tokendial.data.shards.read_shard", None)
+    monkeypatch.setattr("tokendial.data.sets.shards.read_shard", None)
     again = build(root).train
     for (image, label), (other, other_label) in zip(first, again, strict=True):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(other))
@@ -95,7 +95,7 @@ def test_no_index_is_kept_unless_wanted_and_possible(root, monkeypatch):
         raise PermissionError(path)
 
     build(root, index=False)
-    monkeypatch.setattr("tokendial.data.shards.replacing", refuse)
+    monkeypatch.setattr("tokendial.data.sets.shards.replacing", refuse)
     assert len(build(root).train) == 4
     assert not list(root.glob("*.npz"))
 

@@ -4,7 +4,7 @@ import pytest
 from torch.utils.data import Subset
 
 from tokendial.data import Splits
-from tokendial.data.labelled import Files
+from tokendial.data.sets.labelled import Files
 from tokendial.data.splits import warn_of_absent_classes
 
 

@@ -176,7 +176,7 @@ def test_frames_that_cannot_be_decoded_are_told(tmp_path):
 
 
 def test_a_missing_extra_is_named(monkeypatch, whole):
-    monkeypatch.setattr("tokendial.data.video.find_spec", lambda name: None)
+    monkeypatch.setattr("tokendial.data.readers.video.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'tokendial\[video\]'"):
         VideoFile(whole)
 

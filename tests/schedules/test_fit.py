@@ -7,9 +7,9 @@ import torch
 from examples import images, tiny_vit
 
 import tokendial as td
-from tokendial.schedules import Fitted
-from tokendial.schedules.agreement import compared, two_way
-from tokendial.schedules.result import FittedDegree, Point
+from tokendial.tune import Fitted
+from tokendial.tune.agreement import compared, two_way
+from tokendial.tune.result import FittedDegree, Point
 
 
 @pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop")])

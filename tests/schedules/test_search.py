@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 import tokendial as td
 from tokendial.reduce.base import ViTShape
-from tokendial.schedules.agreement import Agreement
-from tokendial.schedules.costs import CostTable, coarse, measure
-from tokendial.schedules.search import Search
-from tokendial.schedules.space import Space
+from tokendial.tune.agreement import Agreement
+from tokendial.tune.block_costs import CostTable, coarse, measure
+from tokendial.tune.search import Search
+from tokendial.tune.space import Space
 
 DEPTH, PATCHES = 5, 24
 METHODS = {

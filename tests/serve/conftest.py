@@ -5,8 +5,8 @@ from examples import perturbed
 from served_runs import MODEL, backbone, described, write_run
 
 import tokendial as td
-from tokendial.train import Run
-from tokendial.train.recipe import check_recipe
+from tokendial.runs import Run
+from tokendial.runs.recipe import check_recipe
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,11 @@ from processes import ended, model_processes, start, wait_until
 from safetensors.torch import load, save
 from serving import file, form, picture
 
-from tokendial.saving import WEIGHTS
-from tokendial.serve.facts import revision_of
-from tokendial.serve.server import address_of, bound_socket, exposed
+from tokendial.model.loading import WEIGHTS
+from tokendial.runs import Run
+from tokendial.serve.http.server import address_of, bound_socket, exposed
 from tokendial.serve.settings import check_settings, read_keys
-from tokendial.train import Run
+from tokendial.serve.workers.facts import revision_of
 
 CLIENTS = 8
 

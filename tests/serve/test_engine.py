@@ -8,7 +8,7 @@ import pytest
 from simulation import NAME
 
 from tokendial.serve import Costs, Engine, Refused, Rules, Scheduler
-from tokendial.serve.engine import LostError
+from tokendial.serve.scheduling.engine import LostError
 
 DEGREES = (0, 1, 2)
 

@@ -15,8 +15,8 @@ from uvicorn.server import ServerState
 from benchmarks import hostile
 from benchmarks.attacks import ATTACKS
 from benchmarks.server import Server
-from tokendial.serve.server import patient_protocol
-from tokendial.serve.uploads import file_of
+from tokendial.serve.http.server import patient_protocol
+from tokendial.serve.http.uploads import file_of
 
 JSON = "application/json"
 MB = 1_000_000

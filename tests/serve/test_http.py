@@ -13,8 +13,8 @@ from PIL import Image
 from served_runs import write_run
 from serving import file, form, picture, serving, text
 
-from tokendial.serve.facts import Facts
-from tokendial.train.predict import predict
+from tokendial.runs.predict import predict
+from tokendial.serve.workers.facts import Facts
 
 PNG, JSON, FORM = "image/png", "application/json", "multipart/form-data; boundary=x"
 

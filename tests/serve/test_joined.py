@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tokendial.serve.metrics import Joined
+from tokendial.serve.http.metrics import Joined
 
 
 def page(requests: int, *seconds: float) -> str:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from tokendial.serve import Costs, Engine, Rules, Scheduler
-from tokendial.serve.live import LastMinute
+from tokendial.serve.http.live import LastMinute
 
 
 class Clock:

@@ -10,10 +10,10 @@ from PIL import Image
 from served_runs import alone, pictures
 
 import tokendial as td
-from tokendial.serve.facts import Classes, Mask
-from tokendial.serve.models import Models, load_models
-from tokendial.speed import Speed
-from tokendial.train import Run
+from tokendial.runs import Run
+from tokendial.serve.workers.facts import Classes, Mask
+from tokendial.serve.workers.models import Models, load_models
+from tokendial.tune import Speed
 
 
 def logits(models: Models, name: str, degree: int, images: list[Image.Image]) -> torch.Tensor:

@@ -28,7 +28,7 @@ from ray.serve.schema import ServeDeploySchema
 from serving import Reply, file, form, picture
 from starlette.requests import Request
 
-from tokendial.serve.on_ray import Deployed, Front, app, replicas_needed
+from tokendial.serve.ray.on_ray import Deployed, Front, app, replicas_needed
 
 ROOT = Path(__file__).parents[2]
 ANSWER = (200, [(b"x-from", b"replica")], b"done")

@@ -15,12 +15,12 @@ from processes import model_processes
 from served_runs import alone, pictures, write_run
 from serving import until
 
-from tokendial.saving import CONFIG
+from tokendial.model.loading import CONFIG
+from tokendial.runs import Run
 from tokendial.serve import Refused, Rules
-from tokendial.serve.engine import LostError
-from tokendial.serve.served import Served
+from tokendial.serve.scheduling.engine import LostError
 from tokendial.serve.settings import Settings
-from tokendial.train import Run
+from tokendial.serve.workers.served import Served
 
 # With more threads than one: what is forked has to make its own.
 SETTINGS = Settings(max_batch=3, threads=2)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from tokendial.serve import Refused
-from tokendial.serve.apart import Apart
-from tokendial.serve.supervisor import Supervisor
+from tokendial.serve.workers.apart import Apart
+from tokendial.serve.workers.supervisor import Supervisor
 
 
 class Process(Apart):

@@ -8,7 +8,7 @@ from examples import images, tiny_vit
 from PIL import Image
 
 import tokendial as td
-from tokendial.serve.token_view import seen_image, token_view
+from tokendial.serve.workers.token_view import seen_image, token_view
 from tokendial.show import token_maps
 
 

@@ -8,7 +8,7 @@ from examples import REDUCERS, images, perturbed, tiny_vit
 from torch import nn
 
 import tokendial as td
-from tokendial.speed import treatments
+from tokendial.tune import treatments
 
 # The compiler's own warnings, of the machine and of Python, are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")

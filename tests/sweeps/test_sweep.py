@@ -13,10 +13,10 @@ import yaml
 from many_runs import TINY, marks, rows, trained
 from processes import ended, start, wait_until
 
+from tokendial.runs import Run
 from tokendial.sweeps import sweep
 from tokendial.sweeps.combinations import plan, read_over, run_name
 from tokendial.sweeps.side_by_side import run_all
-from tokendial.train import Run
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from processes import ended, start, wait_until
 from sklearn.datasets import load_digits
 
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
+from tokendial.runs import Run
 from tokendial.sweeps import vtab
 from tokendial.sweeps.vtab_result import means, read_published
-from tokendial.train import Run, finetune
+from tokendial.train import finetune
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from examples import tiny_vit
 from PIL import Image
 
 import tokendial as td
-from tokendial.data.dense import DenseAugment
-from tokendial.data.pairs import Pairs
+from tokendial.data.sets.pairs import Pairs
+from tokendial.data.transforms.dense import DenseAugment
 from tokendial.tasks import BinaryMasks, Segmentation, collate
 
 SMALL, LARGE = ((1, 300), (300, 1), (333, 777)), (4000, 6000)

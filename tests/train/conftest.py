@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tokendial.train import Run, read_recipe, train
+from tokendial.runs import Run, read_recipe
+from tokendial.train import train
 
 RECIPE = {
     "seed": 1,

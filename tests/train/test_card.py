@@ -10,8 +10,9 @@ import torch
 from examples import tiny_vit
 
 import tokendial as td
-from tokendial.train import Run, read_recipe, train
-from tokendial.train.degrees import spread_degrees
+from tokendial.runs import Run, read_recipe
+from tokendial.runs.degrees import spread_degrees
+from tokendial.train import train
 
 
 def test_versions_are_those_that_ran(run):

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import tokendial as td
 from tokendial.cli import app
 from tokendial.compensate.loss import binary_distillation
-from tokendial.train import CompensateRecipe, Run, compensate, read_recipe, train
+from tokendial.runs import CompensateRecipe, Run, read_recipe
+from tokendial.train import compensate, train
 from tokendial.train.compensate import Compensating
 
 RECIPE = {

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tokendial.train import read_recipe, train
+from tokendial.runs import read_recipe
+from tokendial.train import train
 from tokendial.train.finetune import FineTuning
 
 

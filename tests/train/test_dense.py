@@ -14,7 +14,8 @@ from processes import command_in, together
 from safetensors.torch import load_file
 
 import tokendial as td
-from tokendial.train import Run, read_recipe, train
+from tokendial.runs import Run, read_recipe
+from tokendial.train import train
 from tokendial.train.finetune import FineTuning
 
 RECIPE = {

@@ -14,14 +14,15 @@ from examples import images, tiny_vit
 from PIL import Image
 
 import tokendial as td
-from tokendial.data import ImageError, find_sources, labelled, read_image
-from tokendial.train import Run
-from tokendial.train import evaluate as evaluation
-from tokendial.train.degrees import degrees_to_show, parse_degrees, spread_by_cost
-from tokendial.train.evaluate import evaluate, evaluate_bridged, time_degrees
-from tokendial.train.predict import predict
-from tokendial.train.predict_ray import predict_on_ray
-from tokendial.train.tables import class_scores
+from tokendial.data import ImageError, find_sources, read_image
+from tokendial.data.sets import labelled
+from tokendial.runs import Run
+from tokendial.runs import evaluate as evaluation
+from tokendial.runs.degrees import degrees_to_show, parse_degrees, spread_by_cost
+from tokendial.runs.evaluate import evaluate, evaluate_bridged, time_degrees
+from tokendial.runs.predict import predict
+from tokendial.runs.predict_ray import predict_on_ray
+from tokendial.runs.tables import class_scores
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import tokendial as td
-from tokendial.train import Run
+from tokendial.runs import Run
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@ import torch
 from examples import images, tiny_vit
 
 import tokendial as td
-from tokendial.data.transforms import Augment
+from tokendial.data.transforms.image import Augment
+from tokendial.runs import read_recipe
 from tokendial.tasks.classification import Classification
-from tokendial.train import read_recipe, train
+from tokendial.train import train
 from tokendial.train.objective import Objective
 
 METHODS = {

@@ -11,7 +11,8 @@ from processes import FSDP, command, evaluate_every_task, together, train_spread
 from safetensors.torch import load_file
 
 import tokendial as td
-from tokendial.train import Run, read_recipe, train
+from tokendial.runs import Run, read_recipe
+from tokendial.train import train
 
 # Adapters are learnt, beside the head, with all that keeps a state; the backbone is frozen.
 RECIPE = {

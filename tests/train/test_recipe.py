@@ -9,11 +9,11 @@ import yaml
 
 import tokendial as td
 from tokendial.data import ImageFolder
-from tokendial.train import CompensateRecipe, Recipe, read_recipe
+from tokendial.runs import CompensateRecipe, Recipe, read_recipe
+from tokendial.runs.recipe import check_recipe
+from tokendial.runs.recipe_file import resolved_recipe
+from tokendial.runs.run import flat
 from tokendial.train.finetune import build_model
-from tokendial.train.recipe import check_recipe
-from tokendial.train.recipe_file import resolved_recipe
-from tokendial.train.runs import flat
 
 MINIMAL = {
     "output": "out",

@@ -8,7 +8,7 @@ from examples import golden, split
 from PIL import Image
 from safetensors.torch import save_file
 
-from tokendial.train import Run
+from tokendial.runs import Run
 
 CASE, TENSORS = golden("dar_seg")
 CFG = CASE["settings"]["backbone_cfg"]

@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from tokendial import wrap
 from tokendial.compensate import Compensator
 from tokendial.reproduce import AGREES, Counted, agreement, count, published_params, read_tables
-from tokendial.train import CompensateRecipe, read_recipe
+from tokendial.runs import CompensateRecipe, read_recipe
+from tokendial.runs.recipe_file import resolved_recipe, shipped_recipes
 from tokendial.train.finetune import build_model
-from tokendial.train.recipe_file import resolved_recipe, shipped_recipes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 RECIPES = {name: resolved_recipe(name) for name in shipped_recipes()}

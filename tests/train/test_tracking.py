@@ -7,7 +7,8 @@ import psutil
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from tokendial.train import read_recipe, train
+from tokendial.runs import read_recipe
+from tokendial.train import train
 from tokendial.train.batches import Awaited
 from tokendial.train.finetune import FineTuning
 

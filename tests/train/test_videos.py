@@ -11,7 +11,7 @@ import yaml
 from clips import encode, panned
 
 import tokendial as td
-from tokendial.train import CompensateRecipe, Run, read_recipe
+from tokendial.runs import CompensateRecipe, Run, read_recipe
 from tokendial.train.compensate import Compensating
 from tokendial.train.finetune import FineTuning
 

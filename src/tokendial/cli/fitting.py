@@ -11,7 +11,7 @@ from tokendial.cli.app import app
 from tokendial.cli.using import Precision, RunFolder
 
 if TYPE_CHECKING:
-    from tokendial.schedules import Fitted, Point
+    from tokendial.tune import Fitted, Point
 
 
 @app.command()
@@ -39,10 +39,10 @@ def fit(
 ) -> None:
     """Find how many tokens each layer should remove within a budget; no training, no labels."""
     from tokendial.atomic import replacing
+    from tokendial.runs import Run
+    from tokendial.runs.fitted import fit_run
     from tokendial.show.plots import fit_figure
     from tokendial.show.report import png
-    from tokendial.train import Run
-    from tokendial.train.fitted import fit_run
 
     given = {"speedup": speedup, "latency_ms": latency_ms, "gmacs": gmacs}
     folder, console = out or run / "fitted", Console()

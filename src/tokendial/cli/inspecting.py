@@ -29,7 +29,7 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Parameters, multiply-accumulates and tokens per layer at each degree; no weights needed."""
-    from tokendial.train.profile import profile as run_profile
+    from tokendial.runs.profile import profile as run_profile
 
     overrides = list(settings or [])
     overrides += [f"reduce.name={reduce}"] * bool(reduce) + [f"adapt.name={adapt}"] * bool(adapt)
@@ -78,9 +78,9 @@ def check_data(
     if not any((root / name).is_dir() for name in ("images", "annotations")):
         _check_class_folders(root, train, val, value_range)
         return
-    from tokendial.data.pairs import check_pairs
-    from tokendial.train.recipe import check_method
-    from tokendial.train.recipe_file import apply_overrides
+    from tokendial.data.sets.pairs import check_pairs
+    from tokendial.runs.recipe import check_method
+    from tokendial.runs.recipe_file import apply_overrides
 
     fields: dict[str, Any] = {"name": "pairs", "root": str(root), "train": train, "val": val}
     fields |= {"classes": classes, "ignore_zero": ignore_zero}
@@ -101,9 +101,9 @@ def check_data(
 
 
 def _check_class_folders(root: Path, train: str, val: str, value_range: str) -> None:
-    from tokendial.data.folder import check_folders
-    from tokendial.train.recipe import check_method
-    from tokendial.train.recipe_file import apply_overrides
+    from tokendial.data.sets.folder import check_folders
+    from tokendial.runs.recipe import check_method
+    from tokendial.runs.recipe_file import apply_overrides
 
     fields = {"name": "image_folder", "root": str(root)}
     of_files = check_method("data", apply_overrides(fields, [f"range={value_range}"])).range
@@ -183,8 +183,8 @@ def weights_convert(
     if recipe is not None:
         if model is not None or img_size is not None:
             raise ValueError("model and img_size are the recipe's own: leave them out.")
-        from tokendial.train import read_recipe
-        from tokendial.train.released import released_run
+        from tokendial.runs import read_recipe
+        from tokendial.runs.released import released_run
 
         settings = [*(overrides or []), *([f"output={out}"] if out else [])]
         run = released_run(file, read_recipe(recipe, settings))

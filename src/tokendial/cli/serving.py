@@ -17,9 +17,9 @@ from tokendial.cli.app import app
 from tokendial.cli.using import Compile, Faster, Optimize, Precision, speed_of
 
 if TYPE_CHECKING:
-    from tokendial.serve.engine import Engine
-    from tokendial.serve.facts import Facts
+    from tokendial.serve.scheduling.engine import Engine
     from tokendial.serve.settings import Settings
+    from tokendial.serve.workers.facts import Facts
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
@@ -102,7 +102,7 @@ def serve(
             f"serving needs {', '.join(missing)}, which is not installed: "
             "pip install 'tokendial[serve]'."
         )
-    from tokendial.serve.server import bound_socket
+    from tokendial.serve.http.server import bound_socket
     from tokendial.serve.settings import Settings, check_settings, read_keys, readable_by_others
 
     folders = _named(runs)
@@ -129,10 +129,10 @@ def serve(
 
 
 def _serve(folders: dict[str, Path], settings: "Settings", listener: socket.socket) -> None:
-    from tokendial.serve.app import create_app
-    from tokendial.serve.decoding import DecoderPool
-    from tokendial.serve.server import Server, address_of, exposed
+    from tokendial.serve.http.app import create_app
+    from tokendial.serve.http.server import Server, address_of, exposed
     from tokendial.serve.starting import started
+    from tokendial.serve.workers.decoding import DecoderPool
 
     with closing(DecoderPool(settings)) as decoders:  # they load while the models do
         served, engine, settings = started(folders, settings)
@@ -167,8 +167,8 @@ def _serve_on_ray(
 ) -> None:
     if find_spec("ray") is None:
         raise ValueError("ray: serving on Ray needs: pip install 'tokendial[serve,ray]'.")
-    from tokendial.serve.cluster import serve_on_ray
-    from tokendial.serve.on_ray import Deployed
+    from tokendial.serve.ray.cluster import serve_on_ray
+    from tokendial.serve.ray.on_ray import Deployed
 
     # Replicas do not run where the command was given.
     runs = {name: folder.resolve() for name, folder in folders.items()}

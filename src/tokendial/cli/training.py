@@ -14,7 +14,7 @@ from rich.table import Table
 from tokendial.cli.app import app
 
 if TYPE_CHECKING:
-    from tokendial.train.recipe import BaseRecipe
+    from tokendial.runs.recipe import BaseRecipe
 
 ResultT = TypeVar("ResultT")
 DryRun = Annotated[
@@ -31,7 +31,7 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Train as a recipe says; started again, go on where the run stopped."""
-    from tokendial.train import read_recipe
+    from tokendial.runs import read_recipe
     from tokendial.train import train as run_training
 
     read = read_recipe(recipe, overrides or [])
@@ -52,7 +52,7 @@ def compensate(
     dry_run: DryRun = False,
 ) -> None:
     """Train a compensator for a pre-trained model; no labels needed."""
-    from tokendial.train import CompensateRecipe, read_recipe
+    from tokendial.runs import CompensateRecipe, read_recipe
     from tokendial.train import compensate as run_training
 
     read = read_recipe(recipe, overrides or [], kind=CompensateRecipe)
@@ -99,7 +99,7 @@ def recipes(
     ] = False,
 ) -> None:
     """List the recipes that are shipped, or explain one."""
-    from tokendial.train.recipe_file import (
+    from tokendial.runs.recipe_file import (
         contents,
         describe,
         find_recipe,
@@ -127,8 +127,8 @@ def _every_field(name: str) -> str:
     import yaml
     from pydantic import ValidationError
 
-    from tokendial.train.recipe import CompensateRecipe, Recipe, check_section
-    from tokendial.train.recipe_file import apply_overrides, find_recipe, resolved_recipe
+    from tokendial.runs.recipe import CompensateRecipe, Recipe, check_section
+    from tokendial.runs.recipe_file import apply_overrides, find_recipe, resolved_recipe
 
     data = resolved_recipe(name)
     data.setdefault("output", f"runs/{find_recipe(name)[1]}")

@@ -19,8 +19,8 @@ from tokendial.cli.app import app
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tokendial.speed import Speed
-    from tokendial.train.evaluate import BridgedRow, DegreeRow
+    from tokendial.runs.evaluate import BridgedRow, DegreeRow
+    from tokendial.tune import Speed
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Degree = Annotated[
@@ -98,12 +98,12 @@ def evaluate(
     if len(runs) > 1 or sources is not None:
         raise ValueError("several runs and sources go with --compensator only.")
     (run,) = runs
+    from tokendial.runs import Run
+    from tokendial.runs.evaluate import evaluate as run_evaluation
+    from tokendial.runs.tables import write_classes
     from tokendial.show.confusion import confusion_figure
     from tokendial.show.plots import dial_figure
-    from tokendial.train import Run
-    from tokendial.train.evaluate import evaluate as run_evaluation
     from tokendial.train.progress import bar
-    from tokendial.train.tables import write_classes
 
     opened, console = Run(run), Console(stderr=True)
     with bar(console) as shown:
@@ -149,7 +149,7 @@ def _dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
 
 def _class_table(rows: "Sequence[DegreeRow]", classes: Sequence[str]) -> Table:
     """The classes that are recognised worst at the first degree, beside the last one."""
-    from tokendial.train.tables import class_scores
+    from tokendial.runs.tables import class_scores
 
     first, last = class_scores(rows[0], classes), class_scores(rows[-1], classes)
     several = len(rows) > 1
@@ -189,7 +189,7 @@ def _warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[BridgedRow]") -> No
 
 def speed_of(optimize: bool, compile: bool, precision: Precision) -> "Speed":
     """What the options ask for."""
-    from tokendial.speed import Speed
+    from tokendial.tune import Speed
 
     return Speed(optimize, compile, precision.value)
 
@@ -198,10 +198,10 @@ def _evaluate_bridged(
     folders: list[Path], degrees: str, compensator: str, sources: str | None, batch_size: int
 ) -> None:
     from tokendial.compensate import Compensator
+    from tokendial.runs import Run
+    from tokendial.runs.degrees import parse_degrees
+    from tokendial.runs.evaluate import evaluate_bridged
     from tokendial.show.plots import bridged_figure
-    from tokendial.train import Run
-    from tokendial.train.degrees import parse_degrees
-    from tokendial.train.evaluate import evaluate_bridged
     from tokendial.train.progress import bar
 
     plugin = Compensator.from_pretrained(compensator)
@@ -236,7 +236,7 @@ def _write_evaluation(
     rows: "Sequence[DegreeRow] | Sequence[BridgedRow]", figure: "Figure", stem: Path
 ) -> None:
     """Write the rows as CSV and their figure as PNG, and say where."""
-    from tokendial.train.tables import write_rows
+    from tokendial.runs.tables import write_rows
 
     table, plot = stem.with_suffix(".csv"), stem.with_suffix(".png")
     write_rows(rows, table)
@@ -276,10 +276,10 @@ def predict(
 ) -> None:
     """Class and probability, or mask, of each file; exit code 1 if some could not be read."""
     from tokendial.data import ImageError, VideoError, find_images, find_sources, find_videos
-    from tokendial.train import Run
-    from tokendial.train.predict import MaskFile, Prediction, predict_masks
-    from tokendial.train.predict import predict as run_prediction
-    from tokendial.train.predict_ray import predict_on_ray
+    from tokendial.runs import Run
+    from tokendial.runs.predict import MaskFile, Prediction, predict_masks
+    from tokendial.runs.predict import predict as run_prediction
+    from tokendial.runs.predict_ray import predict_on_ray
 
     if out is None and (overlay or tiles):
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
@@ -334,10 +334,10 @@ def show(
 ) -> None:
     """Draw the tokens that are left at each depth, and the class attention."""
     from tokendial.atomic import replacing
-    from tokendial.data.images import read_image
+    from tokendial.data.readers.images import read_image
+    from tokendial.runs import Run
     from tokendial.show.report import png
     from tokendial.show.tokens import run_diversity_figure, run_figure
-    from tokendial.train import Run
 
     trained = Run(run)
     if trained.on_videos():
@@ -377,8 +377,8 @@ def export(
     """Write the best model for other runtimes, and compare what the file gives."""
     from tokendial.export import export as export_model
     from tokendial.export import export_bundle, run_facts
-    from tokendial.train import Run
-    from tokendial.train.degrees import degrees_to_show
+    from tokendial.runs import Run
+    from tokendial.runs.degrees import degrees_to_show
 
     model, folder = Run(run).model(), run / "export"
     facts = run_facts(Run(run), model)

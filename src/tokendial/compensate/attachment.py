@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokendial.backbones.anatomy import bare
-from tokendial.vit import DialViT
+from tokendial.model.dial_vit import DialViT
 
 if TYPE_CHECKING:
     from tokendial.compensate.plugin import Compensator, Part

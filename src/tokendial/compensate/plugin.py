@@ -23,8 +23,8 @@ from tokendial.backbones import same_backbone
 from tokendial.backbones.loading import tell_left_out
 from tokendial.compensate.attachment import Attachment
 from tokendial.methods import from_fields, from_json, register, to_json
-from tokendial.reduce.base import DIAL_RATES, ReducerConfig, ViTShape
-from tokendial.saving import (
+from tokendial.model.dial_vit import DialViT
+from tokendial.model.loading import (
     building,
     check_field,
     check_numbers,
@@ -32,7 +32,7 @@ from tokendial.saving import (
     read_files,
     write_files,
 )
-from tokendial.vit import DialViT
+from tokendial.reduce.base import DIAL_RATES, ReducerConfig, ViTShape
 from tokendial.weights import check_finite
 
 Part = Literal["query", "value"]

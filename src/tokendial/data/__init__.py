@@ -1,25 +1,25 @@
 """Data sets and transforms: one file per family of data sets."""
 
-from tokendial.data.actions import K400, SSv2
-from tokendial.data.cifar import CIFAR100
-from tokendial.data.clip import Clip
-from tokendial.data.dense import DenseAugment
-from tokendial.data.fgvc import FGVC
-from tokendial.data.folder import ImageFolder
-from tokendial.data.food import Food101
-from tokendial.data.hub import HuggingFace
-from tokendial.data.imagenet import ImageNet
-from tokendial.data.images import ImageError, find_images, read_image
-from tokendial.data.pairs import Pairs
-from tokendial.data.scenes import SceneMasks, Scenes
-from tokendial.data.shards import ShardImage, WebDataset, find_sources
+from tokendial.data.readers.images import ImageError, find_images, read_image
+from tokendial.data.readers.video import FrameFolder, Video, VideoError, VideoFile, find_videos
+from tokendial.data.sets.actions import K400, SSv2
+from tokendial.data.sets.cifar import CIFAR100
+from tokendial.data.sets.fgvc import FGVC
+from tokendial.data.sets.folder import ImageFolder
+from tokendial.data.sets.food import Food101
+from tokendial.data.sets.hub import HuggingFace
+from tokendial.data.sets.imagenet import ImageNet
+from tokendial.data.sets.pairs import Pairs
+from tokendial.data.sets.scenes import SceneMasks, Scenes
+from tokendial.data.sets.shards import ShardImage, WebDataset, find_sources
+from tokendial.data.sets.svhn import SVHN
+from tokendial.data.sets.unlabelled import Unlabelled
+from tokendial.data.sets.video_sets import VideoFolder, VideoLists
+from tokendial.data.sets.vtab import VTAB, VTAB_GROUPS, VTAB_TASKS
 from tokendial.data.splits import Splits
-from tokendial.data.svhn import SVHN
-from tokendial.data.transforms import Augment, eval_transform, train_transform
-from tokendial.data.unlabelled import Unlabelled
-from tokendial.data.video import FrameFolder, Video, VideoError, VideoFile, find_videos
-from tokendial.data.video_sets import VideoFolder, VideoLists
-from tokendial.data.vtab import VTAB, VTAB_GROUPS, VTAB_TASKS
+from tokendial.data.transforms.clip import Clip
+from tokendial.data.transforms.dense import DenseAugment
+from tokendial.data.transforms.image import Augment, eval_transform, train_transform
 
 __all__ = [
     "CIFAR100",

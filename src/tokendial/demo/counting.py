@@ -9,15 +9,15 @@ from rich.console import Console
 
 from tokendial.compensate import Compensator
 from tokendial.demo.output import print_table, write_report
+from tokendial.runs.evaluate import BridgedRow, evaluate_bridged
+from tokendial.runs.recipe import Recipe
+from tokendial.runs.recipe_file import read_recipe
+from tokendial.runs.run import Run
+from tokendial.runs.tables import write_rows
 from tokendial.show.plots import bridged_figure
 from tokendial.show.report import Section
 from tokendial.show.tokens import run_figure
-from tokendial.train.evaluate import BridgedRow, evaluate_bridged
 from tokendial.train.finetune import train
-from tokendial.train.recipe import Recipe
-from tokendial.train.recipe_file import read_recipe
-from tokendial.train.runs import Run
-from tokendial.train.tables import write_rows
 
 _PICTURES = (0, 1)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from tokendial.speed import Speed
+from tokendial.tune import Speed
 
 KEYS_VARIABLE = "TOKENDIAL_API_KEYS"
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokendial.serve.controller import Rules
-from tokendial.serve.engine import Engine
-from tokendial.serve.scheduler import Scheduler
-from tokendial.serve.served import Served
+from tokendial.runs.run import Run
+from tokendial.serve.scheduling.controller import Rules
+from tokendial.serve.scheduling.engine import Engine
+from tokendial.serve.scheduling.scheduler import Scheduler
 from tokendial.serve.settings import Settings
-from tokendial.train.runs import Run
+from tokendial.serve.workers.served import Served
 
 _log = logging.getLogger(__name__)
 _OBJECTIVE = 3.0

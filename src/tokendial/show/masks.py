@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tokendial.runs.run import Run
 from tokendial.tasks.dense import sized
-from tokendial.train.runs import Run
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import matplotlib.figure
 from matplotlib.axes import Axes
 
 from tokendial.measure.diversity import LayerDiversity
-from tokendial.schedules import Fitted
+from tokendial.tune import Fitted
 
 
 class DialPoint(Protocol):

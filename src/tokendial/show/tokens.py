@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from tokendial.measure.diversity import attention_diversity
+from tokendial.model.dial_vit import DialViT
+from tokendial.runs.run import Run
 from tokendial.show.plots import diversity_figure
-from tokendial.train.runs import Run
-from tokendial.vit import DialViT
 
 _DIMMED = 0.2
 """Brightness that is left of a patch that was dropped or skipped."""

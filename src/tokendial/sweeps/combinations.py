@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from tokendial.runs.recipe_file import read_recipe
+from tokendial.runs.run import Run
 from tokendial.sweeps.results import SweepResult
 from tokendial.sweeps.side_by_side import Planned, run_all
 from tokendial.sweeps.tables import shown
-from tokendial.train.recipe_file import read_recipe
-from tokendial.train.runs import Run
 
 _LONGEST_NAME = 120
 

@@ -21,10 +21,10 @@ from typing import TextIO
 import torch
 
 from tokendial.errors import one_line
+from tokendial.runs.recipe import Recipe
+from tokendial.runs.run import Run
 from tokendial.train.finetune import train
 from tokendial.train.loop import NOT_FINITE, InterruptedRunError
-from tokendial.train.recipe import Recipe
-from tokendial.train.runs import Run
 from tokendial.train.signals import stop_requests
 
 _POLL_S = 0.1

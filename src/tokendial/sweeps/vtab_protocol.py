@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from tokendial.data import VTAB_TASKS
+from tokendial.runs.recipe_file import resolved_recipe
 from tokendial.sweeps.combinations import (
     combinations,
     planned_run,
@@ -21,7 +22,6 @@ from tokendial.sweeps.results import RunResult
 from tokendial.sweeps.side_by_side import Planned, run_all
 from tokendial.sweeps.vtab_result import VTABResult
 from tokendial.train.loop import NOT_FINITE
-from tokendial.train.recipe_file import resolved_recipe
 from tokendial.train.signals import stop_requests
 
 

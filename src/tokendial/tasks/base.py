@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.data.transforms import PairTransform, Transform
-from tokendial.speed import Optimized
-from tokendial.vit import DialViT
+from tokendial.data.transforms.image import PairTransform, Transform
+from tokendial.model.dial_vit import DialViT
+from tokendial.tune import Optimized
 
 
 class Metrics(Protocol):

@@ -5,7 +5,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.data.transforms import (
+from tokendial.data.transforms.image import (
     Augment,
     PairTransform,
     Transform,
@@ -13,9 +13,9 @@ from tokendial.data.transforms import (
     on_image,
     train_transform,
 )
-from tokendial.speed import Optimized
+from tokendial.model.dial_vit import DialViT
 from tokendial.tasks.base import Metrics
-from tokendial.vit import DialViT
+from tokendial.tune import Optimized
 
 
 class Classification:

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.data.clip import Clip, ClipTestTransform, ClipTrainTransform
-from tokendial.data.transforms import Augment, PairTransform, Transform, on_image, train_transform
-from tokendial.speed import Optimized
+from tokendial.data.transforms.clip import Clip, ClipTestTransform, ClipTrainTransform
+from tokendial.data.transforms.image import (
+    Augment,
+    PairTransform,
+    Transform,
+    on_image,
+    train_transform,
+)
+from tokendial.model.dial_vit import DialViT
 from tokendial.tasks.classification import Classification
-from tokendial.vit import DialViT
+from tokendial.tune import Optimized
 
 
 class VideoClassification(Classification):

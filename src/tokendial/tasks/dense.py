@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.data.dense import (
+from tokendial.data.transforms.dense import (
     DenseAugment,
     DenseEvalTransform,
     DenseImageTransform,
     DenseTrainTransform,
     Frame,
 )
-from tokendial.speed import Optimized
-from tokendial.vit import DialViT
+from tokendial.model.dial_vit import DialViT
+from tokendial.tune import Optimized
 
 
 class DenseTask:

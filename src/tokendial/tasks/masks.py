@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokendial.data.dense import DenseAugment
-from tokendial.data.masks import IGNORED
+from tokendial.data.readers.masks import IGNORED
+from tokendial.data.transforms.dense import DenseAugment
 from tokendial.tasks.base import Metrics
 from tokendial.tasks.dense import DenseTask, sized
 

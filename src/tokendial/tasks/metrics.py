@@ -21,7 +21,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
-from tokendial.data.masks import IGNORED
+from tokendial.data.readers.masks import IGNORED
 from tokendial.tasks.dense import best_class, sized
 
 _THRESHOLDS = 256

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokendial.data.masks import IGNORED
+from tokendial.data.readers.masks import IGNORED
 from tokendial.tasks.base import Metrics
 from tokendial.tasks.dense import DenseTask, sized
 

@@ -1,18 +1,7 @@
-"""Training: recipes, the loop, checkpoints, evaluation."""
+"""Training: the loop and its two jobs, fine-tuning and compensators."""
 
 from tokendial.train.compensate import compensate
 from tokendial.train.finetune import train
 from tokendial.train.loop import InterruptedRunError
-from tokendial.train.recipe import CompensateRecipe, Recipe
-from tokendial.train.recipe_file import read_recipe
-from tokendial.train.runs import Run
 
-__all__ = [
-    "CompensateRecipe",
-    "InterruptedRunError",
-    "Recipe",
-    "Run",
-    "compensate",
-    "read_recipe",
-    "train",
-]
+__all__ = ["InterruptedRunError", "compensate", "train"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tokendial.data.transforms import PairTransform
+from tokendial.data.transforms.image import PairTransform
 from tokendial.tasks import collate
 from tokendial.train.signals import leave_signals_to_the_parent
 

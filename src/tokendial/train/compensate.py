@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tokendial.compensate import Attachment, Compensator
 from tokendial.compensate.loss import binary_distillation, soft_distillation
 from tokendial.data.splits import Splits
+from tokendial.model.dial_vit import DialViT, wrap
+from tokendial.runs.recipe import CompensateRecipe
+from tokendial.runs.run import Run
 from tokendial.tasks.classification import Classification
 from tokendial.train.batches import seed_all
 from tokendial.train.loop import Trainer
-from tokendial.train.recipe import CompensateRecipe
-from tokendial.train.runs import Run
-from tokendial.vit import DialViT, wrap
 
 
 def compensate(recipe: CompensateRecipe, *, quiet: bool = False) -> Run:

@@ -10,9 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import Subset
 
+from tokendial.runs.recipe import BaseRecipe
 from tokendial.train.job import Job
 from tokendial.train.loop import Trainer
-from tokendial.train.recipe import BaseRecipe
 
 _UPDATES = 2
 

@@ -12,17 +12,17 @@ from torch.utils.data import DataLoader, Subset
 
 from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.measure import ShareMeter, calibrate
-from tokendial.saving import load
+from tokendial.model.dial_vit import DialViT, wrap
+from tokendial.model.loading import load
+from tokendial.runs.card import write_card
+from tokendial.runs.evaluate import evaluate_loader, some_images
+from tokendial.runs.recipe import Recipe
+from tokendial.runs.run import Run, task_of
 from tokendial.tasks import FeatureDistillation
 from tokendial.train.batches import eval_loader, seed_all
-from tokendial.train.card import write_card
-from tokendial.train.evaluate import evaluate_loader, some_images
 from tokendial.train.loop import Trainer
 from tokendial.train.objective import Distillation, Objective
 from tokendial.train.optimizer import decay_groups, parameter_groups
-from tokendial.train.recipe import Recipe
-from tokendial.train.runs import Run, task_of
-from tokendial.vit import DialViT, wrap
 
 _CALIBRATION_IMAGES = 64
 

@@ -16,6 +16,9 @@ from accelerate.utils import (
 )
 from torch.utils.data import DataLoader
 
+from tokendial.runs.card import write_versions
+from tokendial.runs.recipe import BaseRecipe
+from tokendial.runs.run import Run
 from tokendial.train.batches import (
     Awaited,
     EpochSampler,
@@ -24,7 +27,6 @@ from tokendial.train.batches import (
     seed_all,
     train_loader,
 )
-from tokendial.train.card import write_versions
 from tokendial.train.checkpoint import (
     Ema,
     kept_buffers,
@@ -38,8 +40,6 @@ from tokendial.train.checkpoint import (
 from tokendial.train.job import Job
 from tokendial.train.optimizer import cosine
 from tokendial.train.progress import Display, display
-from tokendial.train.recipe import BaseRecipe
-from tokendial.train.runs import Run
 from tokendial.train.sharding import (
     fsdp_plugin,
     gathered,

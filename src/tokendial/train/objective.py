@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn, no_grad
 
+from tokendial.model.dial_vit import DialViT
 from tokendial.reduce.base import Outcome, Passes, Reducer
 from tokendial.tasks import FeatureDistillation, Task
-from tokendial.vit import DialViT
 
 
 class Objective(nn.Module):

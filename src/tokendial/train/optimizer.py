@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tokendial.adapt.base import Adapter
+from tokendial.model.dial_vit import DialViT
+from tokendial.runs.recipe import TrainSection
 from tokendial.train.checkpoint import trained
-from tokendial.train.recipe import TrainSection
-from tokendial.vit import DialViT
 
 
 def parameter_groups(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from tokendial.train.recipe import BaseRecipe
-from tokendial.train.runs import flat
+from tokendial.runs.recipe import BaseRecipe
+from tokendial.runs.run import flat
 
 
 def check_trackers(names: Sequence[str]) -> None:

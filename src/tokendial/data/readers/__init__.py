@@ -1,0 +1,1 @@
+"""Readers of images, masks and videos, and checks of what is in a folder."""

@@ -1,0 +1,134 @@
+"""What stands beside a run: the versions that it was made with, and a draft of a model card."""
+
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from tokendial.atomic import replacing
+from tokendial.measure import Cost
+from tokendial.model.dial_vit import DialViT
+from tokendial.runs.degrees import spread_degrees
+from tokendial.runs.run import Run
+
+_PACKAGES = ("tokendial", "torch", "torchvision", "timm", "accelerate")
+_DEGREES = 5
+
+
+def write_versions(run: Run) -> None:
+    """Write `versions.json`: packages, Python, machine, and the git revision of where it ran."""
+    found: dict[str, Any] = {name: version(name) for name in _PACKAGES}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    found |= {
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "accelerator": accelerator.type if accelerator else None,
+        "git": _revision(),
+    }
+    with replacing(run.versions_file) as path:
+        path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _revision() -> str | None:
+    """Of the working folder, with a + if it was changed since; None: no repository, or no git."""
+    try:
+        revision, status = (
+            subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision.strip() + ("+" if status.strip() else "")
+
+
+def write_card(run: Run) -> None:
+    """Write `README.md`: what the model is, its metrics, what it costs along the dial, loading.
+
+    And `cost.json`, what it costs as it was trained. A card that is there is left alone: it may
+    have been finished by hand.
+    """
+    if run.card_file.exists():
+        return
+    model = run.model()
+    costs = {degree: model.cost(degree) for degree in spread_degrees(model, _DEGREES)}
+    with replacing(run.cost_file) as path:
+        path.write_text(json.dumps(asdict(costs[model.degree])) + "\n")
+    with replacing(run.card_file) as path:
+        path.write_text(_card(run, model, list(costs.values())), encoding="utf-8")
+
+
+def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
+    recipe = run.recipe()
+    best = run.best_record()
+    classes = run.classes()
+    named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    methods = {
+        "reduction": model.reduce_config,
+        "fine-tuning": model.adapt_config,
+        "decoder": model.decode_config,
+    }
+    used = "\n".join(f"- {kind}: `{method!r}`" for kind, method in methods.items() if method)
+    shown = "\n".join(
+        f"| {name.removeprefix('val_').replace('_', ' ')} | {100 * value:.2f} |"
+        for name, value in best.items()
+        if name.startswith("val_")
+    )
+    thing, files = ("a clip", "videos") if run.on_videos() else ("an image", "images")
+    return f"""---
+library_name: tokendial
+base_model: {recipe.model.name}
+---
+
+# {run.folder.name}
+
+`{recipe.model.name}`, fine-tuned with Tokendial on {type(recipe.data).__name__} ({len(classes)}
+classes: {named}).
+
+{used}
+- {costs[0].params / 1e6:.2f} M parameters, {costs[0].trainable_params / 1e6:.3f} M of them \
+trained (head or decoder not counted)
+- seed {recipe.seed}, {recipe.train.epochs} epochs, batches of \
+{recipe.train.batch_size * recipe.train.accumulate}, learning rate {recipe.train.lr:g}
+
+## Metrics
+
+On the validation set, in percent, at degree {model.degree}, epoch {best["epoch"]} of \
+{recipe.train.epochs}:
+
+| metric | value |
+|---|---|
+{shown}
+
+`tokendial eval {run.folder}` measures every degree of the dial.
+
+## Cost of {thing}
+
+| degree | GMACs | share |
+|---|---|---|
+{_cost_rows(costs)}
+
+## Use
+
+```python
+import tokendial as td
+
+model = td.load("{run.best}")  # ready for inference, at degree {model.degree}
+model.set_degree({model.degrees[-1]})  # turn the dial
+```
+
+    tokendial predict {run.folder} {files}/
+
+## To be written
+
+For whom the model is and for whom not; where its training {files} come from; what it gets wrong.
+"""
+
+
+def _cost_rows(costs: list[Cost]) -> str:
+    return "\n".join(
+        f"| {cost.degree} | {cost.gmacs:.4g} | {cost.macs / costs[0].macs:.0%} |" for cost in costs
+    )

@@ -1,0 +1,1 @@
+"""Processes: those that hold models and those that decode images."""

@@ -1,0 +1,59 @@
+"""What a fit asks of its model and settings."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tokendial.model.dial_vit import DialViT
+from tokendial.reduce import EViT, ToMe
+
+Budget = float | Sequence[float]
+"""One value, or several."""
+
+
+def read_budgets(**given: Budget | None) -> tuple[str, list[float]]:
+    """The kind of the budgets and their values, each once; a ValueError if they make no sense."""
+    (kind, values), *others = [(k, v) for k, v in given.items() if v is not None] or [("", ())]
+    budgets = [values] if isinstance(values, int | float) else list(values)
+    if others or not budgets:
+        raise ValueError(f"give one of {', '.join(given)}, with a value or several.")
+    if bad := [value for value in budgets if not 0 < value < math.inf]:
+        raise ValueError(f"{kind} must be above 0, got {bad[0]:g}.")
+    return kind, list(dict.fromkeys(float(value) for value in budgets))
+
+
+def method_of(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
+    """The method whose tokens are counted; a ValueError if there is none."""
+    own = model.reduce_config
+    if model.reducer and next(model.reducer.parameters(), None) is not None:
+        raise ValueError(
+            f"fit needs a model whose own reduction has no weights, got {type(own).__name__}."
+        )
+    method = reduce or own or ToMe()
+    if not isinstance(method, ToMe | EViT):
+        raise ValueError(
+            f"reduce must be ToMe or EViT, which remove tokens by number, got "
+            f"{type(method).__name__}."
+        )
+    return method
+
+
+def check(model: DialViT, images: Tensor, batch_size: int, minutes: float) -> None:
+    """Raise a ValueError unless `fit` can work on a model with these settings."""
+    if model.anatomy.frames is not None or model.decoder is not None or not model.num_classes:
+        raise ValueError("fit needs a classifier of images: no clips, no decoder, but a head.")
+    if model.adapter.needs_grid:
+        raise ValueError(
+            f"{type(model.adapt_config).__name__} needs the tokens of all patches in every layer."
+        )
+    if model.compensation:
+        raise ValueError("fit needs a model without a compensator: detach it first.")
+    if model.anatomy.shape.depth < 2:
+        raise ValueError("fit needs a model of at least 2 blocks, got 1.")
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images must be [N, 3, H, W] with N > 0, got {list(images.shape)}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if not 0 < minutes < math.inf:
+        raise ValueError(f"minutes must be above 0, got {minutes:g}.")

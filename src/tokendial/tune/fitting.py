@@ -1,0 +1,269 @@
+"""`fit`: the schedule that agrees best with the model that removes nothing, within a budget."""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tokendial.model.dial_vit import DialViT
+from tokendial.reduce import EViT, ToMe
+from tokendial.tune.agreement import Judge
+from tokendial.tune.block_costs import CostTable, coarse, measure
+from tokendial.tune.budgets import Budget, check, method_of, read_budgets
+from tokendial.tune.meters import TURNS, MacCounter, Meter, Stopwatch, trial
+from tokendial.tune.result import Fitted, FittedDegree, Point
+from tokendial.tune.search import Search
+from tokendial.tune.space import Schedule, Space
+
+_TIMED_COUNTS, _COUNTED_COUNTS = 32, 8
+_ROUNDS = 9
+_TABLE_SHARE, _LAST_SHARE, _COMPARING_SHARE = 0.25, 0.15, 0.005
+"""Of the time: for the table, for what follows the search at least, for each schedule compared."""
+_FORWARDS, _FORWARDS_PER_LAYER = 40, 8
+"""Schedules that are judged in a search, more or less."""
+_CORRECTIONS, _MARGIN = 4, 0.002
+"""Searches for one budget, and by how much each aims lower."""
+_REFINING_ROUNDS = 2
+_BELOW, _ABOVE = 0.97, 1.01
+"""How far a measured cost may lie from its budget."""
+_NEAR = (0.85, 0.93, 1.0, 1.08, 1.18)
+"""Costs of constant schedules that are measured beside what was found, as shares of its cost."""
+_NEAR_BUDGET = (0.95, 1.0)
+"""The same as shares of the budget: a search that was misled by a busy machine ends far below."""
+_CURVE = 8
+_FEWEST_IMAGES = 8
+
+
+@torch.no_grad()
+def fit(
+    model: DialViT,
+    images: Tensor,
+    *,
+    speedup: Budget | None = None,
+    latency_ms: Budget | None = None,
+    gmacs: Budget | None = None,
+    reduce: ToMe | EViT | None = None,
+    multi_label: bool = False,
+    batch_size: int = 8,
+    minutes: float = 5.0,
+    note: Callable[[str], None] = lambda text: None,
+) -> Fitted:
+    """Find how many tokens each layer should remove, without training and without labels.
+
+    One kind of budget; each of its values makes a degree of the dial. Times are those of `model` as
+    it is: its device, its arithmetic, the present number of threads. The model is left as it was.
+
+    Args:
+        model: A classifier of images; its own reduction must have no weights.
+        images: [N, 3, H, W], normalised, like those to come; of a few hundred, as many are used as
+            the time allows.
+        speedup: How many times as fast as the model that removes nothing.
+        latency_ms: Milliseconds of a batch.
+        gmacs: Multiply-accumulates of an image, in 1e9, counted; nothing is timed.
+        reduce: The method whose tokens are counted; None: the model's own ToMe or EViT, or ToMe if
+            it has none.
+        multi_label: Whether classes do not exclude each other: each is compared by itself.
+        batch_size: Images of a batch, in time and in the search.
+        minutes: For everything; the search ends earlier when it finds nothing better.
+        note: Told what is being done.
+
+    Raises:
+        ValueError: If the model, the method or a budget is not allowed, or cannot be reached.
+
+    Example:
+        >>> import timm, torch, tokendial as td
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+        >>> fitted = td.fit(td.wrap(vit), torch.randn(8, 3, 32, 32), gmacs=0.0035)
+        >>> model = td.wrap(vit, reduce=fitted.reduce)
+        >>> model.cost(1).gmacs <= 0.0035
+        True
+    """
+    kind, budgets = read_budgets(speedup=speedup, latency_ms=latency_ms, gmacs=gmacs)
+    space = Space(method_of(model, reduce), model.anatomy.shape)
+    check(model, images, batch_size, minutes)
+    like = next(model.parameters())
+    images = images.to(like.device, like.dtype)
+    with trial(model, space) as tried:
+        batch = images[torch.arange(batch_size) % len(images)]
+        stopwatch = Stopwatch(tried, batch, seconds=_COMPARING_SHARE * 60 * minutes)
+        meter = MacCounter(tried) if kind == "gmacs" else stopwatch
+        fitting = _Fitting(space, meter, kind, budgets, minutes, note)
+        some = fitting.affordable(stopwatch, len(images))
+        note(f"searching on {some} of {len(images)} images")
+        judge = Judge(tried, torch.split(images[:some], batch_size), multi_label=multi_label)
+        return fitting.run(judge, batch_size, some)
+
+
+class _Fitting:
+    """The parts of a fit, with its clock."""
+
+    def __init__(
+        self,
+        space: Space,
+        meter: Meter,
+        kind: str,
+        budgets: list[float],
+        minutes: float,
+        note: Callable[[str], None],
+    ) -> None:
+        """Measure the table, and check that the budgets can be reached."""
+        self.space, self.meter, self.kind, self.note = space, meter, kind, note
+        self.start, self.seconds = time.monotonic(), 60 * minutes
+        self.end = self.until = 0.0
+        """When, in seconds from the start, all searches and the one at hand have to end."""
+        self.table = CostTable(space)
+        counts = coarse(space.shape.num_patches, _COUNTED_COUNTS if meter.exact else _TIMED_COUNTS)
+        note(f"measuring blocks at {len(counts)} numbers of tokens")
+        measure(self.table, meter, counts, enough=self._enough)
+        whole, least = meter.whole([space.none, space.strongest])
+        self.unreduced = self._in_unit(whole)
+        self.limits = {budget: self._limit(budget, least / whole) for budget in budgets}
+
+    def _in_unit(self, cost: float) -> float:
+        """GMACs, or milliseconds."""
+        return cost / 1e9 if self.meter.exact else 1000 * cost
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def _enough(self, rounds: int) -> bool:
+        late = self._elapsed() > _TABLE_SHARE * self.seconds
+        return self.meter.exact or late or rounds >= _ROUNDS
+
+    def _limit(self, budget: float, least: float) -> float:
+        """The budget as a share of the whole cost, if it can be reached."""
+        low, high = least * self.unreduced, self.unreduced
+        if self.kind == "speedup":
+            low, high = 1.0, 1 / least
+        if not low <= budget <= high:
+            raise ValueError(
+                f"{self.kind} must lie in [{low:.4g}, {high:.4g}] here, from nothing removed to "
+                f"all that {type(self.space.reduce).__name__} can remove, got {budget:g}."
+            )
+        return 1 / budget if self.kind == "speedup" else budget / self.unreduced
+
+    def affordable(self, stopwatch: Stopwatch, images: int) -> int:
+        """How many of the images leave time for a search, and for what follows it."""
+        batch = min(stopwatch.one(self.space.none) for _ in range(3))
+        per_image = batch / len(stopwatch.images)
+        # A search is measured beside the whole model once it is over time; then all that was found.
+        compared = 1 + (2 + 1 + len(_NEAR) + len(_NEAR_BUDGET)) * len(self.limits)
+        follows = ((1 + TURNS) * compared + _CURVE) * batch
+        self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
+        wanted = (_FORWARDS + _FORWARDS_PER_LAYER * self.space.shape.depth) * len(self.limits)
+        left = self.end - self._elapsed()
+        return min(images, max(_FEWEST_IMAGES, int(left / wanted / per_image)))
+
+    def run(self, judge: Judge, batch_size: int, images: int) -> Fitted:
+        """Find a schedule for each budget, and measure all of them."""
+        search = Search(self.space, self.table, judge, over=lambda: self._elapsed() > self.until)
+        found: dict[float, Schedule] = {}
+        last = None
+        # The hardest first: what it finds is allowed for the others, so that none is worse.
+        for left, (budget, limit) in zip(
+            range(len(self.limits), 0, -1),
+            sorted(self.limits.items(), key=lambda item: item[1]),
+            strict=True,
+        ):
+            seconds = max(0.0, self.end - self._elapsed()) / left
+            found[budget] = last = self._within(search, limit, last, seconds)
+            self.note(
+                f"{self.kind} {budget:g}: {len(search.known)} schedules judged, divergence "
+                f"{search.divergence(last):.4f}"
+            )
+        return self._measured(search, found, batch_size, images)
+
+    def _within(
+        self, search: Search, limit: float, harder: Schedule | None, seconds: float
+    ) -> Schedule:
+        """The best schedule whose cost, measured end to end, keeps to `limit`."""
+        end = self._elapsed() + seconds
+        factor, above = 1.0, 1.0 if self.meter.exact else _ABOVE
+        kept: list[Schedule] = []
+        for attempt in range(_CORRECTIONS):
+            most = limit / factor * (1 - _MARGIN * attempt) * self.table.of(self.space.none)
+            # A first search may take half of the time, one that corrects it half of what is left.
+            self.until = (self._elapsed() + end) / 2
+            best = search.run(most, harder)
+            share = self._refined(best)
+            if share <= above * limit:
+                kept.append(best)
+            fits = best == harder or _BELOW * limit <= share <= above * limit
+            late = attempt > 0 and self._elapsed() > end
+            if fits or late:
+                break
+            factor = share / self._share(best)
+        return min(kept or [best], key=search.divergence)
+
+    def _refined(self, schedule: Schedule) -> float:
+        """Measure the blocks of a schedule, and then itself, as a share of the whole cost."""
+        if not self.meter.exact:
+            counts = set(self.space.left(schedule)) - {self.space.shape.num_patches}
+            measure(
+                self.table, self.meter, counts, enough=lambda rounds: rounds >= _REFINING_ROUNDS
+            )
+        if schedule == self.space.none:
+            return 1.0  # on a busy machine, the clock may say that it is faster than itself
+        none, cost = self.meter.whole([self.space.none, schedule])
+        return cost / none
+
+    def _share(self, schedule: Schedule) -> float:
+        """Of the whole cost, by the table."""
+        return self.table.of(schedule) / self.table.of(self.space.none)
+
+    def _measured(
+        self, search: Search, found: dict[float, Schedule], batch_size: int, images: int
+    ) -> Fitted:
+        """Compare what was found with constant schedules, end to end, and choose."""
+        lines = self.space.lines()
+        near = {s for item in found.items() for s in self._near(lines, *item)}
+        tried = list(dict.fromkeys([self.space.none, *found.values(), *near]))
+        costs, spread = self.meter.whole(tried), self.meter.spread
+        shares = {schedule: cost / costs[0] for schedule, cost in zip(tried, costs, strict=True)}
+
+        def point(schedule: Schedule, share: float) -> Point:
+            search.divergence(schedule)
+            agreement = search.known[schedule]
+            return Point(schedule, share, agreement.divergence, agreement.top1)
+
+        rows: list[FittedDegree] = []
+        chosen, kept = self.space.strongest, 0
+        for number, (budget, schedule) in enumerate(found.items()):
+            allowed = max(self.limits[budget], shares[schedule])
+            constant = next((s for s in lines[1:] if shares.get(s, math.inf) <= allowed), None)
+            options = [s for s in (schedule, constant, chosen) if s in shares]
+            chosen = min(
+                (s for s in options if sum(self.space.left(s)) >= kept), key=search.divergence
+            )
+            kept = sum(self.space.left(chosen))
+            beside = point(constant, shares[constant]) if constant else None
+            row = FittedDegree(len(found) - number, budget, point(chosen, shares[chosen]), beside)
+            rows.append(row)
+        curve = self._curve(lines, min(self.limits.values()))
+        constants = tuple(point(schedule, self._share(schedule)) for schedule in curve)
+        rows.reverse()
+        return Fitted(
+            reduce=self.space.method([row.found.removed for row in rows]),
+            kind=self.kind,
+            unreduced=self._in_unit(costs[0]),
+            batch_size=batch_size,
+            images=images,
+            degrees=tuple(rows),
+            searched=tuple(point(schedule, self._share(schedule)) for schedule in search.known),
+            constants=constants,
+            table=self.table,
+            spread=spread,
+        )
+
+    def _near(self, lines: list[Schedule], budget: float, schedule: Schedule) -> list[Schedule]:
+        """Constant schedules that cost about as much as what was found, or the budget."""
+        wanted = [self._share(schedule) * part for part in _NEAR]
+        wanted += [self.limits[budget] * part for part in _NEAR_BUDGET]
+        return [min(lines[1:], key=lambda s: abs(self._share(s) - share)) for share in wanted]
+
+    def _curve(self, lines: list[Schedule], least: float) -> list[Schedule]:
+        """Some constant schedules down to a share of the whole cost."""
+        dear = [schedule for schedule in lines[1:] if self._share(schedule) >= 0.9 * least]
+        return dear[:: max(1, len(dear) // _CURVE)]

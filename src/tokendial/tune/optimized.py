@@ -1,0 +1,227 @@
+"""The fastest way to run a model on this machine, found by measuring.
+
+What helps differs from one processor to the next: packed weights bring much where matrices are
+multiplied in bfloat16 by tiles and nothing where float32 vectors do it, compiling takes minutes and
+may bring a percent. So each treatment is tried on an example and has to earn its place.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.backbones.anatomy import Anatomy
+from tokendial.kernels import can_fuse, fused
+from tokendial.model.dial_vit import DialViT
+from tokendial.tune.treatments import (
+    Trial,
+    keep_freed_memory,
+    try_a_core_each,
+    try_compiled,
+    try_fused_reduction,
+    try_packed,
+    try_padded,
+    try_sizes_in_keys,
+    try_unfused,
+)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What is done for speed before a model runs; false if that is nothing."""
+
+    optimize: bool = False
+    """Find the fastest way to run it here, see `optimize`."""
+    compile: bool = False
+    """The same, and compile."""
+    precision: Precision = "fp32"
+    """Half precision is optimised, too."""
+
+    def __bool__(self) -> bool:
+        return self != Speed()
+
+
+class Optimized(nn.Module):
+    """A model for inference, treated so that it runs fast on this machine; made by `optimize`.
+
+    It is called and turned as the model is, but has no adapters to switch and does not train.
+
+    Patch tokens that leave the last block are not computed if the head reads none.
+
+    Treatments, by name:
+        packed weights: Linear layers keep a second copy of their weights in the order that the
+            processor's matrix units read, where PyTorch would make it in every call, and apply a
+            GELU that follows before they write their results.
+        unfused attention: Matrix products and a softmax compute attention instead of the fused
+            kernel.
+        sizes in keys: Attention gets the sizes of merged tokens as channels of the keys instead of
+            a mask, which the fastest kernels of GPUs do not take.
+        padded keys: Attention gets keys for a multiple of 32 tokens, the surplus masked.
+        a core each: The batch is split, and every core runs its images through the whole model,
+            instead of all cores sharing every operation.
+        fused reduction: On a GPU, one kernel finds each token's most similar one, and one merges
+            tokens, in place of many small ones. What is compiled runs without.
+        compiled: By torch.compile, one graph for each degree and for the example's batch size
+            (on GPUs a CUDA graph); other batches run as without it.
+    """
+
+    def __init__(self, model: DialViT, degrees: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        """The treated copy."""
+        self.degrees = tuple(degrees)
+        """Degrees that were made ready."""
+        self.fused_reduction = False
+        """Whether reductions run in fused kernels, see `tokendial.kernels`."""
+        self.trials: list[Trial] = []
+        """What was tried, in order."""
+        self.notes: list[str] = []
+        """What was asked for and cannot be had here, a line each."""
+        self.run: Callable[[Tensor], Tensor] | None = None
+        """Runs the model on images of its dtype; None: as it is."""
+
+    @property
+    def degree(self) -> int:
+        """Position of the dial."""
+        return self.model.degree
+
+    def set_degree(self, degree: int) -> None:
+        """Turn the dial.
+
+        Raises:
+            ValueError: If `degree` was not made ready.
+        """
+        if degree not in self.degrees:
+            ready = ", ".join(map(str, self.degrees))
+            if len(self.degrees) > 2 and self.degrees == self.model.degrees:
+                ready = f"0 to {self.degrees[-1]}"
+            raise ValueError(f"degree must be one that was made ready ({ready}), got {degree!r}.")
+        self.model.set_degree(degree)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Of the model."""
+        return self.model.anatomy
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits as the model gives them, up to rounding."""
+        with fused(self.fused_reduction):
+            return (self.run or self.model)(images.to(next(self.model.parameters()).dtype))
+
+
+def optimize(
+    model: DialViT,
+    example: Tensor,
+    *,
+    degrees: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+) -> Optimized:
+    """Find the fastest way to run a model on this machine and make it ready.
+
+    Treatments are tried one after another on the example, at the model's degree, each turn beside a
+    pass without it; those that bring less than 2 % or other logits are left out. Memory that passes
+    give back is kept for the next pass from here on, in the whole process (Linux).
+
+    Args:
+        model: It stays as it is. Its weights are shared unless `dtype` changes them or a
+            compensator rewrites them as the dial turns; merge linear adapters first to be rid of
+            their cost.
+        example: A batch as it will come, [B, 3, H, W], on the model's device.
+        degrees: Degrees to make ready; None: all of them, or with `compile` 0 and the present one.
+        dtype: Of weights and activations; None: the model's. On a processor without instructions
+            for it, half precision would be several times slower than float32: then the model is
+            float32, and `notes` says so.
+        compile: Also compile every degree (about a minute for each on a processor) and keep that if
+            it is faster.
+
+    Raises:
+        ValueError: If a degree is not one of the model's, or `dtype` is not one of float32,
+            bfloat16 and float16.
+
+    Example:
+        >>> import timm, torch
+        >>> from tokendial import ToMe, optimize, wrap
+        >>> model = wrap(timm.create_model("vit_tiny_patch16_224", depth=2), reduce=ToMe(r=8))
+        >>> fast = optimize(model, torch.zeros(2, 3, 224, 224))
+        >>> fast(torch.zeros(2, 3, 224, 224)).shape
+        torch.Size([2, 1000])
+    """
+    if degrees is None:
+        degrees = sorted({0, model.degree}) if compile else model.degrees
+    if bad := [degree for degree in degrees if degree not in model.degrees]:
+        raise ValueError(f"degrees must lie in [0, {model.degrees[-1]}], got {bad[0]!r}.")
+    notes: list[str] = []
+    if dtype is not None:
+        dtype = _supported(dtype, example.device, notes)
+    fast = Optimized(_twin(model, dtype), sorted({*degrees, model.degree}))
+    fast.notes = notes
+    fast.model.skips_unread = True
+    example = example.to(next(fast.model.parameters()).dtype)
+    fast(example)  # what is wrong with the example is told here
+    if example.device.type == "cpu":
+        keep_freed_memory()
+        try_packed(fast, example)
+        try_unfused(fast, example)
+        try_padded(fast, example)
+        try_a_core_each(fast, example)
+    else:
+        try_sizes_in_keys(fast, example)
+    if can_fuse(example.device):
+        try_fused_reduction(fast, example)
+    if compile:
+        try_compiled(fast, example)
+    return fast
+
+
+def sped_up(
+    model: DialViT, example: Tensor, speed: Speed | None, degrees: Sequence[int]
+) -> DialViT | Optimized:
+    """The model itself, or optimised for some degrees and batches like the example.
+
+    What was tried is told on the standard error.
+    """
+    if not speed:
+        return model
+    dtype = None if speed.precision == "fp32" else DTYPES[speed.precision]
+    fast = optimize(model, example, degrees=degrees, dtype=dtype, compile=speed.compile)
+    print(*fast.notes, *fast.trials, sep="\n", file=sys.stderr)
+    return fast
+
+
+def _supported(dtype: torch.dtype, device: torch.device, notes: list[str]) -> torch.dtype:
+    """`dtype`, or float32 where the processor would have to emulate it."""
+    names = {known: str(known).removeprefix("torch.") for known in DTYPES.values()}
+    if dtype not in names:
+        raise ValueError(f"dtype must be one of {', '.join(names.values())}, got {dtype}.")
+    native = (
+        device.type != "cpu"
+        or dtype == torch.float32
+        or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        or (dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    )
+    if native:
+        return dtype
+    notes.append(f"this processor has no instructions for {names[dtype]}: running in float32.")
+    return torch.float32
+
+
+def _twin(model: DialViT, dtype: torch.dtype | None) -> DialViT:
+    """The same model for inference, with modules of its own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    changed = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors)
+    shared = {} if changed or model.compensation else {id(t): t for t in tensors}
+    twin = copy.deepcopy(model, shared).eval()
+    return twin.to(dtype) if changed else twin

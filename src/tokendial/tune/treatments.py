@@ -1,0 +1,275 @@
+"""What can make a model faster on some machines; each is measured before it stays."""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from timm.layers.mlp import Mlp
+from torch import Tensor, nn
+
+from tokendial.measure.timing import time_in_rounds
+from tokendial.model.dial_vit import DialViT
+
+_EARNED = 1.02
+"""A treatment stays if it makes the model faster by this factor: less could be chance."""
+_TURNS = 3
+_ROUNDING = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.06}
+"""By how much of their norm rounding may move the logits of a typical image, products of float32 by
+GPUs in TF32 included. What moves them further computes something else."""
+_MOST_OTHER_CLASSES = 0.1
+"""Share of the images whose highest logit may be another one, although rounding does not explain
+it: of near ties between tokens another one may be merged or dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One treatment, tried on the example."""
+
+    name: str
+    """Which, see `Optimized`."""
+    speedup: float | None
+    """Time without it over time with it; None: it failed, or gave other logits."""
+    kept: bool
+    """Whether it was faster and stays."""
+    problem: str = ""
+    """Why it failed."""
+
+    def __str__(self) -> str:
+        if self.speedup is None:
+            return f"{self.name}: not supported here ({self.problem})"
+        return f"{self.name}: {self.speedup:.2f}x, {'kept' if self.kept else 'left out'}"
+
+
+class Treated(Protocol):
+    """What treatments change: see `Optimized`."""
+
+    model: DialViT
+    degrees: tuple[int, ...]
+    fused_reduction: bool
+    trials: list[Trial]
+    run: Callable[[Tensor], Tensor] | None
+
+    def set_degree(self, degree: int) -> None:
+        """Turn the dial."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits."""
+
+
+def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None]) -> None:
+    """Measure with and without a treatment, which `use` switches on and off, and choose."""
+    use(False)
+    wanted = fast(example).float()
+    try:
+        use(True)
+        _check_same(fast(example).float(), wanted, _ROUNDING[example.dtype])
+    except Exception as error:  # whatever a backend may throw; the plain path remains
+        use(False)
+        fast.trials.append(_failed(name, error))
+        return
+    without, treated = time_in_rounds(
+        (False, True),
+        use,
+        lambda: fast(example),
+        device=example.device,
+        seconds=0.0,
+        least_rounds=_TURNS,
+    )
+    speedup = without.seconds / treated.seconds
+    use(speedup >= _EARNED)
+    fast.trials.append(Trial(name, speedup, kept=speedup >= _EARNED))
+
+
+def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
+    """Raise an ArithmeticError unless logits [B, classes, ...] are the same up to rounding."""
+    given, wanted = given.movedim(1, -1), wanted.movedim(1, -1)
+    norm = wanted.norm(dim=-1)
+    # Of most images: in few of them, a near tie between tokens may have fallen the other way.
+    moved = float(((given - wanted).norm(dim=-1) / norm.clamp(min=1e-12)).median())
+    if not moved <= rounding:
+        raise ArithmeticError(f"its logits differ by {moved:.1%}")
+    lost = wanted.amax(-1) - wanted.gather(-1, given.argmax(-1, keepdim=True)).squeeze(-1)
+    others = float((lost > 2 * rounding * norm).double().mean())
+    if others > _MOST_OTHER_CLASSES:
+        raise ArithmeticError(f"its top class differs in {others:.0%} of the images")
+
+
+def _failed(name: str, error: Exception) -> Trial:
+    return Trial(name, None, kept=False, problem=str(error).strip().split("\n")[0])
+
+
+class PackedLinear(nn.Linear):
+    """A Linear layer with a second copy of its weights, packed for the processor.
+
+    The packed copy follows the weights when these are changed in place. With `gelu`, the layer
+    applies that to its results before they are rounded and written: "none" (the exact one) or
+    "tanh", as `nn.GELU` names them.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: str | None = None) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.gelu = gelu
+        self.packed: Tensor | None = None
+        self._version = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`nn.Linear` of [..., in_features]."""
+        if torch.compiler.is_compiling():  # the packed copy is opaque to the compiler
+            plain = super().forward(x)
+            return F.gelu(plain, approximate=self.gelu) if self.gelu else plain
+        if self.packed is None or self._version != self.weight._version:
+            self._version = self.weight._version
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.packed, self.bias, "gelu" if self.gelu else "none", [], self.gelu or ""
+        )
+        return out
+
+
+def try_packed(fast: Treated, example: Tensor) -> None:
+    """Keep weights in the processor's own order."""
+    vit = fast.model.vit
+    linears = {
+        name: module
+        for name, module in vit.named_modules()
+        # Layers that PEFT or hooks have changed do more than multiply.
+        if type(module) is nn.Linear and not module._forward_hooks
+    }
+    gelus = {
+        f"{name}.act": module.act
+        for name, module in vit.named_modules()
+        if type(module) is Mlp and f"{name}.fc1" in linears and type(module.act) is nn.GELU
+    }
+    applied = {name.removesuffix("act") + "fc1": gelu.approximate for name, gelu in gelus.items()}
+    plain: dict[str, nn.Module] = {**linears, **gelus}
+    packed: dict[str, nn.Module] = {
+        **{name: PackedLinear(linear, applied.get(name)) for name, linear in linears.items()},
+        **{name: nn.Identity() for name in gelus},
+    }
+
+    def use(on: bool) -> None:
+        for name, linear in (packed if on else plain).items():
+            vit.set_submodule(name, linear)
+
+    _try("packed weights", fast, example, use)
+
+
+def try_unfused(fast: Treated, example: Tensor) -> None:
+    """Compute attention by matrix products."""
+
+    def use(on: bool) -> None:
+        fast.model.fused_attention = not on
+
+    _try("unfused attention", fast, example, use)
+
+
+def try_sizes_in_keys(fast: Treated, example: Tensor) -> None:
+    """Give attention the sizes of merged tokens without a mask."""
+    reducer = fast.model.reducer
+    if reducer is None or not reducer.proportional_attention:
+        return
+
+    def use(on: bool) -> None:
+        fast.model.sizes_in_keys = on
+
+    _try("sizes in keys", fast, example, use)
+
+
+def try_padded(fast: Treated, example: Tensor) -> None:
+    """Pad the keys."""
+
+    def use(on: bool) -> None:
+        fast.model.key_multiple = 32 if on else 1
+
+    _try("padded keys", fast, example, use)
+
+
+def try_a_core_each(fast: Treated, example: Tensor) -> None:
+    """Split the batch over the cores."""
+    cores = torch.get_num_threads()
+    if cores == 1 or example.shape[0] == 1:
+        return
+    pool = ThreadPoolExecutor(cores, "tokendial", initializer=torch.set_num_threads, initargs=(1,))
+    model = fast.model
+
+    @torch.no_grad()
+    def one(images: Tensor) -> Tensor:
+        return model(images)  # type: ignore[no-any-return]
+
+    def run(images: Tensor) -> Tensor:
+        parts = images.tensor_split(max(1, min(cores, images.shape[0])))
+        return one(images) if len(parts) == 1 else torch.cat(list(pool.map(one, parts)))
+
+    def use(on: bool) -> None:
+        fast.run = run if on else None
+
+    _try("a core each", fast, example, use)
+    torch.set_num_threads(cores)  # the pool's threads have told PyTorch that new ones use one core
+    if not fast.trials[-1].kept:
+        pool.shutdown()
+
+
+def try_fused_reduction(fast: Treated, example: Tensor) -> None:
+    """Reduce in fused kernels."""
+
+    def use(on: bool) -> None:
+        fast.fused_reduction = on
+
+    _try("fused reduction", fast, example, use)
+
+
+def try_compiled(fast: Treated, example: Tensor) -> None:
+    """Compile every degree."""
+    plain, before = fast.run, fast.model.degree
+    # On GPUs this mode replays the kernels of a pass in one call (CUDA graphs).
+    graphs = torch.compile(fast.model, dynamic=False, mode="reduce-overhead")
+
+    def run(images: Tensor) -> Tensor:
+        # A batch of another size runs at once, without a compiler.
+        with torch.compiler.set_stance("eager_on_recompile"):
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return graphs(images).clone()  # type: ignore[no-any-return]  # the next pass overwrites it
+
+    def use(on: bool) -> None:
+        fast.run = run if on else plain
+
+    # Processors multiply half precision fast only with weights in their own order, which the
+    # compiler finds by itself, once for every degree.
+    freezing = example.dtype != torch.float32 and example.device.type == "cpu"
+    try:
+        with (
+            torch.no_grad(),
+            torch._dynamo.config.patch(recompile_limit=len(fast.degrees) + 1),
+            torch._inductor.config.patch(freezing=freezing),
+        ):
+            for degree in fast.degrees:
+                fast.set_degree(degree)
+                graphs(example)
+    except Exception as error:  # whatever a backend may throw; the plain path remains
+        fast.trials.append(_failed("compiled", error))
+    else:
+        _try("compiled", fast, example, use)
+    finally:
+        fast.set_degree(before)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep what is freed.
+
+    Token reduction makes tensors of ever other sizes; giving their pages back to the system after
+    each costs thousands of page faults in every pass.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # not glibc
+        return
+    trim_threshold, mmap_max = -1, -4
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
