@@ -1,8 +1,8 @@
 # Each target sets up .venv first when there is none, or when the dependencies have changed.
 PYTHON ?= python3
 BIN := .venv/bin
-CORE := tokens attention methods atomic saving reference adapted vit
-ROOMS := backbones reduce decode adapt measure compensate schedules speed
+CORE := tokens attention passes shape checks methods atomic reference
+ROOMS := model backbones reduce decode adapt measure compensate tune
 CORE_FILES := $(CORE:%=src/tokendial/%.py) $(ROOMS:%=src/tokendial/%/*)
 comma := ,
 empty :=

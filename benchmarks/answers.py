@@ -35,7 +35,7 @@ from benchmarks.workload import (
 )
 from tokendial.runs import Run
 from tokendial.tasks import BinaryMasks, Classification
-from tokendial.tasks.dense import best_class, sized
+from tokendial.tasks.dense import best_class, resize_map
 
 PROBABILITY, GREY, PIXELS = 1e-4, 1 / 255, 1e-3
 """How far an answer may be from the offline model."""
@@ -80,7 +80,7 @@ class Offline:
             return self.task.probabilities(logits)[0].numpy()
         size = image.height, image.width
         if isinstance(self.task, BinaryMasks):
-            return sized(logits.sigmoid(), size)[0, 0].mul(255).round().byte().numpy()
+            return resize_map(logits.sigmoid(), size)[0, 0].mul(255).round().byte().numpy()
         return best_class(logits[0], size).numpy()
 
     def apart(self, number: int, prediction: dict[str, Any]) -> float:

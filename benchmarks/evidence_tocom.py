@@ -37,7 +37,7 @@ from torch import Tensor
 
 import tokendial as td
 from benchmarks.report import write_json
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.methods import to_json
 from tokendial.runs import Run
 from tokendial.runs.evaluate import evaluate_loader
@@ -119,7 +119,7 @@ class Question:
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             found = self._measured(out)
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(found))
         return dict(json.loads(path.read_text()))
 

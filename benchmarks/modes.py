@@ -26,7 +26,7 @@ def at_degrees(
     model: td.DialViT, images: Tensor, mode: str, degrees: Sequence[int]
 ) -> Iterator[Runner]:
     """A model at some degrees of its dial; by `td.optimize`, unless the mode is eager."""
-    run: td.DialViT | td.Optimized = model
+    run: td.DialViT | td.OptimizedViT = model
     in_threads = False
     if mode != "eager":
         model.set_degree(degrees[0])  # treatments are tried there

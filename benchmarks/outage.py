@@ -35,7 +35,7 @@ from benchmarks.plots import bars
 from benchmarks.report import Column, Report, Row
 from benchmarks.server import Server, add_server, served, server_options
 from benchmarks.workload import encoded, request_body
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.model.loading import WEIGHTS
 from tokendial.runs import Run
 
@@ -171,7 +171,7 @@ def change_weights(run: Run) -> None:
     """As training does: another file takes the place of the old one."""
     path = run.best / WEIGHTS
     changed = {name: value + 1e-3 for name, value in load_file(path).items()}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(changed, temporary)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import hardware
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -57,9 +57,9 @@ class Report:
         print("\n".join(page))
         found = {"notes": list(self.notes), "rows": list(self.rows)}
         path = write_json(self.name, found, device=options.device, out=options.out)
-        with replacing(path.with_suffix(".md")) as temporary:
+        with atomic_write(path.with_suffix(".md")) as temporary:
             temporary.write_text("\n".join(page) + "\n")
-        with replacing(path.with_suffix(".png")) as temporary:
+        with atomic_write(path.with_suffix(".png")) as temporary:
             self.figure.savefig(temporary, format="png", dpi=120)
 
     def table(self) -> list[str]:
@@ -83,7 +83,7 @@ def write_json(
     folder = out or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}_{hardware.in_a_name(device)}_{now:%Y%m%d}.json"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(made | dict(found), indent=2) + "\n")
     print(f"wrote {path}")
     return path

@@ -22,9 +22,9 @@ from tokendial.train.objective import Objective
 
 DENSE, PLAIN = td.DenseAdapter(dim=32), td.AdaptFormer(dim=64, scale=0.1)
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"adapt": td.Full()},
-    "full_recomputing": {"adapt": td.Full()},
-    "linear": {"adapt": td.Linear()},
+    "full": {"adapt": td.FullFineTuning()},
+    "full_recomputing": {"adapt": td.FullFineTuning()},
+    "linear": {"adapt": td.LinearProbe()},
     "adaptformer": {"adapt": PLAIN},
     "lora": {"adapt": td.LoRA(rank=8)},
     "dyt": {"adapt": PLAIN, "reduce": td.DyT()},

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from coverage import Coverage
 from examples import tiny_vit
 from hypothesis import settings
@@ -14,6 +15,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from tokendial.cli import main
+from tokendial.runs import Run, read_recipe
+from tokendial.train import train
 
 # The same examples in every run, and no limit on their time: the machine may be busy.
 settings.register_profile("tokendial", derandomize=True, deadline=None)
@@ -25,9 +28,34 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 # Coverage is asked of the core alone (see the Makefile), and tracing slows Python down by a third
 # and more. Tests of what is above the core run without; those of the core have to cover it.
-UNTRACED = {"benchmarks", "data", "serve", "show", "sweeps", "tasks", "train", "test_cli.py"}
+UNTRACED = {
+    "benchmarks",
+    "data",
+    "serve",
+    "show",
+    "sweeps",
+    "runs",
+    "tasks",
+    "train",
+    "test_cli.py",
+}
 UNTRACED |= {"test_compile.py", "test_demo.py", "test_docs.py", "test_export.py"}
-UNTRACED |= {"test_reproduce.py"}
+UNTRACED |= {"test_cli.py", "test_reproduce.py"}
+
+RECIPE = {
+    "seed": 1,
+    "model": {
+        "name": "vit_tiny_patch16_224",
+        "weights": None,
+        "img_size": 32,
+        "args": {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2},
+    },
+    "reduce": {"name": "tome", "r": 2},
+    "adapt": {"name": "full"},
+    "data": {"name": "image_folder", "root": None},
+    "augment": {"crop": False, "flip": 0.0},
+    "train": {"epochs": 8, "batch_size": 20, "lr": 0.003, "warmup_epochs": 1},
+}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -85,3 +113,29 @@ def cli(monkeypatch, capsys):
         return code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def recipe_file(digits, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipes") / "digits.yaml"
+    path.write_text(
+        yaml.safe_dump(RECIPE | {"data": {"name": "image_folder", "root": str(digits)}})
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(recipe_file, tmp_path_factory) -> Run:
+    output = tmp_path_factory.mktemp("runs") / "run"
+    return train(read_recipe(recipe_file, [f"output={output}"]), quiet=True)
+
+
+@pytest.fixture
+def in_two_processes() -> list[str]:
+    """What stands before `-m MODULE ...`: Accelerate's launcher, on a port that is free.
+
+    It starts several processes only if told that they are for GPUs; ACCELERATE_USE_CPU has the
+    last word.
+    """
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    return [*launcher, "--num_processes", "2", "--main_process_port", "0"]

@@ -49,8 +49,8 @@ ADAPTERS = {
     "last_blocks": td.LastBlocks(blocks=2),
     "lora": td.LoRA(rank=2),
     "peft": td.PEFT(method="loha", options={"r": 2}),
-    "linear": td.Linear(),
-    "full": td.Full(),
+    "linear": td.LinearProbe(),
+    "full": td.FullFineTuning(),
 }
 # Some adapters need the whole token grid.
 ON_THE_GRID = {"dar", "convpass"}

@@ -14,28 +14,27 @@ SOURCE = Path(tokendial.__file__).parent
 FLOORS = (
     ("cli",),
     ("demo", "reproduce", "serve", "sweeps"),
-    ("show", "export"),
     ("train",),
+    ("show", "export"),
+    ("runs",),
     ("tasks", "data"),
-    ("saving", "reference", "compensate", "schedules"),
-    ("speed",),
-    ("vit",),
-    ("adapted",),
+    ("reference",),
+    ("compensate", "tune"),
+    ("model",),
     ("backbones", "measure"),
     ("adapt",),
     ("decode",),
     ("reduce",),
-    ("attention",),
-    ("tokens", "methods", "atomic", "errors", "weights", "hub"),
+    ("attention", "passes"),
+    ("tokens", "shape", "checks", "methods", "atomic", "errors", "weights", "hub"),
     ("kernels",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-CORE = {room for room, floor in FLOOR.items() if floor >= FLOOR["saving"]}
+CORE = {room for room, floor in FLOOR.items() if floor >= FLOOR["reference"]}
 CORE_MAY_IMPORT = {"torch", "timm", "safetensors", "huggingface_hub", "tokendial"}
 # Imported when the first kernel starts: the library runs where there is no Triton, too.
 WITH_TRITON = SOURCE / "kernels" / "programs.py"
-# A saved model is written by a method of the model, and loaded by a function above it.
-UPWARD = {("adapted", "saving")}
+UPWARD = {("runs", "train")}
 
 
 def modules() -> dict[Path, str]:

@@ -1,10 +1,10 @@
 import pytest
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 
 
 def test_the_file_appears_whole(tmp_path):
-    with replacing(tmp_path / "file") as path:
+    with atomic_write(tmp_path / "file") as path:
         path.write_text("new")
         assert not (tmp_path / "file").exists()
     assert (tmp_path / "file").read_text() == "new"
@@ -15,7 +15,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "file").write_text("old")
 
     def fail():
-        with replacing(tmp_path / "file") as path:
+        with atomic_write(tmp_path / "file") as path:
             path.write_text("half")
             raise RuntimeError
 

@@ -47,7 +47,7 @@ def test_weights_are_read_from_a_file(tmp_path, suffix):
 
 def test_weights_are_read_from_a_fully_trained_model(tmp_path):
     vit = tiny_vit()
-    td.wrap(vit, adapt=td.Full()).save_pretrained(tmp_path)
+    td.wrap(vit, adapt=td.FullFineTuning()).save_pretrained(tmp_path)
     loaded = tiny(str(tmp_path)).create().eval()
     torch.testing.assert_close(loaded(images()), vit(images()))
 

@@ -68,7 +68,9 @@ def test_the_largest_degree_of_the_dial_runs(name):
     assert model.feature_map(pictures).shape[-2:] == model.anatomy.embed(pictures).grid
 
 
-@pytest.mark.parametrize("adapt", [td.AdaptFormer(dim=4), td.DARAdapter(dims=(4, 4)), td.Linear()])
+@pytest.mark.parametrize(
+    "adapt", [td.AdaptFormer(dim=4), td.DARAdapter(dims=(4, 4)), td.LinearProbe()]
+)
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_a_model_of_each_kind_is_saved_and_loaded(name, adapt, tmp_path):

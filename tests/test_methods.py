@@ -14,7 +14,7 @@ from tokendial.data import (
     Scenes,
     WebDataset,
 )
-from tokendial.methods import from_json, known, to_json
+from tokendial.methods import from_json, method_names, to_json
 
 OTHERS = [
     ("reduce", td.ToMe(r=(8, -1.0), proportional_attention=False)),
@@ -48,7 +48,9 @@ def test_json_gives_the_same_method_back(kind, method):
 
 def test_every_registered_method_has_an_example():
     for kind, examples in (("reduce", REDUCERS), ("adapt", ADAPTERS)):
-        assert {to_json(kind, example)["name"] for example in examples.values()} == set(known(kind))
+        assert {to_json(kind, example)["name"] for example in examples.values()} == set(
+            method_names(kind)
+        )
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,7 @@ def test_a_saved_video_model_is_built_again_by_its_name(kind, tmp_path):
     model.save_pretrained(tmp_path / "one")
     assert torch.equal(td.load(tmp_path / "one")(clips()), model.eval()(clips()))
     # A model that was not built from a description knows itself.
-    model = td.wrap(backbone.create(), adapt=td.Full())
+    model = td.wrap(backbone.create(), adapt=td.FullFineTuning())
     model.save_pretrained(tmp_path / "two")
     assert torch.equal(td.load(tmp_path / "two")(clips()), model.eval()(clips()))
 
@@ -426,7 +426,7 @@ def test_jointly_tokens_merge_over_time():
 
 def test_frame_by_frame_is_saved_and_read(tmp_path):
     reduce = td.FrameByFrame(reduce=td.ToMe(r=3))
-    model = td.wrap(tubelets(), reduce=reduce, adapt=td.Linear())
+    model = td.wrap(tubelets(), reduce=reduce, adapt=td.LinearProbe())
     model.save_pretrained(tmp_path)
     assert td.load(tmp_path, vit=tubelets()).reduce_config == reduce
     with pytest.raises(ValueError, match=r"reduce must be another reduction method, got 3\."):

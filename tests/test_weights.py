@@ -150,7 +150,7 @@ def test_registers_of_dinov2_are_read_at_another_size(tmp_path):
 
 def test_a_run_is_read_by_its_best_model(tmp_path):
     vit = tiny_vit()
-    td.wrap(vit, adapt=td.Full()).save_pretrained(tmp_path / "best")
+    td.wrap(vit, adapt=td.FullFineTuning()).save_pretrained(tmp_path / "best")
     loaded = td.Backbone(name="vit_tiny_patch16_224", weights=str(tmp_path), args=TINY).create()
     assert torch.equal(loaded.norm.bias, vit.norm.bias)
 

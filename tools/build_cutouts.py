@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from recolour import recoloured
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.data.readers.images import find_images, read_image
 
 T = TypeVar("T")
@@ -352,7 +352,7 @@ def claim(root: Path, settings: dict[str, Any]) -> None:
                 )
         return
     root.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -387,7 +387,7 @@ def build(
     claim(root, {"task": task, "size": size, "seed": seed, **counts, "sources": sources})
     if task == "semantic":
         names = {str(label): name for label, name in enumerate(("background", *CATEGORIES))}
-        with replacing(root / "classes.json") as temporary:
+        with atomic_write(root / "classes.json") as temporary:
             temporary.write_text(json.dumps(names, indent=2) + "\n")
     num_built = 0
     for split, count in counts.items():
@@ -399,9 +399,9 @@ def build(
                 continue
             rng = item_rng(seed, task, split, index)
             image, annotation = compose(task, rng, cutouts[split], backgrounds[split], size)
-            with replacing(image_path) as temporary:
+            with atomic_write(image_path) as temporary:
                 image.save(temporary, format="JPEG", quality=95, subsampling=0)
-            with replacing(annotation_path) as temporary:
+            with atomic_write(annotation_path) as temporary:
                 Image.fromarray(annotation).save(temporary, format="PNG")
             num_built += 1
     return num_built
@@ -425,7 +425,7 @@ def write_sheet(root: Path) -> Path:
             shown = picture.resize((cell, cell), Image.Resampling.NEAREST if below else None)
             sheet.paste(shown, (column * cell, (2 * row + below) * cell))
     path = root / "sheet.png"
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG")
     return path
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
         DARAdapter,
         DenseAdapter,
         FacT,
-        Full,
+        FullFineTuning,
         Houlsby,
         LastBlocks,
-        Linear,
+        LinearProbe,
         LoRA,
     )
     from tokendial.backbones import Backbone, convert_weights, video_vit
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokendial.model.loading import load
     from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, FrameByFrame, ToMe
     from tokendial.reference import load_reference
-    from tokendial.tune import Fitted, Optimized, fit, optimize
+    from tokendial.tune import FitResult, OptimizedViT, fit, optimize
 
 __all__ = [
     "DAR",
@@ -49,16 +49,16 @@ __all__ = [
     "EViT",
     "FFNMerge",
     "FacT",
-    "Fitted",
+    "FitResult",
     "FrameByFrame",
-    "Full",
+    "FullFineTuning",
     "Houlsby",
     "LastBlocks",
-    "Linear",
     "LinearDecoder",
+    "LinearProbe",
     "LoRA",
     "MaskTransformer",
-    "Optimized",
+    "OptimizedViT",
     "ToCom",
     "ToMe",
     "calibrate",
@@ -75,8 +75,8 @@ __version__ = "0.1.0"
 # there for `--help`, and for Ctrl-C, before that.
 _HOMES = {
     "adapt": (
-        "PEFT SSF VPT AdaptFormer BitFit ConvPass DARAdapter DenseAdapter FacT Full "
-        "Houlsby LastBlocks Linear LoRA"
+        "PEFT SSF VPT AdaptFormer BitFit ConvPass DARAdapter DenseAdapter FacT FullFineTuning "
+        "Houlsby LastBlocks LinearProbe LoRA"
     ),
     "backbones": "Backbone convert_weights video_vit",
     "compensate": "Compensator ToCom",
@@ -85,7 +85,7 @@ _HOMES = {
     "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame ToMe",
     "reference": "load_reference",
     "model.loading": "load",
-    "tune": "Fitted Optimized fit optimize",
+    "tune": "FitResult OptimizedViT fit optimize",
     "model.dial_vit": "DialViT wrap",
 }
 

@@ -13,7 +13,7 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, renamed onto it if the block ends without an error.
 
     A reader sees the old file or the new one, never half of one, also after a crash.
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def leftovers(path: Path) -> list[Path]:
+def leftover_files(path: Path) -> list[Path]:
     """The temporary files of processes that died while they replaced `path`.
 
     Also those of processes that still do: the caller has to know that there are none. The name may

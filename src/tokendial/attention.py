@@ -15,7 +15,7 @@ _MOST_WEIGHTS = 2**22
 
 
 @dataclass(slots=True)
-class Attended:
+class ByProducts:
     """By-products of one attention layer, those that were asked for."""
 
     mean_keys: Tensor | None = None
@@ -41,7 +41,7 @@ def attend(
     fused: bool = True,
     key_multiple: int = 1,
     sizes_in_keys: bool = False,
-) -> tuple[Tensor, Attended]:
+) -> tuple[Tensor, ByProducts]:
     """Attention of every token to every token.
 
     Class attention costs one extra row, not a second pass.
@@ -96,7 +96,7 @@ def attend(
         logits = (q_BHNC * scale) @ k_BHNC.transpose(-2, -1)
         weights = masked_softmax(logits if bias is None else logits + bias, policy_BN)
         out = F.dropout(weights, dropout).to(v_BHNC.dtype) @ v_BHNC
-    attended = Attended()
+    attended = ByProducts()
     if "mean_keys" in needs:
         attended.mean_keys = k_BHNC.mean(dim=1)
     if "class_attention" in needs:

@@ -1,7 +1,7 @@
 """Errors as one line, which is what users are told."""
 
 
-def one_line(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """What an error says, in one line."""
     text = str(error).strip() or type(error).__name__
     last = text.splitlines()[-1]

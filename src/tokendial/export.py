@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.data.transforms.image import CentreCropped
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.run import Run
@@ -165,7 +165,7 @@ def export_bundle(
         **_how_to_call(model),
         **(facts or {}),
     }
-    with replacing(folder / "bundle.json") as path:
+    with atomic_write(folder / "bundle.json") as path:
         path.write_text(json.dumps(told, indent=2) + "\n")
     return found
 
@@ -185,7 +185,7 @@ def _export(model: DialViT, path: Path, batch: int | None, facts: Mapping[str, A
         model.skips_unread = skipped
     told = {**_how_to_call(model), "degree": model.degree, **facts}
     tried = [_images(model, count) for count in ([batch] if batch else [1, 3])]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         if path.suffix == ".onnx":
             _write_onnx(program, told, temporary)
             given = _run_onnx(temporary, tried)
@@ -274,7 +274,7 @@ def _share_weights(folder: Path, paths: list[Path]) -> None:
     from onnx.external_data_helper import set_external_data
 
     places: dict[bytes, int] = {}
-    with replacing(folder / _WEIGHTS) as shared, shared.open("wb") as file:
+    with atomic_write(folder / _WEIGHTS) as shared, shared.open("wb") as file:
         for path in paths:
             graph = onnx.load(path)
             for tensor in graph.graph.initializer:
@@ -287,5 +287,5 @@ def _share_weights(folder: Path, paths: list[Path]) -> None:
                     file.write(data)
                 set_external_data(tensor, _WEIGHTS, offset=places[key], length=len(data))
                 tensor.ClearField("raw_data")
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 onnx.save(graph, temporary)

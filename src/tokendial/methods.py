@@ -29,7 +29,7 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     return decorate
 
 
-def known(kind: str) -> tuple[str, ...]:
+def method_names(kind: str) -> tuple[str, ...]:
     """Names registered under `kind`, sorted."""
     return tuple(sorted(_REGISTRY.get(kind, {})))
 
@@ -44,7 +44,7 @@ def method_class(kind: str, name: str) -> Any:
         return _REGISTRY[kind][name]
     except (KeyError, TypeError):
         raise ValueError(
-            f"{kind}.name must be one of {', '.join(known(kind))}, got {name!r}."
+            f"{kind}.name must be one of {', '.join(method_names(kind))}, got {name!r}."
         ) from None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokendial.backbones.loading import tell_left_out
+from tokendial.backbones.loading import warn_of_unused_weights
 from tokendial.compensate import Compensator
 from tokendial.model.dial_vit import DialViT
 from tokendial.weights import check_finite
@@ -133,7 +133,9 @@ def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
         raise ValueError(f"this is not a {system} state dict of this model; {listed}.")
     model.load_state_dict(own | renamed)
-    tell_left_out(f"{system} state dict", Counter(n.split(".")[0] for n in only_in_training))
+    warn_of_unused_weights(
+        f"{system} state dict", Counter(n.split(".")[0] for n in only_in_training)
+    )
 
 
 def our_name(name: str, system: str) -> str:

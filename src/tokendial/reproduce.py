@@ -21,7 +21,7 @@ from torch import nn
 
 import tokendial as td
 from tokendial.adapt.base import AdapterConfig
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.backbones import video_vit
 from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import count_macs
@@ -114,7 +114,7 @@ def _difference(paper: float | None, ours: float | None) -> float | None:
 
 def write_csv(rows: list[CostRow], path: Path) -> None:
     """Write the rows as CSV."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(CostRow)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -124,7 +124,7 @@ def write_markdown(rows: list[CostRow], path: Path) -> None:
     """Write the rows as a Markdown table; a row that is not confirmed carries its note."""
     lines = [f"| {' | '.join(HEADER)} | note |", "|---" * (len(HEADER) + 1) + "|"]
     lines += [f"| {' | '.join(cells(row))} | {row.note} |" for row in rows]
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -185,7 +185,7 @@ def _row_of(entry: dict[str, Any]) -> tuple[float | None, float | None]:
 
 def _params_of(config: dict[str, Any], row: str) -> int:
     if "groups" in config:
-        shape = _wrapped(config["backbone"], None, td.Linear()).anatomy.shape
+        shape = _wrapped(config["backbone"], None, td.LinearProbe()).anatomy.shape
         with torch.device("meta"):
             plugin = td.ToCom(rank=config["rank"]).build(shape, steps=config["groups"])
         return sum(p.numel() for p in plugin.parameters())
@@ -295,7 +295,7 @@ def _reducer(config: dict[str, Any]) -> ReducerConfig | None:
 def _adapter(config: dict[str, Any], row: str) -> AdapterConfig:
     kind = config.get("adapter", "")
     if not kind:
-        return td.Full() if row.startswith("Full fine-tuning") else td.Linear()
+        return td.FullFineTuning() if row.startswith("Full fine-tuning") else td.LinearProbe()
     makers: dict[str, Callable[[], AdapterConfig]] = {
         "Adapter": lambda: td.Houlsby(dim=config["dim"]),
         "AdaptFormer": lambda: td.AdaptFormer(dim=config["dim"], experts=config.get("experts", 1)),

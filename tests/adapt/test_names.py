@@ -103,7 +103,7 @@ def test_one_backbone_lies_in_memory():
 def test_what_wrap_froze_and_trained_is_so_again():
     model = shared(adapt=td.AdaptFormer(dim=4))
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    model.add_adapter("pets", td.Full())
+    model.add_adapter("pets", td.FullFineTuning())
     trained(model, "pets")
     assert all(p.requires_grad for p in model.vit.parameters())
     model.set_adapter("default")

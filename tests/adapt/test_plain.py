@@ -4,14 +4,14 @@ import tokendial as td
 
 
 def test_linear_trains_the_head_alone():
-    model = td.wrap(tiny_vit(), adapt=td.Linear())
+    model = td.wrap(tiny_vit(), adapt=td.LinearProbe())
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert names == {"vit.head.weight", "vit.head.bias"}
     assert model.cost().trainable_params == 0
 
 
 def test_full_trains_everything():
-    model = td.wrap(tiny_vit().requires_grad_(False), adapt=td.Full())
+    model = td.wrap(tiny_vit().requires_grad_(False), adapt=td.FullFineTuning())
     assert all(p.requires_grad for p in model.parameters())
 
 

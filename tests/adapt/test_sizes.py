@@ -21,9 +21,9 @@ SIZES = {
     "fact tucker 12": (td.FacT(rank=12, kind="tk"), 2 * D * 12 + 12**3 + 144 * 12, 0.02),
     "convpass 8": (td.ConvPass(dim=8), 2 * L * (2 * D * 8 + 9 * 64 + 2 * 8 + D), 0.33),
     "dar": (td.DARAdapter(), L * (195_722 - 9 * D - 1), 2.27),
-    "linear": (td.Linear(), 0, 0.0),
+    "linear": (td.LinearProbe(), 0, 0.0),
     "last blocks": (td.LastBlocks(blocks=2), 2 * (12 * D * D + 13 * D), 14.18),
-    "full": (td.Full(), 85_798_656, 85.80),
+    "full": (td.FullFineTuning(), 85_798_656, 85.80),
 }
 
 

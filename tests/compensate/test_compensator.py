@@ -90,7 +90,7 @@ def tuned(adapt=None, reduce=td.ToMe(r=8), **vit):  # noqa: B008  # immutable
 
 
 METHODS = {
-    "full": td.Full(),
+    "full": td.FullFineTuning(),
     "adaptformer": td.AdaptFormer(dim=4),
     "dense_adapter": td.DenseAdapter(dim=4),
     "lora": td.LoRA(rank=2),
@@ -151,7 +151,7 @@ def test_images_of_one_batch_may_want_different_degrees(merge):
 
 @torch.no_grad()
 def test_a_thousand_turns_and_back_restore_every_bit():
-    model, plugin = tuned(td.Full())
+    model, plugin = tuned(td.FullFineTuning())
     model.set_degree(2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plugin.attach(model, source=2)
@@ -248,7 +248,9 @@ def test_adapters_take_turns_and_merge_while_a_compensator_is_attached(tmp_path)
 @torch.no_grad()
 def test_what_is_saved_is_the_models_own_and_fits_the_compensator_again(tmp_path):
     random = td.Backbone(name="vit_tiny_patch16_224", weights=None, args=TINY)
-    model = td.wrap(tiny_vit(), reduce=td.ToMe(r=8), adapt=td.Full(), backbone=random).eval()
+    model = td.wrap(
+        tiny_vit(), reduce=td.ToMe(r=8), adapt=td.FullFineTuning(), backbone=random
+    ).eval()
     plugin = perturbed(td.Compensator.for_model(model, td.ToCom()), std=0.3)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,7 +10,7 @@ import tokendial as td
 
 BACKBONE = td.Backbone(name="vit_tiny_patch16_224", args=TINY)
 ADAPTERS = {
-    "full": td.Full(),
+    "full": td.FullFineTuning(),
     "adaptformer": td.AdaptFormer(dim=4),
     "ssf": td.SSF(),
     "fact": td.FacT(rank=3),

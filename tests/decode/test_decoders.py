@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from examples import golden, images, perturbed, split, tiny_vit
 
 import tokendial as td
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 DECODERS = {
     "linear": td.LinearDecoder(num_classes=3),

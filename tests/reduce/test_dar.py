@@ -150,7 +150,7 @@ def test_the_adapter_needs_a_complete_grid(vit):
 def test_losses_name_the_share(vit):
     model = td.wrap(vit, reduce=td.DAR(target_ratio=0.25)).train()
     student = model.outcome(images())
-    losses = model.reducer.losses(td.reduce.Passes(student, None, None, torch.sum))
+    losses = model.reducer.losses(td.passes.TrainingPasses(student, None, None, torch.sum))
     share = torch.stack([t.selected[:, 1:] for t in student.tokens], 1).mean((1, 2))
     torch.testing.assert_close(losses["rate"], 2 * F.mse_loss(share, torch.full((2,), 0.25)))
 

@@ -6,7 +6,7 @@ from examples import golden, images, split, tiny_vit
 import tokendial as td
 from tokendial.attention import attend, masked_softmax
 from tokendial.backbones import anatomy_of
-from tokendial.reduce.base import Passes
+from tokendial.passes import TrainingPasses
 
 
 def policy_case():
@@ -74,13 +74,13 @@ def train_pass(model, tensors, monkeypatch):
 
 
 def losses_of(model, tensors, student):
-    teacher = td.reduce.Outcome(
+    teacher = td.passes.ForwardPass(
         0,
         tensors["input.teacher_logits"],
         F.pad(tensors["input.teacher_tokens"], (0, 0, 1, 0)),
         [],
     )
-    return model.reducer.losses(td.reduce.Passes(student, None, teacher, torch.sum))
+    return model.reducer.losses(td.passes.TrainingPasses(student, None, teacher, torch.sum))
 
 
 def test_training_equals_the_reference(monkeypatch):
@@ -143,7 +143,7 @@ def test_the_predictors_have_the_published_size():
 def test_without_a_teacher_only_the_ratio_is_trained(vit):
     model = td.wrap(vit, reduce=td.DynamicViT(layers=(2,))).train()
     student = model.outcome(images())
-    losses = model.reducer.losses(td.reduce.Passes(student, None, None, torch.sum))
+    losses = model.reducer.losses(td.passes.TrainingPasses(student, None, None, torch.sum))
     assert list(losses) == ["ratio"]
 
 
@@ -176,7 +176,7 @@ def test_an_image_that_keeps_no_patch_trains_like_others():
         predictor.outside[4].bias.data = torch.tensor([-1e4, 1e4])
     outcome = model.outcome(images())
     assert outcome.tokens[-1].policy.sum() == 2  # the class tokens
-    loss = sum(model.reducer.losses(Passes(outcome, None, None, torch.sum)).values())
+    loss = sum(model.reducer.losses(TrainingPasses(outcome, None, None, torch.sum)).values())
     (outcome.logits.sum() + loss).backward()
     assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

@@ -53,7 +53,7 @@ def test_training_equals_the_reference(monkeypatch):
     def task_loss(logits):
         return F.cross_entropy(logits, tensors["input.labels"])
 
-    losses = model.reducer.losses(td.reduce.Passes(student, complete, None, task_loss))
+    losses = model.reducer.losses(td.passes.TrainingPasses(student, complete, None, task_loss))
     expected = split(tensors, "output.train.loss.")
     close = {"rtol": 1e-4, "atol": 1e-7}
     torch.testing.assert_close(losses["rate"], expected["token_weighted"], **close)
@@ -114,7 +114,7 @@ def test_a_floor_under_the_decisions_adds_to_the_loss(vit):
     def rate(model):
         torch.manual_seed(0)
         student = model.outcome(images())
-        return model.reducer.losses(td.reduce.Passes(student, None, None, torch.sum))
+        return model.reducer.losses(td.passes.TrainingPasses(student, None, None, torch.sum))
 
     assert list(rate(plain)) == ["rate"]
     assert rate(floored)["rate"] > rate(plain)["rate"]
@@ -124,7 +124,9 @@ def test_losses_at_degree_0_raise(vit):
     model = td.wrap(vit, reduce=td.DyT()).train()
     model.set_degree(0)
     with pytest.raises(ValueError, match="degree must be at least 1 in training, got 0"):
-        model.reducer.losses(td.reduce.Passes(model.outcome(images()), None, None, torch.sum))
+        model.reducer.losses(
+            td.passes.TrainingPasses(model.outcome(images()), None, None, torch.sum)
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import tokendial as td
 from tokendial.reduce import tome
-from tokendial.reduce.base import ViTShape
 from tokendial.reduce.listed import patches_left
 from tokendial.reduce.tome import bipartite_matching, random_matching
+from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
 MATCHING = [

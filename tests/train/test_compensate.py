@@ -177,7 +177,9 @@ def test_a_folder_of_unlabelled_images_is_enough(tmp_path):
 
 
 def test_weights_of_a_run_of_ours_keep_their_head(tmp_path):
-    model = td.wrap(td.Backbone(name="scenes_vit", weights="shipped").create(), adapt=td.Full())
+    model = td.wrap(
+        td.Backbone(name="scenes_vit", weights="shipped").create(), adapt=td.FullFineTuning()
+    )
     model.save_pretrained(tmp_path / "mine")
     job = Compensating(recipe(tmp_path, f"model.weights={tmp_path / 'mine'}"))
     head = job.objective.model.vit.head.weight

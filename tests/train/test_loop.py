@@ -292,7 +292,7 @@ def test_only_matrices_decay(recipe_file):
 
 
 def test_the_rate_of_the_backbone_falls_towards_the_input(vit):
-    model = td.wrap(vit, adapt=td.Full())
+    model = td.wrap(vit, adapt=td.FullFineTuning())
     groups = parameter_groups(model, 0.05, lr=1.0, layer_decay=0.5)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert rates[id(vit.head.weight)] == 1.0
@@ -317,7 +317,7 @@ VECTORS = {
 @pytest.mark.parametrize("name", VECTORS)
 def test_weights_of_layers_decay_and_vectors_of_any_shape_do_not(name):
     vit = backbone(name)[0]
-    decayed = decaying(td.wrap(vit, adapt=td.Full()))
+    decayed = decaying(td.wrap(vit, adapt=td.FullFineTuning()))
     decayed = {n for n, parameter in vit.named_parameters() if id(parameter) in decayed}
     layers = {n for n, m in vit.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert decayed == {f"{layer}.weight" for layer in layers}
@@ -348,8 +348,8 @@ def test_matrices_of_peft_decay_and_its_vectors_do_not():
 
 
 def test_queries_of_video_and_of_decoders_do_not_decay():
-    video = td.wrap(td.video_vit(tiny_vit(), frames=2, num_classes=3), adapt=td.Linear())
-    dense = td.wrap(tiny_vit(num_classes=0), decode=td.MaskTransformer(), adapt=td.Linear())
+    video = td.wrap(td.video_vit(tiny_vit(), frames=2, num_classes=3), adapt=td.LinearProbe())
+    dense = td.wrap(tiny_vit(num_classes=0), decode=td.MaskTransformer(), adapt=td.LinearProbe())
     assert id(video.vit.head.query) not in decaying(video)
     assert id(video.vit.head.q.weight) in decaying(video)
     assert id(dense.decoder.classes) not in decaying(dense)

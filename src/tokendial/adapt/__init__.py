@@ -9,7 +9,7 @@ from tokendial.adapt.fact import FacT
 from tokendial.adapt.houlsby import Houlsby
 from tokendial.adapt.lora import LoRA
 from tokendial.adapt.peft import PEFT
-from tokendial.adapt.plain import BitFit, Full, LastBlocks, Linear
+from tokendial.adapt.plain import BitFit, FullFineTuning, LastBlocks, LinearProbe
 from tokendial.adapt.ssf import SSF
 from tokendial.adapt.vpt import VPT
 
@@ -25,9 +25,9 @@ __all__ = [
     "DARAdapter",
     "DenseAdapter",
     "FacT",
-    "Full",
+    "FullFineTuning",
     "Houlsby",
     "LastBlocks",
-    "Linear",
+    "LinearProbe",
     "LoRA",
 ]

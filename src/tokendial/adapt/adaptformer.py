@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendial.adapt.base import Adapter, AdapterConfig, Bottlenecks, check_bottleneck
+from tokendial.adapt.base import Adapter, AdapterConfig, Bottlenecks
+from tokendial.checks import check_bottleneck
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 
@@ -127,11 +127,3 @@ def init_bottleneck(down: nn.Linear, up: nn.Linear) -> None:
     for linear in (down, up):
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
-
-
-def check_bottleneck(dim: int, scale: float) -> None:
-    """Raise a ValueError unless the width and the scale of a bottleneck make sense."""
-    if type(dim) is not int or dim < 1:
-        raise ValueError(f"dim must be an integer of at least 1, got {dim}.")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-        raise ValueError(f"scale must be a number above 0, got {scale}.")

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck
+from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.checks import check_bottleneck
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens, from_grid, to_grid
 
 

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokendial.adapt.base import Adapter, AdapterConfig, check_bottleneck, init_bottleneck
+from tokendial.adapt.base import Adapter, AdapterConfig, init_bottleneck
+from tokendial.checks import check_bottleneck, check_choice
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape, check_choice
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 

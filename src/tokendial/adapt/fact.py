@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from tokendial.adapt.base import AdapterConfig
 from tokendial.adapt.hooks import HookedAdapter, OutputLayer
+from tokendial.checks import check_choice
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape, check_choice
+from tokendial.shape import ViTShape
 
 
 @register("adapt", "fact")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokendial.adapt.base import AdapterConfig, Bottlenecks, check_bottleneck
+from tokendial.adapt.base import AdapterConfig, Bottlenecks
+from tokendial.checks import check_bottleneck
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 
 @register("adapt", "houlsby")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokendial.adapt.base import AdapterConfig
 from tokendial.adapt.peft import PEFTLayers
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 if TYPE_CHECKING:
     import peft

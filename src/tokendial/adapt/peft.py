@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 _ADDING = frozenset({"adalora", "loha", "lokr", "vera"})
 """Methods that only add to what a layer gives. Others scale it, rotate its input, or read its

@@ -7,12 +7,12 @@ from torch import nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 
 @register("adapt", "linear")
 @dataclass(frozen=True, kw_only=True)
-class Linear(AdapterConfig):
+class LinearProbe(AdapterConfig):
     """Linear probe: train the classification head, freeze the rest."""
 
     def build(self, vit: ViTShape) -> Adapter:
@@ -22,7 +22,7 @@ class Linear(AdapterConfig):
 
 @register("adapt", "full")
 @dataclass(frozen=True, kw_only=True)
-class Full(AdapterConfig):
+class FullFineTuning(AdapterConfig):
     """Full fine-tuning: train every weight of the backbone and the head."""
 
     def build(self, vit: ViTShape) -> Adapter:

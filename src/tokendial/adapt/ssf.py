@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokendial.adapt.base import AdapterConfig
 from tokendial.adapt.hooks import HookedAdapter, OutputLayer
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 
 @register("adapt", "ssf")

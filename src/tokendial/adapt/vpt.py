@@ -13,7 +13,7 @@ from torch import nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 

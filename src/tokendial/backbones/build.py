@@ -15,13 +15,13 @@ from torch import nn
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.checkpoints import read_checkpoint
 from tokendial.backbones.huggingface import CLASSES, HuggingFaceViT
-from tokendial.backbones.loading import load_weights, tell_left_out
+from tokendial.backbones.loading import load_weights, warn_of_unused_weights
 from tokendial.backbones.pooling import QueryPooling, video_vit
 from tokendial.backbones.timm_eva import TimmEva
 from tokendial.backbones.timm_video import TimmFrames, TimmTubelets
 from tokendial.backbones.timm_vit import TimmViT
 from tokendial.backbones.videomae import TubeletEmbed
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 from tokendial.hub import cached_file, hub_problem
 from tokendial.weights import check_finite
 
@@ -153,10 +153,10 @@ class Backbone:
         try:
             return timm.create_model(name, pretrained=pretrained, **args)
         except (OSError, HfHubHTTPError) as error:
-            raise _not_to_be_had(name, one_line(error)) from error
+            raise _not_to_be_had(name, error_message(error)) from error
         except Exception as error:  # what arguments that do not fit lead to
             if "Unknown model" not in str(error):
-                problem = one_line(error)
+                problem = error_message(error)
                 raise ValueError(f"model {self.name!r} cannot be built: {problem}") from error
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else "."
@@ -180,7 +180,7 @@ class Backbone:
             try:
                 vit = cls(cls.config_class.from_dict(self.args))
             except Exception as error:  # what arguments that do not fit lead to
-                problem = one_line(error)
+                problem = error_message(error)
                 raise ValueError(f"model {self.name!r} cannot be built: {problem}") from error
         else:
             vit = self._from_pretrained(cls, self.weights)
@@ -205,14 +205,14 @@ class Backbone:
                 output_loading_info=True,
             )
         except Exception as error:  # of reading, of downloading, and of files that do not fit
-            raise ValueError(f"model.weights {weights!r}: {one_line(error)}") from error
+            raise ValueError(f"model.weights {weights!r}: {error_message(error)}") from error
         if missing := [n for n in told["missing_keys"] if _FRESH.isdisjoint(n.split("."))]:
             raise ValueError(
                 f"model.weights {weights!r} belongs to another backbone: {len(missing)} tensors "
                 f"are missing, the first is {min(missing)}."
             )
         check_finite(vit.state_dict(), f"model.weights {weights!r}")
-        tell_left_out(weights, Counter(n.split(".")[0] for n in told["unexpected_keys"]))
+        warn_of_unused_weights(weights, Counter(n.split(".")[0] for n in told["unexpected_keys"]))
         return vit
 
 

@@ -15,7 +15,7 @@ from timm.models import is_model_pretrained
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.backbones.build import Backbone
 from tokendial.backbones.checkpoints import GRID, rooted, unwrapped
 from tokendial.backbones.loading import by_timms_names, counted
@@ -115,7 +115,7 @@ class Converted:
         whole = torch.contiguous_format
         tensors = {n: value.clone(memory_format=whole) for n, value in self.tensors.items()}
         told = {GRID: f"{self.grid[0]}x{self.grid[1]}"} if self.grid else {}
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"} | told)
         return path
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokendial.backbones.checkpoints import Checkpoint, join_qkv, read_checkpoint
 from tokendial.backbones.timm_vit import HEADS
 from tokendial.backbones.videomae import TubeletEmbed, filter_videomae
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 
 _LOG = logging.getLogger(__name__)
 _HEADS = tuple(f"{head}." for head in HEADS)
@@ -75,10 +75,10 @@ def load_weights(vit: nn.Module, path: Path) -> None:
             f"unexpected; the first is {bad[0]}."
         )
     vit.load_state_dict(state, strict=False)
-    tell_left_out(found.source, left_out)
+    warn_of_unused_weights(found.source, left_out)
 
 
-def tell_left_out(source: object, left_out: Mapping[str, int]) -> None:
+def warn_of_unused_weights(source: object, left_out: Mapping[str, int]) -> None:
     """Log how many tensors of a file were not used, by group, if there are some; each file once."""
     if any(left_out.values()):
         _warn_once(f"{source}: left out: {counted(left_out)}")
@@ -130,7 +130,7 @@ def by_timms_names(
             named = family.checkpoint_filter_fn(dict(leaves), vit)
         except Exception as error:
             raise ValueError(
-                f"this is not a state dict of such a ViT ({one_line(error)})"
+                f"this is not a state dict of such a ViT ({error_message(error)})"
             ) from error
     used = _made_of(named.values())
     # A bias of zeros is as good as none: DINOv3's of queries, keys and values.

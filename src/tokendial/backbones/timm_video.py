@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from tokendial.backbones.timm_vit import TimmViT
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 

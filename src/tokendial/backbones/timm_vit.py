@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_heads
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 HEADS = ("head", "head_dist")

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import tokendial
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 
 
 class _Stopped(BaseException):
@@ -67,7 +67,7 @@ def main() -> None:
         sys.exit(1)
     # Of the system: no such folder, no permission, disk full, the hub out of reach.
     except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {error_message(error)}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, _Stopped):
         print("stopped", file=sys.stderr)

@@ -11,7 +11,7 @@ from tokendial.cli.app import app
 from tokendial.cli.using import Precision, RunFolder
 
 if TYPE_CHECKING:
-    from tokendial.tune import Fitted, Point
+    from tokendial.tune import FitPoint, FitResult
 
 
 @app.command()
@@ -38,7 +38,7 @@ def fit(
     ] = None,
 ) -> None:
     """Find how many tokens each layer should remove within a budget; no training, no labels."""
-    from tokendial.atomic import replacing
+    from tokendial.atomic import atomic_write
     from tokendial.runs import Run
     from tokendial.runs.fitted import fit_run
     from tokendial.show.plots import fit_figure
@@ -62,7 +62,7 @@ def fit(
     console.print(_table(fitted))
     for warning in fitted.warnings():
         print(warning)
-    with replacing(folder / "fit.png") as path:
+    with atomic_write(folder / "fit.png") as path:
         path.write_bytes(png(fit_figure(fitted, title=str(run))))
     print(f"wrote {folder}: tokendial eval {folder} --degrees all")
 
@@ -74,7 +74,7 @@ def _numbers(kind: str, text: str) -> list[float]:
         raise ValueError(f"{kind} must look like 2 or 1.5,2,3, got {text!r}.") from None
 
 
-def _table(fitted: "Fitted") -> Table:
+def _table(fitted: "FitResult") -> Table:
     """Each degree beside the constant schedule that costs no more."""
     table = Table(
         "degree", "removed per layer", fitted.unit, "speed-up", "divergence", "same answer"
@@ -89,7 +89,7 @@ def _table(fitted: "Fitted") -> Table:
     return table
 
 
-def _cells(fitted: "Fitted", point: "Point") -> tuple[str, ...]:
+def _cells(fitted: "FitResult", point: "FitPoint") -> tuple[str, ...]:
     return (
         f"{fitted.unreduced * point.cost:.4g}",
         f"{point.speedup:.2f}",

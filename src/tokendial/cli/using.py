@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tokendial.runs.evaluate import BridgedRow, DegreeRow
-    from tokendial.tune import Speed
+    from tokendial.tune import SpeedSettings
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Degree = Annotated[
@@ -187,11 +187,11 @@ def _warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[BridgedRow]") -> No
         print("speed: times differed widely, so something else used this machine: measure again")
 
 
-def speed_of(optimize: bool, compile: bool, precision: Precision) -> "Speed":
+def speed_of(optimize: bool, compile: bool, precision: Precision) -> "SpeedSettings":
     """What the options ask for."""
-    from tokendial.tune import Speed
+    from tokendial.tune import SpeedSettings
 
-    return Speed(optimize, compile, precision.value)
+    return SpeedSettings(optimize, compile, precision.value)
 
 
 def _evaluate_bridged(
@@ -245,10 +245,10 @@ def _write_evaluation(
 
 
 def _write_picture(figure: "Figure", path: Path) -> None:
-    from tokendial.atomic import replacing
+    from tokendial.atomic import atomic_write
     from tokendial.show.report import png
 
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(png(figure, dpi=150))
 
 
@@ -333,7 +333,7 @@ def show(
     ] = False,
 ) -> None:
     """Draw the tokens that are left at each depth, and the class attention."""
-    from tokendial.atomic import replacing
+    from tokendial.atomic import atomic_write
     from tokendial.data.readers.images import read_image
     from tokendial.runs import Run
     from tokendial.show.report import png
@@ -347,7 +347,7 @@ def show(
     figure = draw(trained, picture, degree=degree, title=image.name)
     if not out.parent.is_dir():
         raise ValueError(f"out: no such folder: {out.parent}.")
-    with replacing(out) as path:
+    with atomic_write(out) as path:
         path.write_bytes(png(figure, dpi=150))
     print(f"wrote {out}")
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.backbones import same_backbone
-from tokendial.backbones.loading import tell_left_out
+from tokendial.backbones.loading import warn_of_unused_weights
 from tokendial.compensate.attachment import Attachment
 from tokendial.methods import from_fields, from_json, register, to_json
 from tokendial.model.dial_vit import DialViT
@@ -32,7 +32,8 @@ from tokendial.model.loading import (
     read_files,
     write_files,
 )
-from tokendial.reduce.base import DIAL_RATES, ReducerConfig, ViTShape
+from tokendial.reduce.base import DIAL_RATES, ReducerConfig
+from tokendial.shape import ViTShape
 from tokendial.weights import check_finite
 
 Part = Literal["query", "value"]
@@ -408,7 +409,7 @@ class Compensator(nn.Module):
         }
         plugin._load(tensors, "the state dict")
         others = Counter(name.split(".")[0] for name in state_dict if name not in found.values())
-        tell_left_out("compensator", others)
+        warn_of_unused_weights("compensator", others)
         return plugin.eval()
 
     def to_reference(self) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 from torch import nn
 
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 
 class DecoderConfig(ABC):

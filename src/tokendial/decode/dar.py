@@ -11,7 +11,7 @@ from torch import nn
 
 from tokendial.decode.base import DecoderConfig, check_counts, check_dropout
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 
 @register("decode", "dar")

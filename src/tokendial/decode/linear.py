@@ -6,7 +6,7 @@ from torch import nn
 
 from tokendial.decode.base import DecoderConfig, check_counts
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 
 @register("decode", "linear")

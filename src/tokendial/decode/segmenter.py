@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tokendial.decode.base import DecoderConfig, check_counts, check_dropout
 from tokendial.methods import register
-from tokendial.reduce.base import ViTShape, init_linears
+from tokendial.reduce.base import init_linears
+from tokendial.shape import ViTShape
 
 
 @register("decode", "mask_transformer")

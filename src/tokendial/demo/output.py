@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.show.report import Section, png, report_html
 
 
@@ -24,10 +24,10 @@ def write_report(
 ) -> Path:
     """Write `out/report.html` and `out/NAME.png` for each picture; say where, and return it."""
     for name, figure in pictures.items():
-        with replacing(out / f"{name}.png") as path:
+        with atomic_write(out / f"{name}.png") as path:
             path.write_bytes(png(figure))
     report = out / "report.html"
-    with replacing(report) as path:
+    with atomic_write(report) as path:
         path.write_text(report_html(title, sections), encoding="utf-8")
     console.print(f"The report: {report.resolve()}", soft_wrap=True, highlight=False)
     return report

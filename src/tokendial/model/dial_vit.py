@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokendial.adapt.base import AdapterConfig
-from tokendial.attention import Attended, attend
+from tokendial.attention import ByProducts, attend
 from tokendial.backbones import Backbone
 from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.model.adapted import AdaptedViT, check_degree
-from tokendial.reduce.base import Outcome, ReducerConfig
+from tokendial.passes import ForwardPass
+from tokendial.reduce.base import ReducerConfig
 from tokendial.tokens import Tokens, to_grid
 
 
@@ -69,7 +70,7 @@ class Step:
     """The block, counted from 1."""
     tokens: Tokens
     """Tokens that leave it."""
-    attended: Attended
+    attended: ByProducts
     """By-products of its attention."""
     entered: Tokens | None
     """Tokens that its attention saw: after reductions before the block, with prompts. Kept if
@@ -141,13 +142,13 @@ class DialViT(AdaptedViT):
         order = torch.tensor([i for some in rows.values() for i in some], device=images.device)
         return torch.cat(parts)[order.argsort()]
 
-    def outcome(self, images: Tensor) -> Outcome:
+    def outcome(self, images: Tensor) -> ForwardPass:
         """Logits, features and the tokens of every layer: what the losses of methods read."""
         tokens = [step.tokens for step in self._steps_to_logits(images)]
         last = tokens[-1]
         read = self.restored_map(last) if self.decoder else None
         logits = self.decoder(read) if self.decoder else self.anatomy.classify(last)
-        return Outcome(self.degree, logits.float(), self.anatomy.norm(last.x), tokens, read)
+        return ForwardPass(self.degree, logits.float(), self.anatomy.norm(last.x), tokens, read)
 
     def _steps_to_logits(self, images: Tensor, *, skip_unread: bool = False) -> Iterator[Step]:
         # A decoder needs every position back.
@@ -261,7 +262,7 @@ class DialViT(AdaptedViT):
         needs: frozenset[str],
         size_BN: Tensor | None,
         prefix_alone: bool,
-    ) -> tuple[Tokens, Attended]:
+    ) -> tuple[Tokens, ByProducts]:
         anatomy = self.anatomy
         x = anatomy.attention_input(layer, tokens.x)
         q, k, v = anatomy.qkv(layer, x, tokens)

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.backbones import Backbone, same_backbone
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 from tokendial.hub import hub_problem
 from tokendial.methods import from_fields, from_json, to_json
 from tokendial.model.adapted import AdaptedViT
@@ -53,9 +53,9 @@ def write_files(directory: Path, config: dict[str, Any], tensors: dict[str, Tens
     """Write a configuration and tensors, each whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with replacing(directory / WEIGHTS) as path:
+    with atomic_write(directory / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    with replacing(directory / CONFIG) as path:
+    with atomic_write(directory / CONFIG) as path:
         path.write_text(json.dumps({"format": FORMAT} | config, indent=2) + "\n")
 
 
@@ -264,7 +264,7 @@ def building(folder: Path) -> Iterator[None]:
         yield
     except _MISFITS as error:
         raise ValueError(
-            f"{folder / CONFIG} describes nothing that can be built: {one_line(error)}."
+            f"{folder / CONFIG} describes nothing that can be built: {error_message(error)}."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Token reduction: one file per method."""
 
-from tokendial.reduce.base import Outcome, Passes, Reducer, ReducerConfig, ViTShape
+from tokendial.passes import ForwardPass, TrainingPasses
+from tokendial.reduce.base import Reducer, ReducerConfig
 from tokendial.reduce.dar import DAR
 from tokendial.reduce.dynamicvit import DynamicViT
 from tokendial.reduce.dyt import DyT
@@ -8,6 +9,7 @@ from tokendial.reduce.evit import EViT
 from tokendial.reduce.ffn_merge import FFNMerge
 from tokendial.reduce.frame_by_frame import FrameByFrame
 from tokendial.reduce.tome import ToMe
+from tokendial.shape import ViTShape
 
 __all__ = [
     "DAR",
@@ -15,11 +17,11 @@ __all__ = [
     "DynamicViT",
     "EViT",
     "FFNMerge",
+    "ForwardPass",
     "FrameByFrame",
-    "Outcome",
-    "Passes",
     "Reducer",
     "ReducerConfig",
     "ToMe",
+    "TrainingPasses",
     "ViTShape",
 ]

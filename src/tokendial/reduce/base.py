@@ -11,26 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokendial.attention import Attended
+from tokendial.attention import ByProducts
+from tokendial.passes import TrainingPasses
+from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class ViTShape:
-    """The numbers of a backbone that methods need when they are built."""
-
-    depth: int
-    """Number of blocks."""
-    embed_dim: int
-    """Width of a token."""
-    num_prefix_tokens: int
-    """Class, distillation and register tokens."""
-    num_patches: int
-    """Patch tokens at the backbone's configured image size."""
-    has_class_token: bool
-    """Whether the first token is a class token."""
-    num_grids: int = 1
-    """Time steps of a clip whose patches one sequence holds; 1: images, or frames by themselves."""
 
 
 class ReducerConfig(ABC):
@@ -43,36 +27,6 @@ class ReducerConfig(ABC):
         Raises:
             ValueError: If the settings do not fit the backbone.
         """
-
-
-@dataclass(slots=True)
-class Outcome:
-    """A forward pass as the losses of methods see it."""
-
-    degree: int
-    """The degree that it ran at."""
-    logits: Tensor
-    """[B, num_classes], float32."""
-    features: Tensor
-    """[B, N, D] tokens after the final norm."""
-    tokens: list[Tokens]
-    """Tokens that leave each block."""
-    feature_map: Tensor | None = None
-    """[B, D, rows, columns] that a decoder reads; None without one."""
-
-
-@dataclass(slots=True)
-class Passes:
-    """What the losses of a method read: the passes of one training step."""
-
-    student: Outcome
-    """The pass at the degree that trains."""
-    complete: Outcome | None
-    """The same model at degree 0, with gradients, if `Reducer.also_runs` asks for it."""
-    teacher: Outcome | None
-    """A trained model's pass, if `Reducer.also_runs` asks for it and there is a teacher."""
-    task_loss: Callable[[Tensor], Tensor]
-    """The task's loss as a function of logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +54,7 @@ class Reducer(nn.Module, ABC):
     keeps_grid: bool = False
     """Whether every token leaves every block, so that adapters find the whole patch grid."""
     also_runs: frozenset[str] = frozenset()
-    """Passes that `losses` reads besides the student's: "complete", "teacher" (see `Passes`)."""
+    """Which optional `TrainingPasses` the method's `losses` read: "complete", "teacher"."""
     proportional_attention: bool = False
     """Whether token sizes weigh keys in attention."""
     degrees: tuple[int, ...]
@@ -118,7 +72,9 @@ class Reducer(nn.Module, ABC):
         """Tokens that enter `layer`; called in every layer."""
         return tokens
 
-    def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
+    def group(
+        self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
+    ) -> Grouping | None:
         """The reduction of `tokens` after attention of `layer`; None: nothing to do."""
         return None
 
@@ -127,7 +83,7 @@ class Reducer(nn.Module, ABC):
         layer: int,
         degree: int,
         tokens: Tokens,
-        attended: Attended,
+        attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         """Run the FFN of `layer`, on fewer tokens if the method does so.
@@ -145,7 +101,7 @@ class Reducer(nn.Module, ABC):
         """
         return tokens.x + ffn(tokens.x), None
 
-    def losses(self, passes: Passes) -> dict[str, Tensor]:
+    def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """Losses of the method, weighted, to be added to the task's loss of the student."""
         return {}
 
@@ -203,29 +159,3 @@ def best_tokens(scores_BL: Tensor, count: int, num_prefix_tokens: int) -> Tensor
     prefix = torch.arange(num_prefix_tokens, device=scores_BL.device).expand(scores_BL.shape[0], -1)
     best = scores_BL.argsort(dim=1, descending=True, stable=True)[:, :count]
     return torch.cat([prefix, num_prefix_tokens + best], dim=1)
-
-
-def check_share(name: str, share: object) -> None:
-    """Raise a ValueError unless `share` is a number in (0, 1]."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {share}.")
-
-
-def check_own_layers(layers: tuple[int, ...]) -> None:
-    """Raise a ValueError unless `layers` are layers, each named once."""
-    if not layers or any(type(n) is not int or n < 1 for n in layers):
-        raise ValueError(f"layers must be integers from 1 up, got {layers}.")
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"layers must differ from each other, got {layers}.")
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise a ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-def check_layers(layers: tuple[int, ...], depth: int) -> None:
-    """Raise a ValueError unless every layer exists in a model of `depth` blocks."""
-    if bad := [layer for layer in layers if layer > depth]:
-        raise ValueError(f"layers must lie in [1, {depth}] (counted from 1), got {bad[0]}.")

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.methods import register
-from tokendial.reduce.base import Passes, ViTShape
+from tokendial.passes import TrainingPasses
 from tokendial.reduce.select import SelectConfig, Selector, selected_patches
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens, patch_grid
 
 
@@ -62,7 +63,7 @@ class DARReducer(Selector):
         logits: Tensor = self.dispatchers[layer - 1](patch_grid(tokens))
         return logits.reshape(-1, tokens.x.shape[1] - tokens.prefix)
 
-    def losses(self, passes: Passes) -> dict[str, Tensor]:
+    def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """The share of tokens."""
         target = self.rates[passes.student.degree]
         rate = ada_loss(selected_patches(passes.student), target)

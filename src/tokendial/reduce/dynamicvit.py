@@ -14,21 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokendial.checks import check_choice, check_layers, check_own_layers, check_share
 from tokendial.methods import register
+from tokendial.passes import TrainingPasses
 from tokendial.reduce.base import (
-    Passes,
     Reducer,
     ReducerConfig,
-    ViTShape,
     best_tokens,
-    check_choice,
-    check_layers,
-    check_own_layers,
-    check_share,
     dial_of,
     divergence,
     init_linears,
 )
+from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
 
@@ -131,7 +128,7 @@ class DynamicViTReducer(Reducer):
         keep = best_tokens(scores, count, tokens.prefix)
         return tokens.reduced(Grouping.keeping(keep, tokens.x.shape[1]))
 
-    def losses(self, passes: Passes) -> dict[str, Tensor]:
+    def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """The shares of tokens, and with a teacher the distillation of logits and tokens."""
         config, student, teacher = self.config, passes.student, passes.teacher
         rate = self.rates[student.degree]

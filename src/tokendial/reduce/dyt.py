@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from tokendial.checks import check_share
 from tokendial.methods import register
-from tokendial.reduce.base import Passes, ViTShape, check_share, divergence, init_linears
+from tokendial.passes import TrainingPasses
+from tokendial.reduce.base import divergence, init_linears
 from tokendial.reduce.select import SelectConfig, Selector, selected_patches
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 
@@ -57,7 +60,7 @@ class DyTReducer(Selector):
         patches = tokens.x[:, tokens.prefix :]
         return self.dispatchers[layer - 1](patches).squeeze(-1)  # type: ignore[no-any-return]
 
-    def losses(self, passes: Passes) -> dict[str, Tensor]:
+    def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """The share of tokens, the complete model's task loss, and its distillation."""
         config, student, complete = self.config, passes.student, passes.complete
         rate = rate_loss(

@@ -20,21 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokendial.attention import Attended
+from tokendial.attention import ByProducts
+from tokendial.checks import check_choice, check_layers, check_own_layers, check_share
 from tokendial.methods import register
-from tokendial.reduce.base import (
-    Reducer,
-    ReducerConfig,
-    ViTShape,
-    best_tokens,
-    check_choice,
-    check_layers,
-    check_own_layers,
-    check_share,
-    dial_of,
-    num_kept_tokens,
-)
+from tokendial.reduce.base import Reducer, ReducerConfig, best_tokens, dial_of, num_kept_tokens
 from tokendial.reduce.listed import check_removed, dial_of_lists
+from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
 
@@ -175,7 +166,9 @@ class EViTReducer(Reducer):
             return self.removed(layer, degree) > 0
         return self.keep_rate(layer, degree) < 1.0
 
-    def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
+    def group(
+        self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
+    ) -> Grouping | None:
         """Keep the patch tokens that are attended to most."""
         by_class = self.config.score == "class"
         scores = attended.class_attention if by_class else attended.mean_attention

@@ -12,10 +12,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from tokendial.attention import Attended
+from tokendial.attention import ByProducts
 from tokendial.methods import register
-from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape
+from tokendial.reduce.base import Reducer, ReducerConfig
 from tokendial.reduce.tome import check_matching, matched, most_merged
+from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 
@@ -72,7 +73,7 @@ class FFNMergeReducer(Reducer):
         layer: int,
         degree: int,
         tokens: Tokens,
-        attended: Attended,
+        attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         """Merge along the keys of this layer, run the FFN, and copy its output back."""

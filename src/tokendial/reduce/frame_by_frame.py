@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokendial.attention import Attended
+from tokendial.attention import ByProducts
 from tokendial.methods import from_json, register
-from tokendial.reduce.base import Passes, Reducer, ReducerConfig, ViTShape
+from tokendial.passes import TrainingPasses
+from tokendial.reduce.base import Reducer, ReducerConfig
+from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
 
@@ -67,7 +69,9 @@ class FrameByFrameReducer(Reducer):
         """As the method does with each time step."""
         return _together(self.inner.before_block(layer, degree, _apart(tokens)), tokens.grids)
 
-    def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
+    def group(
+        self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
+    ) -> Grouping | None:
         """The groupings of all time steps as one."""
         seen = _attended_apart(attended, tokens)
         grouping = self.inner.group(layer, degree, _apart(tokens), seen)
@@ -78,7 +82,7 @@ class FrameByFrameReducer(Reducer):
         layer: int,
         degree: int,
         tokens: Tokens,
-        attended: Attended,
+        attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         """As the method does with each time step."""
@@ -88,7 +92,7 @@ class FrameByFrameReducer(Reducer):
             selected = _join(selected, tokens.grids, tokens.prefix)
         return _join(x, tokens.grids, tokens.prefix), selected
 
-    def losses(self, passes: Passes) -> dict[str, Tensor]:
+    def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """The method's; shares are taken over whole clips."""
         return self.inner.losses(passes)
 
@@ -150,13 +154,13 @@ def _changed(
     )
 
 
-def _attended_apart(attended: Attended, tokens: Tokens) -> Attended:
+def _attended_apart(attended: ByProducts, tokens: Tokens) -> ByProducts:
     """By-products that have a row for each token; reduction methods read no others."""
 
     def each(values: Tensor | None) -> Tensor | None:
         return None if values is None else _split(values, tokens.grids, tokens.prefix)
 
-    return Attended(
+    return ByProducts(
         mean_keys=each(attended.mean_keys),
         class_attention=each(attended.class_attention),
         mean_attention=each(attended.mean_attention),

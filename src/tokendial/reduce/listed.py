@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 
 
 def check_removed(r: object) -> None:

@@ -16,18 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tokendial.attention import Attended
-from tokendial.reduce.base import (
-    Outcome,
-    Reducer,
-    ReducerConfig,
-    ViTShape,
-    best_tokens,
-    check_choice,
-    check_share,
-    dial_of,
-    num_kept_tokens,
-)
+from tokendial.attention import ByProducts
+from tokendial.checks import check_choice, check_share
+from tokendial.passes import ForwardPass
+from tokendial.reduce.base import Reducer, ReducerConfig, best_tokens, dial_of, num_kept_tokens
+from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
 
@@ -122,7 +115,7 @@ class Selector(Reducer):
         layer: int,
         degree: int,
         tokens: Tokens,
-        attended: Attended,
+        attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         """Skip the FFN for tokens that are not selected; prefix tokens always are."""
@@ -185,7 +178,7 @@ def _run_on_best(
     return tokens.x + out_BND, (grouping.index >= 0).to(tokens.x.dtype)
 
 
-def selected_patches(outcome: Outcome) -> Tensor:
+def selected_patches(outcome: ForwardPass) -> Tensor:
     """Decisions on the patch tokens of every layer, [B, depth, L].
 
     Raises:

@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokendial.attention import Attended
+from tokendial.attention import ByProducts
+from tokendial.checks import check_choice
 from tokendial.kernels import fuses, most_similar_fused
 from tokendial.methods import register
-from tokendial.reduce.base import Reducer, ReducerConfig, ViTShape, check_choice
+from tokendial.reduce.base import Reducer, ReducerConfig
 from tokendial.reduce.listed import check_removed, dial_of_lists
+from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
 _MOST_SIMILARITIES = 2**18
@@ -102,7 +104,9 @@ class ToMeReducer(Reducer):
         """Whether the schedule merges anything in `layer`."""
         return self.schedule(degree)[layer - 1] > 0
 
-    def group(self, layer: int, degree: int, tokens: Tokens, attended: Attended) -> Grouping | None:
+    def group(
+        self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
+    ) -> Grouping | None:
         """Merge along the keys of this layer."""
         assert attended.mean_keys is not None
         config = self.config

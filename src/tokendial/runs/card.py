@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.measure import Cost
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.degrees import spread_degrees
@@ -29,7 +29,7 @@ def write_versions(run: Run) -> None:
         "accelerator": accelerator.type if accelerator else None,
         "git": _revision(),
     }
-    with replacing(run.versions_file) as path:
+    with atomic_write(run.versions_file) as path:
         path.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -55,9 +55,9 @@ def write_card(run: Run) -> None:
         return
     model = run.model()
     costs = {degree: model.cost(degree) for degree in spread_degrees(model, _DEGREES)}
-    with replacing(run.cost_file) as path:
+    with atomic_write(run.cost_file) as path:
         path.write_text(json.dumps(asdict(costs[model.degree])) + "\n")
-    with replacing(run.card_file) as path:
+    with atomic_write(run.card_file) as path:
         path.write_text(_card(run, model, list(costs.values())), encoding="utf-8")
 
 

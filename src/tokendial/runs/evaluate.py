@@ -17,7 +17,7 @@ from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification, Task
 from tokendial.train.batches import eval_loader
-from tokendial.tune import Optimized, Speed, sped_up
+from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
 
 if TYPE_CHECKING:
     from torchmetrics.classification import MulticlassConfusionMatrix
@@ -102,7 +102,7 @@ class BridgedRow:
 
 @torch.no_grad()
 def evaluate_loader(
-    model: DialViT | Optimized,
+    model: DialViT | OptimizedViT,
     loader: DataLoader[Any],
     task: Task,
     accelerator: Accelerator | None = None,
@@ -144,7 +144,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     device: str | None = None,
-    speed: Speed | None = None,
+    speed: SpeedSettings | None = None,
     progress: Progress = no_progress,
 ) -> list[DegreeRow]:
     """Accuracy, cost and measured speed of a run's best model at several degrees.
@@ -164,8 +164,8 @@ def evaluate(
     wanted = degrees_to_show(model, degrees)
     task, loader = _validation(run, model, batch_size)
     images = some_images(loader, model, batch_size)
-    fast = sped_up(model, images.to(next(model.parameters()).device), speed, wanted)
-    turned = fast.model if isinstance(fast, Optimized) else fast
+    fast = apply_speed(model, images.to(next(model.parameters()).device), speed, wanted)
+    turned = fast.model if isinstance(fast, OptimizedViT) else fast
     meter = ShareMeter(turned) if ShareMeter.fits(turned) else None
     report = _Report(progress, len(wanted) * len(loader))
     scores, shares, confusions = [], [], []
@@ -354,7 +354,7 @@ def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Ten
 
 @torch.no_grad()
 def time_degrees(
-    model: DialViT | Optimized, images: Tensor, degrees: Sequence[int]
+    model: DialViT | OptimizedViT, images: Tensor, degrees: Sequence[int]
 ) -> list[Timing]:
     """Time of the forward pass at each degree, all degrees in turns.
 

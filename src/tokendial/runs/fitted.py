@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.data.readers.images import images_in, read_image
 from tokendial.methods import from_json
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.evaluate import default_device
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification, VideoClassification
-from tokendial.tune import DTYPES, Fitted, Precision, fit
+from tokendial.tune import DTYPES, FitResult, Precision, fit
 
 FIT = "fit.json"
 
@@ -34,7 +34,7 @@ def fit_run(
     device: str | None = None,
     minutes: float = 5.0,
     note: Callable[[str], None] = lambda text: None,
-) -> Fitted:
+) -> FitResult:
     """Fit the best model of a run, and write it with the dial that was found.
 
     Args:
@@ -106,7 +106,7 @@ def _drawn(
     return torch.stack([transform(train[index][0]) for index in some(len(train))])
 
 
-def _write(run: Run, fitted: Fitted, out: Path) -> None:
+def _write(run: Run, fitted: FitResult, out: Path) -> None:
     """A saved model, with the recipe and the classes that make it a run."""
     model = run.model(fitted.reduce)
     recipe, written = run.recipe(), Run(out)
@@ -118,6 +118,6 @@ def _write(run: Run, fitted: Fitted, out: Path) -> None:
         (written.classes_file, run.classes_file.read_text()),
         (written.recipe_file, recipe.model_copy(update=changed).to_yaml()),
     ):
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text)
     model.save_pretrained(out)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.data.readers.images import ImageError, count_pictures, read_image, warn_of_several
 from tokendial.data.readers.video import VideoError, VideoFile
 from tokendial.data.sets.shards import ShardImage
@@ -20,8 +20,8 @@ from tokendial.model.dial_vit import DialViT
 from tokendial.runs.evaluate import default_device
 from tokendial.runs.run import Run
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
-from tokendial.tasks.dense import best_class, frame_of, sized, slide
-from tokendial.tune import Optimized, Speed, sped_up
+from tokendial.tasks.dense import best_class, frame_of, resize_map, slide
+from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
 
 _TINT, _TINTED = np.array([255, 40, 40], np.float32), 0.6
 _BAND = 256
@@ -71,7 +71,7 @@ class Predictor:
         top: int = 1,
         batch_size: int = 32,
         device: str | None = None,
-        speed: Speed | None = None,
+        speed: SpeedSettings | None = None,
     ) -> None:
         """Load the model; see `predict`.
 
@@ -93,10 +93,10 @@ class Predictor:
         self.batch = task.eval_batch(batch_size)
         """Sources that go together through the model."""
         self._transform = task.image_transform(model.anatomy)
-        self.model: DialViT | Optimized = model
+        self.model: DialViT | OptimizedViT = model
         if speed:
             example = torch.zeros(self.batch, *model.anatomy.input_shape, device=self.device)
-            self.model = sped_up(model, example, speed, [model.degree])
+            self.model = apply_speed(model, example, speed, [model.degree])
         self._of_videos = isinstance(task, VideoClassification)
         self._value_range = run.value_range()
 
@@ -140,7 +140,7 @@ def predict(
     top: int = 1,
     batch_size: int = 32,
     device: str | None = None,
-    speed: Speed | None = None,
+    speed: SpeedSettings | None = None,
 ) -> Iterator[Answer]:
     """Classes of images or videos, in order; one that cannot be read gives its error instead.
 
@@ -245,7 +245,7 @@ def mask_share(task: BinaryMasks | Segmentation, mask: Image.Image) -> float:
 
 def _probabilities(logits: Tensor, size: tuple[int, int]) -> Image.Image:
     """The mask of one class, as grey levels."""
-    grey = sized(logits.sigmoid().unsqueeze(0), size)[0, 0].mul_(255).round_()
+    grey = resize_map(logits.sigmoid().unsqueeze(0), size)[0, 0].mul_(255).round_()
     return Image.fromarray(grey.byte().cpu().numpy())
 
 
@@ -295,5 +295,5 @@ def _palette() -> np.ndarray:
 
 
 def _write(image: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, format="PNG")

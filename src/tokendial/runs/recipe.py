@@ -26,7 +26,7 @@ from tokendial.compensate import ToCom
 from tokendial.data.transforms.clip import Clip
 from tokendial.data.transforms.dense import DenseAugment
 from tokendial.data.transforms.image import Augment
-from tokendial.methods import known, method_class, to_json
+from tokendial.methods import method_class, method_names, to_json
 from tokendial.tune import Precision
 
 KINDS = ("reduce", "adapt", "decode", "data", "compensate")
@@ -40,7 +40,9 @@ def _method(kind: str) -> Any:
         if value is None or dataclasses.is_dataclass(value):
             return value
         if not isinstance(value, dict) or "name" not in value:
-            raise ValueError(f"must be a mapping with a name, one of {', '.join(known(kind))}")
+            raise ValueError(
+                f"must be a mapping with a name, one of {', '.join(method_names(kind))}"
+            )
         cls = method_class(kind, value["name"])
         return TypeAdapter(cls).validate_python({k: v for k, v in value.items() if k != "name"})
 
@@ -57,7 +59,7 @@ class _MethodSchema:
     kind: str
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"anyOf": [*map(self._of, known(self.kind)), {"type": "null"}]}
+        return {"anyOf": [*map(self._of, method_names(self.kind)), {"type": "null"}]}
 
     def _of(self, name: str) -> dict[str, Any]:
         schema = TypeAdapter(method_class(self.kind, name)).json_schema()
@@ -363,7 +365,7 @@ def _all_fields() -> list[str]:
     for section, model in sections.items():
         names += [f"{section}.{name}" for name in model.model_fields]
     own = [("augment", Augment), ("clip", Clip), ("dense", DenseAugment)]
-    methods = [(kind, method_class(kind, name)) for kind in KINDS for name in known(kind)]
+    methods = [(kind, method_class(kind, name)) for kind in KINDS for name in method_names(kind)]
     for section, cls in (*own, *methods):
         names += [f"{section}.{field.name}" for field in dataclasses.fields(cls)]
     return names

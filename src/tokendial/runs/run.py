@@ -13,7 +13,7 @@ from unicodedata import normalize
 
 import yaml
 
-from tokendial.atomic import leftovers, replacing
+from tokendial.atomic import atomic_write, leftover_files
 from tokendial.data.readers.files import found_from
 from tokendial.data.readers.pixels import ValueRange
 from tokendial.data.splits import Splits, warn_of_absent_classes
@@ -72,11 +72,11 @@ class Run:
             return
         self._check_free()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.classes_file) as path:
+        with atomic_write(self.classes_file) as path:
             kind = {"multi_label": multi_label, "dense": dense, "video": video}
             told = {"classes": list(classes)} | kind | {"working_folder": str(Path.cwd())}
             path.write_text(json.dumps(told) + "\n")
-        with replacing(self.recipe_file) as path:
+        with atomic_write(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
     @contextmanager
@@ -132,7 +132,7 @@ class Run:
             self.checkpoints / "update-*.pt",
             *models,
         ):
-            for left in leftovers(written):
+            for left in leftover_files(written):
                 left.unlink()
 
     def holds(self, recipe: BaseRecipe) -> bool:
@@ -274,7 +274,7 @@ class Run:
     def record(self, metrics: dict[str, Any]) -> None:
         """Add the record of an epoch, in place of what may stand from this epoch on."""
         kept = [line for line in self.metrics() if line["epoch"] < metrics["epoch"]]
-        with replacing(self.metrics_file) as path:
+        with atomic_write(self.metrics_file) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, metrics]))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.runs.evaluate import BridgedRow, DegreeRow
 
 
@@ -92,7 +92,7 @@ def _short(value: float) -> str:
 
 def _write_csv(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from tokendial.tune import Speed
+from tokendial.tune import SpeedSettings
 
 KEYS_VARIABLE = "TOKENDIAL_API_KEYS"
 
@@ -48,7 +48,7 @@ class Settings(BaseModel):
     """Most images that may wait."""
     compensator: str | None = None
     """Folder of a compensator that bridges the degrees."""
-    speed: Speed = Speed()
+    speed: SpeedSettings = SpeedSettings()
     """How the model is sped up on this machine before it serves."""
     threads: Count | None = None
     """Threads of the model; None: torch's choice."""

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tokendial.runs.run import Run
-from tokendial.tasks.dense import sized
+from tokendial.tasks.dense import resize_map
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def run_mask_figure(
     panels: list[tuple[str, np.ndarray]] = [("image", np.asarray(image)), ("mask", mask)]
     for degree in degrees:
         model.set_degree(degree)
-        found = sized(task.predict(model, seen).sigmoid(), mask.shape)[0, 0]
+        found = resize_map(task.predict(model, seen).sigmoid(), mask.shape)[0, 0]
         panels.append((f"degree {degree}", found.numpy()))
     figure = matplotlib.figure.Figure(figsize=(2.1 * len(panels), 2.4), layout="constrained")
     axes = figure.subplots(1, len(panels))

@@ -7,7 +7,7 @@ import matplotlib.figure
 from matplotlib.axes import Axes
 
 from tokendial.measure.diversity import LayerDiversity
-from tokendial.tune import Fitted
+from tokendial.tune import FitResult
 
 
 class DialPoint(Protocol):
@@ -168,7 +168,7 @@ def bridged_figure(rows: Sequence[BridgedPoint], *, title: str = "") -> matplotl
     return figure
 
 
-def fit_figure(fitted: Fitted, *, title: str = "") -> matplotlib.figure.Figure:
+def fit_figure(fitted: FitResult, *, title: str = "") -> matplotlib.figure.Figure:
     """Draw agreement with the unreduced model against cost: searched schedules, constant ones.
 
     Args:

@@ -20,7 +20,7 @@ from typing import TextIO
 
 import torch
 
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.run import Run
 from tokendial.train.finetune import train
@@ -98,7 +98,7 @@ def _train_here(planned: Planned, log: TextIO, *, quiet: bool) -> str | None:
     except Exception as error:  # whatever it is, the other runs are to be trained
         traceback.print_exc(file=log)
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        return kind + one_line(error)
+        return kind + error_message(error)
     finally:
         _release(log)
     return None
@@ -199,7 +199,7 @@ def _take(left: list[Planned], errors: dict[str, str]) -> tuple[Planned, TextIO]
             if diverged:
                 errors[planned.name] = diverged + update
         except ValueError as error:  # another run is in its folder
-            errors[planned.name] = one_line(error)
+            errors[planned.name] = error_message(error)
         _release(log)
     return None
 

@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.transforms.image import PairTransform, Transform
 from tokendial.model.dial_vit import DialViT
-from tokendial.tune import Optimized
+from tokendial.tune import OptimizedViT
 
 
 class Metrics(Protocol):
@@ -51,7 +51,7 @@ class Task(Protocol):
     def hits(self, logits: Tensor, targets: Tensor) -> float:
         """Share of right answers in a training batch."""
 
-    def predict(self, model: DialViT | Optimized, images: Tensor) -> Tensor:
+    def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
         """Logits of images (or videos) that the eval transform has prepared."""
 
     def metrics(self) -> Metrics:

@@ -15,7 +15,7 @@ from tokendial.data.transforms.image import (
 )
 from tokendial.model.dial_vit import DialViT
 from tokendial.tasks.base import Metrics
-from tokendial.tune import Optimized
+from tokendial.tune import OptimizedViT
 
 
 class Classification:
@@ -63,7 +63,7 @@ class Classification:
         """As many: all images have one size."""
         return batch_size
 
-    def predict(self, model: DialViT | Optimized, images: Tensor) -> Tensor:
+    def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
         """Logits [B, num_classes]."""
         logits: Tensor = model(images)
         return logits

@@ -18,7 +18,7 @@ from tokendial.data.transforms.image import (
 )
 from tokendial.model.dial_vit import DialViT
 from tokendial.tasks.classification import Classification
-from tokendial.tune import Optimized
+from tokendial.tune import OptimizedViT
 
 
 class VideoClassification(Classification):
@@ -58,7 +58,7 @@ class VideoClassification(Classification):
         """So many videos have about as many views as a training batch has clips."""
         return max(1, batch_size // self.clip.views)
 
-    def predict(self, model: DialViT | Optimized, views_BVT3HW: Tensor) -> Tensor:
+    def predict(self, model: DialViT | OptimizedViT, views_BVT3HW: Tensor) -> Tensor:
         """Logs of the mean probabilities over the views [B, num_classes], which serve as logits."""
         logits: Tensor = model(views_BVT3HW.flatten(0, 1))
         each = torch.unflatten(logits.float().log_softmax(-1), 0, views_BVT3HW.shape[:2])

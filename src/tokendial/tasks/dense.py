@@ -15,7 +15,7 @@ from tokendial.data.transforms.dense import (
     Frame,
 )
 from tokendial.model.dial_vit import DialViT
-from tokendial.tune import Optimized
+from tokendial.tune import OptimizedViT
 
 
 class DenseTask:
@@ -47,7 +47,7 @@ class DenseTask:
         """Nothing is mixed."""
         return images, targets
 
-    def predict(self, model: DialViT | Optimized, images: Tensor) -> Tensor:
+    def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
         """Logits [B, K, h, w] at the decoder's resolution, or of windows put together [B, K, H, W].
 
         Args:
@@ -61,7 +61,7 @@ class DenseTask:
 
 
 def slide(
-    model: DialViT | Optimized,
+    model: DialViT | OptimizedViT,
     images: Tensor,
     window: tuple[int, int],
     stride: float,
@@ -108,7 +108,7 @@ def _starts(length: int, window: int, stride: float) -> list[int]:
     return sorted({min(start, length - window) for start in range(0, length - window + step, step)})
 
 
-def sized(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+def resize_map(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Maps [B, K, h, w], resized bilinearly."""
     return F.interpolate(maps, tuple(size), mode="bilinear")
 
@@ -118,10 +118,10 @@ def best_class(logits_Khw: Tensor, size: torch.Size | tuple[int, int]) -> Tensor
 
     The maps are enlarged one by one: all together would not fit in memory for large photographs.
     """
-    best = sized(logits_Khw[None, :1], size)[0, 0]
+    best = resize_map(logits_Khw[None, :1], size)[0, 0]
     index = torch.zeros_like(best, dtype=torch.uint8)
     for number in range(1, len(logits_Khw)):
-        other = sized(logits_Khw[None, number : number + 1], size)[0, 0]
+        other = resize_map(logits_Khw[None, number : number + 1], size)[0, 0]
         index[other > best] = number
         best = torch.maximum(best, other, out=best)
     return index

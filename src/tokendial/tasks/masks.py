@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokendial.data.readers.masks import IGNORED
 from tokendial.data.transforms.dense import DenseAugment
 from tokendial.tasks.base import Metrics
-from tokendial.tasks.dense import DenseTask, sized
+from tokendial.tasks.dense import DenseTask, resize_map
 
 BCE_WEIGHT, DICE_WEIGHT = 1.0, 0.5
 _DICE_EPS = 1e-3
@@ -45,7 +45,7 @@ class BinaryMasks(DenseTask):
 
         Over the pixels that count; 0 for a batch in which none does.
         """
-        logits = sized(logits.float(), targets.shape[-2:]).squeeze(1)
+        logits = resize_map(logits.float(), targets.shape[-2:]).squeeze(1)
         inside, counts = (targets == 1).float(), (targets != IGNORED).float()
         total = F.binary_cross_entropy_with_logits(logits, inside, counts, reduction="sum")
         cross_entropy = total / counts.sum().clamp(min=1)
@@ -53,7 +53,7 @@ class BinaryMasks(DenseTask):
 
     def hits(self, logits: Tensor, targets: Tensor) -> float:
         """Share of pixels on the right side, among those that count."""
-        found = sized(logits.float(), targets.shape[-2:]).squeeze(1) > 0
+        found = resize_map(logits.float(), targets.shape[-2:]).squeeze(1) > 0
         counts = targets != IGNORED
         right = (found == (targets == 1)) & counts
         return float(right.sum() / counts.sum().clamp(min=1))

@@ -22,7 +22,7 @@ from torchmetrics.classification import (
 from torchmetrics.utilities import dim_zero_cat
 
 from tokendial.data.readers.masks import IGNORED
-from tokendial.tasks.dense import best_class, sized
+from tokendial.tasks.dense import best_class, resize_map
 
 _THRESHOLDS = 256
 _LOG = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class MaskMetrics(Metric):
         for own, mask in zip(logits, targets, strict=True):
             if (mask != IGNORED).sum() <= 1:
                 continue
-            probable = sized(own.unsqueeze(0).float().sigmoid(), mask.shape)[0, 0]
+            probable = resize_map(own.unsqueeze(0).float().sigmoid(), mask.shape)[0, 0]
             grey = (probable * 255).round().byte().cpu().numpy()
             scalars, curves = _measures(grey, mask.cpu().numpy())
             found = torch.from_numpy(scalars).to(self.scalars)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tokendial.data.readers.masks import IGNORED
 from tokendial.tasks.base import Metrics
-from tokendial.tasks.dense import DenseTask, sized
+from tokendial.tasks.dense import DenseTask, resize_map
 
 
 class Segmentation(DenseTask):
@@ -18,14 +18,14 @@ class Segmentation(DenseTask):
 
         0 for a batch in which none does.
         """
-        logits = sized(logits.float(), targets.shape[-2:])
+        logits = resize_map(logits.float(), targets.shape[-2:])
         total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         return total / (targets != IGNORED).sum().clamp(min=1)
 
     def hits(self, logits: Tensor, targets: Tensor) -> float:
         """Share of right pixels among those that count."""
         counts = targets != IGNORED
-        right = (sized(logits.float(), targets.shape[-2:]).argmax(1) == targets) & counts
+        right = (resize_map(logits.float(), targets.shape[-2:]).argmax(1) == targets) & counts
         return float(right.sum() / counts.sum().clamp(min=1))
 
     def metrics(self) -> Metrics:

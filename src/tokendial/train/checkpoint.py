@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokendial.atomic import replacing
-from tokendial.errors import one_line
+from tokendial.atomic import atomic_write
+from tokendial.errors import error_message
 from tokendial.train.sharding import spread
 
 _KEPT = 2
@@ -78,7 +78,7 @@ def save_checkpoint(folder: Path, update: int, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / f"update-{update:08d}.pt"
     # Into an open file: torch's own would not tell what the system said when the disk is full.
-    with replacing(written) as path, path.open("wb") as file:
+    with atomic_write(written) as path, path.open("wb") as file:
         torch.save(state, file)
     up_to_now = [path for path in _all(folder) if path <= written]
     for other in set(_all(folder)) - set(up_to_now[-_KEPT:]):
@@ -124,7 +124,7 @@ def _damage(path: Path) -> str | None:
                 return f"wrong checksum of {part}"
         state = read_checkpoint(path, mmap=True)
     except Exception as error:  # zipfile and torch raise what they please on garbage
-        return one_line(error)
+        return error_message(error)
     missing = _STATE - state.keys() if isinstance(state, dict) else _STATE
     return f"no {min(missing)} in it" if missing else None
 

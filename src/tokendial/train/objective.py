@@ -3,7 +3,8 @@
 from torch import Tensor, nn, no_grad
 
 from tokendial.model.dial_vit import DialViT
-from tokendial.reduce.base import Outcome, Passes, Reducer
+from tokendial.passes import ForwardPass, TrainingPasses
+from tokendial.reduce.base import Reducer
 from tokendial.tasks import FeatureDistillation, Task
 
 
@@ -53,7 +54,7 @@ class Objective(nn.Module):
             loss = loss + self.distillation(student.feature_map, images)
         if reducer is None:
             return loss, student.logits
-        passes = Passes(
+        passes = TrainingPasses(
             student,
             complete=self._complete(images) if "complete" in reducer.also_runs else None,
             teacher=self._taught(images),
@@ -61,7 +62,7 @@ class Objective(nn.Module):
         )
         return loss + sum(reducer.losses(passes).values()), student.logits
 
-    def _complete(self, images: Tensor) -> Outcome:
+    def _complete(self, images: Tensor) -> ForwardPass:
         degree = self.model.degree
         self.model.set_degree(0)
         try:
@@ -69,7 +70,7 @@ class Objective(nn.Module):
         finally:
             self.model.set_degree(degree)
 
-    def _taught(self, images: Tensor) -> Outcome | None:
+    def _taught(self, images: Tensor) -> ForwardPass | None:
         (teacher,) = self._teacher
         if teacher is None:
             return None

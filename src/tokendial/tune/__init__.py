@@ -1,18 +1,25 @@
 """Tune a model to this machine: the fastest way to run it, and token schedules for a budget."""
 
 from tokendial.tune.fitting import fit
-from tokendial.tune.optimized import DTYPES, Optimized, Precision, Speed, optimize, sped_up
-from tokendial.tune.result import Fitted, FittedDegree, Point
+from tokendial.tune.optimized import (
+    DTYPES,
+    OptimizedViT,
+    Precision,
+    SpeedSettings,
+    apply_speed,
+    optimize,
+)
+from tokendial.tune.result import FitPoint, FitResult, FittedDegree
 
 __all__ = [
     "DTYPES",
-    "Fitted",
+    "FitPoint",
+    "FitResult",
     "FittedDegree",
-    "Optimized",
-    "Point",
+    "OptimizedViT",
     "Precision",
-    "Speed",
+    "SpeedSettings",
+    "apply_speed",
     "fit",
     "optimize",
-    "sped_up",
 ]

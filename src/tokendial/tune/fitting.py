@@ -13,7 +13,7 @@ from tokendial.tune.agreement import Judge
 from tokendial.tune.block_costs import CostTable, coarse, measure
 from tokendial.tune.budgets import Budget, check, method_of, read_budgets
 from tokendial.tune.meters import TURNS, MacCounter, Meter, Stopwatch, trial
-from tokendial.tune.result import Fitted, FittedDegree, Point
+from tokendial.tune.result import FitPoint, FitResult, FittedDegree
 from tokendial.tune.search import Search
 from tokendial.tune.space import Schedule, Space
 
@@ -49,7 +49,7 @@ def fit(
     batch_size: int = 8,
     minutes: float = 5.0,
     note: Callable[[str], None] = lambda text: None,
-) -> Fitted:
+) -> FitResult:
     """Find how many tokens each layer should remove, without training and without labels.
 
     One kind of budget; each of its values makes a degree of the dial. Times are those of `model` as
@@ -156,7 +156,7 @@ class _Fitting:
         left = self.end - self._elapsed()
         return min(images, max(_FEWEST_IMAGES, int(left / wanted / per_image)))
 
-    def run(self, judge: Judge, batch_size: int, images: int) -> Fitted:
+    def run(self, judge: Judge, batch_size: int, images: int) -> FitResult:
         """Find a schedule for each budget, and measure all of them."""
         search = Search(self.space, self.table, judge, over=lambda: self._elapsed() > self.until)
         found: dict[float, Schedule] = {}
@@ -215,7 +215,7 @@ class _Fitting:
 
     def _measured(
         self, search: Search, found: dict[float, Schedule], batch_size: int, images: int
-    ) -> Fitted:
+    ) -> FitResult:
         """Compare what was found with constant schedules, end to end, and choose."""
         lines = self.space.lines()
         near = {s for item in found.items() for s in self._near(lines, *item)}
@@ -223,10 +223,10 @@ class _Fitting:
         costs, spread = self.meter.whole(tried), self.meter.spread
         shares = {schedule: cost / costs[0] for schedule, cost in zip(tried, costs, strict=True)}
 
-        def point(schedule: Schedule, share: float) -> Point:
+        def point(schedule: Schedule, share: float) -> FitPoint:
             search.divergence(schedule)
             agreement = search.known[schedule]
-            return Point(schedule, share, agreement.divergence, agreement.top1)
+            return FitPoint(schedule, share, agreement.divergence, agreement.top1)
 
         rows: list[FittedDegree] = []
         chosen, kept = self.space.strongest, 0
@@ -244,7 +244,7 @@ class _Fitting:
         curve = self._curve(lines, min(self.limits.values()))
         constants = tuple(point(schedule, self._share(schedule)) for schedule in curve)
         rows.reverse()
-        return Fitted(
+        return FitResult(
             reduce=self.space.method([row.found.removed for row in rows]),
             kind=self.kind,
             unreduced=self._in_unit(costs[0]),

@@ -38,7 +38,7 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class SpeedSettings:
     """What is done for speed before a model runs; false if that is nothing."""
 
     optimize: bool = False
@@ -49,10 +49,10 @@ class Speed:
     """Half precision is optimised, too."""
 
     def __bool__(self) -> bool:
-        return self != Speed()
+        return self != SpeedSettings()
 
 
-class Optimized(nn.Module):
+class OptimizedViT(nn.Module):
     """A model for inference, treated so that it runs fast on this machine; made by `optimize`.
 
     It is called and turned as the model is, but has no adapters to switch and does not train.
@@ -128,7 +128,7 @@ def optimize(
     degrees: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
-) -> Optimized:
+) -> OptimizedViT:
     """Find the fastest way to run a model on this machine and make it ready.
 
     Treatments are tried one after another on the example, at the model's degree, each turn beside a
@@ -166,7 +166,7 @@ def optimize(
     notes: list[str] = []
     if dtype is not None:
         dtype = _supported(dtype, example.device, notes)
-    fast = Optimized(_twin(model, dtype), sorted({*degrees, model.degree}))
+    fast = OptimizedViT(_twin(model, dtype), sorted({*degrees, model.degree}))
     fast.notes = notes
     fast.model.skips_unread = True
     example = example.to(next(fast.model.parameters()).dtype)
@@ -186,9 +186,9 @@ def optimize(
     return fast
 
 
-def sped_up(
-    model: DialViT, example: Tensor, speed: Speed | None, degrees: Sequence[int]
-) -> DialViT | Optimized:
+def apply_speed(
+    model: DialViT, example: Tensor, speed: SpeedSettings | None, degrees: Sequence[int]
+) -> DialViT | OptimizedViT:
     """The model itself, or optimised for some degrees and batches like the example.
 
     What was tried is told on the standard error.

@@ -15,7 +15,7 @@ _MISSED = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class FitPoint:
     """A schedule that was judged on the images of the fit."""
 
     removed: Schedule
@@ -42,14 +42,14 @@ class FittedDegree:
     """Its number."""
     budget: float
     """What was asked for."""
-    found: Point
+    found: FitPoint
     """Its schedule, with the cost that was measured end to end."""
-    constant: Point | None
+    constant: FitPoint | None
     """The mildest constant schedule that costs no more, measured in turn with it; None: none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FitResult:
     """The result of a fit."""
 
     reduce: ToMe | EViT
@@ -64,9 +64,9 @@ class Fitted:
     """Images that schedules were judged on."""
     degrees: tuple[FittedDegree, ...]
     """From the mildest budget to the hardest."""
-    searched: tuple[Point, ...]
+    searched: tuple[FitPoint, ...]
     """Every schedule that was judged, with its cost by the table."""
-    constants: tuple[Point, ...]
+    constants: tuple[FitPoint, ...]
     """Constant schedules among them, the mildest first."""
     table: CostTable
     """Costs of blocks."""
@@ -103,9 +103,9 @@ class Fitted:
         return lines
 
     @property
-    def frontier(self) -> tuple[Point, ...]:
+    def frontier(self) -> tuple[FitPoint, ...]:
         """The searched points that none beats in both, from cheap to dear."""
-        best: list[Point] = []
+        best: list[FitPoint] = []
         for point in sorted(self.searched, key=lambda point: (point.cost, point.divergence)):
             if not best or point.divergence < best[-1].divergence:
                 best.append(point)

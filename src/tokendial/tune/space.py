@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tokendial.reduce import EViT, ToMe
-from tokendial.reduce.base import ViTShape
 from tokendial.reduce.evit import most_removed
 from tokendial.reduce.listed import patches_left
 from tokendial.reduce.tome import merge_schedule, most_merged
+from tokendial.shape import ViTShape
 
 Schedule = tuple[int, ...]
 """Patch tokens that each layer removes."""

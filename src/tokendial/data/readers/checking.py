@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import PIL
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.data.readers.images import ImageError, check_image, count_pictures, warn_of_several
 from tokendial.data.readers.pixels import ValueRange
 
@@ -164,7 +164,7 @@ def _save(cache: Path | None, files: dict[str, list[int]]) -> None:
     if cache is None:
         return
     try:
-        with replacing(cache) as path:
+        with atomic_write(cache) as path:
             path.write_text(json.dumps({"version": _VERSION, "files": files}), encoding="utf-8")
     except OSError as error:
         _LOG.info("what was checked is not remembered: %s", error)

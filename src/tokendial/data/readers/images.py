@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError, features
 
 from tokendial.data.readers.files import files_in, find_files
 from tokendial.data.readers.pixels import RangeError, ValueRange, rgb_image
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 
 # Pillow reads more than these, some of it by other programs (EPS by Ghostscript) or as what is no
 # picture (PDF, fonts). Pillow's wheels hold AVIF since 11.3; other builds may lack these codecs.
@@ -146,7 +146,7 @@ def _decoded(
     # Pillow's decoders raise what they please on broken data; all of it means the same here, and
     # so do their warnings where the caller has made these errors.
     except Exception as error:
-        raise ImageError(f"{name} cannot be decoded ({one_line(error)}).") from None
+        raise ImageError(f"{name} cannot be decoded ({error_message(error)}).") from None
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

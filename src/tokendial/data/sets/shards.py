@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from tokendial.atomic import replacing
+from tokendial.atomic import atomic_write
 from tokendial.data.readers.files import PATH, endings, files_in, warn_of_others
 from tokendial.data.readers.images import (
     IMAGE_SUFFIXES,
@@ -110,7 +110,7 @@ class WebDataset:
         if self.index:
             arrays: dict[str, Any] = found | {"stamp": np.array(stamp)}
             try:
-                with replacing(path) as temporary, temporary.open("wb") as file:
+                with atomic_write(path) as temporary, temporary.open("wb") as file:
                     np.savez(file, **arrays)
             except OSError as error:
                 _LOG.info("the index of %s is not kept: %s", shard, error)

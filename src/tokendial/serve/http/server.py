@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 from tokendial.serve.http.problems import failure, retry_after
 from tokendial.serve.http.schemas import Problem
 from tokendial.serve.scheduling.engine import Engine
@@ -160,7 +160,7 @@ class Server(uvicorn.Server):
             try:
                 await asyncio.to_thread(self._reload)
             except Exception as error:
-                _log.error("not reloaded, the old models go on: %s", one_line(error))
+                _log.error("not reloaded, the old models go on: %s", error_message(error))
         self._reading = False
 
 

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import ray
 from ray import serve
 
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 from tokendial.runs.run import Run
 from tokendial.serve.http.server import bound_socket, exposed
 from tokendial.serve.ray.on_ray import Deployed, Replica, app, check_home
@@ -82,7 +82,7 @@ def _reload() -> None:
     handle = serve.get_deployment_handle(Replica.__name__, _NAME)
     for found in handle.broadcast("reload").results(return_exceptions=True):
         if isinstance(found, Exception):
-            print(f"not reloaded, the old models go on: {one_line(found)}", file=sys.stderr)
+            print(f"not reloaded, the old models go on: {error_message(found)}", file=sys.stderr)
         else:
             print(f"read anew: {', '.join(found) or 'nothing has changed'}", flush=True)
 

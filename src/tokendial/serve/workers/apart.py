@@ -30,7 +30,7 @@ from torch import Tensor
 from tokendial.serve.scheduling.engine import LostError
 from tokendial.serve.workers.facts import Facts
 from tokendial.serve.workers.token_view import TokenView
-from tokendial.tune import Speed
+from tokendial.tune import SpeedSettings
 
 if TYPE_CHECKING:
     from tokendial.serve.workers.models import Models
@@ -52,7 +52,7 @@ class Order:
     """What processes are to do; it is pickled."""
 
     load: "Callable[[], Models]"
-    speed: Speed
+    speed: SpeedSettings
     most: int
     """Images of the largest batch."""
     threads: int | None

@@ -1,4 +1,4 @@
-"""Processes that decode what clients send: `python -m tokendial.serve.workers.decoder`, see `decoding`.
+"""Processes that decode what clients send: `python -m tokendial.serve.workers.decoder`.
 
 The first process loads the libraries and never reads a byte of a client. It forks those that
 decode, and another one for each that ends: the system ends them at their limits of time and memory,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokendial.compensate import Compensator
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.loading import read_files
 from tokendial.runs.degrees import degrees_to_show
@@ -18,7 +18,7 @@ from tokendial.runs.run import Run
 from tokendial.serve.workers.facts import Facts, ServedTask, TaskOf, revision_of
 from tokendial.serve.workers.token_view import TokenView, seen_image, token_view
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
-from tokendial.tune import Optimized, Speed, sped_up
+from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
 
 
 @dataclasses.dataclass(slots=True)
@@ -28,14 +28,14 @@ class Models:
     facts: Facts
     model: DialViT
     """With an adapter for each name."""
-    fast: DialViT | Optimized
+    fast: DialViT | OptimizedViT
     """What runs: the model, or its treated copy."""
     bridge: tuple[Compensator, int] | None
     """What is attached to the model, and the degree that this was trained at."""
     device: str = "cpu"
 
     def prepare(
-        self, speed: Speed | None = None, *, batch: int = 8, device: str | None = None
+        self, speed: SpeedSettings | None = None, *, batch: int = 8, device: str | None = None
     ) -> None:
         """Make them ready to run.
 
@@ -56,7 +56,7 @@ class Models:
             self._move()
         if speed:
             example = torch.zeros(batch, *self.facts.input_shape, device=self.device)
-            self.fast = sped_up(self.model, example, speed, self.facts.degrees)
+            self.fast = apply_speed(self.model, example, speed, self.facts.degrees)
 
     def _move(self) -> None:
         if self.bridge:
@@ -102,7 +102,7 @@ def load_models(runs: Mapping[str, Run], *, compensator: Path | None = None) -> 
     except Exception as error:  # whatever a file may cause that says something else than it should
         folders = ", ".join(str(run.folder) for run in runs.values())
         raise ValueError(
-            f"{folders} cannot be read: {type(error).__name__}: {one_line(error)}"
+            f"{folders} cannot be read: {type(error).__name__}: {error_message(error)}"
         ) from error
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tokendial.errors import one_line
+from tokendial.errors import error_message
 from tokendial.serve.scheduling.engine import LostError
 from tokendial.serve.scheduling.scheduler import Refused
 from tokendial.serve.workers.apart import LOOK_S, Apart, Loaded
@@ -204,7 +204,7 @@ class Supervisor:
             else:
                 self._take(loaded, self._ready(loaded.fork()))
         except (ValueError, OSError, RuntimeError) as error:
-            _log.error("no process could be started: %s", one_line(error))
+            _log.error("no process could be started: %s", error_message(error))
             with self._changed:
                 self._count_loss()
 

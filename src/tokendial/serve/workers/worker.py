@@ -1,4 +1,4 @@
-"""The process that holds the models: `python -m tokendial.serve.workers.worker`, started by `apart`.
+"""The process that holds the models: `python -m tokendial.serve.workers.worker`.
 
 Those that compute are forked from it. It has one thread at all times: what other threads hold at
 the moment of a fork, above all OpenMP's, would be held for ever in the new process.

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokendial as td
-from tokendial.reduce.base import ViTShape
+from tokendial.shape import ViTShape
 from tokendial.tune.agreement import Agreement
 from tokendial.tune.block_costs import CostTable, coarse, measure
 from tokendial.tune.search import Search

@@ -139,7 +139,7 @@ def test_another_way_to_restore_raises(vit):
 
 def test_both_heads_of_a_distilled_model_train():
     vit, size = backbone("deit distilled")
-    model = td.wrap(vit, reduce=td.ToMe(r=2), adapt=td.Linear())
+    model = td.wrap(vit, reduce=td.ToMe(r=2), adapt=td.LinearProbe())
     model(images(2, *size)).sum().backward()
     assert vit.head.weight.grad.abs().sum() > 0
     assert vit.head_dist.weight.grad.abs().sum() > 0

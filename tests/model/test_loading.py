@@ -46,7 +46,7 @@ def test_only_what_was_trained_is_written(saved):
 
 
 def test_a_fully_trained_model_needs_no_backbone(tmp_path):
-    wrapped = model(td.Full())
+    wrapped = model(td.FullFineTuning())
     wrapped.save_pretrained(tmp_path)
     assert torch.equal(td.load(tmp_path)(images()), wrapped(images()))
 

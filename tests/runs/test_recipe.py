@@ -33,7 +33,7 @@ def file(tmp_path):
 def test_methods_are_values(file):
     recipe = read_recipe(file)
     assert recipe.reduce == td.EViT(layers=(4, 7))
-    assert recipe.adapt == td.Linear()
+    assert recipe.adapt == td.LinearProbe()
     assert recipe.data == ImageFolder(root="pets")
 
 

@@ -57,7 +57,7 @@ def unchanged():
 NARROW = {"mlp_ratio": 1.5}  # the second layer that a method acts on does not fit it
 FAILING = {
     "a degree that is not offered": {"reduce": td.ToMe(r=99), "adapt": td.SSF()},
-    "full": {"reduce": td.ToMe(r=99), "adapt": td.Full()},
+    "full": {"reduce": td.ToMe(r=99), "adapt": td.FullFineTuning()},
     "half-way": {"adapt": td.FacT(rank=3)},
     "half-way in PEFT": {
         "adapt": td.PEFT(method="c3a", options={"block_size": 16}, target_modules=("qkv", "fc2"))
@@ -105,7 +105,7 @@ def test_taking_turns(unchanged, monkeypatch):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_loading_onto_a_backbone(tmp_path, unchanged, whole):
-    model = td.wrap(tiny_vit(), adapt=td.Full() if whole else td.SSF(), backbone=BACKBONE)
+    model = td.wrap(tiny_vit(), adapt=td.FullFineTuning() if whole else td.SSF(), backbone=BACKBONE)
     model.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"degree": 0', '"degree": 7'))

@@ -7,9 +7,9 @@ import torch
 from examples import images, tiny_vit
 
 import tokendial as td
-from tokendial.tune import Fitted
+from tokendial.tune import FitResult
 from tokendial.tune.agreement import compared, two_way
-from tokendial.tune.result import FittedDegree, Point
+from tokendial.tune.result import FitPoint, FittedDegree
 
 
 @pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop")])
@@ -110,8 +110,8 @@ def test_a_model_without_a_head_raises():
 
 
 def fitted_at(cost, *, spread=0.0):
-    point = Point((0, 1), cost=cost, divergence=0.0, top1=1.0)
-    return Fitted(
+    point = FitPoint((0, 1), cost=cost, divergence=0.0, top1=1.0)
+    return FitResult(
         reduce=td.ToMe(r=[[0, 1]]),
         kind="speedup",
         unreduced=10.0,

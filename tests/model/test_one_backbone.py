@@ -13,7 +13,7 @@ import tokendial as td
 
 @pytest.mark.parametrize(
     "adapt",
-    [td.LoRA(rank=2), td.SSF(), td.AdaptFormer(dim=4), td.Full()],
+    [td.LoRA(rank=2), td.SSF(), td.AdaptFormer(dim=4), td.FullFineTuning()],
     ids=lambda a: a.__class__,
 )
 def test_an_adapter_never_changes_another_model(adapt):
@@ -48,7 +48,7 @@ def test_models_without_adapters_share_a_backbone_until_one_gets_an_adapter():
 
 def test_a_backbone_that_was_trained_is_wrapped_again_when_its_model_is_gone():
     vit = tiny_vit()
-    td.wrap(vit, adapt=td.Full())
+    td.wrap(vit, adapt=td.FullFineTuning())
     assert td.wrap(vit, adapt=td.AdaptFormer(dim=4)).vit is vit
 
 
@@ -181,7 +181,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("adapt", [None, td.AdaptFormer(dim=4), td.Full()])
+@pytest.mark.parametrize("adapt", [None, td.AdaptFormer(dim=4), td.FullFineTuning()])
 @pytest.mark.parametrize("change", HEADS.values(), ids=HEADS)
 @torch.no_grad()
 def test_a_model_with_another_head_is_saved_and_loaded(tmp_path, change, adapt):
