@@ -34,7 +34,7 @@ from benchmarks.report import write_json
 from tokendial.measure import ShareMeter
 from tokendial.runs import Run
 from tokendial.runs.evaluate import evaluate_loader
-from tokendial.train.batches import eval_loader
+from tokendial.runs.loaders import eval_loader
 
 METHODS: dict[str, list[str]] = {
     "linear decoder, frozen": [

@@ -28,8 +28,8 @@ from benchmarks.report import write_json
 from tokendial.backbones import Backbone
 from tokendial.data import Scenes
 from tokendial.data.transforms.image import Augment
+from tokendial.runs.loaders import eval_loader
 from tokendial.tasks import Classification
-from tokendial.train.batches import eval_loader
 from tokendial.tune.agreement import compared, two_way
 
 SEEDS = (0, 1, 2)

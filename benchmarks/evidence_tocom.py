@@ -41,7 +41,7 @@ from tokendial.atomic import atomic_write
 from tokendial.methods import to_json
 from tokendial.runs import Run
 from tokendial.runs.evaluate import evaluate_loader
-from tokendial.train.batches import eval_loader
+from tokendial.runs.loaders import eval_loader
 
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=16), "evit": td.EViT(r=6)}
 # Epochs and learning rate; where an item is, the pre-training has not asked at all.

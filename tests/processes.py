@@ -26,8 +26,8 @@ from tokendial.cli import app, main
 from tokendial.data.transforms.dense import DenseAugment
 from tokendial.data.transforms.image import Augment
 from tokendial.runs import Recipe, Run
+from tokendial.runs.loaders import eval_loader
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
-from tokendial.train.batches import eval_loader
 from tokendial.train.finetune import FineTuning
 from tokendial.train.loop import Trainer
 

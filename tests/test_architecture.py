@@ -26,7 +26,7 @@ FLOORS = (
     ("decode",),
     ("reduce",),
     ("attention", "passes"),
-    ("tokens", "shape", "checks", "methods", "atomic", "errors", "weights", "hub"),
+    ("tokens", "shape", "checks", "methods", "atomic", "errors", "weights", "hub", "signals"),
     ("kernels",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -34,7 +34,7 @@ CORE = {room for room, floor in FLOOR.items() if floor >= FLOOR["reference"]}
 CORE_MAY_IMPORT = {"torch", "timm", "safetensors", "huggingface_hub", "tokendial"}
 # Imported when the first kernel starts: the library runs where there is no Triton, too.
 WITH_TRITON = SOURCE / "kernels" / "programs.py"
-UPWARD = {("runs", "train")}
+UPWARD: set[tuple[str, str]] = set()
 
 
 def modules() -> dict[Path, str]:

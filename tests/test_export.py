@@ -16,9 +16,9 @@ from PIL import Image
 import tokendial as td
 from tokendial.export import FACTS, export, export_bundle
 from tokendial.runs import Run
+from tokendial.runs.new_model import build_model
 from tokendial.runs.predict import predict
 from tokendial.runs.recipe import check_recipe
-from tokendial.train.finetune import build_model
 
 # The exporter's own warnings are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")

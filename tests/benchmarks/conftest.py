@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 from tokendial.runs import Run
+from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import check_recipe
-from tokendial.train.finetune import build_model
 
 SECTIONS = {
     "model": {

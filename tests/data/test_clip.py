@@ -7,7 +7,7 @@ from clips import encode, numbered, numbers, panned
 
 from tokendial.data import Augment, Clip, VideoFile, train_transform
 from tokendial.data.transforms.clip import ClipTestTransform, ClipTrainTransform
-from tokendial.train.batches import Prepared, seeded
+from tokendial.runs.loaders import Prepared, seeded
 
 PLAIN = ((0.0,) * 3, (1.0,) * 3)
 SIZE = (32, 32)

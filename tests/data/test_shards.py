@@ -95,7 +95,7 @@ def test_no_index_is_kept_unless_wanted_and_possible(root, monkeypatch):
         raise PermissionError(path)
 
     build(root, index=False)
-    monkeypatch.setattr("tokendial.data.sets.shards.replacing", refuse)
+    monkeypatch.setattr("tokendial.data.sets.shards.atomic_write", refuse)
     assert len(build(root).train) == 4
     assert not list(root.glob("*.npz"))
 

@@ -10,10 +10,10 @@ import yaml
 import tokendial as td
 from tokendial.data import ImageFolder
 from tokendial.runs import CompensateRecipe, Recipe, read_recipe
+from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import check_recipe
 from tokendial.runs.recipe_file import resolved_recipe
 from tokendial.runs.run import flat
-from tokendial.train.finetune import build_model
 
 MINIMAL = {
     "output": "out",

@@ -29,8 +29,8 @@ from tokendial import wrap
 from tokendial.compensate import Compensator
 from tokendial.reproduce import AGREES, Counted, agreement, count, published_params, read_tables
 from tokendial.runs import CompensateRecipe, read_recipe
+from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe_file import resolved_recipe, shipped_recipes
-from tokendial.train.finetune import build_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 RECIPES = {name: resolved_recipe(name) for name in shipped_recipes()}

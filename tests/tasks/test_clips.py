@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from tokendial.data import Augment, Clip
+from tokendial.runs.loaders import seeded
 from tokendial.tasks import VideoClassification
-from tokendial.train.batches import seeded
 
 
 class Means(nn.Module):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokendial.train.batches import EpochSampler, Prepared, seeded
+from tokendial.runs.loaders import Prepared, seeded
+from tokendial.train.batches import EpochSampler
 
 
 def sampler(rank=0, processes=1, batch_size=4, accumulate=2, size=50, repeats=1):
@@ -92,7 +93,7 @@ def test_seeding_a_block_leaves_the_generators_as_they_were():
 
 STUCK = """
 import sys
-from tokendial.train.batches import eval_loader
+from tokendial.runs.loaders import eval_loader
 loading = iter(eval_loader(range(8), None, batch_size=1, workers=1))
 sys.excepthook = lambda *error: setattr(sys, "kept", (loading, error))
 raise RuntimeError

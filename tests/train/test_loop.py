@@ -17,11 +17,12 @@ from zoo import backbone
 import tokendial
 import tokendial as td
 from tokendial.runs import Run, read_recipe
+from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import TrainSection
+from tokendial.signals import stop_requests
 from tokendial.train import InterruptedRunError, train
-from tokendial.train.finetune import FineTuning, build_model
+from tokendial.train.finetune import FineTuning
 from tokendial.train.optimizer import cosine, parameter_groups
-from tokendial.train.signals import stop_requests
 
 # Everything that draws at random or keeps state: a resumed run has to get each of it right.
 HARD = [

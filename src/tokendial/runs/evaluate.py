@@ -14,9 +14,9 @@ from tokendial.compensate import Compensator
 from tokendial.measure import DISTURBED, ShareMeter, Timing, time_in_rounds
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.degrees import degrees_to_show
+from tokendial.runs.loaders import eval_loader
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification, Task
-from tokendial.train.batches import eval_loader
 from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from tokendial.backbones.checkpoints import unwrapped
 from tokendial.reference import load_reference
+from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.run import Run
-from tokendial.train.finetune import build_model
 from tokendial.weights import read_file
 
 

@@ -23,9 +23,9 @@ import torch
 from tokendial.errors import error_message
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.run import Run
+from tokendial.signals import stop_requests
 from tokendial.train.finetune import train
 from tokendial.train.loop import NOT_FINITE, InterruptedRunError
-from tokendial.train.signals import stop_requests
 
 _POLL_S = 0.1
 

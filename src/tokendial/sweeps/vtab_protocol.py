@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokendial.data import VTAB_TASKS
 from tokendial.runs.recipe_file import resolved_recipe
+from tokendial.signals import stop_requests
 from tokendial.sweeps.combinations import (
     combinations,
     planned_run,
@@ -22,7 +23,6 @@ from tokendial.sweeps.results import RunResult
 from tokendial.sweeps.side_by_side import Planned, run_all
 from tokendial.sweeps.vtab_result import VTABResult
 from tokendial.train.loop import NOT_FINITE
-from tokendial.train.signals import stop_requests
 
 
 def vtab(

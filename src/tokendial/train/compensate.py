@@ -16,10 +16,10 @@ from tokendial.compensate import Attachment, Compensator
 from tokendial.compensate.loss import binary_distillation, soft_distillation
 from tokendial.data.splits import Splits
 from tokendial.model.dial_vit import DialViT, wrap
+from tokendial.runs.loaders import seed_all
 from tokendial.runs.recipe import CompensateRecipe
 from tokendial.runs.run import Run
 from tokendial.tasks.classification import Classification
-from tokendial.train.batches import seed_all
 from tokendial.train.loop import Trainer
 
 

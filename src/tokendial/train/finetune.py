@@ -1,6 +1,5 @@
 """Fine-tuning: a wrapped model, a labelled data set, the losses of task and reduction method."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from tokendial.model.dial_vit import DialViT, wrap
 from tokendial.model.loading import load
 from tokendial.runs.card import write_card
 from tokendial.runs.evaluate import evaluate_loader, some_images
+from tokendial.runs.loaders import eval_loader
+from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.run import Run, task_of
 from tokendial.tasks import FeatureDistillation
-from tokendial.train.batches import eval_loader, seed_all
 from tokendial.train.loop import Trainer
 from tokendial.train.objective import Distillation, Objective
 from tokendial.train.optimizer import decay_groups, parameter_groups
@@ -46,31 +46,6 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
         write_card(run)
 
     return Trainer(recipe, job, quiet=quiet).run_to_end(finish)
-
-
-def build_model(recipe: Recipe, num_classes: int) -> DialViT:
-    """The wrapped model of a recipe, with a fresh head, at the degree to train at."""
-    decode = recipe.decode
-    if decode is not None:
-        if decode.num_classes not in (1, num_classes):
-            raise ValueError(
-                f"decode.num_classes must be {num_classes} as the data have it, got "
-                f"{decode.num_classes}."
-            )
-        decode = replace(decode, num_classes=num_classes)
-    backbone = recipe.model.backbone(0 if decode else num_classes)
-    seed_all(recipe.seed)
-    model = wrap(
-        backbone.create(),
-        reduce=recipe.reduce,
-        adapt=recipe.adapt,
-        decode=decode,
-        backbone=backbone,
-    )
-    if recipe.train.degree is not None:
-        model.set_degree(recipe.train.degree)
-    model.checkpoint_activations = recipe.train.checkpoint_activations
-    return model
 
 
 class FineTuning:

@@ -17,16 +17,11 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 
 from tokendial.runs.card import write_versions
+from tokendial.runs.loaders import Prepared, eval_loader, seed_all
 from tokendial.runs.recipe import BaseRecipe
 from tokendial.runs.run import Run
-from tokendial.train.batches import (
-    Awaited,
-    EpochSampler,
-    Prepared,
-    eval_loader,
-    seed_all,
-    train_loader,
-)
+from tokendial.signals import StopRequest, stop_requests
+from tokendial.train.batches import Awaited, EpochSampler, train_loader
 from tokendial.train.checkpoint import (
     Ema,
     kept_buffers,
@@ -48,7 +43,6 @@ from tokendial.train.sharding import (
     use_fsdp,
     whole,
 )
-from tokendial.train.signals import StopRequest, stop_requests
 from tokendial.train.tracking import check_trackers, hyper_parameters
 
 NOT_FINITE = "the loss is not finite"

@@ -1,0 +1,85 @@
+"""Samples with their transforms, and the loader that evaluation reads them from."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tokendial.data.transforms.image import PairTransform
+from tokendial.signals import leave_signals_to_the_parent
+from tokendial.tasks import collate
+
+
+class Prepared(Dataset[tuple[Tensor, Any]]):
+    """Transforms the samples of a data set; chance depends on (seed, epoch, index, copy) alone."""
+
+    def __init__(
+        self, source: Dataset[tuple[Any, Any]], transform: PairTransform, seed: int
+    ) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]  # map-style sets have a length
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Any]:
+        image, target = self.source[key[1]]
+        with seeded(self.seed, *key):
+            return self.transform(image, target)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Seed the global generators of torch, NumPy and Python from `key`, and put them back after.
+
+    Transforms and timm's mixup draw from all three.
+    """
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed_all(*key)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+def seed_all(*key: int) -> None:
+    """Seed the global generators of torch (all devices), NumPy and Python from `key`."""
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+def eval_loader(
+    source: Dataset[tuple[Any, Any]],
+    transform: PairTransform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+) -> DataLoader[Any]:
+    """Loader of every sample once, in order; each process gets its share.
+
+    Sets that are too small to give each process a sample are given to each of them whole: means
+    over all processes stay the same, and metrics cannot be gathered from a process that saw none.
+    """
+    dataset = Prepared(source, transform, seed=0)
+    if len(dataset) < processes:
+        rank, processes = 0, 1
+    keys = [(0, index, 0) for index in range(rank, len(dataset), processes)]
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=keys,
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_the_parent,
+        pin_memory=torch.cuda.is_available(),
+    )
