@@ -86,7 +86,7 @@ def test_a_cut_file_is_named(root):
 
 
 def test_parts_of_the_set_are_refused_unless_asked_for(root):
-    with pytest.raises(ValueError, match=r"train must be 50,000, got 3; data.check=false takes"):
+    with pytest.raises(ValueError, match=r"train must be 50,000, got 3; data.check=false accepts"):
         build(root, check=True)
 
 

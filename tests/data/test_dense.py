@@ -9,13 +9,13 @@ from PIL import Image
 
 from tokendial.data import DenseAugment
 from tokendial.data.transforms.dense import (
-    DenseEvalTransform,
-    DenseImageTransform,
-    DenseTrainTransform,
-    Frame,
+    InputFormat,
+    MaskEvalTransform,
+    MaskImageTransform,
+    MaskTrainTransform,
 )
 
-FRAME = Frame((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+FRAME = InputFormat((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def pair(height, width):
@@ -30,7 +30,7 @@ def pair(height, width):
 def test_training_pairs_stay_together(keep_aspect, height, width, seed):
     torch.manual_seed(seed)
     augment = DenseAugment(keep_aspect=keep_aspect, scale=(0.5, 2.0))
-    image, target = DenseTrainTransform(augment, FRAME, 255)(*pair(height, width))
+    image, target = MaskTrainTransform(augment, FRAME, 255)(*pair(height, width))
     assert image.shape == (3, 32, 32)
     assert target.shape == (32, 32)
     assert set(target.unique().tolist()) <= {0, 1, 255}
@@ -40,7 +40,7 @@ def test_training_pairs_stay_together(keep_aspect, height, width, seed):
 
 
 def test_chance_is_that_of_the_global_generator():
-    transform = DenseTrainTransform(DenseAugment(color_jitter=0.4), FRAME, 0)
+    transform = MaskTrainTransform(DenseAugment(color_jitter=0.4), FRAME, 0)
     torch.manual_seed(3)
     first = transform(*pair(50, 60))
     torch.manual_seed(3)
@@ -51,9 +51,9 @@ def test_chance_is_that_of_the_global_generator():
 @pytest.mark.parametrize("test", ["whole", "slide"])
 def test_masks_keep_their_size_in_tests(test, size):
     augment = DenseAugment(test=test)
-    image, target = DenseEvalTransform(augment, FRAME, 255)(*pair(*size))
+    image, target = MaskEvalTransform(augment, FRAME, 255)(*pair(*size))
     assert target.shape == size
-    assert torch.equal(image, DenseImageTransform(augment, FRAME)(pair(*size)[0]))
+    assert torch.equal(image, MaskImageTransform(augment, FRAME)(pair(*size)[0]))
     if test == "whole":
         assert image.shape == (3, 32, 32)
     else:
@@ -62,7 +62,7 @@ def test_masks_keep_their_size_in_tests(test, size):
 
 @pytest.mark.parametrize("size", [(20, 90), (90, 20), (64, 64)])
 def test_the_middle_of_test_images_as_in_the_authors_code(size):
-    image, target = DenseEvalTransform(DenseAugment(test="crop"), FRAME, 0)(*pair(*size))
+    image, target = MaskEvalTransform(DenseAugment(test="crop"), FRAME, 0)(*pair(*size))
     assert image.shape == (3, 32, 32)
     assert target.shape == (32, 32)
     assert ((image[0] > 0.99) & (target == 0)).float().mean() < 0.05
@@ -75,8 +75,8 @@ def test_what_a_long_test_image_lacks_is_right_and_below_as_in_the_authors_code(
     wide[:, 20:60] = 1
     mask = wide.T if turned else wide
     image = Image.fromarray(mask * 200 + 50).convert("RGB")
-    frame = Frame((518, 518), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    seen, target = DenseEvalTransform(DenseAugment(test="crop"), frame, 7)(image, mask)
+    frame = InputFormat((518, 518), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    seen, target = MaskEvalTransform(DenseAugment(test="crop"), frame, 7)(image, mask)
     if turned:
         seen, target = seen.mT, target.mT
     # 682 columns are cropped to 518, 82 from each side: 20 of 80 columns end at 170.5 - 82.

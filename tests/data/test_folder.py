@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from tokendial.data import ImageFolder
-from tokendial.data.readers import checking
+from tokendial.data.readers import integrity
 
 
 def write(root, *names):
@@ -137,9 +137,8 @@ def test_files_that_are_left_out_are_counted_by_their_endings(tmp_path, caplog):
         (tmp_path / "train" / name).write_bytes(b"")
     ImageFolder(root=str(tmp_path)).build(0)
     assert caplog.messages == [
-        f"{tmp_path}/train: left out 3 file(s) that are no images by their endings: "
-        "2 .heic, 1 .txt",
-        f"{tmp_path}/train: left out 1 file(s) that lie in no class folder",
+        f"{tmp_path}/train: left out 3 files without image endings: 2 .heic, 1 .txt",
+        f"{tmp_path}/train: left out 1 file outside of the class folders",
     ]
 
 
@@ -195,7 +194,7 @@ def test_a_class_without_an_image_that_can_be_read_is_refused(damaged):
 def test_a_set_that_was_checked_is_not_read_again_unless_it_changed(damaged, monkeypatch):
     ImageFolder(root=str(damaged), broken="skip").build(0)
     read = []
-    monkeypatch.setattr(checking, "check_image", lambda path, value_range: read.append(path))
+    monkeypatch.setattr(integrity, "check_image", lambda path, value_range: read.append(path))
     (damaged / "train" / "a" / "0.jpg").write_bytes((damaged / "val/a/1.jpg").read_bytes())
     broken = ["train/a/1.jpg", "train/b/0.jpg", "val/b/1.jpg"]
     ImageFolder(root=str(damaged), broken="skip").build(0)
@@ -204,7 +203,7 @@ def test_a_set_that_was_checked_is_not_read_again_unless_it_changed(damaged, mon
 
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 1}'])
 def test_a_damaged_memory_of_what_was_checked_does_no_harm(damaged, content):
-    checking._cache_file(damaged, None).write_text(content)
+    integrity._cache_file(damaged, None).write_text(content)
     with pytest.raises(ValueError, match="one of 3 broken images"):
         ImageFolder(root=str(damaged)).build(0)
 
@@ -219,7 +218,7 @@ def test_files_of_several_pictures_are_told_of_in_every_run(tmp_path, caplog):
         ImageFolder(root=str(tmp_path)).build(0)
         assert caplog.messages == [
             f"{tmp_path}/train/a/x.tif holds 3 pictures, the first one is read "
-            "(and 1 more such file(s))"
+            "(and 1 more such file)"
         ]
 
 

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from tokendial.cli import app
 from tokendial.data import ImageError, Pairs
-from tokendial.data.readers.masks import palette_colours, read_binary_mask, read_class_mask
-from tokendial.data.sets.pairs import check_pairs
+from tokendial.data.check import check_pairs
+from tokendial.data.readers.binary_masks import read_binary_mask
+from tokendial.data.readers.class_masks import palette_colours, read_class_mask
 
 SHAPE = (12, 16)
 OBJECT = np.zeros(SHAPE, np.uint8)
@@ -251,15 +252,15 @@ def test_what_came_later_does_not_change_how_masks_are_read(root):
         train[1]
 
 
-def test_check_tells_of_splits_that_are_all_empty_or_full(root, caplog):
-    told = []
-    problems = list(check_pairs(Pairs(root=str(root)), root, told))
+def test_check_reports_splits_whose_masks_are_all_empty_or_full(root, caplog):
+    notes = []
+    problems = list(check_pairs(Pairs(root=str(root)), root, notes))
     assert problems == [f"{root / 'annotations' / 'validation'}: all masks are empty"]
     half = OBJECT.sum() / OBJECT.size / 2
-    assert told == [
+    assert notes == [
         "inside is 2",
-        f"training: {half:.1%} of the pixels are inside; of 2 masks 1 are empty and 0 full",
-        "validation: 0.0% of the pixels are inside; of 1 masks 1 are empty and 0 full",
+        f"training: {half:.1%} of the pixels are inside; 1 of 2 masks empty, 0 full",
+        "validation: 0.0% of the pixels are inside; 1 of 1 mask empty, 0 full",
     ]
     problems = list(check_pairs(Pairs(root=str(root), mask=[0, 2]), root))
     assert [problem.partition(": ")[2] for problem in problems] == ["all masks are full"] * 2
@@ -389,7 +390,7 @@ def test_colours_of_a_palette_are_classes(tmp_path, settings, image, expected):
     ("image", "palette", "message"),
     [
         (colours(RED, BLACK), None, r"has colours such as \[255,0,0\], but must hold .*palette"),
-        (colours(RED, BLUE), [BLUE, WHITE], r"has the colour \[255,0,0\] \(48 pixels are of col"),
+        (colours(RED, BLUE), [BLUE, WHITE], r"colour \[255,0,0\], which .*: 48\)"),
         (grey(0.5, kind=np.float32), None, "must hold class indices, but has fractions"),
     ],
 )

@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 
 from tokendial.cli import app
 from tokendial.data import ImageError, Pairs
-from tokendial.data.readers.masks import read_binary_mask, read_class_mask
-from tokendial.data.sets.pairs import check_pairs
+from tokendial.data.check import check_pairs
+from tokendial.data.readers.binary_masks import read_binary_mask
+from tokendial.data.readers.class_masks import read_class_mask
 
 RNG = np.random.default_rng(0)
 
@@ -126,7 +127,7 @@ def test_check_lists_every_problem(root):
 
 def test_a_broken_pair_stops_the_run_unless_told_otherwise(root, caplog):
     damage(root)
-    with pytest.raises(ValueError, match=r"training/a.jpg has no mask \(and 1 more problems\); "):
+    with pytest.raises(ValueError, match=r"training/a.jpg has no mask \(and 1 more problem\); "):
         Pairs(root=str(root)).build(0)
     whole = root / "images" / "validation" / "deep" / "c.jpg"
     whole.write_bytes(whole.read_bytes()[:-400])
@@ -154,7 +155,7 @@ def test_the_command_line_checks_a_folder(root):
     done = CliRunner().invoke(app, ["data", "check", str(root)])
     part = disc().mean() / 255
     shares = [
-        f"{root}: {split}: {part:.1%} of the pixels are inside; of 3 masks 0 are empty and 0 full"
+        f"{root}: {split}: {part:.1%} of the pixels are inside; 0 of 3 masks empty, 0 full"
         for split in ("training", "validation")
     ]
     assert done.exit_code == 0
@@ -197,11 +198,11 @@ def test_an_upright_photograph_fits_its_mask(tmp_path):
         (lambda root: Pairs(root="x", classes=2, mask="half"), "mask is for binary masks, but"),
         (
             lambda root: Pairs(root="x", palette="voc"),
-            "palette is for classes, but classes is null",
+            "palette is for masks of classes, but classes is null",
         ),
         (
             lambda root: Pairs(root="x", classes=20, palette="voc"),
-            r"palette must have 20 colours \(classes and ignore_zero\), got 21",
+            r"palette must have 20 colours \(one for each class\), got 21",
         ),
         (lambda root: Pairs(root="x", ignore=(0, 0, 256)), r"colours must lie in .*\[0, 0, 256\]"),
         (lambda root: Pairs(root="x", range=(3, 1)), "range must be two rising numbers"),
@@ -238,6 +239,6 @@ def test_what_is_left_out_of_pairs_is_told(root, caplog):
     write(root, "training", "e", disc(), image_suffix=".gif")[0].unlink()
     Pairs(root=str(root)).build(0)
     assert caplog.messages == [
-        f"{root}, training: left out 1 file(s) that are no images by their endings: 1 .heic",
+        f"{root}, training: left out 1 file without image endings: 1 .heic",
         f"{root}/images/training/e.tif holds 2 pictures, the first one is read",
     ]

@@ -65,7 +65,7 @@ def test_zero_may_be_white(kind):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.uint32([0, 254]), r"32-bit integers from 0 to 254: say what .*data.range=\[0,255\]"),
+        (np.uint32([0, 254]), r"32-bit integers from 0 to 254: say which .*data.range=\[0,255\]"),
         (np.int32([-3, 3000]), r"32-bit integers from -3 to 3000: .*data.range=\[-3,3000\]"),
         (np.float32([0, 900]), r"numbers from 0 to 900, not 0 to 1: .*data.range=\[0,1023\]"),
     ],
@@ -90,7 +90,9 @@ def test_colours_of_sixteen_bits_have_no_range(tmp_path):
     png = (tmp_path / "a.png").read_bytes()
     deep = png[:24] + b"\x10" + png[25:]  # the header says 16 bits
     deep = deep[:29] + struct.pack(">I", zlib.crc32(deep[12:29])) + deep[33:]
-    with pytest.raises(ImageError, match="a.png has colours of 16 bits, of which 8 are read"):
+    with pytest.raises(
+        ImageError, match="a.png has 16 bits per colour channel, of which 8 are read"
+    ):
         decode_image(deep, "a.png", value_range=(0, 4095))
 
 

@@ -70,7 +70,7 @@ def test_a_kept_index_gives_the_same_samples_without_reading_the_shard_again(roo
         "train-01.tar.index.npz",
         "val.tar.index.npz",
     }
-    monkeypatch.setattr("tokendial.data.sets.shards.read_shard", None)
+    monkeypatch.setattr("tokendial.data.sets.shards.index_shard", None)
     again = build(root).train
     for (image, label), (other, other_label) in zip(first, again, strict=True):
         np.testing.assert_array_equal(np.asarray(image), np.asarray(other))

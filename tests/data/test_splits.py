@@ -4,21 +4,33 @@ import pytest
 from torch.utils.data import Subset
 
 from tokendial.data import Splits
-from tokendial.data.sets.labelled import Files
+from tokendial.data.sets.labelled_images import ImageFiles
 from tokendial.data.splits import warn_of_absent_classes
 
 
 def files(*labels):
-    return Files([(None, label) for label in labels])
+    return ImageFiles([(None, label) for label in labels])
 
 
 @pytest.mark.parametrize(
     ("train", "val", "lines"),
     [
         (files(0, 1, 2), files(2, 1, 0, 0), []),
-        (files(0, 1, 2), files(1, 1), ["to validate on of 2 of 3 classes ('a', 'c'): scores say"]),
-        (files(0, 2), files(0, 1, 2), ["to train on of 1 of 3 classes ('b'): such classes are"]),
-        (files(0, 1, 2), Subset(files(0, 1, 2), [0, 1]), ["to validate on of 1 of 3 classes ('c"]),
+        (
+            files(0, 1, 2),
+            files(1, 1),
+            ["2 of 3 classes ('a', 'c') have no samples to validate on: scores"],
+        ),
+        (
+            files(0, 2),
+            files(0, 1, 2),
+            ["1 of 3 classes ('b') has no samples to train on: the model never"],
+        ),
+        (
+            files(0, 1, 2),
+            Subset(files(0, 1, 2), [0, 1]),
+            ["1 of 3 classes ('c') has no samples to validate on"],
+        ),
     ],
 )
 def test_classes_without_samples_are_told(caplog, train, val, lines):

@@ -47,7 +47,9 @@ def test_a_whole_set_is_counted(root):
     splits = build(root, check=True)
     assert (len(splits.train), len(splits.val)) == (1000, 711)
     (root / "kitti" / "test.txt").write_text("images/a.jpg 3\n" * 710)
-    with pytest.raises(ValueError, match=r"test.txt must be 711, got 710; data.check=false takes"):
+    with pytest.raises(
+        ValueError, match=r"test.txt must be 711, got 710; data.check=false accepts"
+    ):
         build(root, check=True)
 
 

@@ -70,7 +70,7 @@ def test_a_class_that_is_not_validated_on_is_told(digits, recipe_file, tmp_path,
     shutil.rmtree(tmp_path / "digits" / "val" / "digit 3")
     FineTuning(read_recipe(recipe_file, [f"data.root={tmp_path / 'digits'}"]))
     assert caplog.messages == [
-        "there is nothing to validate on of 2 of 4 classes ('digit 2', 'digit 3'): "
+        "2 of 4 classes ('digit 2', 'digit 3') have no samples to validate on: "
         "scores say nothing about such classes"
     ]
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import tokendial as td
 from tokendial.data import ImageError, find_sources, read_image
-from tokendial.data.sets import labelled
+from tokendial.data.sets import labelled_images
 from tokendial.runs import Run
 from tokendial.runs import evaluate as evaluation
 from tokendial.runs.degrees import degrees_to_show, parse_degrees, spread_by_cost
@@ -150,7 +150,7 @@ def test_what_predict_leaves_out_of_folders_and_files_is_told(run, tmp_path, cap
     shard_of([tmp_path / "a.tif"], tmp_path / "d.tar")
     assert len(list(predict(run, find_sources([tmp_path])))) == 2
     assert caplog.messages == [
-        f"{tmp_path}: left out 2 file(s) that are no images by their endings: 1 .heic, 1 .txt",
+        f"{tmp_path}: left out 2 files without image endings: 1 .heic, 1 .txt",
         f"{tmp_path}/a.tif holds 2 pictures, the first one is read",
     ]
 
@@ -338,7 +338,7 @@ def test_an_image_that_breaks_during_a_run_is_one_line_too(
     cli, digits, recipe_file, tmp_path, monkeypatch
 ):
     """In a loading process; the check before the run is left out, as it was whole by then."""
-    monkeypatch.setattr(labelled, "broken_images", lambda *args: {})
+    monkeypatch.setattr(labelled_images, "find_broken_images", lambda *args: {})
     shutil.copytree(digits, tmp_path / "digits")
     (tmp_path / "digits" / "train" / "digit 1" / "5.png").write_text("text")
     code, _, err = cli(

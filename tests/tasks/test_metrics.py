@@ -8,8 +8,8 @@ from tokendial.tasks.metrics import PixelMetrics, class_metrics
 
 
 @pytest.fixture(autouse=True)
-def nothing_told():
-    metrics._tell.cache_clear()
+def no_line_was_logged():
+    metrics._log_once.cache_clear()
 
 
 def test_the_mean_average_precision_leaves_out_classes_that_no_image_has(caplog):
@@ -19,16 +19,17 @@ def test_the_mean_average_precision_leaves_out_classes_that_no_image_has(caplog)
     for _ in range(2):
         assert float(found.compute()["mean_average_precision"]) == 1.0
     assert caplog.messages == [
-        "mean_average_precision is the mean over 2 of 3 classes: no image has the others"
+        "mean_average_precision is the mean over 2 of 3 classes: no image has the other classes"
     ]
 
 
 def test_the_mean_iou_says_over_how_many_classes_it_is(caplog):
     found = PixelMetrics(4)
-    # Rows of pixels: class 0 found as 0, class 0 found as 1, class 2 found as 2; there is no 3.
+    # Rows of pixels: class 0 predicted as 0, class 0 as 1, class 2 as 2; class 3 is absent.
     logits = torch.eye(4)[torch.tensor([[0, 1, 2]])].movedim(-1, 1).unsqueeze(2) * 9
     found.update(logits, [torch.tensor([[0, 0, 2]])])
     assert float(found.compute()["mean_iou"]) == pytest.approx((0.5 + 0 + 1) / 3)
     assert caplog.messages == [
-        "mean_iou is the mean over 3 of 4 classes: the others are neither in the masks nor found"
+        "mean_iou is the mean over 3 of 4 classes: the other classes are neither in the masks nor "
+        "predicted"
     ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import tokendial as td
 from tokendial.data import DenseAugment
 from tokendial.tasks import Segmentation
-from tokendial.tasks.dense import _starts, best_class, slide
+from tokendial.tasks.dense import _window_starts, best_class, slide
 
 
 def model(num_classes=3):
@@ -69,7 +69,7 @@ def test_windows_are_averaged_where_they_overlap():
     parts = [
         F.interpolate(wrapped(large[..., x : x + 32]), (32, 32), mode="bilinear") for x in (0, 16)
     ]
-    found = slide(wrapped, large, (32, 32), 0.5, most=1)
+    found = slide(wrapped, large, (32, 32), 0.5, windows_per_pass=1)
     torch.testing.assert_close(found[..., :16], parts[0][..., :16])
     torch.testing.assert_close(found[..., 16:32], (parts[0][..., 16:] + parts[1][..., :16]) / 2)
     torch.testing.assert_close(found[..., 32:], parts[1][..., 16:])
@@ -83,7 +83,7 @@ def test_an_image_smaller_than_a_window_is_refused():
 @given(st.integers(1, 300), st.integers(1, 100), st.floats(0.01, 1.0))
 def test_windows_cover_every_pixel_and_end_at_the_border(extra, window, stride):
     length = window + extra
-    starts = _starts(length, window, stride)
+    starts = _window_starts(length, window, stride)
     assert starts[0] == 0
     assert starts[-1] == length - window
     assert all(after - before <= window for before, after in pairwise(starts))

@@ -78,7 +78,7 @@ def check_data(
     if not any((root / name).is_dir() for name in ("images", "annotations")):
         _check_class_folders(root, train, val, value_range)
         return
-    from tokendial.data.sets.pairs import check_pairs
+    from tokendial.data.check import check_pairs
     from tokendial.runs.recipe import check_method
     from tokendial.runs.recipe_file import apply_overrides
 
@@ -101,7 +101,7 @@ def check_data(
 
 
 def _check_class_folders(root: Path, train: str, val: str, value_range: str) -> None:
-    from tokendial.data.sets.folder import check_folders
+    from tokendial.data.check import check_folders
     from tokendial.runs.recipe import check_method
     from tokendial.runs.recipe_file import apply_overrides
 

@@ -1,4 +1,4 @@
-"""Data sets and transforms: one file per family of data sets."""
+"""Data sets, readers of files and transforms."""
 
 from tokendial.data.readers.images import ImageError, find_images, read_image
 from tokendial.data.readers.video import FrameFolder, Video, VideoError, VideoFile, find_videos
@@ -14,7 +14,7 @@ from tokendial.data.sets.scenes import SceneMasks, Scenes
 from tokendial.data.sets.shards import ShardImage, WebDataset, find_sources
 from tokendial.data.sets.svhn import SVHN
 from tokendial.data.sets.unlabelled import Unlabelled
-from tokendial.data.sets.video_sets import VideoFolder, VideoLists
+from tokendial.data.sets.videos import VideoFolder, VideoLists
 from tokendial.data.sets.vtab import VTAB, VTAB_GROUPS, VTAB_TASKS
 from tokendial.data.splits import Splits
 from tokendial.data.transforms.clip import Clip

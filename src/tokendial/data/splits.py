@@ -1,4 +1,4 @@
-"""What every data set gives: a training set, a validation set and the classes."""
+"""What every data set provides: a training set, a validation set and the classes."""
 
 import logging
 from collections.abc import Sequence
@@ -8,49 +8,67 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch.utils.data import Dataset, Subset
 
-_SHOWN = 5
+_MAX_NAMED_CLASSES = 5
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """A data set, ready to be transformed and batched."""
+    """The training set, the validation set and the classes of a data set."""
 
     train: Dataset[tuple[Any, Any]]
-    """Pairs of a PIL image (RGB) or a video and a target: a class index, float32 [classes] of 0 and
-    1, or, for dense tasks, a mask of the image's size."""
+    """Samples to train on: pairs of a PIL image (RGB) or a `Video` and a target. The target is a
+    class index, float32 [classes] of 0 and 1 (`multi_label`), or a mask (`dense`)."""
     val: Dataset[tuple[Any, Any]]
-    """The same, to evaluate on."""
+    """Samples to validate on, in the same form as `train`."""
     classes: tuple[str, ...]
-    """Names of the classes, in the order of the model's logits; for binary masks a single one."""
+    """Names of the classes, in the order of the model's logits. Binary masks have a single one."""
     multi_label: bool = False
-    """Whether any number of classes can be right at once."""
+    """Whether a sample can have any number of classes at once."""
     dense: bool = False
-    """Whether targets are masks: [H, W] uint8, of class indices, or with a single class of 0 and 1,
-    and 255 where nothing is asked."""
+    """Whether targets are masks of the image's size, [H, W] uint8: class indices, or 0 and 1 if
+    there is a single class; 255 marks ignored pixels."""
     video: bool = False
-    """Whether these are videos: a `Video` in place of each image."""
+    """Whether samples are videos (`tokendial.data.Video`) instead of images."""
 
 
 @runtime_checkable
 class HasLabels(Protocol):
-    """A data set that knows the class of each sample without reading it."""
+    """A data set that knows the classes of its samples without reading them."""
 
     @property
     def labels(self) -> Sequence[int] | np.ndarray:
-        """Indices of classes, in the order of the samples."""
+        """Class indices in the order of the samples."""
+
+
+def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split sample indices at random, class by class, into (kept, held out); both are sorted.
+
+    Args:
+        labels: Class index of each sample.
+        share: Fraction of each class that is held out. At least one sample of a class is kept.
+        seed: Seed of the random draw.
+    """
+    rng = np.random.default_rng(seed)
+    label_array = np.asarray(labels)
+    held: list[int] = []
+    for label in np.unique(label_array):
+        of_class = rng.permutation(np.flatnonzero(label_array == label))
+        held += of_class[: min(round(share * len(of_class)), len(of_class) - 1)].tolist()
+    kept = np.setdiff1d(np.arange(len(label_array)), held)
+    return kept.tolist(), sorted(held)
 
 
 def warn_of_absent_classes(splits: Splits) -> None:
-    """Log in one line each which classes have no sample to train on, or to validate on.
+    """Log, one line each, which classes have no sample to train on and none to validate on.
 
-    A model never learns the former; scores say nothing about the latter. Sets with several labels
-    for a sample, masks, and sets that have to be read to know their labels are passed over.
+    A model cannot learn the former; scores say nothing about the latter. Nothing is logged for
+    multi-label sets, masks, and sets whose labels are not known without reading all samples.
     """
     if splits.multi_label or splits.dense:
         return
-    for part, verb, so in (
-        (splits.train, "train", "such classes are never learnt"),
+    for part, verb, consequence in (
+        (splits.train, "train", "the model never learns such classes"),
         (splits.val, "validate", "scores say nothing about such classes"),
     ):
         labels = _labels(part)
@@ -58,14 +76,15 @@ def warn_of_absent_classes(splits: Splits) -> None:
             continue
         absent = np.setdiff1d(np.arange(len(splits.classes)), labels)
         if absent.size:
-            names = ", ".join(repr(splits.classes[number]) for number in absent[:_SHOWN])
-            more = ", ..." if absent.size > _SHOWN else ""
+            names = ", ".join(repr(splits.classes[n]) for n in absent[:_MAX_NAMED_CLASSES])
+            more = ", ..." if absent.size > _MAX_NAMED_CLASSES else ""
             which = f"{absent.size:,} of {len(splits.classes):,} classes ({names}{more})"
-            _LOG.warning("there is nothing to %s on of %s: %s", verb, which, so)
+            has = "has" if absent.size == 1 else "have"
+            _LOG.warning("%s %s no samples to %s on: %s", which, has, verb, consequence)
 
 
 def _labels(part: Dataset[tuple[Any, Any]]) -> np.ndarray | None:
     if isinstance(part, Subset):
-        of_all = _labels(part.dataset)
-        return None if of_all is None else of_all[np.asarray(part.indices, dtype=np.int64)]
+        all_labels = _labels(part.dataset)
+        return None if all_labels is None else all_labels[np.asarray(part.indices, dtype=np.int64)]
     return np.asarray(part.labels) if isinstance(part, HasLabels) else None

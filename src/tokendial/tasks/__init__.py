@@ -1,10 +1,10 @@
-"""Tasks: transforms, loss and metrics."""
+"""Tasks: what a model learns; each has its transforms, loss, inference and metrics."""
 
 from tokendial.tasks.base import Task, collate
+from tokendial.tasks.binary_masks import BinaryMasks, FeatureDistillation
 from tokendial.tasks.classification import Classification
-from tokendial.tasks.clips import VideoClassification
-from tokendial.tasks.masks import BinaryMasks, FeatureDistillation
 from tokendial.tasks.segmentation import Segmentation
+from tokendial.tasks.video import VideoClassification
 
 __all__ = [
     "BinaryMasks",

@@ -1,4 +1,4 @@
-"""What every task provides: how its images are prepared, its loss, and its metrics."""
+"""The interface of a task: how samples are prepared, the loss, the inference and the metrics."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,55 +13,56 @@ from tokendial.tune import OptimizedViT
 
 
 class Metrics(Protocol):
-    """Gathers predictions, also of several processes; torchmetrics has this form."""
+    """Metrics gathered batch by batch, also over several processes, as in torchmetrics."""
 
     def to(self, device: Any) -> Any:
-        """Move the sums."""
+        """Move the state of the metrics to a device."""
 
     def update(self, logits: Tensor, targets: Any) -> None:
-        """Take in a batch."""
+        """Add the predictions and targets of a batch."""
 
     def compute(self) -> dict[str, Any]:
-        """Each metric by its name."""
+        """Return the value of each metric by its name."""
 
 
 class Task(Protocol):
-    """What a run learns."""
+    """What a model learns: transforms, loss, inference and metrics."""
 
     num_classes: int
+    """Number of classes, which is the number of logits or of logit maps."""
 
     def eval_batch(self, batch_size: int) -> int:
-        """How many samples are evaluated together where `batch_size` are trained on."""
+        """Return the number of samples in an evaluation batch, given that of a training batch."""
 
     def train_transform(self, anatomy: Anatomy) -> PairTransform:
-        """Vary an image and its target."""
+        """Return the random transform of a training sample and its target."""
 
     def eval_transform(self, anatomy: Anatomy) -> PairTransform:
-        """Prepare an image and its target without chance."""
+        """Return the transform, without randomness, of a test sample and its target."""
 
     def image_transform(self, anatomy: Anatomy) -> Transform:
-        """Prepare an image that has no target."""
+        """Return the transform, without randomness, of a sample that has no target."""
 
     def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment a training batch as a whole."""
+        """Return a training batch with its samples mixed (mixup, cutmix), if the task does so."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch."""
+        """Return the mean loss of a batch."""
 
     def hits(self, logits: Tensor, targets: Tensor) -> float:
-        """Share of right answers in a training batch."""
+        """Return the fraction of correct predictions in a training batch."""
 
     def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
-        """Logits of images (or videos) that the eval transform has prepared."""
+        """Return the logits of a batch that `eval_transform` or `image_transform` prepared."""
 
     def metrics(self) -> Metrics:
-        """Metrics over an evaluation set; the first of them is what runs are judged by."""
+        """Return new metrics for an evaluation set; the first one selects the best epoch."""
 
 
 def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-    """A batch; masks of different sizes stay a list.
+    """Join samples to a batch. Masks of different sizes become a list instead of a tensor.
 
-    Images of different sizes have to come one by one.
+    Images in a batch must have one size.
     """
     images, targets = zip(*samples, strict=True)
     if isinstance(targets[0], Tensor) and len({target.shape for target in targets}) > 1:

@@ -1,4 +1,4 @@
-"""Image classification: loss and metrics, one label or several."""
+"""Image classification with one label for each image, or any number of labels."""
 
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
@@ -19,18 +19,19 @@ from tokendial.tune import OptimizedViT
 
 
 class Classification:
-    """Loss, batch-wise augmentation and metrics of a classification task."""
+    """Classification of images: transforms, mixup and cutmix, loss and metrics."""
 
     def __init__(self, num_classes: int, *, multi_label: bool, augment: Augment) -> None:
         """Check that the settings fit the task.
 
         Args:
-            num_classes: Number of logits.
-            multi_label: Whether targets are float [B, num_classes] of 0 and 1.
-            augment: Mixup, cutmix and label smoothing.
+            num_classes: Number of classes.
+            multi_label: Whether an image can have any number of labels. Targets are then float32
+                [B, num_classes] of 0 and 1, else class indices [B].
+            augment: How images are augmented, mixed and cropped.
 
         Raises:
-            ValueError: If mixup, cutmix or smoothing are asked for with several labels.
+            ValueError: If mixup, cutmix or label smoothing is set with `multi_label`.
         """
         self.num_classes, self.multi_label, self.augment = num_classes, multi_label, augment
         mixes = augment.mixup > 0 or augment.cutmix > 0
@@ -48,54 +49,54 @@ class Classification:
         )
 
     def train_transform(self, anatomy: Anatomy) -> PairTransform:
-        """Vary an image."""
+        """Return the random transform of a training image; its label stays as it is."""
         return on_image(train_transform(self.augment, anatomy.image_size, *anatomy.statistics))
 
     def eval_transform(self, anatomy: Anatomy) -> PairTransform:
-        """Prepare an image without chance."""
+        """Return the transform of a test image; its label stays as it is."""
         return on_image(self.image_transform(anatomy))
 
     def image_transform(self, anatomy: Anatomy) -> Transform:
-        """The same for an image that has no label."""
+        """Return the transform of an image that has no label."""
         return eval_transform(self.augment, anatomy.image_size, *anatomy.statistics)
 
     def eval_batch(self, batch_size: int) -> int:
-        """As many: all images have one size."""
+        """Return the training batch size: all images have one size."""
         return batch_size
 
     def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
-        """Logits [B, num_classes]."""
+        """Return logits [B, num_classes]."""
         logits: Tensor = model(images)
         return logits
 
     def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the images of a training batch, an even number; targets become [B, num_classes]."""
+        """Apply mixup or cutmix to an even number of images; targets become [B, num_classes]."""
         if self.mix is None:
             return images, targets
         images, targets = self.mix(images, targets)
         return images, targets
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch; logits [B, num_classes]."""
+        """Return the mean cross-entropy of a batch (binary cross-entropy with several labels)."""
         logits = logits.float()
         if self.multi_label:
             return F.binary_cross_entropy_with_logits(logits, targets)
-        # Mixed targets have been smoothed already.
+        # timm's Mixup smooths the targets that it mixes.
         smoothing = 0.0 if targets.is_floating_point() else self.augment.smoothing
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def metrics(self) -> Metrics:
-        """Metrics over an evaluation set; the one named accuracy is what runs are judged by."""
+        """Return accuracy, and top-5 accuracy or (with several labels) mean average precision."""
         from tokendial.tasks.metrics import class_metrics
 
         return class_metrics(self.num_classes, multi_label=self.multi_label)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Probabilities [B, num_classes]: independent ones with several labels."""
+        """Return probabilities [B, num_classes]: softmax, or sigmoid with several labels."""
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
     def hits(self, logits: Tensor, targets: Tensor) -> float:
-        """Share of right answers in a training batch; for mixed targets, of the larger part."""
+        """Return the training accuracy; a mixed target counts as its class of largest weight."""
         if self.multi_label:
             return float(((logits > 0) == (targets > 0)).float().mean())
         if targets.is_floating_point():

@@ -1,4 +1,4 @@
-"""What binary masks and semantic segmentation have in common."""
+"""Dense prediction (logits for every pixel): the base of binary masks and segmentation."""
 
 # Shape legend: B batch, K logit maps, H and W pixels of the image that the model sees.
 
@@ -9,50 +9,56 @@ from torch import Tensor
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.transforms.dense import (
     DenseAugment,
-    DenseEvalTransform,
-    DenseImageTransform,
-    DenseTrainTransform,
-    Frame,
+    InputFormat,
+    MaskEvalTransform,
+    MaskImageTransform,
+    MaskTrainTransform,
 )
 from tokendial.model.dial_vit import DialViT
 from tokendial.tune import OptimizedViT
 
 
-class DenseTask:
-    """Transforms of images with masks, and inference on whole images or in windows."""
+class DensePrediction:
+    """Base class of tasks with masks: transforms, and inference on whole images or in windows."""
 
-    outside: int
-    """Value of a mask where there is no image."""
+    mask_padding: int
+    """Value of a mask where a small image is padded."""
 
     def __init__(self, num_classes: int, augment: DenseAugment) -> None:
+        """Set up the task.
+
+        Args:
+            num_classes: Number of logit maps.
+            augment: How images and masks are augmented, and how test images are prepared.
+        """
         self.num_classes, self.augment = num_classes, augment
 
     def eval_batch(self, batch_size: int) -> int:
-        """One by one where images differ in size."""
+        """Return 1 if test images keep different sizes (`test: slide`), else `batch_size`."""
         return 1 if self.augment.test == "slide" else batch_size
 
-    def train_transform(self, anatomy: Anatomy) -> DenseTrainTransform:
-        """Vary an image and its mask."""
-        return DenseTrainTransform(self.augment, frame_of(anatomy), self.outside)
+    def train_transform(self, anatomy: Anatomy) -> MaskTrainTransform:
+        """Return the random transform of a training image and its mask."""
+        return MaskTrainTransform(self.augment, frame_of(anatomy), self.mask_padding)
 
-    def eval_transform(self, anatomy: Anatomy) -> DenseEvalTransform:
-        """Prepare an image; its mask keeps its size, unless test images are cropped."""
-        return DenseEvalTransform(self.augment, frame_of(anatomy), self.outside)
+    def eval_transform(self, anatomy: Anatomy) -> MaskEvalTransform:
+        """Return the transform of a test image; masks keep their size unless images are cropped."""
+        return MaskEvalTransform(self.augment, frame_of(anatomy), self.mask_padding)
 
-    def image_transform(self, anatomy: Anatomy) -> DenseImageTransform:
-        """Prepare an image that has no mask."""
-        return DenseImageTransform(self.augment, frame_of(anatomy))
+    def image_transform(self, anatomy: Anatomy) -> MaskImageTransform:
+        """Return the transform of an image that has no mask."""
+        return MaskImageTransform(self.augment, frame_of(anatomy))
 
     def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing is mixed."""
+        """Return the batch as it is."""
         return images, targets
 
     def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
-        """Logits [B, K, h, w] at the decoder's resolution, or of windows put together [B, K, H, W].
+        """Return logits [B, K, h, w] at the decoder's resolution, or [B, K, H, W] from windows.
 
         Args:
-            model: With a decoder.
-            images: [B, 3, H, W]; larger than the model's with `augment.test` slide.
+            model: Model with a decoder.
+            images: Images [B, 3, H, W] of the model's input size, or larger with `test: slide`.
         """
         if self.augment.test != "slide":
             logits: Tensor = model(images)
@@ -66,57 +72,59 @@ def slide(
     window: tuple[int, int],
     stride: float,
     *,
-    most: int = 8,
+    windows_per_pass: int = 8,
 ) -> Tensor:
-    """Logits [B, K, H, W], the mean of windows that overlap.
+    """Return logits [B, K, H, W]: at each pixel the mean over the windows that cover it.
 
     Args:
-        model: With a decoder.
-        images: [B, 3, H, W], at least as large as a window.
-        window: Height and width.
-        stride: Distance of two windows, in windows; the last one ends at the border.
-        most: Windows in one forward pass.
+        model: Model with a decoder.
+        images: Images [B, 3, H, W], at least as large as a window.
+        window: Height and width of a window.
+        stride: Distance between two windows as a fraction of the window; the last window ends at
+            the border of the image.
+        windows_per_pass: Number of windows in one forward pass.
 
     Raises:
-        ValueError: If an image is smaller than a window.
+        ValueError: If the images are smaller than a window.
     """
     height, width = images.shape[-2:]
     if height < window[0] or width < window[1]:
         raise ValueError(f"images must be at least {window}, got ({height}, {width}).")
     corners = [
         (top, left)
-        for top in _starts(height, window[0], stride)
-        for left in _starts(width, window[1], stride)
+        for top in _window_starts(height, window[0], stride)
+        for left in _window_starts(width, window[1], stride)
     ]
     sums, counts = None, images.new_zeros(1, 1, height, width)
-    for first in range(0, len(corners), most):
-        some = corners[first : first + most]
-        parts = [images[..., y : y + window[0], x : x + window[1]] for y, x in some]
+    for first in range(0, len(corners), windows_per_pass):
+        batch = corners[first : first + windows_per_pass]
+        parts = [images[..., y : y + window[0], x : x + window[1]] for y, x in batch]
         logits = F.interpolate(model(torch.cat(parts)), window, mode="bilinear")
         if sums is None:
             sums = logits.new_zeros(len(images), logits.shape[1], height, width)
-        for (y, x), part in zip(some, torch.unflatten(logits, 0, (len(some), -1)), strict=True):
+        for (y, x), part in zip(batch, torch.unflatten(logits, 0, (len(batch), -1)), strict=True):
             sums[..., y : y + window[0], x : x + window[1]] += part
             counts[..., y : y + window[0], x : x + window[1]] += 1
-    assert sums is not None  # there is always a window
+    assert sums is not None  # there is at least one window
     return sums / counts
 
 
-def _starts(length: int, window: int, stride: float) -> list[int]:
-    """Where windows begin along a side."""
+def _window_starts(length: int, window: int, stride: float) -> list[int]:
+    """Return the first pixel of each window along a side."""
     step = max(1, round(stride * window))
     return sorted({min(start, length - window) for start in range(0, length - window + step, step)})
 
 
 def resize_map(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Maps [B, K, h, w], resized bilinearly."""
+    """Return maps [B, K, h, w] resized bilinearly to a height and width."""
     return F.interpolate(maps, tuple(size), mode="bilinear")
 
 
 def best_class(logits_Khw: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Index of the largest of K logit maps at another size, [H, W] uint8.
+    """Return the index of the largest of K logit maps at another size, [H, W] uint8.
 
-    The maps are enlarged one by one: all together would not fit in memory for large photographs.
+    The maps are resized one by one, because all K at the size of a large photo might not fit in
+    memory.
     """
     best = resize_map(logits_Khw[None, :1], size)[0, 0]
     index = torch.zeros_like(best, dtype=torch.uint8)
@@ -127,6 +135,6 @@ def best_class(logits_Khw: Tensor, size: torch.Size | tuple[int, int]) -> Tensor
     return index
 
 
-def frame_of(anatomy: Anatomy) -> Frame:
-    """What images a model takes."""
-    return Frame(anatomy.image_size, *anatomy.statistics)
+def frame_of(anatomy: Anatomy) -> InputFormat:
+    """Return the size and normalisation of the images that a model takes."""
+    return InputFormat(anatomy.image_size, *anatomy.statistics)

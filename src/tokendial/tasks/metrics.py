@@ -1,6 +1,7 @@
-"""The metrics of every task.
+"""Metrics of the tasks, on torchmetrics and pysodmetrics.
 
-Imported where metrics are made: torchmetrics takes longer to import than torch does.
+Tasks import this module when they create metrics, because torchmetrics takes longer to import than
+torch.
 """
 
 import logging
@@ -21,7 +22,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.utilities import dim_zero_cat
 
-from tokendial.data.readers.masks import IGNORED
+from tokendial.data.readers.mask_files import IGNORED
 from tokendial.tasks.dense import best_class, resize_map
 
 _THRESHOLDS = 256
@@ -29,7 +30,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def class_metrics(num_classes: int, *, multi_label: bool) -> MetricCollection:
-    """Accuracy, and mean average precision or top-5 accuracy, of logits [B, num_classes]."""
+    """Return the metrics of a classification task on logits [B, num_classes].
+
+    They are accuracy, and top-5 accuracy (with more than 5 classes) or mean average precision (with
+    several labels for an image).
+    """
     metrics: dict[str, Metric | MetricCollection]
     if multi_label:
         metrics = {
@@ -44,75 +49,78 @@ def class_metrics(num_classes: int, *, multi_label: bool) -> MetricCollection:
 
 
 class MeanAveragePrecision(MultilabelAveragePrecision):
-    """Mean of the average precision of the classes that at least one image has.
+    """Mean average precision over the classes that at least one image has.
 
-    torchmetrics counts the others as 0, though nothing could have been found of them.
+    torchmetrics counts the other classes as 0, although no image of them could have been found.
     """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, average="none")
 
     def compute(self) -> Tensor:  # type: ignore[override]  # a number, not curves
-        """Mean in [0, 1]; NaN if no image has any class."""
+        """Return the mean in [0, 1]; NaN if no image has any class."""
         with warnings.catch_warnings():
-            # torchmetrics warns of classes that no image has; they are left out below.
+            # torchmetrics warns about classes that no image has; they are left out below.
             warnings.filterwarnings("ignore", message="No positive samples")
             per_class = torch.as_tensor(super().compute())
         present = dim_zero_cat(self.target).gt(0).any(dim=0)
-        _tell_share("mean_average_precision", present, "no image has the others")
+        _log_class_share("mean_average_precision", present, "no image has the other classes")
         return per_class[present].mean()
 
 
-def _tell_share(metric: str, counted: Tensor, why: str) -> None:
-    """Log how many classes a mean is over, if not over all.
+def _log_class_share(metric: str, counted: Tensor, reason: str) -> None:
+    """Log how many classes a mean is taken over, if it is not all of them.
 
     Args:
-        metric: Its name.
-        counted: [classes] bool.
-        why: The others do not count.
+        metric: Name of the metric.
+        counted: Whether each class is part of the mean, bool [classes].
+        reason: Why the other classes are not.
     """
     if not counted.all():
-        _tell(f"{metric} is the mean over {int(counted.sum())} of {len(counted)} classes: {why}")
+        share = f"{int(counted.sum())} of {len(counted)} classes"
+        _log_once(f"{metric} is the mean over {share}: {reason}")
 
 
 @cache
-def _tell(line: str) -> None:
-    """Log a line once, however many epochs and degrees have it."""
+def _log_once(line: str) -> None:
+    """Log a line once in a process; without this, each epoch and each degree would log it."""
     _LOG.warning(line)
 
 
 class PixelMetrics(MulticlassConfusionMatrix):
-    """Mean IoU over the classes that occur or are found, pixel accuracy, and each class's IoU."""
+    """Mean IoU over the classes that are in masks or predicted, pixel accuracy, IoU by class."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, ignore_index=IGNORED, validate_args=False)
 
     def update(self, logits: Tensor, targets: Tensor | Sequence[Tensor]) -> None:
-        """Take in logits [B, K, h, w] and masks [H, W] of any sizes."""
-        for own, mask in zip(logits, targets, strict=True):
-            found = best_class(own.float(), mask.shape)
-            super().update(found.flatten().long(), mask.flatten().to(found.device))
+        """Add logits [B, K, h, w] and their masks [H, W], whose sizes may differ."""
+        for image_logits, mask in zip(logits, targets, strict=True):
+            predicted = best_class(image_logits.float(), mask.shape)
+            super().update(predicted.flatten().long(), mask.flatten().to(predicted.device))
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]  # by name, as other tasks
-        """Each metric by its name; what runs are judged by comes first."""
+        """Return each metric by its name; the first one, mean IoU, selects the best epoch."""
         confusion = super().compute().double()
-        right, total = confusion.diagonal(), confusion.sum()
-        iou = right / (confusion.sum(0) + confusion.sum(1) - right)
-        why = "the others are neither in the masks nor found"
-        _tell_share("mean_iou", ~iou.isnan(), why)
+        correct, total = confusion.diagonal(), confusion.sum()
+        iou = correct / (confusion.sum(0) + confusion.sum(1) - correct)
+        reason = "the other classes are neither in the masks nor predicted"
+        _log_class_share("mean_iou", ~iou.isnan(), reason)
         per_class = {f"iou_{number}": value for number, value in enumerate(iou)}
-        return {"mean_iou": iou.nanmean(), "pixel_accuracy": right.sum() / total} | per_class
+        return {"mean_iou": iou.nanmean(), "pixel_accuracy": correct.sum() / total} | per_class
 
 
 class MaskMetrics(Metric):
-    """pysodmetrics' measures at the size of each mask, image by image.
+    """Measures of pysodmetrics, computed for each image at the size of its mask and averaged.
 
-    S-measure; weighted F-measure (beta^2 = 1); adaptive, mean and largest F-measure (beta^2 = 0.3)
-    and E-measure; mean absolute error. The largest ones are those of the mean curve. An image on
-    which a measure is not defined (the S-measure of a mask one pixel high) does not count for it,
-    and one with at most one pixel that counts not at all. Pixels where nothing is asked are left
-    out; the S-measure and the weighted F-measure, which see where pixels lie, take them for outside
-    and rightly found to be so.
+    They are the S-measure, the weighted F-measure (beta^2 = 1), the adaptive, mean and largest
+    F-measure (beta^2 = 0.3) and E-measure, and the mean absolute error. The mean and largest values
+    are those of the curve over thresholds, averaged over images.
+
+    An image on which a measure is not defined (such as the S-measure of a mask one pixel high) is
+    left out of that measure. An image with at most one pixel that is not ignored is left out of
+    all. Ignored pixels are left out, except in the S-measure and the weighted F-measure. These
+    depend on pixel positions, so there ignored pixels count as outside and correctly predicted.
     """
 
     full_state_update = False
@@ -123,28 +131,30 @@ class MaskMetrics(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # S, weighted F, adaptive F, adaptive E, absolute error; the curves of F and E.
+        # scalars: sums of S, weighted F, adaptive F, adaptive E and absolute error; defined: number
+        # of images in each sum; curves: sums of the F and E curves; count: number of images.
         self.add_state("scalars", torch.zeros(5), dist_reduce_fx="sum")
         self.add_state("defined", torch.zeros(5), dist_reduce_fx="sum")
         self.add_state("curves", torch.zeros(2, _THRESHOLDS), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, targets: Tensor | Sequence[Tensor]) -> None:
-        """Take in logits [B, 1, h, w] and masks [H, W] of 0, 1 and `IGNORED`, of any sizes."""
-        for own, mask in zip(logits, targets, strict=True):
+        """Add logits [B, 1, h, w] and their masks [H, W] of 0, 1 and `IGNORED`, of any sizes."""
+        for image_logits, mask in zip(logits, targets, strict=True):
             if (mask != IGNORED).sum() <= 1:
                 continue
-            probable = resize_map(own.unsqueeze(0).float().sigmoid(), mask.shape)[0, 0]
-            grey = (probable * 255).round().byte().cpu().numpy()
+            probability = image_logits.unsqueeze(0).float().sigmoid()
+            resized = resize_map(probability, mask.shape)[0, 0]
+            grey = (resized * 255).round().byte().cpu().numpy()
             scalars, curves = _measures(grey, mask.cpu().numpy())
-            found = torch.from_numpy(scalars).to(self.scalars)
-            self.scalars += found.nan_to_num()
-            self.defined += found.isfinite()
+            values = torch.from_numpy(scalars).to(self.scalars)
+            self.scalars += values.nan_to_num()
+            self.defined += values.isfinite()
             self.curves += torch.from_numpy(curves).to(self.curves)
             self.count += 1
 
     def compute(self) -> dict[str, Tensor]:
-        """Each measure by its name; what runs are judged by comes first."""
+        """Return each measure by its name; the first one, the S-measure, selects the best epoch."""
         structure, weighted_f, adaptive_f, adaptive_e, error = self.scalars / self.defined
         f_curve, e_curve = self.curves / self.count
         return {
@@ -161,20 +171,21 @@ class MaskMetrics(Metric):
 
 
 def _measures(grey: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scalars [5], NaN where not defined, and curves [2, 256] of one image.
+    """Return scalars [5], NaN where not defined, and curves [2, 256] of one image.
 
     Args:
-        grey: uint8 [H, W].
-        mask: [H, W], 1 inside, 0 outside, `IGNORED` where nothing is asked.
+        grey: Predicted probability times 255, [H, W] uint8.
+        mask: Target [H, W]: 1 inside, 0 outside, `IGNORED` at ignored pixels.
     """
     import py_sod_metrics as sod
 
-    counts, inside = mask != IGNORED, (mask == 1).astype(np.uint8) * 255
-    whole = np.where(counts, grey, grey[counts].min()), inside
-    # In a row, for measures that do not look at where pixels lie.
-    row = (grey, inside) if counts.all() else (grey[counts][None], inside[counts][None])
+    counted, inside = mask != IGNORED, (mask == 1).astype(np.uint8) * 255
+    # For measures that depend on positions: ignored pixels are outside in prediction and target.
+    whole = np.where(counted, grey, grey[counted].min()), inside
+    # For the other measures: the pixels that are not ignored, as an image one pixel high.
+    row = (grey, inside) if counted.all() else (grey[counted][None], inside[counted][None])
     with warnings.catch_warnings():
-        # Fmeasure says that it will be removed; what replaces it is not in all releases.
+        # Fmeasure warns that it will be removed; its replacement is not in all releases.
         warnings.simplefilter("ignore")
         measures: list[tuple[Any, tuple[np.ndarray, np.ndarray]]] = [
             (sod.Smeasure(), whole),

@@ -1,1 +1,1 @@
-"""Readers of images, masks and videos, and checks of what is in a folder."""
+"""Readers of files: images, masks, videos, lists and MATLAB files; they know no data set."""

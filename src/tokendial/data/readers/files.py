@@ -1,4 +1,4 @@
-"""Files of one kind, told by their endings, among what a user names."""
+"""Find files by their endings, resolve the paths of a data set, and word messages about files."""
 
 import dataclasses
 import logging
@@ -11,122 +11,137 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 PATH = {"path": True}
-"""Metadata of a data set's fields that are paths; relative ones start from the working folder."""
+"""Field metadata that marks a setting as a path; relative paths start in the working directory."""
 DataT = TypeVar("DataT")
-_OF_SYSTEMS = frozenset(
+_SYSTEM_FOLDERS = frozenset(
     {"#recycle", "$recycle.bin", "@eadir", "@recycle", "__macosx", "lost+found"}
     | {"system volume information"}
 )
 """Folders, in lower case, that archives, desktops and network drives leave among a user's files."""
-_OF_DESKTOPS = frozenset({"desktop.ini", "ehthumbs.db", "thumbs.db"})
+_SYSTEM_FILES = frozenset({"desktop.ini", "ehthumbs.db", "thumbs.db"})
+_MAX_LISTED_SUFFIXES = 8
 _LOG = logging.getLogger(__name__)
 
 
-def of_a_system(name: str) -> bool:
-    """Whether a file or folder of this name was put there by a system and not by a user.
+def is_system_name(name: str) -> bool:
+    """Return whether the system, not the user, made the file or folder of this name.
 
-    Hidden ones (whose name starts with a dot: `._a.png` of a Mac is no image), and folders such as
-    `__MACOSX` and `@eaDir`, which hold copies and previews of the files beside them.
+    That is so for hidden files (their name starts with a dot, such as `._a.png` on a Mac) and for
+    folders such as `__MACOSX` and `@eaDir`, which hold copies and previews of the user's files.
     """
-    return name.startswith(".") or name.lower() in _OF_SYSTEMS | _OF_DESKTOPS
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS | _SYSTEM_FILES
 
 
 def find_files(
     paths: Iterable[str | Path], suffixes: Collection[str], kind: str, error: type[ValueError]
 ) -> list[Path]:
-    """Files among `paths` as they are, and what `files_in` finds in folders.
+    """Return the files named in `paths` and the files of one kind in the folders named there.
 
-    Files of other kinds in folders are counted in one logged line.
+    Folders are searched recursively. One logged line counts the files of other kinds in them.
 
     Args:
-        paths: Files and folders.
+        paths: Files and folders. Files are returned whatever their ending.
         suffixes: Endings to look for in folders, in lower case.
-        kind: What such a file is called in messages, such as "image".
-        error: What to raise if a path does not exist, or nothing is found.
+        kind: Noun for such a file in messages, such as "image".
+        error: Exception to raise if a path does not exist or no file is found.
     """
     searched = list(map(Path, paths))
     found: list[Path] = []
-    others: Counter[str] = Counter()
+    other_suffixes: Counter[str] = Counter()
     for path in searched:
         if path.is_dir():
-            found += files_in(path, suffixes, others)
+            found += list_files(path, suffixes, other_suffixes)
         elif path.exists():
             found.append(path)
         else:
             raise error(f"no such {kind} or folder: {path}.")
     where = ", ".join(map(str, searched))
     if not found:
-        raise error(f"no {kind}s found in {where}{endings(others, ' (only ', ')')}.")
-    warn_of_others(others, kind, where)
+        only = f" (only {format_suffixes(other_suffixes)})" if other_suffixes else ""
+        raise error(f"no {kind}s found in {where}{only}.")
+    warn_of_other_files(other_suffixes, kind, where)
     return found
 
 
-def files_in(
-    folder: Path, suffixes: Collection[str], others: Counter[str] | None = None
+def list_files(
+    folder: Path, suffixes: Collection[str], other_suffixes: Counter[str] | None = None
 ) -> list[Path]:
-    """Files with one of these endings anywhere below `folder`, sorted.
+    """Return the files below `folder` that have one of the endings, sorted by path.
 
-    What systems leave there (`of_a_system`) is passed over.
+    Files and folders that the system made (`is_system_name`) are skipped.
 
     Args:
-        folder: Where to look.
+        folder: Folder to search recursively.
         suffixes: Endings in lower case.
-        others: The endings of all other files are counted here.
+        other_suffixes: Counter to which the endings of all other files are added.
     """
     found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not of_a_system(name)]
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_system_name(name)]
         for name in names:
-            if of_a_system(name):
+            if is_system_name(name):
                 continue
             suffix = os.path.splitext(name)[1].lower()
             if suffix in suffixes:
-                found.append(Path(place, name))
-            elif others is not None:
-                others[suffix] += 1
+                found.append(Path(parent, name))
+            elif other_suffixes is not None:
+                other_suffixes[suffix] += 1
     return sorted(found)
 
 
-def warn_of_others(others: Counter[str], kind: str, where: object) -> None:
-    """Log in one line how many files of which endings were left out, if there were any."""
-    if others:
-        left_out = f"{others.total():,} file(s) that are no {kind}s by their endings"
-        _LOG.warning("%s: left out %s: %s", where, left_out, endings(others))
+def warn_of_other_files(other_suffixes: Counter[str], kind: str, where: object) -> None:
+    """Log in one line how many files were left out because their ending is not one of `kind`."""
+    if other_suffixes:
+        files = format_count(other_suffixes.total(), "file")
+        suffixes = format_suffixes(other_suffixes)
+        _LOG.warning("%s: left out %s without %s endings: %s", where, files, kind, suffixes)
 
 
-def endings(others: Counter[str], before: str = "", after: str = "") -> str:
-    """Such as "12 .heic, 3 .txt", the most frequent first; nothing if there are none."""
-    told = ", ".join(f"{n:,} {suffix or 'without one'}" for suffix, n in others.most_common(8))
-    more = ", ..." if len(others) > 8 else ""
-    return f"{before}{told}{more}{after}" if others else ""
+def format_suffixes(counts: Counter[str]) -> str:
+    """Return counted endings such as "12 .heic, 3 .txt", the most frequent first."""
+    most_common = counts.most_common(_MAX_LISTED_SUFFIXES)
+    listed = ", ".join(f"{number:,} {suffix or 'without one'}" for suffix, number in most_common)
+    return listed + (", ..." if len(counts) > _MAX_LISTED_SUFFIXES else "")
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number and its noun, such as "1 problem", "1,200 problems" or "2 classes"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def format_more(number: int, noun: str) -> str:
+    """Return " (and 1 more problem)" or " (and 3 more problems)"; an empty string for 0."""
+    return f" (and {format_count(number, f'more {noun}')})" if number else ""
 
 
 def found_from(data: DataT, folder: Path) -> DataT:
-    """A data set whose relative paths start from `folder`, as far as something is there.
+    """Return a data set whose relative paths are joined to `folder` where that leads to a file.
 
     Args:
-        data: A dataclass; its fields that are paths have the metadata `PATH`.
-        folder: Where they are looked up.
+        data: Dataclass whose path fields have the metadata `PATH`.
+        folder: Folder in which relative paths are looked up. A path that does not exist there
+            stays as it is.
     """
     unchecked: Any = data
     changed = {}
     for field in dataclasses.fields(unchecked):
         value = getattr(data, field.name)
         if "path" in field.metadata and value is not None:
-            several = isinstance(value, list)
-            found = [_joined(folder, path) for path in (value if several else [value])]
-            changed[field.name] = found if several else found[0]
+            is_list = isinstance(value, list)
+            resolved = [_resolve(folder, path) for path in (value if is_list else [value])]
+            changed[field.name] = resolved if is_list else resolved[0]
     replaced: DataT = dataclasses.replace(unchecked, **changed)
     return replaced
 
 
-def _joined(folder: Path, path: str) -> str:
+def _resolve(folder: Path, path: str) -> str:
     joined = folder / path
     # Shards are named by patterns, in which braces count and list.
-    there = joined.exists() or glob(re.sub(r"\{[^{}]*\}", "*", str(joined)))
-    return str(joined) if there else path
+    exists = joined.exists() or glob(re.sub(r"\{[^{}]*\}", "*", str(joined)))
+    return str(joined) if exists else path
 
 
-def shown(path: Path) -> str:
-    """A path, and where it was looked up if it is a relative one."""
+def format_path(path: Path) -> str:
+    """Return a path for a message; a relative path is followed by the folder it starts from."""
     return str(path) if path.is_absolute() else f"{path} (looked up in {Path.cwd()})"

@@ -1,4 +1,4 @@
-"""Reading images of every kind that people have on disk."""
+"""Find image files and read them as 8-bit RGB."""
 
 import logging
 from collections import Counter
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError, features
 
-from tokendial.data.readers.files import files_in, find_files
+from tokendial.data.readers.files import find_files, format_more, list_files
 from tokendial.data.readers.pixels import RangeError, ValueRange, rgb_image
 from tokendial.errors import error_message
 
-# Pillow reads more than these, some of it by other programs (EPS by Ghostscript) or as what is no
-# picture (PDF, fonts). Pillow's wheels hold AVIF since 11.3; other builds may lack these codecs.
+# Pillow reads more formats than these. Some need other programs (EPS needs Ghostscript), some are
+# not pictures (PDF, fonts). Pillow's wheels include AVIF since 11.3; other builds may lack it.
 _SUFFIXES = {
     "JPEG": {".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"},
     "PNG": {".apng", ".png"},
@@ -28,57 +28,61 @@ _SUFFIXES = {
     "TGA": {".tga"},
 }
 IMAGE_FORMATS = tuple(_SUFFIXES)
-"""Pillow's names of the formats that are read, whatever a file's ending; TGA, which has no
-signature, is tried last."""
+"""Pillow's names of the formats that are read, whatever the ending of a file. TGA has no signature,
+so it is tried last."""
 IMAGE_SUFFIXES = frozenset().union(*_SUFFIXES.values())
-"""Endings, in lower case, of the files that are looked for in folders."""
-_SEVERAL = frozenset({"AVIF", "GIF", "PNG", "TIFF", "WEBP"})
+"""Endings, in lower case, of the files that are found in folders."""
+_MULTI_PICTURE_FORMATS = frozenset({"AVIF", "GIF", "PNG", "TIFF", "WEBP"})
+_ORIENTATION = 0x0112  # EXIF tag
+_SWAPS_SIDES = (5, 6, 7, 8)  # orientations that exchange width and height
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257  # TIFF tags
 _LOG = logging.getLogger(__name__)
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used; the message is one line that names the file."""
+    """An image file cannot be used; the message is one line that names the file."""
 
 
 class TooManyPixelsError(ImageError):
-    """An image that is larger than is allowed; told by its header, before it is decoded."""
+    """An image has more pixels than allowed; its header says so, and nothing was decoded."""
 
 
 def read_image(path: str | Path, value_range: ValueRange = None) -> Image.Image:
-    """Read an image as 8-bit RGB, upright.
+    """Read an image file as 8-bit RGB, turned upright.
 
-    Transparent pixels lie on white, CMYK, palette and grey images are converted, and the
-    orientation that a camera noted is applied.
+    Transparent pixels become white, as if the image lay on white paper. CMYK, palette and grey
+    images are converted, and the EXIF orientation is applied.
 
     Args:
-        path: The file.
-        value_range: What is black and white in files of more than 8 bits, see `data.pixels`.
+        path: The image file.
+        value_range: Values that become black and white in images of more than 8 bits; see
+            `readers.pixels.ValueRange`.
 
     Raises:
-        ImageError: If the file is missing, not an image, truncated, or too large to be sane, or
-            nothing says what is black and white.
+        ImageError: If the file is missing, is not an image, is truncated, has more pixels than
+            Pillow allows, or needs a value range and none is given.
     """
     return _read(Path(path), value_range)
 
 
 def check_image(path: Path, value_range: ValueRange = None) -> None:
-    """Raise the ImageError that `read_image` would, in a third of the time or less for JPEGs.
+    """Raise the ImageError that `read_image` would raise; for JPEGs in a third of the time or less.
 
-    All of the data is decoded, but a JPEG's pixels are made at an eighth of its size.
+    All data of the file is decoded. The pixels of a JPEG are computed at an eighth of its size.
 
     Args:
-        path: The file.
-        value_range: As `read_image` takes it.
+        path: The image file.
+        value_range: The same as for `read_image`.
     """
-    _read(path, value_range, smallest=True)
+    _read(path, value_range, reduced_size=True)
 
 
-def _read(path: Path, value_range: ValueRange, *, smallest: bool = False) -> Image.Image:
+def _read(path: Path, value_range: ValueRange, *, reduced_size: bool = False) -> Image.Image:
     if not path.is_file():
         raise ImageError(f"no such image: {path}.")
     if path.stat().st_size == 0:
         raise ImageError(f"{path} is empty.")
-    return _decoded(path, str(path), value_range=value_range, smallest=smallest)
+    return _decode(path, str(path), value_range=value_range, reduced_size=reduced_size)
 
 
 def decode_image(
@@ -89,37 +93,38 @@ def decode_image(
     max_pixels: int | None = None,
     value_range: ValueRange = None,
 ) -> Image.Image:
-    """Read an image that lies inside another file, as `read_image` does; `name` tells where.
+    """Read an image from bytes as 8-bit RGB, turned upright, as `read_image` does for files.
 
     Args:
-        data: The bytes of the image file.
-        name: What errors call it.
-        formats: Pillow's names of the formats that are tried; None: `IMAGE_FORMATS`.
-        max_pixels: Most pixels, read from the header before anything is decoded; None: what
-            Pillow takes for sane.
-        value_range: What is black and white in files of more than 8 bits, see `data.pixels`.
+        data: Content of an image file.
+        name: Name of the image in error messages, such as "images[0]".
+        formats: Pillow's names of the allowed formats; None means `IMAGE_FORMATS`.
+        max_pixels: Largest allowed number of pixels. It is compared with the header before anything
+            is decoded. None means Pillow's own limit.
+        value_range: Values that become black and white in images of more than 8 bits; see
+            `readers.pixels.ValueRange`.
 
     Raises:
-        TooManyPixelsError: If it has more pixels than that.
-        ImageError: If it is not an image of these formats, or truncated.
+        TooManyPixelsError: If the image has more pixels than allowed.
+        ImageError: If `data` is empty, is not an image of these formats, or is truncated.
     """
     if not data:
         raise ImageError(f"{name} is empty.")
-    return _decoded(BytesIO(data), name, formats, max_pixels, value_range)
+    return _decode(BytesIO(data), name, formats, max_pixels, value_range)
 
 
-def _decoded(
+def _decode(
     source: Path | BytesIO,
     name: str,
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
     value_range: ValueRange = None,
     *,
-    smallest: bool = False,
+    reduced_size: bool = False,
 ) -> Image.Image:
     try:
-        # Pillow maps a file that it opens by its path into memory, and then mixes up the rows of a
-        # TIFF that lies on its side.
+        # Given a path, Pillow memory-maps the file, and then scrambles the rows of a TIFF whose
+        # orientation tag says that it is rotated. Given an open file, it does not.
         with (
             source.open("rb") if isinstance(source, Path) else source as file,
             Image.open(file, formats=formats or IMAGE_FORMATS) as image,
@@ -129,7 +134,7 @@ def _decoded(
                     f"{name} has {image.width} x {image.height} pixels, "
                     f"more than {max_pixels:,} in all."
                 )
-            if smallest:
+            if reduced_size:
                 image.draft(image.mode, (1, 1))
             return rgb_image(image, value_range)
     except ImageError:
@@ -143,46 +148,68 @@ def _decoded(
         ) from None
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image.") from None
-    # Pillow's decoders raise what they please on broken data; all of it means the same here, and
-    # so do their warnings where the caller has made these errors.
+    # On broken data, Pillow's decoders raise exceptions of many types, and warnings that the caller
+    # may have turned into errors. All mean that the file cannot be decoded.
     except Exception as error:
         raise ImageError(f"{name} cannot be decoded ({error_message(error)}).") from None
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Image files among `paths`; folders are searched through, sorted by name.
+    """Return the image files in `paths` and, sorted by path, those in the folders in `paths`.
 
     Raises:
-        ImageError: If a path does not exist, or nothing is found.
+        ImageError: If a path does not exist or no image is found.
     """
     return find_files(paths, IMAGE_SUFFIXES, "image", ImageError)
 
 
-def images_in(folder: Path, others: Counter[str] | None = None) -> list[Path]:
-    """Image files anywhere below `folder`, sorted; `others` counts the endings of other files."""
-    return files_in(folder, IMAGE_SUFFIXES, others)
+def images_in(folder: Path, other_suffixes: Counter[str] | None = None) -> list[Path]:
+    """Return the image files below `folder`, sorted by path.
+
+    Args:
+        folder: Folder to search recursively.
+        other_suffixes: Counter to which the endings of all other files are added.
+    """
+    return list_files(folder, IMAGE_SUFFIXES, other_suffixes)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image after its EXIF orientation; reads the header only.
+
+    Raises:
+        OSError: If the file cannot be read or is not an image. Pillow may also raise a SyntaxError
+            or a ValueError for a broken header.
+    """
+    with Image.open(path) as image:
+        size = image.size
+        is_rotated = image.getexif().get(_ORIENTATION) in _SWAPS_SIDES
+        tags = getattr(image, "tag_v2", None)
+        # For TIFF, newer releases of Pillow give the upright size themselves.
+        if tags is not None and size != (tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]):
+            return size
+        return size[::-1] if is_rotated else size
 
 
 def count_pictures(path: Path) -> int:
-    """How many pictures a file holds: pages of a TIFF, frames of an animation.
+    """Return the number of pictures in a file: pages of a TIFF, frames of an animation.
 
-    1 for files that cannot be read, and for photographs of phones (MPO), which hold smaller copies
-    or other views of the same picture.
+    It is 1 for files that cannot be read, and for photos of phones (MPO), in which the other
+    pictures are smaller copies or other views of the first.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return getattr(image, "n_frames", 1) if image.format in _SEVERAL else 1
-    except Exception:  # decoders raise what they please on broken data
+            return getattr(image, "n_frames", 1) if image.format in _MULTI_PICTURE_FORMATS else 1
+    except Exception:  # broken data; see the end of `_decode`
         return 1
 
 
 def warn_of_several(counts: Iterable[tuple[Path, int]]) -> None:
-    """Log in one line which files hold several pictures, of which the first one is read.
+    """Log in one line which files hold several pictures; only the first picture of a file is read.
 
     Args:
-        counts: Files, and how many pictures each holds.
+        counts: Files and the number of pictures in each.
     """
     if several := [(path, count) for path, count in counts if count > 1]:
-        (path, count), more = several[0], len(several) - 1
-        and_more = f" (and {more:,} more such file(s))" if more else ""
-        _LOG.warning("%s holds %d pictures, the first one is read%s", path, count, and_more)
+        path, count = several[0]
+        more = format_more(len(several) - 1, "such file")
+        _LOG.warning("%s holds %d pictures, the first one is read%s", path, count, more)

@@ -1,8 +1,9 @@
-"""Pixels of any depth as 8-bit RGB, by one rule for all files of a data set.
+"""Convert images of any bit depth to 8-bit RGB, by one rule for all files of a data set.
 
-Files of at most 8 bits are read as they are. What a deeper file holds is scaled from a range, whose
-ends are black and white: that of the data set if one is set, else that of the file's type. No image
-is stretched by its own values unless that is asked for, as equal things would look different then.
+Images of at most 8 bits keep their values. Grey images of more bits are scaled from a range to 0
+(black) to 255 (white). The range is `data.range` if that is set, else the limits of the file's
+number type. Images are not stretched by their own values by default, because equal objects would
+then look different in different images.
 """
 
 import logging
@@ -16,44 +17,46 @@ import numpy as np
 from PIL import Image, ImageOps
 
 ValueRange = tuple[float, float] | Literal["image"] | None
-"""What is black and what is white in files of more than 8 bits; "image": the smallest and the
-largest value of each image; None: the range of the file's type."""
+"""Values that become black and white in grey images of more than 8 bits: (low, high); "image" for
+the smallest and the largest value of each image; None for the limits of the file's number type."""
 
-_BITS, _WHITE_IS_ZERO, _SIGNED = 258, 262, 339  # tags of TIFF
-_SAMPLE = 32
-_SMALL_PART = 0.3
-_OF_GREYS = "has colours of 16 bits, of which 8 are read; data.range is for grey levels."
+_BITS, _WHITE_IS_ZERO, _SIGNED = 258, 262, 339  # TIFF tags
+_SAMPLE_SIZE = 32
+_MIN_USED_SHARE = 0.3
+_RANGE_NEEDS_GREY = (
+    "has 16 bits per colour channel, of which 8 are read; data.range is for grey images only."
+)
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
 class RangeError(ValueError):
-    """Values of which nothing says what is black and white; the message follows a file's name."""
+    """No range tells which values are black and white; the message is to follow a file's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How a file stores more than 8 bits of grey."""
+    """How an image file stores grey levels of more than 8 bits."""
 
-    kind: str
-    """What its values are, for messages."""
+    name: str
+    """Name of the number type in messages, such as "16-bit integers"."""
     dtype: type
-    """Numbers that its values are."""
+    """NumPy type of the stored values."""
     bounds: tuple[float, float] | None
-    """What is black and white if nothing else is said; None: the type does not tell."""
+    """Default values of black and white; None if the number type does not suggest any."""
     inverted: bool = False
-    """Whether the smallest value is white."""
+    """Whether the smallest value is white and the largest is black."""
 
 
-_COLOURS = Depth("16-bit colours", np.float32, (0.0, 65535.0))
-"""Pillow gives their upper 8 bits."""
+_DEEP_COLOURS = Depth("16-bit colours", np.float32, (0.0, 65535.0))
+"""Depth of colour images with 16 bits per channel; Pillow reads the upper 8 bits."""
 
 
 def check_range(value: ValueRange) -> None:
-    """Check a data set's field `range`.
+    """Check the field `range` of a data set.
 
     Raises:
-        ValueError: If it is not two rising numbers.
+        ValueError: If it is not two rising numbers, "image" or None.
     """
     if value is None or value == "image":
         return
@@ -62,21 +65,22 @@ def check_range(value: ValueRange) -> None:
 
 
 def rgb_image(image: Image.Image, value_range: ValueRange = None) -> Image.Image:
-    """An opened image as 8-bit RGB, upright; transparent pixels lie on white.
+    """Return an opened image as 8-bit RGB, turned upright, transparent pixels on white.
 
     Args:
-        image: As Pillow has opened it, not loaded yet.
-        value_range: Of the data set.
+        image: Image that Pillow has opened but not loaded yet.
+        value_range: The field `range` of the data set.
 
     Raises:
-        RangeError: If nothing says what is black and white, or the range cannot be used.
+        RangeError: If the image needs a value range and none is given, or if the given one does not
+            apply to the image.
     """
     depth = depth_of(image)
-    if depth is _COLOURS and value_range is not None:
-        raise RangeError(_OF_GREYS)
+    if depth is _DEEP_COLOURS and value_range is not None:
+        raise RangeError(_RANGE_NEEDS_GREY)
     upright = ImageOps.exif_transpose(image)
-    if depth is not None and depth is not _COLOURS:
-        return _scaled(
+    if depth is not None and depth is not _DEEP_COLOURS:
+        return _scale_to_8_bits(
             stored_values(upright, depth), depth, value_range, image.info.get("transparency")
         )
     if upright.has_transparency_data:
@@ -87,7 +91,7 @@ def rgb_image(image: Image.Image, value_range: ValueRange = None) -> Image.Image
 
 
 def depth_of(image: Image.Image) -> Depth | None:
-    """How an opened image, not loaded yet, stores more than 8 bits; None: it has no more."""
+    """Return how an image, opened but not loaded, stores more than 8 bits; None if it has 8."""
     tags: Any = getattr(image, "tag_v2", {})
     inverted = tags.get(_WHITE_IS_ZERO) == 0
     signed = tags.get(_SIGNED, (1,))[0] == 2
@@ -96,8 +100,8 @@ def depth_of(image: Image.Image) -> Depth | None:
     if image.mode == "L" and signed:
         return Depth("signed 8-bit integers", np.int8, (-128.0, 127.0), inverted)
     if not image.mode.startswith("I"):
-        return _COLOURS if _deep_colours(image) else None
-    # Only TIFF has other depths than 16 bits: Pillow scales PGM to 65535.
+        return _DEEP_COLOURS if _has_deep_colours(image) else None
+    # Only TIFF has depths other than 16 bits here: Pillow scales PGM to 65535.
     bits = tags.get(_BITS, (16,))[0]
     if bits > 16:
         dtype = np.int32 if signed else np.uint32
@@ -110,16 +114,16 @@ def depth_of(image: Image.Image) -> Depth | None:
 def warn_of_unused_range(
     sources: Iterable[tuple[str, Path | BinaryIO]], value_range: ValueRange, where: object
 ) -> None:
-    """Warn if images of more than 8 bits use a small part of what lies between black and white.
+    """Log a warning if images of more than 8 bits use less than 30 % of the range.
 
     Args:
-        sources: Names and files of some of the images; those that cannot be read are left to
-            whoever reads all of them.
-        value_range: Of the data set.
-        where: What the warning names.
+        sources: Names and files of a sample of the images. Files that cannot be read are skipped
+            here; the check of all images reports them.
+        value_range: The field `range` of the data set.
+        where: Name of the data set in the warning.
 
     Raises:
-        ValueError: If nothing says what is black and white in one of them.
+        ValueError: If one of the images needs a value range and none is given.
     """
     ends: list[tuple[float, float]] = []
     bounds: list[tuple[float, float]] = []
@@ -130,9 +134,9 @@ def warn_of_unused_range(
                 if depth is None:
                     continue
                 values = stored_values(image, depth)
-        except Exception:  # Pillow's decoders raise what they please
+        except Exception:  # broken data; see the end of `readers.images._decode`
             continue
-        ends.append(_ends(values))
+        ends.append(_min_max(values))
         try:
             bounds.append(_bounds(*ends[-1], depth, value_range))
         except RangeError as error:
@@ -142,39 +146,40 @@ def warn_of_unused_range(
     (low, high), (black, white) = (
         (min(low for low, _ in pairs), max(high for _, high in pairs)) for pairs in (ends, bounds)
     )
-    if min(high, white) - max(low, black) < _SMALL_PART * (white - black):
+    if min(high, white) - max(low, black) < _MIN_USED_SHARE * (white - black):
         _LOG.warning(
             "data: values of more than 8 bits in %s lie between %g and %g, but black is %g and "
-            "white is %g, so little can be seen; data.range=%s would fit.",
-            *(where, low, high, black, white, _fitting_range(low, high)),
+            "white is %g, so images have little contrast; data.range=%s would fit.",
+            *(where, low, high, black, white, _suggest_range(low, high)),
         )
 
 
-def named(paths: Iterable[Path]) -> Iterator[tuple[str, Path]]:
-    """Some of the files, as `warn_of_unused_range` takes them."""
-    return ((str(path), path) for path in spread(list(paths)))
+def sample_files(paths: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """Yield (name, path) for at most 32 of the files, in the form of `warn_of_unused_range`."""
+    return ((str(path), path) for path in sample_evenly(list(paths)))
 
 
-def spread(items: Sequence[T]) -> list[T]:
-    """At most 32 items, at equal distances."""
-    return list(items[:: -(-len(items) // _SAMPLE) or 1])
+def sample_evenly(items: Sequence[T]) -> list[T]:
+    """Return at most 32 of the items, at equal distances."""
+    return list(items[:: -(-len(items) // _SAMPLE_SIZE) or 1])
 
 
 def stored_values(image: Image.Image, depth: Depth) -> np.ndarray:
-    """Grey levels [H, W] as the file has them."""
+    """Return the values [H, W] that the file stores, in the number type of the file."""
     values = np.asarray(image)
-    if depth is _COLOURS:
+    if depth is _DEEP_COLOURS:
         return values * np.float32(257)
-    # Pillow knows neither signed bytes nor unsigned numbers of 32 bits.
+    # Pillow has neither signed 8-bit nor unsigned 32-bit modes: it gives the same bits as the other
+    # type.
     if values.dtype.itemsize == np.dtype(depth.dtype).itemsize:
         return values.view(depth.dtype)
     return values.astype(depth.dtype)
 
 
-def _scaled(
+def _scale_to_8_bits(
     values: np.ndarray, depth: Depth, value_range: ValueRange, transparent: object
 ) -> Image.Image:
-    low, high = _bounds(*_ends(values), depth, value_range)
+    low, high = _bounds(*_min_max(values), depth, value_range)
     share = (values.astype(np.float64) - low) / ((high - low) or 1.0)
     share[~np.isfinite(share)] = float(depth.inverted)
     grey = (share * 255.0).round().clip(0, 255).astype(np.uint8)
@@ -186,9 +191,9 @@ def _scaled(
 
 
 def _bounds(low: float, high: float, depth: Depth, value_range: ValueRange) -> tuple[float, float]:
-    """What is black and white in a file whose values lie between `low` and `high`."""
-    if depth is _COLOURS and value_range is not None:
-        raise RangeError(_OF_GREYS)
+    """Return the values of black and white for a file whose values lie between `low` and `high`."""
+    if depth is _DEEP_COLOURS and value_range is not None:
+        raise RangeError(_RANGE_NEEDS_GREY)
     if value_range == "image":
         return low, high
     if value_range is not None:
@@ -197,35 +202,35 @@ def _bounds(low: float, high: float, depth: Depth, value_range: ValueRange) -> t
     if not black <= low <= high <= white:
         expected = f", not {black:g} to {white:g}" if depth.bounds else ""
         raise RangeError(
-            f"holds {depth.kind} from {low:g} to {high:g}{expected}: say what is black and white, "
-            f"such as data.range={_fitting_range(low, high)}."
+            f"holds {depth.name} from {low:g} to {high:g}{expected}: say which values are black "
+            f"and white, such as data.range={_suggest_range(low, high)}."
         )
     return black, white
 
 
-def _ends(values: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest number."""
+def _min_max(values: np.ndarray) -> tuple[float, float]:
+    """Return the smallest and the largest finite value; (0, 0) if there is none."""
     if values.dtype.kind == "f":
         values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
-def _fitting_range(low: float, high: float) -> str:
-    """A range that covers values: from 0 to the largest number of so many bits, if none is below.
+def _suggest_range(low: float, high: float) -> str:
+    """Return a range that covers the values, in the form of the command line, such as "[0,4095]".
 
-    Written as on the command line.
+    If no value is negative, it goes from 0 to the largest number of the bits that are needed.
     """
     if low < 0 or high <= 1:
         return f"[{low:g},{high:g}]"
     return f"[0,{2 ** max(8, math.ceil(math.log2(high + 1))) - 1}]"
 
 
-def _deep_colours(image: Image.Image) -> bool:
+def _has_deep_colours(image: Image.Image) -> bool:
     return image.mode.startswith(("RGB", "LA")) and ";16" in raw_mode(image)
 
 
 def raw_mode(image: Image.Image) -> str:
-    """Pillow's name for how the pixels of an image lie in its file, before it is loaded."""
+    """Return Pillow's name of the pixel format in the file, such as "L;4", before it is loaded."""
     tiles: Any = getattr(image, "tile", ())
     args = tiles[0][3] if tiles else ""
     raw = args[0] if isinstance(args, tuple) else args

@@ -1,4 +1,4 @@
-"""Reading videos: how many frames there are, and of these just the ones that are asked for."""
+"""Read videos: count the frames, and decode only the requested ones."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokendial.data.readers.files import files_in, find_files
+from tokendial.data.readers.files import find_files, list_files
 from tokendial.data.readers.images import ImageError, read_image
 
 if TYPE_CHECKING:
@@ -22,63 +22,74 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = frozenset(
     {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 )
-# Of FFmpeg's readers. Others take pictures and texts for videos, or follow playlists to other
-# files and to the network.
+# The allowed FFmpeg demuxers. Others read pictures and text files as videos, or follow playlists to
+# other files and to the network.
 _FORMATS = "mov,matroska,avi,flv,asf,mpeg,mpegts"
-_WHOLE = 0.9
-"""Share of the stated length that has to be there, where the number of frames is not stated."""
+_MIN_LENGTH = 0.9
+"""Fraction of the stated duration that must be present in files that state no number of frames."""
 
 
 class VideoError(ValueError):
-    """A video that cannot be used; the message is one line that names the file."""
+    """A video cannot be used; the message is one line that names the file."""
 
 
 class Video(Protocol):
-    """A video whose frames are read when they are asked for."""
+    """A video whose frames are read on demand."""
 
     def __len__(self) -> int:
-        """Number of frames."""
+        """Return the number of frames."""
 
     def frames(self, indices: Sequence[int]) -> Tensor:
-        """Frames [T, 3, H, W] uint8 in the order of `indices`, which may repeat; a VideoError."""
+        """Return frames [T, 3, H, W] uint8 in the order of `indices`, which may repeat.
+
+        Raises:
+            VideoError: If a frame cannot be read.
+        """
 
 
 class _Packet(NamedTuple):
+    """One encoded frame of a video stream."""
+
     time: int | None
-    """When its frame is shown, in units of the stream."""
-    key: bool
-    """Whether decoding can start here."""
-    hidden: bool
-    """Whether its frame serves as a reference only."""
+    """Presentation time of the frame, in the time base of the stream."""
+    is_key: bool
+    """Whether decoding can start at this packet."""
+    is_hidden: bool
+    """Whether the frame is a reference for other frames and is never shown."""
 
 
 class VideoFile:
-    """A video in a file. Frame i is the i-th that is shown, at any frame rate, also a varying one.
+    """A video file. Frame i is the i-th frame shown, also where the frame rate varies.
 
-    Packets are listed when the file is opened, which decodes nothing. Frames are decoded from the
-    key frame before each. Rotation that a camera noted is applied.
+    Opening the file lists its packets and decodes nothing. A frame is decoded from the key frame
+    before it. The rotation that a camera stored is applied.
     """
 
     def __init__(self, path: str | Path) -> None:
         """List the packets of the first video stream.
 
+        Args:
+            path: The video file.
+
         Raises:
-            VideoError: If the file is missing, empty, cut short, no video, or has no such stream.
+            VideoError: If the file is missing, empty, cut short, not a video, or has no video
+                stream or no frames.
             ValueError: If PyAV is not installed.
         """
         self.path = Path(path)
-        check_there(self.path)
-        packets = self._packets()
+        check_video_file(self.path)
+        packets = self._list_packets()
         times = [packet.time for packet in packets]
-        self._timed = None not in times and len(set(times)) == len(times)
-        if self._timed:
-            self._starts = _starts(packets)
-            shown = [n for n, start in self._starts.items() if not packets[n].hidden]
-            self._positions = {int(times[n] or 0): n for n in shown}
-            self._times: Sequence[int] = sorted(self._positions)
+        self._has_times = None not in times and len(set(times)) == len(times)
+        if self._has_times:
+            # Packets lie in decoding order. Sorted by time they are in the order of the frames.
+            self._decode_from = _decoding_starts(packets)
+            shown = [n for n in self._decode_from if not packets[n].is_hidden]
+            self._packet_at = {int(times[n] or 0): n for n in shown}
+            self._times: Sequence[int] = sorted(self._packet_at)
         else:
-            # Only decoding all of them tells which frame is the i-th.
-            self._times = range(sum(1 for _ in self._decoded(())))
+            # Without times, only decoding all frames tells their number; a time is a frame index.
+            self._times = range(sum(1 for _ in self._decode(())))
         if not self._times:
             raise VideoError(f"{self.path} has no frames.")
 
@@ -86,69 +97,74 @@ class VideoFile:
         return len(self._times)
 
     def frames(self, indices: Sequence[int]) -> Tensor:
-        """Frames [T, 3, H, W] uint8, as large as the first of them that is shown.
+        """Return frames [T, 3, H, W] uint8, in the size of the earliest requested frame.
 
         Args:
-            indices: Numbers of frames, in [0, len(self)), in any order; they may repeat.
+            indices: Frame indices in [0, len(self)), in any order; they may repeat.
 
         Raises:
-            VideoError: If one of them cannot be decoded.
+            VideoError: If one of the frames cannot be decoded.
         """
         wanted = {self._times[index] for index in indices}
         found: dict[int, np.ndarray] = {}
         height = width = 0
-        for time, frame in self._decoded(wanted):
+        for time, frame in self._decode(wanted):
             if time in wanted:
-                # A stream may change its size on the way.
+                # The frame size may change within a stream.
                 height, width = height or frame.height, width or frame.width
                 pixels = frame.to_ndarray(format="rgb24", height=height, width=width)
                 found[time] = np.rot90(pixels, round(frame.rotation / 90))
         if missing := wanted - found.keys():
-            number = self._times.index(min(missing))
-            raise VideoError(f"{self.path}: frame {number} of {len(self)} cannot be decoded.")
+            index = self._times.index(min(missing))
+            raise VideoError(f"{self.path}: frame {index} of {len(self)} cannot be decoded.")
         chosen = np.stack([found[self._times[index]] for index in indices])
         return torch.from_numpy(chosen).permute(0, 3, 1, 2)
 
-    def _packets(self) -> list[_Packet]:
-        """Packets of the stream in the order of decoding."""
-        with _opened(self.path) as (container, stream):
-            packets, whole, end = [], True, 0.0
-            # AVI does not say when frames are shown; FFmpeg guesses.
-            timed = container.format.name != "avi"
+    def _list_packets(self) -> list[_Packet]:
+        """Return the packets of the video stream in decoding order."""
+        with _open_video(self.path) as (container, stream):
+            packets, is_whole, end_s = [], True, 0.0
+            # AVI stores no presentation times; FFmpeg guesses them.
+            has_times = container.format.name != "avi"
             for packet in filter(_holds_data, container.demux()):
                 if packet.pts is not None and packet.time_base:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                    packet_end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    end_s = max(end_s, float(packet_end))
                 if packet.stream is stream:
-                    time = packet.pts if timed else None
+                    time = packet.pts if has_times else None
                     packets.append(_Packet(time, packet.is_keyframe, packet.is_discard))
-                    whole = not packet.is_corrupt
-            # Matroska states the length in seconds alone.
-            stated = (container.duration or 0) / 1e6 if "matroska" in container.format.name else 0
-            if not whole or len(packets) < stream.frames or end < _WHOLE * stated:
+                    is_whole = not packet.is_corrupt
+            # Matroska states its duration but no number of frames.
+            is_matroska = "matroska" in container.format.name
+            stated_s = (container.duration or 0) / 1e6 if is_matroska else 0
+            if not is_whole or len(packets) < stream.frames or end_s < _MIN_LENGTH * stated_s:
                 raise VideoError(f"{self.path} is cut short.")
         return packets
 
-    def _decoded(self, times: Iterable[int]) -> "Iterator[tuple[int, VideoFrame]]":
-        """Frames and when they are shown: those of `times` and what has to be decoded for them.
+    def _decode(self, times: Iterable[int]) -> "Iterator[tuple[int, VideoFrame]]":
+        """Yield (time, frame) for the frames at `times` and those decoded on the way to them.
 
-        Without times in the stream: every frame and its number.
+        If the stream has no times, yield (index, frame) for every frame.
         """
-        with _opened(self.path) as (container, stream):
-            if not self._timed:
+        with _open_video(self.path) as (container, stream):
+            if not self._has_times:
                 yield from enumerate(container.decode(stream))
                 return
-            context, ends = stream.codec_context, self._spans(times)
-            asked, last, end = set(times), max(ends.values()), -1
+            # Packets between two spans are skipped. A span starts at a key frame, with an empty
+            # decoder, and ends with a flush, which gives the frames that the decoder still holds.
+            context, span_ends = stream.codec_context, self._decoding_spans(times)
+            requested, last, end = set(times), max(span_ends.values()), -1
             for position, packet in enumerate(filter(_holds_data, container.demux(stream))):
-                if position in ends:
-                    end = ends[position]
+                if position in span_ends:
+                    end = span_ends[position]
                     context.flush_buffers()
                 if position > end:
                     continue
-                # Frames that nothing refers to need no decoding, unless they are asked for. H.264
-                # says which these are; in HEVC others of a higher layer may still refer to them.
+                # Frames that are neither requested nor a reference for others are not decoded. In
+                # H.264 the stream says which these are. In HEVC it does not: frames of a higher
+                # layer may refer to them.
                 if context.name == "h264":
-                    context.skip_frame = "DEFAULT" if packet.pts in asked else "NONREF"
+                    context.skip_frame = "DEFAULT" if packet.pts in requested else "NONREF"
                 frames = context.decode(packet)
                 if position == end:
                     frames += context.decode(None)
@@ -156,11 +172,11 @@ class VideoFile:
                 if position == last:
                     return
 
-    def _spans(self, times: Iterable[int]) -> dict[int, int]:
-        """First and last packet of each stretch that has to be decoded."""
+    def _decoding_spans(self, times: Iterable[int]) -> dict[int, int]:
+        """Return {first packet: last packet} of the spans that must be decoded; none overlap."""
         spans: list[tuple[int, int]] = []
-        positions = [self._positions[time] for time in times]
-        for start, end in sorted((self._starts[position], position) for position in positions):
+        positions = [self._packet_at[time] for time in times]
+        for start, end in sorted((self._decode_from[n], n) for n in positions):
             if spans and start <= spans[-1][1]:
                 spans[-1] = spans[-1][0], max(spans[-1][1], end)
             else:
@@ -169,18 +185,19 @@ class VideoFile:
 
 
 class FrameFolder:
-    """A video whose frames lie in a folder as numbered images."""
+    """A video stored as a folder of numbered images."""
 
     def __init__(self, folder: str | Path, template: str, count: int) -> None:
-        """Take the first frames of a folder.
+        """Check that the last frame exists; nothing is decoded.
 
         Args:
-            folder: It.
-            template: Name of a frame by its number from 1, such as "img_{:05}.jpg".
-            count: How many there are.
+            folder: Folder of the images.
+            template: File name of a frame, formatted with its number from 1, such as
+                "img_{:05}.jpg".
+            count: Number of frames.
 
         Raises:
-            VideoError: If the last of them is missing.
+            VideoError: If the image of the last frame is missing.
         """
         self.folder, self.template, self.count = Path(folder), template, count
         if not self._path(count - 1).is_file():
@@ -192,7 +209,11 @@ class FrameFolder:
         return self.count
 
     def frames(self, indices: Sequence[int]) -> Tensor:
-        """Frames [T, 3, H, W] uint8; a VideoError if one cannot be read or differs in size."""
+        """Return frames [T, 3, H, W] uint8 in the order of `indices`, which may repeat.
+
+        Raises:
+            VideoError: If a frame cannot be read, or frames differ in size.
+        """
         found: dict[int, np.ndarray] = {}
         for index in sorted(set(indices)):
             try:
@@ -209,13 +230,13 @@ class FrameFolder:
 
 
 def check_pyav() -> None:
-    """Raise a ValueError if PyAV, which reads video files, is not installed."""
+    """Raise a ValueError if PyAV, which decodes video files, is not installed."""
     if find_spec("av") is None:
-        raise ValueError("videos are read by PyAV: pip install 'tokendial[video]'.")
+        raise ValueError("reading videos needs PyAV: pip install 'tokendial[video]'.")
 
 
-def check_there(path: Path) -> None:
-    """Raise a VideoError if a file is missing or empty."""
+def check_video_file(path: Path) -> None:
+    """Raise a VideoError if the file is missing or empty."""
     if not path.is_file():
         raise VideoError(f"no such video: {path}.")
     if path.stat().st_size == 0:
@@ -223,22 +244,27 @@ def check_there(path: Path) -> None:
 
 
 def find_videos(paths: Iterable[str | Path]) -> list[Path]:
-    """Video files among `paths`; folders are searched through, sorted by name.
+    """Return the video files in `paths` and, sorted by path, those in the folders in `paths`.
 
     Raises:
-        VideoError: If a path does not exist, or nothing is found.
+        VideoError: If a path does not exist or no video is found.
     """
     return find_files(paths, VIDEO_SUFFIXES, "video", VideoError)
 
 
-def videos_in(folder: Path, others: Counter[str] | None = None) -> list[Path]:
-    """Video files anywhere below `folder`, sorted; `others` counts the endings of other files."""
-    return files_in(folder, VIDEO_SUFFIXES, others)
+def list_videos(folder: Path, other_suffixes: Counter[str] | None = None) -> list[Path]:
+    """Return the video files below `folder`, sorted by path.
+
+    Args:
+        folder: Folder to search recursively.
+        other_suffixes: Counter to which the endings of all other files are added.
+    """
+    return list_files(folder, VIDEO_SUFFIXES, other_suffixes)
 
 
 @contextmanager
-def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
-    """A file and its first video stream; whatever FFmpeg says against it becomes one line."""
+def _open_video(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
+    """Open a file and its first video stream; errors of FFmpeg become a VideoError of one line."""
     check_pyav()
     import av
 
@@ -252,7 +278,7 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise VideoError(f"{path} is encoded in a way that cannot be decoded.")
-        # Processes load side by side already.
+        # One thread: several loading processes decode in parallel already.
         stream.codec_context.thread_count = 1
         try:
             yield container, stream
@@ -261,22 +287,23 @@ def _opened(path: Path) -> "Iterator[tuple[InputContainer, VideoStream]]":
 
 
 def _holds_data(packet: "Packet[Any]") -> bool:
-    """Whether a packet is more than FFmpeg's request to decoders to empty themselves."""
+    """Return whether a packet has data; FFmpeg ends a stream with an empty packet."""
     return packet.size > 0
 
 
-def _starts(packets: Sequence[_Packet]) -> dict[int, int]:
-    """For each packet the one where decoding has to begin; those before any key frame are left out.
+def _decoding_starts(packets: Sequence[_Packet]) -> dict[int, int]:
+    """Return, by packet, the key packet at which decoding must start to get its frame.
 
-    Frames that are shown before the key frame which precedes them in the stream ("open GOP") need
-    the key frame before that.
+    That is the last key frame before the packet that is not shown after it. In an "open GOP" a
+    frame follows a key frame in the stream but is shown before it; such a frame needs the key frame
+    before that one. Packets before the first key frame cannot be decoded and are left out.
     """
     keys: list[int] = []
     starts = {}
     for position, packet in enumerate(packets):
-        if packet.key:
+        if packet.is_key:
             keys.append(position)
-        fitting = (k for k in reversed(keys) if (packets[k].time or 0) <= (packet.time or 0))
-        if (start := next(fitting, None)) is not None:
+        earlier = (k for k in reversed(keys) if (packets[k].time or 0) <= (packet.time or 0))
+        if (start := next(earlier, None)) is not None:
             starts[position] = start
     return starts

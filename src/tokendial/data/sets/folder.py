@@ -9,71 +9,88 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from tokendial.data.readers.checking import broken_images
-from tokendial.data.readers.files import PATH, of_a_system, shown, warn_of_others
-from tokendial.data.readers.images import images_in
-from tokendial.data.readers.pixels import ValueRange, check_range, named, warn_of_unused_range
-from tokendial.data.sets.labelled import (
-    Broken,
-    Files,
-    Labelled,
-    check_broken,
-    split_off,
-    whole_images,
+from tokendial.data.readers.files import (
+    PATH,
+    format_count,
+    format_more,
+    format_path,
+    is_system_name,
+    warn_of_other_files,
 )
-from tokendial.data.splits import Splits
+from tokendial.data.readers.images import images_in
+from tokendial.data.readers.pixels import (
+    ValueRange,
+    check_range,
+    sample_files,
+    warn_of_unused_range,
+)
+from tokendial.data.sets.labelled_images import (
+    Broken,
+    ImageFiles,
+    LabelledFiles,
+    check_broken,
+    drop_broken_images,
+)
+from tokendial.data.splits import Splits, hold_out
 from tokendial.methods import register
 
-_SAME_AS = {"train": ("training",), "val": ("valid", "validation", "test")}
-"""Other names, in order of preference, of the folders that the defaults name."""
+_OTHER_NAMES = {"train": ("training",), "val": ("valid", "validation", "test")}
+"""Other names that the default split folders may have, in order of preference."""
+_MAX_LISTED_NAMES = 8
 _LOG = logging.getLogger(__name__)
 
 
-class FindsFiles(Protocol):
-    """Finds the files of a kind below a folder."""
+class FindFiles(Protocol):
+    """Function that finds the files of one kind below a folder."""
 
-    def __call__(self, folder: Path, others: Counter[str] | None = None) -> list[Path]:
-        """Sorted; endings of other files are counted in `others`."""
+    def __call__(self, folder: Path, other_suffixes: Counter[str] | None = None) -> list[Path]:
+        """Return the files, sorted, and count the endings of other files in `other_suffixes`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassFolders:
-    """Fields of sets that are a folder for each split with a folder for each class."""
+    """Fields of data sets with a folder for each split and in it a folder for each class."""
 
     root: str = field(metadata=PATH)
-    """Folder that holds the splits; with `holdout` it may hold the classes themselves."""
+    """Folder that holds the split folders. With `holdout` it may hold the class folders itself."""
     train: str = "train"
-    """Name of the training folder; without a folder train, training is taken as well."""
+    """Name of the training folder. If there is no folder `train`, a folder `training` is used."""
     val: str = "val"
-    """Name of the validation folder; without a folder val, the first that is there of valid,
-    validation and test is taken."""
+    """Name of the validation folder. If there is no folder `val`, the first that exists of `valid`,
+    `validation` and `test` is used."""
     holdout: float = 0.0
-    """Share of the training files that is validated on, where there is no folder for validation
-    (a folder test is then left alone); drawn with the recipe's seed, class by class."""
+    """Fraction of the training files, in [0, 1), to validate on if there is no validation folder. A
+    folder `test` is then not used. The files are drawn class by class with the recipe's seed."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must lie in [0, 1), got {self.holdout}.")
 
-    def listed(
-        self, files_in: FindsFiles, kind: str, seed: int
-    ) -> tuple[Labelled, Labelled, tuple[str, ...]]:
-        """The files to train and to validate on, and the names of the classes.
+    def list_splits(
+        self, find_files: FindFiles, kind: str, seed: int
+    ) -> tuple[LabelledFiles, LabelledFiles, tuple[str, ...]]:
+        """Return the training files, the validation files and the names of the classes.
+
+        Args:
+            find_files: Finds the files of a class.
+            kind: Plural noun for the files in messages, such as "images".
+            seed: Seed of the random draw for `holdout`.
 
         Raises:
-            ValueError: As `split_folders` and `list_folders`; or if nothing is held out.
+            ValueError: For the reasons of `find_split_folders` and `list_folders`, or if `holdout`
+                is so small that no file is held out.
         """
-        train, val = split_folders(Path(self.root), self.train, self.val, self.holdout)
+        train, val = find_split_folders(Path(self.root), self.train, self.val, self.holdout)
         if val is not None:
-            return list_folders(train, val, files_in, kind)
-        of_train, names = list_classes(train, files_in, kind)
-        kept, held = split_off([label for _, label in of_train], self.holdout, seed)
+            return list_folders(train, val, find_files, kind)
+        files, names = list_classes(train, find_files, kind)
+        kept, held = hold_out([label for _, label in files], self.holdout, seed)
         if not held:
             raise ValueError(
                 f"data.holdout must hold out at least one of the {kind} in {train}, "
                 f"got {self.holdout}."
             )
-        return [of_train[i] for i in kept], [of_train[i] for i in held], names
+        return [files[i] for i in kept], [files[i] for i in held], names
 
 
 @register("data", "image_folder")
@@ -82,11 +99,12 @@ class ImageFolder(ClassFolders):
     """Images in `root/train/CLASS/` and `root/val/CLASS/`, or with `holdout` in `root/CLASS/`."""
 
     broken: Broken = "error"
-    """What to do about images that cannot be read; every one is read before the run begins. error:
-    stop, with a line about each; skip: report them and leave them out."""
+    """What to do with images that cannot be read. Every image is decoded before the run begins.
+    error: log each broken image and stop; skip: log each broken image and leave it out."""
     range: ValueRange = None
-    """What is black and white in files of more than 8 bits, such as [0, 4095]; image: each image's
-    own smallest and largest value; null: as the type of the file says."""
+    """Values that become black and white in grey images of more than 8 bits, such as [0, 4095].
+    image: the smallest and largest value of each image; null: the limits of the file's number
+    type."""
 
     def __post_init__(self) -> None:
         ClassFolders.__post_init__(self)
@@ -94,194 +112,170 @@ class ImageFolder(ClassFolders):
         check_range(self.range)
 
     def build(self, seed: int) -> Splits:
-        """List the files and read every image.
+        """List the files and decode every image.
 
         Raises:
             ValueError: If a folder is missing or empty, the validation set has a class that the
-                training set has not, an image cannot be read and `broken` does not say to skip
-                it, or nothing says what is black and white.
+                training set lacks, an image cannot be read and `broken` is "error", or images need
+                `range` and it is null.
         """
-        train, val, classes = self.listed(images_in, "images", seed)
-        warn_of_unused_range(named(path for path, _ in train), self.range, self.root)
-        train, val = whole_images(Path(self.root), [train, val], self.broken, self.range)
+        train, val, classes = self.list_splits(images_in, "images", seed)
+        warn_of_unused_range(sample_files(path for path, _ in train), self.range, self.root)
+        train, val = drop_broken_images(Path(self.root), [train, val], self.broken, self.range)
         if emptied := set(range(len(classes))) - {label for _, label in train}:
             raise ValueError(
                 f"data: no image of class {classes[min(emptied)]!r} in {self.root} can be read."
             )
-        return Splits(train=Files(train, self.range), val=Files(val, self.range), classes=classes)
+        return Splits(
+            train=ImageFiles(train, self.range),
+            val=ImageFiles(val, self.range),
+            classes=classes,
+        )
 
 
-def split_folders(root: Path, train: str, val: str, holdout: float) -> tuple[Path, Path | None]:
-    """The folders to train and to validate on; None: a share of the former is held out.
+def find_split_folders(
+    root: Path, train: str, val: str, holdout: float
+) -> tuple[Path, Path | None]:
+    """Return the training folder and the validation folder.
+
+    The latter is None if a fraction of the training files is to be held out instead.
 
     Args:
-        root: Folder that holds them, or with `holdout` the classes.
-        train: Name of the training folder; train stands for training, too.
-        val: Name of the validation folder; val stands for valid, validation and test, too.
-        holdout: Share that is held out.
+        root: Folder that holds the split folders, or with `holdout` the class folders.
+        train: Name of the training folder; "train" also finds "training".
+        val: Name of the validation folder; "val" also finds "valid", "validation" and "test".
+        holdout: Fraction of the training files that is held out.
 
     Raises:
-        ValueError: If a folder is missing, or there is one to validate on and `holdout` is not 0.
+        ValueError: If a folder is missing, or there is a validation folder and `holdout` is not 0.
     """
     if not root.is_dir():
-        raise ValueError(f"data.root: no such folder: {shown(root)}.")
-    there = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
-    of_train, of_val = _named(there, train), _named(there, val)
+        raise ValueError(f"data.root: no such folder: {format_path(root)}.")
+    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+    train_folder, val_folder = _find_folder(folders, train), _find_folder(folders, val)
     if holdout:
-        if of_val is not None and (of_val.name.lower() != "test" or val == of_val.name):
+        # A folder `test` is kept for a final test, unless `val` names it.
+        if val_folder is not None and (val_folder.name.lower() != "test" or val == val_folder.name):
             raise ValueError(
-                f"data.holdout must be 0, as {root} has the folder {of_val.name} to validate on, "
-                f"got {holdout}."
+                f"data.holdout must be 0, as {root} has the folder {val_folder.name} to validate "
+                f"on, got {holdout}."
             )
-        # The classes themselves are in `root` if nothing says where else.
-        if of_train is not None or (of_val is None and train in _SAME_AS):
-            return of_train or root, None
-    for wanted, found in ((train, of_train), (val, of_val)):
-        if found is None:
-            names = [name for name in there if not of_a_system(name)]
+        # Without split folders, and without a name that the user chose, the classes are in `root`.
+        if train_folder is not None or (val_folder is None and train in _OTHER_NAMES):
+            return train_folder or root, None
+    for name, folder in ((train, train_folder), (val, val_folder)):
+        if folder is None:
+            names = [found for found in folders if not is_system_name(found)]
             raise ValueError(
-                f"data: {root} has no folder {wanted!r}; it has {_listed(names) or 'no folders'}."
-                f"{_way_out(train, of_train, of_val, names)}"
+                f"data: {root} has no folder {name!r}; it has {_join(names) or 'no folders'}."
+                f"{_suggest_holdout(train, train_folder, val_folder, names)}"
             )
-    assert of_train is not None  # a missing one was told of
-    if of_val is not None and of_val.name != val and of_val.name.lower() == "test":
-        _LOG.warning("%s has no folder %s: validating on %s", root, val, of_val.name)
-    return of_train, of_val
+    assert train_folder is not None  # the loop has raised otherwise
+    if val_folder is not None and val_folder.name != val and val_folder.name.lower() == "test":
+        _LOG.warning("%s has no folder %s: validating on %s", root, val, val_folder.name)
+    return train_folder, val_folder
 
 
-def _named(there: dict[str, Path], name: str) -> Path | None:
-    if name in there:
-        return there[name]
-    # Names of splits are written in any case; exact ones come first.
-    lower = {found.lower(): path for found, path in there.items()}
-    wanted = [name, *_SAME_AS[name]] if name in _SAME_AS else []
-    return next((lower[other] for other in wanted if other in lower), None)
+def _find_folder(folders: dict[str, Path], name: str) -> Path | None:
+    """Return the folder of this name, or of one of its other names, in upper or lower case."""
+    if name in folders:
+        return folders[name]
+    by_lower = {found.lower(): path for found, path in folders.items()}
+    names = [name, *_OTHER_NAMES[name]] if name in _OTHER_NAMES else []
+    return next((by_lower[other] for other in names if other in by_lower), None)
 
 
-def _way_out(train: str, of_train: Path | None, of_val: Path | None, names: list[str]) -> str:
-    if of_train is not None:
+def _suggest_holdout(
+    train: str, train_folder: Path | None, val_folder: Path | None, names: list[str]
+) -> str:
+    if train_folder is not None:
         return " data.holdout=0.2 validates on a fifth of the training set."
-    if of_val is None and names and train in _SAME_AS:
+    if val_folder is None and names and train in _OTHER_NAMES:
         return " If these are classes, data.holdout=0.2 validates on a fifth of each."
     return ""
 
 
 def list_folders(
-    train: Path, val: Path, files_in: FindsFiles, kind: str
-) -> tuple[Labelled, Labelled, tuple[str, ...]]:
-    """The files of two folders with one folder for each class, and the names of the classes.
+    train: Path, val: Path, find_files: FindFiles, kind: str
+) -> tuple[LabelledFiles, LabelledFiles, tuple[str, ...]]:
+    """Return the files of two folders of class folders, and the names of the classes.
 
-    Names of classes are the same if they look the same (Unicode's NFC): file systems write them
-    differently. A class that has no files in `val` is for `warn_of_absent_classes` to tell.
+    Class names are compared in Unicode's form NFC, because file systems store the same name in
+    different forms. A class without files in `val` is accepted here; `warn_of_absent_classes` logs
+    it.
 
     Args:
         train: Training folder.
         val: Validation folder.
-        files_in: Finds the files of a class.
-        kind: What they are, for messages.
+        find_files: Finds the files of a class.
+        kind: Plural noun for the files in messages, such as "images".
 
     Raises:
         ValueError: If a folder is missing or empty, or the validation set has a class that the
-            training set has not.
+            training set lacks.
     """
-    of_train, names = list_classes(train, files_in, kind)
-    numbers = {name: number for number, name in enumerate(names)}
-    of_val = _class_folders(val, files_in, kind)
-    if unknown := [name for name in of_val if name not in numbers]:
-        more = f" (and {len(unknown) - 1} more classes)" if len(unknown) > 1 else ""
+    train_files, names = list_classes(train, find_files, kind)
+    label_of = {name: label for label, name in enumerate(names)}
+    val_classes = read_class_folders(val, find_files, kind)
+    if unknown := [name for name in val_classes if name not in label_of]:
         raise ValueError(
-            f"data.val: class {unknown[0]!r} of {val} is not in {train}{more}"
-            f"{_resembled(unknown[0], names)}."
+            f"data.val: class {unknown[0]!r} of {val} is not in {train}"
+            f"{format_more(len(unknown) - 1, 'class')}{suggest_class(unknown[0], names)}."
         )
-    listed = [(path, numbers[name]) for name, files in of_val.items() for path in files]
-    if not listed:
+    val_files = [(path, label_of[name]) for name, files in val_classes.items() for path in files]
+    if not val_files:
         raise ValueError(f"data: the class folders of {val} hold no {kind}.")
-    return of_train, listed, names
+    return train_files, val_files, names
 
 
-def list_classes(folder: Path, files_in: FindsFiles, kind: str) -> tuple[Labelled, tuple[str, ...]]:
-    """The files of a folder with one folder for each class, and the names of the classes.
+def list_classes(
+    folder: Path, find_files: FindFiles, kind: str
+) -> tuple[LabelledFiles, tuple[str, ...]]:
+    """Return the files of a folder of class folders, and the names of the classes.
 
     Raises:
-        ValueError: If the folder is missing or has no classes, or a class has no files.
+        ValueError: If the folder is missing or has no class folders, or a class has no files.
     """
-    found = _class_folders(folder, files_in, kind)
-    for name, files in found.items():
+    classes = read_class_folders(folder, find_files, kind)
+    for name, files in classes.items():
         if not files:
             raise ValueError(f"data: class folder {folder / name} holds no {kind}.")
-    listed = [(path, label) for label, files in enumerate(found.values()) for path in files]
-    return listed, tuple(found)
+    labelled = [(path, label) for label, files in enumerate(classes.values()) for path in files]
+    return labelled, tuple(classes)
 
 
-def check_folders(
-    root: Path, train: str, val: str, value_range: ValueRange = None
-) -> tuple[list[str], str]:
-    """All that is wrong with a folder of classes, with splits or without, every image read.
-
-    Args:
-        root: Folder that holds the splits, or the classes.
-        train: Name of the training folder, as `split_folders` takes it.
-        val: Name of the validation folder, likewise.
-        value_range: What is black and white in files of more than 8 bits.
-
-    Returns:
-        A line about each class that has no images, or is in one split alone, and each image that
-        cannot be read; and in one line what there is.
+def read_class_folders(folder: Path, find_files: FindFiles, kind: str) -> dict[str, list[Path]]:
+    """Return the files of each class by its name, classes sorted; log what is left out.
 
     Raises:
-        ValueError: If there are no such folders, or no classes in them.
+        ValueError: If the folder is missing or has no class folders.
     """
-    try:
-        of_train, of_val = split_folders(root, train, val, 0.0)
-    except ValueError:
-        of_train, of_val = split_folders(root, train, val, holdout=0.5)
-    trained = _class_folders(of_train, images_in, "images")
-    validated = {} if of_val is None else _class_folders(of_val, images_in, "images")
-    problems = [f"class folder {of_train / n} holds no images" for n, f in trained.items() if not f]
-    if of_val is not None:
-        problems += [
-            f"class {name!r} of {of_val} is not in {of_train}{_resembled(name, trained)}"
-            for name in validated
-            if name not in trained
-        ]
-        problems += [
-            f"class {name!r} has no images in {of_val}"
-            for name in trained
-            if not validated.get(name)
-        ]
-    files = [path for part in (trained, validated) for some in part.values() for path in some]
-    problems += broken_images(root, files, value_range).values()
-    to_train = f"{sum(map(len, trained.values())):,} images of {len(trained):,} classes"
-    if of_val is None:
-        return problems, f"{to_train}, no folder to validate on: see data.holdout"
-    return problems, f"{to_train} to train on, {sum(map(len, validated.values())):,} to validate on"
-
-
-def _class_folders(folder: Path, files_in: FindsFiles, kind: str) -> dict[str, list[Path]]:
-    """Files by class, classes sorted; what is passed over on the way is logged."""
     if not folder.is_dir():
-        raise ValueError(f"data: no such folder: {shown(folder)}.")
-    entries = sorted(path for path in folder.iterdir() if not of_a_system(path.name))
-    classes = [path for path in entries if path.is_dir()]
-    if not classes:
+        raise ValueError(f"data: no such folder: {format_path(folder)}.")
+    entries = sorted(path for path in folder.iterdir() if not is_system_name(path.name))
+    class_folders = [path for path in entries if path.is_dir()]
+    if not class_folders:
         raise ValueError(f"data: {folder} has no class folders.")
-    others: Counter[str] = Counter()
-    found: dict[str, list[Path]] = {}
-    for path in classes:
+    other_suffixes: Counter[str] = Counter()
+    classes: dict[str, list[Path]] = {}
+    for path in class_folders:
         name = unicodedata.normalize("NFC", path.name)
-        found.setdefault(name, []).extend(files_in(path, others))
-    warn_of_others(others, kind.removesuffix("s"), folder)
-    if loose := len(entries) - len(classes):
-        _LOG.warning("%s: left out %s file(s) that lie in no class folder", folder, f"{loose:,}")
-    return dict(sorted(found.items()))
+        classes.setdefault(name, []).extend(find_files(path, other_suffixes))
+    warn_of_other_files(other_suffixes, kind.removesuffix("s"), folder)
+    if loose := len(entries) - len(class_folders):
+        files = format_count(loose, "file")
+        _LOG.warning("%s: left out %s outside of the class folders", folder, files)
+    return dict(sorted(classes.items()))
 
 
-def _resembled(name: str, names: Iterable[str]) -> str:
-    """Says which class may be meant."""
+def suggest_class(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message that names the class which `name` resembles; empty if none."""
     by_lower = {other.lower().strip(): other for other in names}
     near = difflib.get_close_matches(name.lower().strip(), by_lower, n=1)
     return f", which has {by_lower[near[0]]!r}: rename one if they are the same" if near else ""
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+def _join(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED_NAMES]) + (
+        ", ..." if len(names) > _MAX_LISTED_NAMES else ""
+    )

@@ -6,7 +6,9 @@ Bossard et al., "Food-101 - Mining Discriminative Components with Random Forests
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokendial.data.sets.labelled import Files, OfficialSet, existing, read_lines
+from tokendial.data.readers.lists import read_lines, require_image
+from tokendial.data.sets.labelled_images import ImageFiles
+from tokendial.data.sets.official import OfficialSet
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -19,7 +21,7 @@ _SOURCE = (
 @register("data", "food101")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Food101(OfficialSet):
-    """The official folder: `root/images/CLASS/ID.jpg`, `root/meta/{classes,train,test}.txt`."""
+    """Food-101: `root/images/CLASS/ID.jpg` and the lists `root/meta/{classes,train,test}.txt`."""
 
     def build(self, seed: int) -> Splits:
         """Read the lists.
@@ -31,20 +33,20 @@ class Food101(OfficialSet):
         meta = Path(self.root) / "meta"
         classes = [name for _, name in read_lines(meta / "classes.txt", _SOURCE)]
         self.check_count(f"number of classes in {meta / 'classes.txt'}", len(classes), 101)
-        numbers = {name: number for number, name in enumerate(classes)}
-        train = self._read(meta / "train.txt", numbers, 75_750)
-        test = self._read(meta / "test.txt", numbers, 25_250)
+        label_of = {name: label for label, name in enumerate(classes)}
+        train = self._read_list(meta / "train.txt", label_of, 75_750)
+        test = self._read_list(meta / "test.txt", label_of, 25_250)
         return self.splits(train, test, classes, seed)
 
-    def _read(self, path: Path, numbers: dict[str, int], size: int) -> Files:
+    def _read_list(self, path: Path, label_of: dict[str, int], size: int) -> ImageFiles:
         files = []
         for place, line in read_lines(path, _SOURCE):
             name, slash, _ = line.partition("/")
-            if not slash or name not in numbers:
+            if not slash or name not in label_of:
                 raise ValueError(
                     f"data: {place}: must be CLASS/ID with a class of classes.txt, got {line!r}."
                 )
             image = Path(self.root) / "images" / f"{line}.jpg"
-            files.append((existing(image, place), numbers[name]))
+            files.append((require_image(image, place), label_of[name]))
         self.check_count(f"number of images in {path}", len(files), size)
-        return Files(files)
+        return ImageFiles(files)

@@ -1,4 +1,4 @@
-"""Sets of Hugging Face's library datasets: folders that it has saved, or sets of its hub."""
+"""Data sets of Hugging Face's library `datasets`: saved in a folder, or on the hub."""
 
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -11,45 +11,54 @@ from torch.utils.data import Dataset
 
 from tokendial.data.readers.files import PATH
 from tokendial.data.readers.images import decode_image, read_image
-from tokendial.data.readers.pixels import ValueRange, check_range, spread, warn_of_unused_range
+from tokendial.data.readers.pixels import (
+    ValueRange,
+    check_range,
+    sample_evenly,
+    warn_of_unused_range,
+)
 from tokendial.data.splits import Splits
 from tokendial.methods import register
+
+_MAX_NAMES = 5
 
 
 @register("data", "hf")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HuggingFace:
-    """A column of images and a column of labels; needs `pip install 'tokendial[hf]'`."""
+    """A Hugging Face data set with an image and a label column; needs `tokendial[hf]`."""
 
     path: str = field(metadata=PATH)
-    """Folder written by `DatasetDict.save_to_disk`, or the name of a set on the hub."""
+    """Folder written by `DatasetDict.save_to_disk`, or the name of a data set on the hub, which is
+    downloaded."""
     subset: str | None = None
-    """Which configuration of a set on the hub; null: its default."""
+    """Configuration of a data set on the hub. null: its default configuration."""
     revision: str | None = None
-    """Which commit, branch or tag of a set on the hub; null: the newest. A commit makes runs
-    repeatable."""
+    """Commit, branch or tag of a data set on the hub. null: the newest version; only a commit makes
+    runs repeatable."""
     train: str = "train"
     """Name of the training split."""
     val: str = "validation"
-    """Name of the split to validate on."""
+    """Name of the validation split."""
     image: str = "image"
-    """Name of the column of images."""
+    """Name of the column that holds the images."""
     label: str = "label"
-    """Name of the column of labels: of classes with names, or of whole numbers."""
+    """Name of the column that holds the labels: class labels with names, or whole numbers."""
     range: ValueRange = None
-    """What is black and white in files of more than 8 bits, such as [0, 4095]; image: each image's
-    own smallest and largest value; null: as the type of the file says."""
+    """Values that become black and white in grey images of more than 8 bits, such as [0, 4095].
+    image: the smallest and largest value of each image; null: the limits of the file's number
+    type."""
 
     def __post_init__(self) -> None:
         check_range(self.range)
 
     def build(self, seed: int) -> Splits:
-        """Open the set, and fetch it first if it is one of the hub.
+        """Open the data set; one on the hub is downloaded first.
 
         Raises:
-            ValueError: If datasets is not installed, the set cannot be opened, a split or column
-                is missing, a column is of another kind, an image has no label, or nothing says
-                what is black and white.
+            ValueError: If `datasets` is not installed, the data set cannot be opened, a split or
+                column is missing, a column has the wrong type, an image has no label, or images
+                need `range` and it is null.
         """
         splits = self._open()
         for setting in ("train", "val"):
@@ -58,15 +67,16 @@ class HuggingFace:
                     f"data.{setting}: {self.path} has no split {name!r}; "
                     f"it has {', '.join(splits)}."
                 )
-        train, val = (self._read(splits[name]) for name in (self.train, self.val))
-        names, of_val = (
+        train, val = (self._read_split(splits[name]) for name in (self.train, self.val))
+        names, val_names = (
             getattr(splits[name].features[self.label], "names", None)
             for name in (self.train, self.val)
         )
-        if of_val is not None and names is not None and of_val != names:
+        if val_names is not None and names is not None and val_names != names:
             raise ValueError(
                 f"data.label: the splits {self.train} and {self.val} of {self.path} must have the "
-                f"same classes in the same order, got {_start(names)} and {_start(of_val)}."
+                f"same classes in the same order, got {_join_first(names)} and "
+                f"{_join_first(val_names)}."
             )
         if names is None:
             names = [f"class {number}" for number in range(max(train.labels) + 1)]
@@ -76,7 +86,7 @@ class HuggingFace:
                     f"data.label: labels of {self.path} must lie in [0, {len(names) - 1}], "
                     f"got {bad[0]}."
                 )
-        sources = map(train.source, spread(range(len(train))))
+        sources = map(train.source, sample_evenly(range(len(train))))
         warn_of_unused_range(sources, self.range, self.path)
         return Splits(train=train, val=val, classes=tuple(names))
 
@@ -90,7 +100,7 @@ class HuggingFace:
                 found = datasets.load_from_disk(self.path)
             else:
                 found = datasets.load_dataset(self.path, self.subset, revision=self.revision)
-        except (IndexError, OSError, ValueError) as error:  # IndexError: a saved split is empty
+        except (IndexError, OSError, ValueError) as error:  # IndexError: empty saved split
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"data.path: {self.path} cannot be opened ({reason}).") from None
         if not isinstance(found, datasets.DatasetDict):
@@ -100,7 +110,7 @@ class HuggingFace:
             )
         return dict(found)
 
-    def _read(self, split: Any) -> "_Rows":
+    def _read_split(self, split: Any) -> "_Rows":
         import datasets
 
         for setting in ("image", "label"):
@@ -116,7 +126,7 @@ class HuggingFace:
             )
         if not len(split):
             raise ValueError(f"data: a split of {self.path} holds no images.")
-        # Images stay bytes, so that they are decoded as everywhere else.
+        # Images stay encoded, so that `readers.images` decodes them like those of other data sets.
         images = split.select_columns(self.image).cast_column(
             self.image, datasets.Image(decode=False)
         )
@@ -129,11 +139,13 @@ class HuggingFace:
         return _Rows(images, self.image, labels.tolist(), self.path, self.range)
 
 
-def _start(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _join_first(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
 
 
 class _Rows(Dataset[tuple[Image.Image, int]]):
+    """Images of a column, each decoded when it is requested."""
+
     def __init__(
         self, rows: Any, column: str, labels: list[int], name: str, value_range: ValueRange
     ) -> None:
@@ -152,8 +164,8 @@ class _Rows(Dataset[tuple[Image.Image, int]]):
         return image, self.labels[index]
 
     def source(self, index: int) -> tuple[str, Path | BytesIO]:
-        """What errors call an image, and its file."""
-        found = self.rows[index][self.column] or {"bytes": b"", "path": None}
-        if found["bytes"] is None:
-            return found["path"], Path(found["path"])
-        return f"{self.name}, row {index}", BytesIO(found["bytes"])
+        """Return the name of an image in errors, and its file or encoded content."""
+        image = self.rows[index][self.column] or {"bytes": b"", "path": None}
+        if image["bytes"] is None:
+            return image["path"], Path(image["path"])
+        return f"{self.name}, row {index}", BytesIO(image["bytes"])

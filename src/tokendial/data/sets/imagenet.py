@@ -8,8 +8,10 @@ from pathlib import Path
 
 from tokendial.data.readers.files import PATH
 from tokendial.data.readers.images import images_in
+from tokendial.data.readers.lists import read_lines
 from tokendial.data.sets.folder import list_folders
-from tokendial.data.sets.labelled import Files, check_count, read_lines, whole_images
+from tokendial.data.sets.labelled_images import ImageFiles, drop_broken_images
+from tokendial.data.sets.official import check_count
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -22,43 +24,43 @@ _SOURCE = (
 @register("data", "imagenet")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageNet:
-    """Images in `root/train/WNID/` and `root/val/WNID/`; classes are numbered by these ids."""
+    """ImageNet-1k: `root/train/WNID/` and `root/val/WNID/`, classes in the order of WordNet ids."""
 
     root: str = field(metadata=PATH)
-    """Folder that holds train and val."""
+    """Folder that holds the folders `train` and `val`."""
     classes: str | None = field(default=None, metadata=PATH)
-    """File of names: lines of a WordNet id and a name, such as "n01440764 tench, Tinca tinca";
-    null: the ids are the names."""
+    """Text file of class names, each line a WordNet id and a name, such as "n01440764 tench, Tinca
+    tinca". null: the ids are the names."""
     check: bool = True
-    """Whether the numbers of images and classes must be those of the whole set; false: parts of
-    it will do."""
+    """Whether the numbers of images and classes must be those of the published data set. Set to
+    false to use a part of it."""
 
     def build(self, seed: int) -> Splits:
-        """List the files and read every image.
+        """List the files and decode every image.
 
         Raises:
             ValueError: If a folder is missing or empty, there are more or fewer images or classes
-                than published, an image cannot be read, or the file of names lacks a name.
+                than published, an image cannot be read, or a class has no name in `classes`.
         """
         root = Path(self.root)
         try:
-            of_train, of_val, wnids = list_folders(
+            train_files, val_files, wnids = list_folders(
                 root / "train", root / "val", images_in, "images"
             )
         except ValueError as error:
             raise ValueError(f"{error} {_SOURCE}") from None
-        train, val = map(Files, whole_images(root, [of_train, of_val]))
+        train, val = map(ImageFiles, drop_broken_images(root, [train_files, val_files]))
         for files, split, size in ((train, "train", 1_281_167), (val, "val", 50_000)):
             for what, got, expected in (
                 ("classes", len(set(files.labels)), 1000),
                 ("images", len(files), size),
             ):
                 check_count(f"number of {what} in {root / split}", got, expected, strict=self.check)
-        classes = wnids if self.classes is None else _names(Path(self.classes), wnids)
+        classes = wnids if self.classes is None else _read_names(Path(self.classes), wnids)
         return Splits(train=train, val=val, classes=classes)
 
 
-def _names(path: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
+def _read_names(path: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
     names = {}
     for place, line in read_lines(path, "data.classes may also be null."):
         wnid, *name = line.split(maxsplit=1)

@@ -1,9 +1,9 @@
-"""Images and masks in two folders, paired by their names: ADE20K's layout and what is like it."""
+"""Images and masks in two folders, paired by their names, as in ADE20K and similar data sets."""
 
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,34 +14,32 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from tokendial.data.readers.files import PATH, shown, warn_of_others
+from tokendial.data.readers.binary_masks import (
+    MaskReading,
+    MaskRule,
+    find_reading,
+    read_binary_mask,
+)
+from tokendial.data.readers.class_masks import Palette, palette_colours, read_class_mask
+from tokendial.data.readers.colour_codes import Colour
+from tokendial.data.readers.files import PATH, format_more, format_path, warn_of_other_files
 from tokendial.data.readers.images import (
     ImageError,
     count_pictures,
     images_in,
     read_image,
+    upright_size,
     warn_of_several,
 )
-from tokendial.data.readers.masks import (
-    IGNORED,
-    Colour,
-    MaskRule,
-    Palette,
-    Reading,
-    look_at,
-    palette_colours,
-    read_binary_mask,
-    read_class_mask,
-    reading_of,
+from tokendial.data.readers.pixels import (
+    ValueRange,
+    check_range,
+    sample_files,
+    warn_of_unused_range,
 )
-from tokendial.data.readers.pixels import ValueRange, check_range, named, warn_of_unused_range
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
-_SWAPPED = (5, 6, 7, 8)  # orientations of EXIF that exchange height and width
-_ORIENTATION = 0x0112
-_WIDTH, _HEIGHT = 256, 257  # tags of TIFF
-_MANY_VALUES = 12
 _LOG = logging.getLogger(__name__)
 
 
@@ -49,11 +47,11 @@ class Pair(NamedTuple):
     """An image and its mask."""
 
     image: Path
-    """File of the image."""
+    """Image file."""
     mask: Path
-    """File of the mask."""
-    read: Callable[[Path], np.ndarray]
-    """Reads the mask as masks of its root are read."""
+    """Mask file."""
+    read_mask: Callable[[Path], np.ndarray]
+    """Function that reads the mask as [H, W] uint8."""
 
 
 @register("data", "pairs")
@@ -62,38 +60,43 @@ class Pairs:
     """`root/images/SPLIT/NAME.jpg` and `root/annotations/SPLIT/NAME.png`, one root or several."""
 
     root: str | list[str] = field(metadata=PATH)
-    """Folder that holds images and annotations, or several, whose pairs are joined."""
+    """Folder that holds the folders of images and masks; or a list of such folders, whose pairs are
+    joined."""
     classes: int | list[str] | None = None
-    """Number or names of the classes of a semantic segmentation; null: binary masks."""
+    """Number of classes, or their names, for semantic segmentation. null: masks are binary."""
     ignore_zero: bool = False
-    """Whether value 0 of a mask is ignored and 1 is the first class, as in ADE20K; value 255 is
-    ignored in any case."""
+    """Whether value 0 of a mask is ignored and value 1 is the first class, as in ADE20K. Value 255
+    is always ignored in masks of classes."""
     train: str = "training"
-    """Name of the training folders."""
+    """Name of the training folder, below the folders of images and of masks."""
     val: str = "validation"
-    """Name of the validation folders."""
+    """Name of the validation folder, below the folders of images and of masks."""
     images: str = "images"
     """Name of the folder of images."""
     annotations: str = "annotations"
     """Name of the folder of masks."""
     mask: MaskRule = "auto"
-    """What is inside a binary mask. auto: as the files tell, the same for all of a root; alpha:
-    what is not transparent; half: what is brighter than half of the full range; nonzero: all that
-    is not 0 (black); a list of values (of palettes: indices) or colours: these, such as [1] or
-    [[255, 0, 0]]."""
+    """Pixels of a binary mask that are inside. auto: found from the files, one rule for all of a
+    root; alpha: those that are not transparent; half: those brighter than half of the full range;
+    nonzero: those that are not 0 (black); a list: those with one of these values or colours, such
+    as [1] or [[255, 0, 0]]. In files with a palette a value is a palette index."""
     ignore: int | Colour | None = None
-    """Value (of palettes: the index) or colour of a mask where nothing is asked, such as 255 or
-    [224, 224, 192]; null: none, but for 255 in masks of classes."""
+    """Value or colour of mask pixels that are ignored, such as 255 or [224, 224, 192]. In files
+    with a palette a value is a palette index. null: nothing is ignored, except 255 in masks of
+    classes."""
     palette: Palette | None = None
-    """Colours of the values 0, 1, ... of masks of classes; voc, cityscapes: those of PASCAL VOC's
-    21 classes and Cityscapes' 19, with what these ignore; null: masks hold the values."""
+    """Colours of the class values 0, 1, ... if masks are stored in colours. voc: the 21 classes of
+    PASCAL VOC; cityscapes: the 19 of Cityscapes, each with the colours that these data sets ignore.
+    null: masks store the class values."""
     range: ValueRange = None
-    """What is black and white in images of more than 8 bits, such as [0, 4095]; image: each image's
-    own smallest and largest value; null: as the type of the file says."""
+    """Values that become black and white in grey images of more than 8 bits, such as [0, 4095].
+    image: the smallest and largest value of each image; null: the limits of the file's number
+    type."""
     broken: Literal["error", "skip"] = "error"
-    """What to do about files without a partner, pairs of different sizes and files that cannot be
-    read. error: stop, if names, headers or sizes tell of one; skip: read every file before the run
-    begins, report the broken ones and leave them out."""
+    """What to do with broken pairs: a file without a partner, sizes that differ, or a file that
+    cannot be read. error: stop before the run if file names or file headers show one; pixel data
+    are not decoded then, so a damaged image stops the run when it is read (`tokendial data check`
+    decodes all). skip: decode every file before the run, log each broken pair and leave it out."""
 
     def __post_init__(self) -> None:
         if self.broken not in ("error", "skip"):
@@ -104,109 +107,125 @@ class Pairs:
             raise ValueError("ignore_zero must be false for binary masks, got true.")
         if not self.roots():
             raise ValueError("root must name at least one folder, got [].")
-        self._check_masks()
+        self._check_mask_settings()
         check_range(self.range)
 
-    def _check_masks(self) -> None:
+    def _check_mask_settings(self) -> None:
         if self.num_classes is None:
             if self.palette is not None:
-                raise ValueError("palette is for classes, but classes is null: see mask.")
+                raise ValueError(
+                    "palette is for masks of classes, but classes is null; for binary masks set "
+                    "mask."
+                )
         elif self.mask != "auto":
-            raise ValueError(f"mask is for binary masks, but there are classes, got {self.mask!r}.")
+            raise ValueError(
+                f"mask is for binary masks, but classes are given: mask must be auto, "
+                f"got {self.mask!r}."
+            )
         if not self.mask:
             raise ValueError("mask must name at least one value, got [].")
         if self.num_classes is not None and self.palette is not None:
-            wanted = self.num_classes + int(self.ignore_zero)
-            if (got := len(palette_colours(self.palette)[0])) != wanted:
+            expected = self.num_classes + int(self.ignore_zero)
+            if (got := len(palette_colours(self.palette)[0])) != expected:
+                zero = " and one for value 0, which is ignored" if self.ignore_zero else ""
                 raise ValueError(
-                    f"palette must have {wanted} colours (classes and ignore_zero), got {got}."
+                    f"palette must have {expected} colours (one for each class{zero}), got {got}."
                 )
-        listed = self.mask if isinstance(self.mask, list) else []
-        for colour in (*listed, self.ignore, *(self.palette or ())):
+        values = self.mask if isinstance(self.mask, list) else []
+        for colour in (*values, self.ignore, *(self.palette or ())):
             if isinstance(colour, tuple) and not all(0 <= value <= 255 for value in colour):
                 raise ValueError(f"colours must lie in [0, 255], got {list(colour)}.")
 
     def roots(self) -> list[Path]:
-        """The folders."""
+        """Return the root folders."""
         return [Path(root) for root in ([self.root] if isinstance(self.root, str) else self.root)]
 
     @property
     def num_classes(self) -> int | None:
-        """Of a semantic segmentation; None: binary masks."""
+        """Number of classes; None for binary masks."""
         return len(self.classes) if isinstance(self.classes, list) else self.classes
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; binary masks have a single one."""
+        if self.classes is None:
+            return ("mask",)
+        if isinstance(self.classes, int):
+            return tuple(f"class {number}" for number in range(self.classes))
+        return tuple(self.classes)
+
     def build(self, seed: int) -> Splits:
-        """List the pairs.
+        """List the pairs and check them as `broken` says.
 
         Raises:
-            ValueError: If a folder is missing or empty, a pair is broken and `broken` does not say
-                to skip it, binary masks can be read in several ways, or nothing says what is black
-                and white.
+            ValueError: If a folder is missing or empty, a pair is broken and `broken` is "error",
+                binary masks can be read in several ways, or images need `range` and it is null.
         """
-        classes = self.classes
-        if classes is None:
-            names: tuple[str, ...] = ("mask",)
-        elif isinstance(classes, int):
-            names = tuple(f"class {number}" for number in range(classes))
-        else:
-            names = tuple(classes)
-        of_train: list[Pair] = []
-        of_val: list[Pair] = []
+        train: list[Pair] = []
+        val: list[Pair] = []
         for root in self.roots():
-            listed = [self._listed(root, split) for split in (self.train, self.val)]
-            read = self.reader(
-                self.reading(root, [mask for pairs, _ in listed for _, mask in pairs])
-            )
-            for found, (pairs, problems) in zip((of_train, of_val), listed, strict=True):
-                found += self._whole(root, [Pair(*pair, read) for pair in pairs], problems)
-        for found, split in ((of_train, self.train), (of_val, self.val)):
-            if not found:
+            listed = [self._list_pairs(root, split) for split in (self.train, self.val)]
+            # One reading for both splits, so that they cannot differ.
+            masks = [mask for pairs, _ in listed for _, mask in pairs]
+            read_mask = self.mask_reader(self.mask_reading(root, masks))
+            for part, (pairs, problems) in zip((train, val), listed, strict=True):
+                part += self._drop_broken(
+                    root, [Pair(*pair, read_mask) for pair in pairs], problems
+                )
+        for part, split in ((train, self.train), (val, self.val)):
+            if not part:
                 roots = ", ".join(map(str, self.roots()))
                 raise ValueError(f"data: no pairs of an image and a mask for {split} in {roots}.")
-        warn_of_unused_range(named(pair.image for pair in of_train), self.range, self.root)
-        train, val = (PairSet(found, self.range) for found in (of_train, of_val))
-        return Splits(train=train, val=val, classes=names, dense=True)
-
-    def _listed(self, root: Path, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
-        """As `pairs`; files of other kinds are told of in a warning."""
-        others: Counter[str] = Counter()
-        found = self.pairs(root, split, others)
-        warn_of_others(others, "image", f"{root}, {split}")
-        return found
-
-    def _whole(self, root: Path, pairs: list[Pair], problems: list[str]) -> list[Pair]:
-        """The pairs of a root that are not broken."""
-        of_pairs = self._problems(pairs)
-        problems = problems + [problem for problem in of_pairs if problem]
-        if problems and self.broken == "error":
-            more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-            raise ValueError(
-                f"data: {problems[0]}{more}; `tokendial data check {root}` lists them, "
-                "data.broken=skip leaves such pairs out."
-            )
-        for problem in problems:
-            _LOG.warning("left out: %s", problem)
-        kept = [pair for pair, bad in zip(pairs, of_pairs, strict=True) if bad is None]
-        warn_of_several(
-            (path, count_pictures(path)) for pair in kept for path in (pair.image, pair.mask)
+        warn_of_unused_range(sample_files(pair.image for pair in train), self.range, self.root)
+        return Splits(
+            train=PairSet(train, self.range),
+            val=PairSet(val, self.range),
+            classes=self.class_names,
+            dense=True,
         )
-        return kept
 
-    def reading(self, root: Path, masks: Sequence[Path]) -> Reading | None:
-        """How the masks of a root are read if they are binary; None: they are not.
+    def pairs(
+        self, root: Path, split: str, other_suffixes: Counter[str] | None = None
+    ) -> tuple[list[tuple[Path, Path]], list[str]]:
+        """Return the (image, mask) files of a split, and one line for each file that has no pair.
+
+        Args:
+            root: One of the root folders.
+            split: Name of the training or the validation folder.
+            other_suffixes: Counter to which the endings of files that are no images are added.
+
+        Raises:
+            ValueError: If a folder is missing.
+        """
+        images, masks = (
+            _images_by_name(root / folder / split, other_suffixes)
+            for folder in (self.images, self.annotations)
+        )
+        problems = [f"{p} has no mask" for n in images if n not in masks for p in images[n]]
+        problems += [f"{p} has no image" for n in masks if n not in images for p in masks[n]]
+        pairs = []
+        for name in (name for name in images if name in masks):
+            if several := [files for files in (images[name], masks[name]) if len(files) > 1]:
+                problems += [f"{' and '.join(map(str, files))} have one name" for files in several]
+            else:
+                pairs.append((images[name][0], masks[name][0]))
+        return pairs, sorted(problems)
+
+    def mask_reading(self, root: Path, masks: Sequence[Path]) -> MaskReading | None:
+        """Return how the binary masks of a root are read; None for masks of classes.
 
         Raises:
             ValueError: If they can be read in several ways.
         """
         if self.num_classes is not None:
             return None
-        reading = reading_of(self.mask, masks, self.ignore, root)
+        reading = find_reading(self.mask, masks, self.ignore, root)
         if masks and reading.rule == ():
             _LOG.warning("data: all masks in %s are empty", root)
         return reading
 
-    def reader(self, reading: Reading | None) -> Callable[[Path], np.ndarray]:
-        """What reads masks, as `PairSet` gives them."""
+    def mask_reader(self, reading: MaskReading | None) -> Callable[[Path], np.ndarray]:
+        """Return the function that reads a mask file; `reading` is None for masks of classes."""
         if reading is not None:
             return partial(read_binary_mask, reading=reading, ignore=self.ignore)
         assert self.num_classes is not None
@@ -218,58 +237,41 @@ class Pairs:
             palette=self.palette,
         )
 
-    def _problems(self, pairs: Sequence[Pair]) -> list[str | None]:
-        """One line for each pair that is broken."""
+    def _list_pairs(self, root: Path, split: str) -> tuple[list[tuple[Path, Path]], list[str]]:
+        """Do what `pairs` does, and log the files that are no images."""
+        other_suffixes: Counter[str] = Counter()
+        found = self.pairs(root, split, other_suffixes)
+        warn_of_other_files(other_suffixes, "image", f"{root}, {split}")
+        return found
+
+    def _drop_broken(self, root: Path, pairs: list[Pair], problems: list[str]) -> list[Pair]:
+        """Return the pairs that are not broken; raise for the others if `broken` is "error"."""
+        by_pair = self._find_problems(pairs)
+        problems = problems + [problem for problem in by_pair if problem]
+        if problems and self.broken == "error":
+            raise ValueError(
+                f"data: {problems[0]}{format_more(len(problems) - 1, 'problem')}; "
+                f"`tokendial data check {root}` lists all, data.broken=skip leaves such pairs out."
+            )
+        for problem in problems:
+            _LOG.warning("left out: %s", problem)
+        intact = [pair for pair, problem in zip(pairs, by_pair, strict=True) if problem is None]
+        warn_of_several(
+            (path, count_pictures(path)) for pair in intact for path in (pair.image, pair.mask)
+        )
+        return intact
+
+    def _find_problems(self, pairs: Sequence[Pair]) -> list[str | None]:
+        """Return one line for each broken pair and None for each other one."""
         if self.broken == "error":
             return [header_problem(pair.image, pair.mask) for pair in pairs]
-        reader = PairSet(pairs, self.range)
+        pair_set = PairSet(pairs, self.range)
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(reader.problem, range(len(pairs))))
-
-    def pairs(
-        self, root: Path, split: str, others: Counter[str] | None = None
-    ) -> tuple[list[tuple[Path, Path]], list[str]]:
-        """Pairs of files of a split, and one line about each file that has not just one partner.
-
-        Args:
-            root: One of the folders.
-            split: Name of the training or the validation folders.
-            others: Endings of files that are no images are counted here.
-
-        Raises:
-            ValueError: If a folder is missing.
-        """
-        images, masks = (
-            _by_name(root / name / split, others) for name in (self.images, self.annotations)
-        )
-        problems = [f"{p} has no mask" for n in images if n not in masks for p in images[n]]
-        problems += [f"{p} has no image" for n in masks if n not in images for p in masks[n]]
-        pairs = []
-        for name in (name for name in images if name in masks):
-            if several := [side for side in (images[name], masks[name]) if len(side) > 1]:
-                problems += [f"{' and '.join(map(str, side))} have one name" for side in several]
-            else:
-                pairs.append((images[name][0], masks[name][0]))
-        return pairs, sorted(problems)
-
-
-def _by_name(folder: Path, others: Counter[str] | None) -> dict[str, list[Path]]:
-    """Images below a folder by their names without endings, which file systems write differently.
-
-    Raises:
-        ValueError: If there is no such folder.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"data: no such folder: {shown(folder)}.")
-    found: dict[str, list[Path]] = {}
-    for path in images_in(folder, others):
-        name = str(path.relative_to(folder).with_suffix(""))
-        found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
-    return found
+            return list(pool.map(pair_set.problem, range(len(pairs))))
 
 
 class PairSet(Dataset[tuple[Image.Image, np.ndarray]]):
-    """Reads pair `i` when it is asked for."""
+    """Images and their masks, each pair read when it is requested."""
 
     def __init__(self, pairs: Sequence[Pair], value_range: ValueRange = None) -> None:
         self.pairs, self.value_range = list(pairs), value_range
@@ -278,15 +280,15 @@ class PairSet(Dataset[tuple[Image.Image, np.ndarray]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """The image, and its mask [H, W] uint8: 0 or 1, or class indices, and `IGNORED`."""
+        """Return an image and its mask [H, W] uint8: 0 and 1 or class indices, and `IGNORED`."""
         pair = self.pairs[index]
-        image, mask = read_image(pair.image, self.value_range), pair.read(pair.mask)
+        image, mask = read_image(pair.image, self.value_range), pair.read_mask(pair.mask)
         if mask.shape != image.size[::-1]:
-            raise ImageError(f"{size_line(pair.image, image.size, pair.mask, mask.shape[::-1])}.")
+            raise ImageError(f"{_size_problem(*pair[:2], image.size, mask.shape[::-1])}.")
         return image, mask
 
     def problem(self, index: int) -> str | None:
-        """One line if pair `index` cannot be read."""
+        """Return one line if pair `index` cannot be read, else None."""
         try:
             self[index]
         except ImageError as error:
@@ -294,124 +296,36 @@ class PairSet(Dataset[tuple[Image.Image, np.ndarray]]):
         return None
 
 
-@dataclass(slots=True)
-class Inside:
-    """How much of the masks of a split is inside."""
-
-    split: str
-    """Name of the folder."""
-    masks: int = 0
-    """Masks that could be read."""
-    empty: int = 0
-    """Masks with nothing inside."""
-    full: int = 0
-    """Masks with nothing outside."""
-    pixels: int = 0
-    """Pixels that count."""
-    inside: int = 0
-    """Pixels that are inside."""
-
-    def add(self, mask: np.ndarray) -> None:
-        """Take in a mask of 0, 1 and `IGNORED`."""
-        inside, pixels = int((mask == 1).sum()), int((mask != IGNORED).sum())
-        self.masks += 1
-        self.inside += inside
-        self.pixels += pixels
-        self.empty += inside == 0
-        self.full += inside == pixels > 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.split}: {self.inside / max(1, self.pixels):.1%} of the pixels are inside; of "
-            f"{self.masks} masks {self.empty} are empty and {self.full} full"
-        )
-
-
-def check_pairs(data: Pairs, root: Path, told: list[str] | None = None) -> Iterator[str]:
-    """One line about everything that is wrong with a root, every file read.
-
-    Args:
-        data: How it is read.
-        root: One of its folders.
-        told: Where to add how binary masks are read, and how much of each split is inside.
-
-    Yields:
-        Files without a partner, pairs of different sizes, files that cannot be read, masks with
-        values that are no classes, binary masks that can be read in several ways or have odd
-        values, splits of which all masks are empty or full, and images of which nothing says what
-        is black and white.
-
-    Raises:
-        ValueError: If a folder is missing.
-    """
-    listed = {split: data.pairs(root, split) for split in (data.train, data.val)}
-    for _, problems in listed.values():
-        yield from problems
-    told = [] if told is None else told
-    try:
-        reading = data.reading(root, [mask for pairs, _ in listed.values() for _, mask in pairs])
-        images = (image for pairs, _ in listed.values() for image, _ in pairs)
-        warn_of_unused_range(named(images), data.range, root)
-    except ValueError as error:
-        yield str(error).rstrip(".")
-        return
-    if reading is not None:
-        told.append(f"inside is {reading}")
-    for split, (pairs, _) in listed.items():
-        reader = PairSet([Pair(*pair, data.reader(reading)) for pair in pairs], data.range)
-        inside = Inside(split)
-        for number, (_, path) in enumerate(pairs):
-            try:
-                _, mask = reader[number]
-            except ImageError as error:
-                yield str(error).rstrip(".")
-                continue
-            if reading is not None:
-                inside.add(mask)
-                if data.mask == "auto" and reading.rule == "half" and (odd := _odd_values(path)):
-                    yield odd
-        if reading is not None:
-            told.append(str(inside))
-            for count, what in ((inside.empty, "empty"), (inside.full, "full")):
-                if count and count == inside.masks:
-                    yield f"{root / data.annotations / split}: all masks are {what}"
-
-
-def _odd_values(path: Path) -> str | None:
-    """What is odd about the values of a binary mask that no lossy format has changed."""
-    look = look_at(path)
-    if look.lossy or len(look.codes) <= 2:
-        return None
-    shown = ", ".join(map(str, sorted(look.codes)[:_MANY_VALUES]))
-    more = ", ..." if len(look.codes) > _MANY_VALUES else ""
-    return f"{path} is not binary: it has {len(look.codes)} values ({shown}{more})"
-
-
 def header_problem(image: Path, mask: Path) -> str | None:
-    """One line if a pair differs in size or is no image; reads headers only."""
+    """Return one line if the sizes of a pair differ or a file is no image; reads headers only."""
     sizes = []
     for path in (image, mask):
         try:
-            sizes.append(_upright_size(path))
+            sizes.append(upright_size(path))
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
             return f"{path} is not an image"
-    return None if sizes[0] == sizes[1] else size_line(image, sizes[0], mask, sizes[1])
+    return None if sizes[0] == sizes[1] else _size_problem(image, mask, *sizes)
 
 
-def size_line(
-    image: Path, image_size: tuple[int, int], mask: Path, mask_size: tuple[int, ...]
+def _size_problem(
+    image: Path, mask: Path, image_size: tuple[int, int], mask_size: tuple[int, ...]
 ) -> str:
-    """One line about a pair that differs in size."""
     (width, height), (mask_width, mask_height) = image_size, mask_size
     return f"{image} has {width} x {height} pixels, but {mask} has {mask_width} x {mask_height}"
 
 
-def _upright_size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        size = image.size
-        turned = image.getexif().get(_ORIENTATION) in _SWAPPED
-        tags = getattr(image, "tag_v2", None)
-        # Of TIFF files, newer releases of Pillow give the upright size themselves.
-        if tags is not None and size != (tags[_WIDTH], tags[_HEIGHT]):
-            return size
-        return size[::-1] if turned else size
+def _images_by_name(folder: Path, other_suffixes: Counter[str] | None) -> dict[str, list[Path]]:
+    """Return the images below a folder by their path in it, without ending, in Unicode's form NFC.
+
+    File systems store the same name in different Unicode forms.
+
+    Raises:
+        ValueError: If the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"data: no such folder: {format_path(folder)}.")
+    found: dict[str, list[Path]] = {}
+    for path in images_in(folder, other_suffixes):
+        name = str(path.relative_to(folder).with_suffix(""))
+        found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
+    return found

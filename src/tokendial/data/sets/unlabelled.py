@@ -4,10 +4,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokendial.data.readers.files import PATH, shown, warn_of_others
+from tokendial.data.readers.files import PATH, format_path, warn_of_other_files
 from tokendial.data.readers.images import images_in
-from tokendial.data.readers.pixels import ValueRange, check_range, named, warn_of_unused_range
-from tokendial.data.sets.labelled import Broken, Files, check_broken, whole_images
+from tokendial.data.readers.pixels import (
+    ValueRange,
+    check_range,
+    sample_files,
+    warn_of_unused_range,
+)
+from tokendial.data.sets.labelled_images import (
+    Broken,
+    ImageFiles,
+    check_broken,
+    drop_broken_images,
+)
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -15,18 +25,19 @@ from tokendial.methods import register
 @register("data", "unlabelled")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unlabelled:
-    """Every image below `root`; enough to train a compensator."""
+    """All images below a folder, without labels; enough to train a compensator."""
 
     root: str = field(metadata=PATH)
-    """Folder of images, with folders in it or without."""
+    """Folder of the images; it is searched recursively."""
     val_every: int = 20
-    """One image in so many is for validation."""
+    """Every how many images one is used for validation: 20 takes the 1st, 21st, 41st, ..."""
     broken: Broken = "error"
-    """What to do about images that cannot be read; every one is read before the run begins. error:
-    stop, with a line about each; skip: report them and leave them out."""
+    """What to do with images that cannot be read. Every image is decoded before the run begins.
+    error: log each broken image and stop; skip: log each broken image and leave it out."""
     range: ValueRange = None
-    """What is black and white in files of more than 8 bits, such as [0, 4095]; image: each image's
-    own smallest and largest value; null: as the type of the file says."""
+    """Values that become black and white in grey images of more than 8 bits, such as [0, 4095].
+    image: the smallest and largest value of each image; null: the limits of the file's number
+    type."""
 
     def __post_init__(self) -> None:
         check_broken(self.broken)
@@ -35,24 +46,24 @@ class Unlabelled:
         check_range(self.range)
 
     def build(self, seed: int) -> Splits:
-        """List the files and read every image.
+        """List the files and decode every image.
 
         Raises:
-            ValueError: If the folder does not exist, or holds fewer than two images; if one cannot
-                be read and `broken` does not say to skip it; or nothing says what is black and
-                white.
+            ValueError: If the folder does not exist or holds fewer than two images, if an image
+                cannot be read and `broken` is "error", or if images need `range` and it is null.
         """
         root = Path(self.root)
         if not root.is_dir():
-            raise ValueError(f"data.root: no such folder: {shown(root)}.")
-        others: Counter[str] = Counter()
-        files = images_in(root, others)
-        warn_of_others(others, "image", root)
+            raise ValueError(f"data.root: no such folder: {format_path(root)}.")
+        other_suffixes: Counter[str] = Counter()
+        files = images_in(root, other_suffixes)
+        warn_of_other_files(other_suffixes, "image", root)
         if len(files) < 2:
             raise ValueError(f"data.root: {root} must hold at least 2 images, got {len(files)}.")
         val = [(file, 0) for file in files[:: self.val_every]]
         train = [(file, 0) for number, file in enumerate(files) if number % self.val_every]
-        warn_of_unused_range(named(files), self.range, root)
-        whole = whole_images(root, [train, val], self.broken, self.range)
-        of_train, of_val = (Files(part, self.range) for part in whole)
-        return Splits(train=of_train, val=of_val, classes=())
+        warn_of_unused_range(sample_files(files), self.range, root)
+        train, val = drop_broken_images(root, [train, val], self.broken, self.range)
+        return Splits(
+            train=ImageFiles(train, self.range), val=ImageFiles(val, self.range), classes=()
+        )

@@ -1,8 +1,8 @@
 """VTAB-1k: 19 tasks of 1,000 training images each, as lists of files.
 
 Zhai et al., "A Large-scale Study of Representation Learning with the Visual Task Adaptation
-Benchmark", https://arxiv.org/abs/1910.04867. The layout is the one that papers on parameter-
-efficient fine-tuning share (NOAH, https://arxiv.org/abs/2206.04673).
+Benchmark", https://arxiv.org/abs/1910.04867. The layout on disk is that of NOAH
+(https://arxiv.org/abs/2206.04673), which papers on parameter-efficient fine-tuning use.
 """
 
 from dataclasses import dataclass, field
@@ -10,26 +10,25 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tokendial.data.readers.files import PATH
-from tokendial.data.sets.labelled import (
-    Files,
-    check_count,
-    existing,
-    read_number,
-    read_pairs,
-    required_folder,
-    whole_images,
+from tokendial.data.readers.lists import (
+    parse_number,
+    read_two_columns,
+    require_folder,
+    require_image,
 )
+from tokendial.data.sets.labelled_images import ImageFiles, drop_broken_images
+from tokendial.data.sets.official import check_count
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
 
 class VTABTask(NamedTuple):
-    """Sizes of a task."""
+    """Sizes of a task of VTAB-1k."""
 
     classes: int
     """Number of classes."""
     test: int
-    """Images in the test set."""
+    """Number of images in the test set."""
 
 
 VTAB_GROUPS: dict[str, dict[str, VTABTask]] = {
@@ -59,9 +58,9 @@ VTAB_GROUPS: dict[str, dict[str, VTABTask]] = {
         "smallnorb_ele": VTABTask(9, 12_150),
     },
 }
-"""The tasks in the three groups whose mean accuracies are published."""
+"""The 19 tasks in the three groups whose mean accuracies are published."""
 VTAB_TASKS = {name: task for group in VTAB_GROUPS.values() for name, task in group.items()}
-"""All tasks by name."""
+"""The 19 tasks by name."""
 
 _SOURCE = (
     "The code of NOAH, https://github.com/ZhangYuanhan-AI/NOAH, makes the images and lists "
@@ -76,17 +75,21 @@ _LISTS = {
 @register("data", "vtab")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VTAB:
-    """`root/TASK/train800.txt` and its sisters: lines of a path below `root/TASK` and a label."""
+    """A task of VTAB-1k, by the lists `root/TASK/{train800,val200,train800val200,test}.txt`.
+
+    Lines of a list are `path label`, paths below `root/TASK`.
+    """
 
     root: str = field(metadata=PATH)
-    """Folder that holds the folders of the tasks."""
+    """Folder that holds one folder for each task."""
     task: str
-    """One of the 19 tasks, such as cifar or clevr_count."""
+    """Name of one of the 19 tasks, such as cifar or clevr_count."""
     split: Literal["search", "final"] = "final"
-    """search: train on train800.txt, validate on val200.txt, to choose settings; final: train on
-    all 1,000 images of train800val200.txt, validate on test.txt."""
+    """Lists to use. search: train on train800.txt and validate on val200.txt, for choosing
+    settings; final: train on all 1,000 images of train800val200.txt and validate on test.txt."""
     check: bool = True
-    """Whether the lists must be as long as the published ones; false: parts of them will do."""
+    """Whether the lists must have the published numbers of images. Set to false to use shorter
+    lists."""
 
     def __post_init__(self) -> None:
         if self.task not in VTAB_TASKS:
@@ -98,24 +101,24 @@ class VTAB:
         """Read the lists.
 
         Raises:
-            ValueError: If a list or an image is missing, a list has another length than the
-                published one, a line is not a path and a label, a label is no class, or an image
-                cannot be read.
+            ValueError: If a list or an image is missing, a list does not have the published
+                length, a line is not a path and a label, a label is not a class, or an image cannot
+                be read.
         """
         task = VTAB_TASKS[self.task]
-        folder = required_folder(required_folder(Path(self.root), _SOURCE) / self.task, _SOURCE)
+        folder = require_folder(require_folder(Path(self.root), _SOURCE) / self.task, _SOURCE)
         train, val = (
-            self._read(folder / name, size or task.test) for name, size in _LISTS[self.split]
+            self._read_list(folder / name, size or task.test) for name, size in _LISTS[self.split]
         )
-        whole_images(folder, [train.files, val.files])
+        drop_broken_images(folder, [train.files, val.files])
         classes = tuple(f"class {number}" for number in range(task.classes))
         return Splits(train=train, val=val, classes=classes)
 
-    def _read(self, path: Path, size: int) -> Files:
+    def _read_list(self, path: Path, size: int) -> ImageFiles:
         last = VTAB_TASKS[self.task].classes - 1
         files = [
-            (existing(path.parent / name, place), read_number(label, "label", 0, last, place))
-            for place, name, label in read_pairs(path, "images/1.jpg 0", _SOURCE)
+            (require_image(path.parent / name, place), parse_number(label, "label", 0, last, place))
+            for place, name, label in read_two_columns(path, "images/1.jpg 0", _SOURCE)
         ]
         check_count(f"number of images in {path}", len(files), size, strict=self.check)
-        return Files(files)
+        return ImageFiles(files)

@@ -1,1 +1,1 @@
-"""Transforms of images, clips, and images with masks."""
+"""Transforms of images, of images with masks, and of videos."""

@@ -1,4 +1,4 @@
-"""Transforms of training and test images: torchvision's and timm's own."""
+"""Transforms of training and test images, built from those of torchvision and timm."""
 
 import math
 import random
@@ -16,42 +16,45 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-_LONG, _HIGH = 8, 100
-"""How many times longer than wide, or higher, an image is resized in another way."""
-_REACH = 3
-"""Pixels on either side that bicubic interpolation reads, and one more for rounding."""
+_MAX_CROP_ASPECT, _MAX_RESIZE_ASPECT = 8, 100
+"""Ratios of the sides above which `CentreCropped` and `Resized` work in a way that saves memory."""
+_FILTER_REACH = 3
+"""Pixels that bicubic interpolation reads on either side (2), and one more for rounding."""
 Transform = Callable[[Any], Tensor]
-"""From a PIL image to [3, H, W]."""
+"""Function from a PIL image to [3, H, W], or from a video to a clip or its views."""
 PairTransform = Callable[[Any, Any], tuple[Tensor, Any]]
-"""The same, together with the target."""
+"""Function from a sample and its target to the prepared sample and target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """How training images are varied, and how test images are cut."""
+    """How training images are augmented, and how test images are cropped."""
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic, not a field
 
     crop: bool = True
-    """Crop a random part (RandomResizedCrop); False: resize to the image size."""
+    """Whether training images are random crops (RandomResizedCrop); false resizes the whole image
+    to the input size."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest share of the area that a random crop takes."""
+    """Smallest and largest fraction of the image area that a random crop covers."""
     flip: float = 0.5
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip in training."""
     randaugment: str | None = None
-    """RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1"; None: off."""
+    """RandAugment policy in timm's notation, such as "rand-m9-mstd0.5-inc1"; null is none."""
     color_jitter: float = 0.0
-    """Strength of the jitter of brightness, contrast and saturation."""
+    """Strength of the random change of brightness, contrast and saturation in training; 0 is
+    none."""
     erasing: float = 0.0
-    """Probability of random erasing."""
+    """Probability that a random rectangle of a training image is erased."""
     mixup: float = 0.0
-    """Alpha of mixup; 0: off."""
+    """Parameter alpha of mixup (the beta distribution of the mixing weights); 0 is no mixup."""
     cutmix: float = 0.0
-    """Alpha of cutmix; 0: off."""
+    """Parameter alpha of cutmix (the beta distribution of the mixed areas); 0 is no cutmix."""
     smoothing: float = 0.0
-    """Label smoothing, in [0, 1)."""
+    """Label smoothing of the cross-entropy, in [0, 1)."""
     test_crop_ratio: float = 0.875
-    """Share of the short side that the centre crop of a test image takes; 1: no crop, resize."""
+    """Side of the centre crop of a test image as a fraction of the image's short side, in (0, 1]; 1
+    resizes the whole image without a crop."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "erasing"):
@@ -69,7 +72,7 @@ class Augment:
         if self.randaugment is not None:
             try:
                 rand_augment_transform(self.randaugment, {})
-            except (AssertionError, ValueError):  # timm asserts
+            except (AssertionError, ValueError):  # timm checks by assert
                 raise ValueError(
                     f"randaugment must look like rand-m9-mstd0.5-inc1, got {self.randaugment!r}."
                 ) from None
@@ -83,9 +86,15 @@ def train_transform(
     *,
     clips: bool = False,
 ) -> Transform:
-    """From a PIL image to a varied, normalised [3, H, W] float32 tensor.
+    """Return the transform of training images: a PIL image to [3, H, W] float32, normalised.
 
-    With `clips` from frames [T, 3, H, W] uint8 to the same in float32, all of them varied alike.
+    Args:
+        augment: How images are augmented.
+        img_size: Height and width of the result.
+        mean: Mean of each channel for normalisation.
+        std: Standard deviation of each channel for normalisation.
+        clips: Whether to transform frames [T, 3, H, W] uint8, all of a clip in the same way, into
+            float32 instead.
     """
     bicubic = v2.InterpolationMode.BICUBIC
     steps: list[Callable[[Any], Any]] = [
@@ -98,31 +107,31 @@ def train_transform(
         fill = tuple(round(255 * channel) for channel in mean)
         hparams = {"translate_const": int(min(img_size) * 0.45), "img_mean": fill}
         draw = rand_augment_transform(augment.randaugment, hparams)
-        steps.append(partial(_alike, draw) if clips else draw)
+        steps.append(partial(_augment_frames_alike, draw) if clips else draw)
     if augment.color_jitter:
         steps.append(v2.ColorJitter(*[augment.color_jitter] * 3))
     steps += to_tensor(mean, std)
     if augment.erasing:
         erase: Any = RandomErasing(augment.erasing, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
-        steps.append(partial(_in_one_place, erase) if clips else erase)
+        steps.append(partial(_erase_frames_alike, erase) if clips else erase)
     composed: Transform = v2.Compose(steps)
     return composed
 
 
-def _alike(draw: Callable[[Any], Any], frames: Tensor) -> Tensor:
-    """Vary each of [T, 3, H, W] uint8 by the same draw of a transform of PIL images."""
+def _augment_frames_alike(draw: Callable[[Any], Any], frames: Tensor) -> Tensor:
+    """Apply a random transform of PIL images to [T, 3, H, W] uint8, with one draw for all."""
+    # timm draws from these two generators; each frame starts from the same states.
     state = random.getstate(), np.random.get_state()
-    varied = []
+    augmented = []
     for frame in frames:
-        # timm draws from these two.
         random.setstate(state[0])
         np.random.set_state(state[1])
-        varied.append(tvf.pil_to_tensor(draw(tvf.to_pil_image(frame))))
-    return torch.stack(varied)
+        augmented.append(tvf.pil_to_tensor(draw(tvf.to_pil_image(frame))))
+    return torch.stack(augmented)
 
 
-def _in_one_place(erase: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
-    """Erase the same part of each of [T, 3, H, W], filled with noise of its own."""
+def _erase_frames_alike(erase: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+    """Erase the same rectangle of all frames [T, 3, H, W]; each frame gets its own noise."""
     return torch.unflatten(erase(frames.flatten(0, 1)), 0, frames.shape[:2])
 
 
@@ -132,7 +141,14 @@ def eval_transform(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Transform:
-    """From a PIL image to a normalised [3, H, W] float32 tensor, without chance."""
+    """Return the transform of test images: a PIL image to [3, H, W] float32, normalised.
+
+    Args:
+        augment: Gives `test_crop_ratio`; a model whose input is not square gets no crop.
+        img_size: Height and width of the result.
+        mean: Mean of each channel for normalisation.
+        std: Standard deviation of each channel for normalisation.
+    """
     if augment.test_crop_ratio == 1.0 or img_size[0] != img_size[1]:
         steps: list[Callable[[Any], Any]] = [Resized(img_size)]
     else:
@@ -143,10 +159,11 @@ def eval_transform(
 
 
 class Resized:
-    """Resizes to [height, width], as `v2.Resize` does.
+    """Resizes an image to a height and width, as `v2.Resize` does.
 
-    Pillow resizes rows first, so that a few pixels wide and very high image would become as many
-    rows as wide as the result. Its newer versions do it the other way round, as is done here.
+    Older versions of Pillow resize the width first. An image of a few pixels' width and a great
+    height would become very large in between. Such an image is resized to its final height first
+    here, as newer versions of Pillow do.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -155,17 +172,17 @@ class Resized:
 
     def __call__(self, image: Any) -> Any:
         """Resize a PIL image, or frames [T, 3, H, W]."""
-        if isinstance(image, Image.Image) and image.height > _HIGH * image.width:
+        if isinstance(image, Image.Image) and image.height > _MAX_RESIZE_ASPECT * image.width:
             rows = min(image.height, self.size[0])
             image = image.resize((image.width, rows), Image.Resampling.BICUBIC)
         return self._resize(image)
 
 
 class CentreCropped:
-    """Resizes the short side, and takes the centre, as `v2.Resize` and `v2.CenterCrop` do.
+    """Resizes the short side of an image and crops the centre (`v2.Resize`, `v2.CenterCrop`).
 
-    Where an image is many times longer than wide, only the part that is taken is resized: its
-    pixels are the same up to rounding, and the whole would be larger than any memory.
+    Of an image that is more than 8 times longer than wide, only the part in the crop is resized.
+    The pixels are equal up to rounding, and the whole resized image might not fit in memory.
     """
 
     def __init__(self, short: int, size: tuple[int, int]) -> None:
@@ -179,29 +196,35 @@ class CentreCropped:
         if not isinstance(image, Image.Image):
             return self._whole(image)
         sides = image.width, image.height
-        if max(sides) <= _LONG * min(sides):
+        if max(sides) <= _MAX_CROP_ASPECT * min(sides):
             return self._whole(image)
-        wanted = self.size[::-1]
-        part, box = zip(*map(self._along, sides, wanted, [min(sides)] * 2), strict=True)
-        image = image.crop((part[0][0], part[1][0], part[0][1], part[1][1]))
+        target = self.size[::-1]
+        pixels, box = zip(*map(self._source_interval, sides, target, [min(sides)] * 2), strict=True)
+        image = image.crop((pixels[0][0], pixels[1][0], pixels[0][1], pixels[1][1]))
         corners = (box[0][0], box[1][0], box[0][1], box[1][1])
-        return image.resize(wanted, Image.Resampling.BICUBIC, box=corners)
+        return image.resize(target, Image.Resampling.BICUBIC, box=corners)
 
-    def _along(
-        self, side: int, wanted: int, shortest: int
+    def _source_interval(
+        self, side: int, target: int, shortest: int
     ) -> tuple[tuple[int, int], tuple[float, float]]:
-        """Along one side: which pixels are needed, and which of these the result covers."""
-        # As torchvision rounds: the length down, the first pixel to the nearest.
+        """Return, along one side, the pixels to read and the interval in them that the crop covers.
+
+        Args:
+            side: Length of the side of the image.
+            target: Length of the side of the crop.
+            shortest: Length of the short side of the image.
+        """
+        # torchvision rounds the resized length down and the first pixel to the nearest integer.
         length = int(self.short * side / shortest)
-        first, scale = round((length - wanted) / 2.0), side / length
-        begin, end = first * scale, (first + wanted) * scale
-        around = _REACH * max(1.0, scale)  # what the filter sees besides
+        first, scale = round((length - target) / 2.0), side / length
+        begin, end = first * scale, (first + target) * scale
+        around = _FILTER_REACH * max(1.0, scale)
         left, right = max(0, math.floor(begin - around)), min(side, math.ceil(end + around))
         return (left, right), (begin - left, end - left)
 
 
 def on_image(transform: Transform) -> PairTransform:
-    """The transform of a pair that leaves the target as it is."""
+    """Return a transform of pairs that applies `transform` and leaves the target as it is."""
     return partial(_on_image, transform)
 
 
@@ -210,5 +233,5 @@ def _on_image(transform: Transform, image: Any, target: Any) -> tuple[Tensor, An
 
 
 def to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[Callable[[Any], Any]]:
-    """The last steps of every transform: [3, H, W] float32, normalised."""
+    """Return the last steps of every transform, which give [3, H, W] float32, normalised."""
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]

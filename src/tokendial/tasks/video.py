@@ -1,4 +1,4 @@
-"""Video classification: clips to train on, and the mean over several views of a video to test."""
+"""Video classification: trains on clips, and averages several views of a video in tests."""
 
 # Shape legend: B videos, V views, T frames, H and W pixels.
 
@@ -22,56 +22,57 @@ from tokendial.tune import OptimizedViT
 
 
 class VideoClassification(Classification):
-    """Classification of videos with one label each; `augment` is read but for `test_crop_ratio`."""
+    """Classification of videos with one label each."""
 
     def __init__(self, num_classes: int, *, augment: Augment, clip: Clip) -> None:
         """Set up the task.
 
         Args:
-            num_classes: Number of logits.
-            augment: How clips are varied, all frames of one alike; mixup, cutmix, smoothing.
-            clip: Which frames are seen, and in how many views a video is tested.
+            num_classes: Number of classes.
+            augment: How clips are augmented, all frames of a clip in the same way, and mixed.
+                `test_crop_ratio` is not used.
+            clip: Which frames form a clip, and how many views of a video a test averages.
 
         Raises:
-            ValueError: If `augment` asks for crops of test images, which `clip` describes.
+            ValueError: If `augment.test_crop_ratio` is set; `clip.test_crops` replaces it.
         """
         super().__init__(num_classes, multi_label=False, augment=augment)
         if augment.test_crop_ratio != Augment().test_crop_ratio:
             raise ValueError(
-                "augment.test_crop_ratio is for images: views of videos are cut as "
-                f"clip.test_crops says, got {augment.test_crop_ratio}."
+                "augment.test_crop_ratio is for images: for videos set clip.test_crops instead, "
+                f"got {augment.test_crop_ratio}."
             )
         self.clip = clip
 
     def train_transform(self, anatomy: Anatomy) -> PairTransform:
-        """From a video to a clip [T, 3, H, W]."""
+        """Return the random transform of a video to a clip [T, 3, H, W]; labels do not change."""
         size, (mean, std) = anatomy.image_size, anatomy.statistics
-        vary = train_transform(self.augment, size, mean, std, clips=True)
-        return on_image(ClipTrainTransform(self.clip, _frames(anatomy), vary))
+        augment = train_transform(self.augment, size, mean, std, clips=True)
+        return on_image(ClipTrainTransform(self.clip, _num_frames(anatomy), augment))
 
     def image_transform(self, anatomy: Anatomy) -> Transform:
-        """From a video to its views [V, T, 3, H, W]."""
+        """Return the transform of a video to its views [V, T, 3, H, W]."""
         size, statistics = anatomy.image_size, anatomy.statistics
-        return ClipTestTransform(self.clip, _frames(anatomy), size, *statistics)
+        return ClipTestTransform(self.clip, _num_frames(anatomy), size, *statistics)
 
     def eval_batch(self, batch_size: int) -> int:
-        """So many videos have about as many views as a training batch has clips."""
+        """Return how many videos have together as many views as a training batch has clips."""
         return max(1, batch_size // self.clip.views)
 
     def predict(self, model: DialViT | OptimizedViT, views_BVT3HW: Tensor) -> Tensor:
-        """Logs of the mean probabilities over the views [B, num_classes], which serve as logits."""
+        """Return the logarithm of the mean probabilities over the views, as logits [B, classes]."""
         logits: Tensor = model(views_BVT3HW.flatten(0, 1))
         each = torch.unflatten(logits.float().log_softmax(-1), 0, views_BVT3HW.shape[:2])
         return each.logsumexp(1) - math.log(each.shape[1])
 
     def mixed(self, clips_BT3HW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the clips of a training batch, all frames of two clips alike."""
-        # timm's cutmix takes the third and the fourth axis for the sides of the images.
+        """Apply mixup or cutmix to clips; all frames of a clip are mixed in the same way."""
+        # timm's cutmix expects height and width on axes 2 and 3: frames are merged with channels.
         images, targets = super().mixed(clips_BT3HW.flatten(1, 2), targets)
         return torch.unflatten(images, 1, clips_BT3HW.shape[1:3]), targets
 
 
-def _frames(anatomy: Anatomy) -> int:
+def _num_frames(anatomy: Anatomy) -> int:
     if anatomy.frames is None:
-        raise ValueError("videos need a model that takes clips, but it takes images.")
+        raise ValueError("videos need a model that takes clips, but this one takes images.")
     return anatomy.frames

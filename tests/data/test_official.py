@@ -3,7 +3,7 @@
 import pytest
 
 from tokendial.data import Food101
-from tokendial.data.sets.labelled import split_off
+from tokendial.data.splits import hold_out
 
 
 @pytest.fixture
@@ -21,9 +21,9 @@ def food(save):
     return str(root)
 
 
-def test_a_share_of_each_class_is_split_off():
+def test_a_share_of_each_class_is_hold_out():
     labels = [0] * 30 + [1] * 10 + [2]
-    kept, held = split_off(labels, 0.1, seed=0)
+    kept, held = hold_out(labels, 0.1, seed=0)
     assert [labels[index] for index in held] == [0, 0, 0, 1]
     assert sorted(kept + held) == list(range(41))
     assert kept == sorted(kept)
@@ -31,12 +31,12 @@ def test_a_share_of_each_class_is_split_off():
 
 def test_what_is_split_off_depends_on_the_seed_alone():
     labels = [0] * 50
-    assert split_off(labels, 0.2, seed=1) == split_off(labels, 0.2, seed=1)
-    assert split_off(labels, 0.2, seed=1) != split_off(labels, 0.2, seed=2)
+    assert hold_out(labels, 0.2, seed=1) == hold_out(labels, 0.2, seed=1)
+    assert hold_out(labels, 0.2, seed=1) != hold_out(labels, 0.2, seed=2)
 
 
 def test_nothing_is_split_off_by_default():
-    assert split_off([1, 0, 1], 0.0, seed=0) == ([0, 1, 2], [])
+    assert hold_out([1, 0, 1], 0.0, seed=0) == ([0, 1, 2], [])
 
 
 def test_training_is_the_same_whatever_is_validated_on(food):

@@ -8,7 +8,7 @@ from examples import golden, split
 import tokendial as td
 from tokendial.data import DenseAugment
 from tokendial.tasks import BinaryMasks, FeatureDistillation
-from tokendial.tasks.masks import dice_loss
+from tokendial.tasks.binary_masks import dice_loss
 from tokendial.tasks.metrics import MaskMetrics
 
 CASE, TENSORS = golden("sod_metrics")

@@ -97,8 +97,8 @@ def test_a_folder_for_each_class(tmp_path, clip):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (K400, r"number of classes in .*train.csv must be 400, got 3; data.check=false takes"),
-        (SSv2, r"number of classes in .*train.csv must be 174, got 3; data.check=false takes"),
+        (K400, r"number of classes in .*train.csv must be 400, got 3; data.check=false accepts"),
+        (SSv2, r"number of classes in .*train.csv must be 174, got 3; data.check=false accepts"),
     ],
 )
 def test_whole_sets_have_all_their_classes(root, kind, message):
@@ -165,9 +165,7 @@ def test_broken_videos_stop_the_run_unless_told_otherwise(root, clip, caplog):
     (root / "text.mp4").write_text("no video\n" * 99)
     for name in ("none.mp4", "text.mp4"):
         add(root, f"{name} 1")
-    with pytest.raises(
-        ValueError, match=r"empty.mp4 is empty \(and 1 more problems\); data.broken"
-    ):
+    with pytest.raises(ValueError, match=r"empty.mp4 is empty \(and 1 more problem\); data.broken"):
         VideoLists(root=str(root), classes=3).build(0)
     splits = VideoLists(root=str(root), classes=3, broken="skip").build(0)
     assert splits.train.labels == [0, 1, 2, 0, 1]
@@ -179,7 +177,7 @@ def test_broken_videos_stop_the_run_unless_told_otherwise(root, clip, caplog):
 
 def test_a_set_of_broken_videos_alone_is_told(root):
     (root / "val.csv").write_text("none.mp4 1\n")
-    with pytest.raises(ValueError, match=r"no such video: .*none.mp4; none is left"):
+    with pytest.raises(ValueError, match=r"no such video: .*none.mp4; no video is left"):
         VideoLists(root=str(root), classes=3, broken="skip").build(0)
 
 

@@ -1,0 +1,129 @@
+"""Binary masks: saliency, camouflage, defocus blur, polyps, skin lesions.
+
+Source of the losses and their weights: "Rethinking Token Reduction with Parameter-Efficient
+Fine-Tuning in ViT for Pixel-Level Tasks" (DAR), CVPR 2025, and the authors' code. The metrics are
+those of pysodmetrics, which published leaderboards use.
+"""
+
+# Shape legend: B batch, H and W pixels.
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokendial.data.readers.mask_files import IGNORED
+from tokendial.data.transforms.dense import DenseAugment
+from tokendial.tasks.base import Metrics
+from tokendial.tasks.dense import DensePrediction, resize_map
+
+BCE_WEIGHT, DICE_WEIGHT = 1.0, 0.5
+_DICE_EPS = 1e-3
+
+
+class BinaryMasks(DensePrediction):
+    """Dense prediction of one logit per pixel: whether the pixel is inside."""
+
+    mask_padding = 0
+
+    def __init__(self, augment: DenseAugment) -> None:
+        """Set up the task.
+
+        Args:
+            augment: How images and masks are augmented, and how test images are prepared.
+
+        Raises:
+            ValueError: If pysodmetrics is not installed.
+        """
+        super().__init__(1, augment)
+        if find_spec("py_sod_metrics") is None:
+            raise ValueError(
+                "evaluating binary masks needs pysodmetrics, which is not installed: "
+                "pip install 'tokendial[masks]'."
+            )
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return binary cross-entropy plus half the Dice loss, over the pixels not ignored.
+
+        It is 0 for a batch in which all pixels are ignored.
+
+        Args:
+            logits: Logits [B, 1, h, w] at the decoder's resolution.
+            targets: Masks [B, H, W] of 0, 1 and `IGNORED`.
+        """
+        logits = resize_map(logits.float(), targets.shape[-2:]).squeeze(1)
+        inside, counted = (targets == 1).float(), (targets != IGNORED).float()
+        total = F.binary_cross_entropy_with_logits(logits, inside, counted, reduction="sum")
+        cross_entropy = total / counted.sum().clamp(min=1)
+        return BCE_WEIGHT * cross_entropy + DICE_WEIGHT * dice_loss(logits, inside, counted)
+
+    def hits(self, logits: Tensor, targets: Tensor) -> float:
+        """Return the fraction of correct pixels among those that are not ignored."""
+        predicted = resize_map(logits.float(), targets.shape[-2:]).squeeze(1) > 0
+        counted = targets != IGNORED
+        correct = (predicted == (targets == 1)) & counted
+        return float(correct.sum() / counted.sum().clamp(min=1))
+
+    def metrics(self) -> Metrics:
+        """Return S-measure, F-measures, E-measures and mean absolute error."""
+        from tokendial.tasks.metrics import MaskMetrics
+
+        return MaskMetrics()
+
+
+def dice_loss(logits_BHW: Tensor, inside_BHW: Tensor, counted_BHW: Tensor | None = None) -> Tensor:
+    """Return 1 minus twice the intersection over the sum of both areas, averaged over images.
+
+    Args:
+        logits_BHW: Logits of being inside.
+        inside_BHW: Target: 1 inside, 0 elsewhere.
+        counted_BHW: 0 at ignored pixels, 1 elsewhere; None ignores no pixel.
+
+    Source:
+        DAR's code: probabilities are not squared, and 1e-3 is added to numerator and denominator.
+    """
+    probability = logits_BHW.sigmoid()
+    if counted_BHW is not None:
+        probability = probability * counted_BHW
+    intersection = (probability * inside_BHW).sum((1, 2))
+    areas = probability.sum((1, 2)) + inside_BHW.sum((1, 2))
+    return torch.mean(1 - (2 * intersection + _DICE_EPS) / (areas + _DICE_EPS))
+
+
+class FeatureDistillation(nn.Module):
+    """Distillation of DAR*: keeps patch features near those of the frozen pre-trained model.
+
+    Two small heads map the features of student and teacher before they are compared. Both heads are
+    trained, and neither is part of the saved model.
+    """
+
+    def __init__(self, embed_dim: int, dim: int | None = None, *, detach: bool = False) -> None:
+        """Create the heads.
+
+        Args:
+            embed_dim: Width of the features.
+            dim: Width of the outputs of the heads; None means `embed_dim`.
+            detach: Whether to stop gradients into the teacher's head. In the authors' code both
+                heads learn, so two heads with a constant output would minimise the loss as well.
+        """
+        super().__init__()
+        dim = dim or embed_dim
+        self.student, self.teacher = (
+            nn.Sequential(nn.Linear(embed_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+            for _ in range(2)
+        )
+        self.detach = detach
+
+    def forward(self, student_BDHW: Tensor, teacher_BDHW: Tensor) -> Tensor:
+        """Return the mean of 1 - cosine similarity over images and patches.
+
+        Args:
+            student_BDHW: Feature map of the trained model after its final norm.
+            teacher_BDHW: Feature map of the frozen model after its final norm.
+        """
+        student = self.student(student_BDHW.flatten(2).transpose(1, 2))
+        teacher = self.teacher(teacher_BDHW.flatten(2).transpose(1, 2))
+        if self.detach:
+            teacher = teacher.detach()
+        return torch.mean(1 - F.cosine_similarity(student, teacher, dim=-1, eps=1e-6))
