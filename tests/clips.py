@@ -1,4 +1,4 @@
-"""Real videos, encoded by PyAV."""
+"""Encode real videos with PyAV."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -22,7 +22,7 @@ def encode(
     muxer: dict[str, str] | None = None,
     **options: str,
 ) -> Path:
-    """Write frames [H, W, 3] uint8; `times` in 1/600 s where they do not follow evenly."""
+    """Write frames [H, W, 3] uint8; `times` in units of 1/600 s set an uneven frame rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=muxer or {}) as container:
         stream = container.add_stream(codec, rate=30, options=options)
@@ -42,17 +42,17 @@ def encode(
 
 
 def numbered(count: int) -> list[np.ndarray]:
-    """Frames whose grey level tells their number; `numbers` reads it."""
+    """Return frames whose grey level encodes their index; `numbers` decodes it."""
     return [np.full((HEIGHT, WIDTH, 3), 10 + 5 * number, np.uint8) for number in range(count)]
 
 
 def numbers(frames: Sequence[np.ndarray]) -> list[int]:
-    """Of frames [3, H, W] that `numbered` has made."""
+    """Return the indices of frames [3, H, W] made by `numbered`."""
     return [round((float(np.asarray(frame).mean()) - 10) / 5) for frame in frames]
 
 
 def panned(name: str, count: int, *, step: int, zoom: float = 0.0) -> list[np.ndarray]:
-    """A camera that moves over one of the shipped photographs."""
+    """Return frames of a camera that moves over one of the shipped photographs."""
     photo = Image.open(BACKGROUNDS / f"{name}.jpg").convert("RGB")
     found = []
     for number in range(count):

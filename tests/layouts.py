@@ -1,4 +1,4 @@
-"""Data sets in their published layouts, of a few small images."""
+"""Write data sets of a few small images in their published layouts."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ CIFAR_NAMES = [f"thing {number}" for number in range(100)]
 
 
 def pieces_of_photographs() -> np.ndarray:
-    """Pieces of the photographs that are shipped: [48, 32, 32, 3] uint8, all different."""
+    """Return 48 different pieces [48, 32, 32, 3] uint8 of the shipped photographs."""
     names = ("astronaut", "chelsea", "coffee", "rocket")
     photos = [np.asarray(Image.open(BACKGROUNDS / f"{name}.jpg").convert("RGB")) for name in names]
     corners = [(SIDE * row, SIDE * column) for row in range(1, 4) for column in range(1, 5)]
@@ -26,7 +26,7 @@ def pieces_of_photographs() -> np.ndarray:
 
 
 def write_images(root: Path, pieces: np.ndarray, names: Iterable[str]) -> Path:
-    """Images under names below a folder, number i the i-th piece; gives the folder."""
+    """Write the i-th piece under the i-th name below a folder; return the folder."""
     for number, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_images(root: Path, pieces: np.ndarray, names: Iterable[str]) -> Path:
 def write_cifar100(
     root: Path, pieces: np.ndarray, train: Sequence[int], test: Sequence[int]
 ) -> Path:
-    """The training set as Python 2 pickled it, the others as Python 3 does."""
+    """Write CIFAR-100: the training file as pickled by Python 2, the others by Python 3."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     first, second = flat(pieces[: len(train)]), flat(pieces[len(train) :][: len(test)])
@@ -48,7 +48,7 @@ def write_cifar100(
 
 
 def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """A mapping as Python 2 pickled it with protocol 2, opcode by opcode: texts are bytes."""
+    """Return a dictionary as Python 2 pickles it with protocol 2: its strings are bytes."""
 
     def text(content: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(content)) + content
@@ -67,17 +67,17 @@ def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
 
 
 def pickled(value: object) -> bytes:
-    # Later protocols have another form of arrays, in which the set was never published.
+    # Later protocols store arrays differently, and the set was never published in them.
     return pickle.dumps(value, protocol=4)
 
 
 def flat(pieces: np.ndarray) -> np.ndarray:
-    """[N, 3072]: all of red, all of green, all of blue."""
+    """Return pieces as [N, 3072]: first all of red, then all of green, then all of blue."""
     return np.ascontiguousarray(pieces.transpose(0, 3, 1, 2).reshape(len(pieces), -1))
 
 
 def write_svhn(root: Path, split: str, pieces: np.ndarray, labels: Sequence[int]) -> Path:
-    """As published: the images along the last axis, the digit 0 as 10."""
+    """Write SVHN as published: images along the last axis, the digit 0 stored as 10."""
     root.mkdir(parents=True, exist_ok=True)
     variables = {"X": pieces.transpose(1, 2, 3, 0), "y": np.array(labels, np.uint8)[:, None]}
     savemat(root / f"{split}_32x32.mat", variables, do_compression=True)
@@ -87,7 +87,7 @@ def write_svhn(root: Path, split: str, pieces: np.ndarray, labels: Sequence[int]
 def write_food101(
     root: Path, pieces: np.ndarray, train: Sequence[str], test: Sequence[str]
 ) -> Path:
-    """Images such as baklava/12, and the lists of them."""
+    """Write Food-101 with images such as baklava/12."""
     write_images(root, pieces, (f"images/{name}.jpg" for name in [*train, *test]))
     classes = sorted({name.split("/")[0] for name in train})
     (root / "meta").mkdir()
@@ -97,7 +97,7 @@ def write_food101(
 
 
 def write_vtab(root: Path, pieces: np.ndarray, task: str, lists: dict[str, list[str]]) -> Path:
-    """A task by its lists, each of lines such as "images/a.jpg 0"."""
+    """Write a task of VTAB-1k with lists of lines such as "images/a.jpg 0"."""
     names = dict.fromkeys(line.rsplit(maxsplit=1)[0] for lines in lists.values() for line in lines)
     write_images(root / task, pieces, names)
     for name, lines in lists.items():
@@ -106,7 +106,7 @@ def write_vtab(root: Path, pieces: np.ndarray, task: str, lists: dict[str, list[
 
 
 def write_fgvc(root: Path, pieces: np.ndarray, images: str, train: int, test: int) -> Path:
-    """VPT's lists of images in two classes, whose paths start from the folder `images`."""
+    """Write VPT's JSON lists of images in two classes; paths start in the folder `images`."""
     names = [f"{number % 2 + 1}/{number}.jpg" for number in range(train + test)]
     write_images(root / images, pieces, names)
     for split, part in (("train", names[:train]), ("test", names[train:])):

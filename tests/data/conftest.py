@@ -1,4 +1,4 @@
-"""Small real images: pieces of the photographs that are shipped."""
+"""Fixtures of small real images: pieces of the shipped photographs."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,19 +12,19 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def pieces() -> np.ndarray:
-    """[48, 32, 32, 3] uint8, all different."""
+    """48 different images [48, 32, 32, 3] uint8."""
     return pieces_of_photographs()
 
 
 @pytest.fixture
 def save(tmp_path, pieces) -> Callable[[Iterable[str]], Path]:
-    """Writes images under names below a folder, number i the i-th piece; gives the folder."""
+    """Function that writes the i-th piece under the i-th name; returns the folder."""
     return partial(write_images, tmp_path, pieces)
 
 
 @pytest.fixture
 def shows(pieces) -> Callable[[Image.Image, int], bool]:
-    """Whether an image is the piece of that number, but for what JPEG has changed."""
+    """Function that returns whether an image is a given piece, up to JPEG noise."""
 
     def same(image: Image.Image, number: int) -> bool:
         errors = np.abs(np.asarray(image).astype(int) - pieces).mean(axis=(1, 2, 3))

@@ -85,7 +85,7 @@ def test_a_cut_file_is_named(root):
         build(root)
 
 
-def test_parts_of_the_set_are_refused_unless_asked_for(root):
+def test_a_part_of_the_set_needs_check_false(root):
     with pytest.raises(ValueError, match=r"train must be 50,000, got 3; data.check=false accepts"):
         build(root, check=True)
 

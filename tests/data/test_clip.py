@@ -97,7 +97,7 @@ def test_the_views_are_those_clips_and_those_crops(grey):
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_crops_lie_along_the_longer_side(upright):
+def test_crops_are_spread_along_the_longer_side(upright):
     video = Still()
     if upright:
         video.pixels = video.pixels.transpose(1, 2)

@@ -15,7 +15,7 @@ COUNTS = {"training": 2, "validation": 1, "test": 1}
 
 @pytest.fixture(scope="module")
 def stamps(tmp_path_factory):
-    """Five garments for each category, and what is not used: a drawing and a copy."""
+    """Five garments for each category, and two files to be left out: a drawing and a copy."""
     folder = tmp_path_factory.mktemp("stamps")
     labels = np.array(json.loads((ASSETS / "items_train.json").read_text()))
     sheet = np.asarray(Image.open(ASSETS / "items_train.png"))
@@ -55,7 +55,7 @@ def composed(task, cutouts, backgrounds, index, *, seed=0, split="training"):
 
 
 def bare(task, backgrounds, index):
-    """The ground of an item before anything lies on it."""
+    """The background of a picture before objects are placed on it."""
     rng = item_rng(0, task, "training", index)
     return np.asarray(build_cutouts._ground(rng, backgrounds["training"], SIZE))
 

@@ -19,7 +19,7 @@ FRAME = InputFormat((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def pair(height, width):
-    """White inside a rectangle, and its mask."""
+    """An image that is white in a rectangle, and the mask of the rectangle."""
     mask = np.zeros((height, width), np.uint8)
     mask[height // 4 : height // 2 + 1, width // 3 : width // 2 + 1] = 1
     return Image.fromarray(mask * 255).convert("RGB"), mask
@@ -69,8 +69,8 @@ def test_the_middle_of_test_images_as_in_the_authors_code(size):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_what_a_long_test_image_lacks_is_right_and_below_as_in_the_authors_code(turned):
-    """40 x 80 becomes 341 x 682 for a model of 518: its rows stay where they are."""
+def test_a_long_test_image_is_padded_right_and_below_as_in_dars_code(turned):
+    """40 x 80 becomes 341 x 682 for a model of 518 x 518: rows are padded below."""
     wide = np.zeros((40, 80), np.uint8)
     wide[:, 20:60] = 1
     mask = wide.T if turned else wide

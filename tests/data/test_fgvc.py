@@ -66,14 +66,14 @@ def test_cub_by_its_own_lists(cub, shows):
         ("train_test_split.txt", "5 1", r"images.txt, line 1: image 1 is not in .*train_test_sp"),
     ],
 )
-def test_a_list_of_cub_that_is_wrong_says_where(cub, name, line, message):
+def test_errors_in_a_cub_list_name_the_line(cub, name, line, message):
     (cub / name).write_text("\n".join([line, *CUB[name][1:]]))
     with pytest.raises(ValueError, match=message):
         build(cub, "cub")
 
 
 def annotations(rows, **texts):
-    """An array of records as MATLAB's struct arrays are read: class and test, and a text."""
+    """An array of records as scipy reads MATLAB's struct arrays: class, test and a text."""
     kinds = [(name, object) for name in (*texts, "bbox_x1", "class", "test")]
     found = np.zeros((1, len(rows)), kinds)
     for number, (class_id, test) in enumerate(rows):
@@ -95,7 +95,7 @@ NAMES = cell("AM General Hummer SUV 2000", "Acura RL Sedan 2012")
 
 @pytest.fixture
 def cars(save):
-    """As the development kit lays them out."""
+    """Stanford Cars in the layout of the development kit."""
     root = save([*(f"cars_train/0000{n}.jpg" for n in (1, 2, 3)), "cars_test/00001.jpg"])
     (root / "devkit").mkdir()
     train = annotations([(2, 0), (1, 0), (2, 0)], fname=[f"0000{n}.jpg" for n in (1, 2, 3)])
@@ -211,11 +211,11 @@ def test_json_lists_come_first_and_ids_are_numbered_from_0(json_cub, shows, val,
     assert splits.classes == ("001.Black_footed_Albatross", "002.Laysan_Albatross")
 
 
-def test_official_lists_can_be_asked_for_where_there_are_json_lists(json_cub):
+def test_official_lists_can_be_chosen_beside_json_lists(json_cub):
     assert len(build(json_cub, "cub", lists="official").train) == 3
 
 
-def test_without_a_list_for_validation_a_share_is_kept_back(json_cub):
+def test_without_a_validation_list_training_images_are_held_out(json_cub):
     (json_cub / "val.json").unlink()
     names = [line.split()[1] for line in CUB["images.txt"]]
     (json_cub / "train.json").write_text(
@@ -246,7 +246,7 @@ def test_classes_without_folders_of_their_own_have_their_ids_as_names(save):
         ),
     ],
 )
-def test_a_json_list_that_is_wrong_says_where(json_cub, content, message):
+def test_errors_in_a_json_list_name_the_file(json_cub, content, message):
     (json_cub / "train.json").write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         build(json_cub, "cub")
@@ -259,7 +259,7 @@ def test_a_holdout_beside_a_list_for_validation_is_refused(json_cub):
 
 
 @pytest.mark.parametrize(("task", "classes"), [("cub", 200), ("flowers", 102)])
-def test_parts_of_a_set_are_refused_unless_asked_for(request, task, classes):
+def test_a_part_of_a_set_needs_check_false(request, task, classes):
     root = request.getfixturevalue(task)
     with pytest.raises(ValueError, match=f"classes of {task} must be {classes}, got 2; data.check"):
         build(root, task, check=True)

@@ -35,7 +35,7 @@ def test_classes_are_numbered_by_name_and_files_listed(tmp_path):
         (["train/a/1.png", "val/b/1.png"], "class 'b' of .*val is not in .*train"),
     ],
 )
-def test_a_layout_that_is_wrong_says_where(tmp_path, files, message):
+def test_errors_in_the_folder_layout_name_the_folder(tmp_path, files, message):
     root = tmp_path / "data"
     write(root, *files)
     with pytest.raises(ValueError, match=message):
@@ -65,7 +65,7 @@ def test_the_usual_names_of_splits_are_found(tmp_path, folders, trained, validat
         assert [path for path, _ in part.files] == [tmp_path / folder / "a" / "1.png"]
 
 
-def test_other_names_are_taken_for_the_defaults_alone(tmp_path):
+def test_other_names_are_found_only_for_the_default_names(tmp_path):
     write(tmp_path, "train/a/1.png", "val/a/1.png", "test/a/1.png")
     with pytest.raises(ValueError, match="has no folder 'dev'; it has test, train, val"):
         ImageFolder(root=str(tmp_path), val="dev").build(0)
@@ -110,7 +110,7 @@ def test_a_share_that_cannot_be_held_out_is_refused(tmp_path, files, settings, m
         ImageFolder(**{"root": str(tmp_path), "holdout": 0.5} | settings).build(0)
 
 
-def test_what_systems_leave_behind_is_no_class_and_no_image(tmp_path, caplog):
+def test_files_and_folders_of_the_system_are_skipped(tmp_path, caplog):
     write(tmp_path, "train/a/1.png", "train/a/._1.png", "train/a/@eaDir/1.png/thumb.jpg")
     write(tmp_path, "train/__MACOSX/a/2.png", "train/.cache/3.png", "val/a/1.png")
     (tmp_path / "train" / "a" / "Thumbs.db").write_bytes(b"")
@@ -151,7 +151,7 @@ def test_the_name_of_a_class_is_the_same_in_both_forms_of_unicode(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Cat", "cat ", "cats"])
-def test_a_class_that_is_not_in_train_is_told_with_the_one_that_it_resembles(tmp_path, name):
+def test_a_class_missing_in_train_is_named_with_a_similar_one(tmp_path, name):
     write(tmp_path, "train/cat/1.png", "train/dog/1.png", f"val/{name}/1.png")
     with pytest.raises(ValueError, match=f"class '{name}' of .*, which has 'cat': rename one"):
         ImageFolder(root=str(tmp_path)).build(0)
@@ -159,7 +159,7 @@ def test_a_class_that_is_not_in_train_is_told_with_the_one_that_it_resembles(tmp
 
 @pytest.fixture
 def damaged(tmp_path):
-    """A set of six images, of which three are broken: one cut off, one empty, one a text."""
+    """A folder of six images, of which three are broken: cut off, empty, and a text file."""
     write(tmp_path, *(f"train/{name}/{number}.jpg" for name in "ab" for number in range(2)))
     write(tmp_path, "val/a/1.jpg", "val/b/1.jpg")
     cut = tmp_path / "train" / "a" / "1.jpg"
@@ -191,7 +191,7 @@ def test_a_class_without_an_image_that_can_be_read_is_refused(damaged):
         ImageFolder(root=str(damaged), broken="skip").build(0)
 
 
-def test_a_set_that_was_checked_is_not_read_again_unless_it_changed(damaged, monkeypatch):
+def test_intact_files_are_not_decoded_again_unless_they_changed(damaged, monkeypatch):
     ImageFolder(root=str(damaged), broken="skip").build(0)
     read = []
     monkeypatch.setattr(integrity, "check_image", lambda path, value_range: read.append(path))
@@ -202,13 +202,13 @@ def test_a_set_that_was_checked_is_not_read_again_unless_it_changed(damaged, mon
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"version": 1}'])
-def test_a_damaged_memory_of_what_was_checked_does_no_harm(damaged, content):
+def test_a_damaged_cache_of_intact_files_is_ignored(damaged, content):
     integrity._cache_file(damaged, None).write_text(content)
     with pytest.raises(ValueError, match="one of 3 broken images"):
         ImageFolder(root=str(damaged)).build(0)
 
 
-def test_files_of_several_pictures_are_told_of_in_every_run(tmp_path, caplog):
+def test_files_of_several_pictures_are_logged_in_every_run(tmp_path, caplog):
     write(tmp_path, "train/a/1.png", "val/a/1.png")
     pages = [Image.new("L", (4, 4), grey) for grey in (0, 100, 200)]
     for name in ("train/a/x.tif", "val/a/y.gif"):

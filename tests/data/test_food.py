@@ -35,13 +35,13 @@ def test_images_come_in_the_order_of_the_lists(root, shows):
         ("test", "", r"number of images in .*test.txt must be 25,250, got 0"),
     ],
 )
-def test_a_list_that_is_wrong_says_where(root, name, lines, message):
+def test_errors_in_a_list_name_the_line(root, name, lines, message):
     (root / "meta" / f"{name}.txt").write_text(lines)
     with pytest.raises(ValueError, match=message):
         build(root)
 
 
-def test_parts_of_the_set_are_refused_unless_asked_for(root):
+def test_a_part_of_the_set_needs_check_false(root):
     with pytest.raises(
         ValueError, match=r"classes in .*classes.txt must be 101, got 2; data.check"
     ):

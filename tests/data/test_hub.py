@@ -59,7 +59,7 @@ def test_splits_and_columns_have_any_names(pieces, saved):
 
 @pytest.fixture
 def on_hub(monkeypatch):
-    """Lets the hub answer with a set, or with an error; gives what it is asked for."""
+    """Replace the hub by a given data set or error; return the list of requests."""
     asked = []
 
     def answer(found):
@@ -86,7 +86,7 @@ def test_images_outside_the_table_are_read_and_named(splits, on_hub, tmp_path, p
         train[1]
 
 
-def test_a_set_of_the_hub_is_asked_for_by_name(splits, on_hub):
+def test_a_set_of_the_hub_is_opened_by_name(splits, on_hub):
     asked = on_hub(splits)
     found = HuggingFace(path="someone/pets", subset="small", revision="1234abc").build(0)
     assert asked == [(("someone/pets", "small"), {"revision": "1234abc"})]
@@ -128,7 +128,7 @@ def test_a_set_without_splits_is_refused(splits, saved):
         ({"image": "label"}, "data.image: column 'label' of .* must hold images, got ClassLabel"),
     ],
 )
-def test_names_that_are_not_there_say_what_is(splits, saved, settings, message):
+def test_the_error_for_a_missing_name_lists_the_names(splits, saved, settings, message):
     with pytest.raises(ValueError, match=message):
         HuggingFace(path=saved(splits), **settings).build(0)
 
@@ -155,7 +155,7 @@ def test_an_unreadable_image_is_named_by_its_row(splits, saved):
         HuggingFace(path=path).build(0).train[0]
 
 
-def test_a_missing_library_says_how_to_install_it(tmp_path, monkeypatch):
+def test_the_error_without_the_library_says_how_to_install_it(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def without_datasets(name, *args, **kwargs):

@@ -37,7 +37,7 @@ def test_a_file_names_the_classes(root):
     assert splits.classes == ("tench, Tinca tinca", "goldfish")
 
 
-def test_parts_of_the_set_are_refused_unless_asked_for(root):
+def test_a_part_of_the_set_needs_check_false(root):
     with pytest.raises(ValueError, match=r"classes in .*train must be 1,000, got 2; data.check=fa"):
         build(root, check=True)
 
@@ -50,14 +50,14 @@ def test_parts_of_the_set_are_refused_unless_asked_for(root):
         (None, r"no such file: .*names.txt. data.classes may also be null"),
     ],
 )
-def test_a_wrong_file_of_names_says_where(root, names, message):
+def test_errors_in_the_file_of_names_name_the_line(root, names, message):
     path = root / "names.txt"
     path.unlink() if names is None else path.write_text(names)
     with pytest.raises(ValueError, match=message):
         build(root, classes=str(path))
 
 
-def test_unsorted_validation_images_are_told_what_to_do(save):
+def test_the_error_for_unsorted_validation_images_says_to_sort_them(save):
     root = save(["train/n01440764/1.jpg", "val/ILSVRC2012_val_00000236.jpg"])
     with pytest.raises(ValueError, match=r"val has no class folders. ImageNet-1k.*are sorted"):
         build(root)

@@ -25,12 +25,12 @@ def test_sixteen_bit_greys_are_scaled_to_eight(tmp_path):
     assert np.array_equal(np.asarray(image), np.stack([gradient()] * 3, axis=-1))
 
 
-def test_float_images_are_taken_to_lie_between_0_and_1(tmp_path):
+def test_float_images_are_scaled_from_0_and_1(tmp_path):
     Image.fromarray(gradient().astype(np.float32) / 255).save(tmp_path / "float.tif")
     assert np.array_equal(np.asarray(read_image(tmp_path / "float.tif"))[..., 0], gradient())
 
 
-def test_float_pixels_that_are_no_numbers_are_black(tmp_path):
+def test_non_finite_pixels_are_black(tmp_path):
     Image.fromarray(np.float32([[np.nan, np.inf, -np.inf, 1.0]])).save(tmp_path / "float.tif")
     assert np.asarray(read_image(tmp_path / "float.tif"))[0, :, 0].tolist() == [0, 0, 0, 255]
 
@@ -41,7 +41,7 @@ def test_the_transparent_level_of_a_sixteen_bit_grey_is_white(tmp_path):
     assert np.asarray(read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [255, 128]
 
 
-def test_transparent_pixels_lie_on_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     pixels = np.zeros((4, 4, 4), np.uint8)
     pixels[0, 0] = (10, 20, 30, 255)
     Image.fromarray(pixels).save(tmp_path / "alpha.png")
@@ -50,7 +50,7 @@ def test_transparent_pixels_lie_on_white(tmp_path):
     assert image[1, 1].tolist() == [255, 255, 255]
 
 
-def test_palettes_with_transparency_lie_on_white_too(tmp_path):
+def test_transparent_palette_entries_become_white(tmp_path):
     image = Image.fromarray(np.zeros((4, 4), np.uint8)).convert("P")
     image.save(tmp_path / "palette.png", transparency=0)
     assert np.asarray(read_image(tmp_path / "palette.png")).min() == 255
@@ -63,7 +63,7 @@ def test_cmyk_is_converted(tmp_path):
     assert max(green, blue) < 60
 
 
-def test_the_noted_orientation_is_applied(tmp_path):
+def test_the_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
@@ -84,7 +84,7 @@ def photograph(path):
         ("missing.png", None, "no such image: .*missing.png"),
     ],
 )
-def test_a_file_that_is_no_image_is_named(tmp_path, name, content, message):
+def test_the_error_for_an_unreadable_file_names_it(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ImageError, match=message):
@@ -93,7 +93,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_a_truncated_file_is_named_and_gives_no_pixels(tmp_path, suffix, share):
+def test_a_truncated_file_is_an_error_that_names_it(tmp_path, suffix, share):
     whole = photograph(tmp_path / f"whole.{suffix}")
     path = tmp_path / f"cut.{suffix}"
     path.write_bytes(whole[: int(len(whole) * share)])
@@ -102,14 +102,14 @@ def test_a_truncated_file_is_named_and_gives_no_pixels(tmp_path, suffix, share):
     assert "\n" not in str(caught.value)
 
 
-def test_an_image_of_insane_size_is_refused(tmp_path, monkeypatch):
+def test_an_image_above_pillows_limit_is_an_error(tmp_path, monkeypatch):
     photograph(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match=r"huge.png has more than 200 pixels.*bomb"):
         read_image(tmp_path / "huge.png")
 
 
-def test_a_warning_that_is_an_error_names_the_file(tmp_path, monkeypatch):
+def test_a_warning_turned_into_an_error_names_the_file(tmp_path, monkeypatch):
     photograph(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     with pytest.raises(ImageError, match="large.png cannot be decoded .*bomb"):
@@ -152,25 +152,25 @@ def png(**kwargs):
     return file.getvalue()
 
 
-def test_an_image_in_a_file_may_have_as_many_pixels_as_is_said():
+def test_max_pixels_is_the_largest_allowed_number():
     assert decode_image(png(), "some.png", max_pixels=48).size == (8, 6)
     with pytest.raises(TooManyPixelsError, match="some.png has 8 x 6 pixels, more than 47 in all"):
         decode_image(png(), "some.png", max_pixels=47)
 
 
 def test_pixels_are_counted_by_the_header_before_anything_is_decoded():
-    """What is there ends where the pixels would begin."""
+    """The file ends where its pixel data would begin."""
     with pytest.raises(TooManyPixelsError):
         decode_image(png().partition(b"IDAT")[0] + b"IDAT", "bomb.png", max_pixels=47)
 
 
-def test_formats_that_are_not_named_are_not_opened():
+def test_other_formats_than_the_allowed_ones_are_not_opened():
     assert decode_image(png(), "some.png", formats=("PNG",)).size == (8, 6)
     with pytest.raises(ImageError, match="some.png is not an image"):
         decode_image(png(), "some.png", formats=("JPEG", "WEBP"))
 
 
-def test_an_error_without_words_still_names_the_file(monkeypatch):
+def test_an_error_without_a_message_names_its_type(monkeypatch):
     def fails(image):
         raise MemoryError
 
@@ -180,7 +180,7 @@ def test_an_error_without_words_still_names_the_file(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"subsampling": 0}])
-def test_checking_finds_what_reading_finds(tmp_path, settings):
+def test_check_image_refuses_what_read_image_refuses(tmp_path, settings):
     """Damaged photographs with EXIF data: the fast check refuses the same ones as the full read."""
     rng = np.random.default_rng(0)
     exif = Image.Exif()
@@ -211,7 +211,7 @@ def test_checking_finds_what_reading_finds(tmp_path, settings):
 
 
 def test_only_pictures_are_opened_whatever_their_ending(tmp_path):
-    """Pillow would hand PostScript to another program."""
+    """Pillow would pass PostScript to Ghostscript."""
     path = tmp_path / "a.png"
     Image.new("L", (4, 4)).save(path, "EPS")
     with pytest.raises(ImageError, match="a.png is not an image"):

@@ -1,4 +1,4 @@
-"""Masks as people have them: what is read of each kind, alone and beside others of a set."""
+"""Mask files of many kinds: how each is read, alone and together with others of a set."""
 
 import struct
 import zlib
@@ -39,7 +39,7 @@ def palette(inside, outside, *, index=1):
 
 
 def soft(colour=(255, 255, 255)):
-    """As drawn with soft borders."""
+    """A mask with soft borders."""
     blurred = grey(255).resize((64, 48), Image.Resampling.BICUBIC).resize(SHAPE[::-1])
     levels = np.asarray(blurred)[..., None] / 255
     return Image.fromarray((levels * colour).round().astype(np.uint8))
@@ -138,7 +138,7 @@ def voc(values):
         (voc(with_void(15, 255)).convert("RGB"), r"several ways", (224, 224, 192)),
     ],
 )
-def test_a_void_ring_is_told_and_can_be_ignored(tmp_path, image, message, ignore):
+def test_a_ring_of_a_third_value_is_an_error_and_can_be_ignored(tmp_path, image, message, ignore):
     image.save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match=message):
         read_binary_mask(tmp_path / "mask.png")
@@ -161,7 +161,7 @@ def test_a_void_ring_is_told_and_can_be_ignored(tmp_path, image, message, ignore
     ],
     ids=["1 and 2", "red and white", "indices", "indices and void", "trimap", "alpha and colour"],
 )
-def test_what_can_be_read_in_several_ways_is_told(tmp_path, image, message):
+def test_an_ambiguous_mask_is_an_error_that_lists_the_readings(tmp_path, image, message):
     image.save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match=message) as caught:
         read_binary_mask(tmp_path / "mask.png")
@@ -169,7 +169,7 @@ def test_what_can_be_read_in_several_ways_is_told(tmp_path, image, message):
 
 
 def save(root, split, **masks):
-    """Pairs of a split; their images are black."""
+    """Write pairs of a split with black images."""
     for name, mask in masks.items():
         image = Image.new("RGB", mask.size)
         for folder, file in (("images", image), ("annotations", mask)):
@@ -180,7 +180,7 @@ def save(root, split, **masks):
 
 @pytest.fixture
 def root(tmp_path):
-    """{0, 2} in training; validation has nothing inside."""
+    """Training masks with the values {0, 2}, and an empty validation mask."""
     save(tmp_path, "training", a=grey(2), b=grey(0))
     save(tmp_path, "validation", a=grey(0))
     return tmp_path
@@ -202,7 +202,7 @@ def masks_of(split):
     ],
     ids=str,
 )
-def test_a_set_is_read_as_its_field_says(root, settings, expected):
+def test_the_field_mask_chooses_the_reading(root, settings, expected):
     masks = masks_of(Pairs(root=str(root), **settings).build(0).train)
     np.testing.assert_array_equal(masks[0], expected)
 
@@ -234,7 +234,7 @@ def test_roots_are_read_each_for_itself(root, tmp_path_factory):
     assert [mask.sum() for mask in masks_of(train)] == [OBJECT.sum(), 0, OBJECT.sum()]
 
 
-def test_a_file_of_small_values_among_soft_ones_is_told(tmp_path):
+def test_a_mask_of_small_values_among_soft_masks_is_an_error(tmp_path):
     save(tmp_path, "training", a=soft(), b=grey(1))
     save(tmp_path, "validation", a=soft())
     train = Pairs(root=str(tmp_path)).build(0).train
@@ -245,7 +245,7 @@ def test_a_file_of_small_values_among_soft_ones_is_told(tmp_path):
     assert len(train) == 1
 
 
-def test_what_came_later_does_not_change_how_masks_are_read(root):
+def test_new_files_do_not_change_how_masks_are_read(root):
     train = Pairs(root=str(root)).build(0).train
     grey(1).save(root / "annotations" / "training" / "b.png")
     with pytest.raises(ImageError, match=r"b.png has 1, but masks of its set have 0 and 2"):
@@ -270,7 +270,7 @@ def test_check_reports_splits_whose_masks_are_all_empty_or_full(root, caplog):
     assert f"all masks in {root} are empty" in caplog.text
 
 
-def test_the_command_line_takes_what_a_recipe_takes(tmp_path):
+def test_data_check_takes_the_mask_settings_of_a_recipe(tmp_path):
     for split in ("training", "validation"):
         save(tmp_path, split, a=Image.fromarray(with_void(1, 255)))
     done = CliRunner().invoke(app, ["data", "check", str(tmp_path)])
@@ -297,7 +297,7 @@ def test_image_and_mask_are_turned_alike(tmp_path, orientation):
     assert np.array_equal(mask, np.rot90(np.tri(*SHAPE, dtype=np.uint8), turns))
 
 
-def test_a_tiff_that_lies_on_its_side_has_the_size_of_its_mask(tmp_path):
+def test_a_rotated_tiff_has_the_size_of_its_mask(tmp_path):
     for split in ("training", "validation"):
         save(tmp_path, split, a=grey(255))
         (tmp_path / "images" / split / "a.png").unlink()
@@ -311,7 +311,7 @@ CLASSES = np.uint8([[0, 1, 2, 255]])
 
 
 def png(values, bits):
-    """A grey PNG of few bits, which Pillow does not write; one row."""
+    """Bytes of a grey PNG of one row with 1, 2 or 4 bits, which Pillow cannot write."""
     row = "".join(f"{value:0{bits}b}" for value in values)
     data = int(row, 2).to_bytes(len(row) // 8, "big")
 
@@ -394,7 +394,7 @@ def test_colours_of_a_palette_are_classes(tmp_path, settings, image, expected):
         (grey(0.5, kind=np.float32), None, "must hold class indices, but has fractions"),
     ],
 )
-def test_what_is_no_class_is_told(tmp_path, image, palette, message):
+def test_a_value_that_is_no_class_is_an_error(tmp_path, image, palette, message):
     image.save(path := tmp_path / "mask.tif")
     with pytest.raises(ImageError, match=message):
         read_class_mask(path, 2, palette=palette)

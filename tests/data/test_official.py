@@ -29,13 +29,13 @@ def test_a_share_of_each_class_is_hold_out():
     assert kept == sorted(kept)
 
 
-def test_what_is_split_off_depends_on_the_seed_alone():
+def test_held_out_images_depend_on_the_seed_only():
     labels = [0] * 50
     assert hold_out(labels, 0.2, seed=1) == hold_out(labels, 0.2, seed=1)
     assert hold_out(labels, 0.2, seed=1) != hold_out(labels, 0.2, seed=2)
 
 
-def test_nothing_is_split_off_by_default():
+def test_nothing_is_held_out_by_default():
     assert hold_out([1, 0, 1], 0.0, seed=0) == ([0, 1, 2], [])
 
 
@@ -51,7 +51,7 @@ def test_training_is_the_same_whatever_is_validated_on(food):
 
 
 @pytest.mark.parametrize("holdout", [0.0, 0.01])
-def test_validating_on_what_was_not_kept_back_is_refused(food, holdout):
+def test_validating_on_held_out_images_needs_a_holdout(food, holdout):
     with pytest.raises(ValueError, match=f"at least one image for data.val=val, got {holdout}"):
         Food101(root=food, val="val", holdout=holdout, check=False).build(0)
 

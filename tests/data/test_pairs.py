@@ -73,8 +73,8 @@ def test_binary_masks_of_every_kind_are_read(tmp_path, mask, suffix):
     np.testing.assert_array_equal(read_binary_mask(tmp_path / f"mask{suffix}"), expected)
 
 
-def test_an_empty_mask_stays_empty_also_with_the_noise_of_jpeg(tmp_path):
-    """Beside other masks: alone it could be one of small values."""
+def test_an_empty_mask_stays_empty_despite_jpeg_noise(tmp_path):
+    """The file is read together with other masks: alone it could be a mask of small values."""
     noise = Image.fromarray(RNG.integers(0, 6, (40, 40), dtype=np.uint8))
     write(tmp_path, "training", "empty", noise, size=(40, 40), mask_suffix=".jpg")
     for split in ("training", "validation"):
@@ -94,7 +94,7 @@ def test_a_palette_of_classes_counts_by_its_index(tmp_path):
     assert set(np.unique(read_class_mask(tmp_path / "mask.png", 2, ignore_zero=False))) == {0, 1}
 
 
-def test_classes_and_what_is_ignored(tmp_path):
+def test_class_values_and_ignored_values(tmp_path):
     values = np.array([[0, 1, 150, 255]], np.uint8)
     Image.fromarray(values).save(tmp_path / "mask.png")
     read = read_class_mask(tmp_path / "mask.png", 150, ignore_zero=True)
@@ -104,7 +104,7 @@ def test_classes_and_what_is_ignored(tmp_path):
 
 
 def damage(root):
-    """One of each: no mask, no image, another size, broken files, odd values."""
+    """Add one of each problem: no mask, no image, other size, broken file, odd values."""
     (root / "annotations" / "training" / "a.png").unlink()
     (root / "images" / "validation" / "a.jpg").unlink()
     write(root, "training", "b", disc(), size=(10, 30))
@@ -125,7 +125,7 @@ def test_check_lists_every_problem(root):
     assert len(problems.splitlines()) == 5
 
 
-def test_a_broken_pair_stops_the_run_unless_told_otherwise(root, caplog):
+def test_a_broken_pair_stops_the_run_or_is_skipped(root, caplog):
     damage(root)
     with pytest.raises(ValueError, match=r"training/a.jpg has no mask \(and 1 more problem\); "):
         Pairs(root=str(root)).build(0)
@@ -173,7 +173,7 @@ def test_the_command_line_checks_a_folder(root):
 
 
 def test_an_upright_photograph_fits_its_mask(tmp_path):
-    """A camera that was turned stores a lying image and says so."""
+    """A rotated camera stores a rotated image with an EXIF orientation."""
     image, _ = write(tmp_path, "training", "a", disc(30, 20), size=(20, 30))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -213,8 +213,8 @@ def test_mistakes_are_one_line(root, make, message):
         make(root)
 
 
-def test_two_files_of_one_name_are_named_and_neither_is_taken(root, caplog):
-    """Which of them belongs to the mask, or is the mask, cannot be told."""
+def test_two_files_of_one_name_are_reported_and_left_out(root, caplog):
+    """It is unknown which of them belongs to the mask, or is the mask."""
     image, mask = write(root, "training", "a", disc(), image_suffix=".png", mask_suffix=".tif")
     first, second = root / "images/training/a.jpg", root / "annotations/training/a.png"
     with pytest.raises(ValueError, match=f"data: {second} and {mask} have one name .and 1 more"):
@@ -232,7 +232,7 @@ def test_names_of_pairs_are_the_same_in_both_forms_of_unicode(root):
     assert len(Pairs(root=str(root)).build(0).train) == 4
 
 
-def test_what_is_left_out_of_pairs_is_told(root, caplog):
+def test_files_left_out_of_pairs_are_logged(root, caplog):
     (root / "images/training/d.heic").write_bytes(b"")
     pages = [Image.fromarray(disc())] * 2
     pages[0].save(root / "images/training/e.tif", save_all=True, append_images=pages[1:])

@@ -15,7 +15,7 @@ from tokendial.data.readers.images import decode_image
 
 
 def tiff(values, *, white_is_zero=False, orientation=1):
-    """The bytes of an uncompressed grey TIFF of any kind of numbers, also those Pillow lacks."""
+    """Bytes of an uncompressed grey TIFF of any number type, also types that Pillow lacks."""
     height, width = values.shape
     bits, sample = 8 * values.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     data = values.tobytes()
@@ -27,7 +27,7 @@ def tiff(values, *, white_is_zero=False, orientation=1):
 
 
 def greys(values, value_range=None, **kwargs):
-    """What is read of a row of values."""
+    """Read a TIFF of one row of values; return its grey levels."""
     data = tiff(np.atleast_2d(values), **kwargs)
     return np.asarray(decode_image(data, "x.tif", value_range=value_range))[..., 0].tolist()[0]
 
@@ -70,7 +70,7 @@ def test_zero_may_be_white(kind):
         (np.float32([0, 900]), r"numbers from 0 to 900, not 0 to 1: .*data.range=\[0,1023\]"),
     ],
 )
-def test_values_of_which_nothing_says_what_is_white_are_refused(values, message):
+def test_values_without_a_default_range_are_an_error(values, message):
     with pytest.raises(ImageError, match=f"^x.tif holds .*{message}"):
         greys(values)
 
@@ -81,8 +81,8 @@ def test_eight_bits_are_read_as_they_are_whatever_the_range(tmp_path):
     assert seen[0, :, 0].tolist() == [0, 15, 255]
 
 
-def test_colours_of_sixteen_bits_have_no_range(tmp_path):
-    """Pillow does not give their lower 8 bits."""
+def test_a_range_does_not_apply_to_16_bit_colours(tmp_path):
+    """Pillow does not read their lower 8 bits."""
     path = tmp_path / "a.ppm"
     path.write_bytes(b"P6 1 1 65535\n" + struct.pack(">HHH", 65535, 2570, 0))
     assert read_image(path).getpixel((0, 0)) == (255, 10, 0)
@@ -96,7 +96,7 @@ def test_colours_of_sixteen_bits_have_no_range(tmp_path):
         decode_image(deep, "a.png", value_range=(0, 4095))
 
 
-def test_a_tiff_that_lies_on_its_side_is_upright(tmp_path):
+def test_a_rotated_tiff_is_turned_upright(tmp_path):
     pixels = np.arange(32, dtype=np.uint8).reshape(4, 8)
     (tmp_path / "a.tif").write_bytes(tiff(pixels, orientation=6))
     seen = np.asarray(read_image(tmp_path / "a.tif"))[..., 0]

@@ -12,7 +12,7 @@ def splits(task, **kwargs):
 
 
 @pytest.mark.parametrize("task", ["present", "count", "where", "which"])
-def test_a_scene_is_the_same_whenever_it_is_asked_for(task):
+def test_a_scene_is_the_same_each_time_it_is_read(task):
     first, again = splits(task).train, splits(task).train
     for number in (7, 0, 7):
         image, target = again[number]
@@ -59,7 +59,7 @@ def test_which_is_the_only_kind_that_is_there_three_times():
         assert sorted(counts)[-2] == 1
 
 
-def test_a_single_item_is_what_it_is():
+def test_the_target_of_a_single_item_is_its_kind():
     scenes = splits("which", cells=1, img_size=24)
     image, target = scenes.train[0]
     assert image.size == (24, 24)

@@ -63,7 +63,7 @@ def test_samples_are_read_in_any_order(root, shows):
         assert shows(train[number][0], number)
 
 
-def test_a_kept_index_gives_the_same_samples_without_reading_the_shard_again(root, monkeypatch):
+def test_a_saved_index_gives_the_same_samples_without_indexing_again(root, monkeypatch):
     first = build(root).train
     assert {path.name for path in root.glob("*.npz")} == {
         "train-00.tar.index.npz",
@@ -90,7 +90,7 @@ def test_a_damaged_index_is_made_again(root, content):
     assert [label for _, label in build(root).val] == [1, 2]
 
 
-def test_no_index_is_kept_unless_wanted_and_possible(root, monkeypatch):
+def test_no_index_is_saved_if_disabled_or_impossible(root, monkeypatch):
     def refuse(path):
         raise PermissionError(path)
 

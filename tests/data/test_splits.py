@@ -1,4 +1,4 @@
-"""Classes that have no samples to train or to validate on."""
+"""The warning about classes that have no samples to train on or to validate on."""
 
 import pytest
 from torch.utils.data import Subset
@@ -33,12 +33,12 @@ def files(*labels):
         ),
     ],
 )
-def test_classes_without_samples_are_told(caplog, train, val, lines):
+def test_classes_without_samples_are_logged(caplog, train, val, lines):
     warn_of_absent_classes(Splits(train=train, val=val, classes=("a", "b", "c")))
     assert len(caplog.messages) == len(lines)
     assert all(part in line for part, line in zip(lines, caplog.messages, strict=True))
 
 
-def test_sets_whose_labels_are_not_known_beforehand_are_passed_over(caplog):
+def test_sets_without_known_labels_are_skipped(caplog):
     warn_of_absent_classes(Splits(train=[], val=Subset([], []), classes=("a", "b")))
     assert caplog.messages == []

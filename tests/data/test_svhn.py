@@ -63,7 +63,7 @@ def test_a_file_of_another_kind_is_named(root):
         build(root)
 
 
-def test_parts_of_the_set_are_refused_unless_asked_for(root):
+def test_a_part_of_the_set_needs_check_false(root):
     with pytest.raises(ValueError, match=r"train_32x32.mat must be 73,257, got 3; data.check=fals"):
         build(root, check=True)
 
@@ -73,7 +73,7 @@ def test_a_missing_file_is_named_with_where_to_get_it(tmp_path):
         build(tmp_path)
 
 
-def test_a_missing_scipy_says_how_to_install_it(root, monkeypatch):
+def test_the_error_without_scipy_says_how_to_install_it(root, monkeypatch):
     real = builtins.__import__
 
     def without_scipy(name, *args, **kwargs):

@@ -26,7 +26,7 @@ def picture(width=40, height=30) -> Image.Image:
         Augment(randaugment="rand-m9-mstd0.5-inc1", color_jitter=0.3, erasing=1.0),
     ],
 )
-def test_both_transforms_give_tensors_of_the_asked_size(augment, size):
+def test_both_transforms_give_tensors_of_the_given_size(augment, size):
     for make in (train_transform, eval_transform):
         tensor = make(augment, size, MEAN, STD)(picture())
         assert tensor.shape == (3, *size)
@@ -52,7 +52,7 @@ NARROW = [(30, 400), (401, 33), (7, 900), (900, 7), (2000, 150)]
 
 @pytest.mark.parametrize("sides", NARROW)
 @pytest.mark.parametrize(("ratio", "size"), [(0.875, (32, 32)), (1.0, (32, 32)), (0.5, (16, 48))])
-def test_long_images_are_seen_as_torchvision_shows_them(sides, ratio, size):
+def test_long_images_are_cropped_as_by_torchvision(sides, ratio, size):
     bicubic = v2.InterpolationMode.BICUBIC
     if ratio == 1.0 or size[0] != size[1]:
         steps = [v2.Resize(size, bicubic)]

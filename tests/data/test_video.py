@@ -80,8 +80,8 @@ def test_a_camera_that_was_turned_gives_upright_frames(tmp_path, rotation, turns
     assert np.abs(found - np.rot90(pictures[5], turns)).mean() < 6
 
 
-def test_what_was_edited_away_is_not_counted(tmp_path, whole):
-    """A file that begins within a group of pictures holds the frames before, but hides them."""
+def test_frames_cut_by_an_edit_list_are_not_counted(tmp_path, whole):
+    """A file cut within a group of pictures holds the frames before the cut as hidden ones."""
     path = tmp_path / "edited.mp4"
     with av.open(whole) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -162,7 +162,7 @@ def test_other_containers_are_cut_short_too(folder, tmp_path, name):
         VideoFile(cut(path, tmp_path / name, 0.7))
 
 
-def test_frames_that_cannot_be_decoded_are_told(tmp_path):
+def test_a_frame_that_cannot_be_decoded_is_named(tmp_path):
     path = encode(tmp_path / "a.mp4", panned("coffee", COUNT, step=3), g="8", crf="10")
     content = bytearray(path.read_bytes())
     middle = content.index(b"mdat") + len(content) // 2
@@ -195,7 +195,7 @@ def test_a_folder_of_frames_is_a_video(frames):
     assert numbers(video.frames([11, 0, 5, 5])) == [11, 0, 5, 5]
 
 
-def test_damaged_folders_of_frames_are_told(frames):
+def test_damaged_frame_folders_are_errors(frames):
     with pytest.raises(VideoError, match=r"must hold 13 frames, but .*img_00013.png is missing"):
         FrameFolder(frames, "img_{:05}.png", 13)
     video = FrameFolder(frames, "img_{:05}.png", 12)

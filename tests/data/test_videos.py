@@ -14,7 +14,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def root(tmp_path, clip):
-    """Lists of five and two videos; one of them is named by its whole path."""
+    """Lists of five and two videos; one is named by its absolute path."""
     (tmp_path / "videos").mkdir()
     lines = {"train": [], "val": [], "test": []}
     for number in range(9):
@@ -123,7 +123,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_bad_lines_are_told(root, line):
+def test_errors_in_lines_name_the_line(root, line):
     add(root, line)
     with pytest.raises(ValueError, match=LINES[line]):
         VideoLists(root=str(root), classes=3).build(0)
@@ -140,13 +140,13 @@ FRAME_LINES = {
 
 
 @pytest.mark.parametrize("line", FRAME_LINES)
-def test_bad_lines_of_frames_are_told(framed, line):
+def test_errors_in_lines_of_frame_folders_name_the_line(framed, line):
     add(framed, line)
     with pytest.raises(ValueError, match=FRAME_LINES[line]):
         SSv2(root=str(framed), frames="img_{:05}.jpg", check=False).build(0)
 
 
-def test_a_missing_or_empty_list_is_told(root):
+def test_a_missing_or_empty_list_is_an_error(root):
     (root / "train.csv").write_text("\n")
     with pytest.raises(ValueError, match=r"data: .*train.csv names no videos"):
         VideoLists(root=str(root), classes=3).build(0)
@@ -157,7 +157,7 @@ def test_a_missing_or_empty_list_is_told(root):
         K400(root=str(root / "none")).build(0)
 
 
-def test_broken_videos_stop_the_run_unless_told_otherwise(root, clip, caplog):
+def test_broken_videos_stop_the_run_or_are_skipped(root, clip, caplog):
     content = clip.read_bytes()
     for name, kept in (("empty", 0), ("cut", len(content) // 2)):
         (root / f"{name}.mp4").write_bytes(content[:kept])
@@ -175,7 +175,7 @@ def test_broken_videos_stop_the_run_unless_told_otherwise(root, clip, caplog):
         assert problem in "\n".join(told)
 
 
-def test_a_set_of_broken_videos_alone_is_told(root):
+def test_a_set_of_broken_videos_only_is_an_error(root):
     (root / "val.csv").write_text("none.mp4 1\n")
     with pytest.raises(ValueError, match=r"no such video: .*none.mp4; no video is left"):
         VideoLists(root=str(root), classes=3, broken="skip").build(0)

@@ -77,7 +77,7 @@ def test_a_short_list_is_refused(root, split, message):
         (b"\xff\xfe 1", "train800.txt is not a text file"),
     ],
 )
-def test_a_list_that_is_wrong_says_where(root, lines, message):
+def test_errors_in_a_list_name_the_line(root, lines, message):
     content = lines if isinstance(lines, bytes) else lines.encode()
     (root / "kitti" / "train800.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -85,7 +85,7 @@ def test_a_list_that_is_wrong_says_where(root, lines, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_missing_is_named_with_where_to_get_it(root):
+def test_an_error_for_a_missing_file_says_where_to_get_it(root):
     with pytest.raises(ValueError, match=r"data.root: no such folder: .*nowhere. The code of NOAH"):
         build(root / "nowhere")
     with pytest.raises(ValueError, match=r"data.root: no such folder: .*svhn. The code of NOAH"):

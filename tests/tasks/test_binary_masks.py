@@ -26,7 +26,7 @@ NAMES = {
 
 
 def logits_of(grey):
-    """Logits whose probabilities are the grey levels, as near as float32 can tell."""
+    """Logits whose probabilities are the grey levels, up to rounding in float32."""
     return torch.logit(grey.double() / 255, eps=1e-9).float()
 
 
@@ -78,7 +78,7 @@ def test_the_distillation_loss_equals_the_reference():
     torch.testing.assert_close(0.1 * heads(*maps), expected, rtol=1e-5, atol=0)
 
 
-def test_gradients_of_the_teachers_head_can_be_kept_out():
+def test_gradients_into_the_teachers_head_can_be_stopped():
     for detach in (False, True):
         heads = FeatureDistillation(6, 4, detach=detach)
         heads(torch.randn(2, 6, 3, 3), torch.randn(2, 6, 3, 3)).backward()
@@ -99,8 +99,8 @@ def test_empty_and_full_masks_have_finite_losses_and_metrics(inside):
     assert task.hits(torch.full((2, 1, 4, 4), 9.0), targets) == inside
 
 
-def test_the_loss_leaves_out_what_is_ignored():
-    """Its gradient is 0 there; the rest is that of the part that counts."""
+def test_the_loss_leaves_out_ignored_pixels():
+    """Gradients are 0 at ignored pixels, and elsewhere as if only the other pixels existed."""
     torch.manual_seed(0)
     task = BinaryMasks(DenseAugment())
     logits = torch.randn(2, 1, 8, 8, requires_grad=True)
@@ -117,8 +117,8 @@ def test_the_loss_leaves_out_what_is_ignored():
     assert task.loss(logits, torch.full((2, 8, 8), 255)) == 0
 
 
-def test_metrics_leave_out_what_is_ignored():
-    """Those that do not see where pixels lie are those of the part that counts."""
+def test_metrics_leave_out_ignored_pixels():
+    """Metrics that do not depend on positions equal those of the other pixels alone."""
     maps, masks = logits_of(TENSORS["input.pred_uint8"])[:4, None], TENSORS["input.gt"][:4].long()
     columns = masks.shape[-1] * 2 // 3
     void = masks.clone()
@@ -145,7 +145,7 @@ def replay(monkeypatch, noise):
 
 @pytest.mark.parametrize("case", ["dar_seg", "dar_seg_distill"])
 def test_a_training_step_equals_the_reference(monkeypatch, case):
-    """Losses, the gradient of every parameter, and what BatchNorm has gathered."""
+    """Losses, the gradient of every parameter, and the statistics of BatchNorm."""
     from decode.test_decoders import reference_model
 
     from tokendial.train.objective import Distillation, Objective
@@ -190,7 +190,7 @@ def test_a_training_step_equals_the_reference(monkeypatch, case):
 
 
 def test_probabilities_are_resized_not_logits():
-    """As the reference does for its metrics."""
+    """Resize as the reference does for its metrics."""
     tensors = golden("dar_seg")[1]
     logits, masks = tensors["output.eval.logits_mask"], tensors["input.label_mask"].squeeze(1)
     metrics = MaskMetrics()

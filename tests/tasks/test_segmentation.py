@@ -21,7 +21,7 @@ def model(num_classes=3):
     return wrapped.eval()
 
 
-def test_the_loss_leaves_out_what_is_ignored():
+def test_the_loss_leaves_out_ignored_pixels():
     task, logits = Segmentation(3, DenseAugment()), torch.randn(2, 3, 8, 8)
     targets = torch.randint(3, (2, 8, 8))
     targets[0] = 255

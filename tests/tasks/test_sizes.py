@@ -27,7 +27,7 @@ def pair(tmp_path, size, fill):
 
 
 def half(value):
-    """The right half of the mask has a value, the left half 0."""
+    """Fill the right half of a mask with a value; the left half is 0."""
 
     def fill(height, width):
         mask = np.zeros((height, width), np.uint8)
@@ -101,7 +101,7 @@ def test_empty_and_full_masks_are_scored(tmp_path, value):
     assert all(np.isfinite(float(score)) for score in scores.values())
 
 
-def test_a_mask_that_is_ignored_as_a_whole_teaches_nothing(tmp_path):
+def test_a_mask_that_is_ignored_completely_gives_no_gradient(tmp_path):
     pair(tmp_path, (40, 50), lambda h, w: np.full((h, w), 255, np.uint8))
     loss, scores = scored(tmp_path, 150)
     assert loss == 0
