@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 _MAX_CROP_ASPECT, _MAX_RESIZE_ASPECT = 8, 100
-"""Ratios of the sides above which `CentreCropped` and `Resized` work in a way that saves memory."""
+"""Ratios of the sides above which `CentreCropped` and `ResizeImage` work in a way that saves memory."""
 _FILTER_REACH = 3
 """Pixels that bicubic interpolation reads on either side (2), and one more for rounding."""
 Transform = Callable[[Any], Tensor]
@@ -100,7 +100,7 @@ def train_transform(
     steps: list[Callable[[Any], Any]] = [
         v2.RandomResizedCrop(img_size, augment.scale, interpolation=bicubic)
         if augment.crop
-        else Resized(img_size),
+        else ResizeImage(img_size),
         v2.RandomHorizontalFlip(augment.flip),
     ]
     if augment.randaugment:
@@ -150,7 +150,7 @@ def eval_transform(
         std: Standard deviation of each channel for normalisation.
     """
     if augment.test_crop_ratio == 1.0 or img_size[0] != img_size[1]:
-        steps: list[Callable[[Any], Any]] = [Resized(img_size)]
+        steps: list[Callable[[Any], Any]] = [ResizeImage(img_size)]
     else:
         short = round(img_size[0] / augment.test_crop_ratio)
         steps = [CentreCropped(short, img_size)]
@@ -158,7 +158,7 @@ def eval_transform(
     return composed
 
 
-class Resized:
+class ResizeImage:
     """Resizes an image to a height and width, as `v2.Resize` does.
 
     Older versions of Pillow resize the width first. An image of a few pixels' width and a great
