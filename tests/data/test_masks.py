@@ -258,7 +258,7 @@ def test_check_reports_splits_whose_masks_are_all_empty_or_full(root, caplog):
     assert problems == [f"{root / 'annotations' / 'validation'}: all masks are empty"]
     half = OBJECT.sum() / OBJECT.size / 2
     assert notes == [
-        "inside is 2",
+        "inside are pixels of value 2",
         f"training: {half:.1%} of the pixels are inside; 1 of 2 masks empty, 0 full",
         "validation: 0.0% of the pixels are inside; 1 of 1 mask empty, 0 full",
     ]

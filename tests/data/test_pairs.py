@@ -160,7 +160,7 @@ def test_the_command_line_checks_a_folder(root):
     ]
     assert done.exit_code == 0
     assert done.output.splitlines() == [
-        f"{root}: inside is 255",
+        f"{root}: inside are pixels of value 255",
         *shares,
         f"{root}: 6 pairs, no problems",
     ]
@@ -168,7 +168,7 @@ def test_the_command_line_checks_a_folder(root):
     done = CliRunner().invoke(app, ["data", "check", str(root)])
     assert done.exit_code == 1
     assert len(done.output.splitlines()) == 9
-    assert "inside is what is brighter than half of the range" in done.output
+    assert "inside are pixels brighter than half of the range" in done.output
     assert done.output.splitlines()[-1] == f"{root}: 4 pairs, 5 problems"
 
 

@@ -151,9 +151,9 @@ def test_a_missing_or_empty_list_is_an_error(root):
     with pytest.raises(ValueError, match=r"data: .*train.csv names no videos"):
         VideoLists(root=str(root), classes=3).build(0)
     (root / "train.csv").unlink()
-    with pytest.raises(ValueError, match=r"no such file: .*train.csv\. VideoMAE tells"):
+    with pytest.raises(ValueError, match=r"no such file: .*train.csv\. VideoMAE describes"):
         K400(root=str(root)).build(0)
-    with pytest.raises(ValueError, match=r"data.root: no such folder: .*none\. VideoMAE tells"):
+    with pytest.raises(ValueError, match=r"data.root: no such folder: .*none\. VideoMAE describes"):
         K400(root=str(root / "none")).build(0)
 
 

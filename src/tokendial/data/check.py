@@ -28,7 +28,7 @@ def check_folders(
     Args:
         root: Folder that holds the split folders, or the class folders.
         train: Name of the training folder; other names are found as `find_split_folders` does.
-        val: Name of the validation folder, likewise.
+        val: Name of the validation folder; other names are found in the same way.
         value_range: Values that become black and white in images of more than 8 bits.
 
     Returns:
@@ -139,7 +139,7 @@ def check_pairs(data: Pairs, root: Path, notes: list[str] | None = None) -> Iter
         yield str(error).rstrip(".")
         return
     if reading is not None:
-        notes.append(f"inside is {reading}")
+        notes.append(f"inside are {reading}")
     read_mask = data.mask_reader(reading)
     for split, (pairs, _) in by_split.items():
         statistics = MaskStatistics(split)

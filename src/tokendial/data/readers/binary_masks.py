@@ -74,11 +74,13 @@ class MaskReading:
 
     def __str__(self) -> str:
         if not isinstance(self.rule, str):
-            return format_codes(map(encode, self.rule)) if self.rule else "nothing"
+            if not self.rule:
+                return "no pixels"
+            return f"pixels of value {format_codes(map(encode, self.rule))}"
         return {
-            "alpha": "what is not transparent",
-            "half": "what is brighter than half of the range",
-            "nonzero": "all that is not 0",
+            "alpha": "pixels that are not transparent",
+            "half": "pixels brighter than half of the range",
+            "nonzero": "pixels that are not 0",
         }[self.rule]
 
 
@@ -150,7 +152,7 @@ def _is_bright(file: MaskFile, codes: np.ndarray, reading: MaskReading) -> np.nd
         raise ImageError(
             f"{file.path} has the values 0 and {top}, but masks of its set are read by half "
             f"of their range, {half}, which would leave it empty: data.mask=half does so, "
-            "data.mask=nonzero takes all that is not 0."
+            "data.mask=nonzero takes the pixels that are not 0."
         )
     return np.asarray(levels > half)
 
@@ -221,11 +223,12 @@ def decide_reading(contents: Sequence[MaskContent], where: object) -> MaskReadin
 
     The first rule that applies decides:
 
-    1. Some mask is partly transparent: what is not transparent is inside.
-    2. All masks together have one value: it is inside, unless it is 0.
-    3. They have two values, and one is 0 or they lie in different halves of the range: the other,
-       or larger, one is inside.
-    4. They are grey with soft borders or stored as JPEG: what is brighter than half is inside.
+    1. Some mask is partly transparent: pixels that are not transparent are inside.
+    2. All masks together have one value: its pixels are inside, unless it is 0.
+    3. They have two values, and one is 0 or they lie in different halves of the range: pixels with
+       the other or larger value are inside.
+    4. They are grey with soft borders or stored as JPEG: pixels brighter than half of the range are
+       inside.
 
     Args:
         contents: Contents of the masks of a data set.
@@ -262,8 +265,8 @@ def _reading_by_alpha(contents: Sequence[MaskContent], where: object) -> MaskRea
         if len(content.visible_codes or ()) > 1:
             raise ValueError(
                 f"data: {where}: both transparency and colour vary in {content.path}: "
-                "data.mask=alpha takes what is not transparent, data.mask=half what is bright, "
-                "data.mask=nonzero what is not black."
+                "data.mask=alpha takes the pixels that are not transparent, data.mask=half those "
+                "that are bright, data.mask=nonzero those that are not black."
             )
     visible = frozenset[int]().union(*(content.visible_codes or () for content in transparent))
     return MaskReading("alpha", visible, from_files=True)
@@ -284,9 +287,9 @@ def _describe_choices(values: Sequence[int], contents: Sequence[MaskContent], ha
             for inside, ignored in ((values[1], values[2]), (values[2], values[1]))
         ]
     if values[0] == 0:
-        choices.append("data.mask=nonzero (all that is not 0)")
+        choices.append("data.mask=nonzero (pixels that are not 0)")
     if all(value >= 0 for value in values):
-        choices.append(f"data.mask=half (what is above {half})")
+        choices.append(f"data.mask=half (pixels above {half})")
     if len(values) > 2 and values[0] == 0:
         choices.append("data.classes=..., if these are classes")
     return (

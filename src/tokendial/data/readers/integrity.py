@@ -66,7 +66,7 @@ def find_broken_images(
             for path, result in _decode_all(root, unknown, value_range):
                 decoded[path] = result
         finally:
-            # Also after an interruption, so that the next run goes on from here.
+            # Also after an interruption, so that the next run continues from here.
             new = {
                 names[path]: [*stamps[path], result.num_pictures]
                 for path, result in decoded.items()

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class RangeError(ValueError):
-    """No range tells which values are black and white; the message is to follow a file's name."""
+    """A value range is missing or cannot be used; the message is to follow the name of a file."""
 
 
 @dataclass(frozen=True, slots=True)

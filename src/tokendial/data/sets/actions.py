@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tokendial.checks import check_choice
 from tokendial.data.readers.files import PATH
 from tokendial.data.readers.lists import read_lines, require_folder
 from tokendial.data.sets.official import check_count
@@ -31,8 +32,7 @@ class _PublishedVideos(VideoSet):
 
     def __post_init__(self) -> None:
         VideoSet.__post_init__(self)
-        if self.val not in ("val", "test"):
-            raise ValueError(f"val must be one of val, test, got {self.val!r}.")
+        check_choice("val", self.val, ("val", "test"))
 
     def _read_splits(
         self, num_classes: int, sizes: tuple[int, int] | None = None, template: str | None = None

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tokendial.checks import check_choice
 from tokendial.data.readers.lists import (
     parse_number,
     read_two_columns,
@@ -75,11 +76,8 @@ class FGVC(OfficialSet):
 
     def __post_init__(self) -> None:
         OfficialSet.__post_init__(self)
-        for name, allowed in (("task", tuple(_TASKS)), ("lists", ("auto", "json", "official"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}."
-                )
+        check_choice("task", self.task, tuple(_TASKS))
+        check_choice("lists", self.lists, ("auto", "json", "official"))
 
     def build(self, seed: int) -> Splits:
         """Read the lists.

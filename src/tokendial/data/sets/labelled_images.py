@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from tokendial.checks import check_choice
 from tokendial.data.readers.images import read_image
 from tokendial.data.readers.integrity import find_broken_images
 from tokendial.data.readers.pixels import ValueRange
@@ -61,8 +62,7 @@ class ImageArrays(Dataset[tuple[Image.Image, int]]):
 
 def check_broken(value: str) -> None:
     """Raise a ValueError unless the field `broken` of a data set is "error" or "skip"."""
-    if value not in ("error", "skip"):
-        raise ValueError(f"broken must be one of error, skip, got {value!r}.")
+    check_choice("broken", value, ("error", "skip"))
 
 
 def drop_broken_images(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch.utils.data import Subset
 
+from tokendial.checks import check_choice
 from tokendial.data.readers.files import PATH
 from tokendial.data.sets.labelled_images import ImageArrays, ImageFiles, drop_broken_images
 from tokendial.data.splits import Splits, hold_out
@@ -29,8 +30,7 @@ class OfficialSet:
     false to use a part of it."""
 
     def __post_init__(self) -> None:
-        if self.val not in ("val", "test"):
-            raise ValueError(f"val must be one of val, test, got {self.val!r}.")
+        check_choice("val", self.val, ("val", "test"))
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must lie in [0, 1), got {self.holdout}.")
 

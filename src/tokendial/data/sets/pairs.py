@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -37,6 +37,7 @@ from tokendial.data.readers.pixels import (
     sample_files,
     warn_of_unused_range,
 )
+from tokendial.data.sets.labelled_images import Broken, check_broken
 from tokendial.data.splits import Splits
 from tokendial.methods import register
 
@@ -92,15 +93,14 @@ class Pairs:
     """Values that become black and white in grey images of more than 8 bits, such as [0, 4095].
     image: the smallest and largest value of each image; null: the limits of the file's number
     type."""
-    broken: Literal["error", "skip"] = "error"
+    broken: Broken = "error"
     """What to do with broken pairs: a file without a partner, sizes that differ, or a file that
     cannot be read. error: stop before the run if file names or file headers show one; pixel data
     are not decoded then, so a damaged image stops the run when it is read (`tokendial data check`
     decodes all). skip: decode every file before the run, log each broken pair and leave it out."""
 
     def __post_init__(self) -> None:
-        if self.broken not in ("error", "skip"):
-            raise ValueError(f"broken must be one of error, skip, got {self.broken!r}.")
+        check_broken(self.broken)
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"classes must be at least 2, or null, got {self.classes!r}.")
         if self.classes is None and self.ignore_zero:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from tokendial.checks import check_choice
 from tokendial.data.sets.scene_items import (
     ITEMS,
     OPACITY,
@@ -62,8 +63,7 @@ class Scenes:
     """Number of rows and of columns of items: 3, or 1 for a single item (task `which` only)."""
 
     def __post_init__(self) -> None:
-        if self.task not in CLASSES:
-            raise ValueError(f"task must be one of {', '.join(CLASSES)}, got {self.task!r}.")
+        check_choice("task", self.task, tuple(CLASSES))
         for name in ("train_size", "val_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -194,8 +194,7 @@ class SceneMasks:
     """Side of a scene in pixels, from 48 to 160."""
 
     def __post_init__(self) -> None:
-        if self.task not in ("items", "kinds"):
-            raise ValueError(f"task must be one of items, kinds, got {self.task!r}.")
+        check_choice("task", self.task, ("items", "kinds"))
         for name in ("train_size", "val_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

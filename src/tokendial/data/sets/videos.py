@@ -30,7 +30,7 @@ from tokendial.data.splits import Splits
 from tokendial.methods import register
 
 LISTS_SOURCE = (
-    "VideoMAE tells how {train,val,test}.csv are made: "
+    "VideoMAE describes how to make {train,val,test}.csv: "
     "https://github.com/MCG-NJU/VideoMAE/blob/main/DATASET.md."
 )
 _MAX_FRAMES = 1_000_000

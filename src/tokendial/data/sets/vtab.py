@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from tokendial.checks import check_choice
 from tokendial.data.readers.files import PATH
 from tokendial.data.readers.lists import (
     parse_number,
@@ -92,10 +93,8 @@ class VTAB:
     lists."""
 
     def __post_init__(self) -> None:
-        if self.task not in VTAB_TASKS:
-            raise ValueError(f"task must be one of {', '.join(VTAB_TASKS)}, got {self.task!r}.")
-        if self.split not in _LISTS:
-            raise ValueError(f"split must be one of {', '.join(_LISTS)}, got {self.split!r}.")
+        check_choice("task", self.task, tuple(VTAB_TASKS))
+        check_choice("split", self.split, tuple(_LISTS))
 
     def build(self, seed: int) -> Splits:
         """Read the lists.

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from tokendial.checks import check_choice
 from tokendial.data.readers.video import Video
 from tokendial.data.transforms.image import Transform, to_tensor
 
@@ -40,8 +41,7 @@ class Clip:
     side; 1 is the centre crop."""
 
     def __post_init__(self) -> None:
-        if self.sampling not in ("uniform", "dense"):
-            raise ValueError(f"sampling must be one of uniform, dense, got {self.sampling!r}.")
+        check_choice("sampling", self.sampling, ("uniform", "dense"))
         for name in ("sampling_rate", "test_clips", "test_crops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from tokendial.checks import check_choice
 from tokendial.data.transforms.image import to_tensor
 
 _BILINEAR = v2.InterpolationMode.BILINEAR
@@ -50,8 +51,7 @@ class DenseAugment:
             raise ValueError(f"flip must lie in [0, 1], got {self.flip}.")
         if not self.color_jitter >= 0.0:
             raise ValueError(f"color_jitter must be at least 0, got {self.color_jitter}.")
-        if self.test not in ("whole", "crop", "slide"):
-            raise ValueError(f"test must be one of whole, crop, slide, got {self.test!r}.")
+        check_choice("test", self.test, ("whole", "crop", "slide"))
         if not 0.0 < self.stride <= 1.0:
             raise ValueError(f"stride must lie in (0, 1], got {self.stride}.")
 

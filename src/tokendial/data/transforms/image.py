@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 _MAX_CROP_ASPECT, _MAX_RESIZE_ASPECT = 8, 100
-"""Ratios of the sides above which `CentreCropped` and `ResizeImage` work in a way that saves memory."""
+"""Aspect ratios above which `CentreCropped` and `ResizeImage` take a way that saves memory."""
 _FILTER_REACH = 3
 """Pixels that bicubic interpolation reads on either side (2), and one more for rounding."""
 Transform = Callable[[Any], Tensor]
