@@ -78,7 +78,7 @@ def test_compiled_and_exported_models_are_plain(recorded):
 
 def test_without_triton_everything_is_plain(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(launch, "_triton_is_there", launch._triton_is_there.__wrapped__)
+    monkeypatch.setattr(launch, "_has_triton", launch._has_triton.__wrapped__)
     assert not can_fuse(torch.device("cuda"))
     assert not can_fuse(torch.device("cpu"))
 

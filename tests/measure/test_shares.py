@@ -105,7 +105,7 @@ def test_a_meter_counts_only_what_runs_inside():
 )
 def test_other_models_cannot_be_calibrated(reduce):
     model = td.wrap(tiny_vit(), reduce=reduce)
-    with pytest.raises(ValueError, match="must select tokens by threshold: DyT or DAR"):
+    with pytest.raises(ValueError, match="must select tokens by threshold: use DyT or DAR"):
         td.calibrate(model, [images(1)])
 
 

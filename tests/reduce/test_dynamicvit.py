@@ -153,7 +153,7 @@ def test_without_a_teacher_only_the_ratio_is_trained(vit):
         ({"layers": (4, 2)}, "layers must rise, got"),
         ({"keep_rate": 0}, r"keep_rate must be in \(0, 1\], got 0"),
         ({"token_loss": "l1"}, "token_loss must be one of mse, kl, got 'l1'"),
-        ({"ratio_weight": -1}, "ratio_weight must be at least 0, got -1"),
+        ({"ratio_weight": -1}, "ratio_weight must be a number of at least 0, got -1"),
     ],
 )
 def test_bad_settings_raise(settings, message):

@@ -134,7 +134,7 @@ def test_losses_at_degree_0_raise(vit):
     [
         ({"target_ratio": 1.5}, r"target_ratio must be in \(0, 1\], got 1.5"),
         ({"selection": "best"}, "selection must be one of threshold, topk, got 'best'"),
-        ({"ratio_weight": -2}, "ratio_weight must be at least 0, got -2"),
+        ({"ratio_weight": -2}, "ratio_weight must be a number of at least 0, got -2"),
         ({"minimal_ratio": 0}, r"minimal_ratio must be in \(0, 1\], got 0"),
     ],
 )
