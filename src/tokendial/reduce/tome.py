@@ -63,7 +63,7 @@ class ToMe(ReducerConfig):
     def __post_init__(self) -> None:
         check_matching(self.matching, self.stride, self.seed)
         if type(self.r) is tuple and not any(isinstance(part, list | tuple) for part in self.r):
-            if len(self.r) != 2 or self.inflection:
+            if len(self.r) != 2:
                 raise ValueError(f"r as a tuple must be (r, inflection), got {self.r}.")
             object.__setattr__(self, "inflection", self.r[1])
             object.__setattr__(self, "r", self.r[0])
