@@ -29,7 +29,7 @@ METHODS = {
 
 @st.composite
 def reductions(draw: st.DrawFn) -> tuple[Grouping, Tensor, Tensor | None]:
-    """Any grouping: tokens dropped, alone and in crowds; features and weights that go with it."""
+    """Any grouping, with dropped tokens and groups of all sizes; matching features and weights."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     num_groups, num_absorbed = draw(st.integers(1, 5)), draw(st.integers(0, 40))
     num_tokens = num_groups + num_absorbed + draw(st.integers(0, 3))

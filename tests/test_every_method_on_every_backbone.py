@@ -39,8 +39,8 @@ def model_of(method, name, square):
 @pytest.mark.parametrize("method", sorted({*REDUCERS} - {"frame_by_frame"}))
 @torch.no_grad()
 def test_logits_and_feature_maps(method, name, square):
-    """Catches: rows and columns of the grid that are swapped; class attention of a register token;
-    a method that reduces nothing; images of a batch that are mixed.
+    """Catches: rows and columns of the grid that are swapped; a method that reduces nothing; images
+    of a batch that are mixed.
     """
     model, pictures = model_of(method, name, square)
     logits = model(pictures)
@@ -68,7 +68,7 @@ def logits_at_degree_0(model, pictures):
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_the_largest_degree_of_the_dial_runs(name):
-    """Catches: an offered degree that removes all patch tokens."""
+    """Catches: an offered degree at which more tokens should merge than there are."""
     model, pictures = model_of("tome", name, square=False)
     model.set_degree(model.degrees[-1])
     assert model(pictures).isfinite().all()

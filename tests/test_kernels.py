@@ -36,7 +36,7 @@ def test_kernels_give_what_pytorch_gives():
 
 @pytest.fixture
 def recorded(monkeypatch) -> list[str]:
-    """Kernels that would have started, were this processor a GPU."""
+    """Names of the kernels that would have started if this processor were a GPU."""
     names = []
     monkeypatch.setattr(launch, "can_fuse", lambda device: True)
     monkeypatch.setattr(launch, "_start", lambda kernel, *_, **__: names.append(kernel.__name__))
@@ -95,7 +95,7 @@ def test_kernels_that_fail_are_left_out(monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path) -> list[str]:
-    """PTX of the kernels that would have started: without a GPU, they are compiled for one."""
+    """PTX of the kernels that would have started; they are compiled for a GPU that is not there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     from triton.runtime.jit import mangle_type

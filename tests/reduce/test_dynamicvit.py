@@ -52,7 +52,7 @@ def test_inference_equals_the_reference():
     torch.testing.assert_close(
         model(tensors["input"]), tensors["output.eval.logits"], atol=1e-4, rtol=0
     )
-    # Which patches are left after the last step: those that the reference kept of those it kept.
+    # Patches left after the last step: the reference numbers them within those kept before.
     kept = tensors["output.eval.stage0.kept_idx"]
     for stage in (1, 2):
         kept = kept.gather(1, tensors[f"output.eval.stage{stage}.kept_idx"])

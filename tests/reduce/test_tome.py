@@ -39,7 +39,7 @@ def matching(case: str) -> tuple[dict, dict, Grouping, int]:
     return settings, tensors, grouping, prefix
 
 
-# The reference's element-wise maximum ("amax") is not something that this project does.
+# The reference can also take the element-wise maximum ("amax"), which this library cannot.
 @pytest.mark.parametrize("case", MATCHING)
 def test_matching_equals_the_reference(case):
     _, tensors, grouping, prefix = matching(case)
@@ -73,7 +73,7 @@ def test_merging_equals_the_reference(case):
 
 @pytest.mark.parametrize("case", [case for case in MATCHING if case != "tome_matching_cls_dist"])
 def test_unmerging_equals_the_reference(case):
-    # With a distillation token the reference's unmerge does not invert its merge (see its JSON).
+    # With a distillation token, unmerge of the reference does not invert its merge (see its JSON).
     _, tensors, grouping, _ = matching(case)
     restored = grouping.unmerge(grouping.merge(tensors["input.x"]))
     torch.testing.assert_close(restored, tensors["output.unmerge_of_merge_mean"], **CLOSE)
@@ -185,7 +185,7 @@ def test_bad_settings_of_a_matching_raise(method, settings, message):
 
 def schedule_rows() -> list[dict]:
     rows = golden("tome_parse_r")[0]["rows"]
-    # The reference takes lists that are longer than the model is deep; here they are an error.
+    # The reference accepts lists with more entries than layers; here they are an error.
     return [row for row in rows if len(row["result"]) == row["layers"]]
 
 
