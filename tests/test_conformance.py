@@ -6,9 +6,12 @@ them was put into the code once to see the test fail.
 """
 
 import copy
+import dataclasses
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from examples import ADAPTERS, PAIRS, REDUCERS, images, perturbed, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +24,15 @@ from tokendial.train.objective import Objective
 
 each_reducer = pytest.mark.parametrize("reduce", REDUCERS.values(), ids=REDUCERS)
 each_pair = pytest.mark.parametrize(("reduce", "adapt"), PAIRS.values(), ids=PAIRS)
+LABELS = torch.tensor([1, 4, 0])
+# Names of the backbone's parameters that train; with all other adapters only those of the head.
+TRAINED_IN_BACKBONE = {
+    td.FullFineTuning: ".*",
+    td.BitFit: r".*bias|head.*",
+    td.LastBlocks: r"blocks\.[23]\..*|head.*",
+    td.LoRA: r".*lora_[AB].*|head.*",
+    td.PEFT: r".*hada_w.*|head.*",
+}
 WITHOUT_PROMPTS = {
     name: (reduce, adapt)
     for name, (reduce, adapt) in PAIRS.items()
@@ -142,10 +154,24 @@ def test_every_token_stands_for_positions_and_prefix_tokens_for_themselves(reduc
 
 @each_reducer
 def test_gradients_reach_the_image(reduce):
-    """Catches: features that are merged or run through the FFN without gradient."""
+    """Catches: features that are merged without gradient in training."""
     batch = pictures().requires_grad_()
     td.wrap(small_vit(), reduce=reduce)(batch).sum().backward()
     assert (batch.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+@each_reducer
+def test_the_gradient_is_the_slope_of_the_logits(reduce):
+    """Catches: an FFN, a fused token or its weights without gradient, which the gradient of the
+    residual hides from a test for zero.
+    """
+    model = td.wrap(small_vit(), reduce=reduce).double().eval()
+    batch = pictures().double().requires_grad_()
+    model(batch).square().sum().backward()
+    direction = batch.grad / batch.grad.norm()
+    with torch.no_grad():
+        ahead, behind = (model(batch + step * direction).square().sum() for step in (1e-3, -1e-3))
+    torch.testing.assert_close((ahead - behind) / 2e-3, batch.grad.norm(), rtol=1e-3, atol=0)
 
 
 def replay_choices(monkeypatch, model):
@@ -160,7 +186,9 @@ def replay_choices(monkeypatch, model):
 
     def same(key, now):
         first = seen.setdefault(key, now)
-        assert (now.float() - first).norm() <= 0.1 * first.norm(), key
+        # Relative to how much tokens differ, not to the mean of all tokens.
+        differences = first - first.mean(dim=1, keepdim=True)
+        assert (now.float() - first).norm() <= 0.1 * differences.norm(), key
         return first
 
     attend, calls = tokendial.model.dial_vit.attend, iter(range(10**6))
@@ -217,16 +245,14 @@ def objective(model):
     """The loss of a training step on three images, with the same noise every time."""
     torch.manual_seed(3)
     loss, _ = Objective(model, Classification(7, multi_label=False, augment=Augment()))(
-        pictures(), torch.tensor([1, 4, 0])
+        pictures(), LABELS
     )
     return loss
 
 
 @each_pair
 def test_gradients_reach_what_trains_and_nothing_else(reduce, adapt):
-    """Catches: a weight that is not used or is detached; a backbone that is not frozen; a loss of
-    the method that is left out.
-    """
+    """Catches: a weight that is not used or is detached; a backbone that is not frozen."""
     # Average pooling also reads the patch tokens of the last layer, on which some adapters act.
     model = randomised(reduce, adapt, global_pool="avg").train()
     objective(model).backward()
@@ -236,17 +262,30 @@ def test_gradients_reach_what_trains_and_nothing_else(reduce, adapt):
             assert parameter.grad.abs().sum() > 0, name
         else:
             assert parameter.grad is None, name
+    pattern = TRAINED_IN_BACKBONE.get(type(adapt), "head.*")
+    for name, parameter in model.vit.named_parameters():
+        assert parameter.requires_grad == bool(re.fullmatch(pattern, name)), name
+
+
+@pytest.mark.parametrize("name", ["dynamicvit", "dyt", "dar"])
+def test_losses_of_the_method_are_added_to_that_of_the_task(name):
+    """Catches: losses of the method that are left out or subtracted."""
+    without = dataclasses.replace(REDUCERS[name], ratio_weight=0.0)
+    task, whole = (objective(randomised(reduce).train()) for reduce in (without, REDUCERS[name]))
+    assert whole > task
 
 
 @each_pair
 def test_steps_of_training_lower_the_loss(reduce, adapt):
-    """Catches: a loss with the wrong sign."""
+    """Catches: a loss of the task with the wrong sign."""
     model = randomised(reduce, adapt).train()
     optimizer = torch.optim.SGD(model.trainable_parameters(), lr=1e-3)
     losses = []
     for _ in range(5):
         loss = objective(model)
-        losses.append(loss.item())
+        torch.manual_seed(3)
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model(pictures()), LABELS).item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
