@@ -221,6 +221,7 @@ def test_half_precision_stays_as_close_as_plain_timm(reduce, monkeypatch):
     """
     vit = small_vit()
     model = td.wrap(vit, reduce=reduce).eval()
+    perturbed(model.reducer, std=0.3)  # fresh dispatchers and predictors score all tokens alike
     replay_choices(monkeypatch, model)
     exact, plain = model(pictures(16)), vit(pictures(16))
     with torch.autocast("cpu", torch.bfloat16):
