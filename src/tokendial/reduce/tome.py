@@ -62,6 +62,8 @@ class ToMe(ReducerConfig):
 
     def __post_init__(self) -> None:
         check_matching(self.matching, self.stride, self.seed)
+        # A plain tuple of numbers is (r, inflection). Lists become `PerLayer` below, so that
+        # dataclasses.replace does not mistake one for such a tuple.
         if type(self.r) is tuple and not any(isinstance(part, list | tuple) for part in self.r):
             if len(self.r) != 2:
                 raise ValueError(f"r as a tuple must be (r, inflection), got {self.r}.")
