@@ -65,7 +65,9 @@ def test_what_cannot_be_merged_says_so(tmp_path):
         model.merge_adapters()
     with pytest.raises(ValueError, match="merged adapters cannot be saved"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="SSF cannot be merged: a Linear has no bias"):
+    with pytest.raises(
+        ValueError, match="SSF cannot be merged: a Linear of the backbone has no bias"
+    ):
         td.wrap(backbone("eva02")[0], adapt=td.SSF()).merge_adapters()
 
 
