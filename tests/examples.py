@@ -52,7 +52,7 @@ ADAPTERS = {
     "linear": td.LinearProbe(),
     "full": td.FullFineTuning(),
 }
-# Some adapters need the whole token grid.
+# Adapters that need the complete token grid, and reducers that do not keep it.
 ON_THE_GRID = {"dar", "convpass"}
 SHRINKING = {"tome", "evit", "dynamicvit", "frame_by_frame"}
 PAIRS = {
@@ -60,7 +60,7 @@ PAIRS = {
     for reduce in REDUCERS
     for adapt in ADAPTERS
     if not (adapt in ON_THE_GRID and reduce in SHRINKING)
-    # It only passes on what it is told; a method that it runs is there by itself.
+    # FrameByFrame only calls another method; that method has pairs of its own.
     and (reduce != "frame_by_frame" or adapt == "dense_adapter")
 }
 
@@ -98,13 +98,13 @@ def split(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def replay_noise(monkeypatch: Any, noise: Tensor) -> None:
-    """Let DyT and DAR draw recorded noise [B, depth, L, 1], one layer after the other."""
+    """Replace the noise of DyT and DAR by recorded noise [B, depth, L, 1], layer by layer."""
     layers = iter(noise.squeeze(-1).unbind(1))
     monkeypatch.setattr("tokendial.reduce.select.logistic_noise", lambda like: next(layers))
 
 
 def golden_vit(case: str) -> tuple[dict[str, Any], dict[str, Tensor], nn.Module]:
-    """A golden case and the timm model with its weights."""
+    """Return description and tensors of a golden case, and the timm model with its weights."""
     meta, tensors = golden(case)
     vit = timm.create_model("vit_tiny_patch16_224", **meta["settings"]["model"])
     vit.load_state_dict(split(tensors, "weight."))

@@ -1,4 +1,8 @@
-"""Each reduction method on each kind of backbone, on images that are squares and that are not."""
+"""Each reduction method on each kind of backbone, on images that are square and that are not.
+
+Each docstring lists defects that the test catches; each of them was put into the code once to see
+the test fail.
+"""
 
 import dataclasses
 
@@ -11,7 +15,7 @@ import tokendial as td
 
 
 def fitting(reduce, vit):
-    """The example, at layers that a model of two blocks has and with a score that it can give."""
+    """The example, with layers that a model of two blocks has and a score that it can compute."""
     changes = {}
     if hasattr(reduce, "layers"):
         changes["layers"] = (1, 2)
@@ -31,10 +35,13 @@ def model_of(method, name, square):
 
 @pytest.mark.parametrize("square", [True, False], ids=["square", "wide"])
 @pytest.mark.parametrize("name", KINDS)
-# One time step at a time is the method itself where there is one.
+# Images have one time step, so frame_by_frame would run its inner method unchanged.
 @pytest.mark.parametrize("method", sorted({*REDUCERS} - {"frame_by_frame"}))
 @torch.no_grad()
 def test_logits_and_feature_maps(method, name, square):
+    """Catches: rows and columns of the grid that are swapped; a method that reduces nothing; images
+    of a batch that are mixed.
+    """
     model, pictures = model_of(method, name, square)
     logits = model(pictures)
     assert logits.shape[0] == 3
@@ -46,12 +53,11 @@ def test_logits_and_feature_maps(method, name, square):
         feature_map = model.feature_map(pictures, layer)
         assert feature_map.shape == shape
         assert feature_map.isfinite().all()
-    reduced = not torch.equal(logits, _complete(model, pictures))
-    assert reduced
+    assert ((logits - logits_at_degree_0(model, pictures)).abs().amax(dim=1) > 1e-6).all()
     assert model.cost().macs < model.cost(0).macs
 
 
-def _complete(model, pictures):
+def logits_at_degree_0(model, pictures):
     degree = model.degree
     model.set_degree(0)
     logits = model(pictures)
@@ -62,6 +68,7 @@ def _complete(model, pictures):
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_the_largest_degree_of_the_dial_runs(name):
+    """Catches: an offered degree at which more tokens should merge than there are."""
     model, pictures = model_of("tome", name, square=False)
     model.set_degree(model.degrees[-1])
     assert model(pictures).isfinite().all()
@@ -74,9 +81,12 @@ def test_the_largest_degree_of_the_dial_runs(name):
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_a_model_of_each_kind_is_saved_and_loaded(name, adapt, tmp_path):
+    """Catches: weights of the adapter or of the head that are not saved."""
     vit, size = backbone(name)
     model = td.wrap(vit, reduce=td.FFNMerge(r=5), adapt=adapt)
-    assert set(model.trainable_parameters())
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter += 0.05  # a fresh adapter adds zeros, whatever is saved of it
     model.save_pretrained(tmp_path)
     loaded = td.load(tmp_path, vit=backbone(name)[0])
     assert torch.equal(loaded(images(2, *size)), model.eval()(images(2, *size)))

@@ -16,17 +16,17 @@ D, PATCH = 192, 4
 
 
 def uniform(bound):
-    """Deviation of a uniform distribution."""
+    """Standard deviation of a uniform distribution on [-bound, bound]."""
     return bound / 3**0.5
 
 
 def inputs(count):
-    """What PyTorch gives a layer of so many inputs, and Kaiming's rule for a = sqrt(5)."""
+    """Standard deviation of PyTorch's default weights for a layer with `count` inputs."""
     return uniform(count**-0.5)
 
 
 BOTTLENECKS = {r"down\.\d+\.weight": inputs(D), r"(down.*bias|up.*)": 0.0}
-# For each method: patterns of its parameters' names, and their deviations.
+# For each method: regular expressions of parameter names, and the standard deviations they have.
 ADAPTERS = {
     "adaptformer": (td.AdaptFormer(dim=32), BOTTLENECKS),
     "adaptformer experts": (
@@ -117,7 +117,7 @@ def vit(**kwargs):
 
 
 def check(module, expected):
-    """Every parameter belongs to the first pattern that fits its name."""
+    """Check the deviation of each parameter by the first pattern that matches its name."""
     found = {pattern: [] for pattern in expected}
     for name, parameter in module.named_parameters():
         pattern = next(pattern for pattern in expected if re.fullmatch(pattern, name))

@@ -36,7 +36,7 @@ def test_kernels_give_what_pytorch_gives():
 
 @pytest.fixture
 def recorded(monkeypatch) -> list[str]:
-    """Kernels that would have started, were this processor a GPU."""
+    """Names of the kernels that would have started if this processor were a GPU."""
     names = []
     monkeypatch.setattr(launch, "can_fuse", lambda device: True)
     monkeypatch.setattr(launch, "_start", lambda kernel, *_, **__: names.append(kernel.__name__))
@@ -78,7 +78,7 @@ def test_compiled_and_exported_models_are_plain(recorded):
 
 def test_without_triton_everything_is_plain(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.setattr(launch, "_triton_is_there", launch._triton_is_there.__wrapped__)
+    monkeypatch.setattr(launch, "_has_triton", launch._has_triton.__wrapped__)
     assert not can_fuse(torch.device("cuda"))
     assert not can_fuse(torch.device("cpu"))
 
@@ -95,7 +95,7 @@ def test_kernels_that_fail_are_left_out(monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path) -> list[str]:
-    """PTX of the kernels that would have started: without a GPU, they are compiled for one."""
+    """PTX of the kernels that would have started; they are compiled for a GPU that is not there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     from triton.runtime.jit import mangle_type

@@ -92,7 +92,7 @@ def backbone(name: str, *, square: bool = True, **kwargs: Any) -> tuple[nn.Modul
 
 
 def own_output(vit: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the model itself gives: logits, or pooled features of one without a head."""
+    """Return a function that runs the model itself: logits, or pooled features without a head."""
     if not type(vit).__module__.startswith("transformers."):
         return vit
 

@@ -1,35 +1,82 @@
-"""Checks of settings: a ValueError names the setting, its value and what is allowed."""
+"""Checks of settings.
+
+Each check raises a ValueError that names the setting, the values that are allowed, and the value
+that was given. A bool is not an integer, and NaN and infinity are not numbers.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TypeGuard
 
 
-def check_share(name: str, share: object) -> None:
-    """Raise a ValueError unless `share` is a number in (0, 1]."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {share}.")
+def check_count(name: str, value: object, *, at_least: int = 1) -> None:
+    """Raise a ValueError unless `value` is an integer of at least `at_least`.
+
+    Example:
+        >>> check_count("rank", True)
+        Traceback (most recent call last):
+        ...
+        ValueError: rank must be an integer of at least 1, got True.
+    """
+    if type(value) is not int or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}.")
 
 
-def check_own_layers(layers: tuple[int, ...]) -> None:
-    """Raise a ValueError unless `layers` are layers, each named once."""
-    if not layers or any(type(n) is not int or n < 1 for n in layers):
-        raise ValueError(f"layers must be integers from 1 up, got {layers}.")
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"layers must differ from each other, got {layers}.")
+def check_positive(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is a finite number above 0."""
+    if not _is_number(value) or not value > 0:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}.")
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_not_negative(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is a finite number of at least 0."""
+    if not _is_number(value) or not value >= 0:
+        raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is a number in (0, 1], such as a keep rate."""
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}.")
+
+
+def check_dropout(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is a number in [0, 1), a probability of dropping."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
-def check_layers(layers: tuple[int, ...], depth: int) -> None:
-    """Raise a ValueError unless every layer exists in a model of `depth` blocks."""
-    if bad := [layer for layer in layers if layer > depth]:
-        raise ValueError(f"layers must lie in [1, {depth}] (counted from 1), got {bad[0]}.")
+def check_layers(layers: Sequence[int]) -> None:
+    """Raise a ValueError unless `layers` holds different layer numbers, counted from 1."""
+    if not layers or any(type(layer) is not int or layer < 1 for layer in layers):
+        raise ValueError(f"layers must be integers of at least 1, got {layers}.")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers must differ from each other, got {layers}.")
 
 
-def check_bottleneck(dim: int, scale: float) -> None:
-    """Raise a ValueError unless the width and the scale of a bottleneck make sense."""
-    if type(dim) is not int or dim < 1:
-        raise ValueError(f"dim must be an integer of at least 1, got {dim}.")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-        raise ValueError(f"scale must be a number above 0, got {scale}.")
+def check_layers_exist(layers: Sequence[int], depth: int) -> None:
+    """Raise a ValueError unless a model of `depth` blocks has every layer."""
+    if missing := [layer for layer in layers if layer > depth]:
+        raise ValueError(f"layers must lie in [1, {depth}] (counted from 1), got {missing[0]}.")
+
+
+def check_bottleneck(dim: object, scale: object) -> None:
+    """Raise a ValueError unless `dim` and `scale` describe a bottleneck."""
+    check_count("dim", dim)
+    check_positive("scale", scale)
+
+
+def check_target_modules(targets: Sequence[str]) -> None:
+    """Raise a ValueError unless `targets` names at least one layer."""
+    if not targets or not all(isinstance(target, str) and target for target in targets):
+        raise ValueError(f"target_modules must name at least one layer, got {targets}.")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)

@@ -1,21 +1,22 @@
-"""The numbers of a ViT that methods need when they are built."""
+"""ViTShape: the sizes of a Vision Transformer that methods read when they build their modules."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ViTShape:
-    """The numbers of a backbone that methods need when they are built."""
+    """Sizes of a backbone, such as its depth and its width."""
 
     depth: int
-    """Number of blocks."""
+    """Number of transformer blocks."""
     embed_dim: int
-    """Width of a token."""
+    """Number of features of each token."""
     num_prefix_tokens: int
-    """Class, distillation and register tokens."""
+    """Number of class, distillation and register tokens; they stand before the patch tokens."""
     num_patches: int
-    """Patch tokens at the backbone's configured image size."""
+    """Number of patch tokens at the image size that the backbone is configured for."""
     has_class_token: bool
     """Whether the first token is a class token."""
     num_grids: int = 1
-    """Time steps of a clip whose patches one sequence holds; 1: images, or frames by themselves."""
+    """Number of time steps whose patch tokens stand in one sequence. It is 1 for images, and for
+    video models that process each frame alone."""

@@ -7,6 +7,7 @@ from examples import images, perturbed, tiny_vit
 from zoo import backbone
 
 import tokendial as td
+from tokendial.model import dial_vit
 from tokendial.show import token_maps
 
 
@@ -82,16 +83,16 @@ def test_prompts_are_never_reduced_and_positions_are_found_again(reduce, deep):
 
 @pytest.mark.parametrize("name", ["dinov3", "eva02", "rope mixed"])
 @torch.no_grad()
-def test_prompts_do_not_shift_rotary_positions(name):
-    # Prompts that nobody attends to leave the outputs as they are.
+def test_prompts_do_not_shift_rotary_positions(name, monkeypatch):
+    # Prompts that no token attends to leave the outputs unchanged.
     vit, size = backbone(name)
     model = td.wrap(vit, reduce=td.ToMe(r=2), adapt=td.VPT(prompts=2)).eval()
     without = td.wrap(vit, reduce=td.ToMe(r=2)).eval()
     model.set_degree(0)
     without.set_degree(0)
-    attend = td.vit.attend
+    attend = dial_vit.attend
 
-    def blind(q, k, v, **options):
+    def without_prompts(q, k, v, **options):
         first = model.anatomy.shape.num_prefix_tokens
         if q.shape[2] > without_tokens:
             k, v = (torch.cat([p[:, :, :first], p[:, :, first + 2 :]], 2) for p in (k, v))
@@ -99,11 +100,8 @@ def test_prompts_do_not_shift_rotary_positions(name):
 
     without_tokens = without.anatomy.embed(images(2, *size)).x.shape[1]
     expected = without(images(2, *size))
-    td.vit.attend = blind
-    try:
-        torch.testing.assert_close(model(images(2, *size)), expected, atol=1e-5, rtol=0)
-    finally:
-        td.vit.attend = attend
+    monkeypatch.setattr(dial_vit, "attend", without_prompts)
+    torch.testing.assert_close(model(images(2, *size)), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -202,7 +200,7 @@ def test_methods_of_peft_are_put_into_the_backbone(method):
     [
         (lambda: td.VPT(prompts=0), "prompts must be an integer of at least 1, got 0"),
         (lambda: td.FacT(rank=0), "rank must be an integer of at least 1, got 0"),
-        (lambda: td.FacT(scale=0), "scale must be above 0, got 0"),
+        (lambda: td.FacT(scale=0), "scale must be a number above 0, got 0"),
         (lambda: td.FacT(kind="cp"), "kind must be one of tt, tk, got 'cp'"),
         (lambda: td.LastBlocks(blocks=0), "blocks must be an integer of at least 1, got 0"),
         (

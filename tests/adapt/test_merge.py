@@ -53,7 +53,9 @@ def test_a_copy_of_a_merged_model_is_a_model_of_its_own(adapt):
 
 
 def test_what_cannot_be_merged_says_so(tmp_path):
-    with pytest.raises(ValueError, match="cannot be merged: only LoRA, SSF, FacT"):
+    with pytest.raises(
+        ValueError, match="cannot be merged into the backbone's weights: only LoRA, SSF, FacT"
+    ):
         td.wrap(tiny_vit(), adapt=td.AdaptFormer(dim=4)).merge_adapters()
     with pytest.raises(ValueError, match="the adapters are not merged"):
         td.wrap(tiny_vit(), adapt=td.LoRA(rank=2)).unmerge_adapters()
@@ -63,7 +65,9 @@ def test_what_cannot_be_merged_says_so(tmp_path):
         model.merge_adapters()
     with pytest.raises(ValueError, match="merged adapters cannot be saved"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="SSF cannot be merged into a Linear without bias"):
+    with pytest.raises(
+        ValueError, match="SSF cannot be merged: a Linear of the backbone has no bias"
+    ):
         td.wrap(backbone("eva02")[0], adapt=td.SSF()).merge_adapters()
 
 

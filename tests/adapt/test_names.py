@@ -17,7 +17,7 @@ def shared(**methods):
 
 
 def trained(model, name, seed=3):
-    """As if the adapter had been trained: all that it trains is moved."""
+    """Change all weights that the adapter trains, as training would."""
     model.set_adapter(name)
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from tokendial.measure import ShareMeter
 
 
 def dialled(method=td.DAR, **settings):
-    """A model whose dispatchers tell tokens apart."""
+    """A model with random dispatchers, so that they give tokens different logits."""
     torch.manual_seed(0)
     model = td.wrap(tiny_vit(), reduce=method(**settings)).eval()
     for dispatcher in model.reducer.dispatchers:
@@ -17,7 +17,7 @@ def dialled(method=td.DAR, **settings):
 
 
 def share_at(model, degree, batch):
-    """Share of the selected tokens, by the masks that the model itself tells."""
+    """Share of the selected tokens, from the masks in `Tokens.selected`."""
     model.set_degree(degree)
     with torch.no_grad():
         masks = [t.selected[:, t.prefix :] for t in model.outcome(batch).tokens]
@@ -105,7 +105,7 @@ def test_a_meter_counts_only_what_runs_inside():
 )
 def test_other_models_cannot_be_calibrated(reduce):
     model = td.wrap(tiny_vit(), reduce=reduce)
-    with pytest.raises(ValueError, match="must select tokens by threshold: DyT or DAR"):
+    with pytest.raises(ValueError, match="must select tokens by threshold: use DyT or DAR"):
         td.calibrate(model, [images(1)])
 
 

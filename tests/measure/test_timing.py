@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def played(monkeypatch):
-    """A clock that a run moves by its own time, times how much the machine is slowed down."""
+    """A clock that each run advances by its own time, multiplied by the present slow-down."""
     now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
@@ -40,7 +40,7 @@ def test_times_are_those_of_an_idle_machine(played):
 
 @pytest.mark.parametrize("busy", [0.1, 0.4, 0.6, 1.0])
 def test_another_program_does_not_change_ratios(played, busy):
-    # As long as a share `busy` of all runs, from the middle of a round on.
+    # The slow-down starts in the middle of a round and lasts for a share `busy` of all runs.
     first, last = played([0.1, 0.05], lambda run: 3.0 if 7 <= run < 7 + 40 * busy else 1.0)
     assert first.seconds / last.seconds == pytest.approx(2.0)
 

@@ -52,7 +52,7 @@ def test_inference_equals_the_reference():
     torch.testing.assert_close(
         model(tensors["input"]), tensors["output.eval.logits"], atol=1e-4, rtol=0
     )
-    # Which patches are left after the last step: those that the reference kept of those it kept.
+    # Patches left after the last step: the reference numbers them within those kept before.
     kept = tensors["output.eval.stage0.kept_idx"]
     for stage in (1, 2):
         kept = kept.gather(1, tensors[f"output.eval.stage{stage}.kept_idx"])
@@ -153,7 +153,7 @@ def test_without_a_teacher_only_the_ratio_is_trained(vit):
         ({"layers": (4, 2)}, "layers must rise, got"),
         ({"keep_rate": 0}, r"keep_rate must be in \(0, 1\], got 0"),
         ({"token_loss": "l1"}, "token_loss must be one of mse, kl, got 'l1'"),
-        ({"ratio_weight": -1}, "ratio_weight must be at least 0, got -1"),
+        ({"ratio_weight": -1}, "ratio_weight must be a number of at least 0, got -1"),
     ],
 )
 def test_bad_settings_raise(settings, message):

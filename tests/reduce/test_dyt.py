@@ -123,7 +123,10 @@ def test_a_floor_under_the_decisions_adds_to_the_loss(vit):
 def test_losses_at_degree_0_raise(vit):
     model = td.wrap(vit, reduce=td.DyT()).train()
     model.set_degree(0)
-    with pytest.raises(ValueError, match="degree must be at least 1 in training, got 0"):
+    with pytest.raises(
+        ValueError,
+        match="degree must be at least 1 in training, so that tokens are selected; got 0",
+    ):
         model.reducer.losses(
             td.passes.TrainingPasses(model.outcome(images()), None, None, torch.sum)
         )
@@ -134,7 +137,7 @@ def test_losses_at_degree_0_raise(vit):
     [
         ({"target_ratio": 1.5}, r"target_ratio must be in \(0, 1\], got 1.5"),
         ({"selection": "best"}, "selection must be one of threshold, topk, got 'best'"),
-        ({"ratio_weight": -2}, "ratio_weight must be at least 0, got -2"),
+        ({"ratio_weight": -2}, "ratio_weight must be a number of at least 0, got -2"),
         ({"minimal_ratio": 0}, r"minimal_ratio must be in \(0, 1\], got 0"),
     ],
 )

@@ -6,7 +6,7 @@ import tokendial as td
 from tokendial.attention import attend
 from tokendial.backbones import anatomy_of
 from tokendial.reduce.base import num_kept_tokens
-from tokendial.reduce.evit import attentive_grouping, shrunk_keep_rate
+from tokendial.reduce.evit import attentive_grouping, shrinking_keep_rate
 from tokendial.tokens import Tokens
 
 RATES = {"sched": [0.7, 0.7], "runtime": [0.5, 0.9]}
@@ -71,7 +71,7 @@ def schedule_rows() -> list[dict]:
 @pytest.mark.parametrize("row", schedule_rows())
 def test_the_shrinking_keep_rate_equals_the_reference(row):
     arguments = row["args"]
-    rate = shrunk_keep_rate(
+    rate = shrinking_keep_rate(
         arguments["base_keep_rate"],
         step=arguments["iters"],
         steps_per_epoch=arguments["ITERS_PER_EPOCH"],
@@ -148,7 +148,8 @@ def test_a_layer_that_the_model_has_not_raises(vit):
 def test_a_backbone_without_class_token_raises():
     vit = tiny_vit(class_token=False, global_pool="avg")
     with pytest.raises(
-        ValueError, match="EViT needs a backbone with a class token; for this one use score='mean'"
+        ValueError,
+        match="EViT with score='class' needs a backbone with a class token, .*: use score='mean'",
     ):
         td.wrap(vit, reduce=td.EViT(r=2))
 
@@ -187,7 +188,7 @@ def test_without_class_token_the_mean_attention_can_rank():
     [
         ({"shrink": (5, 5)}, r"shrink must be two rising epochs, got \(5, 5\)"),
         ({"shrink": (5,)}, "shrink must be two rising epochs"),
-        ({"shrink": (0, 5), "r": 8}, "shrink goes with keep_rate, not with r"),
+        ({"shrink": (0, 5), "r": 8}, "shrink must be None where r is set"),
         ({"score": "max"}, "score must be one of class, mean, got 'max'"),
     ],
 )

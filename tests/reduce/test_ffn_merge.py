@@ -61,8 +61,8 @@ def test_a_dial_of_steps_has_every_so_many_tokens():
     ("settings", "message"),
     [
         ({"r": -1}, "r must be an integer of at least 0, got -1"),
-        ({"step": 0}, r"step must be an integer of at least 1 that divides r \(256\), got 0"),
-        ({"r": 10, "step": 4}, r"step must be .* divides r \(10\), got 4"),
+        ({"step": 0}, r"step must be an integer of at least 1, got 0"),
+        ({"r": 10, "step": 4}, r"step must divide r \(10\), got 4"),
     ],
 )
 def test_bad_settings_raise(settings, message):

@@ -39,7 +39,7 @@ def matching(case: str) -> tuple[dict, dict, Grouping, int]:
     return settings, tensors, grouping, prefix
 
 
-# The reference's element-wise maximum ("amax") is not something that this project does.
+# The reference can also take the element-wise maximum ("amax"), which this library cannot.
 @pytest.mark.parametrize("case", MATCHING)
 def test_matching_equals_the_reference(case):
     _, tensors, grouping, prefix = matching(case)
@@ -73,7 +73,7 @@ def test_merging_equals_the_reference(case):
 
 @pytest.mark.parametrize("case", [case for case in MATCHING if case != "tome_matching_cls_dist"])
 def test_unmerging_equals_the_reference(case):
-    # With a distillation token the reference's unmerge does not invert its merge (see its JSON).
+    # With a distillation token, unmerge of the reference does not invert its merge (see its JSON).
     _, tensors, grouping, _ = matching(case)
     restored = grouping.unmerge(grouping.merge(tensors["input.x"]))
     torch.testing.assert_close(restored, tensors["output.unmerge_of_merge_mean"], **CLOSE)
@@ -173,7 +173,7 @@ def test_a_larger_stride_offers_more_degrees():
     [
         ({"matching": "greedy"}, "matching must be one of bipartite, random, got 'greedy'"),
         ({"stride": 1}, "stride must be an integer of at least 2, got 1"),
-        ({"stride": 4, "matching": "random"}, "stride goes with bipartite matching, got 4"),
+        ({"stride": 4, "matching": "random"}, "stride must be 2 with random matching, got 4"),
         ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
     ],
 )
@@ -185,7 +185,7 @@ def test_bad_settings_of_a_matching_raise(method, settings, message):
 
 def schedule_rows() -> list[dict]:
     rows = golden("tome_parse_r")[0]["rows"]
-    # The reference takes lists that are longer than the model is deep; here they are an error.
+    # The reference accepts lists with more entries than layers; here they are an error.
     return [row for row in rows if len(row["result"]) == row["layers"]]
 
 
@@ -245,7 +245,10 @@ def test_each_list_of_r_is_a_degree(method, lists):
     most = {td.ToMe: lambda patches: patches // 2, td.EViT: lambda patches: max(0, patches - 2)}
     dial = [patches_left(64, some + [0] * (4 - len(some)), most[method]) for some in lists]
     if any(sum(after) > sum(before) for before, after in pairwise(dial)):
-        with pytest.raises(ValueError, match="r must list degrees from dear to cheap, but degree"):
+        with pytest.raises(
+            ValueError,
+            match="r must list the degrees from the most to the least expensive one, but degree",
+        ):
             method(r=lists).build(shape)
         return
     reducer = method(r=lists).build(shape)
@@ -296,7 +299,7 @@ def test_pooling_counts_merged_tokens_by_their_size(pool):
 def test_large_images_are_matched_some_tokens_at_a_time(monkeypatch):
     metric = torch.randn(2, 65, 8)
     whole = bipartite_matching(metric, 12, num_prefix_tokens=1)
-    monkeypatch.setattr(tome, "_MOST_SIMILARITIES", 100)
+    monkeypatch.setattr(tome, "_MAX_SIMILARITIES", 100)
     parts = bipartite_matching(metric, 12, num_prefix_tokens=1)
     for name in ("keep", "src", "dst"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))

@@ -27,7 +27,8 @@ def test_a_fitted_run_is_a_run(fit, cli, run, digits, tmp_path):
     told = json.loads((out / "fit.json").read_text())
     model = td.load(out)
     assert (model.degree, model.degrees) == (1, (0, 1, 2))
-    assert model.reduce_config.r == [degree["found"]["removed"] for degree in told["degrees"]]
+    removed = [tuple(degree["found"]["removed"]) for degree in told["degrees"]]
+    assert model.reduce_config.r == tuple(removed)
     code, printed, _ = cli("eval", out, "--degrees", "all")
     assert code == 0
     cells = [line.split()[1] for line in printed.splitlines() if line.startswith("│")]

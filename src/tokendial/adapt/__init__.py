@@ -1,4 +1,4 @@
-"""Fine-tuning methods: one file per method."""
+"""Fine-tuning methods, one file per method, and the interface that they share."""
 
 from tokendial.adapt.adaptformer import AdaptFormer
 from tokendial.adapt.base import Adapter, AdapterConfig

@@ -2,13 +2,14 @@
 
 Source: Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition",
 NeurIPS 2022, https://arxiv.org/abs/2205.13535, section 3.2: the branch reads the un-normalised
-tokens that enter the FFN, without a LayerNorm of its own.
+tokens that enter the FFN, without a LayerNorm of its own. Departure: no dropout in the branch (the
+authors' code: 0.1).
 
-With several experts it is the adapter of DyT's variant: Zhao et al., "Dynamic Tuning Towards
-Parameter and Inference Efficiency for ViT Adaptation", NeurIPS 2024,
-https://arxiv.org/abs/2403.11808, section on the MoE adapter. A router mixes the experts' weights
-into one adapter for each image, so they cost little more than one. The authors' code does not hold
-it; that the router reads the mean of the tokens is our reading.
+With `experts` above 1 it is the MoE adapter of DyT: Zhao et al., "Dynamic Tuning Towards Parameter
+and Inference Efficiency for ViT Adaptation", NeurIPS 2024, https://arxiv.org/abs/2403.11808. For
+each image, a router mixes the experts' weights into one adapter, so that several experts cost
+little more than one. The authors' code does not contain it. That the router reads the mean of the
+tokens is our reading of the paper.
 """
 
 # Shape legend: B batch, N tokens, D embed_dim, E experts, I and O inputs and outputs of a layer.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig, Bottlenecks
-from tokendial.checks import check_bottleneck
+from tokendial.checks import check_bottleneck, check_count
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
@@ -30,39 +31,38 @@ from tokendial.tokens import Tokens
 @register("adapt", "adaptformer")
 @dataclass(frozen=True, kw_only=True)
 class AdaptFormer(AdapterConfig):
-    """Add `scale * up(ReLU(down(x)))` to the FFN of each layer."""
+    """AdaptFormer: add `scale * up(ReLU(down(x)))` to the output of each FFN."""
 
     dim: int = 64
-    """Width of the bottleneck."""
+    """Width of the bottleneck between `down` and `up`."""
     scale: float = 0.1
-    """Factor on the branch."""
+    """Factor on the output of the bottleneck, above 0."""
     experts: int = 1
-    """Adapters in each layer, mixed by a router."""
+    """Number of bottlenecks in each layer, whose weights a router mixes for each image."""
 
     def __post_init__(self) -> None:
         check_bottleneck(self.dim, self.scale)
-        if type(self.experts) is not int or self.experts < 1:
-            raise ValueError(f"experts must be an integer of at least 1, got {self.experts}.")
+        check_count("experts", self.experts)
 
     def build(self, vit: ViTShape) -> "AdaptFormerAdapter | MixedAdaptFormer":
-        """Make the module."""
+        """Make the bottlenecks, and with several experts the routers."""
         if self.experts > 1:
             return MixedAdaptFormer(vit, self)
         return AdaptFormerAdapter(vit, self.dim, self.scale)
 
 
 class AdaptFormerAdapter(Bottlenecks):
-    """Runs AdaptFormer."""
+    """Runs AdaptFormer with one bottleneck per layer."""
 
     def beside_ffn(
         self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The branch of this layer."""
+        """Return the output of this layer's bottleneck."""
         return self.bottleneck(layer, tokens.x), tokens.carried
 
 
 class MixedAdaptFormer(Adapter):
-    """Runs AdaptFormer with experts: `experts` bottlenecks and a router per layer."""
+    """Runs AdaptFormer with `experts` bottlenecks and one router per layer."""
 
     needs_all = True
 
@@ -79,14 +79,14 @@ class MixedAdaptFormer(Adapter):
     def beside_ffn(
         self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The branch of this layer, with weights mixed for each image."""
+        """Return the output of this layer's bottleneck, whose weights are mixed for each image."""
         share_BE = self.routers[layer - 1](tokens.x.mean(dim=1)).softmax(dim=-1)
 
         def linear(side: str, x_BND: Tensor) -> Tensor:
             layers: list[Any] = [getattr(expert, side)[layer - 1] for expert in self.experts]
             weight_EOI = torch.stack([linear.weight for linear in layers])
             bias_EO = torch.stack([linear.bias for linear in layers])
-            # As one product of matrices, which autocast knows.
+            # The weights are mixed by a matrix product, an operator that autocast casts.
             mixed_BOI = (share_BE @ weight_EOI.flatten(1)).unflatten(1, weight_EOI.shape[1:])
             out: Tensor = x_BND @ mixed_BOI.transpose(1, 2) + (share_BE @ bias_EO).unsqueeze(1)
             return out

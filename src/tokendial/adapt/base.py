@@ -1,4 +1,8 @@
-"""What every fine-tuning method provides."""
+"""The interface of fine-tuning methods, and the bottleneck that several of them share.
+
+A method consists of a config (`AdapterConfig`), which users write down, and a module (`Adapter`),
+which the config builds for a backbone.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,11 +15,11 @@ from tokendial.tokens import Tokens
 
 
 class AdapterConfig(ABC):
-    """Settings of a fine-tuning method; subclasses are registered frozen dataclasses."""
+    """Settings of a fine-tuning method. Subclasses are registered frozen dataclasses."""
 
     @abstractmethod
     def build(self, vit: ViTShape) -> "Adapter":
-        """Make the module that runs.
+        """Make the module that runs the method in a backbone of this shape.
 
         Raises:
             ValueError: If the settings do not fit the backbone.
@@ -23,88 +27,102 @@ class AdapterConfig(ABC):
 
 
 class Adapter(nn.Module):
-    """Owns the weights of a fine-tuning method, and says where they act.
+    """Holds the weights of a fine-tuning method, and applies them at its hooks.
 
-    Every hook does nothing unless a method overrides it, and a fresh adapter leaves the model's
-    outputs unchanged.
+    A method overrides the hooks that it needs; the others change nothing. A new adapter leaves the
+    outputs of the model unchanged (except `VPT`).
     """
 
     needs_grid: ClassVar[bool] = False
-    """Whether it reads the patches as a map, which no reduction may have thinned out."""
+    """Whether the adapter reads the patch tokens as a complete grid. Reductions that remove tokens
+    are then refused."""
     needs_all: ClassVar[bool] = False
-    """Whether what it gives one token depends on the others, in whatever order and number."""
+    """Whether the adapter's output for one token depends on the other tokens."""
     matrices: tuple[str, ...] = ()
-    """Names of its parameters that are matrices although they are no layer's weight; weight decay
-    acts on them as on those."""
+    """Names of the adapter's parameters that weight decay treats like the weight of a layer. Other
+    parameters that are no layer's weight have no weight decay."""
     in_backbone: ClassVar[bool] = False
-    """Whether it acts by layers or hooks that it puts into the backbone."""
+    """Whether the adapter works by layers or hooks that it puts into the backbone."""
     adds: bool = True
-    """Whether it only adds to the output of a backbone's layer, and what it adds does not depend on
-    the layer's weights."""
+    """Whether the adapter only adds something to the outputs of the backbone's layers, and this
+    does not depend on the weights of these layers. A merged compensator needs that."""
     merged: bool = False
-    """Whether its weights are part of the backbone's at present."""
+    """Whether the adapter is merged into the backbone's weights at present."""
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Put layers into `vit` in place and choose which of its weights train.
+        """Put layers or hooks into the backbone in place, and choose which of its weights train.
 
-        The backbone is frozen before this is called; the heads are made trainable after it.
+        All weights of the backbone are frozen before the call. The heads become trainable after it.
 
         Args:
             vit: The backbone.
-            blocks: Its blocks, in order.
+            blocks: The blocks of the backbone, in order.
 
         Raises:
-            ValueError: If the backbone has not the layers that the method acts on.
+            ValueError: If the backbone lacks layers that the method needs.
         """
 
     def switch(self, *, on: bool) -> None:
-        """Act on the backbone, or leave it alone while another adapter acts."""
+        """Start or stop acting on the backbone, because adapters of one model take turns."""
 
     def merge(self) -> None:
-        """Put the adapter into the backbone's weights; a ValueError if it is not linear."""
+        """Merge the adapter into the backbone's weights.
+
+        Raises:
+            ValueError: If the method cannot be merged, because it is not linear.
+        """
         raise ValueError(
-            f"{type(self).__name__} cannot be merged: only LoRA, SSF, FacT and linear methods of "
-            "PEFT can."
+            f"{type(self).__name__} cannot be merged into the backbone's weights: only LoRA, SSF, "
+            "FacT and linear methods of PEFT can."
         )
 
     def unmerge(self) -> None:
-        """Bring back the backbone's own weights."""
+        """Undo `merge`: restore the backbone's own weights exactly."""
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
-        """Tokens that enter `layer` (counted from 1), after a reduction before it."""
+        """Return the tokens that enter `layer` (counted from 1), after a reduction before it."""
         return tokens
 
     def beside_attention(self, layer: int, x_BND: Tensor, tokens: Tokens) -> Tensor | None:
-        """What is added to the output of attention, from its normalised input; None: nothing."""
+        """Return what is added to the output of attention, [B, N, D], or None for nothing.
+
+        Args:
+            layer: The block, counted from 1.
+            x_BND: The normalised tokens that attention reads.
+            tokens: The tokens that enter the block, un-normalised.
+        """
         return None
 
     def after_ffn(self, layer: int, out: Tensor) -> Tensor:
-        """Act on what the FFN adds to the tokens that it processed, [..., D]."""
+        """Return the output of the FFN of `layer`, [..., D], as the adapter changes it."""
         return out
 
     def beside_ffn(
         self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Act on the tokens that enter the FFN of `layer` (after attention and reduction).
+        """Return what is added beside the FFN of `layer`, from the tokens that enter the FFN.
 
         Args:
             layer: The block, counted from 1.
-            tokens: The tokens, un-normalised.
+            tokens: The tokens after attention and reduction, un-normalised.
             normed: Computes their normalised features [B, N, D], which the FFN reads.
 
         Returns:
             What is added to the output of the block ([B, N, D], or None for nothing), and the
-            features to carry on to the next layers.
+            carried features that the next layers get (`Tokens.carried`).
         """
         return None, tokens.carried
 
     def after_block(self, layer: int, tokens: Tokens) -> Tokens:
-        """Tokens that leave `layer`."""
+        """Return the tokens that leave `layer`."""
         return tokens
 
 
 class Bottlenecks(Adapter):
-    """One bottleneck per layer: 2 * D * dim + dim + D parameters each, zero at the start."""
+    """One bottleneck per layer, with 2 * D * dim + dim + D parameters each.
+
+    A new bottleneck returns zeros.
+    """
 
     def __init__(self, vit: ViTShape, dim: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -115,13 +133,13 @@ class Bottlenecks(Adapter):
             init_bottleneck(down, up)  # type: ignore[arg-type]  # ModuleList forgets its type
 
     def bottleneck(self, layer: int, x: Tensor) -> Tensor:
-        """`scale * up(ReLU(down(x)))` of one layer (counted from 1)."""
+        """Return `scale * up(ReLU(down(x)))` with the weights of one layer (counted from 1)."""
         out: Tensor = self.up[layer - 1](self.down[layer - 1](x).relu())
         return self.scale * out
 
 
 def init_bottleneck(down: nn.Linear, up: nn.Linear) -> None:
-    """Initialise a bottleneck so that it starts as zero: Kaiming down, zeros up and biases."""
+    """Initialise a bottleneck that returns zeros: Kaiming for `down`, zeros for `up` and biases."""
     nn.init.kaiming_uniform_(down.weight, a=5**0.5)
     nn.init.zeros_(up.weight)
     for linear in (down, up):

@@ -1,8 +1,9 @@
 """ConvPass: convolutional bypasses beside attention and FFN.
 
 Source: Jie and Deng, "Convolutional Bypasses Are Better Vision Transformer Adapters", 2022,
-https://arxiv.org/abs/2207.07039, section 3.2: both bypasses read the normalised tokens; prefix
-tokens pass the convolution as images of one pixel.
+https://arxiv.org/abs/2207.07039, section 3.2: both bypasses read the normalised tokens; each prefix
+token passes the convolution as an image of one pixel. Departure: no dropout in the bypass (the
+authors' code: 0.1).
 """
 
 from collections.abc import Callable
@@ -21,23 +22,23 @@ from tokendial.tokens import Tokens, from_grid, to_grid
 @register("adapt", "convpass")
 @dataclass(frozen=True, kw_only=True)
 class ConvPass(AdapterConfig):
-    """Add `scale * up(GELU(conv3x3(GELU(down(x)))))` beside attention and beside the FFN."""
+    """ConvPass: add `scale * up(GELU(conv3x3(GELU(down(x)))))` to attention and to the FFN."""
 
     dim: int = 8
-    """Width of the bypass."""
+    """Number of channels of the convolution in each bypass."""
     scale: float = 1.0
-    """Factor on the bypasses."""
+    """Factor on the output of each bypass, above 0."""
 
     def __post_init__(self) -> None:
         check_bottleneck(self.dim, self.scale)
 
     def build(self, vit: ViTShape) -> "Bypasses":
-        """Make the module."""
+        """Make two bypasses per layer."""
         return Bypasses(self, vit)
 
 
 class Bypass(nn.Module):
-    """One bypass: 2 * D * dim + 9 * dim ** 2 + 2 * dim + D parameters."""
+    """One bypass, with 2 * D * dim + 9 * dim ** 2 + 2 * dim + D parameters."""
 
     def __init__(self, embed_dim: int, dim: int) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Bypass(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.up = nn.Linear(dim, embed_dim)
         nn.init.xavier_uniform_(self.down.weight)
-        # The convolution starts as the identity, the bypass as zero.
+        # The convolution starts as the identity, and the bypass returns zeros.
         nn.init.dirac_(self.conv.weight)
         nn.init.zeros_(self.up.weight)
         for layer in (self.down, self.conv, self.up):
@@ -53,7 +54,13 @@ class Bypass(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x_BND: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-        """[B, N, D] to the same; `prefix` tokens and then the patches of `grid`, or of several."""
+        """Map tokens [B, N, D] to [B, N, D].
+
+        Args:
+            x_BND: `prefix` tokens, then the patches of one or several grids.
+            prefix: Number of prefix tokens.
+            grid: Rows and columns of a grid.
+        """
         hidden = _quick_gelu(self.down(x_BND))
         first, patches = hidden.tensor_split([prefix], dim=1)
         images, _, width = hidden.shape
@@ -65,7 +72,7 @@ class Bypass(nn.Module):
 
 
 class Bypasses(Adapter):
-    """Runs ConvPass."""
+    """Runs ConvPass, with one bypass beside attention and one beside the FFN in each layer."""
 
     needs_grid = True
 
@@ -78,14 +85,14 @@ class Bypasses(Adapter):
         )
 
     def beside_attention(self, layer: int, x_BND: Tensor, tokens: Tokens) -> Tensor:
-        """The bypass of attention."""
+        """Return the output of this layer's bypass of attention."""
         out: Tensor = self.attention[layer - 1](x_BND, tokens.prefix, tokens.grid)
         return self.scale * out
 
     def beside_ffn(
         self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The bypass of the FFN."""
+        """Return the output of this layer's bypass of the FFN."""
         out = self.ffn[layer - 1](normed(), tokens.prefix, tokens.grid)
         return self.scale * out, tokens.carried
 

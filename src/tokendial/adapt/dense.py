@@ -7,12 +7,14 @@ Inference", version 3, https://arxiv.org/abs/2405.14700, overview figure and tab
     z_n = scale * Wup_n ReLU(h_n)
     y_n = x_n + FFN(LN x_n) + z_n
 
-where x_n are the tokens after attention and reduction, and S makes the features of earlier layers
-follow the reductions since; z_0 are the embedded tokens, which the adapter of layer `start` =
-`interval` reads as the authors' code lets it. The variants of tables VI (which features an adapter
-reads) and VII (where they are summed up) are settings. The published parameter counts have one more
-vector of width D per layer, whose role the paper does not tell. By default it is left out (0.8 % of
-the parameters); `channel_scale` gives it the role of a learned factor on each channel of z_n.
+where x_n are the tokens after attention and reduction, and S applies the reductions of later layers
+to the features of earlier layers. z_0 are the embedded tokens; as in the authors' code, the adapter
+of layer `start` reads them if `start` = `interval`. The variants of tables VI (which features an
+adapter reads) and VII (where they are summed) are settings.
+
+Departure: the published parameter counts contain one more vector of width D per layer, whose role
+the paper does not explain. By default it is left out (0.8 % of the parameters); `channel_scale`
+makes it a learned factor on each channel of z_n.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig, init_bottleneck
-from tokendial.checks import check_bottleneck, check_choice
+from tokendial.checks import check_bottleneck, check_choice, check_count
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
@@ -33,25 +35,25 @@ from tokendial.tokens import Tokens
 @register("adapt", "dense_adapter")
 @dataclass(frozen=True, kw_only=True)
 class DenseAdapter(AdapterConfig):
-    """Dense Adapters of Sparse-Tuning, one in each layer."""
+    """Dense Adapter of Sparse-Tuning: bottlenecks that also read the adapters of earlier layers."""
 
     dim: int = 32
-    """Width of the bottleneck."""
+    """Width of each bottleneck."""
     scale: float = 1.0
-    """Factor on the branch."""
+    """Factor on the output of each adapter, above 0."""
     start: int = 4
-    """First layer that reads the adapter `interval` layers back (the first reducing layer in the
-    paper)."""
+    """First layer (counted from 1) whose adapter reads the adapter `interval` layers before it. In
+    the paper it is the first layer that reduces tokens. At least `interval`."""
     interval: int = 3
-    """How many layers back the long connection reaches."""
+    """Number of layers between an adapter and the earlier adapter that it reads, at least 2."""
     reads: tuple[Literal["previous", "earlier"], ...] = ("previous", "earlier")
-    """What an adapter reads besides its layer's tokens: the previous layer's adapter, and the one
-    `interval` layers back."""
+    """What each adapter reads besides the tokens of its layer: "previous" is the output of the
+    adapter one layer before, "earlier" that of the adapter `interval` layers before."""
     fusion: Literal["input", "inner", "output"] = "inner"
-    """Where the features are summed up: before one down-projection, after one each, or after a
-    whole bottleneck each."""
+    """Where an adapter sums the features that it reads: "input" before one down-projection, "inner"
+    after one down-projection each, "output" after one bottleneck each."""
     channel_scale: bool = False
-    """Whether to learn a factor for each channel of an adapter's output."""
+    """Whether each adapter learns a factor for each channel of its output."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", tuple(self.reads))
@@ -59,21 +61,20 @@ class DenseAdapter(AdapterConfig):
         for name in self.reads:
             check_choice("reads", name, ("previous", "earlier"))
         check_choice("fusion", self.fusion, ("input", "inner", "output"))
-        if type(self.interval) is not int or self.interval < 2:
-            raise ValueError(f"interval must be an integer of at least 2, got {self.interval}.")
-        if type(self.start) is not int or self.start < self.interval:
+        check_count("interval", self.interval, at_least=2)
+        check_count("start", self.start)
+        if self.start < self.interval:
             raise ValueError(
-                f"start must be an integer of at least the interval ({self.interval}), "
-                f"got {self.start}."
+                f"start must be at least interval ({self.interval}), got {self.start}."
             )
 
     def build(self, vit: ViTShape) -> "DenseAdapters":
-        """Make the modules."""
+        """Make one adapter per layer."""
         return DenseAdapters(self, vit)
 
 
 class DenseAdapters(Adapter):
-    """Runs the Dense Adapters of all layers."""
+    """Runs the Dense Adapters, one per layer. `Tokens.carried` holds outputs of earlier layers."""
 
     def __init__(self, config: DenseAdapter, vit: ViTShape) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class DenseAdapters(Adapter):
         )
 
     def _reads(self, layer: int) -> list[str]:
-        """Names of the carried features that the adapter of `layer` reads."""
+        """Return the names of the carried features that the adapter of `layer` reads."""
         config = self.config
         names = []
         if layer > 1 and "previous" in config.reads:
@@ -105,7 +106,7 @@ class DenseAdapters(Adapter):
         return names
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
-        """Carries the embedded tokens on where a later adapter reads them."""
+        """Carry the embedded tokens to later layers, if the adapter of layer `start` reads them."""
         if layer > 1 or self.config.start > self.config.interval:
             return tokens
         return replace(tokens, carried=tokens.carried | {_name(1): tokens.x})
@@ -113,7 +114,7 @@ class DenseAdapters(Adapter):
     def beside_ffn(
         self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The adapter of this layer; carries on its output and those it still needs."""
+        """Return this layer's output, and carry it with the earlier outputs that are still read."""
         adapter: Any = self.layers[layer - 1]
         inputs = [tokens.x, *(tokens.carried[name] for name in self._reads(layer))]
         if self.config.fusion == "input":
@@ -134,5 +135,5 @@ class DenseAdapters(Adapter):
 
 
 def _name(back: int) -> str:
-    """Key of the carried output of the Dense Adapter `back` layers back."""
+    """Name in `Tokens.carried` of the output of the adapter `back` layers before."""
     return f"dense_adapter-{back}"

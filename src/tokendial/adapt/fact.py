@@ -1,9 +1,11 @@
-"""FacT: the updates of all weight matrices, stacked into one tensor and factorised together.
+"""FacT: stack the updates of all weight matrices into one tensor and factorise it.
 
 Source: Jie and Deng, "FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer", AAAI
-2023, https://arxiv.org/abs/2212.03145, section 3.2: query, key, value and output matrices and the
-four D x D parts of each FFN matrix, 12 per layer, share two factors. Tensor train (TT) gives each
-its own core, Tucker (TK) mixes the cores from a small set.
+2023, https://arxiv.org/abs/2212.03145, section 3.2: the query, key, value and output matrices and
+the four D x D parts of each FFN matrix (12 matrices per layer) share two factors. In the
+tensor-train form (TT) each matrix has its own core; in the Tucker form (TK) each core is a mix of
+shared cores.
+Departure: no dropout in the updates (the authors' code: 0.1).
 """
 
 # Shape legend: D embed_dim, R rank, M matrices of D x D in one layer of the backbone.
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.adapt.base import AdapterConfig
-from tokendial.adapt.hooks import HookedAdapter, OutputLayer
-from tokendial.checks import check_choice
+from tokendial.adapt.hooks import HookedAdapter, OutputTransform
+from tokendial.checks import check_choice, check_count, check_positive
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -25,29 +27,31 @@ from tokendial.shape import ViTShape
 @register("adapt", "fact")
 @dataclass(frozen=True, kw_only=True)
 class FacT(AdapterConfig):
-    """Add `scale * U core V^T` to every D x D part of the blocks' weight matrices."""
+    """FacT: add `scale * U core V^T` to each D x D part of the weight matrices of the blocks."""
 
     rank: int = 16
-    """Width of the cores."""
+    """Number of rows and columns of each core."""
     scale: float = 1.0
-    """Factor on the updates."""
+    """Factor on the updates, above 0."""
     kind: Literal["tt", "tk"] = "tt"
-    """Tensor train, or Tucker."""
+    """Factorisation of the updates: "tt" (tensor train) or "tk" (Tucker)."""
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, got {self.rank}.")
-        if not self.scale > 0:
-            raise ValueError(f"scale must be above 0, got {self.scale}.")
+        check_count("rank", self.rank)
+        check_positive("scale", self.scale)
         check_choice("kind", self.kind, ("tt", "tk"))
 
     def build(self, vit: ViTShape) -> "Factors":
-        """Make the shared factors; the cores follow when it is installed."""
+        """Make the shared factors; the cores are made when the adapter is installed."""
         return Factors(self, vit)
 
 
 class Factors(HookedAdapter):
-    """Runs FacT: 2 D R parameters, and for TT R * R per matrix, for TK R ** 3 and R per matrix."""
+    """Runs FacT.
+
+    It has 2 D R parameters for the shared factors. To these TT adds R ** 2 per matrix, and TK adds
+    R ** 3 for the shared cores and R per matrix.
+    """
 
     def __init__(self, config: FacT, vit: ViTShape) -> None:
         super().__init__()
@@ -60,10 +64,10 @@ class Factors(HookedAdapter):
         self.matrices = ("cores",) if config.kind == "tt" else ("cores", "mix")
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Act on every linear layer of the blocks.
+        """Act on all linear layers of the blocks, and make their cores.
 
         Raises:
-            ValueError: If a layer's width is no multiple of the model's.
+            ValueError: If the width of a layer is no multiple of the model's width.
         """
         rank = self.config.rank
         inputs_M: list[int] = []
@@ -74,7 +78,8 @@ class Factors(HookedAdapter):
                     self.act_on(module, _Update(self, len(inputs_M), module.in_features))
                     inputs_M += [rank * module.in_features // self.embed_dim] * count
         if self.config.kind == "tt":
-            # The authors' cores of one layer are a Linear, which PyTorch draws by its inputs.
+            # In the authors' code the cores of one layer are a Linear, so PyTorch's default
+            # initialisation draws them within a bound that depends on the number of its inputs.
             bounds_M11 = torch.tensor(inputs_M)[:, None, None] ** -0.5
             self.cores = nn.Parameter(
                 torch.empty(len(inputs_M), rank, rank).uniform_(-1.0, 1.0) * bounds_M11
@@ -95,7 +100,7 @@ class Factors(HookedAdapter):
         return (module.in_features // dim) * (module.out_features // dim)
 
     def core(self, first: int, count: int) -> Tensor:
-        """Cores [count, R, R] of some matrices, in order."""
+        """Return the cores [count, R, R] of the matrices number `first`, `first` + 1, ..."""
         assert self.cores is not None
         if self.mix is None:
             return self.cores[first : first + count]
@@ -103,23 +108,23 @@ class Factors(HookedAdapter):
         return mixed
 
 
-class _Update(OutputLayer):
-    """What FacT adds to the output of one linear layer."""
+class _Update(OutputTransform):
+    """Adds FacT's update to the output of one linear layer."""
 
     def __init__(self, factors: Factors, first: int, in_features: int) -> None:
         super().__init__()
-        # Not as a submodule: the factors own their weights, and are owned by the model.
+        # In a tuple, so that the factors do not become a submodule: the model holds them already.
         self._factors = (factors,)
         self.first, self.parts = first, in_features // factors.embed_dim
 
     def _cores(self, outs: int) -> Tensor:
-        """Cores [parts of the input, parts of the output, R, R]."""
+        """Return the cores [parts of the input, parts of the output, R, R]."""
         (factors,) = self._factors
         cores = factors.core(self.first, self.parts * outs)
         return cores.view(self.parts, outs, *cores.shape[1:])
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """The layer's output and the update's."""
+        """Return the layer's output plus that of the update."""
         (factors,) = self._factors
         cores = self._cores(output.shape[-1] // factors.embed_dim)
         hidden = factors.left(x.reshape(*x.shape[:-1], self.parts, factors.embed_dim))
@@ -127,8 +132,8 @@ class _Update(OutputLayer):
         update: Tensor = factors.right(mixed).flatten(-2)
         return output + factors.config.scale * update
 
-    def merged(self, module: nn.Module) -> dict[str, Tensor]:
-        """The weight with the update added to each of its parts."""
+    def merged_parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the weight with the update added to each of its D x D parts."""
         (factors,) = self._factors
         weight = module.get_parameter("weight")
         cores = self._cores(weight.shape[0] // factors.embed_dim)

@@ -1,4 +1,7 @@
-"""Adapters whose layers act on the output of a backbone's own layers, which stay as they are."""
+"""Adapters that transform the outputs of the backbone's layers by forward hooks.
+
+The layers themselves stay as they are, so state dicts keep the names of the backbone.
+"""
 
 from abc import abstractmethod
 from typing import Any
@@ -10,63 +13,64 @@ from torch.utils.hooks import RemovableHandle
 from tokendial.adapt.base import Adapter
 
 
-class OutputLayer(nn.Module):
-    """Acts on the output of one linear layer, convolution or norm of the backbone."""
+class OutputTransform(nn.Module):
+    """Transforms the output of one linear layer, convolution or norm of the backbone."""
 
     @abstractmethod
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """What the layer returns in place of `output`, from its input and output."""
+        """Return the transformed output of the layer, from its input `x` and its `output`."""
 
     @abstractmethod
-    def merged(self, module: nn.Module) -> dict[str, Tensor]:
-        """The layer's parameters, by name, with which it does the same by itself.
+    def merged_parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return parameters by name with which `module` alone gives the transformed output.
 
         Raises:
-            ValueError: If it has not the parameters that this takes.
+            ValueError: If `module` lacks a parameter that this needs, such as a bias.
         """
 
 
-class _Call:
-    """A forward hook that calls a layer of the adapter.
+class _OutputHook:
+    """A forward hook that transforms the output of one layer of the backbone.
 
-    An object, not a closure: copying a model copies it together with the layers it points to.
+    It is an object, not a closure, so that a deep copy of the model copies what it points to.
     """
 
-    def __init__(self, module: nn.Module, layer: OutputLayer) -> None:
-        self.module, self.layer = module, layer
-        self.kept: dict[str, Tensor] | None = None
+    def __init__(self, module: nn.Module, transform: OutputTransform) -> None:
+        self.module, self.transform = module, transform
+        self.own_parameters: dict[str, Tensor] | None = None
+        """The layer's own parameters while the adapter is merged into it; None: not merged."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self.kept is not None:
+        if self.own_parameters is not None:
             return output
-        out: Tensor = self.layer(inputs[0], output)
+        out: Tensor = self.transform(inputs[0], output)
         return out
 
 
 class HookedAdapter(Adapter):
-    """Owns the layers that act on outputs, and can merge them into the backbone."""
+    """Base class of adapters that transform outputs, and can be merged into the backbone."""
 
     in_backbone = True
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: list[_Call] = []
+        self._output_hooks: list[_OutputHook] = []
         self._handles: list[RemovableHandle] = []
 
-    def act_on(self, module: nn.Module, layer: OutputLayer) -> None:
-        """From now on `module` returns `layer(its input, its output)`."""
-        self._calls.append(_Call(module, layer))
-        self._handles.append(module.register_forward_hook(self._calls[-1]))
+    def act_on(self, module: nn.Module, transform: OutputTransform) -> None:
+        """Let `module` return `transform(input, output)` from now on."""
+        self._output_hooks.append(_OutputHook(module, transform))
+        self._handles.append(module.register_forward_hook(self._output_hooks[-1]))
 
     def switch(self, *, on: bool) -> None:
-        """Register the hooks, or remove them."""
+        """Register or remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        calls = self._calls if on else []
-        self._handles = [call.module.register_forward_hook(call) for call in calls]
+        hooks = self._output_hooks if on else []
+        self._handles = [hook.module.register_forward_hook(hook) for hook in hooks]
 
     def _replicate_for_data_parallel(self) -> Any:
-        """Refuse: a replica's hooks would call the layers of the original, on another device."""
+        """Raise a ValueError: hooks of a replica would call the original's layers on its device."""
         if not self.merged:
             raise ValueError(
                 f"{type(self).__name__} acts by hooks, which torch.nn.DataParallel does not copy: "
@@ -76,21 +80,21 @@ class HookedAdapter(Adapter):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Replace the parameters of the backbone's layers, and keep the old ones."""
-        new = [(call, call.layer.merged(call.module)) for call in self._calls]
-        for call, values in new:
-            own = dict(call.module.named_parameters(recurse=False))
-            call.kept = {name: own[name].detach().clone() for name in values}
+        """Replace the parameters of the backbone's layers, after a copy of them."""
+        new = [(hook, hook.transform.merged_parameters(hook.module)) for hook in self._output_hooks]
+        for hook, values in new:
+            own = dict(hook.module.named_parameters(recurse=False))
+            hook.own_parameters = {name: own[name].detach().clone() for name in values}
             for name, value in values.items():
                 own[name].copy_(value)
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the kept parameters back."""
-        for call in self._calls:
-            own = dict(call.module.named_parameters(recurse=False))
-            for name, value in (call.kept or {}).items():
+        """Restore the copied parameters."""
+        for hook in self._output_hooks:
+            own = dict(hook.module.named_parameters(recurse=False))
+            for name, value in (hook.own_parameters or {}).items():
                 own[name].copy_(value)
-            call.kept = None
+            hook.own_parameters = None
         self.merged = False

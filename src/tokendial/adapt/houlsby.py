@@ -1,8 +1,9 @@
-"""Adapter: a bottleneck after each FFN.
+"""Houlsby's adapter: a bottleneck after each FFN.
 
 Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019,
-https://arxiv.org/abs/1902.00751, in the form that vision papers compare with (Pfeiffer et al.,
-https://arxiv.org/abs/2005.00247): one bottleneck per layer, after the FFN, none after attention.
+https://arxiv.org/abs/1902.00751. Departure: one bottleneck per layer, after the FFN, and none after
+attention. This is the form that vision papers compare with (Pfeiffer et al.,
+https://arxiv.org/abs/2005.00247).
 """
 
 from dataclasses import dataclass
@@ -18,24 +19,24 @@ from tokendial.shape import ViTShape
 @register("adapt", "houlsby")
 @dataclass(frozen=True, kw_only=True)
 class Houlsby(AdapterConfig):
-    """Turn the output h of each FFN into `h + scale * up(ReLU(down(h)))`."""
+    """Houlsby's adapter: replace the output h of each FFN by `h + scale * up(ReLU(down(h)))`."""
 
     dim: int = 64
-    """Width of the bottleneck."""
+    """Width of the bottleneck between `down` and `up`."""
     scale: float = 1.0
-    """Factor on the bottleneck."""
+    """Factor on the output of the bottleneck, above 0."""
 
     def __post_init__(self) -> None:
         check_bottleneck(self.dim, self.scale)
 
     def build(self, vit: ViTShape) -> "HoulsbyAdapter":
-        """Make the module."""
+        """Make one bottleneck per layer."""
         return HoulsbyAdapter(vit, self.dim, self.scale)
 
 
 class HoulsbyAdapter(Bottlenecks):
-    """Runs the adapters of all layers."""
+    """Runs Houlsby's adapter, with one bottleneck per layer."""
 
     def after_ffn(self, layer: int, out: Tensor) -> Tensor:
-        """The FFN's output and the bottleneck's."""
+        """Add the output of this layer's bottleneck to that of the FFN."""
         return out + self.bottleneck(layer, out)

@@ -1,8 +1,9 @@
 """LoRA on linear layers of the backbone, by the PEFT library.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022,
-https://arxiv.org/abs/2106.09685. timm keeps query, key and value in one layer `qkv`; at equal rank
-LoRA on it has the parameters of separate pairs on query and value (4 * D * rank per layer).
+https://arxiv.org/abs/2106.09685. Departure: timm computes query, key and value in one layer `qkv`,
+so by default one pair of low-rank matrices acts on all three. At equal rank it has as many
+parameters as the paper's two pairs on query and value (4 * D * rank per layer).
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tokendial.adapt.base import AdapterConfig
 from tokendial.adapt.peft import PEFTLayers
+from tokendial.checks import check_count, check_dropout, check_positive, check_target_modules
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -20,34 +22,31 @@ if TYPE_CHECKING:
 @register("adapt", "lora")
 @dataclass(frozen=True, kw_only=True)
 class LoRA(AdapterConfig):
-    """Low-rank updates of linear layers."""
+    """LoRA: learn low-rank updates of linear layers of the backbone."""
 
     rank: int = 8
     """Rank of each update."""
     alpha: float = 8.0
-    """The update is multiplied by alpha / rank."""
+    """Scale of the updates, above 0: each update is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Dropout on the input of the update, in [0, 1)."""
+    """Probability of dropout on the input of each update in training, in [0, 1)."""
     target_modules: tuple[str, ...] = ("qkv",)
-    """Endings of the names of the layers: qkv, proj, fc1, fc2."""
+    """Linear layers to update, each by the last part of its name: qkv, proj, fc1 or fc2 in timm's
+    ViTs."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, got {self.rank}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
-        if not self.target_modules:
-            raise ValueError("target_modules must name at least one layer, got none.")
+        check_count("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_dropout("dropout", self.dropout)
+        check_target_modules(self.target_modules)
 
     def build(self, vit: ViTShape) -> "LoRAAdapter":
-        """Make the module."""
+        """Make the adapter; PEFT makes the weights when it is installed."""
         return LoRAAdapter(self)
 
     def peft_config(self) -> "peft.LoraConfig":
-        """The same settings as PEFT's own config."""
+        """Return the same settings as PEFT's own config."""
         import peft
 
         return peft.LoraConfig(
@@ -59,7 +58,7 @@ class LoRA(AdapterConfig):
 
 
 class LoRAAdapter(PEFTLayers):
-    """Runs LoRA."""
+    """Runs LoRA, by PEFT's layers."""
 
     def __init__(self, config: LoRA) -> None:
         super().__init__(config.peft_config(), config.target_modules)

@@ -1,8 +1,9 @@
 """SSF: a learned scale and shift after every layer of the backbone.
 
 Source: Lian et al., "Scaling & Shifting Your Features", NeurIPS 2022,
-https://arxiv.org/abs/2210.08823, section 3.2: after each norm, each linear layer and the patch
-embedding.
+https://arxiv.org/abs/2210.08823, section 3.2: they act after each norm, each linear layer and the
+patch embedding. Departure: scales start at 1 and shifts at 0, so that the model starts unchanged
+(the authors' code draws both with a deviation of 0.02).
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.adapt.base import AdapterConfig
-from tokendial.adapt.hooks import HookedAdapter, OutputLayer
+from tokendial.adapt.hooks import HookedAdapter, OutputTransform
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -20,18 +21,19 @@ from tokendial.shape import ViTShape
 @register("adapt", "ssf")
 @dataclass(frozen=True, kw_only=True)
 class SSF(AdapterConfig):
-    """Scale and shift the features after every norm, linear layer and the patch embedding."""
+    """SSF: scale and shift the features after each norm, linear layer and the patch embedding."""
 
     patch_embedding: bool = True
-    """Whether also after the patch embedding; some published counts leave it out."""
+    """Whether the patch embedding is scaled and shifted too. Some published parameter counts leave
+    it out."""
 
     def build(self, vit: ViTShape) -> "ScalesAndShifts":
-        """Make the module; it gets its parameters when it is installed."""
+        """Make the adapter; its weights are made when it is installed."""
         return ScalesAndShifts(self)
 
 
-class ScaleShift(OutputLayer):
-    """`scale * output + shift` along one dimension of a layer's output."""
+class ScaleShift(OutputTransform):
+    """Computes `scale * output + shift` for the output of a layer, channel by channel."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -40,20 +42,22 @@ class ScaleShift(OutputLayer):
         self.shift = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """Act on the layer's output; its input does not matter."""
+        """Return the scaled and shifted output; `x` is not used."""
         return output * self.scale.view(self.shape) + self.shift.view(self.shape)
 
-    def merged(self, module: nn.Module) -> dict[str, Tensor]:
-        """Scaled weight; scaled and shifted bias."""
+    def merged_parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the scaled weight, and the scaled and shifted bias."""
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
         if bias is None:
-            raise ValueError(f"SSF cannot be merged into a {type(module).__name__} without bias.")
+            raise ValueError(
+                f"SSF cannot be merged: a {type(module).__name__} of the backbone has no bias."
+            )
         scale = self.scale.view(-1, *(1,) * (weight.ndim - 1))
         return {"weight": weight * scale, "bias": bias * self.scale + self.shift}
 
 
 class ScalesAndShifts(HookedAdapter):
-    """Runs SSF: two numbers per output channel of every layer."""
+    """Runs SSF, with a scale and a shift for each output channel of each layer."""
 
     adds = False
 
@@ -63,7 +67,7 @@ class ScalesAndShifts(HookedAdapter):
         self.layers = nn.ModuleDict()
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Find the layers: all of the blocks, and the norms and convolutions outside of them."""
+        """Act on all layers of the blocks, and on norms and convolutions outside of the blocks."""
         inside = {id(module) for block in blocks for module in block.modules()}
         for name, module in list(vit.named_modules()):
             width, dim = _output(module)
@@ -76,7 +80,7 @@ class ScalesAndShifts(HookedAdapter):
 
 
 def _output(module: nn.Module) -> tuple[int, int]:
-    """Width of a layer's output, and the dimension it lies along; 0 for other modules."""
+    """Return the number of output channels and their dimension; 0 channels for other modules."""
     if isinstance(module, nn.Linear):
         return module.out_features, -1
     if isinstance(module, nn.Conv2d):

@@ -1,7 +1,7 @@
 """VPT: learned prompt tokens beside the patches.
 
 Source: Jia et al., "Visual Prompt Tuning", ECCV 2022, https://arxiv.org/abs/2203.12119, section
-3.2: prompts stand between the class token and the patches. They count as prefix tokens here, so no
+3.2: prompts stand between the class token and the patches. They count as prefix tokens, so that no
 reduction merges or drops them.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.checks import check_count
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
@@ -20,17 +21,17 @@ from tokendial.tokens import Tokens
 @register("adapt", "vpt")
 @dataclass(frozen=True, kw_only=True)
 class VPT(AdapterConfig):
-    """Add `prompts` tokens to the input of each block (deep) or of the first one (shallow)."""
+    """Visual Prompt Tuning: add learned tokens to the input of each block, or of the first one."""
 
     prompts: int = 8
-    """Number of prompt tokens."""
+    """Number of prompt tokens in each block that gets prompts."""
     deep: bool = True
-    """New prompts for each block, in place of those that leave the one before; or only for the
-    first, from where they go through the whole model."""
+    """Whether each block gets prompts of its own, which replace those of the block before
+    (VPT-Deep). If not, only the first block gets prompts, and they pass through all blocks
+    (VPT-Shallow)."""
 
     def __post_init__(self) -> None:
-        if type(self.prompts) is not int or self.prompts < 1:
-            raise ValueError(f"prompts must be an integer of at least 1, got {self.prompts}.")
+        check_count("prompts", self.prompts)
 
     def build(self, vit: ViTShape) -> "Prompts":
         """Make the prompts."""
@@ -38,9 +39,9 @@ class VPT(AdapterConfig):
 
 
 class Prompts(Adapter):
-    """Runs VPT: D parameters per prompt, and per layer if deep.
+    """Runs VPT, with D parameters per prompt.
 
-    Unlike other adapters, prompts change the outputs from the start: attention sees them.
+    Unlike other new adapters, new prompts change the outputs of the model: attention reads them.
     """
 
     def __init__(self, config: VPT, vit: ViTShape) -> None:
@@ -50,19 +51,19 @@ class Prompts(Adapter):
         self.prompts = nn.Parameter(torch.empty(layers, config.prompts, vit.embed_dim))
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Draw the prompts as the authors do: with Xavier's bound for the projection of a patch."""
+        """Draw the prompts as the authors do: by Xavier's uniform rule for the patch embedding."""
         projection = next(m for m in vit.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
         bound = (6.0 / (projection.weight[0].numel() + self.prompts.shape[-1])) ** 0.5
         nn.init.uniform_(self.prompts, -bound, bound)
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
-        """Add this block's prompts."""
+        """Add the prompts of this block."""
         if layer > len(self.prompts):
             return tokens
         return tokens.with_prompts(self.prompts[layer - 1])
 
     def after_block(self, layer: int, tokens: Tokens) -> Tokens:
-        """Take the prompts away before the next block brings its own, or at the end."""
+        """Remove the prompts after each block (deep), or after the last block."""
         if self.config.deep or layer == self.depth:
             return tokens.without_prompts(self.config.prompts)
         return tokens

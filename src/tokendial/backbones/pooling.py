@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import split_heads
+from tokendial.checks import check_count
 
 
 class QueryPooling(nn.Module):
@@ -89,8 +90,7 @@ def video_vit(vit: Any, *, frames: int = 8, num_classes: int) -> Any:
     if not isinstance(vit.fc_norm, nn.Identity):
         raise ValueError("vit normalises after pooling: create it with global_pool=''.")
     for name, value in (("frames", frames), ("num_classes", num_classes)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        check_count(name, value)
     heads = vit.blocks[0].attn.num_heads
     like = next(vit.parameters())
     vit.head = QueryPooling(vit.embed_dim, num_classes, num_heads=heads, frames=frames).to(

@@ -1,4 +1,4 @@
-"""Decoders: from the feature map of a model to one logit map per class."""
+"""Decoders: they turn the feature map of a model into one logit map per class."""
 
 from tokendial.decode.base import DecoderConfig
 from tokendial.decode.dar import DARDecoder

@@ -1,4 +1,4 @@
-"""What every decoder provides."""
+"""The interface of decoders."""
 
 from abc import ABC, abstractmethod
 
@@ -8,29 +8,19 @@ from tokendial.shape import ViTShape
 
 
 class DecoderConfig(ABC):
-    """Settings of a decoder; subclasses are registered frozen dataclasses."""
+    """Settings of a decoder. Subclasses are registered frozen dataclasses."""
 
     num_classes: int
-    """Logit maps: one for a binary mask."""
+    """Number of logit maps: the number of classes, or 1 for a binary mask."""
 
     @abstractmethod
     def build(self, vit: ViTShape) -> nn.Module:
-        """Make the module: from the feature map [B, D, H, W] after the final norm to logits
-        [B, num_classes, h, w], at a resolution of its own.
+        """Make the module that runs the decoder on a backbone of this shape.
+
+        Returns:
+            A module that maps the feature map [B, D, H, W] after the final norm to logits
+            [B, num_classes, h, w]. The decoder chooses h and w.
 
         Raises:
             ValueError: If the settings do not fit the backbone.
         """
-
-
-def check_counts(**counts: int) -> None:
-    """Raise a ValueError unless every number is an integer of at least 1."""
-    for name, count in counts.items():
-        if type(count) is not int or count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}.")
-
-
-def check_dropout(dropout: float) -> None:
-    """Raise a ValueError unless it lies in [0, 1)."""
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must lie in [0, 1), got {dropout}.")

@@ -1,7 +1,8 @@
-"""DAR's decoder: two normalised 1x1 convolutions, one on each side of an enlargement.
+"""DAR's decoder: a 1x1 convolution, bilinear enlargement, another 1x1 convolution, a classifier.
 
 Source: "Rethinking Token Reduction with Parameter-Efficient Fine-Tuning in ViT for Pixel-Level
-Tasks", CVPR 2025, and the authors' code: no bias before a BatchNorm; whole channels are dropped.
+Tasks", CVPR 2025, and the authors' code: the convolutions have no bias, and a BatchNorm and a ReLU
+follow each of them; dropout drops whole channels.
 """
 
 from collections import OrderedDict
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tokendial.decode.base import DecoderConfig, check_counts, check_dropout
+from tokendial.checks import check_count, check_dropout
+from tokendial.decode.base import DecoderConfig
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -17,36 +19,37 @@ from tokendial.shape import ViTShape
 @register("decode", "dar")
 @dataclass(frozen=True, kw_only=True)
 class DARDecoder(DecoderConfig):
-    """Logits at `enlarge` times the resolution of the patches."""
+    """DAR's decoder: logits at `enlarge` times the resolution of the patch grid."""
 
     num_classes: int = 1
-    """Logit maps: one for a binary mask."""
+    """Number of logit maps: the number of classes, or 1 for a binary mask."""
     channels: int = 256
-    """Width between the convolutions."""
+    """Number of channels of both convolutions."""
     enlarge: int = 4
-    """Factor of the bilinear enlargement."""
+    """Factor by which bilinear interpolation enlarges the patch grid between the convolutions."""
     dropout: float = 0.1
-    """Share of the channels that are dropped before the last convolution, in training."""
+    """Probability that a channel is dropped before the classifier in training, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        check_counts(num_classes=self.num_classes, channels=self.channels, enlarge=self.enlarge)
-        check_dropout(self.dropout)
+        for name in ("num_classes", "channels", "enlarge"):
+            check_count(name, getattr(self, name))
+        check_dropout("dropout", self.dropout)
 
     def build(self, vit: ViTShape) -> nn.Module:
-        """Make the module."""
+        """Make the layers."""
         width = self.channels
         return nn.Sequential(
             OrderedDict(
-                reduce=_normalised(vit.embed_dim, width),
+                reduce=_conv_norm_act(vit.embed_dim, width),
                 enlarge=nn.Upsample(scale_factor=self.enlarge, mode="bilinear"),
-                fuse=_normalised(width, width),
+                fuse=_conv_norm_act(width, width),
                 dropout=nn.Dropout2d(self.dropout),
                 predict=nn.Conv2d(width, self.num_classes, 1),
             )
         )
 
 
-def _normalised(inside: int, outside: int) -> nn.Module:
-    conv = nn.Conv2d(inside, outside, 1, bias=False)
+def _conv_norm_act(inputs: int, outputs: int) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, 1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outside), act=nn.ReLU()))
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs), act=nn.ReLU()))

@@ -1,10 +1,10 @@
-"""Segmenter's decoder: class embeddings and patches meet in a few transformer blocks.
+"""Segmenter's decoder: transformer blocks on the patch tokens and on one embedding per class.
 
 Source: Strudel et al., "Segmenter: Transformer for Semantic Segmentation", ICCV 2021,
 https://arxiv.org/abs/2105.05633, section 3.2, and the authors' code.
 """
 
-# Shape legend: B batch, L patch tokens, D width of the decoder, K classes.
+# Shape legend: B batch, L patch tokens, D width of the decoder, H x W patch grid, K classes.
 
 from dataclasses import dataclass
 
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tokendial.decode.base import DecoderConfig, check_counts, check_dropout
+from tokendial.checks import check_count, check_dropout
+from tokendial.decode.base import DecoderConfig
 from tokendial.methods import register
 from tokendial.reduce.base import init_linears
 from tokendial.shape import ViTShape
@@ -22,25 +23,29 @@ from tokendial.shape import ViTShape
 @register("decode", "mask_transformer")
 @dataclass(frozen=True, kw_only=True)
 class MaskTransformer(DecoderConfig):
-    """Masks are products of class embeddings and patches; at the resolution of the patches."""
+    """Segmenter's decoder: logits are dot products of patch tokens and class embeddings."""
 
     num_classes: int = 1
-    """Classes, each with a learned embedding and a logit map."""
+    """Number of classes. Each has a learned embedding and gives one logit map."""
     dim: int | None = None
-    """Width of the decoder; None: the encoder's."""
+    """Width of the decoder's tokens. None: the width of the backbone."""
     depth: int = 2
-    """Number of blocks."""
+    """Number of transformer blocks of the decoder."""
     num_heads: int | None = None
-    """Attention heads; None: one for each 64 channels."""
+    """Number of attention heads; must divide `dim`. None: one head for each 64 channels."""
     dropout: float = 0.1
-    """Dropout after attention and in the FFNs, in training."""
+    """Probability of dropout after attention and in the FFNs in training, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        check_counts(num_classes=self.num_classes, depth=self.depth)
-        check_dropout(self.dropout)
+        for name in ("num_classes", "depth"):
+            check_count(name, getattr(self, name))
+        for name in ("dim", "num_heads"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_dropout("dropout", self.dropout)
 
     def build(self, vit: ViTShape) -> "MaskTransformerDecoder":
-        """Make the module."""
+        """Make the decoder. Raises a ValueError unless the number of heads divides its width."""
         dim = self.dim or vit.embed_dim
         heads = self.num_heads or max(1, dim // 64)
         if dim % heads:
@@ -49,7 +54,7 @@ class MaskTransformer(DecoderConfig):
 
 
 class MaskTransformerDecoder(nn.Module):
-    """Runs the Mask Transformer."""
+    """Runs Segmenter's decoder."""
 
     def __init__(self, config: MaskTransformer, encoder_dim: int, dim: int, heads: int) -> None:
         super().__init__()
@@ -71,12 +76,12 @@ class MaskTransformerDecoder(nn.Module):
             nn.init.normal_(linear.weight, std=dim**-0.5)
 
     def forward(self, x_BDHW: Tensor) -> Tensor:
-        """Logits [B, K, H, W] of a feature map: one mask per class."""
+        """Return the logits [B, K, H, W] of a feature map."""
         grid = x_BDHW.shape[-2:]
         x = self.project(x_BDHW.flatten(2).transpose(1, 2))
-        number = self.classes.shape[1]
+        num_classes = self.classes.shape[1]
         x = self.norm(self.blocks(torch.cat([x, self.classes.expand(x.shape[0], -1, -1)], dim=1)))
-        patches_BLD = F.normalize(self.project_patches(x[:, :-number]), dim=-1)
-        classes_BKD = F.normalize(self.project_classes(x[:, -number:]), dim=-1)
+        patches_BLD = F.normalize(self.project_patches(x[:, :-num_classes]), dim=-1)
+        classes_BKD = F.normalize(self.project_classes(x[:, -num_classes:]), dim=-1)
         masks_BLK = self.mask_norm(patches_BLD @ classes_BKD.transpose(1, 2))
         return masks_BLK.transpose(1, 2).unflatten(2, grid)  # type: ignore[no-any-return]

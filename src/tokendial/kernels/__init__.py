@@ -1,4 +1,4 @@
-"""Fused kernels: what token reduction does on a GPU in many small steps, in one each."""
+"""Fused GPU kernels for token reduction: matching and merging in one kernel each."""
 
 from tokendial.kernels.launch import can_fuse, fused, fuses, merge_fused, most_similar_fused
 

@@ -1,12 +1,12 @@
-"""When the kernels run, and how they are started.
+"""Decides whether the fused kernels run, and starts them.
 
-They are for inference and off by default. Plain PyTorch stands beside each of them, gives the same
-up to rounding, and is what runs wherever they do not. Triton is imported when the first one starts:
-it comes with PyTorch's wheels for GPUs, and the library needs it for nothing else.
+The kernels are for inference, and off by default. For each of them there is plain PyTorch code that
+gives the same results up to rounding and runs where the kernel cannot. Triton is imported when the
+first kernel starts. It comes with PyTorch's wheels for GPUs; the library needs it for nothing else.
 """
 
 # Shape legend: B batch, N tokens, G new tokens, S tokens that are absorbed, D any feature width,
-# C metric width, A sources, E targets.
+# C metric width, A sources (tokens that may be absorbed), E targets (tokens that absorb).
 
 import os
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-_on = ContextVar("fused kernels", default=False)
+_is_on = ContextVar("fused kernels", default=False)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @contextmanager
 def fused(on: bool = True) -> Iterator[None]:
-    """Let reductions run in fused kernels, where these can.
+    """Context manager: let token reduction use the fused kernels where they can run.
 
     Args:
-        on: False: not even if something around it says so.
+        on: Whether to use them. False turns them off inside of a block that turned them on.
 
     Example:
         >>> from tokendial.kernels import fused
@@ -36,18 +36,18 @@ def fused(on: bool = True) -> Iterator[None]:
         ...     fuses(torch.zeros(2, 5, 8))  # not on a GPU
         False
     """
-    before = _on.set(on)
+    before = _is_on.set(on)
     try:
         yield
     finally:
-        _on.reset(before)
+        _is_on.reset(before)
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether a kernel is to run on `x` in place of plain PyTorch."""
+    """Whether a fused kernel processes `x` now, instead of plain PyTorch."""
     return (
-        not torch.compiler.is_compiling()  # first: compilers cannot look into the rest
-        and _on.get()
+        not torch.compiler.is_compiling()  # first, because torch.compile cannot trace the rest
+        and _is_on.get()
         and not torch.is_grad_enabled()
         and x.dtype in _DTYPES
         and can_fuse(x.device)
@@ -55,9 +55,9 @@ def fuses(x: Tensor) -> bool:
 
 
 def can_fuse(device: torch.device) -> bool:
-    """Whether the kernels can run on a device: a GPU, or a processor in Triton's interpreter."""
+    """Whether the kernels can run on a device: a GPU, or a CPU by Triton's interpreter."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return device.type == ("cpu" if interpreted else "cuda") and _triton_is_there()
+    return device.type == ("cpu" if interpreted else "cuda") and _has_triton()
 
 
 def merge_fused(
@@ -68,9 +68,10 @@ def merge_fused(
     weight_BN: Tensor | None,
     how: Literal["mean", "sum"],
 ) -> Tensor:
-    """Features of the new tokens of a `Grouping`, see there. [B, G, D].
+    """Return the features of the new tokens of a `Grouping`, [B, G, D].
 
-    Sums are taken in float32 whatever the dtype, and in the same order in every run.
+    The arguments are those of `Grouping.merge`. Sums are computed in float32 for every dtype, and
+    in the same order in every run.
     """
     from tokendial.kernels.programs import merge_program
 
@@ -93,20 +94,19 @@ def merge_fused(
 
 
 def most_similar_fused(
-    unit_BNC: Tensor, source_A: Tensor, target_E: Tensor, passed_by: int = 0
+    unit_BNC: Tensor, source_A: Tensor, target_E: Tensor, num_excluded: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The highest cosine of each source with a target, and the first target that has it.
-
-    No more than a small block of similarities exists at a time.
+    """Find the most similar target of each source, without a matrix of all similarities.
 
     Args:
-        unit_BNC: Normalised metric of the tokens, float32.
-        source_A: Tokens that look for a target.
-        target_E: Tokens that they may find.
-        passed_by: So many targets, the first ones, are nobody's.
+        unit_BNC: Normalised features of the tokens, float32.
+        source_A: Indices of the tokens that may be absorbed.
+        target_E: Indices of the tokens that absorb.
+        num_excluded: The first `num_excluded` targets are never matched.
 
     Returns:
-        Cosines, float32, and places in `target_E`, int64; [B, A] each.
+        The highest cosine of each source, float32, and the position of that target in `target_E`
+        (the first one if several are equal), int64; [B, A] each.
     """
     from tokendial.kernels.programs import most_similar_program
 
@@ -119,7 +119,7 @@ def most_similar_fused(
         most_similar_program,
         (num_images, -(-num_sources // block)),
         *(best_BA, partner_BA, unit_BNC, source_A, target_E),
-        *(num_tokens, num_sources, len(target_E), passed_by, width),
+        *(num_tokens, num_sources, len(target_E), num_excluded, width),
         BLOCK_A=block,
         BLOCK_E=64,
         BLOCK_C=32,
@@ -128,18 +128,18 @@ def most_similar_fused(
 
 
 @cache
-def _triton_is_there() -> bool:
+def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
 def _start(program: Any, grid: tuple[int, ...], *arguments: Tensor | int, **blocks: int) -> None:
-    """Run a kernel on the GPU that holds its tensors, all of them contiguous."""
-    given = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-    with torch.cuda.device_of(given[0]):  # type: ignore[no-untyped-call]
-        # A product and a sum may be rounded once: said here, as the default is to change.
-        program[grid](*given, **blocks, enable_fp_fusion=True)
+    """Run a kernel on the device of its tensors, which are made contiguous."""
+    contiguous = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    with torch.cuda.device_of(contiguous[0]):  # type: ignore[no-untyped-call]
+        # Allow fused multiply-adds. The argument is explicit because Triton's default will change.
+        program[grid](*contiguous, **blocks, enable_fp_fusion=True)
 
 
 def _power_of_2(number: int) -> int:
-    """The least one that is not below `number`, as sizes of blocks have to be."""
+    """Return the smallest power of 2 that is at least `number`, as Triton needs for block sizes."""
     return 1 << (number - 1).bit_length()

@@ -1,16 +1,16 @@
-"""The kernels, in Triton. `launch` starts them, and says what they give.
+"""The fused kernels, in Triton. `launch` starts them and documents their arguments and results.
 
-Each program of a grid writes a part of the result by itself: nothing is added up by two of them, so
-every run gives the same bits. All tensors are contiguous.
+Each program instance of a grid computes its own part of the result. No two instances add to the
+same number, so every run gives the same bits. All tensors are contiguous.
 """
 
-# Shape legend: a suffix names the shape of a block, in the letters of `launch`.
+# Shape legend: a suffix names the shape of a block, with the letters of the legend in `launch`.
 
 import triton
 import triton.language as tl
 
-# Each reduction has other counts of tokens. One compiled kernel serves them all.
-_COUNTS = ["num_tokens", "num_groups", "num_absorbed", "num_sources", "num_targets", "passed_by"]
+# The numbers of tokens differ from layer to layer; one compiled kernel serves all of them.
+_COUNTS = ["num_tokens", "num_groups", "num_absorbed", "num_sources", "num_targets", "num_excluded"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
@@ -29,8 +29,8 @@ def merge_program(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Some features of one new token. Grid: images, new tokens, blocks of features."""
-    image = tl.program_id(0).to(tl.int64)  # what follows from it can exceed 32 bits
+    """Compute one block of features of one new token. Grid: images, new tokens, feature blocks."""
+    image = tl.program_id(0).to(tl.int64)  # offsets computed from it can exceed 32 bits
     group = tl.program_id(1)
     place = image * num_groups + group
     x += image * num_tokens * width
@@ -38,8 +38,8 @@ def merge_program(
     src += image * num_absorbed
     dst += image * num_absorbed
 
-    # Weights become shares before they meet the features: a token that stays alone has a share of
-    # exactly 1.
+    # Weights are divided by their sum before they multiply features, so that a token that absorbs
+    # none has a share of exactly 1.
     kept = tl.load(keep + place)
     weight_kept = tl.load(weight + kept).to(tl.float32)
     total = weight_kept if MEAN else 1.0
@@ -58,7 +58,7 @@ def merge_program(
     for first in range(0, num_absorbed, BLOCK_S):
         s_S = first + tl.arange(0, BLOCK_S)
         is_member_S = tl.load(dst + s_S, mask=s_S < num_absorbed, other=-1) == group
-        # A new token has few members, so most blocks hold none, and no features are read.
+        # A new token absorbs few tokens, so most blocks contain none of them: skip those.
         if tl.max(is_member_S.to(tl.int32)) > 0:
             token_S = tl.load(src + s_S, mask=is_member_S, other=0)
             weight_S = tl.load(weight + token_S, mask=is_member_S, other=0.0)
@@ -79,13 +79,13 @@ def most_similar_program(
     num_tokens: tl.tensor,
     num_sources: tl.tensor,
     num_targets: tl.tensor,
-    passed_by: tl.tensor,
+    num_excluded: tl.tensor,
     width: tl.tensor,
     BLOCK_A: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    """The best targets of some sources of one image. Grid: images, blocks of sources."""
+    """Find the best targets of one block of sources. Grid: images, blocks of sources."""
     image = tl.program_id(0).to(tl.int64)
     unit += image * num_tokens * width
     a_A = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -112,14 +112,15 @@ def most_similar_program(
                 mask=is_target_E[None, :] & in_row_C[:, None],
                 other=0.0,
             )
-            # Not in TF32, whose ten bits would blur the order.
+            # Not TF32: with its 10 bits of mantissa many similarities would be equal.
             cosine_AE = tl.dot(source_AC, target_CE, cosine_AE, input_precision="ieee")
-        # A cosine with zeros is NaN, which PyTorch's maximum puts first; Triton's would skip it.
+        # A cosine with a zero vector is NaN. PyTorch's maximum prefers NaN, Triton's ignores it, so
+        # NaN becomes infinity here and NaN again below.
         cosine_AE = tl.where(cosine_AE == cosine_AE, cosine_AE, float("inf"))
-        may_be_E = is_target_E & (e_E >= passed_by)
-        cosine_AE = tl.where(may_be_E[None, :], cosine_AE, float("-inf"))
+        is_allowed_E = is_target_E & (e_E >= num_excluded)
+        cosine_AE = tl.where(is_allowed_E[None, :], cosine_AE, float("-inf"))
         block_best_A, at_A = tl.max(cosine_AE, axis=1, return_indices=True)
-        better_A = block_best_A > best_A  # not if equal: the first one stays
+        better_A = block_best_A > best_A  # if equal, the first target stays
         best_A = tl.where(better_A, block_best_A, best_A)
         partner_A = tl.where(better_A, first + at_A, partner_A)
     best_A = tl.where(best_A == float("inf"), float("nan"), best_A)

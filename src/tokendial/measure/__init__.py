@@ -1,4 +1,4 @@
-"""Measuring: cost by counting, time by one clock, shares of tokens."""
+"""Measurements: multiply-accumulates, times, and shares of processed tokens."""
 
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.measure.shares import ShareMeter, calibrate

@@ -1,4 +1,8 @@
-"""Multiply-accumulates and parameters of a model, counted on the model itself without memory."""
+"""Counts the multiply-accumulates of a model.
+
+The model itself runs on the meta device, which knows shapes but holds no values, so counting needs
+no memory for weights and activations.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,70 +17,75 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 _Meta = tuple[torch.Size, tuple[int, ...], torch.dtype]
-_MOST_ANSWERS = 100_000
+_MAX_CACHED = 100_000
+"""Number of operator calls whose counts and output shapes are cached."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs at one degree."""
+    """Cost of one image at one degree of the dial."""
 
     degree: int
-    """The degree of the dial."""
+    """Degree of the dial."""
     params: int
-    """All parameters: backbone, adapters, head."""
+    """Number of all parameters: backbone, adapters, reducer, head or decoder."""
     trainable_params: int
-    """Parameters that train, head or decoder left out (as the papers count)."""
+    """Number of trainable parameters without those of the head or decoder, as papers count them."""
     macs: int
-    """Multiply-accumulates for one image."""
+    """Number of multiply-accumulates for one image; one multiply-accumulate is two FLOPs."""
     tokens_per_layer: tuple[int, ...]
-    """Tokens (prefix included) that leave each block."""
+    """Number of tokens, prefix tokens included, that leave each block."""
 
     @property
     def gmacs(self) -> float:
-        """Multiply-accumulates in units of 1e9, what papers print as GFLOPs."""
+        """Multiply-accumulates in units of 1e9. Papers often call this number GFLOPs."""
         return self.macs / 1e9
 
 
 def count_macs(module: nn.Module, run: Callable[[nn.Module], Any], *, products: bool = True) -> int:
-    """Multiply-accumulates of a forward pass, counted operator by operator on the meta device.
+    """Count the multiply-accumulates of a forward pass, operator by operator.
 
-    One per multiply-accumulate of linear layers, convolutions and matrix products (attention
-    included), 5 per element of a LayerNorm, 4 per element that a bilinear interpolation makes, 0
-    for the rest: the rule that reproduces the published costs to the last digit (17.58 G for
-    ViT-B/16 at 224).
+    Linear layers, convolutions and matrix products (attention included) count each of their
+    multiply-accumulates. A LayerNorm counts 5 per element, a bilinear interpolation 4 per element
+    of its output, everything else 0. This rule reproduces published costs to the last digit
+    (17.58 G for ViT-B/16 at 224).
 
     Args:
-        module: The model; its weights are neither touched nor copied.
-        run: Called with the module whose weights are on the meta device; does the forward pass
-            (with inputs on the meta device).
-        products: Count products of two activations (attention, token matching); some papers leave
-            them out.
+        module: The model. Its weights are neither changed nor copied.
+        run: Receives the module with weights on the meta device, and runs the forward pass with
+            inputs on the meta device.
+        products: Whether to count products of two activations (attention, token matching), which
+            some papers leave out.
     """
 
-    def whole(call: nn.Module) -> Iterator[None]:
-        run(call)
+    def run_as_one_part(model: nn.Module) -> Iterator[None]:
+        run(model)
         yield
 
-    return sum(count_parts(module, whole, products=products))
+    return sum(count_parts(module, run_as_one_part, products=products))
 
 
 def count_parts(
     module: nn.Module, run: Callable[[nn.Module], Iterable[Any]], *, products: bool = True
 ) -> list[int]:
-    """Multiply-accumulates of the parts of a forward pass, each of which ends with a `yield`.
+    """Count the multiply-accumulates of each part of a forward pass.
 
     Args:
-        module: As in `count_macs`.
-        run: As there, but a generator.
-        products: As there.
+        module: The model. Its weights are neither changed nor copied.
+        run: Receives the module with weights on the meta device, runs the forward pass, and yields
+            at the end of each part.
+        products: Whether to count products of two activations, see `count_macs`.
+
+    Returns:
+        One count for each part.
     """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     meta = {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
-    counter = _Counter()
+    counter = _FlopCounter()
     totals = [0]
 
-    def run_all(call: nn.Module) -> None:
-        for _ in run(call):
+    def run_all(model: nn.Module) -> None:
+        for _ in run(model):
             flops = counter.flops.items()
             totals.append(sum(n for op, n in flops if products or not _is_product(op)))
 
@@ -84,14 +93,16 @@ def count_parts(
     module.eval()
     try:
         with torch.no_grad(), counter:
-            functional_call(_Call(module, run_all), {f"module.{n}": v for n, v in meta.items()}, ())
+            functional_call(
+                _Runner(module, run_all), {f"module.{n}": v for n, v in meta.items()}, ()
+            )
     finally:
         module.train(training)
     return [(after - before) // 2 for before, after in pairwise(totals)]
 
 
-class _Call(nn.Module):
-    """Lets `functional_call` run any method of a module, not only its forward."""
+class _Runner(nn.Module):
+    """Lets `functional_call`, which calls `forward`, run any function of a module."""
 
     def __init__(self, module: nn.Module, run: Callable[[nn.Module], Any]) -> None:
         super().__init__()
@@ -101,14 +112,14 @@ class _Call(nn.Module):
         return self.run(self.module)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operators, and answers those that saw the same shapes before by what they gave then.
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the FLOPs of operators, and caches them by operator and input shapes.
 
-    Meta kernels are written in Python, and blocks have many operators in common: most of the time
-    of counting would be spent in them. The number of answers that are kept is bounded.
+    PyTorch computes output shapes on the meta device in Python, which would take most of the time.
+    Blocks repeat the same operators with the same shapes, so a cached result replaces the call.
     """
 
-    answers: ClassVar[dict[Any, tuple[int, bool, list[_Meta]]]] = {}
+    cache: ClassVar[dict[Any, tuple[int, bool, list[_Meta]]]] = {}
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -116,42 +127,44 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, op = kwargs or {}, func._overloadpacket
-        key = None if func._schema.is_mutable else _key((func, args, kwargs))
-        if key in self.answers:
-            flops, single, metas = self.answers[key]
+        key = None if func._schema.is_mutable else _cache_key((func, args, kwargs))
+        if key in self.cache:
+            flops, single, metas = self.cache[key]
             self.flops[op] += flops
             tensors = [torch.empty_strided(s, t, dtype=d, device="meta") for s, t, d in metas]
             return tensors[0] if single else tuple(tensors)
         if op not in _FLOPS:
-            with self:  # an operator that is made of others is counted by them
+            with self:  # a composite operator is counted by the operators that it consists of
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         out = func(*args, **kwargs)
         flops = _FLOPS[op](*args, **kwargs, out_val=out) if op in _FLOPS else 0
         self.flops[op] += flops
-        given = (out,) if isinstance(out, Tensor) else out
-        whole = isinstance(given, tuple) and all(isinstance(t, Tensor) and t.is_meta for t in given)
-        if key is not None and whole and len(self.answers) < _MOST_ANSWERS:
-            metas = [(t.shape, t.stride(), t.dtype) for t in given]
-            self.answers[key] = flops, isinstance(out, Tensor), metas
+        outs = (out,) if isinstance(out, Tensor) else out
+        tensors_only = isinstance(outs, tuple) and all(
+            isinstance(tensor, Tensor) and tensor.is_meta for tensor in outs
+        )
+        if key is not None and tensors_only and len(self.cache) < _MAX_CACHED:
+            metas = [(t.shape, t.stride(), t.dtype) for t in outs]
+            self.cache[key] = flops, isinstance(out, Tensor), metas
         return out
 
 
-def _key(value: Any) -> Any:
-    """What an operator's result depends on; None if that is more than shapes."""
+def _cache_key(value: Any) -> Any:
+    """Return a key for an operator's arguments; None if its result depends on more than shapes."""
     if isinstance(value, Tensor):
         return (value.shape, value.stride(), value.dtype) if value.is_meta else None
     if isinstance(value, dict):
         value = tuple(value.items())
     if isinstance(value, tuple | list):
-        parts = tuple(map(_key, value))
+        parts = tuple(map(_cache_key, value))
         return None if None in parts else parts
-    # 1, 1.0 and True are equal, but do not give the same types.
+    # The type is part of the key: 1, 1.0 and True are equal, but give outputs of other types.
     return type(value), value
 
 
-# The unit of torch's table is FLOPs, two to a multiply-accumulate.
+# torch's table counts FLOPs, two for each multiply-accumulate.
 
 
 def _layer_norm_flops(x: Tensor, *args: Any, **kwargs: Any) -> int:

@@ -1,9 +1,10 @@
-"""Diversity of attention by depth: how different the tokens' views of the image are.
+"""Diversity of attention in each layer: how much the attention rows of the tokens differ.
 
-Source: the argument of "Rethinking Token Reduction with Parameter-Efficient Fine-Tuning in ViT for
-Pixel-Level Tasks", CVPR 2025: reducing tokens makes attention patterns alike, which hurts dense
-prediction. The paper's own measure is not at hand; these two are standard: total variation distance
-between attention rows, and effective rank (Roy and Vetterli, "The Effective Rank", EUSIPCO 2007).
+Source: "Rethinking Token Reduction with Parameter-Efficient Fine-Tuning in ViT for Pixel-Level
+Tasks", CVPR 2025, argues that token reduction makes attention rows similar, which hurts dense
+prediction. Departure: the paper's own measure is not published, so two standard measures stand
+here: the total variation distance between attention rows, and the effective rank (Roy and Vetterli,
+"The Effective Rank", EUSIPCO 2007).
 """
 
 # Shape legend: B batch, H heads, N tokens (queries and keys).
@@ -18,32 +19,33 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class LayerDiversity:
-    """Attention of one layer, mean over heads and images."""
+    """Diversity of the attention of one layer, mean over heads and images."""
 
     layer: int
-    """The block, counted from 1."""
+    """Number of the block, counted from 1."""
     num_tokens: int
-    """Tokens that attend, prefix included."""
+    """Number of tokens in the attention, prefix tokens included."""
     distance: float
-    """Mean distance between two tokens' attention rows, from 0 (all alike) to 1 (disjoint)."""
+    """Mean total variation distance between two attention rows, from 0 (all rows are equal) to 1
+    (no two rows attend to the same token)."""
     effective_rank: float
-    """How many independent rows there are, from 1 to `num_tokens`."""
+    """Effective rank of the attention matrix, from 1 (all rows are equal) to `num_tokens`."""
 
 
-class _Stepwise(Protocol):
+class _RunsStepByStep(Protocol):
     def steps(self, images: Tensor, *, needs: frozenset[str]) -> Iterable[Any]: ...
 
 
 def attention_diversity(model: nn.Module, images: Tensor) -> list[LayerDiversity]:
-    """Measure every layer of a wrapped model at its present degree.
+    """Measure the diversity of attention in each layer of a model at its present degree.
 
     Args:
-        model: A `DialViT`; put into evaluation mode while it runs.
-        images: [B, 3, H, W], normalised.
+        model: A `DialViT`. It runs in evaluation mode.
+        images: Normalised images [B, 3, H, W].
     """
     training = model.training
     model.eval()
-    stepwise: _Stepwise = model  # type: ignore[assignment]  # a DialViT, which lives above
+    stepwise: _RunsStepByStep = model  # type: ignore[assignment]  # a DialViT, which lives above
     layers = []
     with torch.no_grad():
         for step in stepwise.steps(images, needs=frozenset({"attention"})):
@@ -61,17 +63,17 @@ def attention_diversity(model: nn.Module, images: Tensor) -> list[LayerDiversity
 
 
 def row_distance(attention_BHNN: Tensor) -> Tensor:
-    """Mean total variation distance between two different rows, [B, H]; 0 for one row."""
+    """Mean total variation distance between two rows, [B, H]; 0 if there is one row."""
     count = attention_BHNN.shape[-1]
     pairs = max(1, count * (count - 1))
     rows = attention_BHNN.float()
-    # One head at a time: all of them together would take N * N * N numbers each.
+    # One head at a time, because cdist of all heads together needs N * N * N numbers for each.
     sums = [torch.cdist(head, head, p=1.0).sum(dim=(-2, -1)) for head in rows.unbind(1)]
     return 0.5 * torch.stack(sums, dim=1) / pairs
 
 
 def effective_rank(attention_BHNN: Tensor) -> Tensor:
-    """Exponential of the entropy of the normalised singular values, [B, H]."""
+    """Effective rank, [B, H]: the exponential of the entropy of the normalised singular values."""
     values = torch.linalg.svdvals(attention_BHNN.float())
     shares = values / values.sum(dim=-1, keepdim=True)
     entropy: Tensor = torch.special.entr(shares).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Shares of tokens that FFNs process: measured, and thresholds found that give them."""
+"""Measures the share of tokens that FFNs process with DyT and DAR, and calibrates their dial."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from tokendial.reduce.select import Selector
 
 
 class ShareMeter:
-    """Measures, in a `with` block, the share of the patch tokens that are selected by threshold.
+    """Measures the share of the patch tokens that FFNs process, in a `with` block.
 
     Example:
         >>> import timm, torch, tokendial as td
@@ -24,72 +24,79 @@ class ShareMeter:
     """
 
     def __init__(self, model: Any) -> None:
-        """Measure `model`, a `DialViT` in evaluation mode with DyT or DAR by threshold.
+        """Prepare to measure a model.
+
+        Args:
+            model: A `DialViT` in evaluation mode, with DyT or DAR by threshold.
 
         Raises:
-            ValueError: If it selects no tokens by threshold, or its target is every token.
+            ValueError: If the model does not select tokens by threshold, or its target is 1.
         """
         self._model, self._reducer = model, _selector(model)
-        self._heard: list[tuple[int, float]] = []
+        self._counts: list[tuple[int, float]] = []
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether `model` selects tokens by threshold."""
+        """Whether `model` selects tokens by threshold, so that it can be measured."""
         reducer = getattr(model, "reducer", None)
         return isinstance(reducer, Selector) and reducer.calibratable
 
     def __enter__(self) -> "ShareMeter":
-        self._heard = []
-        self._hearing = self._reducer.logits_heard(self._hear)
-        self._hearing.__enter__()
+        self._counts = []
+        self._recording = self._reducer.record_logits(self._count)
+        self._recording.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hearing.__exit__(*error)
+        self._recording.__exit__(*error)
 
-    def _hear(self, logits_BL: Tensor) -> None:
+    def _count(self, logits_BL: Tensor) -> None:
         selected = float((logits_BL > self._reducer.threshold(self._model.degree)).sum())
-        # Parts of a batch may run in threads of their own: appending is safe, adding up is not.
-        self._heard.append((logits_BL.numel(), selected))
+        # Parts of a batch may run in several threads: appending to a list is safe, += is not.
+        self._counts.append((logits_BL.numel(), selected))
 
     @property
     def share(self) -> float:
-        """Of all layers and images; 1 if every token was processed without a choice."""
-        count, selected = map(sum, zip(*self._heard, strict=True)) if self._heard else (0, 0.0)
+        """Share of the patch tokens that FFNs processed, over all layers and images of the block.
+
+        It is 1 if no layer selected tokens (degree 0).
+        """
+        count, selected = map(sum, zip(*self._counts, strict=True)) if self._counts else (0, 0.0)
         return selected / count if count else 1.0
 
 
 @torch.no_grad()
 def calibrate(model: Any, batches: Iterable[Tensor]) -> Calibration:
-    """Find the thresholds of a dial, so that its degrees process about the shares they stand for.
+    """Find thresholds with which each degree of the dial processes about its share of the tokens.
 
-    The degree that was trained keeps its threshold of 0, and whatever share that gives; shares of
-    the others are moved in proportion, so that the dial is even. Thresholds are quantiles of the
-    logits that the model gives at the degree that was trained; since other decisions change what
-    later layers see, the shares at these thresholds are then measured, at every degree. The result
-    is kept in `model.reducer.calibration` and saved with the model.
+    The trained degree keeps its threshold of 0. Its measured share may differ from its target; the
+    shares of the other degrees are then moved in proportion, so that the dial is even. Thresholds
+    are quantiles of the logits at the trained degree. As decisions in one layer change the tokens
+    of later layers, the shares at these thresholds are then measured at every degree. The result is
+    stored in `model.reducer.calibration` and saved with the model.
 
     Args:
         model: A `DialViT` with DyT or DAR by threshold.
-        batches: Images [B, 3, H, W], normalised; a few dozen images like those to come.
+        batches: Batches of normalised images [B, 3, H, W]. A few dozen images are enough; they
+            should resemble those of later predictions.
 
     Raises:
-        ValueError: If the model selects no tokens by threshold, its target is every token, or there
-            are no images.
+        ValueError: If the model does not select tokens by threshold, its target is 1, or there are
+            no images.
     """
-    reducer, before, training = _selector(model), model.degree, model.training
-    calibration = reducer.calibration
+    reducer, degree_before, training = _selector(model), model.degree, model.training
+    calibration_before = reducer.calibration
     images = list(batches)
     if not images:
         raise ValueError("batches must hold at least one image, got none.")
     model.eval()
     try:
         model.set_degree(reducer.degree)
-        heard: list[Tensor] = []
-        with reducer.logits_heard(lambda logits: heard.append(logits.flatten().cpu())):
+        logits: list[Tensor] = []
+        with reducer.record_logits(lambda logits_BL: logits.append(logits_BL.flatten().cpu())):
             for batch in images:
                 model(batch)
-        thresholds = _thresholds(reducer, torch.cat(heard).sort().values)
+        thresholds = _thresholds(reducer, torch.cat(logits).sort().values)
         shares = []
         reducer.calibration = Calibration(thresholds, reducer.rates[1:])
         for degree in reducer.degrees[1:]:
@@ -100,34 +107,35 @@ def calibrate(model: Any, batches: Iterable[Tensor]) -> Calibration:
             shares.append(meter.share)
         reducer.calibration = Calibration(thresholds, tuple(shares))
     except BaseException:
-        reducer.calibration = calibration
+        reducer.calibration = calibration_before
         raise
     finally:
-        model.set_degree(before)
+        model.set_degree(degree_before)
         model.train(training)
     return reducer.calibration
 
 
 def _thresholds(reducer: Selector, rising: Tensor) -> tuple[float, ...]:
-    """The threshold of each degree from 1 up, of logits in rising order."""
+    """Return the threshold of degree 1, 2, ..., as quantiles of logits in rising order."""
     target, own = reducer.rates[reducer.degree], float((rising > 0).float().mean())
-    found = []
+    thresholds = []
     for degree in reducer.degrees[1:]:
         rate = reducer.rates[degree]
         above = rate > target
         wanted = 1 - (1 - own) * (1 - rate) / (1 - target) if above else own * rate / target
         skipped = min(len(rising) - 1, round((1 - wanted) * len(rising)))
-        # Tokens with just the threshold are not selected, so it is the last one that is skipped.
+        # A token whose logit equals the threshold is skipped, so the threshold is the highest logit
+        # of the tokens to skip.
         quantile = float(rising[max(0, skipped - 1)])
-        found.append(0.0 if degree == reducer.degree else quantile)
-    return tuple(found)
+        thresholds.append(0.0 if degree == reducer.degree else quantile)
+    return tuple(thresholds)
 
 
 def _selector(model: Any) -> Selector:
     if not ShareMeter.fits(model):
         raise ValueError(
-            "the model must select tokens by threshold: DyT or DAR, not by top-k, with a "
-            "target_ratio below 1."
+            "the model must select tokens by threshold: use DyT or DAR with selection=threshold "
+            "and a target_ratio below 1."
         )
     reducer: Selector = model.reducer
     return reducer

@@ -1,4 +1,4 @@
-"""One clock for everything that is compared: rounds in which all settings take turns."""
+"""The one clock of the library: times settings in rounds in which all of them take turns."""
 
 import statistics
 import time
@@ -11,21 +11,21 @@ import torch
 T = TypeVar("T")
 
 DISTURBED = 0.2
-"""Quartile spread above which a time is not to be trusted. An idle machine stays below a tenth."""
+"""Spread (see `Timing`) above which a time is unreliable. On an idle machine it is below 0.1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long one setting takes, measured in turns with others."""
+    """Time of one setting, measured in turns with the other settings."""
 
     seconds: float
-    """Time of one run: the median over all rounds."""
+    """Time of one run in seconds: the median over all rounds."""
     spread: float
-    """Distance between the quartiles of the times, as a fraction of their median."""
+    """Difference between third and first quartile of the times, as a fraction of their median."""
 
     @property
     def disturbed(self) -> bool:
-        """Whether the times differ so much that something else must have used the machine."""
+        """Whether the times vary so much that another program probably used the machine."""
         return self.spread > DISTURBED
 
 
@@ -39,21 +39,21 @@ def time_in_rounds(
     least_rounds: int = 5,
     most_rounds: int = 100,
 ) -> list[Timing]:
-    """Time the same work under several settings, all of them once in each round.
+    """Time the same work under several settings, each of them once in each round.
 
-    Whatever slows the machine down for a while slows all settings of those rounds alike, so it
-    cannot change their ratios: each time is the first setting's median, times the median of the
-    ratios to the first setting within a round. A first round chooses kernels and fills caches; it
-    is not counted.
+    Something that slows the machine down for a while slows all settings of these rounds, so it does
+    not change their ratios. Therefore the time of a setting is the median of the first setting,
+    times the median of the ratio to the first setting within a round. A first round, in which
+    kernels are chosen and caches filled, is not counted.
 
     Args:
-        settings: What is compared, at least one.
-        prepare: Switches to a setting; not timed.
-        run: The work; timed until the device has finished it.
-        device: Where the work is done.
-        seconds: Time to spend on each setting, unless `least_rounds` take longer.
-        least_rounds: Rounds that are counted at least; with one, the spread is not known and 0.
-        most_rounds: Rounds that are counted at most.
+        settings: The settings to compare, at least one.
+        prepare: Switches to a setting. This is not timed.
+        run: Does the work. It is timed until the device has finished.
+        device: The device that does the work.
+        seconds: Time in seconds to spend on each setting, unless `least_rounds` take longer.
+        least_rounds: Smallest number of counted rounds. With one round the spread is 0.
+        most_rounds: Largest number of counted rounds.
 
     Returns:
         One timing for each setting, in their order.
@@ -92,7 +92,7 @@ def time_in_rounds(
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cpu":
-        torch.accelerator.synchronize()  # what was queued before is not part of the run
+        torch.accelerator.synchronize()  # work that was queued before is not part of the run
     start = time.perf_counter()
     run()
     if device.type != "cpu":

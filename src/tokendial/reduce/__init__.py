@@ -1,4 +1,4 @@
-"""Token reduction: one file per method."""
+"""Token-reduction methods, one file per method, and the interface that they share."""
 
 from tokendial.passes import ForwardPass, TrainingPasses
 from tokendial.reduce.base import Reducer, ReducerConfig

@@ -1,6 +1,11 @@
-"""What every token-reduction method provides."""
+"""The interface of token-reduction methods, and functions that several of them share.
 
-# Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim.
+A method consists of a config (`ReducerConfig`), which users write down, and a module (`Reducer`),
+which the config builds for a backbone.
+"""
+
+# Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim, K patch tokens
+# that are selected.
 
 import math
 from abc import ABC, abstractmethod
@@ -18,11 +23,11 @@ from tokendial.tokens import Grouping, Tokens
 
 
 class ReducerConfig(ABC):
-    """Settings of a reduction method; subclasses are registered frozen dataclasses."""
+    """Settings of a token-reduction method. Subclasses are registered frozen dataclasses."""
 
     @abstractmethod
     def build(self, vit: ViTShape) -> "Reducer":
-        """Make the module that runs.
+        """Make the module that runs the method in a backbone of this shape.
 
         Raises:
             ValueError: If the settings do not fit the backbone.
@@ -31,51 +36,53 @@ class ReducerConfig(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What `tokendial.calibrate` measured of a dial whose shares of tokens depend on values."""
+    """Thresholds that `tokendial.calibrate` found, and the shares that it measured with them."""
 
     thresholds: tuple[float, ...]
-    """For degree 1, 2, ...: logit that a token has to exceed."""
+    """Threshold of the logits at degree 1, 2, ...; the FFN processes tokens with a logit above."""
     shares: tuple[float, ...]
-    """For degree 1, 2, ...: share of the patch tokens that did."""
+    """Share of the patch tokens that the FFN processed at degree 1, 2, ..., in [0, 1]."""
 
 
 class Reducer(nn.Module, ABC):
-    """Runs a reduction method: before a block, between its attention and FFN, or around its FFN.
+    """Runs a token-reduction method: before a block, between attention and FFN, or around the FFN.
 
-    A method overrides the one hook that it needs; none is called at degree 0. Token counts follow
-    from (layer, degree, number of tokens) alone, never from values, so that each degree compiles
-    and exports as one graph; methods that cannot promise that say so.
+    A method overrides the one hook that it needs. At degree 0 no hook is called. The number of
+    tokens depends on layer, degree and the number of tokens before, never on their values, so that
+    each degree compiles and exports as one graph. Methods that cannot promise this (DyT and DAR by
+    threshold) say so.
     """
 
     needs: frozenset[str] = frozenset()
-    """By-products of attention that `group` and `around_ffn` read."""
+    """Names of the `ByProducts` of attention that `group` and `around_ffn` read."""
     tracks_size: bool = False
-    """Whether tokens count the patches they stand for."""
+    """Whether each token counts the patches that it stands for (`Tokens.size`)."""
     keeps_grid: bool = False
-    """Whether every token leaves every block, so that adapters find the whole patch grid."""
+    """Whether all tokens leave every block, so that adapters can read the complete patch grid."""
     also_runs: frozenset[str] = frozenset()
-    """Which optional `TrainingPasses` the method's `losses` read: "complete", "teacher"."""
+    """Optional passes of `TrainingPasses` that `losses` reads: "complete", "teacher"."""
     proportional_attention: bool = False
-    """Whether token sizes weigh keys in attention."""
+    """Whether attention adds the logarithm of the token sizes to the logits of the keys."""
     degrees: tuple[int, ...]
-    """Degrees that the dial offers, from 0 (no reduction) up, cheaper and cheaper."""
+    """Degrees that the dial offers: 0 (no reduction), then 1, 2, ..., each cheaper."""
     degree: int
-    """The degree that the settings describe."""
+    """Degree that the settings describe. A wrapped model starts at it."""
     calibration: Calibration | None = None
-    """Saved with the model; None: nothing was measured, or nothing has to be."""
+    """Result of `tokendial.calibrate`, saved with the model. None before calibration, and for
+    methods without thresholds."""
 
     @abstractmethod
     def acts(self, layer: int, degree: int) -> bool:
-        """Whether the method reduces in `layer` (counted from 1), after its attention."""
+        """Whether `group` or `around_ffn` reduces tokens in `layer` (counted from 1)."""
 
     def before_block(self, layer: int, degree: int, tokens: Tokens) -> Tokens:
-        """Tokens that enter `layer`; called in every layer."""
+        """Return the tokens that enter `layer`; called in every layer."""
         return tokens
 
     def group(
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
     ) -> Grouping | None:
-        """The reduction of `tokens` after attention of `layer`; None: nothing to do."""
+        """Return the reduction after the attention of `layer`, or None if nothing is reduced."""
         return None
 
     def around_ffn(
@@ -86,31 +93,31 @@ class Reducer(nn.Module, ABC):
         attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the FFN of `layer`, on fewer tokens if the method does so.
+        """Run the FFN of `layer`, on all tokens or on fewer.
 
         Args:
             layer: The block, counted from 1.
             degree: The degree of the dial.
             tokens: The tokens that enter the FFN.
             attended: Output and by-products of attention.
-            ffn: The FFN with its norm and scale, of [..., D].
+            ffn: The FFN with its norm and layer scale; maps [..., D] to [..., D].
 
         Returns:
-            The tokens with the FFN's output added where it ran, [B, N, D], and which tokens were
-            processed, [B, N] (None: all).
+            The tokens [B, N, D], with the FFN's output added where it ran, and a mask [B, N] that
+            is 1 where it ran (None: everywhere).
         """
         return tokens.x + ffn(tokens.x), None
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
-        """Losses of the method, weighted, to be added to the task's loss of the student."""
+        """Return the method's weighted losses by name; training adds them to the task's loss."""
         return {}
 
     def at_step(self, step: int, steps_per_epoch: int) -> None:
-        """Told before each step of training how many were done, for methods with a schedule."""
+        """Receive the number of finished training steps before each step, for schedules."""
 
 
 def init_linears(module: nn.Module) -> None:
-    """Draw the weights of all linear layers inside as ViTs do: deviation 0.02, biases zero."""
+    """Initialise all linear layers in `module` as ViTs do: weights by std 0.02, biases zero."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
@@ -119,17 +126,30 @@ def init_linears(module: nn.Module) -> None:
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the student's softmax from the teacher's, mean over rows."""
+    """Kullback-Leibler divergence KL(teacher || student) of softmax distributions, mean over rows.
+
+    Args:
+        student: Logits [M, K] that learn.
+        teacher: Logits [M, K] to learn from.
+    """
     return F.kl_div(
         student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
     )
 
 
 DIAL_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Shares of the patch tokens that a dial of shares offers besides 1 and the configured one."""
 
 
-def dial_of(rate: float) -> tuple[tuple[float, ...], int]:
-    """Rates 1, 0.9, ... 0.1 with `rate` sorted in, and its position: the degrees of a share."""
+def make_rate_dial(rate: float) -> tuple[tuple[float, ...], int]:
+    """Return the rate of each degree of a dial of shares, and the degree of `rate`.
+
+    The rates are 1, 0.9, ..., 0.1 in falling order, with `rate` inserted if it is another one.
+
+    Example:
+        >>> make_rate_dial(0.85)
+        ((1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1), 2)
+    """
     rates = tuple(sorted({1.0, float(rate), *DIAL_RATES}, reverse=True))
     return rates, rates.index(float(rate))
 
@@ -146,15 +166,15 @@ def num_kept_tokens(num_patches: int, keep_rate: float) -> int:
 
 
 def best_tokens(scores_BL: Tensor, count: int, num_prefix_tokens: int) -> Tensor:
-    """Indices of the prefix tokens and then the best patch tokens, best first.
+    """Indices of the prefix tokens, followed by the patch tokens with the highest scores.
 
     Args:
         scores_BL: One score per patch token.
-        count: Patch tokens to name; a Python int, so that shapes are static.
-        num_prefix_tokens: Leading tokens that are always named.
+        count: Number of patch tokens to select. A Python int, so that shapes are static.
+        num_prefix_tokens: Number of leading tokens that are always included.
 
     Returns:
-        [B, num_prefix_tokens + count].
+        [B, num_prefix_tokens + count], the patch tokens in falling order of their scores.
     """
     prefix = torch.arange(num_prefix_tokens, device=scores_BL.device).expand(scores_BL.shape[0], -1)
     best = scores_BL.argsort(dim=1, descending=True, stable=True)[:, :count]

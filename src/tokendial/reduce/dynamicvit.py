@@ -1,9 +1,12 @@
-"""DynamicViT: small predictors score the patch tokens before a few layers; the best are kept.
+"""DynamicViT: before a few layers, small networks score the patch tokens and the best are kept.
 
 Source: Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification",
 NeurIPS 2021, https://arxiv.org/abs/2106.02034, and the authors' code: counts are relative to the
-image's first number of patches; kept tokens stand in descending order of score; in training
-nothing leaves, dropped tokens are masked out of attention, in every layer and from the first on.
+number of patches of the image; kept tokens stand in descending order of score; training removes no
+token but masks dropped ones out of attention, and uses masked attention from the first layer on.
+
+Departure: where a predictor keeps no token, their mean feature is zero (the authors' code divides
+by zero).
 """
 
 # Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim.
@@ -14,16 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokendial.checks import check_choice, check_layers, check_own_layers, check_share
+from tokendial.checks import (
+    check_choice,
+    check_fraction,
+    check_layers,
+    check_layers_exist,
+    check_not_negative,
+)
 from tokendial.methods import register
 from tokendial.passes import TrainingPasses
 from tokendial.reduce.base import (
     Reducer,
     ReducerConfig,
     best_tokens,
-    dial_of,
     divergence,
     init_linears,
+    make_rate_dial,
 )
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
@@ -32,38 +41,39 @@ from tokendial.tokens import Grouping, Tokens
 @register("reduce", "dynamicvit")
 @dataclass(frozen=True, kw_only=True)
 class DynamicViT(ReducerConfig):
-    """Before the i-th layer of `layers`, keep keep_rate ** i of the image's patch tokens."""
+    """DynamicViT: before the i-th layer of `layers`, keep a share keep_rate ** i of all patches."""
 
     keep_rate: float = 0.7
-    """Share of the patch tokens that each step keeps, in (0, 1]."""
+    """Share of the present patch tokens that each layer of `layers` keeps, in (0, 1]."""
     layers: tuple[int, ...] = (4, 7, 10)
-    """Layers before which tokens are dropped, counted from 1."""
+    """Layers before which tokens are dropped, counted from 1, in rising order."""
     ratio_weight: float = 2.0
-    """Weight of the loss that keeps the shares at their targets."""
+    """Weight of the training loss that pulls the shares of kept tokens to their targets; at least
+    0."""
     distill_weight: float = 0.5
-    """Weight of the distillation of logits and of tokens, if there is a teacher."""
+    """Weight of the distillation of logits and of tokens from `train.teacher`, at least 0. Without
+    a teacher it has no effect."""
     token_loss: str = "mse"
-    """Distillation of tokens: mean squared error ("mse"), or the divergence of their channels'
-    softmax ("kl")."""
+    """Loss for the distillation of tokens: "mse" is the mean squared error of their features, "kl"
+    the divergence of the softmax over their features."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        check_own_layers(self.layers)
+        check_layers(self.layers)
         if list(self.layers) != sorted(self.layers):
             raise ValueError(f"layers must rise, got {self.layers}.")
-        check_share("keep_rate", self.keep_rate)
-        for name in ("ratio_weight", "distill_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        check_fraction("keep_rate", self.keep_rate)
+        check_not_negative("ratio_weight", self.ratio_weight)
+        check_not_negative("distill_weight", self.distill_weight)
         check_choice("token_loss", self.token_loss, ("mse", "kl"))
 
     def build(self, vit: ViTShape) -> "DynamicViTReducer":
-        """Make the predictors; raises a ValueError for a missing layer."""
+        """Make the predictors. Raises a ValueError if a layer does not exist."""
         return DynamicViTReducer(self, vit)
 
 
-class Predictor(nn.Module):
-    """Scores patch tokens by their own features and the mean of those that are still kept."""
+class KeepPredictor(nn.Module):
+    """Scores patch tokens by their own features and the mean feature of the kept tokens."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -78,10 +88,14 @@ class Predictor(nn.Module):
         )
 
     def forward(self, x_BLD: Tensor, kept_BL: Tensor) -> Tensor:
-        """Log-probabilities [B, L, 2] of keeping (first) and dropping (second) each token."""
+        """Return log-probabilities [B, L, 2]: keep the token (index 0), drop it (index 1).
+
+        Args:
+            x_BLD: The patch tokens.
+            kept_BL: 1 for tokens that earlier predictors kept, 0 for the others.
+        """
         local, shared = self.inside(x_BLD).chunk(2, dim=-1)
         kept_BL1 = kept_BL.to(shared.dtype).unsqueeze(-1)
-        # Where none is kept the mean is zero; the authors' code divides by zero there.
         count = kept_BL1.sum(1, keepdim=True).clamp(min=1)
         mean = (shared * kept_BL1).sum(1, keepdim=True) / count
         scores: Tensor = self.outside(torch.cat([local, mean.expand_as(shared)], dim=-1))
@@ -89,25 +103,25 @@ class Predictor(nn.Module):
 
 
 class DynamicViTReducer(Reducer):
-    """Runs DynamicViT; the degree is the position in the list of keep rates 1, 0.9, ... 0.1."""
+    """Runs DynamicViT. The degree is the position in the list of keep rates of `make_rate_dial`."""
 
     also_runs = frozenset({"teacher"})
 
     def __init__(self, config: DynamicViT, vit: ViTShape) -> None:
         super().__init__()
-        check_layers(config.layers, vit.depth)
+        check_layers_exist(config.layers, vit.depth)
         self.config = config
-        self.rates, self.degree = dial_of(config.keep_rate)
+        self.rates, self.degree = make_rate_dial(config.keep_rate)
         self.degrees = tuple(range(len(self.rates)))
-        self.predictors = nn.ModuleList(Predictor(vit.embed_dim) for _ in config.layers)
+        self.predictors = nn.ModuleList(KeepPredictor(vit.embed_dim) for _ in config.layers)
         init_linears(self)
 
     def acts(self, layer: int, degree: int) -> bool:
-        """Never after attention: it drops tokens before the block."""
+        """Return False: tokens are dropped before the block, by `before_block`."""
         return False
 
     def before_block(self, layer: int, degree: int, tokens: Tokens) -> Tokens:
-        """Drop tokens, or in training mask them out."""
+        """Drop tokens before the layers of `layers`; in training, mask them out of attention."""
         if self.training and tokens.policy is None:
             tokens = replace(tokens, policy=torch.ones_like(tokens.x[..., 0]))
         if layer not in self.config.layers:
@@ -117,7 +131,7 @@ class DynamicViTReducer(Reducer):
         if tokens.policy is not None:
             before = tokens.policy[:, tokens.prefix :]
             scores = self.predictors[stage](patches, before)
-            # Gradients flow through the drawn decision as through the soft one.
+            # Gradients of the drawn decision are those of the soft decision (straight-through).
             drawn = F.gumbel_softmax(scores, hard=True)[..., 0] * before
             policy = torch.cat([tokens.policy[:, : tokens.prefix], drawn], dim=1)
             return replace(tokens, policy=policy)
@@ -129,7 +143,7 @@ class DynamicViTReducer(Reducer):
         return tokens.reduced(Grouping.keeping(keep, tokens.x.shape[1]))
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
-        """The shares of tokens, and with a teacher the distillation of logits and tokens."""
+        """Return the loss on the shares of tokens, and with a teacher the distillation losses."""
         config, student, teacher = self.config, passes.student, passes.teacher
         rate = self.rates[student.degree]
         policies = [self._policy(student.tokens[layer - 1]) for layer in config.layers]
@@ -153,12 +167,19 @@ class DynamicViTReducer(Reducer):
     @staticmethod
     def _policy(tokens: Tokens) -> Tensor:
         if tokens.policy is None:
-            raise ValueError("no tokens were masked: degree must be at least 1 in training, got 0.")
+            raise ValueError(
+                "degree must be at least 1 in training, so that tokens are masked; got 0."
+            )
         return tokens.policy[:, tokens.prefix :]
 
 
 def token_distillation(student_KD: Tensor, teacher_KD: Tensor, kind: str) -> Tensor:
-    """Distance of the kept tokens' features from the teacher's; 0 if none is kept.
+    """Distance of the kept tokens' features from the teacher's; 0 if no token is kept.
+
+    Args:
+        student_KD: Features of the student's kept tokens, of all images.
+        teacher_KD: The teacher's features at the same positions.
+        kind: "mse" or "kl", see `DynamicViT.token_loss`.
 
     Source:
         DynamicViT, equation 12; the authors' code for the mean squared error.

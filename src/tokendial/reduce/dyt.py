@@ -1,10 +1,10 @@
-"""DyT: a dispatcher in each layer decides which tokens the FFN processes.
+"""DyT: a linear dispatcher in each layer selects the tokens that the FFN processes.
 
 Source: Zhao et al., "Dynamic Tuning Towards Parameter and Inference Efficiency for ViT Adaptation",
 NeurIPS 2024, https://arxiv.org/abs/2403.11808, and the authors' code: the dispatcher reads the
-un-normalised tokens after attention, class tokens are always processed, the adapter beside the FFN
-(AdaptFormer) sees every token. Departure: at inference the FFN really skips the others, where the
-code computes all and multiplies by the mask.
+un-normalised tokens after attention; class tokens are always processed; the adapter beside the FFN
+(AdaptFormer) reads all tokens. Departure: at inference the FFN does not compute the other tokens
+(the authors' code computes all tokens and multiplies by the mask).
 """
 
 # Shape legend: B batch, L patch tokens, D embed_dim.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tokendial.checks import check_share
+from tokendial.checks import check_fraction, check_not_negative
 from tokendial.methods import register
 from tokendial.passes import TrainingPasses
 from tokendial.reduce.base import divergence, init_linears
@@ -25,27 +25,30 @@ from tokendial.tokens import Tokens
 @register("reduce", "dyt")
 @dataclass(frozen=True, kw_only=True)
 class DyT(SelectConfig):
-    """Process about `target_ratio` of the patch tokens in each FFN; goes with `AdaptFormer`."""
+    """DyT: each FFN processes a share `target_ratio` of the patches; use with `AdaptFormer`."""
 
     minimal_ratio: float | None = None
-    """Floor under the decision on every token, see `rate_loss`; None: no floor."""
+    """Lower bound on the decision for each token, in (0, 1]; training penalises decisions below it,
+    see `rate_loss`. None: no bound."""
     minimal_weight: float = 1.0
-    """Weight of the floor in the loss."""
+    """Weight of that penalty in the loss, at least 0."""
     complete: bool = True
-    """Also train the model that processes every token, and make it the student's teacher."""
+    """Whether training also runs the model at degree 0: on the task's loss, and as the teacher of
+    the model at the trained degree."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.minimal_ratio is not None:
-            check_share("minimal_ratio", self.minimal_ratio)
+            check_fraction("minimal_ratio", self.minimal_ratio)
+        check_not_negative("minimal_weight", self.minimal_weight)
 
     def build(self, vit: ViTShape) -> "DyTReducer":
-        """Make the dispatchers."""
+        """Make one dispatcher per layer."""
         return DyTReducer(self, vit)
 
 
 class DyTReducer(Selector):
-    """Runs DyT: one linear dispatcher per layer, D + 1 parameters."""
+    """Runs DyT, with one linear dispatcher of D + 1 parameters per layer."""
 
     config: DyT
 
@@ -56,12 +59,12 @@ class DyTReducer(Selector):
         init_linears(self)
 
     def logits(self, layer: int, tokens: Tokens) -> Tensor:
-        """The dispatcher's logits of the patch tokens."""
+        """Return the dispatcher's logits of the patch tokens."""
         patches = tokens.x[:, tokens.prefix :]
         return self.dispatchers[layer - 1](patches).squeeze(-1)  # type: ignore[no-any-return]
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
-        """The share of tokens, the complete model's task loss, and its distillation."""
+        """Return the losses: share of tokens, task loss at degree 0, distillation from degree 0."""
         config, student, complete = self.config, passes.student, passes.complete
         rate = rate_loss(
             selected_patches(student),
@@ -79,17 +82,17 @@ class DyTReducer(Selector):
 def rate_loss(
     selected_BL: Tensor, target: float, *, minimal: float = 0.0, minimal_weight: float = 0.0
 ) -> Tensor:
-    """Squared distance between the share of selected tokens, over everything, and the target.
+    """Squared difference of the share of selected tokens in the batch and the target.
 
     Args:
         selected_BL: Decisions [B, depth, L].
-        target: The share that is wanted.
-        minimal: Floor under each single decision.
-        minimal_weight: Weight of what is missing to the floor, summed over all decisions as in the
-            authors' code.
+        target: The share to reach, in (0, 1].
+        minimal: Lower bound on each decision.
+        minimal_weight: Weight of the penalty max(0, minimal - decision), summed over all decisions
+            as in the authors' code.
 
     Source:
-        DyT, section 3.2 (equation of the rate loss); the authors' code for the floor.
+        DyT, section 3.2 (equation of the rate loss); the authors' code for the lower bound.
     """
     loss = (selected_BL.mean() - target) ** 2
     if minimal_weight > 0:

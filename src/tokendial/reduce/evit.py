@@ -2,17 +2,19 @@
 
 Source: Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token
 Reorganizations", ICLR 2022, https://arxiv.org/abs/2202.07800, and the authors' code: the kept
-tokens stand in descending order of attention, the fused token comes last and its weights are the
-raw attention values. Departures: the number kept is not raised by binary rounding error (0.07 of
-100 tokens are 7, not 8); backbones without a class token can be scored by the attention that
-tokens receive from all others, which is not in the paper. The variant with `r` tokens less in
-every layer is Token Compensator's (Jie et al., ECCV 2024, https://arxiv.org/abs/2408.06798).
+tokens stand in descending order of attention; the fused token comes last, and its weights are the
+raw attention values. The variant that removes `r` tokens in every layer is Token Compensator's (Jie
+et al., ECCV 2024, https://arxiv.org/abs/2408.06798).
+
+Departures: binary rounding error does not raise the number of kept tokens (0.07 of 100 tokens are
+7, not 8). In backbones without a class token, tokens can be scored by the mean attention that they
+receive from all tokens, which is not in the paper.
 """
 
 # Shape legend: B batch, N tokens (prefix + patch), L patch tokens, K kept patch tokens.
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -21,122 +23,159 @@ import torch
 from torch import Tensor
 
 from tokendial.attention import ByProducts
-from tokendial.checks import check_choice, check_layers, check_own_layers, check_share
+from tokendial.checks import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_layers,
+    check_layers_exist,
+)
 from tokendial.methods import register
-from tokendial.reduce.base import Reducer, ReducerConfig, best_tokens, dial_of, num_kept_tokens
-from tokendial.reduce.listed import check_removed, dial_of_lists
+from tokendial.reduce.base import (
+    Reducer,
+    ReducerConfig,
+    best_tokens,
+    make_rate_dial,
+    num_kept_tokens,
+)
+from tokendial.reduce.listed import freeze_removal, make_schedule_dial
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
+
+_DEFAULT_KEEP_RATE = 0.7
 
 
 @register("reduce", "evit")
 @dataclass(frozen=True, kw_only=True)
 class EViT(ReducerConfig):
-    """Keep a share of the patch tokens in a few layers, or remove `r` of them in every layer."""
+    """EViT: keep a share of the patch tokens in a few layers, or remove `r` in each layer."""
 
-    keep_rate: float | list[float] | None = None
-    """Share of the patch tokens kept in each layer of `layers`, in (0, 1]; a list gives one per
-    layer. Default 0.7, unless `r` is given."""
+    keep_rate: float | Sequence[float] | None = _DEFAULT_KEEP_RATE
+    """Share of the patch tokens that each layer of `layers` keeps, in (0, 1], or a list with one
+    share per layer of `layers`. None if `r` is set."""
     layers: tuple[int, ...] = (4, 7, 10)
-    """Layers that reduce, counted from 1. Ignored with `r`, which counts every layer."""
-    r: int | list[int] | list[list[int]] | None = None
-    """Tokens removed instead of a keep rate: one number for every layer, a list (one entry per
-    layer, missing ones are 0), or a list of such lists (one for each degree from 1 up, from dear to
-    cheap)."""
+    """Layers that reduce, counted from 1. Not used if `r` is set: then all layers reduce."""
+    r: int | Sequence[int] | Sequence[Sequence[int]] | None = None
+    """Tokens that each layer removes, instead of a keep rate: one number for all layers; a list
+    with one number per layer (missing last layers remove none); or a list of such lists, one for
+    each degree from 1 up, from the most to the least expensive."""
     rest: Literal["merge", "argmax", "drop"] = "merge"
-    """What becomes of the other tokens: one fused token, only the most attended of them, or
-    nothing."""
+    """What happens to the tokens that are not kept: "merge" fuses them into one token, "argmax"
+    keeps one more token (the most attended of them), "drop" removes them all."""
     fuse_weights: Literal["raw", "normalised"] = "raw"
-    """Weights of the fused token: attention as it is (sums to less than 1), or divided by its
-    sum."""
+    """Weights of the tokens in the fused token: their attention values ("raw", which sum to less
+    than 1), or these divided by their sum ("normalised")."""
     score: Literal["class", "mean"] = "class"
-    """Attention that ranks the tokens: the class token's, or, for backbones without one, the mean
-    over all tokens (one more attention map in each layer that reduces)."""
+    """Attention that ranks the tokens: "class" is the class token's; "mean" is the mean over all
+    tokens, for backbones without a class token. "mean" computes one more attention map in each
+    layer that reduces."""
     shrink: tuple[int, int] | None = None
-    """Epochs of training (counted from 0) between which the keep rate shrinks from 1 to its
-    target; null: the target from the start."""
+    """First and last epoch (counted from 0) of a cosine along which the keep rate falls from 1 to
+    `keep_rate` in training; cannot be set together with `r`. null: training uses `keep_rate` from
+    the start."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        check_layers(self.layers)
+        # A stored default is not a choice of the user: dataclasses.replace(EViT(), r=3) passes it.
+        if self.r is not None and self.keep_rate == _DEFAULT_KEEP_RATE:
+            object.__setattr__(self, "keep_rate", None)
         if self.r is None and self.keep_rate is None:
-            object.__setattr__(self, "keep_rate", 0.7)
-        if self.r is not None and self.keep_rate is not None:
-            raise ValueError(f"give keep_rate or r, not both; got {self.keep_rate} and {self.r}.")
-        if self.r is not None:
-            check_removed(self.r)
-        check_own_layers(self.layers)
-        self._check_rates()
+            object.__setattr__(self, "keep_rate", _DEFAULT_KEEP_RATE)
+        if self.r is None:
+            self._freeze_keep_rate()
+        elif self.keep_rate is None:
+            object.__setattr__(self, "r", freeze_removal(self.r))
+        else:
+            raise ValueError(
+                f"set keep_rate or r, not both: got keep_rate={self.keep_rate!r} and r={self.r!r}; "
+                "set the other one to None."
+            )
         check_choice("rest", self.rest, ("merge", "argmax", "drop"))
         check_choice("fuse_weights", self.fuse_weights, ("raw", "normalised"))
         check_choice("score", self.score, ("class", "mean"))
         if self.shrink is not None:
-            object.__setattr__(self, "shrink", tuple(self.shrink))
-            if len(self.shrink) != 2 or not 0 <= self.shrink[0] < self.shrink[1]:
-                raise ValueError(f"shrink must be two rising epochs, got {self.shrink}.")
-            if self.r is not None:
-                raise ValueError("shrink goes with keep_rate, not with r.")
+            self._check_shrink(tuple(self.shrink))
 
-    def _check_rates(self) -> None:
-        rates = self.keep_rate if isinstance(self.keep_rate, list) else [self.keep_rate]
-        for rate in rates:
-            if rate is not None:
-                check_share("keep_rate", rate)
-        if isinstance(self.keep_rate, list) and len(self.keep_rate) != len(self.layers):
+    def _freeze_keep_rate(self) -> None:
+        if not isinstance(self.keep_rate, list | tuple):
+            check_fraction("keep_rate", self.keep_rate)
+            return
+        if len(self.keep_rate) != len(self.layers):
             raise ValueError(
                 f"keep_rate must have one entry for each of the {len(self.layers)} layers, "
                 f"got {len(self.keep_rate)}."
             )
+        for rate in self.keep_rate:
+            check_fraction("keep_rate", rate)
+        object.__setattr__(self, "keep_rate", tuple(self.keep_rate))
+
+    def _check_shrink(self, shrink: tuple[int, ...]) -> None:
+        if self.r is not None:
+            raise ValueError(f"shrink must be None where r is set, got {shrink} and r={self.r}.")
+        for epoch in shrink:
+            check_count("shrink", epoch, at_least=0)
+        if len(shrink) != 2 or shrink[0] >= shrink[1]:
+            raise ValueError(f"shrink must be two rising epochs, got {shrink}.")
+        object.__setattr__(self, "shrink", shrink)
 
     def build(self, vit: ViTShape) -> "EViTReducer":
-        """Make the module; a ValueError without a class token, or if layers or lists do not fit."""
+        """Make the module.
+
+        Raises:
+            ValueError: If the backbone has no class token for the score, a layer does not exist,
+                or lists of `r` do not fit, see `make_schedule_dial`.
+        """
         return EViTReducer(self, vit)
 
 
 class EViTReducer(Reducer):
     """Runs EViT.
 
-    The degree is r; with lists of r, 0 (off), 1 (the first list), 2, ...; with one keep rate, the
-    position in the list of keep rates 1, 0.9, ... 0.1 (into which another rate is sorted); with a
-    list of keep rates, 0 (off) or 1 (as listed).
+    What the degree means depends on the setting. One number r: the degree is r. Lists of r: degree
+    0 removes nothing, degree 1 follows the first list, and so on. One keep rate: the position in
+    the list of keep rates of `make_rate_dial`. A list of keep rates: 0 removes nothing, 1 keeps the
+    listed shares.
     """
 
     def __init__(self, config: EViT, vit: ViTShape) -> None:
         super().__init__()
         if config.score == "class" and not vit.has_class_token:
             raise ValueError(
-                "EViT needs a backbone with a class token; for this one use score='mean' or ToMe."
+                "EViT with score='class' needs a backbone with a class token, and this one has "
+                "none: use score='mean', or ToMe."
             )
         self.config = config
         self.needs = frozenset({f"{config.score}_attention"})
         self.layers = tuple(range(1, vit.depth + 1)) if config.r is not None else config.layers
-        check_layers(self.layers, vit.depth)
+        check_layers_exist(self.layers, vit.depth)
         self._rates: list[dict[int, float]] = []
-        self._shrinking: Callable[[float], float] | None = None
+        self._keep_rate_now: Callable[[float], float] | None = None
         self.lists: list[list[int]] = []
-        if isinstance(config.r, list):
-            self.lists = dial_of_lists(config.r, vit, partial(most_removed, rest=config.rest))
-            self.degrees, self.degree = tuple(range(len(self.lists))), 1
-            return
         if config.r is not None:
-            self.degrees = tuple(range(vit.num_patches // 2 + 1))
-            self.degree = config.r
+            r = freeze_removal(config.r)
+            if isinstance(r, int):
+                self.degrees, self.degree = tuple(range(vit.num_patches // 2 + 1)), r
+            else:
+                self.lists = make_schedule_dial(r, vit, partial(most_removed, rest=config.rest))
+                self.degrees, self.degree = tuple(range(len(self.lists))), 1
             return
-        if isinstance(config.keep_rate, list):
+        if isinstance(config.keep_rate, Sequence):
             listed = dict(zip(config.layers, config.keep_rate, strict=True))
             self._rates = [dict.fromkeys(config.layers, 1.0), listed]
             self.degree = 1
         else:
             assert config.keep_rate is not None
-            rates, self.degree = dial_of(config.keep_rate)
+            rates, self.degree = make_rate_dial(config.keep_rate)
             self._rates = [dict.fromkeys(config.layers, rate) for rate in rates]
         self.degrees = tuple(range(len(self._rates)))
 
     def at_step(self, step: int, steps_per_epoch: int) -> None:
-        """Shrink the keep rate of training as `shrink` says."""
+        """Set the keep rate of this training step, if `shrink` is set."""
         if self.config.shrink:
             first, last = self.config.shrink
-            self._shrinking = partial(
-                shrunk_keep_rate,
+            self._keep_rate_now = partial(
+                shrinking_keep_rate,
                 step=step,
                 steps_per_epoch=steps_per_epoch,
                 start_epoch=first,
@@ -144,24 +183,24 @@ class EViTReducer(Reducer):
             )
 
     def keep_rate(self, layer: int, degree: int) -> float:
-        """Share of the patch tokens that `layer` keeps, at this step if in training."""
+        """Share of the patch tokens that `layer` keeps; in training, at the present step."""
         rate = self._rates[degree].get(layer, 1.0)
-        return self._shrinking(rate) if self.training and self._shrinking else rate
+        return self._keep_rate_now(rate) if self.training and self._keep_rate_now else rate
 
     def num_kept(self, layer: int, degree: int, num_patches: int) -> int:
-        """Patch tokens kept apart in `layer`; a fused or argmax token comes on top."""
+        """Number of patch tokens that `layer` keeps, without the fused or the argmax token."""
         if self.config.r is None:
             return num_kept_tokens(num_patches, self.keep_rate(layer, degree))
         extra = self.config.rest != "drop"
-        # A fused token stands for what goes, so removing r tokens takes r + 1 out.
+        # The fused token is added, so r tokens fewer means that r + 1 tokens are not kept.
         return max(1, num_patches - self.removed(layer, degree) - extra)
 
     def removed(self, layer: int, degree: int) -> int:
-        """Patch tokens that `layer` removes, with `r`."""
+        """Number of patch tokens that `layer` removes, if `r` is set."""
         return self.lists[degree][layer - 1] if self.lists else degree
 
     def acts(self, layer: int, degree: int) -> bool:
-        """Whether this layer has a keep rate below 1, or r is above 0."""
+        """Whether `layer` has a keep rate below 1, or removes tokens by `r`."""
         if self.config.r is not None:
             return self.removed(layer, degree) > 0
         return self.keep_rate(layer, degree) < 1.0
@@ -169,7 +208,7 @@ class EViTReducer(Reducer):
     def group(
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
     ) -> Grouping | None:
-        """Keep the patch tokens that are attended to most."""
+        """Keep the patch tokens that receive most attention."""
         by_class = self.config.score == "class"
         scores = attended.class_attention if by_class else attended.mean_attention
         assert scores is not None
@@ -195,12 +234,12 @@ def attentive_grouping(
 
     Args:
         scores_BL: One score per patch token.
-        num_kept: Patch tokens to keep; a Python int, so that shapes are static.
-        num_prefix_tokens: Leading tokens that always stay.
-        rest: "merge" appends the sum of the others, weighted by score; "argmax" appends the best
-            of the others; "drop" appends nothing.
-        fuse_weights: Whether the weights of the sum are the scores ("raw") or the scores divided
-            by their sum ("normalised").
+        num_kept: Number of patch tokens to keep. A Python int, so that shapes are static.
+        num_prefix_tokens: Number of leading tokens that are always kept.
+        rest: "merge" appends the sum of the other tokens, weighted by score; "argmax" appends the
+            best of the other tokens; "drop" appends nothing.
+        fuse_weights: Weights in that sum: the scores ("raw"), or the scores divided by their sum
+            ("normalised").
 
     Returns:
         The grouping, or None if every patch token is kept.
@@ -226,21 +265,24 @@ def attentive_grouping(
 
 
 def most_removed(num_patches: int, rest: str) -> int:
-    """How many of the patch tokens can go in one layer: one stays, and what stands for the rest."""
+    """Largest number of patch tokens that one layer can remove.
+
+    One token is always kept, and one more for the others if `rest` is "merge" or "argmax".
+    """
     return max(0, num_patches - 1 - (rest != "drop"))
 
 
-def shrunk_keep_rate(
+def shrinking_keep_rate(
     keep_rate: float, *, step: int, steps_per_epoch: int, start_epoch: int, end_epoch: int
 ) -> float:
-    """Keep rate at a training step when it shrinks from 1 to its target by a cosine.
+    """Return the keep rate at a training step, which falls from 1 to its target along a cosine.
 
     Args:
-        keep_rate: Target, in (0, 1].
-        step: Training steps done so far.
-        steps_per_epoch: Steps in one epoch.
-        start_epoch: Epoch (from 0) at which shrinking starts; 1.0 before it.
-        end_epoch: Epoch at which the target is reached.
+        keep_rate: The target, in (0, 1].
+        step: Number of finished training steps.
+        steps_per_epoch: Number of steps in one epoch.
+        start_epoch: Epoch (counted from 0) in which the rate starts to fall; it is 1.0 before.
+        end_epoch: Epoch from which on the rate is the target.
 
     Source:
         EViT, section 4.1 (warm-up of the keep rate); the authors' `adjust_keep_rate`.

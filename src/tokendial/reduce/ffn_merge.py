@@ -1,9 +1,9 @@
-"""FFN-only merging: tokens merge before each FFN and part again after it.
+"""FFN-only merging: tokens merge before each FFN and are restored after it.
 
 Source: Jie et al., "Token Compensator", ECCV 2024, https://arxiv.org/abs/2408.06798, segmentation
-experiment: attention sees every token, the FFN fewer, and each member of a group receives the
-group's output. The paper does not say whether the residual is merged as well; here it is not, so
-that it keeps its full detail (the cost is the same).
+experiment: attention reads all tokens, the FFN reads the merged tokens, and each token of a group
+receives the group's output. The paper does not say whether the residual is merged too. Here it is
+not merged, so that it keeps its full detail; the cost is the same.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokendial.attention import ByProducts
+from tokendial.checks import check_count
 from tokendial.methods import register
 from tokendial.reduce.base import Reducer, ReducerConfig
 from tokendial.reduce.tome import check_matching, matched, most_merged
@@ -23,27 +24,27 @@ from tokendial.tokens import Tokens
 @register("reduce", "ffn_merge")
 @dataclass(frozen=True, kw_only=True)
 class FFNMerge(ReducerConfig):
-    """Merge `r` tokens before each FFN only: for dense prediction, which needs every position."""
+    """FFN-only merging: merge `r` tokens for each FFN; for tasks that need every position."""
 
     r: int = 256
-    """Tokens that merge before each FFN."""
+    """Number of tokens that are merged before each FFN and restored after it."""
     step: int = 1
-    """Tokens from one degree of the dial to the next; `r` is a multiple of it. 32 gives a ViT/16 at
-    512 x 512 pixels 16 degrees: as many as a compensator has in the paper."""
+    """Number of tokens from one degree of the dial to the next; it must divide `r`. With 32, a
+    ViT/16 at 512 x 512 pixels has 16 degrees above 0, as many as a compensator in the paper."""
     matching: Literal["bipartite", "random"] = "bipartite"
-    """As in ToMe."""
+    """How pairs are chosen: "bipartite" merges the most similar pairs of two fixed sets of
+    positions; "random" (a baseline) merges tokens at random positions."""
     stride: int = 2
-    """As in ToMe: one token in `stride` absorbs, so that up to (stride - 1) / stride can merge."""
+    """One token in `stride` absorbs others, so up to (stride - 1) / stride of the tokens can merge.
+    At least 2; "random" matching needs 2."""
     seed: int = 0
-    """Seed of random matching."""
+    """Seed that draws the positions for "random" matching."""
 
     def __post_init__(self) -> None:
-        if type(self.r) is not int or self.r < 0:
-            raise ValueError(f"r must be an integer of at least 0, got {self.r}.")
-        if type(self.step) is not int or self.step < 1 or self.r % self.step:
-            raise ValueError(
-                f"step must be an integer of at least 1 that divides r ({self.r}), got {self.step}."
-            )
+        check_count("r", self.r, at_least=0)
+        check_count("step", self.step)
+        if self.r % self.step:
+            raise ValueError(f"step must divide r ({self.r}), got {self.step}.")
         check_matching(self.matching, self.stride, self.seed)
 
     def build(self, vit: ViTShape) -> "FFNMergeReducer":
@@ -52,7 +53,7 @@ class FFNMerge(ReducerConfig):
 
 
 class FFNMergeReducer(Reducer):
-    """Runs FFN-only merging; degree d merges d times `step` tokens."""
+    """Runs FFN-only merging. Degree d merges d * `step` tokens."""
 
     needs = frozenset({"mean_keys"})
     keeps_grid = True
@@ -60,12 +61,12 @@ class FFNMergeReducer(Reducer):
     def __init__(self, config: FFNMerge, vit: ViTShape) -> None:
         super().__init__()
         self.config = config
-        most = most_merged(vit.num_patches, config.stride)
-        self.degrees = tuple(range(most // config.step + 1))
+        max_merged = most_merged(vit.num_patches, config.stride)
+        self.degrees = tuple(range(max_merged // config.step + 1))
         self.degree = config.r // config.step
 
     def acts(self, layer: int, degree: int) -> bool:
-        """In every layer."""
+        """Return True: tokens merge in every layer."""
         return True
 
     def around_ffn(
@@ -76,7 +77,7 @@ class FFNMergeReducer(Reducer):
         attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """Merge along the keys of this layer, run the FFN, and copy its output back."""
+        """Merge tokens with similar keys, run the FFN, and copy its output to all merged tokens."""
         assert attended.mean_keys is not None
         config = self.config
         grouping = matched(

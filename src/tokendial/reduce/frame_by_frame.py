@@ -1,8 +1,11 @@
-"""Reducing the tokens of each time step of a clip by themselves, where attention sees them all.
+"""Frame-by-frame reduction: a method reduces the tokens of each time step of a clip separately.
 
 A video model that embeds tubelets (VideoMAE) has the tokens of a whole clip in one sequence. A
-reduction method then compares all of them: ToMe merges over time, EViT may drop a whole time step.
-Wrapped by this one, it sees one time step at a time, and every time step loses as many tokens.
+reduction method then compares all of them: ToMe merges across time, EViT may drop a whole time
+step. Inside `FrameByFrame` the method receives one time step at a time, so that every time step
+loses the same number of tokens. Attention still reads the whole clip.
+
+Source: none; it is a variant of this library.
 """
 
 # Shape legend: B clips, G time steps, N tokens of a clip, P prefix tokens, D embed_dim.
@@ -26,11 +29,11 @@ from tokendial.tokens import Grouping, Tokens
 @register("reduce", "frame_by_frame")
 @dataclass(frozen=True, kw_only=True)
 class FrameByFrame(ReducerConfig):
-    """Run another reduction method on each time step of a clip."""
+    """Run another reduction method on each time step of a clip separately."""
 
     reduce: Any
-    """The method, such as `ToMe(r=8)`, whose numbers are then those of a time step; or its
-    plain-JSON form."""
+    """The method to run, such as `ToMe(r=8)`, or its plain-JSON form. Its numbers of tokens count
+    for one time step."""
 
     def __post_init__(self) -> None:
         if isinstance(self.reduce, dict):
@@ -39,17 +42,17 @@ class FrameByFrame(ReducerConfig):
             raise ValueError(f"reduce must be another reduction method, got {self.reduce!r}.")
         if getattr(self.reduce, "selection", None) == "threshold":
             raise ValueError(
-                f"reduce: {type(self.reduce).__name__} by threshold looks at each token by itself, "
-                "so there is nothing to be done frame by frame: leave frame_by_frame out."
+                f"reduce: {type(self.reduce).__name__} by threshold decides on each token "
+                "separately, so frame_by_frame would change nothing: leave frame_by_frame out."
             )
 
     def build(self, vit: ViTShape) -> "FrameByFrameReducer":
-        """Make the module; a ValueError if the method does not fit the tokens of a time step."""
+        """Make the module. Raises a ValueError if the method does not fit one time step."""
         return FrameByFrameReducer(self, vit)
 
 
 class FrameByFrameReducer(Reducer):
-    """Runs a method on time steps; the dial is the method's."""
+    """Runs the inner method on each time step. The dial is that of the inner method."""
 
     def __init__(self, config: FrameByFrame, vit: ViTShape) -> None:
         super().__init__()
@@ -62,20 +65,22 @@ class FrameByFrameReducer(Reducer):
         self.degrees, self.degree = self.inner.degrees, self.inner.degree
 
     def acts(self, layer: int, degree: int) -> bool:
-        """Where the method does."""
+        """Whether the inner method reduces in `layer`."""
         return self.inner.acts(layer, degree)
 
     def before_block(self, layer: int, degree: int, tokens: Tokens) -> Tokens:
-        """As the method does with each time step."""
-        return _together(self.inner.before_block(layer, degree, _apart(tokens)), tokens.grids)
+        """Let the inner method prepare the tokens of each time step."""
+        return _join_time_steps(
+            self.inner.before_block(layer, degree, _split_time_steps(tokens)), tokens.grids
+        )
 
     def group(
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
     ) -> Grouping | None:
-        """The groupings of all time steps as one."""
-        seen = _attended_apart(attended, tokens)
-        grouping = self.inner.group(layer, degree, _apart(tokens), seen)
-        return None if grouping is None else _one_grouping(grouping, tokens)
+        """Let the inner method group each time step, and join the groupings."""
+        seen = _split_by_products(attended, tokens)
+        grouping = self.inner.group(layer, degree, _split_time_steps(tokens), seen)
+        return None if grouping is None else _join_groupings(grouping, tokens)
 
     def around_ffn(
         self,
@@ -85,51 +90,51 @@ class FrameByFrameReducer(Reducer):
         attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """As the method does with each time step."""
-        seen = _attended_apart(attended, tokens)
-        x, selected = self.inner.around_ffn(layer, degree, _apart(tokens), seen, ffn)
+        """Let the inner method run the FFN on each time step."""
+        seen = _split_by_products(attended, tokens)
+        x, selected = self.inner.around_ffn(layer, degree, _split_time_steps(tokens), seen, ffn)
         if selected is not None:
-            selected = _join(selected, tokens.grids, tokens.prefix)
-        return _join(x, tokens.grids, tokens.prefix), selected
+            selected = _join_rows(selected, tokens.grids, tokens.prefix)
+        return _join_rows(x, tokens.grids, tokens.prefix), selected
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
-        """The method's; shares are taken over whole clips."""
+        """Return the inner method's losses; their shares of tokens are those of whole clips."""
         return self.inner.losses(passes)
 
     def at_step(self, step: int, steps_per_epoch: int) -> None:
-        """Tell the method."""
+        """Pass the step on to the inner method."""
         self.inner.at_step(step, steps_per_epoch)
 
 
-def _apart(tokens: Tokens) -> Tokens:
-    """Each time step of each clip as a sequence [B * G, P + (N - P) / G, ...] of one grid.
+def _split_time_steps(tokens: Tokens) -> Tokens:
+    """Make each time step a sequence: [B, N, ...] to [B * G, P + (N - P) / G, ...].
 
-    Prefix tokens, which belong to the whole clip, stand before each of them.
+    Prefix tokens belong to the whole clip, so each time step gets a copy of them.
     """
     grids, prefix, origin = tokens.grids, tokens.prefix, tokens.origin
-    held = (tokens.x.shape[1] - prefix) // grids
+    tokens_per_step = (tokens.x.shape[1] - prefix) // grids
     first = _prefix_positions(tokens)
     if origin is not None:
-        origin = _split(_numbered(origin, grids, -held, first), grids, first)
-    return _changed(tokens, _split, grids, origin, grids_after=1)
+        origin = _split_rows(_shift_indices(origin, grids, -tokens_per_step, first), grids, first)
+    return _map_tokens(tokens, _split_rows, grids, origin, grids_after=1)
 
 
-def _together(tokens: Tokens, grids: int) -> Tokens:
-    """The opposite of `_apart`."""
-    origin, held = tokens.origin, tokens.x.shape[1] - tokens.prefix
+def _join_time_steps(tokens: Tokens, grids: int) -> Tokens:
+    """Undo `_split_time_steps`; prefix tokens are those of the first time step."""
+    origin, tokens_per_step = tokens.origin, tokens.x.shape[1] - tokens.prefix
     first = _prefix_positions(tokens)
     if origin is not None:
-        origin = _numbered(_join(origin, grids, first), grids, held, first)
-    return _changed(tokens, _join, grids, origin, grids_after=grids)
+        origin = _shift_indices(_join_rows(origin, grids, first), grids, tokens_per_step, first)
+    return _map_tokens(tokens, _join_rows, grids, origin, grids_after=grids)
 
 
 def _prefix_positions(tokens: Tokens) -> int:
-    """Original positions that are prefix tokens; prompts have none."""
+    """Number of original positions that are prefix tokens. Prompts have no original position."""
     rows, columns = tokens.grid
     return 0 if tokens.origin is None else tokens.origin.shape[1] - tokens.grids * rows * columns
 
 
-def _changed(
+def _map_tokens(
     tokens: Tokens,
     change: Callable[[Tensor, int, int], Tensor],
     grids: int,
@@ -137,6 +142,8 @@ def _changed(
     *,
     grids_after: int,
 ) -> Tokens:
+    """Apply `change` to everything in `tokens` that has a row per token."""
+
     def each(values: Tensor | None) -> Tensor | None:
         return None if values is None else change(values, grids, tokens.prefix)
 
@@ -154,11 +161,11 @@ def _changed(
     )
 
 
-def _attended_apart(attended: ByProducts, tokens: Tokens) -> ByProducts:
-    """By-products that have a row for each token; reduction methods read no others."""
+def _split_by_products(attended: ByProducts, tokens: Tokens) -> ByProducts:
+    """Split the by-products that have a row per token; reduction methods read no others."""
 
     def each(values: Tensor | None) -> Tensor | None:
-        return None if values is None else _split(values, tokens.grids, tokens.prefix)
+        return None if values is None else _split_rows(values, tokens.grids, tokens.prefix)
 
     return ByProducts(
         mean_keys=each(attended.mean_keys),
@@ -167,30 +174,34 @@ def _attended_apart(attended: ByProducts, tokens: Tokens) -> ByProducts:
     )
 
 
-def _one_grouping(grouping: Grouping, tokens: Tokens) -> Grouping:
-    """The grouping of clips from those of their time steps."""
+def _join_groupings(grouping: Grouping, tokens: Tokens) -> Grouping:
+    """Join the groupings of the time steps to one grouping of each clip."""
     grids, prefix = tokens.grids, tokens.prefix
     old, new = grouping.num_tokens - prefix, grouping.keep.shape[1] - prefix
 
-    def joined(index: Tensor, step: int, first: int = 0) -> Tensor:
-        return _numbered(_join(index, grids, first), grids, step, first)
+    def join(index: Tensor, step: int, first: int = 0) -> Tensor:
+        return _shift_indices(_join_rows(index, grids, first), grids, step, first)
 
     weight, fused = grouping.weight, grouping.fused
     return Grouping(
-        keep=joined(grouping.keep, old, prefix),
-        src=joined(grouping.src, old),
-        dst=joined(grouping.dst, new),
+        keep=join(grouping.keep, old, prefix),
+        src=join(grouping.src, old),
+        dst=join(grouping.dst, new),
         num_tokens=prefix + grids * old,
-        weight=None if weight is None else _join(weight, grids, prefix),
+        weight=None if weight is None else _join_rows(weight, grids, prefix),
         how=grouping.how,
-        fused=None if fused is None else joined(fused, new),
+        fused=None if fused is None else join(fused, new),
     )
 
 
-def _numbered(index_BK: Tensor, grids: int, step: int, first: int) -> Tensor:
-    """Indices of clips moved by `step` from one time step to the next; -1 stays.
+def _shift_indices(index_BK: Tensor, grids: int, step: int, first: int) -> Tensor:
+    """Add `step` * t to the indices of time step t. Prefix tokens and -1 stay as they are.
 
-    The `first` ones are of prefix tokens and stay, too.
+    Args:
+        index_BK: Indices of all time steps, those of `first` prefix tokens before them.
+        grids: Number of time steps.
+        step: Distance between the indices of the same token in two successive time steps.
+        first: Number of leading indices that belong to prefix tokens.
     """
     number = torch.arange(grids, device=index_BK.device)
     moves = step * number.repeat_interleave((index_BK.shape[1] - first) // grids)
@@ -198,17 +209,17 @@ def _numbered(index_BK: Tensor, grids: int, step: int, first: int) -> Tensor:
     return torch.where(index_BK < 0, index_BK, moved)
 
 
-def _split(values: Tensor, grids: int, first: int) -> Tensor:
-    """Of clips to of time steps, the `first` rows repeated for each of them."""
-    shared, apart = values.tensor_split([first], dim=1)
-    num_clips, held = apart.shape[:2]
-    steps = apart.reshape(num_clips * grids, held // grids, *values.shape[2:])
+def _split_rows(values: Tensor, grids: int, first: int) -> Tensor:
+    """Split the rows of clips by time step; each time step gets a copy of the `first` rows."""
+    shared, patches = values.tensor_split([first], dim=1)
+    num_clips, num_patches = patches.shape[:2]
+    steps = patches.reshape(num_clips * grids, num_patches // grids, *values.shape[2:])
     return torch.cat([shared.repeat_interleave(grids, dim=0), steps], dim=1) if first else steps
 
 
-def _join(values: Tensor, grids: int, first: int) -> Tensor:
-    """The opposite of `_split`."""
-    shared, apart = values.tensor_split([first], dim=1)
-    num_steps, held = apart.shape[:2]
-    clips = apart.reshape(num_steps // grids, held * grids, *values.shape[2:])
+def _join_rows(values: Tensor, grids: int, first: int) -> Tensor:
+    """Undo `_split_rows`; the `first` rows are those of the first time step."""
+    shared, patches = values.tensor_split([first], dim=1)
+    num_steps, num_patches = patches.shape[:2]
+    clips = patches.reshape(num_steps // grids, num_patches * grids, *values.shape[2:])
     return torch.cat([shared[::grids], clips], dim=1) if first else clips

@@ -1,71 +1,104 @@
-"""Tokens to remove, listed layer by layer: one list, or one for each degree of the dial."""
+"""Schedules: how many tokens each layer removes, written as one list or one list per degree."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 from tokendial.shape import ViTShape
 
 
-def check_removed(r: object) -> None:
-    """Raise a ValueError unless `r` is a count of tokens, a list of them, or a list of such lists.
+class PerLayer(tuple[int, ...]):
+    """Number of tokens to remove in each layer, from the first on; an unchangeable list.
 
-    A list must not be empty, and a list of lists holds nothing but lists.
+    It is a class of its own because `ToMe` reads a plain tuple of two numbers as (r, inflection).
+    It prints as a list, so that the printed form of a method can be read back.
     """
-    lists = r if _nested(r) else [r if isinstance(r, list) else [r]]
-    if not all(some and all(type(n) is int and n >= 0 for n in some) for some in lists):
-        raise ValueError(
-            f"r must be an integer of at least 0, or a list of them (or of such lists), got {r}."
-        )
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(list(self))
 
 
-def dial_of_lists(
-    r: list[int] | list[list[int]], vit: ViTShape, most: Callable[[int], int]
-) -> list[list[int]]:
-    """Tokens to remove in each layer, for degree 0 (none), 1, 2, ... of the dial.
+Removal: TypeAlias = int | PerLayer | tuple[PerLayer, ...]
+"""Tokens to remove: one number for every layer, one per layer, or one list for each degree."""
+
+
+def freeze_removal(r: object) -> Removal:
+    """Return the checked and hashable form of `r`.
 
     Args:
-        r: One list, or one for each degree from 1 up; missing layers are 0.
-        vit: The backbone.
-        most: How many of so many patch tokens can go in one layer.
+        r: One number, a list with one number per layer, or a list of such lists, one for each
+            degree from 1 up. Tuples may stand for lists.
 
     Raises:
-        ValueError: If a list is longer than the model is deep, or a degree keeps more tokens than
-            the one before it.
+        ValueError: If a number is no integer of at least 0, a list is empty, or a list holds both
+            lists and numbers.
     """
-    lists = r if _nested(r) else [r]
-    if (longest := max(map(len, lists))) > vit.depth:
+    if type(r) is int and r >= 0:
+        return r
+    if _is_schedule(r):
+        return PerLayer(r)
+    if isinstance(r, list | tuple) and r and all(map(_is_schedule, r)):
+        return tuple(map(PerLayer, r))
+    raise ValueError(
+        f"r must be an integer of at least 0, or a list of them (or of such lists), got {r!r}."
+    )
+
+
+def _is_schedule(value: object) -> TypeGuard[Sequence[int]]:
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(type(count) is int and count >= 0 for count in value)
+
+
+def make_schedule_dial(
+    r: PerLayer | tuple[PerLayer, ...], vit: ViTShape, max_removed: Callable[[int], int]
+) -> list[list[int]]:
+    """Return the tokens to remove in each layer at degree 0 (none), 1, 2, ... of the dial.
+
+    Args:
+        r: One schedule, or one for each degree from 1 up. Missing last layers remove none.
+        vit: The backbone.
+        max_removed: Gives the largest number of tokens that one layer can remove from so many
+            patch tokens.
+
+    Raises:
+        ValueError: If a schedule has more entries than the model has layers, or a degree keeps
+            more tokens than the degree before it.
+    """
+    schedules = (r,) if isinstance(r, PerLayer) else r
+    if (longest := max(map(len, schedules))) > vit.depth:
         raise ValueError(f"r must have at most {vit.depth} entries (one per layer), got {longest}.")
-    dial = [[0] * vit.depth, *([*some, *[0] * (vit.depth - len(some))] for some in lists)]
-    kept = [sum(patches_left(vit.num_patches, removed, most)) for removed in dial]
+    dial = [[0] * vit.depth]
+    dial += [[*schedule, *[0] * (vit.depth - len(schedule))] for schedule in schedules]
+    kept = [sum(patches_left(vit.num_patches, schedule, max_removed)) for schedule in dial]
     for degree in range(2, len(dial)):
         if kept[degree] > kept[degree - 1]:
             raise ValueError(
-                f"r must list degrees from dear to cheap, but degree {degree} keeps {kept[degree]} "
-                f"patch tokens over all layers and degree {degree - 1} keeps {kept[degree - 1]}."
+                "r must list the degrees from the most to the least expensive one, but degree "
+                f"{degree} keeps {kept[degree]} patch tokens over all layers and degree "
+                f"{degree - 1} keeps {kept[degree - 1]}."
             )
     return dial
 
 
 def patches_left(
-    num_patches: int, removed: Sequence[int], most: Callable[[int], int]
+    num_patches: int, removed: Sequence[int], max_removed: Callable[[int], int]
 ) -> tuple[int, ...]:
-    """Patch tokens that leave each layer.
+    """Return the number of patch tokens after each layer.
 
     Args:
-        num_patches: Patch tokens that enter the first one.
-        removed: How many should go in each layer.
-        most: How many of so many can.
+        num_patches: Patch tokens that enter the first layer.
+        removed: Tokens to remove in each layer.
+        max_removed: Gives the largest number of tokens that one layer can remove from so many
+            patch tokens; a layer removes no more.
 
     Example:
-        >>> patches_left(16, [2, 0, 9], lambda patches: patches // 2)
+        >>> patches_left(16, [2, 0, 9], lambda num_patches: num_patches // 2)
         (14, 14, 7)
     """
     left = []
     for r in removed:
-        num_patches -= min(r, most(num_patches))
+        num_patches -= min(r, max_removed(num_patches))
         left.append(num_patches)
     return tuple(left)
-
-
-def _nested(r: object) -> TypeGuard[list[list[int]]]:
-    return isinstance(r, list) and bool(r) and all(isinstance(some, list) for some in r)

@@ -1,10 +1,15 @@
-"""Choosing, in each layer, which tokens the FFN processes; the others pass by.
+"""What DyT and DAR share: each layer selects the tokens that its FFN processes.
 
-What DyT and DAR have in common: one logit per patch token, a hard mask drawn with Gumbel noise in
-training, and at inference an FFN that runs on the selected tokens of the whole batch, packed.
+A dispatcher gives one logit per patch token. In training, Gumbel noise turns the logits into a hard
+mask on the FFN's output. At inference, the selected tokens of the whole batch are packed into one
+matrix and the FFN runs on that matrix only; the other tokens skip the FFN.
+
+Sources: see `dyt` and `dar`. Departure from both: selection by top-k, and thresholds for degrees
+that were not trained, see `tokendial.calibrate`.
 """
 
-# Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim, K selected tokens.
+# Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim, K selected tokens
+# of all images.
 
 import math
 from abc import abstractmethod
@@ -17,9 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.attention import ByProducts
-from tokendial.checks import check_choice, check_share
+from tokendial.checks import check_choice, check_fraction, check_not_negative
 from tokendial.passes import ForwardPass
-from tokendial.reduce.base import Reducer, ReducerConfig, best_tokens, dial_of, num_kept_tokens
+from tokendial.reduce.base import (
+    Reducer,
+    ReducerConfig,
+    best_tokens,
+    make_rate_dial,
+    num_kept_tokens,
+)
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
@@ -29,85 +40,87 @@ class SelectConfig(ReducerConfig):
     """Settings that DyT and DAR share."""
 
     target_ratio: float = 0.5
-    """Share of the patch tokens that the FFN shall process, in (0, 1]."""
+    """Share of the patch tokens that each FFN processes on average after training, in (0, 1]."""
     ratio_weight: float = 2.0
-    """Weight of the loss that keeps the share at its target."""
+    """Weight of the training loss that pulls the share of processed tokens to `target_ratio`; at
+    least 0."""
     selection: Literal["threshold", "topk"] = "threshold"
-    """At inference: the tokens with a logit above a threshold (their number depends on the image),
-    0 at the target as published; or the best of each image, exactly the share of the dial."""
+    """How tokens are selected at inference. "threshold" (as published) takes the tokens whose logit
+    is above a threshold, which is 0 at `target_ratio`; their number depends on the image. "topk"
+    takes the tokens with the highest logits, exactly the share of the degree in each image."""
 
     def __post_init__(self) -> None:
-        check_share("target_ratio", self.target_ratio)
+        check_fraction("target_ratio", self.target_ratio)
         check_choice("selection", self.selection, ("threshold", "topk"))
-        if not self.ratio_weight >= 0:
-            raise ValueError(f"ratio_weight must be at least 0, got {self.ratio_weight}.")
+        check_not_negative("ratio_weight", self.ratio_weight)
 
 
 class Selector(Reducer):
     """Runs the FFN of every layer on the selected tokens.
 
-    A degree is a position in the list of shares 1, 0.9, ... 0.1, into which the target is sorted.
-    By top-k the share is exact and every size known. By threshold it depends on the images, and
-    torch.compile traces it as an unknown size; `tokendial.calibrate` finds the thresholds that give
-    about these shares, and measures them. Costs are those of the shares measured, or without
-    calibration of the nominal ones.
+    The degree is the position in the list of shares of `make_rate_dial`. By top-k the share is
+    exact, and all shapes are known. By threshold the number of selected tokens depends on the
+    images, and torch.compile traces it as an unknown size. `tokendial.calibrate` finds thresholds
+    that give about the shares of the dial, and measures these shares. Costs are computed from the
+    measured shares, or from those of the dial if nothing was measured.
     """
 
     keeps_grid = True
     temperature = 5.0
-    """Of the sigmoid in training."""
+    """Temperature of the sigmoid in training."""
     dispatchers: nn.ModuleList
-    """One for each layer; they give the logits, of any shape [B, ...]."""
+    """One module per layer. It gives the logits of the patch tokens, in any shape [B, ...]."""
 
     def __init__(self, config: SelectConfig, vit: ViTShape) -> None:
         super().__init__()
         self.config = config
-        self.rates, self.degree = dial_of(config.target_ratio)
+        self.rates, self.degree = make_rate_dial(config.target_ratio)
         self.degrees = tuple(range(len(self.rates)))
 
     @property
     def calibratable(self) -> bool:
-        """Whether there are thresholds, and one of a trained share to measure others from."""
+        """Whether `tokendial.calibrate` applies: not by top-k, and not if the target is 1."""
         return self.config.selection == "threshold" and self.degree > 0
 
     def threshold(self, degree: int) -> float:
-        """Logit that a token has to exceed at `degree`, from 1 up; 0 at the target.
+        """Threshold of the logits at `degree` (from 1 up); 0 at the target.
 
-        Before calibration that of the nominal share, as if logits were those of shares drawn in
-        training: the noise makes a logit x a probability of sigmoid(x).
+        Without calibration it is estimated: in training the noise selects a token with logit x with
+        a probability of sigmoid(x), so a share s corresponds to the threshold log(1 / s - 1).
         """
         if self.calibration:
             return self.calibration.thresholds[degree - 1]
         target = self.rates[self.degree]
-        # A target of 1 is degree 0, which has no threshold that others could be measured from.
-        return _threshold(self.rates[degree]) - (_threshold(target) if target < 1 else 0.0)
+        # Estimates count from that of the target, whose threshold is 0. A target of 1 has none.
+        at_target = _threshold_of_share(target) if target < 1 else 0.0
+        return _threshold_of_share(self.rates[degree]) - at_target
 
     def share(self, degree: int) -> float:
-        """Share of the patch tokens that are processed at `degree`: nominal, or as measured."""
+        """Share of the patch tokens that FFNs process at `degree`: measured, or nominal."""
         if self.calibration and degree:
             return self.calibration.shares[degree - 1]
         return self.rates[degree]
 
     @contextmanager
-    def logits_heard(self, hear: Callable[[Tensor], None]) -> Iterator[None]:
-        """Call `hear` with the logits [B, L] of every layer of every pass inside."""
+    def record_logits(self, record: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call `record` with the logits [B, L] of each layer in each forward pass of the block."""
 
-        def tell(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
-            hear(logits.detach().flatten(1).float())
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+            record(logits.detach().flatten(1).float())
 
-        hooks = [dispatcher.register_forward_hook(tell) for dispatcher in self.dispatchers]
+        handles = [dispatcher.register_forward_hook(hook) for dispatcher in self.dispatchers]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            for handle in handles:
+                handle.remove()
 
     @abstractmethod
     def logits(self, layer: int, tokens: Tokens) -> Tensor:
-        """Logit of each patch token, [B, L]; above 0: the FFN processes it."""
+        """Return the logit of each patch token, [B, L]; high logits are selected."""
 
     def acts(self, layer: int, degree: int) -> bool:
-        """In every layer."""
+        """Return True: every layer selects tokens."""
         return True
 
     def around_ffn(
@@ -118,12 +131,13 @@ class Selector(Reducer):
         attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor | None]:
-        """Skip the FFN for tokens that are not selected; prefix tokens always are."""
+        """Run the FFN on the selected patch tokens and on all prefix tokens."""
         logits_BL = self.logits(layer, tokens)
-        # Without values, on the meta device, the cost is that of the share.
+        # The meta device counts costs and has no values to compare with a threshold: there, the
+        # share of the degree decides.
         if not self.training and (self.config.selection == "topk" or logits_BL.is_meta):
             count = num_kept_tokens(logits_BL.shape[1], self.share(degree))
-            return _run_on_best(ffn, tokens, logits_BL, count)
+            return _run_ffn_on_best(ffn, tokens, logits_BL, count)
         logits_BL = logits_BL - self.threshold(degree)
         always = logits_BL.new_ones(logits_BL.shape[0], tokens.prefix)
         if self.training:
@@ -132,15 +146,15 @@ class Selector(Reducer):
             out_BND = mask_BN.to(tokens.x.dtype).unsqueeze(-1) * ffn(tokens.x)
             return tokens.x + out_BND, mask_BN
         mask_BN = torch.cat([always, (logits_BL > 0).to(always.dtype)], dim=1)
-        return run_on_selected(ffn, tokens.x, mask_BN > 0), mask_BN
+        return run_ffn_on_selected(ffn, tokens.x, mask_BN > 0), mask_BN
 
 
-def _threshold(share: float) -> float:
+def _threshold_of_share(share: float) -> float:
     return math.log(1 / share - 1)
 
 
 def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:
-    """Hard 0/1 decisions drawn with Gumbel noise; the gradient is that of the soft ones.
+    """Draw hard 0/1 decisions with Gumbel noise; gradients are those of the soft decisions.
 
     Source:
         Jang et al., "Categorical Reparameterization with Gumbel-Softmax", ICLR 2017,
@@ -151,27 +165,29 @@ def gumbel_sigmoid(logits: Tensor, temperature: float) -> Tensor:
 
 
 def logistic_noise(like: Tensor) -> Tensor:
-    """Difference of two Gumbel draws, in the shape of `like`."""
+    """Draw differences of two Gumbel variables, in the shape of `like`."""
     first, second = (torch.empty_like(like).exponential_().log() for _ in range(2))
     return second - first
 
 
-def run_on_selected(ffn: Callable[[Tensor], Tensor], x_BND: Tensor, selected_BN: Tensor) -> Tensor:
-    """Add `ffn` to the selected tokens of all images, for which they are packed into [K, D]."""
+def run_ffn_on_selected(
+    ffn: Callable[[Tensor], Tensor], x_BND: Tensor, selected_BN: Tensor
+) -> Tensor:
+    """Pack the selected tokens of all images into [K, D], run `ffn`, and add its output to them."""
     flat = x_BND.flatten(0, 1)
     index = selected_BN.flatten().nonzero().squeeze(1)
     if torch.compiler.is_exporting():
-        # Other runtimes add at indices slowly, wrongly, or not at all.
+        # ONNX Runtime and others run index_add slowly, wrongly, or not at all.
         rows = flat.index_select(0, index)
         return flat.index_copy(0, index, rows + ffn(rows)).view(x_BND.shape)
     out = ffn(flat.index_select(0, index)).to(flat.dtype)
     return flat.index_add(0, index, out).view(x_BND.shape)
 
 
-def _run_on_best(
+def _run_ffn_on_best(
     ffn: Callable[[Tensor], Tensor], tokens: Tokens, logits_BL: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Add `ffn` to the prefix and the `count` best patch tokens of each image."""
+    """Run `ffn` on the prefix tokens and the `count` best patch tokens of each image."""
     num_tokens = tokens.x.shape[1]
     grouping = Grouping.keeping(best_tokens(logits_BL, count, tokens.prefix), num_tokens)
     out_BND = grouping.unmerge(ffn(grouping.merge(tokens.x)))
@@ -179,12 +195,14 @@ def _run_on_best(
 
 
 def selected_patches(outcome: ForwardPass) -> Tensor:
-    """Decisions on the patch tokens of every layer, [B, depth, L].
+    """Return the decisions on the patch tokens of every layer, [B, depth, L]: 1 selected, 0 not.
 
     Raises:
-        ValueError: If the pass made none: it ran at degree 0.
+        ValueError: If the pass selected no tokens, because it ran at degree 0.
     """
     if any(tokens.selected is None for tokens in outcome.tokens):
-        raise ValueError("no tokens were selected: degree must be at least 1 in training, got 0.")
+        raise ValueError(
+            "degree must be at least 1 in training, so that tokens are selected; got 0."
+        )
     masks = [t.selected[:, t.prefix :] for t in outcome.tokens if t.selected is not None]
     return torch.stack(masks, dim=1)

@@ -2,17 +2,19 @@
 
 Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023,
 https://arxiv.org/abs/2210.09461, section 3 and appendix D (schedules), and the authors' code for
-order and rounding. The family: bipartite soft matching; k-th bipartite matching, where one token
-in `stride` absorbs; random bipartite matching, a baseline. Departures: any number of prefix tokens
-is protected, where the code knows a class and a distillation token; k-th matching can merge fewer
-tokens than it might, and merges those of an incomplete last group, where the code drops them;
-random matching draws the same tokens for every image of a batch, so that an image does not depend
-on its neighbours.
+order and rounding. Three ways of matching: bipartite soft matching; k-th bipartite matching, in
+which one token in `stride` absorbs others; random bipartite matching, a baseline.
+
+Departures: any number of prefix tokens is protected (the authors' code: a class and a distillation
+token). K-th matching accepts every r up to its maximum, and merges the tokens of an incomplete last
+group (the authors' code always merges the maximum, and drops these tokens). Random matching draws
+the same positions for every image of a batch, so that an image does not depend on its neighbours.
 """
 
 # Shape legend: B batch, N tokens, C metric width, A tokens that may be absorbed, E that absorb.
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,60 +24,71 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.attention import ByProducts
-from tokendial.checks import check_choice
+from tokendial.checks import check_choice, check_count
 from tokendial.kernels import fuses, most_similar_fused
 from tokendial.methods import register
 from tokendial.reduce.base import Reducer, ReducerConfig
-from tokendial.reduce.listed import check_removed, dial_of_lists
+from tokendial.reduce.listed import freeze_removal, make_schedule_dial
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
-_MOST_SIMILARITIES = 2**18
-"""How many are held at a time, for each image."""
+_MAX_SIMILARITIES = 2**18
+"""Number of similarities per image that are in memory at a time."""
 
 
 @register("reduce", "tome")
 @dataclass(frozen=True, kw_only=True)
 class ToMe(ReducerConfig):
-    """Merge the `r` most similar token pairs in each layer, between attention and FFN."""
+    """ToMe: merge the `r` most similar pairs of tokens in each layer, between attention and FFN."""
 
-    r: int | list[int] | list[list[int]] | tuple[int, float] = 8
-    """Tokens merged per layer: one number, a list (one entry per layer, missing ones are 0), a list
-    of such lists (one for each degree from 1 up, from dear to cheap), or in Python a tuple
-    (r, inflection), which sets both fields."""
+    r: int | Sequence[int] | Sequence[Sequence[int]] | tuple[int, float] = 8
+    """Tokens that each layer merges: one number for all layers; a list with one number per layer
+    (missing last layers merge none); or a list of such lists, one for each degree from 1 up, from
+    the most to the least expensive. In Python, a tuple (r, inflection) sets both fields."""
     inflection: float = 0.0
-    """Slope of the schedule over depth in [-1, 1]: 0 constant, 1 from 0 up to 2r, -1 from 2r
-    down to 0. With one number r only."""
+    """Slope of `r` over the layers, in [-1, 1]: 0 merges `r` tokens in each layer, 1 merges from 0
+    in the first to 2r in the last layer, -1 from 2r to 0. Needs `r` to be one number."""
     proportional_attention: bool = True
-    """Add the logarithm of token sizes to the attention logits."""
+    """Whether attention adds the logarithm of the token sizes to its logits, so that a merged token
+    counts as much as the patches that it stands for."""
     matching: Literal["bipartite", "random"] = "bipartite"
-    """Which tokens may be absorbed: fixed positions, the most similar first, or random ones."""
+    """How pairs are chosen: "bipartite" merges the most similar pairs of two fixed sets of
+    positions; "random" (a baseline) merges tokens at random positions."""
     stride: int = 2
-    """One token in `stride` absorbs the others (k-th matching), so that up to (stride - 1) /
-    stride of them can merge in one layer. With bipartite matching only."""
+    """One token in `stride` absorbs others (k-th matching), so a layer can merge up to
+    (stride - 1) / stride of its tokens. At least 2; "random" matching needs 2."""
     seed: int = 0
-    """Seed of random matching."""
+    """Seed that draws the positions for "random" matching."""
 
     def __post_init__(self) -> None:
         check_matching(self.matching, self.stride, self.seed)
-        if isinstance(self.r, tuple):
-            if len(self.r) != 2 or self.inflection:
+        # A plain tuple of numbers is (r, inflection). Lists become `PerLayer` below, so that
+        # dataclasses.replace does not mistake one for such a tuple.
+        if type(self.r) is tuple and not any(isinstance(part, list | tuple) for part in self.r):
+            if len(self.r) != 2:
                 raise ValueError(f"r as a tuple must be (r, inflection), got {self.r}.")
-            object.__setattr__(self, "inflection", float(self.r[1]))
+            object.__setattr__(self, "inflection", self.r[1])
             object.__setattr__(self, "r", self.r[0])
-        check_removed(self.r)
-        if not -1.0 <= self.inflection <= 1.0:
-            raise ValueError(f"inflection must lie in [-1, 1], got {self.inflection}.")
-        if self.inflection and isinstance(self.r, list):
-            raise ValueError("inflection needs one number r, got a list.")
+        object.__setattr__(self, "r", freeze_removal(self.r))
+        if type(self.inflection) not in (int, float) or not -1.0 <= self.inflection <= 1.0:
+            raise ValueError(f"inflection must lie in [-1, 1], got {self.inflection!r}.")
+        object.__setattr__(self, "inflection", float(self.inflection))
+        if self.inflection and not isinstance(self.r, int):
+            raise ValueError(
+                f"inflection must be 0 where r is a list, got {self.inflection} and r={self.r}."
+            )
 
     def build(self, vit: ViTShape) -> "ToMeReducer":
-        """Make the module; a ValueError if lists do not fit the model, see `dial_of_lists`."""
+        """Make the module. Raises a ValueError if lists do not fit, see `make_schedule_dial`."""
         return ToMeReducer(self, vit)
 
 
 class ToMeReducer(Reducer):
-    """Runs ToMe. The degree is r; with lists of r, it is 0 (off), 1 (the first list), 2, ..."""
+    """Runs ToMe.
+
+    With one number r the degree is r. With lists of r, degree 0 merges nothing, degree 1 follows
+    the first list, and so on.
+    """
 
     needs = frozenset({"mean_keys"})
     tracks_size = True
@@ -85,29 +98,29 @@ class ToMeReducer(Reducer):
         self.config, self.depth = config, vit.depth
         self.proportional_attention = config.proportional_attention
         self.lists: list[list[int]] = []
-        if isinstance(config.r, list):
-            most = partial(most_merged, stride=config.stride)
-            self.lists = dial_of_lists(config.r, vit, most)
-            self.degrees, self.degree = tuple(range(len(self.lists))), 1
-        else:
-            # No more can merge in one layer; more changes nothing.
+        r = freeze_removal(config.r)
+        if isinstance(r, int):
+            # The dial ends where a larger r changes nothing: no more tokens can merge in a layer.
             self.degrees = tuple(range(most_merged(vit.num_patches, config.stride) + 1))
-            self.degree = int(config.r)  # type: ignore[arg-type]  # not a tuple after the checks
+            self.degree = r
+        else:
+            self.lists = make_schedule_dial(r, vit, partial(most_merged, stride=config.stride))
+            self.degrees, self.degree = tuple(range(len(self.lists))), 1
 
     def schedule(self, degree: int) -> list[int]:
-        """Tokens to merge in each layer, before the cap of half the tokens."""
+        """Tokens to merge in each layer at `degree`; `most_merged` then limits each number."""
         if self.lists:
             return self.lists[degree]
         return merge_schedule(degree, self.depth, self.config.inflection)
 
     def acts(self, layer: int, degree: int) -> bool:
-        """Whether the schedule merges anything in `layer`."""
+        """Whether the schedule merges tokens in `layer`."""
         return self.schedule(degree)[layer - 1] > 0
 
     def group(
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
     ) -> Grouping | None:
-        """Merge along the keys of this layer."""
+        """Match the tokens by the similarity of their keys in this layer."""
         assert attended.mean_keys is not None
         config = self.config
         return matched(
@@ -121,12 +134,12 @@ class ToMeReducer(Reducer):
 
 
 def merge_schedule(r: int, depth: int, inflection: float = 0.0) -> list[int]:
-    """Tokens merged in each of `depth` layers.
+    """Return the tokens to merge in each of `depth` layers.
 
     Args:
-        r: The mean over layers.
+        r: Mean number of tokens per layer.
         depth: Number of layers.
-        inflection: 0 constant, 1 increasing from 0 to 2r, -1 decreasing from 2r to 0.
+        inflection: 0: r in each layer; 1: rising from 0 to 2r; -1: falling from 2r to 0.
 
     Example:
         >>> merge_schedule(8, 4, inflection=-1.0)
@@ -138,19 +151,22 @@ def merge_schedule(r: int, depth: int, inflection: float = 0.0) -> list[int]:
 
 
 def most_merged(num_patches: int, stride: int = 2) -> int:
-    """How many of the unprotected tokens can merge in one step: half of them at stride 2."""
+    """Largest number of tokens that one layer can merge.
+
+    Args:
+        num_patches: Tokens in the layer that are not protected.
+        stride: One token in `stride` absorbs, so the others can merge: half of them at stride 2.
+    """
     return num_patches * (stride - 1) // stride if num_patches >= stride else 0
 
 
 def check_matching(matching: str, stride: int, seed: int) -> None:
-    """Raise a ValueError unless the settings of a matching make sense."""
+    """Raise a ValueError unless the settings describe a matching."""
     check_choice("matching", matching, ("bipartite", "random"))
-    if type(stride) is not int or stride < 2:
-        raise ValueError(f"stride must be an integer of at least 2, got {stride}.")
+    check_count("stride", stride, at_least=2)
     if stride != 2 and matching == "random":
-        raise ValueError(f"stride goes with bipartite matching, got {stride} with random.")
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"seed must be an integer of at least 0, got {seed}.")
+        raise ValueError(f"stride must be 2 with random matching, got {stride}.")
+    check_count("seed", seed, at_least=0)
 
 
 def matched(
@@ -162,7 +178,10 @@ def matched(
     stride: int,
     seed: tuple[int, ...],
 ) -> Grouping | None:
-    """Merge `r` tokens by bipartite or random matching; None if nothing merges."""
+    """Return the grouping that merges `r` tokens, or None if nothing merges.
+
+    See `bipartite_matching` and `random_matching`.
+    """
     if matching == "random":
         return random_matching(metric_BNC, r, num_prefix_tokens=num_prefix_tokens, seed=seed)
     return bipartite_matching(metric_BNC, r, num_prefix_tokens=num_prefix_tokens, stride=stride)
@@ -174,20 +193,19 @@ def bipartite_matching(
     """Match tokens with their most similar `stride`-th token and merge the `r` best pairs.
 
     Args:
-        metric_BNC: What similarity is measured on (keys, mean over heads).
-        r: Tokens to merge; capped at `most_merged` of the unprotected ones.
+        metric_BNC: Features whose cosine is the similarity (keys, mean over heads).
+        r: Tokens to merge, at most `most_merged` of the unprotected ones.
         num_prefix_tokens: Leading tokens that neither absorb nor are absorbed.
-        stride: The tokens at positions stride - 1, 2 * stride - 1, ... absorb the others. 2 is
-            ToMe's split into even and odd tokens; with larger ones and the largest r it is k-th
-            matching.
+        stride: The tokens at positions stride - 1, 2 * stride - 1, ... absorb others. 2 is ToMe's
+            split into even and odd tokens. A larger stride with the largest r is k-th matching.
 
     Returns:
-        The grouping, or None if nothing merges. Order of the new tokens: prefix, tokens of the
-        absorbed set that are left, tokens that absorb.
+        The grouping, or None if nothing merges. Order of the new tokens: prefix tokens, unmerged
+        tokens of the set that may be absorbed, tokens of the set that absorbs.
 
     Source:
-        ToMe, appendix D. As in the authors' code the even tokens that are left keep their image
-        order when there is a prefix token, and run from most to least similar when there is none.
+        ToMe, appendix D. As in the authors' code, unmerged even tokens keep their image order if
+        there is a prefix token, and stand from most to least similar if there is none.
     """
     num_images, num_tokens, _ = metric_BNC.shape
     r = min(r, most_merged(num_tokens - num_prefix_tokens, stride))
@@ -216,13 +234,13 @@ def bipartite_matching(
 def random_matching(
     metric_BNC: Tensor, r: int, *, num_prefix_tokens: int = 0, seed: tuple[int, ...] = (0,)
 ) -> Grouping | None:
-    """Merge `r` tokens, drawn at random, into the most similar of the others: a baseline.
+    """Draw `r` tokens at random and merge each into the most similar of the other tokens.
 
     Args:
-        metric_BNC: What similarity is measured on.
-        r: Tokens to merge; capped at half of the unprotected ones.
+        metric_BNC: Features whose cosine is the similarity.
+        r: Tokens to merge, at most half of the unprotected ones.
         num_prefix_tokens: Leading tokens that neither absorb nor are absorbed.
-        seed: Decides which tokens; they are the same for each image.
+        seed: Numbers that seed the draw. The drawn positions are the same for every image.
 
     Returns:
         The grouping, or None if nothing merges. The new tokens keep their image order.
@@ -236,7 +254,7 @@ def random_matching(
     if r <= 0:
         return None
     with torch.no_grad():
-        drawn = torch.tensor(_draw(seed, num_free), device=metric_BNC.device)
+        drawn = torch.tensor(_random_permutation(seed, num_free), device=metric_BNC.device)
         order = num_prefix_tokens + drawn
         source, target = order[:r], order[r:].sort().values
         partner_Br = _most_similar(metric_BNC, source, target)[1]
@@ -247,35 +265,45 @@ def random_matching(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _draw(seed: tuple[int, ...], count: int) -> list[int]:
-    """A permutation of `count` numbers, the same on every device and in every process."""
+def _random_permutation(seed: tuple[int, ...], count: int) -> list[int]:
+    """Return a permutation of `count` numbers, the same on every device and in every process."""
     return random.Random(f"{seed} {count}").sample(range(count), count)
 
 
 def _most_similar(
-    metric_BNC: Tensor, source: Tensor, target: Tensor, passed_by: int = 0
+    metric_BNC: Tensor, source: Tensor, target: Tensor, num_excluded: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The highest cosine of each source with a target, and which one that is; [B, sources] each.
+    """Find the most similar target of each source.
 
-    In float32, so that half precision does not blur the order. The first `passed_by` targets are
-    nobody's.
+    Similarities are computed in float32: in half precision many would be equal.
+
+    Args:
+        metric_BNC: Features whose cosine is the similarity.
+        source: Indices of the tokens that may be absorbed.
+        target: Indices of the tokens that absorb.
+        num_excluded: The first `num_excluded` targets are never matched.
+
+    Returns:
+        The highest cosine of each source, and the position of that target in `target`;
+        [B, sources] each.
     """
     device = metric_BNC.device.type
-    # Under autocast products would be in half precision whatever the metric is. The meta device, on
-    # which costs are counted, does not know autocast.
+    # Autocast would compute the products in half precision even of a float32 metric. The meta
+    # device, on which costs are counted, has no autocast.
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _most_similar(metric_BNC, source, target, passed_by)
+            return _most_similar(metric_BNC, source, target, num_excluded)
     unit = F.normalize(metric_BNC.float(), dim=-1, eps=0.0)
     if fuses(unit):
-        return most_similar_fused(unit, source, target, passed_by)
+        return most_similar_fused(unit, source, target, num_excluded)
     sources, targets = unit[:, source], unit[:, target].transpose(-1, -2)
     found = []
-    # Some sources at a time: all similarities of a large image would take more than its features.
-    rows = max(1, _MOST_SIMILARITIES // targets.shape[2])
-    for some in torch.split(sources, rows, dim=1):
-        scores = some @ targets
-        scores[:, :, :passed_by] = -torch.inf
+    # All similarities of a large image would take more memory than its features, so they are
+    # computed for a chunk of the sources at a time.
+    chunk_size = max(1, _MAX_SIMILARITIES // targets.shape[2])
+    for chunk in torch.split(sources, chunk_size, dim=1):
+        scores = chunk @ targets
+        scores[:, :, :num_excluded] = -torch.inf
         found.append(scores.max(dim=-1))
     best, partner = zip(*found, strict=True)
     return torch.cat(best, dim=1), torch.cat(partner, dim=1)
