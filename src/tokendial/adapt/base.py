@@ -1,7 +1,7 @@
 """What every fine-tuning method provides."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class Adapter(nn.Module):
     """Whether it reads the patches as a map, which no reduction may have thinned out."""
     needs_all: ClassVar[bool] = False
     """Whether what it gives one token depends on the others, in whatever order and number."""
+    reads_ffn_input: ClassVar[bool] = False
+    """Whether `beside_ffn` reads the normalised tokens that enter the FFN."""
     matrices: tuple[str, ...] = ()
     """Names of its parameters that are matrices although they are no layer's weight; weight decay
     acts on them as on those."""
@@ -83,14 +85,15 @@ class Adapter(nn.Module):
         return out
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Act on the tokens that enter the FFN of `layer` (after attention and reduction).
 
         Args:
             layer: The block, counted from 1.
             tokens: The tokens, un-normalised.
-            normed: Computes their normalised features [B, N, D], which the FFN reads.
+            ffn_input: Their normalised features [B, N, D], which the FFN reads; None unless
+                `reads_ffn_input`.
 
         Returns:
             What is added to the output of the block ([B, N, D], or None for nothing), and the

@@ -5,7 +5,6 @@ https://arxiv.org/abs/2207.07039, section 3.2: both bypasses read the normalised
 tokens pass the convolution as images of one pixel.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +67,7 @@ class Bypasses(Adapter):
     """Runs ConvPass."""
 
     needs_grid = True
+    reads_ffn_input = True
 
     def __init__(self, config: ConvPass, vit: ViTShape) -> None:
         super().__init__()
@@ -83,10 +83,10 @@ class Bypasses(Adapter):
         return self.scale * out
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The bypass of the FFN."""
-        out = self.ffn[layer - 1](normed(), tokens.prefix, tokens.grid)
+        out = self.ffn[layer - 1](ffn_input, tokens.prefix, tokens.grid)
         return self.scale * out, tokens.carried
 
 

@@ -15,7 +15,6 @@ vector of width D per layer, whose role the paper does not tell. By default it i
 the parameters); `channel_scale` gives it the role of a learned factor on each channel of z_n.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -111,7 +110,7 @@ class DenseAdapters(Adapter):
         return replace(tokens, carried=tokens.carried | {_name(1): tokens.x})
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The adapter of this layer; carries on its output and those it still needs."""
         adapter: Any = self.layers[layer - 1]

@@ -292,23 +292,25 @@ class DialViT(AdaptedViT):
         self,
         layer: int,
         tokens: Tokens,
-        around: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor | None]] | None,
+        around: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor | None] | None] | None,
     ) -> Tokens:
         anatomy, adapter = self.anatomy, self.adapter
-        known: list[Tensor] = []
-
-        def normed() -> Tensor:
-            # Adapters may read what the FFN reads; it is computed once.
-            if not known:
-                known.append(anatomy.ffn_input(layer, tokens.x))
-            return known[0]
 
         def ffn(x: Tensor) -> Tensor:
-            y = normed() if x is tokens.x else anatomy.ffn_input(layer, x)
-            return adapter.after_ffn(layer, anatomy.ffn_branch(layer, y))
+            branch = anatomy.ffn_branch(layer, anatomy.ffn_input(layer, x))
+            return adapter.after_ffn(layer, branch)
 
-        x, selected = around(ffn) if around else (tokens.x + ffn(tokens.x), None)
-        branch, carried = adapter.beside_ffn(layer, tokens, normed)
+        reduced = around(ffn) if around else None
+        ffn_input = None
+        if reduced is None or adapter.reads_ffn_input:
+            ffn_input = anatomy.ffn_input(layer, tokens.x)
+        if reduced is None:
+            assert ffn_input is not None
+            out = adapter.after_ffn(layer, anatomy.ffn_branch(layer, ffn_input))
+            x, selected = tokens.x + out, None
+        else:
+            x, selected = reduced
+        branch, carried = adapter.beside_ffn(layer, tokens, ffn_input)
         x = x if branch is None else x + branch
         return replace(tokens, x=x, carried=carried, selected=selected)
 

@@ -85,8 +85,8 @@ class Reducer(nn.Module, ABC):
         tokens: Tokens,
         attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the FFN of `layer`, on fewer tokens if the method does so.
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Run the FFN of `layer` on fewer tokens; None: the model runs it on all tokens.
 
         Args:
             layer: The block, counted from 1.
@@ -99,7 +99,7 @@ class Reducer(nn.Module, ABC):
             The tokens with the FFN's output added where it ran, [B, N, D], and which tokens were
             processed, [B, N] (None: all).
         """
-        return tokens.x + ffn(tokens.x), None
+        return None
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """Losses of the method, weighted, to be added to the task's loss of the student."""

@@ -84,10 +84,13 @@ class FrameByFrameReducer(Reducer):
         tokens: Tokens,
         attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None] | None:
         """As the method does with each time step."""
         seen = _attended_apart(attended, tokens)
-        x, selected = self.inner.around_ffn(layer, degree, _apart(tokens), seen, ffn)
+        ran = self.inner.around_ffn(layer, degree, _apart(tokens), seen, ffn)
+        if ran is None:
+            return None
+        x, selected = ran
         if selected is not None:
             selected = _join(selected, tokens.grids, tokens.prefix)
         return _join(x, tokens.grids, tokens.prefix), selected
