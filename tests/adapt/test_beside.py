@@ -89,7 +89,7 @@ def test_prompts_do_not_shift_rotary_positions(name):
     without = td.wrap(vit, reduce=td.ToMe(r=2)).eval()
     model.set_degree(0)
     without.set_degree(0)
-    attend = td.vit.attend
+    attend = td.model.blocks.attend
 
     def blind(q, k, v, **options):
         first = model.anatomy.shape.num_prefix_tokens
@@ -99,11 +99,11 @@ def test_prompts_do_not_shift_rotary_positions(name):
 
     without_tokens = without.anatomy.embed(images(2, *size)).x.shape[1]
     expected = without(images(2, *size))
-    td.vit.attend = blind
+    td.model.blocks.attend = blind
     try:
         torch.testing.assert_close(model(images(2, *size)), expected, atol=1e-5, rtol=0)
     finally:
-        td.vit.attend = attend
+        td.model.blocks.attend = attend
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ the parameters); `channel_scale` gives it the role of a learned factor on each c
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig, init_bottleneck
@@ -78,8 +78,11 @@ class DenseAdapters(Adapter):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList()
+        self._reads = tuple(_read_names(config, layer) for layer in range(1, vit.depth + 1))
+        furthest = config.interval if "earlier" in config.reads else 1
+        self._names = tuple(_name(back) for back in range(furthest, 0, -1))
         for layer in range(1, vit.depth + 1):
-            inputs = 1 + len(self._reads(layer))
+            inputs = 1 + len(self._reads[layer - 1])
             downs = 1 if config.fusion == "input" else inputs
             ups = inputs if config.fusion == "output" else 1
             down = nn.ModuleList(nn.Linear(vit.embed_dim, config.dim) for _ in range(downs))
@@ -93,16 +96,6 @@ class DenseAdapters(Adapter):
             else None
         )
 
-    def _reads(self, layer: int) -> list[str]:
-        """Names of the carried features that the adapter of `layer` reads."""
-        config = self.config
-        names = []
-        if layer > 1 and "previous" in config.reads:
-            names.append(_name(1))
-        if layer >= config.start and "earlier" in config.reads:
-            names.append(_name(config.interval))
-        return names
-
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Carries the embedded tokens on where a later adapter reads them."""
         if layer > 1 or self.config.start > self.config.interval:
@@ -113,23 +106,36 @@ class DenseAdapters(Adapter):
         self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The adapter of this layer; carries on its output and those it still needs."""
+        config = self.config
         adapter: Any = self.layers[layer - 1]
-        inputs = [tokens.x, *(tokens.carried[name] for name in self._reads(layer))]
-        if self.config.fusion == "input":
+        down, up = adapter["down"], adapter["up"]
+        inputs = [tokens.x, *(tokens.carried[name] for name in self._reads[layer - 1])]
+        if config.fusion == "input":
             inputs = [sum(inputs[1:], start=inputs[0])]
-        hidden = [down(x) for down, x in zip(adapter["down"], inputs, strict=True)]
-        if self.config.fusion == "inner":
+        hidden = [linear(x) for linear, x in zip(down, inputs, strict=True)]
+        if config.fusion == "inner":
             hidden = [sum(hidden[1:], start=hidden[0])]
-        outs = [up(F.relu(h)) for up, h in zip(adapter["up"], hidden, strict=True)]
-        z = self.config.scale * sum(outs[1:], start=outs[0])
+        outs = [linear(h.relu()) for linear, h in zip(up, hidden, strict=True)]
+        z = config.scale * sum(outs[1:], start=outs[0])
         if self.channel_scales is not None:
             z = z * self.channel_scales[layer - 1]
+        # Every carried output is now one layer further back.
         carried = dict(tokens.carried)
-        furthest = self.config.interval if "earlier" in self.config.reads else 1
-        for back in range(furthest, 1, -1):
-            if _name(back - 1) in carried:
-                carried[_name(back)] = carried[_name(back - 1)]
-        return z, carried | {_name(1): z}
+        for further, nearer in pairwise(self._names):
+            if nearer in carried:
+                carried[further] = carried[nearer]
+        carried[self._names[-1]] = z
+        return z, carried
+
+
+def _read_names(config: DenseAdapter, layer: int) -> list[str]:
+    """Names of the carried features that the adapter of `layer` reads."""
+    names = []
+    if layer > 1 and "previous" in config.reads:
+        names.append(_name(1))
+    if layer >= config.start and "earlier" in config.reads:
+        names.append(_name(config.interval))
+    return names
 
 
 def _name(back: int) -> str:

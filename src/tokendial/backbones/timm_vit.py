@@ -12,7 +12,7 @@ from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_heads
+from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_qkv
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
@@ -168,7 +168,7 @@ class TimmViT(TimmAnatomy):
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         attn: Any = self.vit.blocks[layer - 1].attn
-        q, k, v = (split_heads(part, attn.num_heads) for part in attn.qkv(x_BND).chunk(3, dim=-1))
+        q, k, v = split_qkv(attn.qkv(x_BND), attn.num_heads)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:

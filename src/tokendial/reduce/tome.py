@@ -82,27 +82,23 @@ class ToMeReducer(Reducer):
 
     def __init__(self, config: ToMe, vit: ViTShape) -> None:
         super().__init__()
-        self.config, self.depth = config, vit.depth
+        self.config = config
         self.proportional_attention = config.proportional_attention
-        self.lists: list[list[int]] = []
         if isinstance(config.r, list):
             most = partial(most_merged, stride=config.stride)
-            self.lists = dial_of_lists(config.r, vit, most)
-            self.degrees, self.degree = tuple(range(len(self.lists))), 1
+            self.schedules = dial_of_lists(config.r, vit, most)
+            self.degrees, self.degree = tuple(range(len(self.schedules))), 1
         else:
             # No more can merge in one layer; more changes nothing.
             self.degrees = tuple(range(most_merged(vit.num_patches, config.stride) + 1))
             self.degree = int(config.r)  # type: ignore[arg-type]  # not a tuple after the checks
-
-    def schedule(self, degree: int) -> list[int]:
-        """Tokens to merge in each layer, before the cap of half the tokens."""
-        if self.lists:
-            return self.lists[degree]
-        return merge_schedule(degree, self.depth, self.config.inflection)
+            self.schedules = [
+                merge_schedule(degree, vit.depth, config.inflection) for degree in self.degrees
+            ]
 
     def acts(self, layer: int, degree: int) -> bool:
         """Whether the schedule merges anything in `layer`."""
-        return self.schedule(degree)[layer - 1] > 0
+        return self.schedules[degree][layer - 1] > 0
 
     def group(
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
@@ -112,7 +108,7 @@ class ToMeReducer(Reducer):
         config = self.config
         return matched(
             attended.mean_keys,
-            self.schedule(degree)[layer - 1],
+            self.schedules[degree][layer - 1],
             tokens.prefix,
             matching=config.matching,
             stride=config.stride,
@@ -194,23 +190,23 @@ def bipartite_matching(
     if r <= 0:
         return None
     device = metric_BNC.device
-    with torch.no_grad():
-        target = torch.arange(stride - 1, num_tokens, stride, device=device)
-        number = torch.arange(num_tokens - len(target), device=device)
-        source = number + number // (stride - 1)
-        targets_in_prefix = num_prefix_tokens // stride
-        sources_in_prefix = num_prefix_tokens - targets_in_prefix
-        best_BA, partner_BA = _most_similar(metric_BNC, source, target, targets_in_prefix)
-        best_BA[:, :sources_in_prefix] = -torch.inf
-        order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
-        merged, left = order_BA[:, :r], order_BA[:, r:]
-        if num_prefix_tokens:
-            left = left.sort(dim=-1).values[:, sources_in_prefix:]
-        prefix = torch.arange(num_prefix_tokens, device=device).expand(num_images, -1)
-        absorbing = target[targets_in_prefix:].expand(num_images, -1)
-        keep = torch.cat([prefix, source[left], absorbing], dim=1)
-        first = num_prefix_tokens + left.shape[1] - targets_in_prefix
-        return Grouping(keep, source[merged], first + partner_BA.gather(1, merged), num_tokens)
+    metric_BNC = metric_BNC.detach()
+    target = torch.arange(stride - 1, num_tokens, stride, device=device)
+    number = torch.arange(num_tokens - len(target), device=device)
+    source = number + number // (stride - 1)
+    targets_in_prefix = num_prefix_tokens // stride
+    sources_in_prefix = num_prefix_tokens - targets_in_prefix
+    best_BA, partner_BA = _most_similar(metric_BNC, source, target, targets_in_prefix)
+    best_BA[:, :sources_in_prefix] = -torch.inf
+    order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
+    merged, left = order_BA[:, :r], order_BA[:, r:]
+    if num_prefix_tokens:
+        left = left.sort(dim=-1).values[:, sources_in_prefix:]
+    prefix = torch.arange(num_prefix_tokens, device=device).expand(num_images, -1)
+    absorbing = target[targets_in_prefix:].expand(num_images, -1)
+    keep = torch.cat([prefix, source[left], absorbing], dim=1)
+    first = num_prefix_tokens + left.shape[1] - targets_in_prefix
+    return Grouping(keep, source[merged], first + partner_BA.gather(1, merged), num_tokens)
 
 
 def random_matching(
@@ -235,15 +231,15 @@ def random_matching(
     r = min(r, most_merged(num_free))
     if r <= 0:
         return None
-    with torch.no_grad():
-        drawn = torch.tensor(_draw(seed, num_free), device=metric_BNC.device)
-        order = num_prefix_tokens + drawn
-        source, target = order[:r], order[r:].sort().values
-        partner_Br = _most_similar(metric_BNC, source, target)[1]
-        prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
-        keep = torch.cat([prefix, target]).expand(num_images, -1)
-        src = source.expand(num_images, -1)
-        return Grouping(keep, src, num_prefix_tokens + partner_Br, num_tokens)
+    metric_BNC = metric_BNC.detach()
+    drawn = torch.tensor(_draw(seed, num_free), device=metric_BNC.device)
+    order = num_prefix_tokens + drawn
+    source, target = order[:r], order[r:].sort().values
+    partner_Br = _most_similar(metric_BNC, source, target)[1]
+    prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
+    keep = torch.cat([prefix, target]).expand(num_images, -1)
+    src = source.expand(num_images, -1)
+    return Grouping(keep, src, num_prefix_tokens + partner_Br, num_tokens)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
