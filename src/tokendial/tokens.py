@@ -87,7 +87,10 @@ class Grouping:
             total_BG = rows.merged(weight_BN.unsqueeze(-1)).squeeze(-1)
             kept_BG = kept_BG / total_BG
             absorbed_BS = absorbed_BS / total_BG.gather(1, self.dst)
-        return [rows.merged(x, kept_BG, absorbed_BS) for x in features]
+        merged = []
+        for x in features:
+            merged.append(rows.merged(x, kept_BG, absorbed_BS))
+        return merged
 
     def sum(self, x_BND: Tensor) -> Tensor:
         """Plain sum of each group's members, [B, G, D]."""
@@ -157,8 +160,10 @@ class _Rows:
         rows = x_BND.flatten(0, 1)
         kept, absorbed = rows.index_select(0, self.kept), rows.index_select(0, self.absorbed)
         if kept_share_BG is not None and absorbed_share_BS is not None:
-            kept = _times(kept, kept_share_BG)
-            absorbed = _times(absorbed, absorbed_share_BS)
+            # Gradients of the shares need the rows as they were.
+            times = torch.mul if torch.is_grad_enabled() else Tensor.mul_
+            kept = times(kept, kept_share_BG.to(kept.dtype).view(-1, 1))
+            absorbed = times(absorbed, absorbed_share_BS.to(kept.dtype).view(-1, 1))
         if num_absorbed:
             if torch.compiler.is_exporting():
                 # Other runtimes add at repeated indices slowly, wrongly, or not at all.
@@ -314,13 +319,6 @@ def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     # index_select copies whole rows; gather looks up every feature, and is seven times slower.
     rows = x_BND.flatten(0, 1).index_select(0, _flat(index_BK, x_BND.shape[1]))
     return rows.view(*index_BK.shape, x_BND.shape[2])
-
-
-def _times(rows: Tensor, share_BK: Tensor) -> Tensor:
-    """Rows [B * K, D] times their shares; without gradients in place, so `rows` is overwritten."""
-    shares = share_BK.flatten().to(rows.dtype).unsqueeze(-1)
-    # Gradients of the shares need the rows as they were.
-    return rows * shares if torch.is_grad_enabled() else rows.mul_(shares)
 
 
 def _moved(origin_BP: Tensor | None, first: int, by: int) -> Tensor | None:

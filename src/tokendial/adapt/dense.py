@@ -108,14 +108,17 @@ class DenseAdapters(Adapter):
         """The adapter of this layer; carries on its output and those it still needs."""
         config = self.config
         adapter: Any = self.layers[layer - 1]
-        down, up = adapter["down"], adapter["up"]
-        inputs = [tokens.x, *(tokens.carried[name] for name in self._reads[layer - 1])]
+        inputs, hidden, outs = [tokens.x], [], []
+        for name in self._reads[layer - 1]:
+            inputs.append(tokens.carried[name])
         if config.fusion == "input":
             inputs = [sum(inputs[1:], start=inputs[0])]
-        hidden = [linear(x) for linear, x in zip(down, inputs, strict=True)]
+        for linear, x in zip(adapter.down, inputs, strict=True):
+            hidden.append(linear(x))
         if config.fusion == "inner":
             hidden = [sum(hidden[1:], start=hidden[0])]
-        outs = [linear(h.relu()) for linear, h in zip(up, hidden, strict=True)]
+        for linear, h in zip(adapter.up, hidden, strict=True):
+            outs.append(linear(h.relu()))
         z = config.scale * sum(outs[1:], start=outs[0])
         if self.channel_scales is not None:
             z = z * self.channel_scales[layer - 1]

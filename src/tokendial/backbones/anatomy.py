@@ -143,14 +143,6 @@ def split_heads(x_BND: Tensor, num_heads: int) -> Tensor:
     return x_BND.reshape(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
 
 
-def split_qkv(qkv_BND: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, H, N, C] of one projection [B, N, 3 * H * C], as views."""
-    batch, tokens, width = qkv_BND.shape
-    qkv = qkv_BND.reshape(batch, tokens, 3, num_heads, width // (3 * num_heads))
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
-
-
 def mean_by_size(x_BND: Tensor, size_BN: Tensor | None) -> Tensor:
     """Mean over tokens [B, D], each counted by its size."""
     if size_BN is None:

@@ -4,15 +4,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tokendial.adapt.base import Adapter
 from tokendial.attention import AttentionKernel, ByProducts, attend
 from tokendial.backbones import Anatomy
 from tokendial.reduce.base import Reducer
 from tokendial.tokens import Tokens
-
-_NOTHING: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -45,14 +42,12 @@ class BlockRunner:
     """The active adapter."""
     kernel: AttentionKernel
     """How attention is computed."""
-    recompute: bool = False
-    """Whether the backward pass recomputes each block instead of keeping its activations."""
 
     def run(
         self,
         layer: int,
         tokens: Tokens,
-        needs: frozenset[str] = _NOTHING,
+        needs: frozenset[str] = frozenset(),
         *,
         prefix_only: bool = False,
     ) -> Step:
@@ -65,14 +60,6 @@ class BlockRunner:
             prefix_only: Leave out the outputs of patch tokens, which then serve as keys and values
                 only. For the last block, if the head reads prefix tokens only.
         """
-        if self.recompute:
-            step: Step = checkpoint(
-                self._block, layer, tokens, needs, prefix_only, use_reentrant=False
-            )
-            return step
-        return self._block(layer, tokens, needs, prefix_only)
-
-    def _block(self, layer: int, tokens: Tokens, needs: frozenset[str], prefix_only: bool) -> Step:
         reducer, adapter, degree = self.reducer, self.adapter, self.degree
         # 1. A reduction before the block (DynamicViT), and tokens of the adapter (prompts).
         if reducer is not None:

@@ -8,11 +8,13 @@ and `saved_model.py` write and read.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.attention import PYTORCH_KERNEL, AttentionKernel
@@ -32,8 +34,6 @@ from tokendial.model.slot import AdapterSlot
 from tokendial.passes import ForwardPass
 from tokendial.reduce.base import ReducerConfig
 from tokendial.tokens import Tokens, to_grid
-
-_NOTHING: frozenset[str] = frozenset()
 
 
 def wrap(
@@ -165,14 +165,14 @@ class DialViT(nn.Module):
         Returns:
             [B, num_classes]; with a decoder [B, num_classes, h, w], at the decoder's resolution.
         """
-        runner, depth = self._runner(), len(self.anatomy.blocks)
+        run_block, depth = self._block_function(), len(self.anatomy.blocks)
         skips = self.skips_unread and self._reads_prefix_only
         tokens = self.anatomy.embed(images)
         if self.decoder is not None:
             # A decoder needs every position back.
             tokens = tokens.tracked(fused_count=False)
         for layer in range(1, depth + 1):
-            tokens = runner.run(layer, tokens, prefix_only=skips and layer == depth).tokens
+            tokens = run_block(layer, tokens, prefix_only=skips and layer == depth).tokens
         return self._logits(tokens)
 
     def steps(
@@ -181,7 +181,7 @@ class DialViT(nn.Module):
         *,
         track: bool = False,
         dropped: Literal["own", "fused"] = "fused",
-        needs: frozenset[str] = _NOTHING,
+        needs: frozenset[str] = frozenset(),
     ) -> Iterator[Step]:
         """Run block by block.
 
@@ -196,28 +196,28 @@ class DialViT(nn.Module):
         Yields:
             The state after each block, before the final norm.
         """
-        runner = self._runner()
+        run_block = self._block_function()
         tokens = self.anatomy.embed(images)
         if track:
             tokens = tokens.tracked(fused_count=dropped == "fused")
         for layer in range(1, len(self.anatomy.blocks) + 1):
-            step = runner.run(layer, tokens, needs)
+            step = run_block(layer, tokens, needs)
             tokens = step.tokens
             yield step
 
-    def _runner(self) -> BlockRunner:
+    def _block_function(self) -> Callable[..., Step]:
+        """`BlockRunner.run` with the present degree, methods and settings."""
         # The version is never negative. torch.compile notices changes of attributes that decide
         # something, but not changes of hooks: this statement makes it compile anew for other hooks.
         if self.hook_version < 0:
             raise RuntimeError("hook_version is negative: it is set by note_hooks() only.")
-        return BlockRunner(
-            self.anatomy,
-            self.reducer if self.degree else None,
-            self.degree,
-            self.adapter,
-            self.attention_kernel,
-            recompute=self.checkpoint_activations and self.training,
+        reducer = self.reducer if self.degree else None
+        runner = BlockRunner(
+            self.anatomy, reducer, self.degree, self.adapter, self.attention_kernel
         )
+        if self.checkpoint_activations and self.training:
+            return partial(checkpoint, runner.run, use_reentrant=False)
+        return runner.run
 
     @property
     def _reads_prefix_only(self) -> bool:

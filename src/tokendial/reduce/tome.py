@@ -18,7 +18,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.attention import ByProducts
@@ -192,8 +191,8 @@ def bipartite_matching(
     device = metric_BNC.device
     metric_BNC = metric_BNC.detach()
     target = torch.arange(stride - 1, num_tokens, stride, device=device)
-    number = torch.arange(num_tokens - len(target), device=device)
-    source = number + number // (stride - 1)
+    number = torch.arange(num_tokens - target.shape[0], device=device)
+    source = number + number.div(stride - 1, rounding_mode="floor")
     targets_in_prefix = num_prefix_tokens // stride
     sources_in_prefix = num_prefix_tokens - targets_in_prefix
     best_BA, partner_BA = _most_similar(metric_BNC, source, target, targets_in_prefix)
@@ -262,14 +261,15 @@ def _most_similar(
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _most_similar(metric_BNC, source, target, passed_by)
-    unit = F.normalize(metric_BNC.float(), dim=-1, eps=0.0)
+    metric_BNC = metric_BNC.float()
+    unit = metric_BNC / torch.linalg.vector_norm(metric_BNC, dim=-1, keepdim=True)
     if fuses(unit):
         return most_similar_fused(unit, source, target, passed_by)
     sources, targets = unit[:, source], unit[:, target].transpose(-1, -2)
     found = []
     # Some sources at a time: all similarities of a large image would take more than its features.
     rows = max(1, _MOST_SIMILARITIES // targets.shape[2])
-    for some in torch.split(sources, rows, dim=1):
+    for some in sources.chunk(-(-sources.shape[1] // rows), dim=1):
         scores = some @ targets
         scores[:, :, :passed_by] = -torch.inf
         found.append(scores.max(dim=-1))
