@@ -729,7 +729,7 @@ class DialViT(nn.Module):
         else:
             slot.remove(vit)
         remove_user(vit, self)
-        del self.vit
+        del self.vit, self.anatomy
         return vit
 
     def release_backbone(self) -> None:
