@@ -36,7 +36,7 @@ from benchmarks.report import Column, Report, Row
 from benchmarks.server import Server, add_server, served, server_options
 from benchmarks.workload import encoded, request_body
 from tokendial.atomic import atomic_write
-from tokendial.model.loading import WEIGHTS
+from tokendial.model.files import WEIGHTS
 from tokendial.runs import Run
 
 DEADLINE_MS = 1000.0

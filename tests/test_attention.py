@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tokendial import attention
-from tokendial.attention import BY_PRODUCTS, attend
+from tokendial.attention import BY_PRODUCTS, AttentionKernel, attend
 
 
 def qkv(count: int = 9) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_a_token_of_size_two_weighs_like_two_equal_tokens():
     q, k, v = qkv(5)
     doubled = [torch.cat([part, part[:, :, 4:]], dim=2) for part in (q, k, v)]
     size = torch.tensor([[1.0, 1.0, 1.0, 1.0, 2.0]]).expand(2, -1)
-    out, merged = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS)
+    out, merged = attend(q, k, v, size_BM=size, needs=BY_PRODUCTS)
     torch.testing.assert_close(out, attend(*doubled)[0][:, :5])
     rows = weights(q, k, size.log()[:, None, None, :])
     torch.testing.assert_close(merged.class_attention, rows.mean(1)[:, 0])
@@ -48,12 +48,14 @@ def test_a_token_of_size_two_weighs_like_two_equal_tokens():
 @pytest.mark.parametrize("most", [1, 100, 10**9])
 @pytest.mark.parametrize("sized", [False, True])
 def test_matrix_products_give_what_the_fused_kernel_does(sized, most, monkeypatch):
-    monkeypatch.setattr(attention, "_MOST_WEIGHTS", most)
+    monkeypatch.setattr(attention, "_MAX_WEIGHTS", most)
     q, k, v = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in qkv(6))
     size = 1 + 3 * torch.rand(2, 6) if sized else None
     for multiple in (1, 4):
-        fused, _ = attend(q, k, v, size_BN=size, key_multiple=multiple)
-        same, _ = attend(q, k, v, size_BN=size, key_multiple=multiple, fused=False)
+        fused, _ = attend(q, k, v, size_BM=size, kernel=AttentionKernel(key_multiple=multiple))
+        same, _ = attend(
+            q, k, v, size_BM=size, kernel=AttentionKernel(key_multiple=multiple, fused=False)
+        )
         torch.testing.assert_close(same, fused)
 
 
@@ -61,8 +63,10 @@ def test_matrix_products_give_what_the_fused_kernel_does(sized, most, monkeypatc
 def test_surplus_keys_change_nothing(sized):
     q, k, v = qkv(6)
     size = 1 + 3 * torch.rand(2, 6) if sized else None
-    out, plain = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS)
-    same, padded = attend(q, k, v, size_BN=size, needs=BY_PRODUCTS, key_multiple=4)
+    out, plain = attend(q, k, v, size_BM=size, needs=BY_PRODUCTS)
+    same, padded = attend(
+        q, k, v, size_BM=size, needs=BY_PRODUCTS, kernel=AttentionKernel(key_multiple=4)
+    )
     torch.testing.assert_close(same, out)
     for name in BY_PRODUCTS:
         torch.testing.assert_close(getattr(padded, name), getattr(plain, name))
@@ -73,9 +77,10 @@ def test_surplus_keys_change_nothing(sized):
 def test_sizes_in_the_keys_weigh_like_a_mask(fused, scale):
     q, k, v = qkv(6)
     size = 1 + 3 * torch.rand(2, 6)
-    settings = {"size_BN": size, "scale": scale, "needs": BY_PRODUCTS, "fused": fused}
-    out, plain = attend(q, k, v, **settings)
-    same, in_keys = attend(q, k, v, **settings, sizes_in_keys=True, key_multiple=4)
+    settings = {"size_BM": size, "scale": scale, "needs": BY_PRODUCTS}
+    out, plain = attend(q, k, v, **settings, kernel=AttentionKernel(fused=fused))
+    kernel = AttentionKernel(fused=fused, sizes_in_keys=True, key_multiple=4)
+    same, in_keys = attend(q, k, v, **settings, kernel=kernel)
     torch.testing.assert_close(same, out)
     for name in BY_PRODUCTS:
         torch.testing.assert_close(getattr(in_keys, name), getattr(plain, name))

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokendial as td
-import tokendial.model.dial_vit
+import tokendial.model.blocks
 from tokendial.data.transforms.image import Augment
 from tokendial.tasks.classification import Classification
 from tokendial.train.objective import Objective
@@ -191,7 +191,7 @@ def replay_choices(monkeypatch, model):
         assert (now.float() - first).norm() <= 0.1 * differences.norm(), key
         return first
 
-    attend, calls = tokendial.model.dial_vit.attend, iter(range(10**6))
+    attend, calls = tokendial.model.blocks.attend, iter(range(10**6))
 
     def attended(*args, **kwargs):
         out, attended = attend(*args, **kwargs)
@@ -201,7 +201,7 @@ def replay_choices(monkeypatch, model):
                 setattr(attended, name, same((name, layer), values))
         return out, attended
 
-    monkeypatch.setattr(tokendial.model.dial_vit, "attend", attended)
+    monkeypatch.setattr(tokendial.model.blocks, "attend", attended)
     if hasattr(model.reducer, "logits"):
         logits = model.reducer.logits
         monkeypatch.setattr(model.reducer, "logits", lambda n, x: same(("logits", n), logits(n, x)))

@@ -60,7 +60,7 @@ def test_a_dropped_position_is_restored_to_its_value_when_it_was_dropped():
 
 
 def test_restoring_untracked_tokens_raises():
-    with pytest.raises(ValueError, match="origin is not tracked"):
+    with pytest.raises(ValueError, match="positions are not tracked"):
         Tokens(column(1, 2), prefix=1, grid=(1, 1)).restored()
 
 

@@ -1,6 +1,6 @@
 """Scaled dot-product attention with token sizes, masks, and the by-products that reducers read."""
 
-# Shape legend: B batch, H heads, N tokens, C head_dim.
+# Shape legend: B batch, H heads, N tokens (queries), M keys, C head_dim.
 
 from dataclasses import dataclass
 
@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BY_PRODUCTS = frozenset({"mean_keys", "class_attention", "mean_attention", "attention"})
-"""What `attend` can return besides the output."""
-_MOST_WEIGHTS = 2**22
-"""Attention weights that are held at a time, or those of one head."""
+"""Names of the tensors that `attend` can return besides its output: the fields of `ByProducts`."""
+_MAX_WEIGHTS = 2**22
+"""Unfused attention holds at most this many attention weights at a time (at least one head's)."""
 
 
 @dataclass(slots=True)
 class ByProducts:
-    """By-products of one attention layer, those that were asked for."""
+    """Tensors that attention computed besides its output; None where they were not requested."""
 
     mean_keys: Tensor | None = None
-    """[B, N, C] keys, mean over heads (the metric of ToMe)."""
+    """[B, N, C] keys, mean over heads (ToMe measures similarity on them)."""
     class_attention: Tensor | None = None
     """[B, N] attention of the first token to every token, mean over heads (the score of EViT)."""
     mean_attention: Tensor | None = None
@@ -28,19 +28,38 @@ class ByProducts:
     """[B, H, N, N] the whole attention map; rows are queries."""
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """How attention is computed. Every setting gives the same result up to rounding.
+
+    Which one is fastest depends on the machine; `tokendial.optimize` measures it.
+    """
+
+    fused: bool = True
+    """Use PyTorch's `scaled_dot_product_attention`, which never holds a whole attention map. If
+    False, matrix products compute the maps, a limited number of them at a time."""
+    key_multiple: int = 1
+    """Pad keys and values with masked rows until their number is a multiple of this one."""
+    sizes_in_keys: bool = False
+    """Put the logarithms of the token sizes into extra channels of the keys, so that no mask is
+    needed. The fastest fused kernels of GPUs accept no mask."""
+
+
+PYTORCH_KERNEL = AttentionKernel()
+"""The default: PyTorch's fused attention, with token sizes as a mask."""
+
+
 def attend(
     q_BHNC: Tensor,
-    k_BHNC: Tensor,
-    v_BHNC: Tensor,
+    k_BHMC: Tensor,
+    v_BHMC: Tensor,
     *,
     scale: float | None = None,
     dropout: float = 0.0,
-    size_BN: Tensor | None = None,
+    size_BM: Tensor | None = None,
     policy_BN: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
-    fused: bool = True,
-    key_multiple: int = 1,
-    sizes_in_keys: bool = False,
+    kernel: AttentionKernel = PYTORCH_KERNEL,
 ) -> tuple[Tensor, ByProducts]:
     """Attention of every token to every token.
 
@@ -48,26 +67,21 @@ def attend(
 
     Args:
         q_BHNC: Queries.
-        k_BHNC: Keys.
-        v_BHNC: Values.
+        k_BHMC: Keys.
+        v_BHMC: Values.
         scale: Factor on the dot products; None: 1 / sqrt(C).
         dropout: Probability of dropping an attention weight.
-        size_BN: Patches per token; the logarithm is added to the attention logits of the key
-            (proportional attention). None: all tokens weigh the same.
-        policy_BN: 1 for tokens that others may see, 0 for those that only see themselves. None:
-            all are seen.
+        size_BM: Number of patches that each token stands for. Its logarithm is added to the
+            attention logits of the key (proportional attention). None: all tokens weigh the same.
+        policy_BN: 1 for tokens that all tokens may attend to, 0 for tokens that only attend to
+            themselves. None: all tokens attend to all. With a policy, `kernel` is ignored: no fused
+            kernel can do this.
         needs: Which of `BY_PRODUCTS` to return.
-        fused: Let the fused kernel of PyTorch compute it, which never holds a whole attention map;
-            else matrix products do, some maps at a time. Some processors run these faster. With a
-            policy there is no fused kernel.
-        key_multiple: Attention gets keys and values for a multiple of so many tokens, the surplus
-            masked out: some processors run that faster. The result is the same.
-        sizes_in_keys: Token sizes become channels of the keys, so that the fused kernel needs no
-            mask: the fastest ones of GPUs take none. The result is the same.
+        kernel: How to compute the output.
 
     Returns:
-        Weighted values of all heads, [B, N, H * C], before the output projection; and the
-        by-products asked for.
+        Weighted values of all heads, [B, N, H * C], before the output projection; and the requested
+        by-products.
 
     Source:
         Proportional attention: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023,
@@ -75,34 +89,34 @@ def attend(
         ICLR 2022, https://arxiv.org/abs/2202.07800, section 3.2. Policy: see `masked_softmax`.
     """
     scale = q_BHNC.shape[-1] ** -0.5 if scale is None else scale
-    bias = None if size_BN is None else size_BN.log().to(q_BHNC.dtype)[:, None, None, :]
+    bias = None if size_BM is None else size_BM.log().to(q_BHNC.dtype)[:, None, None, :]
     if policy_BN is None:
-        queries, keys, values, mask = q_BHNC, k_BHNC, v_BHNC, bias
-        if sizes_in_keys and bias is not None:
-            queries, keys, values = _with_sizes(q_BHNC, k_BHNC, v_BHNC, bias / scale)
+        queries, keys, values, mask = q_BHNC, k_BHMC, v_BHMC, bias
+        if kernel.sizes_in_keys and bias is not None:
+            queries, keys, values = _with_sizes(q_BHNC, k_BHMC, v_BHMC, bias / scale)
             mask = None
-        elif surplus := -k_BHNC.shape[2] % key_multiple:
-            mask = k_BHNC.new_zeros(1, 1, 1, k_BHNC.shape[2]) if bias is None else bias
+        elif surplus := -k_BHMC.shape[2] % kernel.key_multiple:
+            mask = k_BHMC.new_zeros(1, 1, 1, k_BHMC.shape[2]) if bias is None else bias
             mask = F.pad(mask, (0, surplus), value=-torch.inf)
-            keys, values = (F.pad(each, (0, 0, 0, surplus)) for each in (k_BHNC, v_BHNC))
-        if fused or dropout:
+            keys, values = (F.pad(each, (0, 0, 0, surplus)) for each in (k_BHMC, v_BHMC))
+        if kernel.fused or dropout:
             out = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
             )
         else:
             out = _unfused(queries, keys, values, mask, scale)
-        out = out[..., : v_BHNC.shape[-1]]
+        out = out[..., : v_BHMC.shape[-1]]
     else:
-        logits = (q_BHNC * scale) @ k_BHNC.transpose(-2, -1)
+        logits = (q_BHNC * scale) @ k_BHMC.transpose(-2, -1)
         weights = masked_softmax(logits if bias is None else logits + bias, policy_BN)
-        out = F.dropout(weights, dropout).to(v_BHNC.dtype) @ v_BHNC
+        out = F.dropout(weights, dropout).to(v_BHMC.dtype) @ v_BHMC
     attended = ByProducts()
     if "mean_keys" in needs:
-        attended.mean_keys = k_BHNC.mean(dim=1)
+        attended.mean_keys = k_BHMC.mean(dim=1)
     if "class_attention" in needs:
-        attended.class_attention = _weights(q_BHNC[:, :, :1], k_BHNC, scale, bias).mean(1)[:, 0]
+        attended.class_attention = _weights(q_BHNC[:, :, :1], k_BHMC, scale, bias).mean(1)[:, 0]
     if needs & {"mean_attention", "attention"}:
-        weights = _weights(q_BHNC, k_BHNC, scale, bias)
+        weights = _weights(q_BHNC, k_BHMC, scale, bias)
         if "mean_attention" in needs:
             attended.mean_attention = weights.mean(dim=(1, 2))
         if "attention" in needs:
@@ -111,13 +125,17 @@ def attend(
 
 
 def _with_sizes(
-    q_BHNC: Tensor, k_BHNC: Tensor, v_BHNC: Tensor, bias_B11N: Tensor
+    q_BHNC: Tensor, k_BHMC: Tensor, v_BHMC: Tensor, bias_B11M: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values whose dot products have the bias of each key in them."""
-    channels = 8  # fast kernels want their number to stay a multiple of this
-    bias_BHN1 = bias_B11N.transpose(-2, -1).expand(-1, k_BHNC.shape[1], -1, -1)
-    keys = torch.cat([k_BHNC, F.pad(bias_BHN1, (0, channels - 1))], dim=-1)
-    return F.pad(q_BHNC, (0, channels), value=1.0), keys, F.pad(v_BHNC, (0, channels))
+    """Queries, keys and values whose dot products include the bias of each key.
+
+    One extra channel of a key holds its bias and meets a 1 in every query. The channels are padded
+    by 8 in all, because fast kernels need their number to be a multiple of 8.
+    """
+    channels = 8
+    bias_BHM1 = bias_B11M.transpose(-2, -1).expand(-1, k_BHMC.shape[1], -1, -1)
+    keys = torch.cat([k_BHMC, F.pad(bias_BHM1, (0, channels - 1))], dim=-1)
+    return F.pad(q_BHNC, (0, channels), value=1.0), keys, F.pad(v_BHMC, (0, channels))
 
 
 def _unfused(
@@ -128,9 +146,10 @@ def _unfused(
     if mask_B11M is None:
         mask_B11M = q_BHNC.new_zeros(1, 1, 1, num_keys)
     masks = mask_B11M.expand(q_BHNC.shape[0], heads, 1, num_keys).flatten(0, 1)
-    some = max(1, _MOST_WEIGHTS // (num_tokens * num_keys))
+    # Images and heads are one batch dimension, split so that few attention maps exist at a time.
+    maps_at_a_time = max(1, _MAX_WEIGHTS // (num_tokens * num_keys))
     split = (
-        torch.split(each, some)
+        torch.split(each, maps_at_a_time)
         for each in (masks, *(x.flatten(0, 1) for x in (q_BHNC, k_BHMC, v_BHMC)))
     )
     parts = [
@@ -143,12 +162,13 @@ def _unfused(
 def masked_softmax(logits_BHNN: Tensor, policy_BN: Tensor, eps: float = 1e-6) -> Tensor:
     """Softmax over the keys that the policy keeps and, in each row, the token itself.
 
-    The gradient reaches the policy, which a hard mask on the logits would not let through.
+    The policy is multiplied in, so that gradients reach it. A mask of minus infinity on the logits
+    would block them.
 
     Args:
         logits_BHNN: Scaled attention logits.
         policy_BN: 1 for kept tokens, 0 for dropped ones.
-        eps: Spread evenly over all keys, so that no row is empty.
+        eps: Weight that is spread evenly over all keys, so that no row sums to zero.
 
     Returns:
         [B, H, N, N] float32 attention weights.

@@ -1,4 +1,4 @@
-"""The forward passes of one training step, as the losses of methods read them."""
+"""What the losses of methods read: the forward passes of one training step."""
 
 # Shape legend: B batch, N tokens, D embed_dim.
 
@@ -12,29 +12,31 @@ from tokendial.tokens import Tokens
 
 @dataclass(slots=True)
 class ForwardPass:
-    """A forward pass as the losses of methods see it."""
+    """Results of one forward pass."""
 
     degree: int
-    """The degree that it ran at."""
+    """The degree of the dial during the pass."""
     logits: Tensor
-    """[B, num_classes], float32."""
+    """[B, num_classes] logits, float32; with a decoder [B, num_classes, h, w]."""
     features: Tensor
-    """[B, N, D] tokens after the final norm."""
+    """[B, N, D] tokens of the last block after the final norm."""
     tokens: list[Tokens]
-    """Tokens that leave each block."""
+    """The tokens that leave each block, in order."""
     feature_map: Tensor | None = None
-    """[B, D, rows, columns] that a decoder reads; None without one."""
+    """[B, D, rows, columns] features that the decoder reads; None without a decoder."""
 
 
 @dataclass(slots=True)
 class TrainingPasses:
-    """What the losses of a method read: the passes of one training step."""
+    """The forward passes of one training step."""
 
     student: ForwardPass
-    """The pass at the degree that trains."""
+    """The pass of the model that trains, at the degree that trains."""
     complete: ForwardPass | None
-    """The same model at degree 0, with gradients, if `Reducer.also_runs` asks for it."""
+    """The pass of the same model at degree 0, with gradients; None unless `Reducer.also_runs` names
+    it."""
     teacher: ForwardPass | None
-    """A trained model's pass, if `Reducer.also_runs` asks for it and there is a teacher."""
+    """The pass of a trained model; None unless `Reducer.also_runs` names it and the recipe has a
+    teacher."""
     task_loss: Callable[[Tensor], Tensor]
-    """The task's loss as a function of logits."""
+    """Computes the loss of the task from logits, against the targets of this step."""

@@ -1,9 +1,10 @@
-"""Tokens, which flow from block to block, and Grouping, one reduction as data."""
+"""Tokens, which flow from block to block, and Grouping, which describes one reduction as data."""
 
 # Shape legend: B batch, N tokens (prefix + patch), G tokens after a reduction, S tokens that are
-# absorbed by another one, P original positions (prefix + patch), D any feature width.
+# absorbed by another one, L patch tokens, P original positions (prefix + patch), D feature width.
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,37 +16,37 @@ from tokendial.kernels import fuses, merge_fused
 
 @dataclass(slots=True)
 class Grouping:
-    """One reduction: which old token each new token comes from, and which old ones it absorbs.
+    """One reduction: which old token each new token starts from, and which old tokens it absorbs.
 
     New token `g` starts from old token `keep[g]`; old token `src[s]` is absorbed by new token
-    `dst[s]`. An old token named in neither is dropped. Holding the kept rows apart from the few
-    absorbed ones lets `merge` be one gather and one small scatter.
+    `dst[s]`. An old token named in neither is dropped. Most tokens are kept and few are absorbed,
+    so `merge` is one gather of the kept rows and one small scatter of the absorbed ones.
     """
 
     keep: Tensor
-    """[B, G] old index that each new token starts from."""
+    """[B, G] the old token that each new token starts from."""
     src: Tensor
-    """[B, S] old indices that are absorbed (S may be 0)."""
+    """[B, S] the old tokens that are absorbed (S may be 0)."""
     dst: Tensor
-    """[B, S] new index that absorbs each of them."""
+    """[B, S] the new token that absorbs each of `src`."""
     num_tokens: int
     """N, the number of old tokens."""
     weight: Tensor | None = None
     """[B, N] weight of each old token in its group; None: the token's size."""
     how: Literal["mean", "sum"] = "mean"
-    """Whether a group is the weighted mean or the weighted sum of its members."""
+    """Whether a new token is the weighted mean or the weighted sum of its group."""
     fused: Tensor | None = None
-    """[B, F] new tokens that stand for what was given up, be it one old token or many; None: there
-    are none."""
+    """[B, F] new tokens that stand for given-up tokens, as EViT's fused token does; None: there are
+    none. `follow` can treat the members of such a token as dropped."""
 
     @classmethod
     def keeping(cls, keep: Tensor, num_tokens: int) -> "Grouping":
-        """The reduction that keeps the old tokens `keep` [B, G] and drops all others."""
+        """A reduction that keeps the old tokens `keep` [B, G] and drops all others."""
         return cls(keep, keep[:, :0], keep[:, :0], num_tokens)
 
     @property
     def index(self) -> Tensor:
-        """[B, N] new index of every old token, -1 where it was dropped."""
+        """[B, N] the new token that holds every old token, -1 where it was dropped."""
         num_images, num_groups = self.keep.shape
         groups = torch.arange(num_groups, device=self.keep.device).expand(num_images, -1)
         index = self.keep.new_full((num_images, self.num_tokens), -1)
@@ -61,43 +62,41 @@ class Grouping:
         Returns:
             [B, G, D], the weighted mean or sum (`self.how`) of each group.
         """
+        return self.merge_each([x_BND], weight_BN)[0]
+
+    def merge_each(
+        self, features: Sequence[Tensor], weight_BN: Tensor | None = None
+    ) -> list[Tensor]:
+        """Do as `merge` with several features [B, N, *] of the same tokens."""
         weight_BN = self.weight if weight_BN is None else weight_BN
         if self.how == "sum" and weight_BN is None:
-            return self.sum(x_BND)
+            return [self.sum(x) for x in features]
         if self.how == "mean" and self.src.shape[1] == 0:
-            return take(x_BND, self.keep)
-        if fuses(x_BND):
-            return merge_fused(x_BND, self.keep, self.src, self.dst, weight_BN, self.how)
+            return [take(x, self.keep) for x in features]
+        if fuses(features[0]):
+            return [
+                merge_fused(x, self.keep, self.src, self.dst, weight_BN, self.how) for x in features
+            ]
         if weight_BN is None:
-            weight_BN = x_BND.new_ones(x_BND.shape[:2])
-        # Weights become shares before they meet the features, which are then passed over once.
+            weight_BN = features[0].new_ones(features[0].shape[:2])
+        rows = _Rows.of(self)
+        # Weights become shares of the group before they meet the features: then the features,
+        # which are much larger, are passed over only once.
         kept_BG, absorbed_BS = weight_BN.gather(1, self.keep), weight_BN.gather(1, self.src)
         if self.how == "mean":
-            total_BG = self.sum(weight_BN.unsqueeze(-1)).squeeze(-1)
+            total_BG = rows.merged(weight_BN.unsqueeze(-1)).squeeze(-1)
             kept_BG = kept_BG / total_BG
             absorbed_BS = absorbed_BS / total_BG.gather(1, self.dst)
-        return self._absorbed(
-            _times(take(x_BND, self.keep), kept_BG), _times(take(x_BND, self.src), absorbed_BS)
-        )
+        merged = []
+        for x in features:
+            merged.append(rows.merged(x, kept_BG, absorbed_BS))
+        return merged
 
     def sum(self, x_BND: Tensor) -> Tensor:
         """Plain sum of each group's members, [B, G, D]."""
         if fuses(x_BND):
             return merge_fused(x_BND, self.keep, self.src, self.dst, None, "sum")
-        return self._absorbed(take(x_BND, self.keep), take(x_BND, self.src))
-
-    def _absorbed(self, kept_BGD: Tensor, absorbed_BSD: Tensor) -> Tensor:
-        """Kept tokens, which nobody else needs, with the absorbed ones added to them."""
-        if self.src.shape[1] == 0:
-            return kept_BGD
-        if torch.compiler.is_exporting():
-            # Other runtimes add up colliding indices slowly, wrongly, or not at all.
-            groups = torch.arange(kept_BGD.shape[1], device=kept_BGD.device)
-            membership_BGS = groups[:, None] == self.dst[:, None, :]
-            return kept_BGD + membership_BGS.to(kept_BGD.dtype) @ absorbed_BSD
-        into = _flat(self.dst, kept_BGD.shape[1])
-        kept_BGD.flatten(0, 1).index_add_(0, into, absorbed_BSD.flatten(0, 1))
-        return kept_BGD
+        return _Rows.of(self).merged(x_BND)
 
     def unmerge(self, y_BGD: Tensor) -> Tensor:
         """Give every old token its group's features; dropped tokens get zeros. [B, N, D]."""
@@ -110,8 +109,9 @@ class Grouping:
         """Update the map from original positions to tokens. [B, P], -1 where dropped.
 
         Args:
-            origin_BP: The map so far.
-            fused_count: Whether members of a fused token are found in it, or count as dropped.
+            origin_BP: The token that held each original position before this reduction.
+            fused_count: If True, the members of a fused token are found in it. If False, they count
+                as dropped.
         """
         index = self.index
         if self.fused is not None and not fused_count:
@@ -123,44 +123,102 @@ class Grouping:
 
 
 @dataclass(slots=True)
+class _Rows:
+    """A grouping's indices into the rows of all images laid end to end."""
+
+    kept: Tensor
+    """[B * G] rows of the old tokens that new tokens start from."""
+    absorbed: Tensor
+    """[B * S] rows of the old tokens that are absorbed."""
+    into: Tensor
+    """[B * S] rows of the new tokens that absorb them."""
+    dst: Tensor
+    """[B, S] the same, counted within each image."""
+    num_groups: int
+    """G, the number of new tokens of an image."""
+
+    @classmethod
+    def of(cls, grouping: Grouping) -> "_Rows":
+        num_tokens, num_groups = grouping.num_tokens, grouping.keep.shape[1]
+        return cls(
+            _flat(grouping.keep, num_tokens),
+            _flat(grouping.src, num_tokens),
+            _flat(grouping.dst, num_groups),
+            grouping.dst,
+            num_groups,
+        )
+
+    def merged(
+        self,
+        x_BND: Tensor,
+        kept_share_BG: Tensor | None = None,
+        absorbed_share_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Kept rows plus the absorbed ones, each times its share (None: 1). [B, G, D]."""
+        num_images, _, width = x_BND.shape
+        num_absorbed = self.dst.shape[1]
+        rows = x_BND.flatten(0, 1)
+        kept, absorbed = rows.index_select(0, self.kept), rows.index_select(0, self.absorbed)
+        if kept_share_BG is not None and absorbed_share_BS is not None:
+            # Gradients of the shares need the rows as they were.
+            times = torch.mul if torch.is_grad_enabled() else Tensor.mul_
+            kept = times(kept, kept_share_BG.to(kept.dtype).view(-1, 1))
+            absorbed = times(absorbed, absorbed_share_BS.to(kept.dtype).view(-1, 1))
+        if num_absorbed:
+            if torch.compiler.is_exporting():
+                # Other runtimes add at repeated indices slowly, wrongly, or not at all.
+                groups = torch.arange(self.num_groups, device=x_BND.device)
+                membership_BGS = groups[:, None] == self.dst[:, None, :]
+                absorbed_BSD = absorbed.view(num_images, num_absorbed, width)
+                kept_BGD = kept.view(num_images, self.num_groups, width)
+                return kept_BGD + membership_BGS.to(kept.dtype) @ absorbed_BSD
+            kept.index_add_(0, self.into, absorbed)
+        return kept.view(num_images, self.num_groups, width)
+
+
+@dataclass(slots=True)
 class Tokens:
-    """What passes from block to block."""
+    """The tokens of a batch, and what is known of them: the only thing that blocks pass on."""
 
     x: Tensor
     """[B, N, D] features, prefix tokens (class, distillation, register) first."""
     prefix: int
     """Number of prefix tokens."""
     grid: tuple[int, int]
-    """Rows and columns of patches in the image, or in a frame."""
+    """Rows and columns of patches in the image, or in one frame of a clip."""
     grids: int = 1
-    """Grids that the sequence holds one after another: time steps of a clip."""
+    """Number of patch grids that the sequence holds one after another: the time steps of a clip, 1
+    for an image."""
     size: Tensor | None = None
-    """[B, N] float32 patches that each token stands for; None: one each."""
+    """[B, N] float32 number of patches that each token stands for; None: one each."""
     origin: Tensor | None = None
-    """[B, P] token that holds each original position, -1 where dropped; None: not tracked."""
+    """[B, P] the token that holds each original position, -1 where it was dropped; None: positions
+    are not tracked."""
     lost: Tensor | None = None
-    """[B, P, D] features of the dropped positions when they were dropped; with `origin`."""
+    """[B, P, D] features that dropped positions had when they were dropped; there if `origin` is.
+    """
     fused_count: bool = True
-    """Whether `origin` follows tokens into a fused one (see `Grouping.fused`); if not, they count
-    as dropped."""
+    """Whether `origin` follows tokens into a fused token (see `Grouping.fused`). If False, they
+    count as dropped."""
     carried: dict[str, Tensor] = field(default_factory=dict)
-    """Features [B, N, *] that follow the tokens through each reduction."""
+    """Named features [B, N, *] that follow the tokens through each reduction."""
     rope: Tensor | None = None
-    """Rotary table of the backbone over the original patches; None: it has none."""
+    """Rotary table of the backbone over the original patches; None: the backbone has none."""
     position: Tensor | None = None
-    """[B, L] patch that each patch token stands at, with `rope`: that of the token which absorbs
-    others; None: nothing was reduced yet."""
+    """[B, L] the patch whose rotary position each patch token has. A token that absorbs others
+    keeps its own. None: no reduction yet, or no rotary table."""
     policy: Tensor | None = None
-    """[B, N] 1 for tokens that attention sees and 0 for dropped ones, in training with masks;
-    None: it sees all."""
+    """[B, N] 1 for tokens that attention sees, 0 for dropped ones, in training with masks; None:
+    attention sees all."""
     selected: Tensor | None = None
-    """[B, N] 1 for tokens that the last FFN processed and 0 for skipped ones; None: all."""
+    """[B, N] 1 for tokens that the last FFN processed, 0 for skipped ones; None: it processed all.
+    """
 
     def tracked(self, *, fused_count: bool = True) -> "Tokens":
-        """The same tokens, with `origin` kept from here on.
+        """The same tokens, with `origin` and `lost` kept up to date from here on.
 
         Args:
-            fused_count: Whether positions follow their tokens into a fused one.
+            fused_count: See the field of that name.
         """
         num_images, num_tokens = self.x.shape[:2]
         origin = torch.arange(num_tokens, device=self.x.device).expand(num_images, -1)
@@ -168,11 +226,11 @@ class Tokens:
         return dataclasses.replace(self, origin=origin, lost=lost, fused_count=fused_count)
 
     def reduced(self, grouping: Grouping, *, track_size: bool = False) -> "Tokens":
-        """The tokens after `grouping`: features, sizes, positions and carried features alike.
+        """The tokens after a reduction: features, sizes, positions and carried features.
 
         Args:
             grouping: The reduction.
-            track_size: Keep counting sizes from here on, if nothing counted them before.
+            track_size: Count sizes from here on, if they were not counted before.
         """
         size = self.size
         if size is None and track_size:
@@ -188,23 +246,24 @@ class Tokens:
         if self.rope is not None:
             patches = grouping.keep[:, self.prefix :] - self.prefix
             position = patches if position is None else position.gather(1, patches)
+        x, *carried = grouping.merge_each([self.x, *self.carried.values()], weight)
         return dataclasses.replace(
             self,
-            x=grouping.merge(self.x, weight),
+            x=x,
             size=None if size is None else grouping.sum(size.unsqueeze(-1)).squeeze(-1),
             origin=origin,
             lost=lost,
-            carried={name: grouping.merge(y, weight) for name, y in self.carried.items()},
+            carried=dict(zip(self.carried, carried, strict=True)),
             position=position,
         )
 
-    def prefix_alone(self) -> "Tokens":
-        """The prefix tokens, without any patch."""
+    def prefix_only(self) -> "Tokens":
+        """The prefix tokens, without any patch token."""
         prefix = torch.arange(self.prefix, device=self.x.device).expand(self.x.shape[0], -1)
         return self.reduced(Grouping.keeping(prefix, self.x.shape[1]))
 
     def with_prompts(self, prompts_PD: Tensor) -> "Tokens":
-        """The same tokens with prompts, the same for each image, as the last prefix tokens."""
+        """The same tokens, with prompts (equal for all images) as the last prefix tokens."""
         at, count = self.prefix, len(prompts_PD)
 
         def insert(values: Tensor, new: Tensor | float) -> Tensor:
@@ -241,41 +300,34 @@ class Tokens:
         )
 
     def restored(self) -> Tensor:
-        """Features at every original position, [B, P, D]: all reductions undone.
+        """Features at every original position, [B, P, D]: all reductions are undone.
 
-        A merged token is copied back to each of its positions; a dropped position has the
-        features that it had when it was dropped. See `tracked` for those that were fused.
+        A merged token is copied back to each of its positions. A dropped position has the features
+        that it had when it was dropped. For members of a fused token, `fused_count` decides.
 
         Raises:
             ValueError: If positions were not tracked.
         """
         if self.origin is None or self.lost is None:
-            raise ValueError("origin is not tracked: start from Tokens.tracked().")
+            raise ValueError("positions are not tracked: start from Tokens.tracked().")
         held = take(self.x, self.origin.clamp(min=0))
         return torch.where((self.origin < 0).unsqueeze(-1), self.lost, held)
 
 
 def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     """Rows of each image's tokens, in the order of `index_BK`. [B, K, D]."""
-    # Whole rows at once; a gather would look up each feature by itself, seven times slower.
+    # index_select copies whole rows; gather looks up every feature, and is seven times slower.
     rows = x_BND.flatten(0, 1).index_select(0, _flat(index_BK, x_BND.shape[1]))
     return rows.view(*index_BK.shape, x_BND.shape[2])
 
 
-def _times(rows_BKD: Tensor, share_BK: Tensor) -> Tensor:
-    """Rows, which nobody else needs, times their shares."""
-    shares = share_BK.to(rows_BKD.dtype).unsqueeze(-1)
-    # Gradients of the shares need the rows as they were.
-    return rows_BKD * shares if torch.is_grad_enabled() else rows_BKD.mul_(shares)
-
-
 def _moved(origin_BP: Tensor | None, first: int, by: int) -> Tensor | None:
-    """The map to tokens after those from `first` on have moved by some places."""
+    """`origin` after the tokens from `first` on have moved by `by` places."""
     return None if origin_BP is None else origin_BP + by * (origin_BP >= first)
 
 
 def _flat(index_BK: Tensor, num_tokens: int) -> Tensor:
-    """The same indices into the tokens of all images laid end to end. [B * K]."""
+    """Indices into each image's tokens as rows of all images laid end to end. [B * K]."""
     first = num_tokens * torch.arange(index_BK.shape[0], device=index_BK.device)
     return (index_BK + first.unsqueeze(1)).flatten()
 
@@ -286,7 +338,7 @@ def patch_grid(tokens: Tokens) -> Tensor:
 
 
 def to_grid(patches_BLD: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches as maps [M, D, rows, columns]; M is B, or more if a sequence holds several grids."""
+    """Patches as maps [M, D, rows, columns]; M is B times the grids that a sequence holds."""
     rows, columns = grid
     width = patches_BLD.shape[-1]
     maps = patches_BLD.reshape(-1, rows * columns, width)
@@ -294,6 +346,6 @@ def to_grid(patches_BLD: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def from_grid(maps_MDRC: Tensor, num_patches: int) -> Tensor:
-    """The opposite of `to_grid`: [B, L, D] of sequences with `num_patches` patches."""
+    """The inverse of `to_grid`: sequences [B, L, D] of `num_patches` patches each."""
     width = maps_MDRC.shape[1]
     return maps_MDRC.flatten(2).transpose(1, 2).reshape(-1, num_patches, width)

@@ -7,7 +7,7 @@ from examples import images, perturbed, tiny_vit
 from zoo import backbone
 
 import tokendial as td
-from tokendial.model import dial_vit
+from tokendial.model import blocks
 from tokendial.show import token_maps
 
 
@@ -90,7 +90,7 @@ def test_prompts_do_not_shift_rotary_positions(name, monkeypatch):
     without = td.wrap(vit, reduce=td.ToMe(r=2)).eval()
     model.set_degree(0)
     without.set_degree(0)
-    attend = dial_vit.attend
+    attend = blocks.attend
 
     def without_prompts(q, k, v, **options):
         first = model.anatomy.shape.num_prefix_tokens
@@ -100,7 +100,7 @@ def test_prompts_do_not_shift_rotary_positions(name, monkeypatch):
 
     without_tokens = without.anatomy.embed(images(2, *size)).x.shape[1]
     expected = without(images(2, *size))
-    monkeypatch.setattr(dial_vit, "attend", without_prompts)
+    monkeypatch.setattr(blocks, "attend", without_prompts)
     torch.testing.assert_close(model(images(2, *size)), expected, atol=1e-5, rtol=0)
 
 

@@ -97,7 +97,7 @@ def test_taking_turns(unchanged, monkeypatch):
     model.add_adapter("cars", td.LoRA(rank=2))
     model.set_adapter("pets")
     unchanged(model)
-    monkeypatch.setattr(model._fittings["cars"].adapter, "to", breaking(None, 1))
+    monkeypatch.setattr(model._adapters.slots["cars"].adapter, "to", breaking(None, 1))
     with pytest.raises(BrokenError):
         model.set_adapter("cars")
     assert model.active_adapter == "pets"

@@ -183,7 +183,7 @@ def test_a_repository_that_cannot_be_reached_is_one_line(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network\nmore about it")
 
-    monkeypatch.setattr("tokendial.model.loading.hub_problem", lambda: None)
+    monkeypatch.setattr("tokendial.model.hub.hub_problem", lambda: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match="me/pets is neither a folder nor on the hub: no network$"):
         td.load("me/pets")

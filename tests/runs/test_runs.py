@@ -12,7 +12,7 @@ from limits import files_of_at_most
 from processes import start_to_hold
 from safetensors.torch import load_file
 
-from tokendial.model.loading import write_files
+from tokendial.model.files import write_files
 from tokendial.runs import Run, read_recipe
 from tokendial.train import train
 from tokendial.train.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint

@@ -18,7 +18,7 @@ from processes import ended, model_processes, start, wait_until
 from safetensors.torch import load, save
 from serving import file, form, picture
 
-from tokendial.model.loading import WEIGHTS
+from tokendial.model.files import WEIGHTS
 from tokendial.runs import Run
 from tokendial.serve.http.server import address_of, bound_socket, exposed
 from tokendial.serve.settings import check_settings, read_keys

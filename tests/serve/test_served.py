@@ -15,7 +15,7 @@ from processes import model_processes
 from served_runs import alone, pictures, write_run
 from serving import until
 
-from tokendial.model.loading import CONFIG
+from tokendial.model.files import CONFIG
 from tokendial.runs import Run
 from tokendial.serve import Refused, Rules
 from tokendial.serve.scheduling.engine import LostError

@@ -14,7 +14,6 @@ tokens is our reading of the paper.
 
 # Shape legend: B batch, N tokens, D embed_dim, E experts, I and O inputs and outputs of a layer.
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +54,7 @@ class AdaptFormerAdapter(Bottlenecks):
     """Runs AdaptFormer with one bottleneck per layer."""
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return the output of this layer's bottleneck."""
         return self.bottleneck(layer, tokens.x), tokens.carried
@@ -77,7 +76,7 @@ class MixedAdaptFormer(Adapter):
         )
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return the output of this layer's bottleneck, whose weights are mixed for each image."""
         share_BE = self.routers[layer - 1](tokens.x.mean(dim=1)).softmax(dim=-1)

@@ -5,7 +5,7 @@ which the config builds for a backbone.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Adapter(nn.Module):
     are then refused."""
     needs_all: ClassVar[bool] = False
     """Whether the adapter's output for one token depends on the other tokens."""
+    reads_ffn_input: ClassVar[bool] = False
+    """Whether `beside_ffn` reads the normalised tokens that enter the FFN."""
     matrices: tuple[str, ...] = ()
     """Names of the adapter's parameters that weight decay treats like the weight of a layer. Other
     parameters that are no layer's weight have no weight decay."""
@@ -98,14 +100,15 @@ class Adapter(nn.Module):
         return out
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return what is added beside the FFN of `layer`, from the tokens that enter the FFN.
 
         Args:
             layer: The block, counted from 1.
             tokens: The tokens after attention and reduction, un-normalised.
-            normed: Computes their normalised features [B, N, D], which the FFN reads.
+            ffn_input: Their normalised features [B, N, D], which the FFN reads; None unless
+                `reads_ffn_input`.
 
         Returns:
             What is added to the output of the block ([B, N, D], or None for nothing), and the

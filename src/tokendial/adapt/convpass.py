@@ -6,7 +6,6 @@ token passes the convolution as an image of one pixel. Departure: no dropout in 
 authors' code: 0.1).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +74,7 @@ class Bypasses(Adapter):
     """Runs ConvPass, with one bypass beside attention and one beside the FFN in each layer."""
 
     needs_grid = True
+    reads_ffn_input = True
 
     def __init__(self, config: ConvPass, vit: ViTShape) -> None:
         super().__init__()
@@ -90,10 +90,10 @@ class Bypasses(Adapter):
         return self.scale * out
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return the output of this layer's bypass of the FFN."""
-        out = self.ffn[layer - 1](normed(), tokens.prefix, tokens.grid)
+        out = self.ffn[layer - 1](ffn_input, tokens.prefix, tokens.grid)
         return self.scale * out, tokens.carried
 
 

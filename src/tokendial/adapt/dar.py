@@ -5,7 +5,6 @@ Tasks", CVPR 2025, and the authors' code: both read the un-normalised tokens tha
 learned number per layer scales their sum.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +75,7 @@ class DARAdapters(Bottlenecks):
         self.scales = nn.ParameterList(torch.tensor(float(config.scale)) for _ in range(vit.depth))
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return the scaled sum of this layer's adapter and compensator."""
         adapted = self.bottleneck(layer, tokens.x)

@@ -17,12 +17,11 @@ the paper does not explain. By default it is left out (0.8 % of the parameters);
 makes it a learned factor on each channel of z_n.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig, init_bottleneck
@@ -80,8 +79,11 @@ class DenseAdapters(Adapter):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList()
+        self._reads = tuple(_read_names(config, layer) for layer in range(1, vit.depth + 1))
+        furthest = config.interval if "earlier" in config.reads else 1
+        self._names = tuple(_name(back) for back in range(furthest, 0, -1))
         for layer in range(1, vit.depth + 1):
-            inputs = 1 + len(self._reads(layer))
+            inputs = 1 + len(self._reads[layer - 1])
             downs = 1 if config.fusion == "input" else inputs
             ups = inputs if config.fusion == "output" else 1
             down = nn.ModuleList(nn.Linear(vit.embed_dim, config.dim) for _ in range(downs))
@@ -95,16 +97,6 @@ class DenseAdapters(Adapter):
             else None
         )
 
-    def _reads(self, layer: int) -> list[str]:
-        """Return the names of the carried features that the adapter of `layer` reads."""
-        config = self.config
-        names = []
-        if layer > 1 and "previous" in config.reads:
-            names.append(_name(1))
-        if layer >= config.start and "earlier" in config.reads:
-            names.append(_name(config.interval))
-        return names
-
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Carry the embedded tokens to later layers, if the adapter of layer `start` reads them."""
         if layer > 1 or self.config.start > self.config.interval:
@@ -112,26 +104,42 @@ class DenseAdapters(Adapter):
         return replace(tokens, carried=tokens.carried | {_name(1): tokens.x})
 
     def beside_ffn(
-        self, layer: int, tokens: Tokens, normed: Callable[[], Tensor]
+        self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return this layer's output, and carry it with the earlier outputs that are still read."""
+        config = self.config
         adapter: Any = self.layers[layer - 1]
-        inputs = [tokens.x, *(tokens.carried[name] for name in self._reads(layer))]
-        if self.config.fusion == "input":
+        inputs, hidden, outs = [tokens.x], [], []
+        for name in self._reads[layer - 1]:
+            inputs.append(tokens.carried[name])
+        if config.fusion == "input":
             inputs = [sum(inputs[1:], start=inputs[0])]
-        hidden = [down(x) for down, x in zip(adapter["down"], inputs, strict=True)]
-        if self.config.fusion == "inner":
+        for linear, x in zip(adapter.down, inputs, strict=True):
+            hidden.append(linear(x))
+        if config.fusion == "inner":
             hidden = [sum(hidden[1:], start=hidden[0])]
-        outs = [up(F.relu(h)) for up, h in zip(adapter["up"], hidden, strict=True)]
-        z = self.config.scale * sum(outs[1:], start=outs[0])
+        for linear, h in zip(adapter.up, hidden, strict=True):
+            outs.append(linear(h.relu()))
+        z = config.scale * sum(outs[1:], start=outs[0])
         if self.channel_scales is not None:
             z = z * self.channel_scales[layer - 1]
+        # Every carried output is now one layer further back.
         carried = dict(tokens.carried)
-        furthest = self.config.interval if "earlier" in self.config.reads else 1
-        for back in range(furthest, 1, -1):
-            if _name(back - 1) in carried:
-                carried[_name(back)] = carried[_name(back - 1)]
-        return z, carried | {_name(1): z}
+        for further, nearer in pairwise(self._names):
+            if nearer in carried:
+                carried[further] = carried[nearer]
+        carried[self._names[-1]] = z
+        return z, carried
+
+
+def _read_names(config: DenseAdapter, layer: int) -> list[str]:
+    """Names of the carried features that the adapter of `layer` reads."""
+    names = []
+    if layer > 1 and "previous" in config.reads:
+        names.append(_name(1))
+    if layer >= config.start and "earlier" in config.reads:
+        names.append(_name(config.interval))
+    return names
 
 
 def _name(back: int) -> str:

@@ -1,4 +1,4 @@
-"""What the library needs to know of a kind of ViT to run it block by block."""
+"""Anatomy: the parts of a ViT, by which it can be run block by block."""
 
 # Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
 
@@ -13,10 +13,10 @@ from tokendial.tokens import Tokens
 
 
 class Anatomy(ABC):
-    """One kind of ViT, taken apart; every block is pre-norm attention and then an FFN.
+    """Gives access to the parts of one kind of ViT, whose blocks are attention and then an FFN.
 
-    It owns no weights: it calls the modules of `vit`, so that layers which PEFT puts into them
-    act. Layers count from 1.
+    It owns no weights. It calls the modules of `vit`, so layers that PEFT puts into them take
+    effect. Layers are counted from 1.
     """
 
     def __init__(self, vit: nn.Module) -> None:
@@ -35,12 +35,12 @@ class Anatomy(ABC):
     @property
     @abstractmethod
     def shape(self) -> ViTShape:
-        """The numbers that methods need."""
+        """Depth, width and token counts, which methods need when they are built."""
 
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images that it is configured for."""
+        """Height and width of the images that the model is configured for."""
 
     @property
     @abstractmethod
@@ -49,48 +49,49 @@ class Anatomy(ABC):
 
     @property
     def frames(self) -> int | None:
-        """Frames of the clips that a video model takes; None: it takes images."""
+        """Number of frames of a clip, for a video model; None for an image model."""
         return None
 
     @property
     def time_steps(self) -> int:
-        """Feature maps of one clip: its frames, or fewer where frames were joined; 1 for images."""
+        """Number of feature maps of a clip: its frames, or fewer where frames are joined; 1 for
+        an image."""
         return self.frames or 1
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one image [3, H, W] of the configured size, or of one clip [T, 3, H, W]."""
+        """Shape of one input of the configured size: an image [3, H, W] or a clip [T, 3, H, W]."""
         image = (self.in_chans, *self.image_size)
         return image if self.frames is None else (self.frames, *image)
 
     @property
     @abstractmethod
     def heads(self) -> list[nn.Module]:
-        """The classification heads, which train in every method of fine-tuning."""
+        """The classification heads. They train with every fine-tuning method."""
 
     @property
     def reads_prefix_alone(self) -> bool:
-        """Whether `classify` looks at prefix tokens only, such as a class token."""
+        """Whether `classify` reads prefix tokens only, such as the class token."""
         return False
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation that images are normalised with."""
+        """Mean and standard deviation of each channel, with which images are normalised."""
         return (0.5,) * self.in_chans, (0.5,) * self.in_chans
 
     @abstractmethod
     def embed(self, images_B3HW: Tensor) -> Tokens:
-        """Patches with positions and prefix tokens, as they enter the first block.
+        """Tokens of images that enter the first block: patches with positions, prefix tokens.
 
         Video models take clips [B, T, 3, H, W].
 
         Raises:
-            ValueError: If the size of the images does not fit the model, or the number of frames.
+            ValueError: If the size of the images or the number of frames does not fit the model.
         """
 
     @abstractmethod
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        """What attention of `layer` reads: the normalised tokens."""
+        """The input of the attention of `layer`: the normalised tokens."""
 
     @abstractmethod
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,53 +99,59 @@ class Anatomy(ABC):
 
     @abstractmethod
     def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Module, slice]]:
-        """The linear layers that make queries and values, and which of their rows do.
+        """The linear layers that compute queries and values, and which of their output rows do so.
 
-        As they stand in the model: with what PEFT has put around them, see `bare`.
+        PEFT may have put a layer of its own around them; `bare` gives the linear layer inside.
         """
 
     @abstractmethod
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
-        """What is added to the tokens, from the heads' outputs and the input of attention."""
+        """The residual branch of attention.
+
+        Args:
+            layer: The block, counted from 1.
+            out_BND: Outputs of all heads, before the output projection.
+            x_BND: The input of attention, which some models gate the output with.
+        """
 
     @abstractmethod
     def attention_settings(self, layer: int) -> tuple[float, float]:
-        """Scale of the dot products and dropout of the attention weights."""
+        """Factor on the dot products, and dropout probability of the attention weights."""
 
     @abstractmethod
     def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        """What the FFN of `layer` reads: the normalised tokens; [..., D] is allowed."""
+        """The input of the FFN of `layer`: the normalised tokens [..., D]."""
 
     @abstractmethod
     def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
-        """What is added to the tokens, from the input of the FFN; [..., D] is allowed."""
+        """The residual branch of the FFN, computed from its input [..., D]."""
 
     @abstractmethod
     def norm(self, x_BND: Tensor) -> Tensor:
-        """The norm after the last block."""
+        """The final norm, which follows the last block."""
 
     @abstractmethod
     def classify(self, tokens: Tokens) -> Tensor:
-        """Logits [B, num_classes] (features without a head) from the last block's tokens.
+        """Logits [B, num_classes] from the tokens of the last block; without a head, features.
 
-        Pooling counts a merged token as often as the patches it stands for, so that merging equal
+        Pooling weighs a merged token by the number of patches it stands for, so that merging equal
         tokens changes nothing.
         """
 
 
 def bare(layer: Any) -> nn.Linear:
-    """A linear layer without what PEFT may have put around it."""
+    """The linear layer inside of a layer that PEFT may have put around it."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[no-any-return]
 
 
 def split_heads(x_BND: Tensor, num_heads: int) -> Tensor:
-    """[B, N, H * C] to [B, H, N, C]."""
+    """Split features [B, N, H * C] into heads [B, H, N, C]."""
     batch, tokens, width = x_BND.shape
     return x_BND.reshape(batch, tokens, num_heads, width // num_heads).transpose(1, 2)
 
 
 def mean_by_size(x_BND: Tensor, size_BN: Tensor | None) -> Tensor:
-    """Mean over tokens [B, D], each counted by its size."""
+    """Mean over tokens [B, D], weighted by token size (None: all equal)."""
     if size_BN is None:
         return x_BND.mean(dim=1)
     share = (size_BN / size_BN.sum(dim=1, keepdim=True)).to(x_BND.dtype)

@@ -12,7 +12,7 @@ from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_heads
+from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
@@ -168,7 +168,8 @@ class TimmViT(TimmAnatomy):
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         attn: Any = self.vit.blocks[layer - 1].attn
-        q, k, v = (split_heads(part, attn.num_heads) for part in attn.qkv(x_BND).chunk(3, dim=-1))
+        qkv = attn.qkv(x_BND).reshape(*x_BND.shape[:2], 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:

@@ -24,14 +24,8 @@ from tokendial.backbones.loading import warn_of_unused_weights
 from tokendial.compensate.attachment import Attachment
 from tokendial.methods import from_fields, from_json, register, to_json
 from tokendial.model.dial_vit import DialViT
-from tokendial.model.loading import (
-    building,
-    check_field,
-    check_numbers,
-    push_files,
-    read_files,
-    write_files,
-)
+from tokendial.model.files import check_field, check_numbers, config_errors, read_files, write_files
+from tokendial.model.hub import push_files
 from tokendial.reduce.base import DIAL_RATES, ReducerConfig
 from tokendial.shape import ViTShape
 from tokendial.weights import check_finite
@@ -366,7 +360,7 @@ class Compensator(nn.Module):
                 f"{config['depth']} blocks, got {len(tensors)}."
             )
         shape = config["depth"], config["embed_dim"], config["steps"]
-        with building(folder):
+        with config_errors(folder):
             with torch.device("meta"):
                 cls(method, *shape)._check_shapes(tensors, folder)
             return cls(method, *shape)

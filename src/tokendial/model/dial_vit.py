@@ -1,20 +1,36 @@
-"""DialViT: runs a ViT block by block, with a reducer, an adapter and the dial."""
+"""DialViT: a ViT with token reduction, adapters and a dial. It behaves like a timm model.
 
+The class is long because it has one short method for each thing that users ask of a model. The work
+is done elsewhere: `blocks.py` runs a block, `adapter_set.py` lets adapters take turns, `files.py`
+and `saved_model.py` write and read.
+"""
+
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokendial.adapt.base import AdapterConfig
-from tokendial.attention import ByProducts, attend
-from tokendial.backbones import Backbone
+from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.attention import PYTORCH_KERNEL, AttentionKernel
+from tokendial.backbones import Backbone, anatomy_of, fingerprint, fresh_head
 from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import Cost, count_macs
-from tokendial.model.adapted import AdaptedViT, check_degree
+from tokendial.methods import to_json
+from tokendial.model.adapter_set import AdapterSet
+from tokendial.model.arguments import check_bare, check_method
+from tokendial.model.blocks import BlockRunner, Step
+from tokendial.model.files import config_errors, write_files
+from tokendial.model.hub import push_files
+from tokendial.model.intermediates import select_blocks
+from tokendial.model.saved_model import SavedModel
+from tokendial.model.sharing import add_user, check_sharing, remove_user
+from tokendial.model.slot import AdapterSlot
 from tokendial.passes import ForwardPass
 from tokendial.reduce.base import ReducerConfig
 from tokendial.tokens import Tokens, to_grid
@@ -32,22 +48,22 @@ def wrap(
 
     Args:
         vit: A model of timm (VisionTransformer, Eva; for clips those of `video_vit` and videomae_*)
-            or of transformers (ViT, DeiT, Dinov2, CLIPVisionModel). It stays `model.vit`; with an
-            adapter its weights are frozen as the method says.
-        reduce: Reduction method, such as `ToMe(r=8)`; None: none.
-        adapt: Fine-tuning method, such as `DenseAdapter(dim=32)`; None: which weights train is
-            left as it is.
-        decode: Decoder of dense tasks, such as `DARDecoder()`, on a `vit` without a head; None: the
-            head of `vit` gives the logits.
-        backbone: How `vit` was built, written into saved models; None: read from `vit`.
+            or of transformers (ViT, DeiT, Dinov2, CLIPVisionModel). It stays `model.vit`. With an
+            adapter its weights are frozen as the fine-tuning method says.
+        reduce: Reduction method, such as `ToMe(r=8)`; None: no tokens are removed.
+        adapt: Fine-tuning method, such as `DenseAdapter(dim=32)`; None: no adapter, and which
+            weights train stays as it is.
+        decode: Decoder for dense tasks, such as `DARDecoder()`, on a `vit` without a head; None:
+            the head of `vit` gives the logits.
+        backbone: How to build `vit` again, written into saved models; None: read from `vit`.
 
     Returns:
-        A module with the logits of `vit` at degree 0 (a model without a head: its pooled
-        features; with a decoder: its logit maps).
+        A module with the logits of `vit` at degree 0. Without a head it returns the pooled
+        features of `vit`, with a decoder the decoder's logit maps.
 
     Raises:
         ValueError: If the model is not supported, a method does not fit it, or another wrapped
-            model has it and one of both brings adapters. `vit` is then as it was.
+            model has it and one of the two brings adapters. `vit` is then as it was.
 
     Example:
         >>> import timm, torch
@@ -59,39 +75,89 @@ def wrap(
         >>> model.cost().tokens_per_layer
         (189, 181)
     """
+    check_bare(vit, DialViT)
+    for kind, method in (("reduce", reduce), ("adapt", adapt), ("decode", decode)):
+        check_method(kind, method)
     return DialViT(vit, reduce=reduce, adapt=adapt, decode=decode, backbone=backbone)
 
 
-@dataclass(slots=True)
-class Step:
-    """State after one block."""
+class Compensation(Protocol):
+    """Changes weights of the model whenever the dial turns; see `tokendial.compensate`."""
 
-    layer: int
-    """The block, counted from 1."""
-    tokens: Tokens
-    """Tokens that leave it."""
-    attended: ByProducts
-    """By-products of its attention."""
-    entered: Tokens | None
-    """Tokens that its attention saw: after reductions before the block, with prompts. Kept if
-    positions are tracked; None otherwise."""
+    @property
+    def in_weights(self) -> bool:
+        """Whether the model's weights are changed now. If not, outputs of layers are."""
+
+    def on(self) -> None:
+        """Start to compensate, at the present degree of the model."""
+
+    def off(self) -> None:
+        """Stop, and give the model its own weights back."""
+
+    def turn(self, degree: int) -> None:
+        """Compensate for another degree."""
 
 
-class DialViT(AdaptedViT):
-    """A ViT with token reduction, an adapter and a dial; built by `wrap`."""
+class DialViT(nn.Module):
+    """A ViT with token reduction, adapters and a dial; built by `wrap`."""
 
     checkpoint_activations: bool = False
     """Whether training recomputes the blocks in the backward pass instead of keeping their
-    activations: less memory, more time."""
-    fused_attention: bool = True
-    """Whether the fused kernel computes attention, see `attend`."""
-    key_multiple: int = 1
-    """Attention gets keys for a multiple of so many tokens, see `attend`."""
-    sizes_in_keys: bool = False
-    """Whether token sizes become channels of the keys, see `attend`."""
+    activations, which takes less memory and more time. See `set_grad_checkpointing`."""
+    attention_kernel: AttentionKernel = PYTORCH_KERNEL
+    """How attention is computed. `tokendial.optimize` chooses what is fastest on the machine."""
     skips_unread: bool = False
-    """Whether the last block leaves out patch tokens, in `forward` alone, if the head reads prefix
-    tokens only: the logits are the same, and nobody looks at the rest."""
+    """Whether `forward` skips the patch outputs of the last block if the head ignores them. The
+    patches still serve as keys and values, so the logits are the same."""
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        *,
+        reduce: ReducerConfig | None,
+        adapt: AdapterConfig | None,
+        decode: DecoderConfig | None,
+        backbone: Backbone | None,
+    ) -> None:
+        super().__init__()
+        self.anatomy = anatomy_of(vit)
+        """Calls the parts of the backbone: embedding, attention, FFN, head."""
+        self.reduce_config = reduce
+        """The reduction method; None: there is none."""
+        self.fingerprint = fingerprint(vit)
+        """A few weights of the backbone, by which saved models recognise it."""
+        self.vit: Any = vit
+        """The backbone, an ordinary timm or transformers model."""
+        self.compensation: Compensation | None = None
+        """The attached compensator, which follows the dial; None: there is none."""
+        self._given_backbone = backbone or Backbone.of(vit)
+        self._args_when_wrapped = Backbone.of(vit).args
+        self._head_size_when_wrapped = self._head_size
+        self.check_headless(decode)
+        slot = self._new_slot(adapt, decode, self._head_size)
+        self._degree = 0
+        if slot.reducer:
+            check_degree(slot.reducer.degree, slot.reducer.degrees)
+            self._degree = slot.reducer.degree
+        self._adapters = AdapterSet(slot)
+        check_sharing(vit, self, adapts=adapt is not None)
+        if adapt:
+            heads = {name: vit.get_submodule(name) for name in self.head_names}
+            slot.install(vit, self.anatomy.blocks, heads, shared=False)
+        self._use_active_slot()
+        add_user(vit, self)
+
+    def extra_repr(self) -> str:
+        """The methods with their settings, and the degree, for `repr(model)`."""
+        methods = (
+            ("reduce", self.reduce_config),
+            ("adapt", self.adapt_config),
+            ("decode", self.decode_config),
+        )
+        lines = [f"{kind}={method}," for kind, method in methods if method is not None]
+        return "\n".join([*lines, f"degree={self.degree} of 0 to {self.degrees[-1]}"])
+
+    # The forward pass.
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images [B, 3, H, W], or of clips [B, T, 3, H, W], at the present degree.
@@ -99,27 +165,81 @@ class DialViT(AdaptedViT):
         Returns:
             [B, num_classes]; with a decoder [B, num_classes, h, w], at the decoder's resolution.
         """
-        unread = self.skips_unread and self._reads_prefix_alone
-        for step in self._steps_to_logits(images, skip_unread=unread):
-            tokens = step.tokens
-            del step  # as `steps` does
+        run_block, depth = self._block_function(), len(self.anatomy.blocks)
+        skips = self.skips_unread and self._reads_prefix_only
+        tokens = self.anatomy.embed(images)
+        if self.decoder is not None:
+            # A decoder needs every position back.
+            tokens = tokens.tracked(fused_count=False)
+        for layer in range(1, depth + 1):
+            tokens = run_block(layer, tokens, prefix_only=skips and layer == depth).tokens
         return self._logits(tokens)
 
+    def steps(
+        self,
+        images: Tensor,
+        *,
+        track: bool = False,
+        dropped: Literal["own", "fused"] = "fused",
+        needs: frozenset[str] = frozenset(),
+    ) -> Iterator[Step]:
+        """Run block by block.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            track: Track which token holds each original position.
+            dropped: With `track`, the features of positions whose tokens were given up for a fused
+                token, see `feature_map`.
+            needs: By-products of attention (see `tokendial.attention.BY_PRODUCTS`) to return for
+                every block, besides those that the reducer needs.
+
+        Yields:
+            The state after each block, before the final norm.
+        """
+        run_block = self._block_function()
+        tokens = self.anatomy.embed(images)
+        if track:
+            tokens = tokens.tracked(fused_count=dropped == "fused")
+        for layer in range(1, len(self.anatomy.blocks) + 1):
+            step = run_block(layer, tokens, needs)
+            tokens = step.tokens
+            yield step
+
+    def _block_function(self) -> Callable[..., Step]:
+        """`BlockRunner.run` with the present degree, methods and settings."""
+        # The version is never negative. torch.compile notices changes of attributes that decide
+        # something, but not changes of hooks: this statement makes it compile anew for other hooks.
+        if self.hook_version < 0:
+            raise RuntimeError("hook_version is negative: it is set by note_hooks() only.")
+        reducer = self.reducer if self.degree else None
+        runner = BlockRunner(
+            self.anatomy, reducer, self.degree, self.adapter, self.attention_kernel
+        )
+        if self.checkpoint_activations and self.training:
+            return partial(checkpoint, runner.run, use_reentrant=False)
+        return runner.run
+
     @property
-    def _reads_prefix_alone(self) -> bool:
+    def _reads_prefix_only(self) -> bool:
         """Whether nothing reads the patch tokens that leave the last block."""
         if self.decoder is not None or self.adapter.needs_grid or self.adapter.needs_all:
             return False
         return self.anatomy.reads_prefix_alone
 
-    def forward_at(self, images: Tensor, degrees: Sequence[int]) -> Tensor:
-        """Logits of a batch whose images want degrees of their own; each degree runs once.
+    def _logits(self, tokens: Tokens) -> Tensor:
+        if self.decoder is None:
+            return self.anatomy.classify(tokens)
+        logits: Tensor = self.decoder(self._restored_map(tokens, norm=True))
+        return logits
 
-        With a compensator, attach it with `merge=False`: turning is free then.
+    def forward_at(self, images: Tensor, degrees: Sequence[int]) -> Tensor:
+        """Logits of a batch in which each image has its own degree; each degree runs once.
+
+        Attach a compensator with `merge=False`, so that turning the dial is free.
 
         Args:
             images: [B, 3, H, W].
-            degrees: One for each image.
+            degrees: The degree of each image.
 
         Raises:
             ValueError: If there are not as many degrees as images, or one is not in `degrees`.
@@ -144,173 +264,14 @@ class DialViT(AdaptedViT):
 
     def outcome(self, images: Tensor) -> ForwardPass:
         """Logits, features and the tokens of every layer: what the losses of methods read."""
-        tokens = [step.tokens for step in self._steps_to_logits(images)]
+        steps = self.steps(images, track=self.decoder is not None, dropped="own")
+        tokens = [step.tokens for step in steps]
         last = tokens[-1]
-        read = self.restored_map(last) if self.decoder else None
+        read = self._restored_map(last, norm=True) if self.decoder else None
         logits = self.decoder(read) if self.decoder else self.anatomy.classify(last)
         return ForwardPass(self.degree, logits.float(), self.anatomy.norm(last.x), tokens, read)
 
-    def _steps_to_logits(self, images: Tensor, *, skip_unread: bool = False) -> Iterator[Step]:
-        # A decoder needs every position back.
-        track = self.decoder is not None
-        return self._steps(images, track=track, dropped="own", skip_unread=skip_unread)
-
-    def _logits(self, tokens: Tokens) -> Tensor:
-        if self.decoder is None:
-            return self.anatomy.classify(tokens)
-        logits: Tensor = self.decoder(self.restored_map(tokens))
-        return logits
-
-    def restored_map(self, tokens: Tokens, *, norm: bool = True) -> Tensor:
-        """The feature map [B, D, rows, columns] of tokens that were tracked, reductions undone.
-
-        Of clips: the maps of all frames (time steps, where frames were joined), [B * T, ...].
-
-        Args:
-            tokens: That leave a block.
-            norm: Apply the final norm.
-        """
-        rows, columns = tokens.grid
-        x = tokens.restored()[:, -tokens.grids * rows * columns :]
-        return to_grid(self.anatomy.norm(x) if norm else x, tokens.grid)
-
-    def steps(
-        self,
-        images: Tensor,
-        *,
-        track: bool = False,
-        dropped: Literal["own", "fused"] = "fused",
-        needs: frozenset[str] = frozenset(),
-    ) -> Iterator[Step]:
-        """Run block by block.
-
-        Args:
-            images: [B, 3, H, W], normalised.
-            track: Keep for each original position which token holds it.
-            dropped: With `track`: which features restored positions get that were given up for a
-                fused token, see `feature_map`.
-            needs: By-products of attention (see `tokendial.attention.BY_PRODUCTS`) to return for
-                every block, besides those that the reducer needs.
-
-        Yields:
-            The state after each block, before the final norm.
-        """
-        return self._steps(images, track=track, dropped=dropped, needs=needs)
-
-    def _steps(
-        self,
-        images: Tensor,
-        *,
-        track: bool,
-        dropped: Literal["own", "fused"],
-        needs: frozenset[str] = frozenset(),
-        skip_unread: bool = False,
-    ) -> Iterator[Step]:
-        tokens = self.anatomy.embed(images)
-        if track:
-            tokens = tokens.tracked(fused_count=dropped == "fused")
-        run = self._block
-        if self.checkpoint_activations and self.training:
-            run = partial(checkpoint, self._block, use_reentrant=False)
-        degree = self.degree  # a recomputed block has to find it as it was
-        # The number is never negative. That it decides something here, in a statement that Python
-        # keeps, makes a compiled model depend on it: it is compiled anew when hooks change.
-        depth = len(self.anatomy.blocks) if self.hooks >= 0 else 0
-        for layer in range(1, depth + 1):
-            step = run(layer, degree, tokens, needs, skip_unread and layer == depth)
-            tokens = step.tokens
-            yield step
-            del step  # what it holds besides the tokens is not needed while the next block runs
-
-    def _block(
-        self,
-        layer: int,
-        degree: int,
-        tokens: Tokens,
-        needs: frozenset[str],
-        prefix_alone: bool = False,
-    ) -> Step:
-        reducer = self.reducer if degree else None
-        if reducer:
-            tokens = reducer.before_block(layer, degree, tokens)
-        tokens = self.adapter.before_block(layer, tokens)
-        # Methods reduce patch tokens; after the attention of prefix tokens alone there are none.
-        acts = reducer and not prefix_alone and reducer.acts(layer, degree)
-        acting = reducer if acts else None
-        # Features that nobody will look at are not held while the FFN runs.
-        entered = None if tokens.origin is None else tokens
-        tokens, attended = self._attention(
-            layer,
-            tokens,
-            needs=needs | acting.needs if acting else needs,
-            size_BN=tokens.size if reducer and reducer.proportional_attention else None,
-            prefix_alone=prefix_alone,
-        )
-        if acting:
-            grouping = acting.group(layer, degree, tokens, attended)
-            if grouping is not None:
-                tokens = tokens.reduced(grouping, track_size=acting.tracks_size)
-        around = partial(acting.around_ffn, layer, degree, tokens, attended) if acting else None
-        tokens = self.adapter.after_block(layer, self._ffn(layer, tokens, around))
-        return Step(layer, tokens, attended, entered)
-
-    def _attention(
-        self,
-        layer: int,
-        tokens: Tokens,
-        *,
-        needs: frozenset[str],
-        size_BN: Tensor | None,
-        prefix_alone: bool,
-    ) -> tuple[Tokens, ByProducts]:
-        anatomy = self.anatomy
-        x = anatomy.attention_input(layer, tokens.x)
-        q, k, v = anatomy.qkv(layer, x, tokens)
-        if prefix_alone:  # they see all tokens
-            tokens = tokens.prefix_alone()
-            x, q = x[:, : tokens.prefix], q[:, :, : tokens.prefix]
-        scale, dropout = anatomy.attention_settings(layer)
-        heads, attended = attend(
-            q,
-            k,
-            v,
-            scale=scale,
-            dropout=dropout,
-            size_BN=size_BN,
-            policy_BN=tokens.policy,
-            needs=needs,
-            fused=self.fused_attention,
-            key_multiple=self.key_multiple,
-            sizes_in_keys=self.sizes_in_keys,
-        )
-        del q, k, v  # what follows finds their memory free
-        out = tokens.x + anatomy.attention_branch(layer, heads, x)
-        beside = self.adapter.beside_attention(layer, x, tokens)
-        return replace(tokens, x=out if beside is None else out + beside), attended
-
-    def _ffn(
-        self,
-        layer: int,
-        tokens: Tokens,
-        around: Callable[[Callable[[Tensor], Tensor]], tuple[Tensor, Tensor | None]] | None,
-    ) -> Tokens:
-        anatomy, adapter = self.anatomy, self.adapter
-        known: list[Tensor] = []
-
-        def normed() -> Tensor:
-            # Adapters may read what the FFN reads; it is computed once.
-            if not known:
-                known.append(anatomy.ffn_input(layer, tokens.x))
-            return known[0]
-
-        def ffn(x: Tensor) -> Tensor:
-            y = normed() if x is tokens.x else anatomy.ffn_input(layer, x)
-            return adapter.after_ffn(layer, anatomy.ffn_branch(layer, y))
-
-        x, selected = around(ffn) if around else (tokens.x + ffn(tokens.x), None)
-        branch, carried = adapter.beside_ffn(layer, tokens, normed)
-        x = x if branch is None else x + branch
-        return replace(tokens, x=x, carried=carried, selected=selected)
+    # Features.
 
     def feature_map(
         self,
@@ -319,20 +280,20 @@ class DialViT(AdaptedViT):
         *,
         dropped: Literal["own", "fused"] = "own",
     ) -> Tensor:
-        """Features at every patch, all reductions undone.
+        """Features at every patch, with all reductions undone.
 
         Merged tokens are copied back to all their positions.
 
         Args:
             images: [B, 3, H, W], normalised.
-            layer: Block after which to look, counted from 1, before the final norm; None: after
-                the last one and the final norm.
-            dropped: What positions get whose tokens were given up for a fused one: the features
-                that they had then ("own"), or those of the fused token ("fused"). Tokens that were
-                dropped without a fused one always keep their own.
+            layer: The block whose output to return, counted from 1, without the final norm; None:
+                the output of the last block, with the final norm.
+            dropped: What positions get whose tokens were given up for a fused token: "own" for the
+                features that they had then, "fused" for those of the fused token. Tokens that were
+                dropped without a fused one always keep their own features.
 
         Returns:
-            [B, D, rows, columns]; the class and other prefix tokens are left out. Of clips:
+            [B, D, rows, columns]; the class token and other prefix tokens are left out. Of clips:
             [B, T, D, rows, columns] (T: frames, or time steps where frames were joined).
 
         Raises:
@@ -349,7 +310,9 @@ class DialViT(AdaptedViT):
         dropped: Literal["own", "fused"] = "own",
         norm: bool = False,
     ) -> list[Tensor]:
-        """Feature maps after several blocks in one run; like timm's `forward_intermediates`.
+        """Feature maps after several blocks in one run.
+
+        `forward_intermediates` does the same with timm's arguments.
 
         Args:
             images: [B, 3, H, W], normalised.
@@ -373,7 +336,7 @@ class DialViT(AdaptedViT):
         maps: dict[int, Tensor] = {}
         for step in self.steps(images, track=True, dropped=dropped):
             if step.layer in layers:
-                maps[step.layer] = self.restored_map(step.tokens, norm=norm)
+                maps[step.layer] = self._restored_map(step.tokens, norm=norm)
             if step.layer == max(layers):
                 break
         found = [maps[layer] for layer in layers]
@@ -381,44 +344,647 @@ class DialViT(AdaptedViT):
             return found
         return [each.reshape(-1, self.anatomy.time_steps, *each.shape[1:]) for each in found]
 
+    def _restored_map(self, tokens: Tokens, *, norm: bool) -> Tensor:
+        """The feature map [B * grids, D, rows, columns] of tracked tokens, reductions undone."""
+        rows, columns = tokens.grid
+        x = tokens.restored()[:, -tokens.grids * rows * columns :]
+        return to_grid(self.anatomy.norm(x) if norm else x, tokens.grid)
+
+    # What timm's models have.
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a token."""
+        return self.anatomy.shape.embed_dim
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features that `forward_features` returns; the same as `embed_dim`."""
+        return self.embed_dim
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the logits; 0 without a head or decoder."""
+        return self.decode_config.num_classes if self.decode_config else self._head_size
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """timm's facts of the backbone, such as mean and deviation of its images.
+
+        `timm.data.resolve_model_data_config(model)` reads them. Models of transformers have none.
+        """
+        return self.vit.pretrained_cfg
+
+    @property
+    def default_cfg(self) -> Any:
+        """`pretrained_cfg` by its older name."""
+        return self.vit.default_cfg
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Features of all tokens after the last block and the final norm, reductions undone.
+
+        At degree 0 they are those of timm's `forward_features`. At other degrees the shape is the
+        same: a merged token is copied back to all its positions.
+
+        Returns:
+            [B, N, D] with all prefix and patch tokens; of clips whose frames run by themselves
+            [B * T, N, D].
+        """
+        *_, last = self.steps(images, track=True, dropped="own")
+        return self.anatomy.norm(last.tokens.restored())
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of the features that `forward_features` returns.
+
+        Args:
+            features: [B, N, D].
+            pre_logits: Return what the last linear layer reads instead.
+
+        Raises:
+            ValueError: If the backbone is not of timm, or the model has a decoder.
+        """
+        logits: Tensor = self._timm_method("forward_head")(features, pre_logits=pre_logits)
+        return logits
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Outputs of several blocks in one run, as timm's models return them.
+
+        All reductions are undone. Unlike all else here, `indices` count blocks from 0, as timm's
+        do; `feature_maps` counts from 1.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            indices: Blocks counted from 0, negative ones from the end; a number n: the last n
+                blocks; None: all.
+            return_prefix_tokens: Return a pair (patches, prefix tokens) for each block.
+            norm: Apply the final norm to each.
+            stop_early: Stop after the last block of `indices`; the final features are then those
+                after that block.
+            output_fmt: "NCHW" for maps [B, D, rows, columns], "NLC" for patches [B, L, D].
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The features that `forward_features` returns, and a list with an entry for each block,
+            in the order of the blocks.
+
+        Raises:
+            ValueError: If there is no such block, or `output_fmt` is another one.
+        """
+        depth = len(self.anatomy.blocks)
+        blocks = select_blocks(indices, depth)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}.")
+        found: list[Any] = []
+        for step in self.steps(images, track=True, dropped="own"):
+            if step.layer - 1 in blocks:
+                rows, columns = step.tokens.grid
+                x = step.tokens.restored()
+                x = self.anatomy.norm(x) if norm else x
+                prefix, patches = x.tensor_split([-step.tokens.grids * rows * columns], dim=1)
+                part = patches if output_fmt == "NLC" else to_grid(patches, step.tokens.grid)
+                found.append((part, prefix) if return_prefix_tokens else part)
+            if stop_early and step.layer - 1 == max(blocks):
+                break
+        if intermediates_only:
+            return found
+        return self.anatomy.norm(step.tokens.restored()), found
+
+    def get_classifier(self) -> Any:
+        """The head as timm's `get_classifier` returns it; the decoder if there is one."""
+        if self.decoder is not None:
+            return self.decoder
+        return self._timm_method("get_classifier")()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the active adapter a new head, which trains; see timm's `reset_classifier`.
+
+        Args:
+            num_classes: Width of the logits; 0 removes the head.
+            global_pool: How tokens are pooled before the head; None: as before.
+
+        Raises:
+            ValueError: If the backbone is not of timm, takes clips, or the model has a decoder.
+        """
+        if self.anatomy.frames is not None:
+            raise ValueError(
+                "the head of a video model cannot be reset: add_adapter(..., num_classes=...) "
+                "makes a new one."
+            )
+        self._timm_method("reset_classifier")(num_classes, global_pool)
+
+    def _timm_method(self, name: str) -> Callable[..., Any]:
+        if self.decoder is not None:
+            raise ValueError(f"{name} is for heads, but this model has a decoder.")
+        method: Callable[..., Any] | None = getattr(self.vit, name, None)
+        if method is None:
+            raise ValueError(f"{name} needs a model of timm, vit is a {type(self.vit).__name__}.")
+        return method
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations."""
+        self.checkpoint_activations = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm excludes from weight decay, as in `named_parameters()`."""
+        names: set[str] = getattr(self.vit, "no_weight_decay", set)()
+        return {f"vit.{name}" for name in names}
+
+    # The dial.
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degrees that the dial offers, from 0 (no reduction) to the cheapest."""
+        return self.reducer.degrees if self.reducer else (0,)
+
+    @property
+    def degree(self) -> int:
+        """Position of the dial; setting it turns the dial, as `set_degree` does."""
+        return self._degree
+
+    @degree.setter
+    def degree(self, degree: int) -> None:
+        self.set_degree(degree)
+
+    def set_degree(self, degree: int) -> None:
+        """Turn the dial.
+
+        Raises:
+            ValueError: If `degree` is not one of `degrees`, or an attached compensator does not
+                reach it.
+        """
+        check_degree(degree, self.degrees)
+        degree = int(degree)
+        if self.compensation:
+            self.compensation.turn(degree)
+        self._degree = degree
+
     def cost(self, degree: int | None = None) -> Cost:
         """Parameters, multiply-accumulates and tokens of one image of the configured size.
 
-        Of one clip, if this is a video model; tokens are then those of a sequence: of a frame where
-        frames run by themselves.
+        For a video model, of one clip; tokens are then those of one sequence, which is a frame
+        where frames run by themselves.
 
         Args:
-            degree: Degree to look at; None: the present one.
+            degree: Degree to count at; None: the present one.
 
         Raises:
             ValueError: If `degree` is not one of `degrees`.
         """
         before = self.degree
-        tokens: list[int] = []
+        tokens_per_layer: list[int] = []
 
         def run(call: nn.Module) -> None:
             dtype = next(self.parameters()).dtype
             images = torch.empty(1, *self.anatomy.input_shape, device="meta", dtype=dtype)
-            for step in self._steps_to_logits(images):
-                tokens.append(step.tokens.x.shape[1])
+            for step in self.steps(images, track=self.decoder is not None, dropped="own"):
+                tokens_per_layer.append(step.tokens.x.shape[1])
             self._logits(step.tokens)
 
         try:
             if degree is not None:
                 check_degree(degree, self.degrees)
-                self._degree = int(degree)  # weights need not follow to be counted
+                # Not set_degree: a compensator's weights need not change to be counted.
+                self._degree = int(degree)
             macs = count_macs(self, run)
-            at = self.degree
+            counted = self.degree
         finally:
             self._degree = before
         readouts = [*self.anatomy.heads, *([self.decoder] if self.decoder else [])]
         heads = {id(p) for readout in readouts for p in readout.parameters()}
         return Cost(
-            degree=at,
+            degree=counted,
             params=sum(p.numel() for p in self.parameters()),
             trainable_params=sum(
                 p.numel() for p in self.trainable_parameters() if id(p) not in heads
             ),
             macs=macs,
-            tokens_per_layer=tuple(tokens),
+            tokens_per_layer=tuple(tokens_per_layer),
         )
+
+    # Adapters.
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of all adapters; "default" is the one given to `wrap`."""
+        return self._adapters.names
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the active adapter."""
+        return self._adapters.active
+
+    def add_adapter(
+        self,
+        name: str,
+        adapt: AdapterConfig,
+        *,
+        num_classes: int | None = None,
+        decode: DecoderConfig | None = None,
+    ) -> None:
+        """Add an adapter with its own head or decoder; `set_adapter` makes it active.
+
+        All adapters share the backbone, which is in memory once. Each adapter has its own copy of
+        what it trains besides: weights of the backbone (`FullFineTuning`, `BitFit`, `LastBlocks`)
+        and weights of the reducer, if it has some. Only the active adapter is part of
+        `parameters()`, `state_dict()` and `cost()`.
+
+        Args:
+            name: A name that is not taken.
+            adapt: Fine-tuning method, such as `LoRA(rank=8)`.
+            num_classes: Width of its head; None: that of the head given to `wrap`.
+            decode: Its decoder; None: a fresh one like that given to `wrap`, if one was.
+
+        Raises:
+            ValueError: If the name is taken, the method does not fit, the model has no head to
+                replace, a decoder would stand beside a head, adapters are merged, the method
+                given to `wrap` trains the shared weights, or another wrapped model has the
+                backbone.
+        """
+        check_method("adapt", adapt)
+        check_method("decode", decode)
+        self._record_head_size()
+        self._adapters.check_new(name)
+        default = self._adapters.default_slot
+        size = default.head_size if num_classes is None else num_classes
+        if type(size) is not int or size < 0 or bool(size) != bool(default.head_size):
+            allowed = "at least 1" if default.head_size else "None: this model has no head"
+            raise ValueError(f"num_classes must be {allowed}, got {num_classes}.")
+        self._check_unmerged()
+        self.check_headless(decode)
+        slot = self._new_slot(adapt, decode or default.decode, size)
+        with self.own_weights(), self._adapters.active_off(self.vit):
+            check_sharing(self.vit, self, adapts=True)
+            heads = {
+                head: fresh_head(self.vit.get_submodule(head), size) for head in self.head_names
+            }
+            slot.install(self.vit, self.anatomy.blocks, heads, shared=True)
+            slot.take_off(self.vit)
+        self._adapters.slots[name] = slot
+
+    def set_adapter(self, name: str) -> None:
+        """Make an adapter active, with its head or decoder.
+
+        Raises:
+            ValueError: If there is none of that name, or adapters are merged.
+        """
+        self._adapters.check_known(name)
+        if name == self.active_adapter:
+            return
+        self._check_unmerged()
+        self._record_head_size()
+        with self.own_weights():
+            self._adapters.activate(name, self.vit)
+            self._use_active_slot()
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ValueError: If there is none of that name, or it is active or the default.
+        """
+        self._adapters.delete(name)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that train: adapters and heads, or everything in full fine-tuning."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in the words of PEFT's method of that name."""
+        trainable = sum(p.numel() for p in self.trainable_parameters())
+        total = sum(p.numel() for p in self.parameters())
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def merge_adapters(self) -> None:
+        """Add a linear adapter (LoRA, SSF, FacT) to the backbone's weights, so that it is free.
+
+        Outputs stay the same up to rounding. The original weights are kept in memory, so that
+        `unmerge_adapters` restores their bits.
+
+        Raises:
+            ValueError: If the adapter is not linear, or is merged already.
+        """
+        if self.adapter.merged:
+            raise ValueError("the adapters are merged already.")
+        with self.own_weights():
+            self.adapter.merge()
+
+    def unmerge_adapters(self) -> None:
+        """Undo `merge_adapters`, to the bit.
+
+        Raises:
+            ValueError: If nothing is merged.
+        """
+        if not self.adapter.merged:
+            raise ValueError("the adapters are not merged.")
+        with self.own_weights():
+            self.adapter.unmerge()
+
+    def unwrap(self, *, merge: bool = True) -> nn.Module:
+        """Give the backbone back as an ordinary model; this model cannot be used any more.
+
+        Weights that were trained in place (heads, `FullFineTuning`, `BitFit`, `LastBlocks`) stay as
+        they are. Which parameters train is again as it was before `wrap`.
+
+        Args:
+            merge: Merge the active adapter, so that the backbone has the logits of this model at
+                degree 0. If False, the backbone comes without the adapter.
+
+        Returns:
+            `model.vit`.
+
+        Raises:
+            ValueError: If the adapter cannot be merged, there is a decoder that would be lost (both
+                with `merge` only), or a compensator is attached. The model is then as it was.
+        """
+        if self.compensation:
+            raise ValueError("a compensator is attached: detach it first.")
+        if merge and self.decoder is not None:
+            raise ValueError("the backbone cannot hold the decoder: use unwrap(merge=False).")
+        if self.adapter.merged and not merge:
+            self.unmerge_adapters()
+        if merge and not self.adapter.merged and _has_own_weights(self.adapter):
+            try:
+                self.merge_adapters()
+            except ValueError as error:
+                raise ValueError(
+                    f"{str(error).rstrip('.')}; unwrap(merge=False) gives the backbone without it."
+                ) from None
+        vit: nn.Module = self.vit
+        slot = self._adapters.active_slot
+        if merge:
+            slot.dissolve(vit, self.head_names)
+        else:
+            slot.remove(vit)
+        remove_user(vit, self)
+        del self.vit, self.anatomy
+        return vit
+
+    def release_backbone(self) -> None:
+        """Give the backbone back as `wrap` found it; the model cannot be used any more."""
+        slot = self._adapters.default_slot
+        if slot.config is not None:
+            slot.remove(self.vit)
+        remove_user(self.vit, self)
+
+    def _new_slot(
+        self, adapt: AdapterConfig | None, decode: DecoderConfig | None, head_size: int
+    ) -> AdapterSlot:
+        """An adapter that is not yet in the backbone, with its own reducer and decoder."""
+        shape, reduce = self.anatomy.shape, self.reduce_config
+        reducer = reduce.build(shape) if reduce else None
+        adapter = adapt.build(shape) if adapt else Adapter()
+        if adapter.needs_grid and reducer and not reducer.keeps_grid:
+            raise ValueError(
+                f"{type(adapt).__name__} needs the tokens of all patches in every layer, but "
+                f"{type(reduce).__name__} takes some away; use it with DAR, DyT or FFNMerge."
+            )
+        decoder = decode.build(shape) if decode else None
+        return AdapterSlot(adapt, adapter, reducer, head_size, decode, decoder)
+
+    def _use_active_slot(self) -> None:
+        """Make the modules of the active adapter those of the model."""
+        slot = self._adapters.active_slot
+        self.adapt_config, self.decode_config = slot.config, slot.decode
+        self.adapter, self.reducer, self.decoder = slot.adapter, slot.reducer, slot.decoder
+        self.note_hooks()
+
+    def _check_unmerged(self) -> None:
+        if self.adapter.merged:
+            raise ValueError("the adapters are merged: call unmerge_adapters() first.")
+
+    # The backbone and its head.
+
+    @property
+    def backbone(self) -> Backbone:
+        """How to build the backbone again, with its present head and settings."""
+        now = Backbone.of(self.vit).args
+        before = self._args_when_wrapped
+        changed = {name: now[name] for name in now if now[name] != before.get(name)}
+        changed.pop("num_classes", None)  # a model may say one number and have another head
+        args = {**self._given_backbone.args, **changed}
+        backbone = dataclasses.replace(self._given_backbone, args=args)
+        size = self._head_size
+        return backbone if size == self._head_size_when_wrapped else backbone.with_head(size)
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Names of the classification heads in `vit`; none if it has no head."""
+        heads = {id(head) for head in self.anatomy.heads if self._head_size}
+        return tuple(name for name, part in self.vit.named_modules() if id(part) in heads)
+
+    @property
+    def _head_size(self) -> int:
+        heads = self.anatomy.heads
+        return int(getattr(heads[0], "out_features", 0)) if heads else 0
+
+    def _record_head_size(self) -> None:
+        """Note the active adapter's head size: its head may have been replaced."""
+        self._adapters.active_slot.head_size = self._head_size
+
+    def check_headless(self, decode: DecoderConfig | None) -> None:
+        """Raise a ValueError if there is a decoder, and this model cannot have one."""
+        if decode and self.anatomy.frames is not None:
+            raise ValueError("a decoder reads images, but this model takes clips.")
+        if decode and self._head_size:
+            raise ValueError(
+                "a decoder needs a backbone without a classification head (num_classes=0), this "
+                f"one has {self._head_size} classes."
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "vit" and "vit" in self.__dict__.get("_modules", ()):
+            self._replace_backbone(value)
+        super().__setattr__(name, value)
+
+    def _replace_backbone(self, vit: nn.Module) -> None:
+        """Prepare for another backbone; a ValueError if it cannot replace the present one."""
+        if getattr(self, "_is_replica", False):  # torch.nn.DataParallel sets the replica's part
+            self.anatomy = type(self.anatomy)(vit)
+            return
+        anatomy, present = anatomy_of(vit), self.vit
+        if self.compensation:
+            raise ValueError("a compensator is attached: detach it before vit is replaced.")
+        if self._adapters.has_layers_in_backbone:
+            raise ValueError(
+                "vit cannot be replaced: an adapter has put layers into it; wrap the other one."
+            )
+        if type(anatomy) is not type(self.anatomy) or _shapes(vit) != _shapes(present):
+            raise ValueError("vit must be a model of the same kind and shape as the present one.")
+        check_sharing(vit, self, adapts=self._adapters.changes_backbone)
+        if self._adapters.changes_backbone:
+            for own, theirs in zip(vit.parameters(), present.parameters(), strict=True):
+                own.requires_grad_(theirs.requires_grad)
+        self.anatomy, self.fingerprint = anatomy, fingerprint(vit)
+        add_user(vit, self)
+
+    # Weights and hooks that a compensator changes.
+
+    @contextmanager
+    def own_weights(self) -> Iterator[None]:
+        """Run a block of code on the model's own weights, without an attached compensator."""
+        compensation, self.compensation = self.compensation, None
+        if compensation:
+            compensation.off()
+        try:
+            yield
+        finally:
+            self.compensation = compensation
+            if compensation:
+                compensation.on()
+            self.note_hooks()
+
+    def note_hooks(self) -> None:
+        """Record which hooks are in the backbone as a number, `hook_version`.
+
+        `torch.compile` does not notice other hooks, but it notices another number.
+        """
+        handles = (handle for module in self.vit.modules() for handle in module._forward_hooks)
+        self.hook_version = abs(hash(tuple(handles)))
+
+    # Saving and loading.
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the trained weights, the configuration and the backbone's name; see `load`.
+
+        Saved are the weights that train and the adapter's own. A frozen backbone is saved by its
+        name only, unless its weights are random and could not be had again.
+
+        Raises:
+            ValueError: If adapters are merged, or a head stands beside the decoder.
+        """
+        if self.adapter.merged:
+            raise ValueError("merged adapters cannot be saved: call unmerge_adapters() first.")
+        self.check_headless(self.decode_config)
+        with self.own_weights():
+            write_files(Path(directory), self._saved_config(), self.saved_tensors())
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub; returns the address."""
+        return push_files(self.save_pretrained, repo_id, private=private, token=token)
+
+    def save_adapter(self, name: str, directory: str | Path) -> None:
+        """Write one adapter with its head, as `save_pretrained` does for the active one."""
+        active = self.active_adapter
+        self.set_adapter(name)
+        try:
+            self.save_pretrained(directory)
+        finally:
+            self.set_adapter(active)
+
+    def load_adapter(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> None:
+        """Add an adapter that `save_adapter` or `save_pretrained` wrote; `set_adapter` to use it.
+
+        Args:
+            name: A name that is not taken.
+            directory: Local folder, or "owner/name" of a repository on the Hugging Face hub.
+            revision: Branch, tag or commit of the repository on the hub; None: its main branch.
+            token: Access token of the hub; None: the one that `hf auth login` stored, if any.
+
+        Raises:
+            ValueError: If the folder holds no saved model, or one of another backbone or reduction
+                method. The model is then as it was.
+        """
+        saved = SavedModel.read(directory, revision=revision, token=token)
+        if saved.adapt is None:
+            raise ValueError(f"{saved.folder} holds a model without an adapter.")
+        if saved.reduce != self.reduce_config:
+            raise ValueError(
+                f"{saved.folder} was trained with another reduction ({saved.reduce}) than this "
+                f"model's ({self.reduce_config})."
+            )
+        saved.check_backbone(self.fingerprint)
+        active = self.active_adapter
+        with config_errors(saved.folder), self.own_weights():
+            self.add_adapter(
+                name,
+                saved.adapt,
+                num_classes=saved.head_size(self.head_names),
+                decode=saved.decode,
+            )
+            try:
+                self.set_adapter(name)
+                # The file may hold the frozen backbone, too, whose weights the model has.
+                own = self._trained_tensors()
+                frozen = self.state_dict().keys() - own.keys()
+                tensors = {n: value for n, value in saved.tensors.items() if n not in frozen}
+                saved.check_shapes(own, tensors)
+                saved.check_values(tensors, own)
+                self.load_state_dict(tensors, strict=False)
+                saved.calibrate(self.reducer)
+            except BaseException:
+                self.set_adapter(active)
+                self.delete_adapter(name)
+                raise
+            self.set_adapter(active)
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Tensors that a saved model holds: what was trained, or all if weights are random."""
+        random = self.backbone.weights is None
+        return (dict(self.named_parameters()) if random else {}) | self._trained_tensors()
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        trained |= {f"adapter.{name}": t for name, t in self.adapter.state_dict().items()}
+        decoder = self.decoder.state_dict() if self.decoder else {}
+        return trained | {f"decoder.{name}": t for name, t in decoder.items()}
+
+    def _saved_config(self) -> dict[str, Any]:
+        saved = self.saved_tensors()
+        calibration = self.reducer.calibration if self.reducer else None
+        methods = {
+            "reduce": self.reduce_config,
+            "adapt": self.adapt_config,
+            "decode": self.decode_config,
+        }
+        return {
+            "kind": "model",
+            "backbone": dataclasses.asdict(self.backbone),
+            "whole": all(f"vit.{name}" in saved for name, _ in self.vit.named_parameters()),
+            "fingerprint": self.fingerprint,
+            "degree": self.degree,
+            "calibration": dataclasses.asdict(calibration) if calibration else None,
+        } | {kind: to_json(kind, method) if method else None for kind, method in methods.items()}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # Merged weights are replaced when the kept ones come back: what is loaded would be lost.
+        self._check_unmerged()
+        if self.compensation and self.compensation.in_weights:
+            raise ValueError("a compensator is in the weights: detach it before others are loaded.")
+        super()._load_from_state_dict(*args)
+
+
+def check_degree(degree: int, degrees: Sequence[int]) -> None:
+    """Raise a ValueError unless `degree` is one of those that a dial offers."""
+    if isinstance(degree, bool) or degree not in degrees:
+        raise ValueError(f"degree must be an integer in [0, {degrees[-1]}], got {degree!r}.")
+
+
+def _has_own_weights(adapter: Adapter) -> bool:
+    """Whether an adapter acts by more than weights of the backbone."""
+    return adapter.in_backbone or next(adapter.parameters(), None) is not None
+
+
+def _shapes(vit: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in vit.named_parameters()}

@@ -1,6 +1,6 @@
-"""How an adapter sits in a backbone, so that several can take turns in one."""
+"""How one adapter is put into a backbone and taken out again, so that several can take turns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -9,40 +9,47 @@ from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.decode import DecoderConfig
 from tokendial.reduce.base import Reducer
 
-_CARRIED = "carried_adapter"
-"""Attribute of a backbone that says which method's layers or hooks stand in it."""
+_METHOD_IN_BACKBONE = "carried_adapter"
+"""Attribute of a backbone that names the method whose layers or hooks are in it."""
 
 
-def carried_by(vit: nn.Module) -> str | None:
-    """Name of the method whose layers or hooks stand in a backbone; None: it has only its own."""
-    return getattr(vit, _CARRIED, None)
+def method_in_backbone(vit: nn.Module) -> str | None:
+    """Name of the method whose layers or hooks are in a backbone; None if there are none."""
+    return getattr(vit, _METHOD_IN_BACKBONE, None)
 
 
 @dataclass(slots=True)
-class Fitting:
-    """An adapter, and what changes in the backbone when it is put on or taken off."""
+class AdapterSlot:
+    """One adapter with its head or decoder, and what it exchanges in the backbone.
+
+    While the slot is on, its layers and weights are in the backbone and the slot stores the ones
+    that they replace; while it is off, the other way round. Exchanging modules and parameters
+    involves no arithmetic, so adapters can take turns without rounding errors.
+    """
 
     config: AdapterConfig | None
-    """The method; None: the backbone as it is."""
+    """The fine-tuning method; None: the backbone is used as it is."""
     adapter: Adapter
+    """The module that runs the method."""
     reducer: Reducer | None
-    """Of its own, because some have weights that train."""
+    """The adapter's own copy of the reducer, because some reducers have weights that train."""
     head_size: int
-    """Width of the logits of its head in the backbone; 0 without one."""
+    """Number of classes of the adapter's head in the backbone; 0 without a head."""
     decode: DecoderConfig | None
-    """What reads the feature map instead of a head; None: nothing does."""
+    """The decoder method that replaces the head; None: there is no decoder."""
     decoder: nn.Module | None
-    """Runs it."""
-    in_place: bool = False
-    """Whether it trains weights that belong to the backbone itself."""
+    """The module that runs the decoder."""
+    trains_backbone: bool = False
+    """Whether it trains weights of the backbone itself, in place."""
     layers: dict[str, nn.Module] = field(default_factory=dict)
-    """By name: while it is off, its layers; while it is on, the backbone's that they replace."""
+    """Exchanged modules by their names in the backbone: the backbone's while the slot is on, the
+    adapter's while it is off."""
     weights: dict[str, nn.Parameter] = field(default_factory=dict)
-    """The same for single parameters."""
-    trained: dict[str, bool] = field(default_factory=dict)
-    """While it is off: which parameters of the backbone train when it is on."""
-    found: dict[str, bool] = field(default_factory=dict)
-    """Which of them trained before it was installed."""
+    """Exchanged parameters by their names in the backbone, stored like `layers`."""
+    trainable: dict[str, bool] = field(default_factory=dict)
+    """Recorded when the slot is switched off: which parameters of the backbone train while on."""
+    trainable_before: dict[str, bool] = field(default_factory=dict)
+    """Which parameters of the backbone trained before `install`; empty if nothing was installed."""
 
     def install(
         self,
@@ -58,26 +65,26 @@ class Fitting:
             vit: The backbone, with no adapter on.
             blocks: Its blocks, in order.
             heads: The heads to train, by their names in `vit`; new ones replace the old.
-            shared: Whether others use the backbone too: weights of it that the method trains are
-                copied first.
+            shared: Whether other adapters use the backbone too. If so, the method trains copies of
+                the backbone's weights instead of the weights themselves.
 
         Raises:
             ValueError: If the method does not fit; the backbone is left as it was.
         """
         before, own = dict(vit.named_modules()), {id(p) for p in vit.parameters()}
-        self.found = {name: p.requires_grad for name, p in vit.named_parameters()}
+        self.trainable_before = {name: p.requires_grad for name, p in vit.named_parameters()}
         vit.requires_grad_(False)
         for name, head in heads.items():
             vit.set_submodule(name, head)
         try:
             self.adapter.install(vit, blocks)
         except BaseException:
-            self._note_layers(vit, before)
+            self._record_replaced_layers(vit, before)
             self.remove(vit)
             raise
-        self._note_layers(vit, before)
+        self._record_replaced_layers(vit, before)
         changed = {n: p for n, p in vit.named_parameters() if p.requires_grad and id(p) in own}
-        self.in_place = bool(changed) and not shared
+        self.trains_backbone = bool(changed) and not shared
         if shared:
             for name, parameter in changed.items():
                 parameter.requires_grad_(False)
@@ -87,14 +94,8 @@ class Fitting:
             head.requires_grad_(True)
         self._mark(vit)
 
-    def remove(self, vit: nn.Module) -> None:
-        """Leave the backbone as `install` found it, while the adapter is on."""
-        self.take_off(vit)
-        for name, parameter in vit.named_parameters():
-            parameter.requires_grad_(self.found[name])
-
     def put_on(self, vit: nn.Module) -> None:
-        """Put the adapter back on, where the backbone is now and in its arithmetic."""
+        """Put the adapter back into the backbone, on the backbone's device and in its dtype."""
         like = next(vit.parameters())
         for module in (self.adapter, self.reducer, self.decoder, *self.layers.values()):
             if module is not None:
@@ -104,25 +105,48 @@ class Fitting:
         self._exchange_layers(vit)
         self._exchange_weights(vit)
         for name, parameter in vit.named_parameters():
-            if name in self.trained:  # a head may have come since
-                parameter.requires_grad_(self.trained[name])
+            if name in self.trainable:  # not so for a head that was replaced meanwhile
+                parameter.requires_grad_(self.trainable[name])
         self.adapter.switch(on=True)
         self._mark(vit)
 
     def take_off(self, vit: nn.Module) -> None:
         """Leave the backbone as it was without the adapter."""
-        self.trained = {name: p.requires_grad for name, p in vit.named_parameters()}
+        self.trainable = {name: p.requires_grad for name, p in vit.named_parameters()}
         self._exchange_weights(vit)
         self._exchange_layers(vit)
         self.adapter.switch(on=False)
-        vit.__dict__.pop(_CARRIED, None)
+        vit.__dict__.pop(_METHOD_IN_BACKBONE, None)
+
+    def remove(self, vit: nn.Module) -> None:
+        """Leave the backbone as `install` found it, while the adapter is on."""
+        self.take_off(vit)
+        self._restore_trainable(vit)
+
+    def dissolve(self, vit: nn.Module, heads: Collection[str]) -> None:
+        """Take the adapter's layers out, but keep its head and the weights that it trained.
+
+        Args:
+            vit: The backbone, with the adapter on and merged if it has weights of its own.
+            heads: Names of the heads in `vit`.
+        """
+        for name, module in self.layers.items():
+            if name not in heads:
+                vit.set_submodule(name, module)
+        self.adapter.switch(on=False)
+        vit.__dict__.pop(_METHOD_IN_BACKBONE, None)
+        self._restore_trainable(vit)
+
+    def _restore_trainable(self, vit: nn.Module) -> None:
+        for name, parameter in vit.named_parameters():
+            if name in self.trainable_before:
+                parameter.requires_grad_(self.trainable_before[name])
 
     def _mark(self, vit: nn.Module) -> None:
         if self.adapter.in_backbone:
-            setattr(vit, _CARRIED, type(self.config).__name__)
+            setattr(vit, _METHOD_IN_BACKBONE, type(self.config).__name__)
 
-    def _note_layers(self, vit: nn.Module, before: Mapping[str, nn.Module]) -> None:
-        """Find what `install` has replaced."""
+    def _record_replaced_layers(self, vit: nn.Module, before: Mapping[str, nn.Module]) -> None:
         for name, module in vit.named_modules():
             inside = any(name.startswith(f"{outer}.") for outer in self.layers)
             if before.get(name) is not module and not inside:

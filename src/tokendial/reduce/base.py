@@ -92,8 +92,8 @@ class Reducer(nn.Module, ABC):
         tokens: Tokens,
         attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the FFN of `layer`, on all tokens or on fewer.
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Run the FFN of `layer` on fewer tokens; None: the model runs it on all tokens.
 
         Args:
             layer: The block, counted from 1.
@@ -106,7 +106,7 @@ class Reducer(nn.Module, ABC):
             The tokens [B, N, D], with the FFN's output added where it ran, and a mask [B, N] that
             is 1 where it ran (None: everywhere).
         """
-        return tokens.x + ffn(tokens.x), None
+        return None
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """Return the method's weighted losses by name; training adds them to the task's loss."""

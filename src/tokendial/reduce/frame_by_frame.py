@@ -89,10 +89,13 @@ class FrameByFrameReducer(Reducer):
         tokens: Tokens,
         attended: ByProducts,
         ffn: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None] | None:
         """Let the inner method run the FFN on each time step."""
         seen = _split_by_products(attended, tokens)
-        x, selected = self.inner.around_ffn(layer, degree, _split_time_steps(tokens), seen, ffn)
+        result = self.inner.around_ffn(layer, degree, _split_time_steps(tokens), seen, ffn)
+        if result is None:
+            return None
+        x, selected = result
         if selected is not None:
             selected = _join_rows(selected, tokens.grids, tokens.prefix)
         return _join_rows(x, tokens.grids, tokens.prefix), selected

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.attention import ByProducts
@@ -95,27 +94,24 @@ class ToMeReducer(Reducer):
 
     def __init__(self, config: ToMe, vit: ViTShape) -> None:
         super().__init__()
-        self.config, self.depth = config, vit.depth
+        self.config = config
         self.proportional_attention = config.proportional_attention
-        self.lists: list[list[int]] = []
         r = freeze_removal(config.r)
         if isinstance(r, int):
             # The dial ends where a larger r changes nothing: no more tokens can merge in a layer.
             self.degrees = tuple(range(most_merged(vit.num_patches, config.stride) + 1))
             self.degree = r
+            self.schedules = [
+                merge_schedule(degree, vit.depth, config.inflection) for degree in self.degrees
+            ]
         else:
-            self.lists = make_schedule_dial(r, vit, partial(most_merged, stride=config.stride))
-            self.degrees, self.degree = tuple(range(len(self.lists))), 1
-
-    def schedule(self, degree: int) -> list[int]:
-        """Tokens to merge in each layer at `degree`; `most_merged` then limits each number."""
-        if self.lists:
-            return self.lists[degree]
-        return merge_schedule(degree, self.depth, self.config.inflection)
+            most = partial(most_merged, stride=config.stride)
+            self.schedules = make_schedule_dial(r, vit, most)
+            self.degrees, self.degree = tuple(range(len(self.schedules))), 1
 
     def acts(self, layer: int, degree: int) -> bool:
         """Whether the schedule merges tokens in `layer`."""
-        return self.schedule(degree)[layer - 1] > 0
+        return self.schedules[degree][layer - 1] > 0
 
     def group(
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
@@ -125,7 +121,7 @@ class ToMeReducer(Reducer):
         config = self.config
         return matched(
             attended.mean_keys,
-            self.schedule(degree)[layer - 1],
+            self.schedules[degree][layer - 1],
             tokens.prefix,
             matching=config.matching,
             stride=config.stride,
@@ -212,23 +208,23 @@ def bipartite_matching(
     if r <= 0:
         return None
     device = metric_BNC.device
-    with torch.no_grad():
-        target = torch.arange(stride - 1, num_tokens, stride, device=device)
-        number = torch.arange(num_tokens - len(target), device=device)
-        source = number + number // (stride - 1)
-        targets_in_prefix = num_prefix_tokens // stride
-        sources_in_prefix = num_prefix_tokens - targets_in_prefix
-        best_BA, partner_BA = _most_similar(metric_BNC, source, target, targets_in_prefix)
-        best_BA[:, :sources_in_prefix] = -torch.inf
-        order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
-        merged, left = order_BA[:, :r], order_BA[:, r:]
-        if num_prefix_tokens:
-            left = left.sort(dim=-1).values[:, sources_in_prefix:]
-        prefix = torch.arange(num_prefix_tokens, device=device).expand(num_images, -1)
-        absorbing = target[targets_in_prefix:].expand(num_images, -1)
-        keep = torch.cat([prefix, source[left], absorbing], dim=1)
-        first = num_prefix_tokens + left.shape[1] - targets_in_prefix
-        return Grouping(keep, source[merged], first + partner_BA.gather(1, merged), num_tokens)
+    metric_BNC = metric_BNC.detach()
+    target = torch.arange(stride - 1, num_tokens, stride, device=device)
+    number = torch.arange(num_tokens - target.shape[0], device=device)
+    source = number + number.div(stride - 1, rounding_mode="floor")
+    targets_in_prefix = num_prefix_tokens // stride
+    sources_in_prefix = num_prefix_tokens - targets_in_prefix
+    best_BA, partner_BA = _most_similar(metric_BNC, source, target, targets_in_prefix)
+    best_BA[:, :sources_in_prefix] = -torch.inf
+    order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
+    merged, left = order_BA[:, :r], order_BA[:, r:]
+    if num_prefix_tokens:
+        left = left.sort(dim=-1).values[:, sources_in_prefix:]
+    prefix = torch.arange(num_prefix_tokens, device=device).expand(num_images, -1)
+    absorbing = target[targets_in_prefix:].expand(num_images, -1)
+    keep = torch.cat([prefix, source[left], absorbing], dim=1)
+    first = num_prefix_tokens + left.shape[1] - targets_in_prefix
+    return Grouping(keep, source[merged], first + partner_BA.gather(1, merged), num_tokens)
 
 
 def random_matching(
@@ -253,15 +249,15 @@ def random_matching(
     r = min(r, most_merged(num_free))
     if r <= 0:
         return None
-    with torch.no_grad():
-        drawn = torch.tensor(_random_permutation(seed, num_free), device=metric_BNC.device)
-        order = num_prefix_tokens + drawn
-        source, target = order[:r], order[r:].sort().values
-        partner_Br = _most_similar(metric_BNC, source, target)[1]
-        prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
-        keep = torch.cat([prefix, target]).expand(num_images, -1)
-        src = source.expand(num_images, -1)
-        return Grouping(keep, src, num_prefix_tokens + partner_Br, num_tokens)
+    metric_BNC = metric_BNC.detach()
+    drawn = torch.tensor(_random_permutation(seed, num_free), device=metric_BNC.device)
+    order = num_prefix_tokens + drawn
+    source, target = order[:r], order[r:].sort().values
+    partner_Br = _most_similar(metric_BNC, source, target)[1]
+    prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
+    keep = torch.cat([prefix, target]).expand(num_images, -1)
+    src = source.expand(num_images, -1)
+    return Grouping(keep, src, num_prefix_tokens + partner_Br, num_tokens)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -293,7 +289,8 @@ def _most_similar(
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _most_similar(metric_BNC, source, target, num_excluded)
-    unit = F.normalize(metric_BNC.float(), dim=-1, eps=0.0)
+    metric_BNC = metric_BNC.float()
+    unit = metric_BNC / torch.linalg.vector_norm(metric_BNC, dim=-1, keepdim=True)
     if fuses(unit):
         return most_similar_fused(unit, source, target, num_excluded)
     sources, targets = unit[:, source], unit[:, target].transpose(-1, -2)
@@ -301,7 +298,7 @@ def _most_similar(
     # All similarities of a large image would take more memory than its features, so they are
     # computed for a chunk of the sources at a time.
     chunk_size = max(1, _MAX_SIMILARITIES // targets.shape[2])
-    for chunk in torch.split(sources, chunk_size, dim=1):
+    for chunk in sources.chunk(-(-sources.shape[1] // chunk_size), dim=1):
         scores = chunk @ targets
         scores[:, :, :num_excluded] = -torch.inf
         found.append(scores.max(dim=-1))

@@ -20,7 +20,8 @@ from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.data.transforms.clip import Clip
 from tokendial.measure import Cost
 from tokendial.model.dial_vit import DialViT
-from tokendial.model.loading import CONFIG, WEIGHTS, load
+from tokendial.model.files import CONFIG, WEIGHTS
+from tokendial.model.loading import load
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.recipe import BaseRecipe, Recipe, check_recipe, check_section
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task, VideoClassification

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tokendial.measure.cost import count_parts
 from tokendial.measure.timing import time_in_rounds
-from tokendial.model.dial_vit import DialViT, Step
+from tokendial.model.blocks import Step
+from tokendial.model.dial_vit import DialViT
 from tokendial.tune.space import Schedule, Space
 
 TURNS, _MOST_TURNS = 3, 25

@@ -4,7 +4,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -164,7 +164,7 @@ def try_unfused(fast: Treated, example: Tensor) -> None:
     """Compute attention by matrix products."""
 
     def use(on: bool) -> None:
-        fast.model.fused_attention = not on
+        fast.model.attention_kernel = replace(fast.model.attention_kernel, fused=not on)
 
     _try("unfused attention", fast, example, use)
 
@@ -176,7 +176,7 @@ def try_sizes_in_keys(fast: Treated, example: Tensor) -> None:
         return
 
     def use(on: bool) -> None:
-        fast.model.sizes_in_keys = on
+        fast.model.attention_kernel = replace(fast.model.attention_kernel, sizes_in_keys=on)
 
     _try("sizes in keys", fast, example, use)
 
@@ -185,7 +185,8 @@ def try_padded(fast: Treated, example: Tensor) -> None:
     """Pad the keys."""
 
     def use(on: bool) -> None:
-        fast.model.key_multiple = 32 if on else 1
+        multiple = 32 if on else 1
+        fast.model.attention_kernel = replace(fast.model.attention_kernel, key_multiple=multiple)
 
     _try("padded keys", fast, example, use)
 

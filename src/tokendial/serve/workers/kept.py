@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokendial.model.loading import CONFIG, WEIGHTS
+from tokendial.model.files import CONFIG, WEIGHTS
 
 _OPEN = Path("/proc/self/fd")
 _SAVED = (CONFIG, WEIGHTS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokendial.compensate import Compensator
 from tokendial.errors import error_message
 from tokendial.model.dial_vit import DialViT
-from tokendial.model.loading import read_files
+from tokendial.model.files import read_files
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.evaluate import default_device
 from tokendial.runs.run import Run
