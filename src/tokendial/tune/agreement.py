@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tokendial.reduce.base import divergence
-from tokendial.tune.meters import Trial
-from tokendial.tune.space import Schedule
+from tokendial.tune.cost_meters import ScheduledModel
+from tokendial.tune.schedules import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,11 @@ class Agreement:
     """Share of images whose most probable class, or of labels whose answer, is the same."""
 
 
-class Judge:
+class AgreementMeter:
     """Tells the agreement of schedules on some images."""
 
     def __init__(
-        self, tried: Trial, images: Sequence[Tensor], *, multi_label: bool = False
+        self, tried: ScheduledModel, images: Sequence[Tensor], *, multi_label: bool = False
     ) -> None:
         """Run the model that removes nothing.
 

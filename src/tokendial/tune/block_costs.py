@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import mean, median
 
-from tokendial.tune.meters import Meter
-from tokendial.tune.space import Schedule, Space
+from tokendial.tune.cost_meters import CostMeter
+from tokendial.tune.schedules import Schedule, ScheduleSpace
 
 _PLAIN = 2
 """Blocks that run in a row on the same tokens, in one measurement."""
@@ -29,7 +29,7 @@ _PLAIN = 2
 class CostTable:
     """Costs by the number of patch tokens that enter a block."""
 
-    space: Space
+    space: ScheduleSpace
     """Of the schedules."""
     base: float = 0.0
     """What does not lie in blocks: embedding and head."""
@@ -66,7 +66,7 @@ class CostTable:
         self._step = _between(self.step, num_patches)
 
 
-def coarse(num_patches: int, counts: int) -> list[int]:
+def coarse_counts(num_patches: int, counts: int) -> list[int]:
     """About so many numbers of tokens, evenly spaced, for the first table of a model.
 
     The first two are `num_patches` and one less: sizes of tokens, and what is done with them, come
@@ -76,8 +76,8 @@ def coarse(num_patches: int, counts: int) -> list[int]:
     return sorted({num_patches, num_patches - 1, *range(gap, num_patches, gap)}, reverse=True)
 
 
-def measure(
-    table: CostTable, meter: Meter, counts: Iterable[int], *, enough: Callable[[int], bool]
+def measure_blocks(
+    table: CostTable, meter: CostMeter, counts: Iterable[int], *, enough: Callable[[int], bool]
 ) -> None:
     """Fill in the costs of blocks that so many tokens enter; what was there is kept.
 
@@ -105,7 +105,7 @@ def measure(
     _fill(table, {pair: min(costs) / unit for pair, costs in seen.items()})
 
 
-def _runs(space: Space, count: int) -> list[tuple[Schedule, int, int]]:
+def _runs(space: ScheduleSpace, count: int) -> list[tuple[Schedule, int, int]]:
     """Schedules with layers that `count` tokens enter: some remove none, then one few or many."""
     reaching, depth = space.reaching(count), space.shape.depth
     # The first layer holds the embedding, too.

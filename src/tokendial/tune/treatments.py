@@ -27,7 +27,7 @@ it: of near ties between tokens another one may be merged or dropped."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class TreatmentTrial:
     """One treatment, tried on the example."""
 
     name: str
@@ -51,7 +51,7 @@ class Treated(Protocol):
     model: DialViT
     degrees: tuple[int, ...]
     fused_reduction: bool
-    trials: list[Trial]
+    trials: list[TreatmentTrial]
     run: Callable[[Tensor], Tensor] | None
 
     def set_degree(self, degree: int) -> None:
@@ -82,7 +82,7 @@ def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None])
     )
     speedup = without.seconds / treated.seconds
     use(speedup >= _EARNED)
-    fast.trials.append(Trial(name, speedup, kept=speedup >= _EARNED))
+    fast.trials.append(TreatmentTrial(name, speedup, kept=speedup >= _EARNED))
 
 
 def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
@@ -99,8 +99,8 @@ def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
         raise ArithmeticError(f"its top class differs in {others:.0%} of the images")
 
 
-def _failed(name: str, error: Exception) -> Trial:
-    return Trial(name, None, kept=False, problem=str(error).strip().split("\n")[0])
+def _failed(name: str, error: Exception) -> TreatmentTrial:
+    return TreatmentTrial(name, None, kept=False, problem=str(error).strip().split("\n")[0])
 
 
 class PackedLinear(nn.Linear):

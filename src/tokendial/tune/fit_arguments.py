@@ -23,7 +23,7 @@ def read_budgets(**given: Budget | None) -> tuple[str, list[float]]:
     return kind, list(dict.fromkeys(float(value) for value in budgets))
 
 
-def method_of(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
+def method_to_fit(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
     """The method whose tokens are counted; a ValueError if there is none."""
     own = model.reduce_config
     if model.reducer and next(model.reducer.parameters(), None) is not None:
@@ -39,7 +39,7 @@ def method_of(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
     return method
 
 
-def check(model: DialViT, images: Tensor, batch_size: int, minutes: float) -> None:
+def check_model(model: DialViT, images: Tensor, batch_size: int, minutes: float) -> None:
     """Raise a ValueError unless `fit` can work on a model with these settings."""
     if model.anatomy.frames is not None or model.decoder is not None or not model.num_classes:
         raise ValueError("fit needs a classifier of images: no clips, no decoder, but a head.")

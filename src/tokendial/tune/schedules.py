@@ -16,7 +16,7 @@ Schedule = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Space:
+class ScheduleSpace:
     """All schedules of a method in a model."""
 
     reduce: ToMe | EViT

@@ -18,7 +18,7 @@ from tokendial.backbones.anatomy import Anatomy
 from tokendial.kernels import can_fuse, fused
 from tokendial.model.dial_vit import DialViT
 from tokendial.tune.treatments import (
-    Trial,
+    TreatmentTrial,
     keep_freed_memory,
     try_a_core_each,
     try_compiled,
@@ -84,7 +84,7 @@ class OptimizedViT(nn.Module):
         """Degrees that were made ready."""
         self.fused_reduction = False
         """Whether reductions run in fused kernels, see `tokendial.kernels`."""
-        self.trials: list[Trial] = []
+        self.trials: list[TreatmentTrial] = []
         """What was tried, in order."""
         self.notes: list[str] = []
         """What was asked for and cannot be had here, a line each."""

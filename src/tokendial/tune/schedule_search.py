@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from tokendial.tune.agreement import Agreement
 from tokendial.tune.block_costs import CostTable
-from tokendial.tune.space import Schedule, Space
+from tokendial.tune.schedules import Schedule, ScheduleSpace
 
 _SLOPES = (0.0, -1.0, -0.5, 0.5, 1.0)
 _SHARES = (1 / 8, 3 / 8)
@@ -32,10 +32,10 @@ Fits = Callable[[Schedule], bool]
 
 
 @dataclass
-class Search:
+class ScheduleSearch:
     """Finds schedules of a space, and keeps what it has seen."""
 
-    space: Space
+    space: ScheduleSpace
     """All schedules."""
     table: CostTable
     """Their costs."""

@@ -8,7 +8,7 @@ from tokendial.measure.timing import DISTURBED
 from tokendial.methods import to_json
 from tokendial.reduce import EViT, ToMe
 from tokendial.tune.block_costs import CostTable
-from tokendial.tune.space import Schedule
+from tokendial.tune.schedules import Schedule
 
 _MISSED = 0.05
 """Distance from the budget, as a fraction of it, that is worth a warning."""

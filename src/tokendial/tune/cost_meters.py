@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from tokendial.measure.cost import count_parts
 from tokendial.measure.timing import time_in_rounds
 from tokendial.model.dial_vit import DialViT, Step
-from tokendial.tune.space import Schedule, Space
+from tokendial.tune.schedules import Schedule, ScheduleSpace
 
-TURNS, _MOST_TURNS = 3, 25
+MIN_ROUNDS, _MOST_TURNS = 3, 25
 
 
-class Trial:
+class ScheduledModel:
     """A model that runs by any schedule."""
 
-    def __init__(self, model: DialViT, space: Space) -> None:
+    def __init__(self, model: DialViT, space: ScheduleSpace) -> None:
         self.model, self.space = model, space
 
     def turn(self, schedule: Schedule) -> DialViT:
@@ -35,17 +35,17 @@ class Trial:
 
 
 @contextmanager
-def trial(model: DialViT, space: Space) -> Iterator[Trial]:
+def try_schedules(model: DialViT, space: ScheduleSpace) -> Iterator[ScheduledModel]:
     """Try schedules in a `with` block; the model is then as it was."""
     before, degree, training = model.reducer, model.degree, model.training
     try:
-        yield Trial(model.eval(), space)
+        yield ScheduledModel(model.eval(), space)
     finally:
         model.reducer, model.degree = before, degree
         model.train(training)
 
 
-class Meter(Protocol):
+class CostMeter(Protocol):
     """Tells costs, in a unit of its own."""
 
     exact: bool
@@ -68,7 +68,7 @@ class Stopwatch:
 
     exact = False
 
-    def __init__(self, tried: Trial, images: Tensor, seconds: float) -> None:
+    def __init__(self, tried: ScheduledModel, images: Tensor, seconds: float) -> None:
         """Measure forward passes.
 
         Args:
@@ -97,7 +97,7 @@ class Stopwatch:
             lambda: self.tried.model(self.images),
             device=self.images.device,
             seconds=self.seconds,
-            least_rounds=TURNS,
+            least_rounds=MIN_ROUNDS,
             most_rounds=_MOST_TURNS,
         )
         self.spread = max(timing.spread for timing in timings)
@@ -123,7 +123,7 @@ class MacCounter:
     exact = True
     spread = 0.0
 
-    def __init__(self, tried: Trial) -> None:
+    def __init__(self, tried: ScheduledModel) -> None:
         self.tried = tried
 
     def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:

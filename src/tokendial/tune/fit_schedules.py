@@ -9,13 +9,13 @@ from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce import EViT, ToMe
-from tokendial.tune.agreement import Judge
-from tokendial.tune.block_costs import CostTable, coarse, measure
-from tokendial.tune.budgets import Budget, check, method_of, read_budgets
-from tokendial.tune.meters import TURNS, MacCounter, Meter, Stopwatch, trial
-from tokendial.tune.result import FitPoint, FitResult, FittedDegree
-from tokendial.tune.search import Search
-from tokendial.tune.space import Schedule, Space
+from tokendial.tune.agreement import AgreementMeter
+from tokendial.tune.block_costs import CostTable, coarse_counts, measure_blocks
+from tokendial.tune.cost_meters import MIN_ROUNDS, CostMeter, MacCounter, Stopwatch, try_schedules
+from tokendial.tune.fit_arguments import Budget, check_model, method_to_fit, read_budgets
+from tokendial.tune.fit_result import FitPoint, FitResult, FittedDegree
+from tokendial.tune.schedule_search import ScheduleSearch
+from tokendial.tune.schedules import Schedule, ScheduleSpace
 
 _TIMED_COUNTS, _COUNTED_COUNTS = 32, 8
 _ROUNDS = 9
@@ -81,18 +81,20 @@ def fit(
         True
     """
     kind, budgets = read_budgets(speedup=speedup, latency_ms=latency_ms, gmacs=gmacs)
-    space = Space(method_of(model, reduce), model.anatomy.shape)
-    check(model, images, batch_size, minutes)
+    space = ScheduleSpace(method_to_fit(model, reduce), model.anatomy.shape)
+    check_model(model, images, batch_size, minutes)
     like = next(model.parameters())
     images = images.to(like.device, like.dtype)
-    with trial(model, space) as tried:
+    with try_schedules(model, space) as tried:
         batch = images[torch.arange(batch_size) % len(images)]
         stopwatch = Stopwatch(tried, batch, seconds=_COMPARING_SHARE * 60 * minutes)
         meter = MacCounter(tried) if kind == "gmacs" else stopwatch
         fitting = _Fitting(space, meter, kind, budgets, minutes, note)
         some = fitting.affordable(stopwatch, len(images))
         note(f"searching on {some} of {len(images)} images")
-        judge = Judge(tried, torch.split(images[:some], batch_size), multi_label=multi_label)
+        judge = AgreementMeter(
+            tried, torch.split(images[:some], batch_size), multi_label=multi_label
+        )
         return fitting.run(judge, batch_size, some)
 
 
@@ -101,8 +103,8 @@ class _Fitting:
 
     def __init__(
         self,
-        space: Space,
-        meter: Meter,
+        space: ScheduleSpace,
+        meter: CostMeter,
         kind: str,
         budgets: list[float],
         minutes: float,
@@ -114,9 +116,11 @@ class _Fitting:
         self.end = self.until = 0.0
         """When, in seconds from the start, all searches and the one at hand have to end."""
         self.table = CostTable(space)
-        counts = coarse(space.shape.num_patches, _COUNTED_COUNTS if meter.exact else _TIMED_COUNTS)
+        counts = coarse_counts(
+            space.shape.num_patches, _COUNTED_COUNTS if meter.exact else _TIMED_COUNTS
+        )
         note(f"measuring blocks at {len(counts)} numbers of tokens")
-        measure(self.table, meter, counts, enough=self._enough)
+        measure_blocks(self.table, meter, counts, enough=self._enough)
         whole, least = meter.whole([space.none, space.strongest])
         self.unreduced = self._in_unit(whole)
         self.limits = {budget: self._limit(budget, least / whole) for budget in budgets}
@@ -150,15 +154,17 @@ class _Fitting:
         per_image = batch / len(stopwatch.images)
         # A search is measured beside the whole model once it is over time; then all that was found.
         compared = 1 + (2 + 1 + len(_NEAR) + len(_NEAR_BUDGET)) * len(self.limits)
-        follows = ((1 + TURNS) * compared + _CURVE) * batch
+        follows = ((1 + MIN_ROUNDS) * compared + _CURVE) * batch
         self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
         wanted = (_FORWARDS + _FORWARDS_PER_LAYER * self.space.shape.depth) * len(self.limits)
         left = self.end - self._elapsed()
         return min(images, max(_FEWEST_IMAGES, int(left / wanted / per_image)))
 
-    def run(self, judge: Judge, batch_size: int, images: int) -> FitResult:
+    def run(self, judge: AgreementMeter, batch_size: int, images: int) -> FitResult:
         """Find a schedule for each budget, and measure all of them."""
-        search = Search(self.space, self.table, judge, over=lambda: self._elapsed() > self.until)
+        search = ScheduleSearch(
+            self.space, self.table, judge, over=lambda: self._elapsed() > self.until
+        )
         found: dict[float, Schedule] = {}
         last = None
         # The hardest first: what it finds is allowed for the others, so that none is worse.
@@ -176,7 +182,7 @@ class _Fitting:
         return self._measured(search, found, batch_size, images)
 
     def _within(
-        self, search: Search, limit: float, harder: Schedule | None, seconds: float
+        self, search: ScheduleSearch, limit: float, harder: Schedule | None, seconds: float
     ) -> Schedule:
         """The best schedule whose cost, measured end to end, keeps to `limit`."""
         end = self._elapsed() + seconds
@@ -201,7 +207,7 @@ class _Fitting:
         """Measure the blocks of a schedule, and then itself, as a share of the whole cost."""
         if not self.meter.exact:
             counts = set(self.space.left(schedule)) - {self.space.shape.num_patches}
-            measure(
+            measure_blocks(
                 self.table, self.meter, counts, enough=lambda rounds: rounds >= _REFINING_ROUNDS
             )
         if schedule == self.space.none:
@@ -214,7 +220,7 @@ class _Fitting:
         return self.table.of(schedule) / self.table.of(self.space.none)
 
     def _measured(
-        self, search: Search, found: dict[float, Schedule], batch_size: int, images: int
+        self, search: ScheduleSearch, found: dict[float, Schedule], batch_size: int, images: int
     ) -> FitResult:
         """Compare what was found with constant schedules, end to end, and choose."""
         lines = self.space.lines()
