@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokendial.adapt.base import AdapterConfig
 from tokendial.adapt.peft import PEFTLayers
+from tokendial.extras import check_installed
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -48,6 +49,7 @@ class LoRA(AdapterConfig):
 
     def peft_config(self) -> "peft.LoraConfig":
         """The same settings as PEFT's own config."""
+        check_installed("LoRA", "peft")
         import peft
 
         return peft.LoraConfig(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.extras import check_installed
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -42,6 +43,7 @@ class PEFT(AdapterConfig):
 
     def peft_config(self) -> Any:
         """The same settings as PEFT's own config."""
+        check_installed("PEFT", "peft")
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
         names = sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)

@@ -22,6 +22,7 @@ from tokendial.backbones.timm_video import TimmFrames, TimmTubelets
 from tokendial.backbones.timm_vit import TimmViT
 from tokendial.backbones.videomae import TubeletEmbed
 from tokendial.errors import error_message
+from tokendial.extras import check_installed
 from tokendial.hub import cached_file, hub_problem
 from tokendial.weights import check_finite
 
@@ -163,12 +164,9 @@ class Backbone:
             raise ValueError(f"model.name {self.name!r} is not a timm model{hint}") from None
 
     def _create_transformers(self) -> nn.Module:
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError(
-                f"model.name {self.name!r} needs: pip install 'tokendial[transformers]'."
-            ) from None
+        check_installed(f"model.name {self.name!r}", "transformers")
+        import transformers
+
         name = self.name.removeprefix(_TRANSFORMERS)
         cls = getattr(transformers, name, None) if name in CLASSES else None
         if cls is None:
