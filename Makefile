@@ -38,7 +38,8 @@ LOWEST_TESTS := tests/test_tokens.py tests/test_attention.py tests/test_backbone
 lowest: .venv/ready
 	$(BIN)/uv venv --quiet --clear --python 3.11 .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
-		--editable '.[$(LOWEST_EXTRAS)]' coverage hypothesis pytest scikit-learn
+		--editable '.[$(LOWEST_EXTRAS)]' "coverage>=7.6" "hypothesis>=6.100" \
+		"pytest>=8.3" "scikit-learn>=1.5"
 	.venv-lowest/bin/python -m pytest -W default $(LOWEST_TESTS)
 
 setup: .venv/ready
