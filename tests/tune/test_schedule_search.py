@@ -38,7 +38,7 @@ def judge_of(space: ScheduleSpace, weights: list[float]):
     """More tokens less in a layer never agree better; layers differ."""
 
     def judge(schedule):
-        left = (PATCHES, *space.left(schedule))
+        left = (PATCHES, *space.tokens_left(schedule))
         harms = [w * (1 - m / n) ** 1.5 for w, (n, m) in zip(weights, pairwise(left), strict=True)]
         return Agreement(sum(harms) * (1 + sum(harms)), 1.0)
 
@@ -66,16 +66,16 @@ def test_what_is_found_fits_and_no_constant_schedule_that_fits_is_better(
         harder = search.run(most, harder)
         found.append(harder)
         assert table.of(harder) <= most + 1e-9
-        assert space.normal(harder) == harder
-        fitting = [s for s in space.lines() if table.of(s) <= most]
+        assert space.normalise(harder) == harder
+        fitting = [s for s in space.all_linear() if table.of(s) <= most]
         # The mildest that fits is the best of them where a token less never costs more.
         if odd == 0.0 and fitting:
             assert search.divergence(harder) <= min(map(search.divergence, fitting)) + 1e-9
     divergences = [search.divergence(schedule) for schedule in found]
     assert divergences == sorted(divergences, reverse=True)
-    kept = [sum(space.left(schedule)) for schedule in found]
+    kept = [sum(space.tokens_left(schedule)) for schedule in found]
     assert kept == sorted(kept)
-    degrees = space.method(found[::-1]).build(space.shape)
+    degrees = space.method_with(found[::-1]).build(space.shape)
     assert degrees.degrees == (0, 1, 2, 3)
 
 
@@ -86,7 +86,7 @@ def test_layers_that_harm_less_remove_more():
     search = ScheduleSearch(space, table, judge_of(space, weights), over=lambda: False)
     most = 0.7 * table.of(space.none)
     found = search.run(most)
-    constant = next(s for s in space.lines() if table.of(s) <= most)
+    constant = next(s for s in space.all_linear() if table.of(s) <= most)
     assert max(found) == found[2]
     assert search.divergence(found) < 0.7 * search.divergence(constant)
 
@@ -110,14 +110,14 @@ class Known:
     def cost(self, n: int, m: int) -> float:
         return 3 * n + n * n / 50 + (2 + n / 10 if m < n else 0) - 2 * (n - m)
 
-    def layers(self, schedule, first, last):
+    def layer_costs(self, schedule, first, last):
         self.asked += 1
-        left = [self.space.shape.num_patches, *self.space.left(schedule)]
+        left = [self.space.shape.num_patches, *self.space.tokens_left(schedule)]
         pairs = list(pairwise(left))[first - 1 : last]
         return [self.cost(n, m) * (1 + self.asked % 2) for n, m in pairs]
 
-    def one(self, schedule):
-        return 7.0 + sum(self.layers(schedule, 1, DEPTH))
+    def single_cost(self, schedule):
+        return 7.0 + sum(self.layer_costs(schedule, 1, DEPTH))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -127,8 +127,10 @@ def test_the_table_takes_blocks_apart(name):
     measure_blocks(table, meter, coarse_counts(PATCHES, 12), enough=lambda rounds: rounds >= 5)
     unit = meter.cost(PATCHES, PATCHES)
     assert table.ffn == pytest.approx(2 / unit)
-    for schedule in (space.none, *space.lines()[:6], space.normal([3, 0, 5, 0, 1])):
-        known = 7.0 + sum(meter.cost(n, m) for n, m in pairwise((PATCHES, *space.left(schedule))))
+    for schedule in (space.none, *space.all_linear()[:6], space.normalise([3, 0, 5, 0, 1])):
+        known = 7.0 + sum(
+            meter.cost(n, m) for n, m in pairwise((PATCHES, *space.tokens_left(schedule)))
+        )
         assert table.of(schedule) == pytest.approx(known / unit, rel=0.02)
 
 

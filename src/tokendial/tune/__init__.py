@@ -1,4 +1,4 @@
-"""Tune a model to this machine: the fastest way to run it, and token schedules for a budget."""
+"""Tune a model to this machine: the fastest way to run it, and schedules for a budget."""
 
 from tokendial.tune.fit_result import FitPoint, FitResult, FittedDegree
 from tokendial.tune.fit_schedules import fit

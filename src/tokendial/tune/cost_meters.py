@@ -1,4 +1,4 @@
-"""What a schedule costs, layer by layer and end to end: in seconds here, or counted."""
+"""Cost of a schedule, per layer and per forward pass: measured in seconds, or counted in MACs."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,21 +14,21 @@ from tokendial.measure.timing import time_in_rounds
 from tokendial.model.dial_vit import DialViT, Step
 from tokendial.tune.schedules import Schedule, ScheduleSpace
 
-MIN_ROUNDS, _MOST_TURNS = 3, 25
+MIN_ROUNDS, _MAX_ROUNDS = 3, 25
 
 
 class ScheduledModel:
-    """A model that runs by any schedule."""
+    """A model that can be switched from one schedule to another."""
 
     def __init__(self, model: DialViT, space: ScheduleSpace) -> None:
         self.model, self.space = model, space
 
-    def turn(self, schedule: Schedule) -> DialViT:
-        """The model, so that it runs by `schedule` from now on."""
+    def use(self, schedule: Schedule) -> DialViT:
+        """Switch the model to `schedule`, and return it."""
         model = self.model
         reduces = any(schedule)
         if reduces:
-            # Methods that can be tried have no weights, and state of their own neither.
+            # ToMe and EViT have neither weights nor state, so a new reducer is as good as any.
             model.reducer = self.space.method([schedule]).build(self.space.shape).eval()
         model.set_degree(int(reduces))
         return model
@@ -36,7 +36,7 @@ class ScheduledModel:
 
 @contextmanager
 def try_schedules(model: DialViT, space: ScheduleSpace) -> Iterator[ScheduledModel]:
-    """Try schedules in a `with` block; the model is then as it was."""
+    """Run a model by other schedules in a `with` block, and restore it afterwards."""
     before, degree, training = model.reducer, model.degree, model.training
     try:
         yield ScheduledModel(model.eval(), space)
@@ -46,67 +46,67 @@ def try_schedules(model: DialViT, space: ScheduleSpace) -> Iterator[ScheduledMod
 
 
 class CostMeter(Protocol):
-    """Tells costs, in a unit of its own."""
+    """Measures costs in its own unit."""
 
     exact: bool
-    """Whether the same question has the same answer."""
+    """Whether repeated measurements give the same number."""
     spread: float
-    """Largest quartile spread of the times in the last comparison, see `Timing`; 0 if counted."""
+    """Largest quartile spread of the times in the last comparison, see `Timing`. 0 if exact."""
 
-    def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:
-        """Costs of the layers from `first`, 2 at least, to `last`."""
+    def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Costs of the layers `first` to `last`; `first` is at least 2."""
 
-    def one(self, schedule: Schedule) -> float:
-        """Cost of a forward pass."""
+    def single_cost(self, schedule: Schedule) -> float:
+        """Cost of one forward pass."""
 
-    def whole(self, schedules: Sequence[Schedule]) -> list[float]:
-        """Costs of forward passes, compared with each other."""
+    def compare(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Costs of forward passes by several schedules, to be compared."""
 
 
 class Stopwatch:
-    """Seconds of a batch of images, on the device and in the arithmetic of the model."""
+    """Measures the seconds that a batch takes, on the device and in the dtype of the model."""
 
     exact = False
 
     def __init__(self, tried: ScheduledModel, images: Tensor, seconds: float) -> None:
-        """Measure forward passes.
+        """Set up measurements.
 
         Args:
-            tried: The model.
-            images: A batch [B, 3, H, W], which lies where the model does.
-            seconds: For each schedule that is compared with others, if a few passes take less.
+            tried: The model to run by different schedules.
+            images: A batch [B, 3, H, W] on the device of the model.
+            seconds: Time to spend on each schedule in `compare`, if a few passes take less.
         """
         self.tried, self.images, self.seconds = tried, images, seconds
         self.spread = 0.0
 
     @torch.no_grad()
-    def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:
-        """Of one run, up to layer `last`."""
-        model = self.tried.turn(schedule)
+    def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Costs of the layers `first` to `last` in one run."""
+        model = self.tried.use(schedule)
         times = [self._now()]
         for _ in islice(model.steps(self.images), last):
             times.append(self._now())
         return [after - before for before, after in pairwise(times)][first - 1 :]
 
     @torch.no_grad()
-    def whole(self, schedules: Sequence[Schedule]) -> list[float]:
-        """Times of passes that take turns, so that a busy machine slows all of them alike."""
+    def compare(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Times of forward passes that take turns, so that a busy machine slows all of them alike."""
         timings = time_in_rounds(
             schedules,
-            self.tried.turn,
+            self.tried.use,
             lambda: self.tried.model(self.images),
             device=self.images.device,
             seconds=self.seconds,
             least_rounds=MIN_ROUNDS,
-            most_rounds=_MOST_TURNS,
+            most_rounds=_MAX_ROUNDS,
         )
         self.spread = max(timing.spread for timing in timings)
         return [timing.seconds for timing in timings]
 
     @torch.no_grad()
-    def one(self, schedule: Schedule) -> float:
-        """Seconds of a single pass."""
-        model = self.tried.turn(schedule)
+    def single_cost(self, schedule: Schedule) -> float:
+        """Seconds of one forward pass."""
+        model = self.tried.use(schedule)
         before = self._now()
         model(self.images)
         return self._now() - before
@@ -118,7 +118,7 @@ class Stopwatch:
 
 
 class MacCounter:
-    """Multiply-accumulates of one image, counted."""
+    """Counts the multiply-accumulates of one image."""
 
     exact = True
     spread = 0.0
@@ -126,9 +126,9 @@ class MacCounter:
     def __init__(self, tried: ScheduledModel) -> None:
         self.tried = tried
 
-    def layers(self, schedule: Schedule, first: int, last: int) -> list[float]:
-        """Of one run, up to layer `last`."""
-        model = self.tried.turn(schedule)
+    def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Costs of the layers `first` to `last` in one run."""
+        model = self.tried.use(schedule)
 
         def run(call: nn.Module) -> Iterator[Step]:
             images = torch.empty(1, *model.anatomy.input_shape, device="meta")
@@ -136,10 +136,10 @@ class MacCounter:
 
         return [float(macs) for macs in count_parts(model, run)[first - 1 :]]
 
-    def one(self, schedule: Schedule) -> float:
-        """As `DialViT.cost` counts."""
-        return self.tried.turn(schedule).cost().macs
+    def single_cost(self, schedule: Schedule) -> float:
+        """Multiply-accumulates, as `DialViT.cost` counts them."""
+        return self.tried.use(schedule).cost().macs
 
-    def whole(self, schedules: Sequence[Schedule]) -> list[float]:
-        """Each by itself."""
-        return list(map(self.one, schedules))
+    def compare(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Multiply-accumulates of each schedule."""
+        return list(map(self.single_cost, schedules))

@@ -1,4 +1,4 @@
-"""Schedules: how many tokens each layer removes, by a method and in a model."""
+"""Token schedules: how many tokens each layer of a model removes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,66 +12,66 @@ from tokendial.reduce.tome import merge_schedule, most_merged
 from tokendial.shape import ViTShape
 
 Schedule = tuple[int, ...]
-"""Patch tokens that each layer removes."""
+"""Number of patch tokens that each layer removes."""
 
 
 @dataclass(frozen=True)
 class ScheduleSpace:
-    """All schedules of a method in a model."""
+    """The schedules that a reduction method allows in a model."""
 
     reduce: ToMe | EViT
-    """The method; its own numbers of tokens are not read."""
+    """The method. Its own numbers of tokens are ignored."""
     shape: ViTShape
-    """The model."""
+    """Shape of the model."""
 
-    def most(self, patches: int) -> int:
-        """How many of so many patch tokens can go in one layer."""
+    def max_removed(self, patches: int) -> int:
+        """Number of tokens that one layer can remove of `patches` patch tokens."""
         if isinstance(self.reduce, ToMe):
             return most_merged(patches, self.reduce.stride)
         return most_removed(patches, self.reduce.rest)
 
-    def left(self, removed: Sequence[int]) -> tuple[int, ...]:
-        """Patch tokens that leave each layer."""
-        return patches_left(self.shape.num_patches, removed, self.most)
+    def tokens_left(self, removed: Sequence[int]) -> tuple[int, ...]:
+        """Number of patch tokens that leave each layer."""
+        return patches_left(self.shape.num_patches, removed, self.max_removed)
 
-    def normal(self, removed: Sequence[int]) -> Schedule:
-        """The schedule that does the same without asking for more than can go."""
+    def normalise(self, removed: Sequence[int]) -> Schedule:
+        """Lower each number to what can be removed; the tokens left stay the same."""
         before, schedule = self.shape.num_patches, []
-        for after in self.left(removed):
+        for after in self.tokens_left(removed):
             schedule.append(before - after)
             before = after
         return tuple(schedule)
 
-    def line(self, r: int, inflection: float = 0.0) -> Schedule:
-        """ToMe's schedules: `r` in each layer, or a line with that mean."""
-        return self.normal(merge_schedule(r, self.shape.depth, inflection))
+    def linear(self, r: int, inflection: float = 0.0) -> Schedule:
+        """ToMe's schedule: `r` in each layer, or a linear change over the layers with mean `r`."""
+        return self.normalise(merge_schedule(r, self.shape.depth, inflection))
 
-    def lines(self, inflection: float = 0.0) -> list[Schedule]:
-        """All of one slope that differ, from none to the most that can go."""
-        rs = range(self.most(self.shape.num_patches) + 1)
-        return list(dict.fromkeys(self.line(r, inflection) for r in rs))
+    def all_linear(self, inflection: float = 0.0) -> list[Schedule]:
+        """All distinct schedules of one inflection, from removing nothing to the most."""
+        rs = range(self.max_removed(self.shape.num_patches) + 1)
+        return list(dict.fromkeys(self.linear(r, inflection) for r in rs))
 
     @cached_property
     def none(self) -> Schedule:
-        """Removes nothing."""
+        """The schedule that removes nothing."""
         return (0,) * self.shape.depth
 
     @property
     def strongest(self) -> Schedule:
-        """Removes in each layer as many as can go."""
-        return self.normal([self.shape.num_patches] * self.shape.depth)
+        """The schedule that removes as many tokens as possible in each layer."""
+        return self.normalise([self.shape.num_patches] * self.shape.depth)
 
-    def reaching(self, patches: int) -> Schedule:
-        """The first layers of a schedule that has `patches` left as soon as possible."""
+    def shortest_to(self, patches: int) -> Schedule:
+        """First layers of the schedule that has `patches` tokens left after the fewest layers."""
         removed: list[int] = []
         now = self.shape.num_patches
         while now > patches and len(removed) < self.shape.depth:
-            removed.append(min(now - patches, self.most(now)) or now)
+            removed.append(min(now - patches, self.max_removed(now)) or now)
             now -= removed[-1]
         return tuple(removed)
 
-    def method(self, schedules: Sequence[Schedule]) -> ToMe | EViT:
-        """The method with these schedules as its degrees 1, 2, ..."""
+    def method_with(self, schedules: Sequence[Schedule]) -> ToMe | EViT:
+        """The method whose degrees 1, 2, ... are these schedules."""
         r = [list(schedule) for schedule in schedules]
         if isinstance(self.reduce, ToMe):
             return dataclasses.replace(self.reduce, r=r, inflection=0.0)
