@@ -90,7 +90,7 @@ class Stopwatch:
 
     @torch.no_grad()
     def compare(self, schedules: Sequence[Schedule]) -> list[float]:
-        """Times of forward passes that take turns, so that a busy machine slows all of them alike."""
+        """Times of forward passes that take turns, so a busy machine slows all of them alike."""
         timings = time_in_rounds(
             schedules,
             self.tried.use,

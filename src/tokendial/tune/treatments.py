@@ -22,8 +22,8 @@ _ROUNDING = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.06}
 """Largest change of the logits of the median image, relative to their norm, that rounding explains;
 it includes float32 products that GPUs compute in TF32. A larger change means a wrong result."""
 _MOST_OTHER_CLASSES = 0.1
-"""Fraction of images whose top class may change by more than rounding: a near tie between tokens can
-make the reduction merge or drop another one."""
+"""Fraction of images whose top class may change by more than rounding: a near tie between tokens
+can make the reduction merge or drop another one."""
 
 
 @dataclass(frozen=True, slots=True)
