@@ -128,14 +128,14 @@ def export_bundle(
         for degree in degrees
     ]
     _share_weights(folder, [each.path for each in found])
-    told = {
+    contents = {
         "files": {str(each.degree): each.path.name for each in found},
         "gmacs": {str(each.degree): each.gmacs for each in found},
-        **_how_to_call(model),
+        **_image_facts(model),
         **(facts or {}),
     }
     with atomic_write(folder / "bundle.json") as path:
-        path.write_text(json.dumps(told, indent=2) + "\n")
+        path.write_text(json.dumps(contents, indent=2) + "\n")
     return found
 
 
@@ -154,16 +154,16 @@ def _export(
         )
     finally:
         model.skips_unread = skipped
-    told = {**_how_to_call(model), "degree": model.degree, **facts}
+    contents = {**_image_facts(model), "degree": model.degree, **facts}
     tried = [_images(model, count) for count in ([batch] if batch else [1, 3])]
     with atomic_write(path) as temporary:
         if path.suffix == ".onnx":
-            _write_onnx(program, told, temporary)
+            _write_onnx(program, contents, temporary)
             given = _run_onnx(temporary, tried)
         else:
             # Written in memory first, because torch's writer ends the process if the disk is full.
             written = BytesIO()
-            torch.export.save(program, written, extra_files={FACTS: json.dumps(told)})
+            torch.export.save(program, written, extra_files={FACTS: json.dumps(contents)})
             temporary.write_bytes(written.getbuffer())
             module = torch.export.load(temporary).module()
             given = [module(images) for images in tried]
@@ -182,7 +182,7 @@ def _images(model: DialViT, count: int) -> Tensor:
     return images.to(like.device, like.dtype)
 
 
-def _write_onnx(program: Any, told: Mapping[str, Any], path: Path) -> None:
+def _write_onnx(program: Any, contents: Mapping[str, Any], path: Path) -> None:
     written = torch.onnx.export(
         program,
         dynamo=True,
@@ -194,7 +194,7 @@ def _write_onnx(program: Any, told: Mapping[str, Any], path: Path) -> None:
     assert written is not None
     _name_batch(written.model.graph)
     written.model.metadata_props.update(
-        {f"tokendial.{name}": json.dumps(value) for name, value in told.items()}
+        {f"tokendial.{name}": json.dumps(value) for name, value in contents.items()}
     )
     written.save(path)
 
@@ -227,7 +227,7 @@ def _run_onnx(path: Path, batches: list[Tensor]) -> list[Tensor]:
     return [torch.from_numpy(session.run(None, {"images": each.numpy()})[0]) for each in batches]
 
 
-def _how_to_call(model: DialViT) -> dict[str, Any]:
+def _image_facts(model: DialViT) -> dict[str, Any]:
     """Shape and normalisation of the images that the model takes."""
     mean, std = model.anatomy.statistics
     return {"input": list(model.anatomy.input_shape), "mean": list(mean), "std": list(std)}

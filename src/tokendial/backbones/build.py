@@ -194,7 +194,7 @@ class Backbone:
         # Only the head's size is passed: the rest of the configuration comes with the weights.
         head = {"num_labels": self.args["num_labels"]} if "num_labels" in self.args else {}
         try:
-            vit, told = cls.from_pretrained(
+            vit, loading_info = cls.from_pretrained(
                 weights,
                 **head,
                 ignore_mismatched_sizes=bool(head),
@@ -204,13 +204,15 @@ class Backbone:
             )
         except Exception as error:  # reading, downloading or unsuitable files
             raise ValueError(f"model.weights {weights!r}: {error_message(error)}") from error
-        if missing := [n for n in told["missing_keys"] if _FRESH.isdisjoint(n.split("."))]:
+        if missing := [n for n in loading_info["missing_keys"] if _FRESH.isdisjoint(n.split("."))]:
             raise ValueError(
                 f"model.weights {weights!r} belongs to another backbone: {len(missing)} tensors "
                 f"are missing, the first is {min(missing)}."
             )
         check_finite(vit.state_dict(), f"model.weights {weights!r}")
-        warn_of_unused_weights(weights, Counter(n.split(".")[0] for n in told["unexpected_keys"]))
+        warn_of_unused_weights(
+            weights, Counter(n.split(".")[0] for n in loading_info["unexpected_keys"])
+        )
         return vit
 
 

@@ -111,7 +111,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     file = _file_in(path) if path.is_dir() else path
     state, wrapper, left_out = unwrapped(read_file(file), file)
-    kind, state = rooted(state, file, left_out)
+    kind, state = find_vit(state, file, left_out)
     grid = _grid(file, state.get(_TIMM)) if "pos_embed" in state else None
     if wrapper:
         kind = f"{kind} in {wrapper!r}"
@@ -156,7 +156,7 @@ def unwrapped(content: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], s
     return dict(content), wrapper, left_out
 
 
-def rooted(
+def find_vit(
     state: Mapping[str, Any], file: Path, left_out: Counter[str]
 ) -> tuple[str, dict[str, Tensor]]:
     """Find the ViT in a state dict, and remove the prefix of its names.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tokendial.atomic import atomic_write
 from tokendial.backbones.build import Backbone
-from tokendial.backbones.checkpoints import GRID, rooted, unwrapped
-from tokendial.backbones.loading import by_timms_names, counted
+from tokendial.backbones.checkpoints import GRID, find_vit, unwrapped
+from tokendial.backbones.loading import convert_to_timm_names, describe_counts
 from tokendial.backbones.positions import resized_positions
 from tokendial.backbones.timm_vit import HEADS
 from tokendial.weights import check_finite, read_file, unreadable
@@ -59,7 +59,7 @@ class Converted:
     def summary(self) -> str:
         """Describe the converted file in one line."""
         head = "" if self.has_head else ", no classifier head"
-        left_out = f"; left out: {counted(self.left_out)}" if self.left_out else ""
+        left_out = f"; left out: {describe_counts(self.left_out)}" if self.left_out else ""
         return f"{self.kind} weights of {self.model}, {len(self.tensors)} tensors{head}{left_out}"
 
     def at(self, img_size: tuple[int, int]) -> "Converted":
@@ -151,13 +151,13 @@ def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
         kind, state = "DAR", _dar_backbone(state, left_out)
         if not state:
             raise ValueError(
-                f"{path} holds only what DAR trained ({counted(left_out)}), not the backbone: "
-                "convert the DINOv2 file that it was fine-tuned from, or make a run of this one "
+                f"{path} holds only what DAR trained ({describe_counts(left_out)}), not the "
+                "backbone: convert the DINOv2 file that it was fine-tuned from, or make a run of this one "
                 "(--recipe dar/duts)."
             )
         check_finite(state, path)
     else:
-        _, state = rooted(state, path, left_out)
+        _, state = find_vit(state, path, left_out)
         kind = _kind(state, wrapper, left_out)
     if "mask_token" in state:
         left_out["mask_token"] += 1
@@ -168,7 +168,7 @@ def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
     classes = next((shapes[n][0] for n in _head_names(".weight", ".bias") if shapes.get(n)), 0)
     vit = _build(backbone, classes, device="meta")
     _check(path, f"{kind} file of {backbone.name}", _torch_shapes(vit, kind), shapes)
-    tensors, _ = by_timms_names(state, vit, left_out)
+    tensors, _ = convert_to_timm_names(state, vit, left_out)
     return Converted(path, kind, backbone.name, tensors, dict(left_out))
 
 

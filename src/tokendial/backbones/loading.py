@@ -46,7 +46,7 @@ def load_weights(vit: nn.Module, path: Path) -> None:
         found = read_checkpoint(path)
         left_out = Counter(found.left_out)
         tensors = {name: value.float() for name, value in found.tensors.items()}
-        state, unused = by_timms_names(tensors, vit, left_out)
+        state, unused = convert_to_timm_names(tensors, vit, left_out)
     except ValueError as error:
         raise ValueError(f"model.weights: {error}") from None
     own = vit.state_dict()
@@ -82,7 +82,7 @@ def load_weights(vit: nn.Module, path: Path) -> None:
 def warn_of_unused_weights(source: object, left_out: Mapping[str, int]) -> None:
     """Log the number of unused tensors of a file by group, once per file."""
     if any(left_out.values()):
-        _warn_once(f"{source}: left out: {counted(left_out)}")
+        _warn_once(f"{source}: left out: {describe_counts(left_out)}")
 
 
 @cache
@@ -91,12 +91,12 @@ def _warn_once(line: str) -> None:
     _LOG.warning(line)
 
 
-def counted(groups: Mapping[str, int]) -> str:
+def describe_counts(groups: Mapping[str, int]) -> str:
     """Write counts of tensors in words, such as "2 head, 1 mask_token"."""
     return ", ".join(f"{count} {group}" for group, count in groups.items() if count)
 
 
-def by_timms_names(
+def convert_to_timm_names(
     state: Mapping[str, Tensor], vit: Any, left_out: Counter[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Convert a state dict to the names of a timm model.
