@@ -152,8 +152,8 @@ def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
         if not state:
             raise ValueError(
                 f"{path} holds only what DAR trained ({describe_counts(left_out)}), not the "
-                "backbone: convert the DINOv2 file that it was fine-tuned from, or make a run of this one "
-                "(--recipe dar/duts)."
+                "backbone: convert the DINOv2 file that it was fine-tuned from, or make a run of "
+                "this one (--recipe dar/duts)."
             )
         check_finite(state, path)
     else:
