@@ -1,7 +1,7 @@
 # Each target sets up .venv first when there is none, or when the dependencies have changed.
 PYTHON ?= python3
 BIN := .venv/bin
-CORE := tokens attention passes shape checks methods atomic reference
+CORE := tokens attention passes shape checks methods atomic extras reference
 ROOMS := model backbones reduce decode adapt measure compensate tune
 CORE_FILES := $(CORE:%=src/tokendial/%.py) $(ROOMS:%=src/tokendial/%/*)
 comma := ,
@@ -11,7 +11,7 @@ space := $(empty) $(empty)
 # Tests start many processes; each would compile torch, three times as long as importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint setup browser
+.PHONY: demo test lint setup browser installs lowest
 
 demo: .venv/ready
 	$(BIN)/tokendial demo
@@ -25,6 +25,22 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The wheel in bare environments: the core, and each extra. INSTALLS="core serve" checks only those.
+installs: .venv/ready
+	$(BIN)/python tools/check_installs.py $(INSTALLS)
+
+# Tests of the core with the lowest versions that the bounds allow, on the lowest Python. Old
+# releases warn of things that newer ones do otherwise, so warnings are no errors here.
+LOWEST_EXTRAS := cli,peft,transformers
+LOWEST_TESTS := tests/test_tokens.py tests/test_attention.py tests/test_backbones.py tests/test_methods.py \
+	tests/test_reference.py tests/test_weights.py tests/test_saved_by_earlier_versions.py tests/compensate
+lowest: .venv/ready
+	$(BIN)/uv venv --quiet --clear --python 3.11 .venv-lowest
+	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct \
+		--editable '.[$(LOWEST_EXTRAS)]' "coverage>=7.6" "hypothesis>=6.100" \
+		"pytest>=8.3" "scikit-learn>=1.5"
+	.venv-lowest/bin/python -m pytest -W default $(LOWEST_TESTS)
 
 setup: .venv/ready
 

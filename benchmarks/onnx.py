@@ -17,7 +17,7 @@ from benchmarks.options import add_model, listed, options, parsed
 from benchmarks.plots import against_cost
 from benchmarks.report import Column, Report
 from benchmarks.speed import MEASURES, Contender, compare
-from tokendial.export import export
+from tokendial.export_files import export
 
 COLUMNS = (
     Column("method", "method"),

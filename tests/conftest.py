@@ -39,7 +39,7 @@ UNTRACED = {
     "train",
     "test_cli.py",
 }
-UNTRACED |= {"test_compile.py", "test_demo.py", "test_docs.py", "test_export.py"}
+UNTRACED |= {"test_compile.py", "test_demo.py", "test_docs.py", "test_export_files.py"}
 UNTRACED |= {"test_cli.py", "test_reproduce.py"}
 
 RECIPE = {

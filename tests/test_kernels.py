@@ -12,7 +12,7 @@ from examples import images, tiny_vit
 import tokendial as td
 from tokendial.kernels import can_fuse, fused, fuses, launch, merge_fused, most_similar_fused
 from tokendial.tokens import Grouping
-from tokendial.tune import optimized
+from tokendial.tune import optimized_vit
 
 pytest.importorskip("triton")
 # The first of three tokens absorbs the last.
@@ -85,7 +85,7 @@ def test_without_triton_everything_is_plain(monkeypatch):
 
 @torch.no_grad()
 def test_kernels_that_fail_are_left_out(monkeypatch):
-    for module in (launch, optimized):
+    for module in (launch, optimized_vit):
         monkeypatch.setattr(module, "can_fuse", lambda device: True)  # though it is a processor
     model = td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=4)).eval()
     fast = td.optimize(model, images())

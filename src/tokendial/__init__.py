@@ -1,99 +1,92 @@
-"""Tokendial: one fine-tuned Vision Transformer, run at any cost."""
+"""Fine-tune a Vision Transformer once, then choose how much compute each prediction uses."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from tokendial.adapt import (
-        PEFT,
-        SSF,
-        VPT,
-        AdaptFormer,
-        BitFit,
-        ConvPass,
-        DARAdapter,
-        DenseAdapter,
-        FacT,
-        FullFineTuning,
-        Houlsby,
-        LastBlocks,
-        LinearProbe,
-        LoRA,
-    )
-    from tokendial.backbones import Backbone, convert_weights, video_vit
-    from tokendial.compensate import Compensator, ToCom
-    from tokendial.decode import DARDecoder, LinearDecoder, MaskTransformer
-    from tokendial.measure import calibrate
-    from tokendial.model.dial_vit import DialViT, wrap
-    from tokendial.model.loading import load
-    from tokendial.reduce import DAR, DynamicViT, DyT, EViT, FFNMerge, FrameByFrame, ToMe
-    from tokendial.reference import load_reference
-    from tokendial.tune import FitResult, OptimizedViT, fit, optimize
+if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAMES
+    from tokendial import checks as checks
+    from tokendial.adapt import PEFT as PEFT
+    from tokendial.adapt import SSF as SSF
+    from tokendial.adapt import VPT as VPT
+    from tokendial.adapt import Adapter as Adapter
+    from tokendial.adapt import AdapterConfig as AdapterConfig
+    from tokendial.adapt import AdaptFormer as AdaptFormer
+    from tokendial.adapt import BitFit as BitFit
+    from tokendial.adapt import ConvPass as ConvPass
+    from tokendial.adapt import DARAdapter as DARAdapter
+    from tokendial.adapt import DenseAdapter as DenseAdapter
+    from tokendial.adapt import FacT as FacT
+    from tokendial.adapt import FullFineTuning as FullFineTuning
+    from tokendial.adapt import Houlsby as Houlsby
+    from tokendial.adapt import LastBlocks as LastBlocks
+    from tokendial.adapt import LinearProbe as LinearProbe
+    from tokendial.adapt import LoRA as LoRA
+    from tokendial.backbones import Backbone as Backbone
+    from tokendial.backbones import convert_weights as convert_weights
+    from tokendial.backbones import video_vit as video_vit
+    from tokendial.compensate import Compensator as Compensator
+    from tokendial.compensate import ToCom as ToCom
+    from tokendial.decode import DARDecoder as DARDecoder
+    from tokendial.decode import DecoderConfig as DecoderConfig
+    from tokendial.decode import LinearDecoder as LinearDecoder
+    from tokendial.decode import MaskTransformer as MaskTransformer
+    from tokendial.export_files import ExportedFile as ExportedFile
+    from tokendial.export_files import export as export
+    from tokendial.measure import calibrate as calibrate
+    from tokendial.methods import register as register
+    from tokendial.model.dial_vit import DialViT as DialViT
+    from tokendial.model.dial_vit import wrap as wrap
+    from tokendial.model.loading import load as load
+    from tokendial.reduce import DAR as DAR
+    from tokendial.reduce import DynamicViT as DynamicViT
+    from tokendial.reduce import DyT as DyT
+    from tokendial.reduce import EViT as EViT
+    from tokendial.reduce import FFNMerge as FFNMerge
+    from tokendial.reduce import FrameByFrame as FrameByFrame
+    from tokendial.reduce import Reducer as Reducer
+    from tokendial.reduce import ReducerConfig as ReducerConfig
+    from tokendial.reduce import ToMe as ToMe
+    from tokendial.reference import load_reference as load_reference
+    from tokendial.shape import ViTShape as ViTShape
+    from tokendial.tokens import Grouping as Grouping
+    from tokendial.tokens import Tokens as Tokens
+    from tokendial.tune import FitResult as FitResult
+    from tokendial.tune import OptimizedViT as OptimizedViT
+    from tokendial.tune import fit as fit
+    from tokendial.tune import optimize as optimize
 
-__all__ = [
-    "DAR",
-    "PEFT",
-    "SSF",
-    "VPT",
-    "AdaptFormer",
-    "Backbone",
-    "BitFit",
-    "Compensator",
-    "ConvPass",
-    "DARAdapter",
-    "DARDecoder",
-    "DenseAdapter",
-    "DialViT",
-    "DyT",
-    "DynamicViT",
-    "EViT",
-    "FFNMerge",
-    "FacT",
-    "FitResult",
-    "FrameByFrame",
-    "FullFineTuning",
-    "Houlsby",
-    "LastBlocks",
-    "LinearDecoder",
-    "LinearProbe",
-    "LoRA",
-    "MaskTransformer",
-    "OptimizedViT",
-    "ToCom",
-    "ToMe",
-    "calibrate",
-    "convert_weights",
-    "fit",
-    "load",
-    "load_reference",
-    "optimize",
-    "video_vit",
-    "wrap",
-]
 __version__ = "0.1.0"
-# Imported when they are first asked for: torch takes seconds, and the command line has to be
-# there for `--help`, and for Ctrl-C, before that.
-_HOMES = {
+_NAMES = {
     "adapt": (
-        "PEFT SSF VPT AdaptFormer BitFit ConvPass DARAdapter DenseAdapter FacT FullFineTuning "
-        "Houlsby LastBlocks LinearProbe LoRA"
+        "PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit ConvPass DARAdapter DenseAdapter "
+        "FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA"
     ),
     "backbones": "Backbone convert_weights video_vit",
     "compensate": "Compensator ToCom",
-    "decode": "DARDecoder LinearDecoder MaskTransformer",
+    "decode": "DARDecoder DecoderConfig LinearDecoder MaskTransformer",
+    "export_files": "ExportedFile export",
     "measure": "calibrate",
-    "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame ToMe",
-    "reference": "load_reference",
-    "model.loading": "load",
-    "tune": "FitResult OptimizedViT fit optimize",
+    "methods": "register",
     "model.dial_vit": "DialViT wrap",
+    "model.loading": "load",
+    "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame Reducer ReducerConfig ToMe",
+    "reference": "load_reference",
+    "shape": "ViTShape",
+    "tokens": "Grouping Tokens",
+    "tune": "FitResult OptimizedViT fit optimize",
 }
+"""The public names by the module that holds them."""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted([*_HOMES, "checks"])
 
 if not TYPE_CHECKING:  # else every name would have the type Any
 
     def __getattr__(name: str) -> Any:
-        """Import a public name, or a part of the library."""
-        home = next((home for home, names in _HOMES.items() if name in names.split()), None)
+        """Import a public name, or a module of the library, when it is first asked for.
+
+        Importing torch takes seconds. The command line answers `--help` and Ctrl-C without it.
+        """
+        home = _HOMES.get(name)
         try:
             module = importlib.import_module(f"tokendial.{home or name}")
         except ModuleNotFoundError as error:

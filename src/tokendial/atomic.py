@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing: a file is either the old one or the complete new one."""
 
 import errno
 import os
@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What the system says where a file cannot grow: disk, quota or limit exceeded, broken disk."""
+"""System errors for a file that cannot grow: full disk, quota, size limit, or a broken disk."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed onto it if the block ends without an error.
+    """Yield a temporary path beside `path`; it replaces `path` if the block raises no error.
 
-    A reader sees the old file or the new one, never half of one, also after a crash.
+    A reader sees the old file or the complete new one, also after a crash.
 
     Raises:
-        OSError: If the disk is full, whatever error the library that writes made of it.
+        OSError: If the disk is full, also where the writing library raised another error for it.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -33,25 +33,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except Exception as error:
         if (number := _refusal(error)) is None:
             raise
-        said = f"{os.strerror(number)}, the file stays as it was"
-        raise OSError(number, said, str(path)) from error
+        message = f"{os.strerror(number)}, the file stays as it was"
+        raise OSError(number, message, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def leftover_files(path: Path) -> list[Path]:
-    """The temporary files of processes that died while they replaced `path`.
+    """List the temporary files of processes that died while they wrote `path`.
 
-    Also those of processes that still do: the caller has to know that there are none. The name may
-    be a pattern.
+    Files of processes that still write are listed too, so the caller has to make sure that there
+    are none. The name of `path` may be a glob pattern.
     """
     return list(path.parent.glob(f".{path.name}.{'[a-z0-9_]' * 8}"))
 
 
 def _refusal(error: BaseException | None) -> int | None:
-    """The number of the system's error that made a library raise this one."""
+    """Find the errno among `_REFUSALS` that caused an error; None if there is none."""
     while error is not None:
-        # safetensors tells it in words alone.
+        # safetensors gives the number in the message only.
         words = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(words[1]) if words else None
         if number in _REFUSALS:

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what its cache holds, and whether it answers at all, asked once."""
+"""The Hugging Face hub: find files in its local cache, and test whether it can be reached."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _SECONDS = 5.0
 
 
 def cached_file(repo: str, *names: str) -> Path | None:
-    """The first of some files of a repository that is in the hub's cache; None: none is."""
+    """Return the first of `names` that the hub's cache has of a repository; None if it has none."""
     repo, _, revision = repo.partition("@")
     for name in names:
         found = try_to_load_from_cache(repo, name, revision=revision or None)
@@ -19,15 +19,15 @@ def cached_file(repo: str, *names: str) -> Path | None:
 
 
 def hub_problem() -> str | None:
-    """Why the hub does not answer; None: it does.
+    """Return why the hub cannot be reached, or None if it answers.
 
-    Its own client tries each file several times over, for half a minute.
+    This is quick. The hub's own client would retry each file for half a minute.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-    except Exception as error:  # the client's own, which differ from release to release
+    except Exception as error:  # its types differ between releases of the client
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"{constants.ENDPOINT} does not answer ({reason})"
     return None

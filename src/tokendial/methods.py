@@ -1,8 +1,8 @@
-"""Methods are values: frozen dataclasses that a recipe, a saved model or a user writes down.
+"""The registry of methods: frozen dataclasses that recipes and saved models store as plain JSON.
 
-A method is registered under a kind ("reduce", "adapt", "data") and a name, and travels as
-plain JSON: `{"name": "tome", "r": 8}`. Adding a method means decorating its dataclass; no other
-list needs to know about it.
+A method is registered under a kind ("reduce", "adapt", "decode", "compensate", "data") and a name.
+Its JSON form is `{"name": "tome", "r": 8}`. Decorating the dataclass with `register` is all that a
+new method needs.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _REGISTRY: dict[str, dict[str, type]] = {}
 
 
 def register(kind: str, name: str) -> Callable[[T], T]:
-    """Class decorator: make a frozen dataclass known as method `name` of `kind`."""
+    """Class decorator: register a frozen dataclass as the method `name` of `kind`."""
 
     def decorate(cls: T) -> T:
         # Pydantic reads this when it validates a recipe; a plain dict keeps it out of the core.
@@ -30,12 +30,12 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
 
 def method_names(kind: str) -> tuple[str, ...]:
-    """Names registered under `kind`, sorted."""
+    """Return the names registered under `kind`, sorted."""
     return tuple(sorted(_REGISTRY.get(kind, {})))
 
 
 def method_class(kind: str, name: str) -> Any:
-    """The dataclass registered as `name`.
+    """Return the dataclass registered as `name`.
 
     Raises:
         ValueError: If nothing is registered under that name.
@@ -49,7 +49,7 @@ def method_class(kind: str, name: str) -> Any:
 
 
 def to_json(kind: str, method: Any) -> dict[str, Any]:
-    """Plain-JSON form of a method, the inverse of `from_json`."""
+    """Return the plain-JSON form of a method; `from_json` is the inverse."""
     for name, cls in _REGISTRY[kind].items():
         if type(method) is cls:
             fields = dataclasses.fields(cls)
@@ -71,13 +71,13 @@ def from_json(kind: str, data: dict[str, Any]) -> Any:
 
 
 def from_fields(cls: type[V], values: dict[str, Any], where: str, what: str) -> V:
-    """Make a dataclass of plain JSON that may come from anywhere.
+    """Build a dataclass from plain JSON of any origin, after checking fields and types.
 
     Args:
         cls: The dataclass; its annotations say which types are allowed.
-        values: Fields by name; those with a default may be missing.
-        where: Before the names of fields, for messages.
-        what: What the fields are of, for messages.
+        values: Fields by name; fields with a default may be missing.
+        where: Prefix of field names in error messages, such as "reduce".
+        what: The thing that has the fields, for error messages, such as "a backbone".
 
     Raises:
         ValueError: If a field does not exist, is missing or of another type, or its value is not
@@ -104,7 +104,7 @@ def from_fields(cls: type[V], values: dict[str, Any], where: str, what: str) -> 
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of plain JSON is of an annotated type; a list may stand for a tuple."""
+    """Whether a value of plain JSON has an annotated type; a list may stand for a tuple."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
@@ -120,7 +120,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return type(value) in (int, float)
     if origin is dict or hint in (int, str, bool, NoneType):
         return type(value) is (origin or hint)
-    return True  # Any, which the method checks by itself
+    return True  # Any: the method itself checks it
 
 
 def _plain(kind: str, value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Checkpoints of the public implementations, put into wrapped models.
+"""Load checkpoints of the published implementations into wrapped models.
 
-Each of them keeps the backbone under timm's names and adds its own modules; a table per system says
-where those live here.
+Each implementation keeps timm's names for the backbone and adds modules of its own. A table per
+system maps their names to ours.
 """
 
 import re
@@ -18,16 +18,16 @@ from tokendial.weights import check_finite
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What a public implementation calls its parameters, and which it saves."""
+    """How a published implementation names its parameters, and which ones it saves."""
 
     names: tuple[tuple[str, str], ...] = ()
-    """Its own names (as patterns) and ours."""
+    """Pairs of a pattern for its names and the template of our name."""
     prefix: str = ""
-    """Before the names of backbone and adapters in a whole model."""
+    """Prefix of backbone and adapter names in a complete model."""
     only_in_training: tuple[str, ...] = ()
-    """How names of modules begin that go away after training."""
+    """Prefixes of modules that exist only in training."""
     frozen_left_out: bool = False
-    """Whether released files may hold what was trained alone."""
+    """Whether released files may leave out the frozen backbone."""
 
 
 _ADAPTER = (
@@ -78,22 +78,23 @@ SYSTEMS = {
 
 
 def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
-    """Put a state dict of a public implementation into a wrapped model.
+    """Load a state dict of a published implementation into a wrapped model.
+
+    Checkpoints of ToCom and DAR may leave the backbone out. Modules that exist only in training are
+    skipped, and named in the log.
 
     Args:
-        model: Wrapped with the method, and where the system has adapters with those: DyT with
-            `AdaptFormer` (dyt_video: a model of `video_vit`), DAR with `DARAdapter` and, for a
-            whole segmentation model, `DARDecoder`.
-            ToCom's compensator is attached to it, for a model fine-tuned at degree 0.
-            Checkpoints of ToCom and DAR may leave the backbone out. What only training needs is
-            left out, and named in the log.
+        model: A model wrapped with the system's method and adapter: DyT with `AdaptFormer`
+            (dyt_video: on a model of `video_vit`), DAR with `DARAdapter` and, for a complete
+            segmentation model, `DARDecoder`. For ToCom, a compensator is attached to the model,
+            which counts as fine-tuned at degree 0.
         state_dict: Tensors by the implementation's names, or a checkpoint that holds them under
             "model".
-        system: One of `SYSTEMS`.
+        system: tome, evit, dynamicvit, dyt, dyt_video, dar or tocom.
 
     Raises:
         ValueError: If the system is unknown, names are missing or unexpected, shapes differ, or
-            numbers are not finite; the message names them, and the model is left as it was.
+            numbers are not finite. The message names them, and the model is left unchanged.
     """
     if system not in SYSTEMS:
         raise ValueError(f"system must be one of {', '.join(SYSTEMS)}, got {system!r}.")
@@ -109,28 +110,28 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
 
 
 def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
-    own, told = model.state_dict(), SYSTEMS[system]
-    only_in_training = [name for name in state_dict if name.startswith(told.only_in_training)]
+    own, names = model.state_dict(), SYSTEMS[system]
+    only_in_training = [name for name in state_dict if name.startswith(names.only_in_training)]
     renamed: dict[str, Any] = {
         our_name(name, system): value
         for name, value in state_dict.items()
         if name not in only_in_training
     }
     check_finite(renamed, f"this {system} state dict", own)
-    trained_only = told.frozen_left_out and not any(name.startswith("vit.") for name in renamed)
+    trained_only = names.frozen_left_out and not any(name.startswith("vit.") for name in renamed)
     missing = [
         name
         for name in own
         if name not in renamed
         and not (trained_only and name.startswith("vit."))
-        # How many batches a BatchNorm has seen matters to training alone; some files leave it out.
+        # Only training uses the number of batches of a BatchNorm; some files leave it out.
         and not name.endswith(".num_batches_tracked")
     ]
     unexpected = [name for name in renamed if name not in own]
     wrong = [n for n, value in renamed.items() if n in own and own[n].shape != value.shape]
     problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-    if any(names for _, names in problems):
-        listed = "; ".join(f"{what}: {_some(names)}" for what, names in problems if names)
+    if any(found for _, found in problems):
+        listed = "; ".join(f"{what}: {_some(found)}" for what, found in problems if found)
         raise ValueError(f"this is not a {system} state dict of this model; {listed}.")
     model.load_state_dict(own | renamed)
     warn_of_unused_weights(
@@ -139,10 +140,10 @@ def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
 
 
 def our_name(name: str, system: str) -> str:
-    """What a parameter of a public implementation is called in a wrapped model."""
-    told = SYSTEMS[system]
-    name = name.removeprefix(told.prefix)
-    for pattern, ours in told.names:
+    """Return the name in a wrapped model of a published implementation's parameter."""
+    names = SYSTEMS[system]
+    name = name.removeprefix(names.prefix)
+    for pattern, ours in names.names:
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)
     return f"vit.{name}"

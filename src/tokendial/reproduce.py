@@ -187,7 +187,9 @@ def _params_of(config: dict[str, Any], row: str) -> int:
     if "groups" in config:
         shape = _wrapped(config["backbone"], None, td.LinearProbe()).anatomy.shape
         with torch.device("meta"):
-            plugin = td.ToCom(rank=config["rank"]).build(shape, steps=config["groups"])
+            plugin = td.Compensator(
+                td.ToCom(rank=config["rank"]), shape.depth, shape.embed_dim, config["groups"]
+            )
         return sum(p.numel() for p in plugin.parameters())
     if "adapter_dim" in config:
         adapt = td.DARAdapter(dims=(config["adapter_dim"], config["compensator_dim"]))

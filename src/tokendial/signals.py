@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: from the keyboard, a closed terminal, schedulers, containers."""
+"""Signals that ask a run to stop: Ctrl-C, a closed terminal, job schedulers, containers."""
 
 import atexit
 import multiprocessing.util  # its own exit handler has to be registered before ours
@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-# Windows has the first two. The others: a closed terminal, Ctrl-\, a limit on processor time.
+# Windows has only the first two. SIGHUP: closed terminal; SIGQUIT: Ctrl-\; SIGXCPU: CPU time limit.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 @dataclass(slots=True, eq=False)
 class StopRequest:
-    """Whether this process has been asked to stop."""
+    """Says whether this process has been asked to stop."""
 
     asked: bool = False
+    """Whether a signal has arrived."""
 
 
 _open: list[StopRequest] = []
@@ -25,10 +26,10 @@ _open: list[StopRequest] = []
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note the signals in place of dying of them, while the block runs.
+    """Record stop signals while the block runs, instead of ending the process.
 
-    Of blocks inside each other, as of a run in a sweep, all are told; also those that begin later.
-    A closed terminal is no matter to what `nohup` has started.
+    A signal reaches all nested blocks, such as a run in a sweep, and blocks that begin later inside
+    of them. Under `nohup`, closing the terminal is ignored.
     """
     request = StopRequest(asked=any(outer.asked for outer in _open))
 
@@ -37,8 +38,8 @@ def stop_requests() -> Iterator[StopRequest]:
             each.asked = True
 
     _open.append(request)
-    heard = [number for number in _SIGNALS if not _under_nohup(number)]
-    before = {number: signal.signal(number, ask) for number in heard}
+    handled = [number for number in _SIGNALS if not _under_nohup(number)]
+    before = {number: signal.signal(number, ask) for number in handled}
     try:
         yield request
     finally:
@@ -52,10 +53,10 @@ def _under_nohup(number: int) -> bool:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Make a loading process deaf to the signals; its parent ends it.
+    """Ignore stop signals in a data loading process; its parent ends it.
 
-    They often go to the whole process group, and a run whose loading processes die cannot finish
-    the update at hand.
+    Signals often go to the whole process group. A run whose loading processes die could not finish
+    its current update.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -63,11 +64,11 @@ def leave_signals_to_the_parent(worker: int) -> None:
 
 @atexit.register
 def _end_loading_processes() -> None:
-    """Kill what still loads when Python ends, after an error for instance.
+    """Kill the data loading processes that are left when Python ends, for instance after an error.
 
-    Without this, multiprocessing would ask the deaf processes to terminate and wait for ever.
+    Without this, multiprocessing would ask them to terminate, which they ignore, and wait forever.
     """
-    if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would call the end a crash
+    if hasattr(signal, "SIGCHLD"):  # not on Windows; torch's handler would report a crash
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -1,4 +1,4 @@
-"""Files of weights: read without running anything that they hold, and checked for sound numbers."""
+"""Read weight files without executing code in them, and check that their numbers are finite."""
 
 import argparse
 import re
@@ -17,17 +17,17 @@ _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """What a file in torch's or safetensors' format holds by its names.
+    """Read a weight file in torch's or safetensors' format.
 
-    Which of the two it is in is seen from its content, unless it ends in .safetensors. Nothing is
-    unpickled but tensors, plain values and what torch takes for safe.
+    The format is recognised by the content, unless the name ends in .safetensors. Only tensors,
+    plain values and types that torch considers safe are unpickled.
 
     Returns:
-        Tensors by name; files in torch's format may hold other things beside or around them.
+        Tensors by name. Files in torch's format may hold other values beside or around them.
 
     Raises:
-        ValueError: If there is no such file, it is a pointer of Git LFS, is damaged, or needs
-            objects that would have to be unpickled.
+        ValueError: If the file does not exist, is a Git LFS pointer, is damaged, or needs other
+            objects to be unpickled.
     """
     if not path.is_file():
         raise ValueError(f"no such file: {path}.")
@@ -51,13 +51,13 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def _read_torch(path: Path) -> dict[str, Any]:
     try:
-        # torch warns of pickle protocols that it then fails to read. Training scripts keep their
-        # arguments as a Namespace, which holds values and runs nothing.
+        # torch warns of pickle protocols that it then fails to read. Training scripts store their
+        # arguments as a Namespace, which is harmless.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch explains at length how to load what is not safe.
+        # torch's message explains at length how to load unsafe files.
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"{path} needs pickled objects ({found[1]}), which are not loaded; save its "
@@ -72,7 +72,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, whose: str, error: Exception) -> ValueError:
-    """The error for a file that is not in a format, or only in part."""
+    """Make the error for a file that is not in the format `whose`, or is cut off."""
     reason = (str(error).splitlines() or [""])[0][:80]
     return ValueError(
         f"{path} is damaged or not a weight file of {whose} ({type(error).__name__}: {reason})."
@@ -82,15 +82,17 @@ def unreadable(path: Path, whose: str, error: Exception) -> ValueError:
 def check_finite(
     tensors: Mapping[str, Any], where: object, own: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Refuse what no weights can be: other than floats, NaN and infinity.
+    """Check that all weights are finite floating-point tensors.
 
     Args:
-        tensors: By name.
-        where: What holds them, such as a path, for the message.
-        own: The model's tensors, if it is known: where it counts in integers, so may the file.
+        tensors: Weights by name.
+        where: Source of the weights, such as a path, for the message.
+        own: The model's tensors by name, if the model is known. Where they are integers, the file's
+            may be, too.
 
     Raises:
-        ValueError: If a value is no tensor, or its numbers are not finite floats; it is named.
+        ValueError: If a value is not a tensor, or holds NaN, infinity or non-floats. The message
+            names it.
     """
     for name, value in tensors.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import tokendial as td
 from tokendial.cli import app
-from tokendial.compensate.loss import binary_distillation
+from tokendial.compensate.distillation import binary_distillation
 from tokendial.runs import CompensateRecipe, Run, read_recipe
 from tokendial.train import compensate, train
 from tokendial.train.compensate import Compensating

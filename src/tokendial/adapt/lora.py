@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tokendial.adapt.base import AdapterConfig
 from tokendial.adapt.peft import PEFTLayers
 from tokendial.checks import check_count, check_dropout, check_positive, check_target_modules
+from tokendial.extras import check_installed
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -47,6 +48,7 @@ class LoRA(AdapterConfig):
 
     def peft_config(self) -> "peft.LoraConfig":
         """Return the same settings as PEFT's own config."""
+        check_installed("LoRA", "peft")
         import peft
 
         return peft.LoraConfig(

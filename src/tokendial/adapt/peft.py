@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.checks import check_target_modules
+from tokendial.extras import check_installed
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -52,6 +53,7 @@ class PEFT(AdapterConfig):
 
     def peft_config(self) -> Any:
         """Return the same settings as PEFT's own config."""
+        check_installed("PEFT", "peft")
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
         names = sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)

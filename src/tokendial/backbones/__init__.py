@@ -1,4 +1,4 @@
-"""Backbones: which kinds of ViT can be run block by block, and how to build them again."""
+"""Backbones: the kinds of ViT that run block by block, and how to build and load them."""
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.build import (

@@ -1,4 +1,4 @@
-"""Which model a backbone is: build it, load its weights, take it apart, tell it from another."""
+"""Describe, build and identify backbones."""
 
 import difflib
 from collections import Counter
@@ -22,6 +22,7 @@ from tokendial.backbones.timm_video import TimmFrames, TimmTubelets
 from tokendial.backbones.timm_vit import TimmViT
 from tokendial.backbones.videomae import TubeletEmbed
 from tokendial.errors import error_message
+from tokendial.extras import check_installed
 from tokendial.hub import cached_file, hub_problem
 from tokendial.weights import check_finite
 
@@ -38,7 +39,7 @@ _TRANSFORMERS = "transformers."
 _IMAGENET_CLASSES = 1000
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _FRESH = {"classifier", "cls_classifier", "distillation_classifier", "pooler", "mask_token"}
-"""Parts of transformers' models that may start at random: heads, and what no head reads."""
+"""Parts of transformers' models that may be random after loading: heads and unused parts."""
 _SUPPORTED = (
     "timm's VisionTransformer built of the standard pre-norm Block (ViT, DeiT, also distilled, "
     "DeiT-III, DINO, DINOv2 with or without registers, MAE, AugReg, CLIP and SigLIP image towers), "
@@ -49,28 +50,28 @@ _SUPPORTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """Which model, with which arguments and weights: all it takes to build it again."""
+    """The name, arguments and weights of a model: all that is needed to build it again."""
 
     name: str
-    """timm's model name, "scenes_vit" for the small model that is shipped, or
+    """A model name of timm, "scenes_vit" (the small model that ships with Tokendial), or
     "transformers.CLASS"."""
     weights: str | None = "pretrained"
-    """"pretrained" (timm's, from the hub), "shipped", None (random), or a path: a checkpoint in
-    torch's or safetensors' format, or a folder with one, see `load_weights`. For a class of
-    transformers: what its `from_pretrained` takes."""
+    """Source of the weights. "pretrained": timm's, from the hub. "shipped": those of "scenes_vit".
+    None: random. A path: a checkpoint in torch's or safetensors' format, or a folder with one. For
+    a class of transformers: the name or folder that its `from_pretrained` takes."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the timm model, such as img_size, num_classes, drop_path_rate, or fields of
+    """Arguments of the timm model, such as img_size, num_classes and drop_path_rate, or fields of
     the transformers configuration."""
     frames: int | None = None
-    """Frames of the clips that a video model takes; an image model becomes one by `video_vit`.
-    None: images, or what the video model takes by itself."""
+    """Frames per clip of a video model; `video_vit` turns an image model into one. None: the model
+    takes images, or it is a video model with its own number of frames."""
 
     @classmethod
     def of(cls, vit: Any) -> "Backbone":
-        """Describe a model, as far as it knows itself.
+        """Describe an existing model.
 
-        A timm model that was built by its class instead of `timm.create_model` has no name; to load
-        what was saved from it, the model has to be given again.
+        A timm model that was built by its class instead of `timm.create_model` has no name. To load
+        a model that was saved with it, pass the backbone to `load` again.
         """
         if type(vit).__module__.startswith(_TRANSFORMERS):
             args = vit.config.to_diff_dict()
@@ -80,8 +81,8 @@ class Backbone:
             return cls(name=f"{_TRANSFORMERS}{type(vit).__name__}", weights=weights, args=args)
         cfg: Any = getattr(vit, "pretrained_cfg", {"architecture": type(vit).__name__})
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
-        # timm notes the arguments of create_model here; older releases do not, so the ones that
-        # change shapes are read from the model itself.
+        # timm stores the arguments of create_model here. A model may have changed since, so the
+        # arguments that change shapes are read from the model itself.
         args = dict(getattr(vit, "_model_args", {})) | {
             "img_size": tuple(vit.patch_embed.img_size),
             "num_classes": vit.num_classes,
@@ -92,12 +93,12 @@ class Backbone:
         return cls(name=f"{cfg['architecture']}{tag}", args=args, frames=frames)
 
     def with_head(self, num_classes: int) -> "Backbone":
-        """The same with a head of that width."""
+        """Return the same backbone with a head for `num_classes` classes."""
         name = "num_labels" if self.name.startswith(_TRANSFORMERS) else "num_classes"
         return replace(self, args=dict(self.args) | {name: num_classes})
 
     def head_size(self) -> int | None:
-        """Width of the head in a file of weights; None if the name of the model says it."""
+        """Classes in a weight file, 0 without a head; None if the model's name implies them."""
         if self.weights in (None, "pretrained", "shipped"):
             return None
         try:
@@ -111,8 +112,8 @@ class Backbone:
         """Build the model and load its weights.
 
         Raises:
-            ValueError: If the model is unknown or not supported, an argument does not fit, or the
-                weights do not belong to it.
+            ValueError: If the model is unknown or not supported, an argument does not fit, a
+                package is missing, or the weights belong to another model.
         """
         if self.name.startswith(_TRANSFORMERS):
             return self._create_transformers()
@@ -137,7 +138,7 @@ class Backbone:
                 load_weights(vit, path)
         elif self.weights not in (None, "pretrained"):
             load_weights(vit, Path(self.weights))
-        return vit  # type: ignore[no-any-return]  # timm does not say what it makes
+        return vit  # type: ignore[no-any-return]  # timm has no return type
 
     def _create_timm(self, args: dict[str, Any]) -> Any:
         name, pretrained = self.name, self.weights == "pretrained"
@@ -149,12 +150,12 @@ class Backbone:
                     f"model.args.{given} cannot be set: model.weights says which weights are read."
                 )
         if pretrained:
-            args = args | _cached(name)
+            args = args | _cached_weights(name)
         try:
             return timm.create_model(name, pretrained=pretrained, **args)
         except (OSError, HfHubHTTPError) as error:
-            raise _not_to_be_had(name, error_message(error)) from error
-        except Exception as error:  # what arguments that do not fit lead to
+            raise _unavailable(name, error_message(error)) from error
+        except Exception as error:  # unsuitable arguments raise anything
             if "Unknown model" not in str(error):
                 problem = error_message(error)
                 raise ValueError(f"model {self.name!r} cannot be built: {problem}") from error
@@ -163,12 +164,9 @@ class Backbone:
             raise ValueError(f"model.name {self.name!r} is not a timm model{hint}") from None
 
     def _create_transformers(self) -> nn.Module:
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError(
-                f"model.name {self.name!r} needs: pip install 'tokendial[transformers]'."
-            ) from None
+        check_installed(f"model.name {self.name!r}", "transformers")
+        import transformers
+
         name = self.name.removeprefix(_TRANSFORMERS)
         cls = getattr(transformers, name, None) if name in CLASSES else None
         if cls is None:
@@ -179,7 +177,7 @@ class Backbone:
         if self.weights is None:
             try:
                 vit = cls(cls.config_class.from_dict(self.args))
-            except Exception as error:  # what arguments that do not fit lead to
+            except Exception as error:  # unsuitable arguments raise anything
                 problem = error_message(error)
                 raise ValueError(f"model {self.name!r} cannot be built: {problem}") from error
         else:
@@ -192,11 +190,11 @@ class Backbone:
             raise ValueError(f"model.weights {weights!r}: no such folder.")
         cached = Path(weights).is_dir() or cached_file(weights, "config.json")
         if not cached and (problem := hub_problem()):
-            raise _not_to_be_had(weights, problem)
-        # The weights hold the rest of the configuration, and another head.
+            raise _unavailable(weights, problem)
+        # Only the head's size is passed: the rest of the configuration comes with the weights.
         head = {"num_labels": self.args["num_labels"]} if "num_labels" in self.args else {}
         try:
-            vit, told = cls.from_pretrained(
+            vit, loading_info = cls.from_pretrained(
                 weights,
                 **head,
                 ignore_mismatched_sizes=bool(head),
@@ -204,39 +202,41 @@ class Backbone:
                 weights_only=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # of reading, of downloading, and of files that do not fit
+        except Exception as error:  # reading, downloading or unsuitable files
             raise ValueError(f"model.weights {weights!r}: {error_message(error)}") from error
-        if missing := [n for n in told["missing_keys"] if _FRESH.isdisjoint(n.split("."))]:
+        if missing := [n for n in loading_info["missing_keys"] if _FRESH.isdisjoint(n.split("."))]:
             raise ValueError(
                 f"model.weights {weights!r} belongs to another backbone: {len(missing)} tensors "
                 f"are missing, the first is {min(missing)}."
             )
         check_finite(vit.state_dict(), f"model.weights {weights!r}")
-        warn_of_unused_weights(weights, Counter(n.split(".")[0] for n in told["unexpected_keys"]))
+        warn_of_unused_weights(
+            weights, Counter(n.split(".")[0] for n in loading_info["unexpected_keys"])
+        )
         return vit
 
 
-def _cached(name: str) -> dict[str, Any]:
-    """Arguments that make timm take pre-trained weights from the hub's cache, if it has them.
+def _cached_weights(name: str) -> dict[str, Any]:
+    """Return arguments that make timm read weights from the hub's cache, if it has them.
 
     Raises:
-        ValueError: If it has not, and the hub does not answer.
+        ValueError: If the cache has no weights, and the hub does not answer.
     """
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     repo = cfg.hf_hub_id if cfg else name.partition("hf-hub:")[2]
     if not repo:
-        return {}  # by another way than the hub, or an unknown name
+        return {}  # weights from elsewhere than the hub, or an unknown name
     file = cfg.hf_hub_filename if cfg else "config.json"
     weights = (file, str(Path(file).with_suffix(".safetensors"))) if file else _HUB_FILES
     if not (found := cached_file(repo, *weights)):
         if problem := hub_problem():
-            raise _not_to_be_had(name, problem)
+            raise _unavailable(name, problem)
         return {}
     source = {"file": str(found), "custom_load": False}
     return {"pretrained_cfg_overlay": source} if cfg else {}
 
 
-def _not_to_be_had(name: str, problem: str) -> ValueError:
+def _unavailable(name: str, problem: str) -> ValueError:
     return ValueError(
         f"the pre-trained weights of {name} are not at hand: {problem}; give them as a file or "
         "folder (model.weights=...), or start from random ones (model.weights=null)."
@@ -244,10 +244,10 @@ def _not_to_be_had(name: str, problem: str) -> ValueError:
 
 
 def anatomy_of(vit: nn.Module) -> Anatomy:
-    """Take a model apart.
+    """Find out which kind of ViT a model is, and return its `Anatomy`.
 
     Raises:
-        ValueError: If it is of no supported kind; it says what is.
+        ValueError: If the kind is not supported; the message lists the supported ones.
     """
     if isinstance(vit, Eva):
         kind: type[Anatomy] = TimmEva
@@ -274,7 +274,7 @@ def _check_divisible(vit: Any) -> None:
 
 
 def fingerprint(vit: nn.Module) -> list[float]:
-    """A few weights of the patch embedding and the last block, enough to tell two models apart."""
+    """A few weights of the patch embedding and the last block, to identify a backbone by."""
     patches = next(p for p in vit.parameters() if p.ndim >= 4)
     last = [p for p in anatomy_of(vit).blocks[-1].parameters() if p.ndim == 2][-1]
     if patches.is_meta or last.is_meta:
@@ -284,7 +284,7 @@ def fingerprint(vit: nn.Module) -> list[float]:
 
 
 def same_backbone(first: list[float], second: list[float]) -> bool:
-    """Whether two fingerprints agree up to half-precision rounding."""
+    """Whether two fingerprints are equal up to half-precision rounding."""
     if len(first) != len(second):
         return False
     return all(abs(a - b) <= 1e-4 + 0.01 * abs(a) for a, b in zip(first, second, strict=True))

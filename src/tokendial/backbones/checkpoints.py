@@ -1,9 +1,9 @@
-"""Checkpoints of ViTs as people have them: where in a file the ViT is, and its tensors by name.
+"""Find the ViT in a checkpoint file, and give its tensors the names that timm knows.
 
-A checkpoint of training wraps a state dict in others ("state_dict", "teacher"), a module that
-trained a ViT puts its own name before all others ("model.", "backbone."), and transformers has
-names of its own. All three are told by structure; the tensors come out by timm's names, or by those
-that timm's own filters turn into timm's.
+Training checkpoints wrap the state dict ("state_dict", "teacher"), training modules add a prefix to
+all names ("model.", "backbone."), and transformers uses other names. All three are recognised by
+the structure of the file. The resulting names are timm's, or names that timm's own checkpoint
+filters convert.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from tokendial.weights import check_finite, read_file
 
 GRID = "grid"
-"""Metadata of a safetensors file: rows and columns of its positions, such as 14x10."""
+"""Key in the metadata of a safetensors file: rows and columns of the position grid, e.g. 14x10."""
 _IN_A_FOLDER = (
     "model.safetensors",
     "best/model.safetensors",
@@ -42,12 +42,13 @@ _ANCHORS = {
     "conv1.weight": "OpenAI CLIP",
     f"visual.trunk.{_TIMM}": "OpenCLIP",
 }
-"""What every ViT has under some prefix, and whose names those are; the longest that fits counts."""
+"""Tensor names that every ViT contains under some prefix, and the library that uses them. If
+several names match, the longest one counts."""
 _TOWERS = ("OpenAI CLIP", "OpenCLIP")
-"""Their image tower lies under "visual.", which timm's filters look for."""
+"""Formats whose image tower has the prefix "visual.", which timm's filters expect."""
 _HEADS = ("head.", "head_dist.", "fc_norm.")
-# Buffers that models compute for themselves, and parts of pre-training or of transformers' models
-# that no ViT of timm has.
+# Buffers that models compute themselves, and parts of pre-training or of transformers' models that
+# timm's ViTs do not have.
 _NOT_OF_THE_VIT = re.compile(
     r"(?:.*\.)?(?:position_ids|relative_position_index|bias_mask|rope(?:_embed)?\.(?:periods|freqs_\w+))"
     r"|(?:pooler|decoder|local_cls_norm|projectors|lm_head)\..+|decoder_.+"
@@ -73,7 +74,7 @@ _FROM_TRANSFORMERS = (
     (r"pre_layrnorm\.(.+)", r"norm_pre.\1"),
     (r"(?:layernorm|post_layernorm)\.(.+)", r"norm.\1"),
 )
-# In transformers' models the heads stand beside the ViT.
+# In transformers' models the heads are siblings of the ViT.
 _BESIDE = (
     (r"(?:cls_)?classifier\.(.+)", r"head.\1"),
     (r"distillation_classifier\.(.+)", r"head_dist.\1"),
@@ -83,18 +84,18 @@ _BESIDE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The ViT in a file."""
+    """A ViT that was found in a file."""
 
     source: Path
-    """The file."""
+    """Path of the file."""
     kind: str
-    """Whose names it has and before which prefix, in words."""
+    """The library whose names the file uses and the prefix of the ViT, in words."""
     tensors: dict[str, Tensor]
-    """By timm's names, or by those that timm's filters know; finite floats."""
+    """Finite float tensors, by timm's names or by names that timm's filters convert."""
     left_out: dict[str, int]
-    """How many tensors of the file are no part of the ViT, by group."""
+    """Number of tensors in the file that do not belong to the ViT, by group."""
     grid: tuple[int, int] | None
-    """Rows and columns of the positions, where the file says."""
+    """Rows and columns of the position grid; None if the file does not say."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -102,15 +103,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Args:
         path: A file in torch's or safetensors' format, or a folder with one: a saved model, a run
-            (its best model), or one of transformers.
+            (whose best model is read), or a model of transformers.
 
     Raises:
-        ValueError: If it cannot be read, holds no ViT or more than one, or tensors that are no
-            finite floats; it says what was found.
+        ValueError: If the file cannot be read, holds no ViT or several, or tensors that are not
+            finite floats. The message says what was found.
     """
     file = _file_in(path) if path.is_dir() else path
     state, wrapper, left_out = unwrapped(read_file(file), file)
-    kind, state = rooted(state, file, left_out)
+    kind, state = find_vit(state, file, left_out)
     grid = _grid(file, state.get(_TIMM)) if "pos_embed" in state else None
     if wrapper:
         kind = f"{kind} in {wrapper!r}"
@@ -126,10 +127,14 @@ def _file_in(folder: Path) -> Path:
 
 
 def unwrapped(content: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], str, Counter[str]]:
-    """The state dict in what a file holds, the name that it lies under, and what lies beside it.
+    """Find the state dict in the content of a file.
+
+    Returns:
+        The state dict, the key that it was stored under ("" if at the top), and the number of
+        tensors that were stored beside it, by key.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no state dict.
     """
     wrapper, left_out = "", Counter[str]()
     while not any(isinstance(value, Tensor) for value in content.values()):
@@ -151,19 +156,21 @@ def unwrapped(content: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], s
     return dict(content), wrapper, left_out
 
 
-def rooted(
+def find_vit(
     state: Mapping[str, Any], file: Path, left_out: Counter[str]
 ) -> tuple[str, dict[str, Tensor]]:
-    """Whose names a state dict has, and the ViT in it without the prefix that it stands under.
+    """Find the ViT in a state dict, and remove the prefix of its names.
 
     Args:
-        state: By the file's names.
-        file: For messages.
-        left_out: Counts what is no part of the ViT.
+        state: Tensors by the file's names.
+        file: Path of the file, for messages.
+        left_out: Counter that is raised for each tensor that does not belong to the ViT.
+
+    Returns:
+        The naming scheme in words, and the tensors of the ViT.
 
     Raises:
-        ValueError: If there is no ViT in it, or more than one, or tensors of it are no finite
-            floats.
+        ValueError: If there is no ViT or several, or its tensors are not finite floats.
     """
     roots = _roots(state)
     if len(roots) != 1:
@@ -174,7 +181,7 @@ def rooted(
             f"{file} holds a model that was fine-tuned with an adapter; model.weights takes the "
             "file that it was fine-tuned from, or a fully fine-tuned model."
         )
-    # The image tower of a CLIP model may be there by itself.
+    # The file may hold the image tower of a CLIP model alone.
     alone = whose not in _TOWERS or f"{root}conv1.weight" in state
     tensors: dict[str, Any] = {}
     for name, value in state.items():
@@ -196,7 +203,7 @@ def rooted(
 
 
 def _roots(state: Mapping[str, Any]) -> dict[str, str]:
-    """Before which prefixes there is a ViT, and whose names it has."""
+    """Map the prefix of each ViT in a state dict to the library whose names it uses."""
     roots: dict[str, str] = {}
     for name in state:
         if fitting := [a for a in _ANCHORS if name == a or name.endswith(f".{a}")]:
@@ -210,14 +217,14 @@ def _roots(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
-    """The name after all patterns of a table that fit, one after another."""
+    """Apply all matching patterns of a table to a name, one after another."""
     for pattern, ours in table:
         name = re.sub(f"^{pattern}$", ours, name)
     return name
 
 
 def _join(tensors: dict[str, Tensor]) -> None:
-    """Shapes and layers of transformers, as the other files have them."""
+    """Convert the layers and shapes of transformers to those of the other formats, in place."""
     for name, rank in (("cls_token", 3), ("pos_embed", 3)):
         while name in tensors and tensors[name].ndim < rank:  # CLIP's
             tensors[name] = tensors[name][None]
@@ -230,7 +237,7 @@ def _join(tensors: dict[str, Tensor]) -> None:
 
 
 def join_qkv(state: dict[str, Tensor]) -> None:
-    """Queries, keys and values in one layer; keys without a bias beside others get zeros."""
+    """Join separate query, key and value layers, in place; a missing key bias becomes zeros."""
     for attn in {match[1] for name in state if (match := re.fullmatch(r"(.*attn\.)[qv]_.+", name))}:
         weights = [f"{attn}{part}_proj.weight" for part in "qkv"]
         if all(weight in state for weight in weights):
@@ -247,7 +254,7 @@ def join_qkv(state: dict[str, Tensor]) -> None:
 
 
 def _what_else(state: Mapping[str, Any], roots: list[str]) -> str:
-    """What a file holds that does not hold one ViT, in words."""
+    """Describe in words a state dict that does not hold exactly one ViT."""
     if roots:
         return f"several ViTs, under {', '.join(map(repr, sorted(roots)))}: save one of them alone"
     groups = Counter(name.split(".")[0] for name in state)
@@ -264,12 +271,12 @@ def _what_else(state: Mapping[str, Any], roots: list[str]) -> str:
 
 
 def _grid(file: Path, patch_weight: Tensor | None) -> tuple[int, int] | None:
-    """Rows and columns of the positions, from metadata or from the configuration beside a file."""
+    """Read the position grid from the file's metadata or from the configuration beside it."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
-                told = (opened.metadata() or {}).get(GRID, "")
-            if match := re.fullmatch(r"(\d+)x(\d+)", told):
+                grid = (opened.metadata() or {}).get(GRID, "")
+            if match := re.fullmatch(r"(\d+)x(\d+)", grid):
                 return int(match[1]), int(match[2])
         config = json.loads((file.parent / "config.json").read_text())
         size = config["backbone"]["args"]["img_size"]
@@ -277,7 +284,7 @@ def _grid(file: Path, patch_weight: Tensor | None) -> tuple[int, int] | None:
         assert patch_weight is not None
         return height // patch_weight.shape[-2], width // patch_weight.shape[-1]
     except (OSError, ValueError, LookupError, TypeError, AssertionError, RecursionError):
-        return None  # it does not say
+        return None  # neither of them says it
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Released weight files, turned into state dicts of timm models."""
+"""Convert released weight files into state dicts of timm models."""
 
 import math
 import re
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from tokendial.atomic import atomic_write
 from tokendial.backbones.build import Backbone
-from tokendial.backbones.checkpoints import GRID, rooted, unwrapped
-from tokendial.backbones.loading import by_timms_names, counted
+from tokendial.backbones.checkpoints import GRID, find_vit, unwrapped
+from tokendial.backbones.loading import convert_to_timm_names, describe_counts
 from tokendial.backbones.positions import resized_positions
 from tokendial.backbones.timm_vit import HEADS
 from tokendial.weights import check_finite, read_file, unreadable
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The families below have no two sizes of one width.
+# In the families below, the width identifies the size.
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant"}
 _DINOV2_OFFSET = 0.1
 _DAR_PARTS = re.compile(
@@ -36,39 +36,39 @@ _DAR_PARTS = re.compile(
 
 @dataclass(frozen=True)
 class Converted:
-    """A released file by timm's names; `save` writes it."""
+    """A released weight file with timm's names; `save` writes it."""
 
     source: Path
-    """The released file."""
+    """Path of the released file."""
     kind: str
     """"DINOv2", "DINO", "DeiT", "MAE", "AugReg", "DAR", or "ViT" for other files."""
     model: str
-    """The timm model that the tensors belong to."""
+    """Name of the timm model that the tensors belong to."""
     tensors: dict[str, Tensor]
-    """The model's state dict, complete but for a head that the file did not hold."""
+    """State dict of the model; it lacks the head if the file has none."""
     left_out: dict[str, int]
-    """How many tensors of the file were left out, by group."""
+    """Number of tensors of the file that were left out, by group."""
     grid: tuple[int, int] | None = None
-    """Rows and columns that the positions were resized to; None: those of the file."""
+    """Rows and columns that the positions were resized to; None if they were not resized."""
 
     @property
     def has_head(self) -> bool:
-        """Whether the file held a classifier."""
+        """Whether the file contains a classification head."""
         return any(name.split(".")[0] in HEADS for name in self.tensors)
 
     def summary(self) -> str:
-        """What was found, in one line."""
+        """Describe the converted file in one line."""
         head = "" if self.has_head else ", no classifier head"
-        left_out = f"; left out: {counted(self.left_out)}" if self.left_out else ""
+        left_out = f"; left out: {describe_counts(self.left_out)}" if self.left_out else ""
         return f"{self.kind} weights of {self.model}, {len(self.tensors)} tensors{head}{left_out}"
 
     def at(self, img_size: tuple[int, int]) -> "Converted":
-        """The same for images of another size, the positions resized as the released code does.
+        """Return a copy for another image size; positions are resized as the released code does.
 
-        Loading the file into a model of another size resizes them, too, but for all kinds alike.
+        `load_weights` also resizes positions, but in the same way for all kinds of models.
 
         Args:
-            img_size: Height and width in pixels.
+            img_size: Height and width of the images in pixels.
 
         Raises:
             ValueError: If the model has no positions of its own to resize, or a side is not a
@@ -82,7 +82,7 @@ class Converted:
                 f"img_size must be multiples of the patch size {patch}, got {img_size}."
             )
         positions = self.tensors["pos_embed"]
-        # The files of DINOv2 with registers have the class token's position in the token itself.
+        # With registers, DINOv2 adds the class token's position to the token itself.
         prefix = positions.shape[1] - math.isqrt(positions.shape[1]) ** 2
         plain_dinov2 = self.kind == "DINOv2" and "reg_token" not in self.tensors
         grid = img_size[0] // patch, img_size[1] // patch
@@ -95,11 +95,11 @@ class Converted:
         return replace(self, tensors=self.tensors | {"pos_embed": resized}, grid=grid)
 
     def save(self, out: str | Path | None = None) -> Path:
-        """Write the tensors as safetensors, whole or not at all; returns where.
+        """Write the tensors to a safetensors file, and return its path.
 
         Args:
-            out: The file, which ends in .safetensors; one that is there is replaced. None: beside
-                the released file.
+            out: File to write, which ends in .safetensors; an existing one is replaced. By default
+                it is written beside the released file.
 
         Raises:
             ValueError: If `out` ends otherwise, is the released file, or its folder does not exist.
@@ -114,29 +114,29 @@ class Converted:
         # Copies, because safetensors takes no tensors that share memory.
         whole = torch.contiguous_format
         tensors = {n: value.clone(memory_format=whole) for n, value in self.tensors.items()}
-        told = {GRID: f"{self.grid[0]}x{self.grid[1]}"} if self.grid else {}
+        grid = {GRID: f"{self.grid[0]}x{self.grid[1]}"} if self.grid else {}
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"} | told)
+            save_file(tensors, temporary, metadata={"format": "pt"} | grid)
         return path
 
 
 def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Converted:
     """Read a released weight file and give its tensors timm's names.
 
-    Known by their tensors are DINOv2 (also with registers), DINO's training checkpoints, DeiT (also
-    distilled), MAE (the encoder) and DAR's segmentation models (their backbone alone) in torch's
-    format, and AugReg in NumPy's; other files need the model, see `read_checkpoint`. Nothing is
-    unpickled but tensors. No tensor is resized, see `Converted.at`.
+    These are recognised by their tensors: DINOv2 (also with registers), DINO's training
+    checkpoints, DeiT (also distilled), MAE (the encoder) and DAR's segmentation models (the
+    backbone only) in torch's format, and AugReg in NumPy's. For other files, give `model`. Only
+    tensors are unpickled. No tensor is resized, see `Converted.at`.
 
     Args:
-        path: The file; .npz is NumPy's format, any other suffix torch's.
-        model: The timm model that it belongs to, by name, or with arguments (its weights and the
-            width of its head are not looked at). None: said by the tensors.
+        path: The file to read. The suffix .npz means NumPy's format, any other torch's.
+        model: The timm model that the file belongs to, as a name or a `Backbone` (whose weights and
+            head size are ignored). By default it is recognised by the tensors.
 
     Raises:
-        ValueError: If the file cannot be read without unpickling objects, the tensors do not say
-            which model they belong to, or they are not exactly those of the model; a classifier
-            head may be missing. The message names the file and lists the tensors.
+        ValueError: If the file cannot be read without unpickling objects, the model is not
+            recognised, or the tensors are not exactly those of the model (the head may be missing).
+            The message names the file and lists the tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,30 +151,30 @@ def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
         kind, state = "DAR", _dar_backbone(state, left_out)
         if not state:
             raise ValueError(
-                f"{path} holds only what DAR trained ({counted(left_out)}), not the backbone: "
-                "convert the DINOv2 file that it was fine-tuned from, or make a run of this one "
-                "(--recipe dar/duts)."
+                f"{path} holds only what DAR trained ({describe_counts(left_out)}), not the "
+                "backbone: convert the DINOv2 file that it was fine-tuned from, or make a run of "
+                "this one (--recipe dar/duts)."
             )
         check_finite(state, path)
     else:
-        _, state = rooted(state, path, left_out)
+        _, state = find_vit(state, path, left_out)
         kind = _kind(state, wrapper, left_out)
     if "mask_token" in state:
         left_out["mask_token"] += 1
         if kind != "DINOv2":
             del state["mask_token"]
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    backbone = backbone or _derived(path, kind, shapes)
+    backbone = backbone or _matching_backbone(path, kind, shapes)
     classes = next((shapes[n][0] for n in _head_names(".weight", ".bias") if shapes.get(n)), 0)
     vit = _build(backbone, classes, device="meta")
     _check(path, f"{kind} file of {backbone.name}", _torch_shapes(vit, kind), shapes)
-    tensors, _ = by_timms_names(state, vit, left_out)
+    tensors, _ = convert_to_timm_names(state, vit, left_out)
     return Converted(path, kind, backbone.name, tensors, dict(left_out))
 
 
 def _from_numpy(path: Path, backbone: Backbone | None) -> Converted:
     shapes = _read_numpy_shapes(path)
-    backbone = backbone or _derived(path, "AugReg", shapes)
+    backbone = backbone or _matching_backbone(path, "AugReg", shapes)
     classes = next((shapes[n][-1] for n in ("head/kernel", "head/bias") if shapes.get(n)), 0)
     vit = _build(backbone, classes, device="cpu")
     _check(path, f"AugReg file of {backbone.name}", _numpy_shapes(vit), shapes)
@@ -194,7 +194,7 @@ def _read_numpy_shapes(path: Path) -> Shapes:
     import numpy as np
 
     try:
-        # NumPy leaves a file open that it opened itself and could not read.
+        # NumPy does not close a file that it has opened and cannot read, so it is opened here.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:
@@ -217,7 +217,7 @@ def _kind(names: Mapping[str, Any], wrapper: str, left_out: Mapping[str, int]) -
 
 
 def _dar_backbone(state: Mapping[str, Any], left_out: Counter[str]) -> dict[str, Any]:
-    """The plain backbone by its own names; what DAR adds is counted."""
+    """Return the backbone of DAR's model by its own names; DAR's other tensors are counted."""
     plain: dict[str, Any] = {}
     for name, value in state.items():
         if part := _DAR_PARTS.fullmatch(name):
@@ -227,15 +227,15 @@ def _dar_backbone(state: Mapping[str, Any], left_out: Counter[str]) -> dict[str,
     return plain
 
 
-def _derived(path: Path, kind: str, shapes: Shapes) -> Backbone:
-    """The timm model that the shapes belong to."""
+def _matching_backbone(path: Path, kind: str, shapes: Shapes) -> Backbone:
+    """Find the timm model that tensors of these shapes belong to."""
     if kind == "AugReg":
         patch, *_, width = _of_rank(4, shapes.get("embedding/kernel"))
         tokens = _of_rank(3, shapes.get("Transformer/posembed_input/pos_embedding"))[1]
     else:
         width, *_, patch = _of_rank(4, shapes.get("patch_embed.proj.weight"))
         tokens = _of_rank(3, shapes.get("pos_embed"))[1]
-    # Patches are a square; with the one or two tokens before them they fall short of the next.
+    # The grid is square. One or two prefix tokens are too few to reach the next square number.
     side = math.isqrt(tokens) * patch
     registers = _of_rank(3, shapes.get("register_tokens"))[1]
     with_registers = f"reg{registers}_" if registers else ""
@@ -274,7 +274,7 @@ def _build(backbone: Backbone, classes: int, device: str) -> VisionTransformer:
 
 
 def _torch_shapes(vit: VisionTransformer, kind: str) -> Shapes:
-    """What a file in torch's format has to hold, by its own names."""
+    """Shapes that a file of this kind in torch's format must have, by its own names."""
     shapes = {name: tuple(value.shape) for name, value in vit.state_dict().items()}
     if kind != "DINOv2":
         return shapes
@@ -292,7 +292,7 @@ def _torch_shapes(vit: VisionTransformer, kind: str) -> Shapes:
 
 
 def _numpy_shapes(vit: VisionTransformer) -> Shapes:
-    """What a file of Google's JAX code has to hold."""
+    """Shapes that a file of Google's JAX code must have, by its own names."""
     first: Any = vit.blocks[0]
     width, hidden, heads = vit.embed_dim, first.mlp.fc1.out_features, first.attn.num_heads
     head = (heads, width // heads)
@@ -336,8 +336,8 @@ def _check(path: Path, what: str, wanted: Shapes, found: Shapes) -> None:
         "of another shape": [f"{n} {list(found[n])} for {list(wanted[n])}" for n in wrong],
     }
     if any(problems.values()):
-        told = "; ".join(f"{len(n)} {kind}: {_some(n)}" for kind, n in problems.items() if n)
-        raise ValueError(f"{path} is not a whole {what}: {told}.")
+        listed = "; ".join(f"{len(n)} {kind}: {_some(n)}" for kind, n in problems.items() if n)
+        raise ValueError(f"{path} is not a whole {what}: {listed}.")
 
 
 def _some(names: list[str]) -> str:

@@ -16,10 +16,10 @@ from tokendial.tokens import Tokens
 
 @dataclass(frozen=True)
 class _Names:
-    """What a family of transformers calls the parts of a model and of a block."""
+    """Attribute names of the parts of a model and of a block, in one family of transformers."""
 
     trunk: str
-    """Where the model lies inside one that classifies."""
+    """Name of the ViT inside a classification model."""
     blocks: str
     attention: str = "attention"
     output: str = "o_proj"
@@ -67,11 +67,11 @@ CLASSES = {
     "CLIPVisionModel": _CLIP,
     "CLIPVisionModelWithProjection": _CLIP,
 }
-del CLASSES["CLIPModel"]  # has a text tower
+del CLASSES["CLIPModel"]  # it also has a text tower
 
 
 class HuggingFaceViT(Anatomy):
-    """A ViT of the transformers library, as releases from 5.23 on build it."""
+    """A ViT of the transformers library, release 5.23 or later."""
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)
@@ -79,7 +79,7 @@ class HuggingFaceViT(Anatomy):
 
     @property
     def trunk(self) -> Any:
-        """The model inside of one that classifies."""
+        """The ViT without the classification model around it."""
         return getattr(self.vit, self.names.trunk, self.vit)
 
     @classmethod
@@ -90,7 +90,7 @@ class HuggingFaceViT(Anatomy):
         names = CLASSES[name]
         try:
             blocks: Any = getattr(vit, names.trunk, vit).get_submodule(names.blocks)
-            blocks[0].get_submodule(names.attention).q_proj  # noqa: B018  # is it there?
+            blocks[0].get_submodule(names.attention).q_proj  # noqa: B018  # raises if the layer does not exist
         except AttributeError:
             return f"this {name} is of another release of transformers than 5.23 and later"
         return None
@@ -143,7 +143,7 @@ class HuggingFaceViT(Anatomy):
                 f"images must have sides divisible by the patch size {patch[0]}x{patch[1]}, "
                 f"got {height}x{width}."
             )
-        # DINOv2 resizes its positions by itself, the others when they are asked to.
+        # DINOv2 always resizes its positions, the other models only on request.
         options = {}
         if (height, width) != self.image_size and self.names.scales is None:
             options["interpolate_pos_encoding"] = True
@@ -175,7 +175,7 @@ class HuggingFaceViT(Anatomy):
 
     def attention_settings(self, layer: int) -> tuple[float, float]:
         attn = self._part(layer, self.names.attention)
-        # CLIP calls it `dropout`.
+        # In CLIP the attribute is named `dropout`.
         dropout: Any = getattr(attn, "attention_dropout", None) or getattr(attn, "dropout", 0.0)
         return attn.head_dim**-0.5, dropout if attn.training else 0.0
 
@@ -186,7 +186,7 @@ class HuggingFaceViT(Anatomy):
         return self._residual(layer, self._part(layer, "mlp")(x_BND), 1)
 
     def _residual(self, layer: int, x_BND: Tensor, branch: int) -> Tensor:
-        """The branch, scaled and dropped as the block does it."""
+        """Apply the block's LayerScale and dropout to the output of a branch."""
         if self.names.scales:
             x_BND = self._part(layer, self.names.scales[branch])(x_BND)
         if self.names.dropout:
@@ -199,7 +199,7 @@ class HuggingFaceViT(Anatomy):
     @property
     def reads_prefix_alone(self) -> bool:
         classifies = hasattr(self.vit, "classifier")
-        # Where `classify` takes the mean of patches.
+        # DINOv2's and CLIP's classifiers also read the mean of the patch tokens.
         return not classifies or not (self.names.scales or self.names is _CLIP)
 
     def classify(self, tokens: Tokens) -> Tensor:
@@ -207,7 +207,7 @@ class HuggingFaceViT(Anatomy):
         name = type(vit).__name__
         patches = slice(tokens.prefix, None)
         size = None if tokens.size is None else tokens.size[:, patches]
-        if name == "CLIPForImageClassification":  # it does not apply the last norm
+        if name == "CLIPForImageClassification":  # this model skips the last norm
             return vit.classifier(mean_by_size(tokens.x[:, patches], size))  # type: ignore[no-any-return]
         x = self.norm(tokens.x)
         first = x[:, 0]

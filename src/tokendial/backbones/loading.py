@@ -1,4 +1,4 @@
-"""Weights from a file into a model: every tensor is used, or named as left out, or refused."""
+"""Load weight files into timm models: each tensor is used, logged as left out, or refused."""
 
 import logging
 import math
@@ -23,17 +23,18 @@ from tokendial.errors import error_message
 
 _LOG = logging.getLogger(__name__)
 _HEADS = tuple(f"{head}." for head in HEADS)
-# Old files of timm have one more layer before the head, which is nothing without it.
+# Old files of timm have one more layer before the head, which is useless without the head.
 _OF_A_HEAD = re.compile(rf"(?:.*\.)?(?:{'|'.join(HEADS)}|pre_logits)\..+")
 
 
 def load_weights(vit: nn.Module, path: Path) -> None:
-    """Load a checkpoint from a file or folder; a head that differs is left as it is.
+    """Load a checkpoint from a file or folder into a model.
 
-    Positions and patches are resized. What the file holds besides the model is named in the log.
+    Position and patch embeddings are resized to the model. If the head has other shapes, the
+    model's head keeps its weights. Tensors that are not used are named in the log.
 
     Args:
-        vit: A model of timm.
+        vit: A timm model, which is changed in place.
         path: A file in torch's or safetensors' format, or a folder with one: a saved model, a run,
             a model of transformers. Names are those of timm, transformers, OpenAI's CLIP or other
             published code that timm knows; see `read_checkpoint`.
@@ -45,7 +46,7 @@ def load_weights(vit: nn.Module, path: Path) -> None:
         found = read_checkpoint(path)
         left_out = Counter(found.left_out)
         tensors = {name: value.float() for name, value in found.tensors.items()}
-        state, unused = by_timms_names(tensors, vit, left_out)
+        state, unused = convert_to_timm_names(tensors, vit, left_out)
     except ValueError as error:
         raise ValueError(f"model.weights: {error}") from None
     own = vit.state_dict()
@@ -66,7 +67,7 @@ def load_weights(vit: nn.Module, path: Path) -> None:
             unexpected.append(name)
     missing = [name for name in own if name not in state and not name.startswith(_HEADS)]
     if "pos_embed" in own and not missing + unexpected:
-        state["pos_embed"] = _resized(state["pos_embed"], vit, found)
+        state["pos_embed"] = _resize_positions(state["pos_embed"], vit, found)
     wrong = [n for n, value in state.items() if n in own and own[n].shape != value.shape]
     if bad := wrong + missing + unexpected:
         raise ValueError(
@@ -79,42 +80,45 @@ def load_weights(vit: nn.Module, path: Path) -> None:
 
 
 def warn_of_unused_weights(source: object, left_out: Mapping[str, int]) -> None:
-    """Log how many tensors of a file were not used, by group, if there are some; each file once."""
+    """Log the number of unused tensors of a file by group, once per file."""
     if any(left_out.values()):
-        _warn_once(f"{source}: left out: {counted(left_out)}")
+        _warn_once(f"{source}: left out: {describe_counts(left_out)}")
 
 
 @cache
 def _warn_once(line: str) -> None:
-    # A run's backbone is read each time that the run is used.
+    # A run reads the file of its backbone each time it is used; one warning is enough.
     _LOG.warning(line)
 
 
-def counted(groups: Mapping[str, int]) -> str:
-    """Groups of tensors in words."""
+def describe_counts(groups: Mapping[str, int]) -> str:
+    """Write counts of tensors in words, such as "2 head, 1 mask_token"."""
     return ", ".join(f"{count} {group}" for group, count in groups.items() if count)
 
 
-def by_timms_names(
+def convert_to_timm_names(
     state: Mapping[str, Tensor], vit: Any, left_out: Counter[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict by the names of a model of timm, and which of its tensors went nowhere.
+    """Convert a state dict to the names of a timm model.
 
     Args:
-        state: By names that `read_checkpoint` gives; floats.
-        vit: The model; positions keep their own size.
-        left_out: Counts what pre-training alone needs.
+        state: Float tensors by the names that `read_checkpoint` gives.
+        vit: The timm model. Positions are not resized to it.
+        left_out: Counter that is raised for each tensor that only pre-training needs.
+
+    Returns:
+        The state dict by timm's names, and the names of the tensors that it does not use.
 
     Raises:
-        ValueError: If it is of none of the forms that are known.
+        ValueError: If timm's filter cannot convert the tensors.
     """
     state = dict(state)
     if isinstance(vit, VisionTransformer):
         join_qkv(state)
     if isinstance(vit.patch_embed, TubeletEmbed):
         return filter_videomae(state, vit, left_out), []
-    # timm's filters take positions for those of a square, or of the size that the model's name
-    # stands for.
+    # timm's filters assume that positions form a square, or have the size in the model's name, so
+    # positions are kept away from them.
     positions = state.pop("pos_embed", None)
     if positions is not None and "register_tokens" in state:
         # timm adds the class token's position to the token itself.
@@ -122,8 +126,8 @@ def by_timms_names(
         state["cls_token"] = state["cls_token"] + positions[:, :1]
         positions = positions[:, 1:]
     family: Any = eva if isinstance(vit, Eva) else vision_transformer
-    # They leave out what they do not know, without a word. What an output was made of is seen from
-    # its gradient.
+    # timm's filters silently drop tensors that they do not know. The autograd graph of the outputs
+    # shows which inputs were used.
     with torch.enable_grad():
         leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
         try:
@@ -132,8 +136,8 @@ def by_timms_names(
             raise ValueError(
                 f"this is not a state dict of such a ViT ({error_message(error)})"
             ) from error
-    used = _made_of(named.values())
-    # A bias of zeros is as good as none: DINOv3's of queries, keys and values.
+    used = _sources_of(named.values())
+    # A bias of zeros may be dropped, such as DINOv3's of queries, keys and values.
     unused = [
         name
         for name, leaf in leaves.items()
@@ -143,8 +147,8 @@ def by_timms_names(
     return named | ({} if positions is None else {"pos_embed": positions}), unused
 
 
-def _made_of(outputs: Iterable[Tensor]) -> set[Tensor]:
-    """The tensors that others were computed from."""
+def _sources_of(outputs: Iterable[Tensor]) -> set[Tensor]:
+    """Return the leaf tensors that the outputs were computed from."""
     leaves, seen = set[Tensor](), set[Any]()
     waiting: list[Any] = []
     for output in outputs:
@@ -163,10 +167,10 @@ def _made_of(outputs: Iterable[Tensor]) -> set[Tensor]:
     return leaves
 
 
-def _resized(positions: Tensor, vit: Any, found: Checkpoint) -> Tensor:
-    """Positions [1, N, D], those of prefix tokens first, for the size of a model.
+def _resize_positions(positions: Tensor, vit: Any, found: Checkpoint) -> Tensor:
+    """Resize positions [1, N, D], prefix tokens first, to the grid of a model.
 
-    Unless the file says their rows and columns, they are of a square, or as many as the model's.
+    Unless the file states rows and columns, the positions must form a square or fit the model.
     """
     if positions.ndim != 3:
         return positions
@@ -188,7 +192,7 @@ def _resized(positions: Tensor, vit: Any, found: Checkpoint) -> Tensor:
             )
     if grid == new:
         return positions
-    # As timm does; its own function, up to 1.0.30, takes grids of as many patches for the same.
+    # timm's own function returns positions unchanged if another grid has as many patches.
     own, patches = positions.tensor_split([prefix], dim=1)
     moved = F.interpolate(
         patches.transpose(1, 2).reshape(1, -1, *grid), size=new, mode="bicubic", antialias=True

@@ -1,4 +1,4 @@
-"""Video from an image model: every frame runs by itself, then one query pools all tokens.
+"""Video models from image models: frames run one by one, then one query pools all their tokens.
 
 Source: Sparse-Tuning, https://arxiv.org/abs/2405.14700, experiments on Kinetics-400 and
 Something-Something V2, and the code of DyT, https://arxiv.org/abs/2403.11808. Eight frames through
@@ -28,7 +28,7 @@ class QueryPooling(nn.Module):
         nn.init.trunc_normal_(self.query, std=0.02)
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(embed_dim) for _ in range(3))
         self.q, self.v, self.proj = (nn.Linear(embed_dim, embed_dim) for _ in range(3))
-        # A bias would move all of a query's logits alike, which the softmax takes out again.
+        # A key bias would shift all logits of a query equally, which the softmax ignores.
         self.k = nn.Linear(embed_dim, embed_dim, bias=False)
         self.head = nn.Linear(embed_dim, num_classes)
 
@@ -38,7 +38,7 @@ class QueryPooling(nn.Module):
         return self.head.out_features
 
     def fresh(self, num_classes: int) -> "QueryPooling":
-        """A new one of the same shape, for other classes."""
+        """Return a newly initialised head of the same shape for other classes."""
         like = self.query
         new = QueryPooling(
             like.shape[-1], num_classes, num_heads=self.num_heads, frames=self.frames
@@ -46,11 +46,11 @@ class QueryPooling(nn.Module):
         return new.to(like.device, like.dtype)
 
     def forward(self, x_MND: Tensor, size_MN: Tensor | None = None) -> Tensor:
-        """Logits [B, num_classes] of clips.
+        """Return the logits [B, num_classes] of clips.
 
         Args:
-            x_MND: Normalised tokens of M = B * T frames, those of a clip one after another.
-            size_MN: Patches per token; a token counts as often as the patches it stands for.
+            x_MND: Normalised tokens of M = B * T frames; the frames of a clip are consecutive.
+            size_MN: Patches per token, by which the tokens are weighted.
         """
         x = x_MND.reshape(-1, self.frames * x_MND.shape[1], x_MND.shape[-1])
         bias = None
@@ -65,12 +65,12 @@ class QueryPooling(nn.Module):
 
 
 def video_vit(vit: Any, *, frames: int = 8, num_classes: int) -> Any:
-    """Make a video model of an image model: a new head pools the tokens of all frames.
+    """Turn an image model into a video model: a new head pools the tokens of all frames.
 
     Args:
-        vit: A timm VisionTransformer; it is changed in place. Its own head goes away.
-        frames: Frames of a clip.
-        num_classes: Width of the new head.
+        vit: A timm VisionTransformer. It is changed in place, and its head is replaced.
+        frames: Frames per clip.
+        num_classes: Classes of the new head.
 
     Returns:
         `vit`, which takes [B * frames, 3, H, W]; wrapped by `wrap`, clips [B, frames, 3, H, W].
@@ -101,7 +101,7 @@ def video_vit(vit: Any, *, frames: int = 8, num_classes: int) -> Any:
 
 
 def fresh_head(head: nn.Module, num_classes: int) -> nn.Module:
-    """A new classification head of the same kind, for other classes."""
+    """Return a newly initialised classification head of the same kind for other classes."""
     if isinstance(head, QueryPooling):
         return head.fresh(num_classes)
     like = head.get_parameter("weight")

@@ -1,4 +1,4 @@
-"""Position embeddings for images of another size than the released ones."""
+"""Resize position embeddings to other image sizes."""
 
 import math
 
@@ -11,16 +11,15 @@ from torch import Tensor
 def resized_positions(
     pos_embed: Tensor, grid: tuple[int, int], *, num_prefix_tokens: int = 1, offset: float = 0.0
 ) -> Tensor:
-    """Positions [1, N, D] of a square grid of patches, resized bicubically to another grid.
+    """Resize the positions [1, N, D] of a square patch grid bicubically to another grid.
 
     Args:
-        pos_embed: Those of the prefix tokens first.
-        grid: Rows and columns of patches.
-        num_prefix_tokens: Tokens that have positions but no place.
-        offset: 0: with antialiasing, as timm, and as DINOv2 with registers and DAR do. DINOv2
-            without registers was released with 0.1, added to the number of patches before it is
-            divided by the old one, and without antialiasing; features of other image sizes equal
-            the published ones only with the same.
+        pos_embed: Positions, those of the prefix tokens first.
+        grid: New rows and columns of patches.
+        num_prefix_tokens: Number of prefix tokens, whose positions are kept.
+        offset: 0 resizes with antialiasing, as timm, DINOv2 with registers and DAR do. DINOv2
+            without registers adds 0.1 to the new number of patches when it computes the scale, and
+            uses no antialiasing; its published features need the same offset.
     """
     if not offset:
         resized: Tensor = resample_abs_pos_embed(

@@ -17,7 +17,7 @@ from tokendial.tokens import Tokens
 
 
 class TimmEva(TimmAnatomy):
-    """Eva, pre- or post-norm; a token that absorbs others keeps its own rotary position."""
+    """timm's Eva, pre- or post-norm. A token that absorbs others keeps its own rotary position."""
 
     model_class = Eva
     block_classes = (EvaBlock, EvaBlockPostNorm)
@@ -49,14 +49,14 @@ class TimmEva(TimmAnatomy):
         k = attn.k_norm(split_heads(k, attn.num_heads // groups))
         v = split_heads(v, attn.num_heads // groups)
         if tokens.rope is not None:
-            rotate = partial(self._rotated, layer, tokens)
+            rotate = partial(self._rotate, layer, tokens)
             q, k = rotate(q).type_as(v), rotate(k).type_as(v)
         if groups > 1:
             k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
         return q, k, v
 
-    def _rotated(self, layer: int, tokens: Tokens, x_BHNC: Tensor) -> Tensor:
-        """Patch tokens turned by where they stand; prefix tokens stand nowhere."""
+    def _rotate(self, layer: int, tokens: Tokens, x_BHNC: Tensor) -> Tensor:
+        """Apply rotary positions to the patch tokens; prefix tokens have none."""
         table: Any = tokens.rope  # sines and cosines of the image's patches, [L, *] or [H, L, *]
         if self.vit.rope_mixed:
             table = table[layer - 1]
@@ -69,7 +69,7 @@ class TimmEva(TimmAnatomy):
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         block: Any = self.vit.blocks[layer - 1]
-        out = self.projected(layer, out_BND, x_BND)
+        out = self.project_attention(layer, out_BND, x_BND)
         if isinstance(block, EvaBlockPostNorm):
             out = block.norm1(out)
         elif block.gamma_1 is not None:

@@ -12,7 +12,7 @@ from tokendial.tokens import Tokens
 
 
 class TimmFrames(TimmViT):
-    """An image model whose head pools the frames of a clip; each frame is a row of the batch."""
+    """An image model whose head pools the frames of a clip. Each frame is one row of the batch."""
 
     @property
     def frames(self) -> int:
@@ -20,7 +20,7 @@ class TimmFrames(TimmViT):
 
     @property
     def reads_prefix_alone(self) -> bool:
-        return False  # whatever the image model read
+        return False  # its head reads all tokens, whatever the image model's head did
 
     def embed(self, images_B3HW: Tensor) -> Tokens:
         check_clips(images_B3HW, self.frames)
@@ -32,7 +32,7 @@ class TimmFrames(TimmViT):
 
 
 class TimmTubelets(TimmViT):
-    """A model that embeds tubelets; the tokens of a whole clip see each other."""
+    """A model that embeds tubelets. All tokens of a clip attend to each other."""
 
     @property
     def frames(self) -> int:
@@ -54,7 +54,7 @@ class TimmTubelets(TimmViT):
 
 
 def check_clips(clips_BT3HW: Tensor, frames: int) -> None:
-    """Raise a ValueError unless these are clips of that many frames."""
+    """Raise a ValueError unless the tensor holds clips of `frames` frames."""
     if clips_BT3HW.ndim != 5 or clips_BT3HW.shape[1] != frames:
         raise ValueError(
             f"clips must be [batch, {frames} frames, 3, height, width], got "

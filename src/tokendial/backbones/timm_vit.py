@@ -17,11 +17,11 @@ from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 HEADS = ("head", "head_dist")
-"""Names of timm's classification heads; the second is DeiT's distillation head."""
+"""Attribute names of timm's classification heads; the second is DeiT's distillation head."""
 
 
 class TimmAnatomy(Anatomy):
-    """What timm's two classes of ViT have in common."""
+    """The parts that timm's VisionTransformer and Eva have in common."""
 
     model_class: type[nn.Module]
     block_classes: tuple[type[nn.Module], ...]
@@ -82,7 +82,7 @@ class TimmAnatomy(Anatomy):
         return tuple(cfg["mean"]), tuple(cfg["std"])
 
     def grid(self, images_B3HW: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches; a ValueError if the image size does not fit."""
+        """Return rows and columns of patches; raise a ValueError if the image size does not fit."""
         vit = self.vit
         height, width = images_B3HW.shape[-2:]
         if vit.dynamic_img_size:
@@ -102,7 +102,7 @@ class TimmAnatomy(Anatomy):
         return rows, columns
 
     def embed_none(self, images_0: Tensor) -> Tokens:
-        """Tokens of an empty batch, where timm's own embedding needs an image."""
+        """Return the tokens of an empty batch, which timm's own embedding cannot compute."""
         one = self.embed(images_0.new_zeros(1, *images_0.shape[1:]))
         return replace(one, x=one.x[:0])
 
@@ -119,8 +119,8 @@ class TimmAnatomy(Anatomy):
         query, value = slice(0, width), slice(2 * width, 3 * width)
         return {"query": (attn.qkv, query), "value": (attn.qkv, value)}
 
-    def projected(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
-        """The heads' outputs after norm, gate and projection of the attention layer."""
+    def project_attention(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
+        """Apply norm, gate and projection of the attention layer to the heads' outputs."""
         attn: Any = self.vit.blocks[layer - 1].attn
         out = attn.norm(out_BND)
         if attn.gate is not None:
@@ -131,8 +131,8 @@ class TimmAnatomy(Anatomy):
         return self.vit.norm(x_BND)  # type: ignore[no-any-return]
 
     def classify(self, tokens: Tokens) -> Tensor:
-        # ToMe's code weighs average pooling by size; for attention pooling that is proportional
-        # attention.
+        # As in ToMe's code, average pooling weights tokens by size. In attention pooling, the
+        # log of the size is added to the attention logits (proportional attention).
         vit = self.vit
         x = self.norm(tokens.x)
         if tokens.size is None or (vit.attn_pool is None and vit.global_pool in ("token", "")):
@@ -151,7 +151,7 @@ class TimmAnatomy(Anatomy):
 
 
 class TimmViT(TimmAnatomy):
-    """VisionTransformer made of the standard pre-norm Block."""
+    """timm's VisionTransformer, built of the standard pre-norm Block."""
 
     model_class = VisionTransformer
     block_classes = (Block,)
@@ -174,7 +174,7 @@ class TimmViT(TimmAnatomy):
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         block: Any = self.vit.blocks[layer - 1]
-        out = self.projected(layer, out_BND, x_BND)
+        out = self.project_attention(layer, out_BND, x_BND)
         return block.drop_path1(block.ls1(out))  # type: ignore[no-any-return]
 
     def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:

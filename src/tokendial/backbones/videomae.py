@@ -1,7 +1,7 @@
-"""VideoMAE's ViT as a timm model: tubelets instead of patches, fixed positions, average pooling.
+"""VideoMAE's ViT as a timm model, with tubelets, fixed positions and average pooling.
 
-Source: Tong et al., "VideoMAE", NeurIPS 2022, https://arxiv.org/abs/2203.12602, and its code. Keys
-have no bias there; timm's are zero, which the softmax cannot tell apart.
+Source: Tong et al., "VideoMAE", NeurIPS 2022, https://arxiv.org/abs/2203.12602, and its code. Its
+keys have no bias; here the bias is zero, which gives the same attention.
 """
 
 # Shape legend: B clips, T frames, N tokens, D embed_dim.
@@ -21,7 +21,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TubeletEmbed(nn.Module):
-    """Cuts a clip into tubelets (a patch in several frames) and embeds each with its position."""
+    """Embeds a clip as tubelets (one patch in several consecutive frames) with positions."""
 
     positions: Tensor
 
@@ -39,10 +39,10 @@ class TubeletEmbed(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        """Set up the convolution and the table of positions, with the arguments that timm passes.
+        """Create the convolution and the position table; timm passes the arguments.
 
         Raises:
-            ValueError: If tubelets do not fill the frames, or patches are to be padded.
+            ValueError: If `frames` is not a multiple of `tubelet`, or `dynamic_img_pad` is set.
         """
         super().__init__()
         if frames < 1 or tubelet < 1 or frames % tubelet:
@@ -62,17 +62,17 @@ class TubeletEmbed(nn.Module):
         self.register_buffer("positions", table, persistent=False)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches in a frame."""
+        """Return rows and columns of patches in a frame of this size."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
     def forward(self, clips_BT3HW: Tensor) -> Tensor:
-        """Tokens [B, N, D] with their positions: time first, then rows, then columns."""
+        """Return tokens [B, N, D] with positions, ordered by time, row and column."""
         tubelets: Tensor = self.proj(clips_BT3HW.transpose(1, 2))
         return tubelets.flatten(2).transpose(1, 2) + self.positions
 
 
 def sine_positions(num_positions: int, embed_dim: int) -> Tensor:
-    """Fixed positions [1, N, D] of "Attention Is All You Need": sines and cosines in turn."""
+    """Fixed positions [1, N, D] of "Attention Is All You Need": sines and cosines alternate."""
     channel = torch.arange(embed_dim, dtype=torch.float64)
     rate = 10_000.0 ** (-2 * (channel // 2) / embed_dim)
     angle = torch.arange(num_positions, dtype=torch.float64).unsqueeze(1) * rate
@@ -80,7 +80,7 @@ def sine_positions(num_positions: int, embed_dim: int) -> Tensor:
     return table.float().unsqueeze(0)
 
 
-# timm reads this table by its name when models are registered.
+# register_model of timm looks up this table by its name.
 default_cfgs = generate_default_cfgs(
     {
         f"videomae_{size}_patch16_224": {
@@ -116,21 +116,21 @@ def videomae_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
 
 @register_model
 def videomae_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
-    """VideoMAE ViT-B."""
+    """VideoMAE ViT-B: 16 frames in tubelets of 2."""
     sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
     return _create("videomae_base_patch16_224", pretrained, sizes, kwargs)
 
 
 @register_model
 def videomae_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
-    """VideoMAE ViT-L."""
+    """VideoMAE ViT-L: 16 frames in tubelets of 2."""
     sizes = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
     return _create("videomae_large_patch16_224", pretrained, sizes, kwargs)
 
 
 @register_model
 def videomae_huge_patch16_224(pretrained: bool = False, **kwargs: Any) -> Any:
-    """VideoMAE ViT-H."""
+    """VideoMAE ViT-H: 16 frames in tubelets of 2."""
     sizes = {"patch_size": 16, "embed_dim": 1280, "depth": 32, "num_heads": 16}
     return _create("videomae_huge_patch16_224", pretrained, sizes, kwargs)
 
@@ -142,17 +142,17 @@ _ONLY_IN_PRETRAINING = ("decoder", "encoder_to_decoder", "mask_token")
 def filter_videomae(
     state: Mapping[str, Tensor], vit: Any, left_out: Counter[str]
 ) -> dict[str, Tensor]:
-    """A VideoMAE checkpoint by timm's names.
+    """Convert a VideoMAE checkpoint to timm's names.
 
     Args:
-        state: Of VideoMAE's own code (pre-trained or fine-tuned), of AdaptFormer's, or of
-            transformers' VideoMAE.
-        vit: The model that it is for; the norm after pooling of a pre-trained file, which has
-            none, is the model's own.
-        left_out: Counts what pre-training alone needs.
+        state: Tensors of VideoMAE's own code (pre-trained or fine-tuned), of AdaptFormer's code, or
+            of transformers' VideoMAE.
+        vit: The model to load into. A pre-trained file has no norm after pooling, so the model's
+            own one is used.
+        left_out: Counter that is raised for each tensor that only pre-training needs.
 
     Raises:
-        ValueError: If it has positions that were learnt.
+        ValueError: If the checkpoint has learned positions.
     """
     named: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -163,7 +163,7 @@ def filter_videomae(
         else:
             named[_ADAPTFORMER.sub(r"\1.mlp.\2", name)] = value
     if "head.weight" not in named and "fc_norm.weight" not in named:
-        # Its last norm acts before pooling, where nothing but pre-training reads.
+        # A pre-trained file has its last norm before pooling; only pre-training uses it.
         for part, value in vit.fc_norm.state_dict().items():
             left_out["norm"] += named.pop(f"norm.{part}", None) is not None
             named[f"fc_norm.{part}"] = value
@@ -171,7 +171,7 @@ def filter_videomae(
 
 
 def _check_fixed(positions: Tensor) -> None:
-    """Refuse other positions than the sines and cosines that the model has."""
+    """Raise a ValueError unless positions are the fixed sines and cosines of the model."""
     fixed = sine_positions(*positions.shape[1:]) if positions.ndim == 3 else positions.new_zeros(())
     if fixed.shape != positions.shape or not torch.allclose(positions.float(), fixed, atol=1e-2):
         raise ValueError("its positions (pos_embed) were learnt, those of this model are fixed")

@@ -2,11 +2,18 @@
 
 import sys
 
+from tokendial.errors import error_message
+
+# Importing the commands takes a moment. Ctrl-C and a missing package are reported in one line here,
+# as `main` does it once it exists.
 try:
     from tokendial.cli import training, sweeping, using, serving, fitting, inspecting  # noqa: F401, I001  # the order of --help
     from tokendial.cli.app import app, main
-except KeyboardInterrupt:  # before there is a `main` that could tell it
+except KeyboardInterrupt:
     print("stopped", file=sys.stderr)
     sys.exit(130)
+except ModuleNotFoundError as error:
+    print(f"error: {error_message(error)}", file=sys.stderr)
+    sys.exit(2)
 
 __all__ = ["app", "main"]

@@ -66,7 +66,7 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.exit(1)
     # Of the system: no such folder, no permission, disk full, the hub out of reach.
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error_message(error)}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, _Stopped):

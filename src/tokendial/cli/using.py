@@ -375,10 +375,11 @@ def export(
     ] = None,
 ) -> None:
     """Write the best model for other runtimes, and compare what the file gives."""
-    from tokendial.export import export as export_model
-    from tokendial.export import export_bundle, run_facts
+    from tokendial.export_files import export as export_model
+    from tokendial.export_files import export_bundle
     from tokendial.runs import Run
     from tokendial.runs.degrees import degrees_to_show
+    from tokendial.runs.export_facts import run_facts
 
     model, folder = Run(run).model(), run / "export"
     facts = run_facts(Run(run), model)

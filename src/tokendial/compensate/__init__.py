@@ -1,6 +1,7 @@
-"""ToCom: what bridges the degrees that a model was trained at and runs at."""
+"""ToCom: small weights that let a model run at another degree than it was fine-tuned at."""
 
 from tokendial.compensate.attachment import Attachment
-from tokendial.compensate.plugin import Compensator, ToCom
+from tokendial.compensate.compensator import Compensator
+from tokendial.compensate.config import ToCom
 
 __all__ = ["Attachment", "Compensator", "ToCom"]

@@ -1,6 +1,8 @@
-"""A compensator at work in a model: in its weights, or beside its layers."""
+"""A compensator that is attached to a model, and how it acts when the dial turns."""
 
-from typing import TYPE_CHECKING, Any
+# Shape legend: B batch, N tokens, D embed_dim, K rank of a pair times steps between two degrees.
+
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,76 +11,101 @@ from torch.utils.hooks import RemovableHandle
 from tokendial.backbones.anatomy import bare
 from tokendial.model.dial_vit import DialViT
 
-if TYPE_CHECKING:
-    from tokendial.compensate.plugin import Compensator, Part
+Part = Literal["query", "value"]
+"""Which output of attention's input projection a weight difference belongs to."""
+PARTS: tuple[Part, Part] = ("query", "value")
+
+
+class WeightDifference(Protocol):
+    """What a compensator gives for two degrees: a low-rank difference of q and v weights."""
+
+    depth: int
+
+    def check_degrees(self, source: int, target: int) -> None:
+        """Raise a ValueError unless the compensator bridges both degrees."""
+
+    def pair(self, part: Part, layer: int, source: int, target: int) -> tuple[Tensor, Tensor]:
+        """`down` [K, D] and `up` [D, K], whose product `up @ down` is the difference."""
+
+    def branch(self, part: Part, layer: int, source: int, target: int, x_BND: Tensor) -> Tensor:
+        """The difference applied to `x_BND`, with dropout in training."""
 
 
 class Attachment:
-    """Changes the queries and values of a model whenever its dial turns."""
+    """Adds a compensator's difference to the queries and values of one model.
+
+    The difference leads from `source`, the degree that the model was fine-tuned at, to the degree
+    of the dial. With `merge` it is written into the weights, each time from pristine copies.
+    Otherwise forward hooks add it to the outputs of the layers.
+    """
 
     def __init__(
-        self, compensator: "Compensator", model: DialViT, source: int, *, merge: bool
+        self, compensator: WeightDifference, model: DialViT, source: int, *, merge: bool
     ) -> None:
         self.compensator, self.model, self.source, self.merge = compensator, model, source, merge
-        self._places: list[_Place] = []
+        self._projections: list[_Projection] = []
 
     def on(self) -> None:
-        """Find the layers of the adapter that acts, keep their weights, and turn to the degree."""
-        self._places = [
-            _Place(self, layer, part, outer, rows)
+        """Take hold of the layers of the active adapter, and move to the model's degree."""
+        self._projections = [
+            _Projection(self, layer, part, outer, rows)
             for layer in range(1, self.compensator.depth + 1)
             for part, (outer, rows) in self.model.anatomy.query_value(layer).items()
         ]
         adapter = self.model.adapter
-        # What does more than add to a layer's output would change a difference in its weights, too.
+        # An adapter that scales a layer's output would scale a difference in its weights, too.
         if self.merge and (adapter.adds or adapter.merged):
-            for place in self._places:
-                place.keep()
+            for projection in self._projections:
+                projection.keep_weights()
         else:
-            for place in self._places:
-                place.hook()
+            for projection in self._projections:
+                projection.add_hook()
         self.turn(self.model.degree)
 
     def off(self) -> None:
-        """Give the layers back what they had."""
-        for place in self._places:
-            place.restore()
-        self._places = []
+        """Restore the weights, and remove the hooks."""
+        for projection in self._projections:
+            projection.restore()
+        self._projections = []
 
     def turn(self, degree: int) -> None:
-        """Make the weights those of a degree; a ValueError if the compensator does not reach it."""
-        self.compensator.rows(self.source, degree)
+        """Write the difference for `degree` into the weights; hooks need no turning.
+
+        Raises:
+            ValueError: If the compensator does not bridge `degree`.
+        """
+        self.compensator.check_degrees(self.source, degree)
         try:
-            for place in self._places:
-                place.put(degree)
+            for projection in self._projections:
+                projection.write_difference(degree)
         except BaseException:
-            for place in self._places:
-                place.put(self.model.degree)
+            for projection in self._projections:
+                projection.write_difference(self.model.degree)
             raise
 
     @property
     def in_weights(self) -> bool:
-        """Whether the model's weights hold the difference now, rather than hooks add it."""
-        return any(place.kept is not None for place in self._places)
+        """Whether the model's weights hold the difference now; otherwise hooks add it."""
+        return any(projection.kept is not None for projection in self._projections)
 
 
-class _Place:
-    """The rows of one linear layer that make the queries or values of one block."""
+class _Projection:
+    """The rows of one linear layer that compute the queries or the values of one block."""
 
     def __init__(
-        self, attachment: Attachment, layer: int, part: "Part", outer: nn.Module, rows: slice
+        self, attachment: Attachment, layer: int, part: Part, outer: nn.Module, rows: slice
     ) -> None:
         self.attachment, self.layer, self.part = attachment, layer, part
         self.outer, self.linear, self.rows = outer, bare(outer), rows
         self.kept: Tensor | None = None
         self.handle: RemovableHandle | None = None
 
-    def keep(self) -> None:
+    def keep_weights(self) -> None:
         self.kept = self.linear.weight.detach()[self.rows].clone()
 
-    def hook(self) -> None:
-        # After everything that the adapter does here: the difference is one of the tuned model's
-        # queries and values.
+    def add_hook(self) -> None:
+        # On the outermost module, so that it runs after everything that the adapter does here: the
+        # difference belongs to the queries and values of the fine-tuned model.
         self.handle = self.outer.register_forward_hook(self)
 
     def restore(self) -> None:
@@ -88,13 +115,14 @@ class _Place:
             self.handle.remove()
 
     @torch.no_grad()
-    def put(self, degree: int) -> None:
+    def write_difference(self, degree: int) -> None:
+        """Set the weights to the kept ones plus the difference; nothing where a hook acts."""
         if self.kept is None:
             return
         attachment, weight = self.attachment, self.linear.weight.detach()[self.rows]
         down, up = (
-            half.detach().to(weight)
-            for half in attachment.compensator.pair(
+            matrix.detach().to(weight)
+            for matrix in attachment.compensator.pair(
                 self.part, self.layer, attachment.source, degree
             )
         )
@@ -105,6 +133,7 @@ class _Place:
             weight.copy_(kept)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook: add the difference to the rows of the output."""
         attachment = self.attachment
         source, degree = attachment.source, attachment.model.degree
         if source == degree:

@@ -13,7 +13,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from tokendial.compensate import Attachment, Compensator
-from tokendial.compensate.loss import binary_distillation, soft_distillation
+from tokendial.compensate.distillation import binary_distillation, soft_distillation
 from tokendial.data.splits import Splits
 from tokendial.model.dial_vit import DialViT, wrap
 from tokendial.runs.loaders import seed_all

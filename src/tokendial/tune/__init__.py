@@ -1,7 +1,8 @@
-"""Tune a model to this machine: the fastest way to run it, and token schedules for a budget."""
+"""Tune a model to this machine: the fastest way to run it, and schedules for a budget."""
 
-from tokendial.tune.fitting import fit
-from tokendial.tune.optimized import (
+from tokendial.tune.fit_result import FitPoint, FitResult, FittedDegree
+from tokendial.tune.fit_schedules import fit
+from tokendial.tune.optimized_vit import (
     DTYPES,
     OptimizedViT,
     Precision,
@@ -9,7 +10,6 @@ from tokendial.tune.optimized import (
     apply_speed,
     optimize,
 )
-from tokendial.tune.result import FitPoint, FitResult, FittedDegree
 
 __all__ = [
     "DTYPES",

@@ -1,4 +1,4 @@
-"""How much a model that removes tokens agrees with itself when it removes none."""
+"""Agreement of a model that removes tokens with the same model when it removes none."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,53 +7,56 @@ import torch
 from torch import Tensor
 
 from tokendial.reduce.base import divergence
-from tokendial.tune.meters import Trial
-from tokendial.tune.space import Schedule
+from tokendial.tune.cost_meters import ScheduledModel
+from tokendial.tune.schedules import Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """With the model that removes nothing, mean over images (and labels, where there are many)."""
+    """Agreement with the unreduced model, as a mean over images (and labels, if multi-label)."""
 
     divergence: float
-    """Kullback-Leibler divergence from its softmax, in nats."""
+    """Kullback-Leibler divergence from the softmax of the unreduced model, in nats."""
     top1: float
-    """Share of images whose most probable class, or of labels whose answer, is the same."""
+    """Fraction of images with the same top class, or of labels with the same answer."""
 
 
-class Judge:
-    """Tells the agreement of schedules on some images."""
+class AgreementMeter:
+    """Measures the agreement of schedules on some images."""
 
     def __init__(
-        self, tried: Trial, images: Sequence[Tensor], *, multi_label: bool = False
+        self, tried: ScheduledModel, images: Sequence[Tensor], *, multi_label: bool = False
     ) -> None:
-        """Run the model that removes nothing.
+        """Compute the logits of the unreduced model, to compare with.
 
         Args:
-            tried: The model.
-            images: Batches [B, 3, H, W], which lie where the model does.
-            multi_label: Whether any number of classes can be right at once.
+            tried: The model to run by different schedules.
+            images: Batches [B, 3, H, W] on the device of the model.
+            multi_label: Whether an image can have several labels; each is compared by itself.
         """
         self.tried, self.images, self.multi_label = tried, images, multi_label
         self.logits = self._logits(tried.space.none)
 
     def __call__(self, schedule: Schedule) -> Agreement:
-        """Run all images by `schedule`."""
+        """Run all images by `schedule`, and compare."""
         return compared(self._logits(schedule), self.logits)
 
     @torch.no_grad()
     def _logits(self, schedule: Schedule) -> Tensor:
-        model = self.tried.turn(schedule)
+        model = self.tried.use(schedule)
         logits = torch.cat([model(batch).float() for batch in self.images])
         return two_way(logits) if self.multi_label else logits
 
 
 def compared(logits_BK: Tensor, unreduced_BK: Tensor) -> Agreement:
-    """Agreement of logits with those of the model that removes nothing."""
+    """Compare logits with those of the unreduced model."""
     same = logits_BK.argmax(dim=1) == unreduced_BK.argmax(dim=1)
     return Agreement(float(divergence(logits_BK, unreduced_BK)), float(same.float().mean()))
 
 
 def two_way(logits_BK: Tensor) -> Tensor:
-    """Labels by themselves: [B * K, 2], whose softmax is the sigmoid of each and what it leaves."""
+    """Turn multi-label logits into [B * K, 2], one row per label.
+
+    The softmax of a row is the sigmoid of the label and its complement.
+    """
     return torch.stack([logits_BK, torch.zeros_like(logits_BK)], dim=-1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What can make a model faster on some machines; each is measured before it stays."""
+"""Treatments: changes that make a model faster on some machines. Each is measured first."""
 
 import ctypes
 import sys
@@ -16,28 +16,28 @@ from tokendial.measure.timing import time_in_rounds
 from tokendial.model.dial_vit import DialViT
 
 _EARNED = 1.02
-"""A treatment stays if it makes the model faster by this factor: less could be chance."""
+"""Speed-up from which a treatment is kept; a smaller one could be chance."""
 _TURNS = 3
 _ROUNDING = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.06}
-"""By how much of their norm rounding may move the logits of a typical image, products of float32 by
-GPUs in TF32 included. What moves them further computes something else."""
+"""Largest change of the logits of the median image, relative to their norm, that rounding explains;
+it includes float32 products that GPUs compute in TF32. A larger change means a wrong result."""
 _MOST_OTHER_CLASSES = 0.1
-"""Share of the images whose highest logit may be another one, although rounding does not explain
-it: of near ties between tokens another one may be merged or dropped."""
+"""Fraction of images whose top class may change by more than rounding: a near tie between tokens
+can make the reduction merge or drop another one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """One treatment, tried on the example."""
+class TreatmentTrial:
+    """The result of trying one treatment on the example."""
 
     name: str
-    """Which, see `Optimized`."""
+    """Name of the treatment, see `OptimizedViT`."""
     speedup: float | None
-    """Time without it over time with it; None: it failed, or gave other logits."""
+    """Time without the treatment over time with it. None if it failed or changed the logits."""
     kept: bool
-    """Whether it was faster and stays."""
+    """Whether the treatment was faster and is kept."""
     problem: str = ""
-    """Why it failed."""
+    """Why the treatment failed."""
 
     def __str__(self) -> str:
         if self.speedup is None:
@@ -46,29 +46,32 @@ class Trial:
 
 
 class Treated(Protocol):
-    """What treatments change: see `Optimized`."""
+    """The parts of an `OptimizedViT` that treatments change."""
 
     model: DialViT
     degrees: tuple[int, ...]
     fused_reduction: bool
-    trials: list[Trial]
+    trials: list[TreatmentTrial]
     run: Callable[[Tensor], Tensor] | None
 
     def set_degree(self, degree: int) -> None:
-        """Turn the dial."""
+        """Set the degree of the dial."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits."""
 
 
 def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None]) -> None:
-    """Measure with and without a treatment, which `use` switches on and off, and choose."""
+    """Measure the model with and without a treatment, and keep the treatment if it is faster.
+
+    `use` switches the treatment on and off.
+    """
     use(False)
     wanted = fast(example).float()
     try:
         use(True)
         _check_same(fast(example).float(), wanted, _ROUNDING[example.dtype])
-    except Exception as error:  # whatever a backend may throw; the plain path remains
+    except Exception as error:  # backends raise anything; the plain path remains
         use(False)
         fast.trials.append(_failed(name, error))
         return
@@ -82,14 +85,14 @@ def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None])
     )
     speedup = without.seconds / treated.seconds
     use(speedup >= _EARNED)
-    fast.trials.append(Trial(name, speedup, kept=speedup >= _EARNED))
+    fast.trials.append(TreatmentTrial(name, speedup, kept=speedup >= _EARNED))
 
 
 def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
-    """Raise an ArithmeticError unless logits [B, classes, ...] are the same up to rounding."""
+    """Raise an ArithmeticError unless logits [B, classes, ...] agree up to rounding."""
     given, wanted = given.movedim(1, -1), wanted.movedim(1, -1)
     norm = wanted.norm(dim=-1)
-    # Of most images: in few of them, a near tie between tokens may have fallen the other way.
+    # The median, because a near tie between tokens may be decided otherwise in a few images.
     moved = float(((given - wanted).norm(dim=-1) / norm.clamp(min=1e-12)).median())
     if not moved <= rounding:
         raise ArithmeticError(f"its logits differ by {moved:.1%}")
@@ -99,16 +102,15 @@ def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
         raise ArithmeticError(f"its top class differs in {others:.0%} of the images")
 
 
-def _failed(name: str, error: Exception) -> Trial:
-    return Trial(name, None, kept=False, problem=str(error).strip().split("\n")[0])
+def _failed(name: str, error: Exception) -> TreatmentTrial:
+    return TreatmentTrial(name, None, kept=False, problem=str(error).strip().split("\n")[0])
 
 
 class PackedLinear(nn.Linear):
-    """A Linear layer with a second copy of its weights, packed for the processor.
+    """A linear layer with a second copy of its weights, packed for the CPU's matrix units.
 
-    The packed copy follows the weights when these are changed in place. With `gelu`, the layer
-    applies that to its results before they are rounded and written: "none" (the exact one) or
-    "tanh", as `nn.GELU` names them.
+    The packed copy is renewed when the weights are changed in place. `gelu` fuses a GELU into the
+    layer: "none" (exact) or "tanh", as in `nn.GELU`.
     """
 
     def __init__(self, linear: nn.Linear, gelu: str | None = None) -> None:
@@ -119,8 +121,8 @@ class PackedLinear(nn.Linear):
         self._version = -1
 
     def forward(self, x: Tensor) -> Tensor:
-        """`nn.Linear` of [..., in_features]."""
-        if torch.compiler.is_compiling():  # the packed copy is opaque to the compiler
+        """Apply the layer to x [..., in_features]."""
+        if torch.compiler.is_compiling():  # compilers cannot read the packed copy
             plain = super().forward(x)
             return F.gelu(plain, approximate=self.gelu) if self.gelu else plain
         if self.packed is None or self._version != self.weight._version:
@@ -133,12 +135,12 @@ class PackedLinear(nn.Linear):
 
 
 def try_packed(fast: Treated, example: Tensor) -> None:
-    """Keep weights in the processor's own order."""
+    """Try linear layers with weights in the order that the CPU reads."""
     vit = fast.model.vit
     linears = {
         name: module
         for name, module in vit.named_modules()
-        # Layers that PEFT or hooks have changed do more than multiply.
+        # Layers that PEFT or hooks have changed do more than a matrix product.
         if type(module) is nn.Linear and not module._forward_hooks
     }
     gelus = {
@@ -161,7 +163,7 @@ def try_packed(fast: Treated, example: Tensor) -> None:
 
 
 def try_unfused(fast: Treated, example: Tensor) -> None:
-    """Compute attention by matrix products."""
+    """Try attention by plain matrix products."""
 
     def use(on: bool) -> None:
         fast.model.attention_kernel = replace(fast.model.attention_kernel, fused=not on)
@@ -170,7 +172,7 @@ def try_unfused(fast: Treated, example: Tensor) -> None:
 
 
 def try_sizes_in_keys(fast: Treated, example: Tensor) -> None:
-    """Give attention the sizes of merged tokens without a mask."""
+    """Try passing the sizes of merged tokens in the keys instead of a mask."""
     reducer = fast.model.reducer
     if reducer is None or not reducer.proportional_attention:
         return
@@ -182,7 +184,7 @@ def try_sizes_in_keys(fast: Treated, example: Tensor) -> None:
 
 
 def try_padded(fast: Treated, example: Tensor) -> None:
-    """Pad the keys."""
+    """Try padding the keys to a multiple of 32 tokens."""
 
     def use(on: bool) -> None:
         multiple = 32 if on else 1
@@ -192,7 +194,7 @@ def try_padded(fast: Treated, example: Tensor) -> None:
 
 
 def try_a_core_each(fast: Treated, example: Tensor) -> None:
-    """Split the batch over the cores."""
+    """Try splitting the batch over the cores."""
     cores = torch.get_num_threads()
     if cores == 1 or example.shape[0] == 1:
         return
@@ -211,13 +213,13 @@ def try_a_core_each(fast: Treated, example: Tensor) -> None:
         fast.run = run if on else None
 
     _try("a core each", fast, example, use)
-    torch.set_num_threads(cores)  # the pool's threads have told PyTorch that new ones use one core
+    torch.set_num_threads(cores)  # the pool's threads set it to 1 for new threads
     if not fast.trials[-1].kept:
         pool.shutdown()
 
 
 def try_fused_reduction(fast: Treated, example: Tensor) -> None:
-    """Reduce in fused kernels."""
+    """Try fused kernels for the reduction."""
 
     def use(on: bool) -> None:
         fast.fused_reduction = on
@@ -226,7 +228,7 @@ def try_fused_reduction(fast: Treated, example: Tensor) -> None:
 
 
 def try_compiled(fast: Treated, example: Tensor) -> None:
-    """Compile every degree."""
+    """Try compiling every degree."""
     plain, before = fast.run, fast.model.degree
     # On GPUs this mode replays the kernels of a pass in one call (CUDA graphs).
     graphs = torch.compile(fast.model, dynamic=False, mode="reduce-overhead")
@@ -240,8 +242,8 @@ def try_compiled(fast: Treated, example: Tensor) -> None:
     def use(on: bool) -> None:
         fast.run = run if on else plain
 
-    # Processors multiply half precision fast only with weights in their own order, which the
-    # compiler finds by itself, once for every degree.
+    # CPUs multiply half precision fast only with packed weights. With freezing the compiler packs
+    # them itself, once for every degree.
     freezing = example.dtype != torch.float32 and example.device.type == "cpu"
     try:
         with (
@@ -252,7 +254,7 @@ def try_compiled(fast: Treated, example: Tensor) -> None:
             for degree in fast.degrees:
                 fast.set_degree(degree)
                 graphs(example)
-    except Exception as error:  # whatever a backend may throw; the plain path remains
+    except Exception as error:  # backends raise anything; the plain path remains
         fast.trials.append(_failed("compiled", error))
     else:
         _try("compiled", fast, example, use)
@@ -261,10 +263,10 @@ def try_compiled(fast: Treated, example: Tensor) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep what is freed.
+    """Make glibc's allocator keep freed memory.
 
-    Token reduction makes tensors of ever other sizes; giving their pages back to the system after
-    each costs thousands of page faults in every pass.
+    Token reduction allocates tensors of many different sizes. Returning their pages to the system
+    would cost thousands of page faults in every forward pass.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""`fit`: the schedule that agrees best with the model that removes nothing, within a budget."""
+"""`fit`: find the schedule that agrees best with the unreduced model within a budget."""
 
 import math
 import time
@@ -9,29 +9,30 @@ from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce import EViT, ToMe
-from tokendial.tune.agreement import Judge
-from tokendial.tune.block_costs import CostTable, coarse, measure
-from tokendial.tune.budgets import Budget, check, method_of, read_budgets
-from tokendial.tune.meters import TURNS, MacCounter, Meter, Stopwatch, trial
-from tokendial.tune.result import FitPoint, FitResult, FittedDegree
-from tokendial.tune.search import Search
-from tokendial.tune.space import Schedule, Space
+from tokendial.tune.agreement import AgreementMeter
+from tokendial.tune.block_costs import CostTable, coarse_counts, measure_blocks
+from tokendial.tune.cost_meters import MIN_ROUNDS, CostMeter, MacCounter, Stopwatch, try_schedules
+from tokendial.tune.fit_arguments import Budget, check_model, method_to_fit, read_budgets
+from tokendial.tune.fit_result import FitPoint, FitResult, FittedDegree
+from tokendial.tune.schedule_search import ScheduleSearch
+from tokendial.tune.schedules import Schedule, ScheduleSpace
 
 _TIMED_COUNTS, _COUNTED_COUNTS = 32, 8
 _ROUNDS = 9
 _TABLE_SHARE, _LAST_SHARE, _COMPARING_SHARE = 0.25, 0.15, 0.005
-"""Of the time: for the table, for what follows the search at least, for each schedule compared."""
-_FORWARDS, _FORWARDS_PER_LAYER = 40, 8
-"""Schedules that are judged in a search, more or less."""
+"""Fractions of the time: for the cost table, at least for the final comparison, and for each
+schedule in a comparison."""
+_SCHEDULES, _SCHEDULES_PER_LAYER = 40, 8
+"""Approximate number of schedules that one search compares."""
 _CORRECTIONS, _MARGIN = 4, 0.002
-"""Searches for one budget, and by how much each aims lower."""
+"""Maximum searches per budget; each retry lowers the target by this fraction."""
 _REFINING_ROUNDS = 2
 _BELOW, _ABOVE = 0.97, 1.01
-"""How far a measured cost may lie from its budget."""
+"""Range of the measured cost, as a multiple of the budget, in which a search is accepted."""
 _NEAR = (0.85, 0.93, 1.0, 1.08, 1.18)
-"""Costs of constant schedules that are measured beside what was found, as shares of its cost."""
+"""Costs, as multiples of the found schedule's, of the constant schedules measured beside it."""
 _NEAR_BUDGET = (0.95, 1.0)
-"""The same as shares of the budget: a search that was misled by a busy machine ends far below."""
+"""The same as multiples of the budget: a search on a busy machine can end far below it."""
 _CURVE = 8
 _FEWEST_IMAGES = 8
 
@@ -52,22 +53,23 @@ def fit(
 ) -> FitResult:
     """Find how many tokens each layer should remove, without training and without labels.
 
-    One kind of budget; each of its values makes a degree of the dial. Times are those of `model` as
-    it is: its device, its arithmetic, the present number of threads. The model is left as it was.
+    Give one kind of budget; each of its values becomes a degree of the dial. Times are measured
+    with the model as it is: its device, its dtype, and the present number of threads. The model is
+    left unchanged.
 
     Args:
-        model: A classifier of images; its own reduction must have no weights.
-        images: [N, 3, H, W], normalised, like those to come; of a few hundred, as many are used as
-            the time allows.
-        speedup: How many times as fast as the model that removes nothing.
-        latency_ms: Milliseconds of a batch.
-        gmacs: Multiply-accumulates of an image, in 1e9, counted; nothing is timed.
-        reduce: The method whose tokens are counted; None: the model's own ToMe or EViT, or ToMe if
-            it has none.
-        multi_label: Whether classes do not exclude each other: each is compared by itself.
-        batch_size: Images of a batch, in time and in the search.
-        minutes: For everything; the search ends earlier when it finds nothing better.
-        note: Told what is being done.
+        model: A classifier of images. Its own reduction method must have no weights.
+        images: Normalised images [N, 3, H, W] like those of later use; a few hundred. As many are
+            used as the time allows.
+        speedup: Budget as a multiple of the unreduced model's speed.
+        latency_ms: Budget in milliseconds per batch.
+        gmacs: Budget in 1e9 multiply-accumulates per image. They are counted; nothing is timed.
+        reduce: The method to find schedules for. By default the model's own ToMe or EViT, or ToMe
+            if it has no reduction method.
+        multi_label: Whether an image can have several labels; each is compared by itself.
+        batch_size: Images per batch, for times and in the search.
+        minutes: Time limit for everything. The search ends earlier if it finds nothing better.
+        note: Called with a line of text at each step, to show progress.
 
     Raises:
         ValueError: If the model, the method or a budget is not allowed, or cannot be reached.
@@ -81,48 +83,52 @@ def fit(
         True
     """
     kind, budgets = read_budgets(speedup=speedup, latency_ms=latency_ms, gmacs=gmacs)
-    space = Space(method_of(model, reduce), model.anatomy.shape)
-    check(model, images, batch_size, minutes)
+    space = ScheduleSpace(method_to_fit(model, reduce), model.anatomy.shape)
+    check_model(model, images, batch_size, minutes)
     like = next(model.parameters())
     images = images.to(like.device, like.dtype)
-    with trial(model, space) as tried:
+    with try_schedules(model, space) as tried:
         batch = images[torch.arange(batch_size) % len(images)]
         stopwatch = Stopwatch(tried, batch, seconds=_COMPARING_SHARE * 60 * minutes)
         meter = MacCounter(tried) if kind == "gmacs" else stopwatch
-        fitting = _Fitting(space, meter, kind, budgets, minutes, note)
+        fitting = _BudgetFit(space, meter, kind, budgets, minutes, note)
         some = fitting.affordable(stopwatch, len(images))
         note(f"searching on {some} of {len(images)} images")
-        judge = Judge(tried, torch.split(images[:some], batch_size), multi_label=multi_label)
+        judge = AgreementMeter(
+            tried, torch.split(images[:some], batch_size), multi_label=multi_label
+        )
         return fitting.run(judge, batch_size, some)
 
 
-class _Fitting:
-    """The parts of a fit, with its clock."""
+class _BudgetFit:
+    """One call of `fit`: its cost table, its budgets, and its clock."""
 
     def __init__(
         self,
-        space: Space,
-        meter: Meter,
+        space: ScheduleSpace,
+        meter: CostMeter,
         kind: str,
         budgets: list[float],
         minutes: float,
         note: Callable[[str], None],
     ) -> None:
-        """Measure the table, and check that the budgets can be reached."""
+        """Measure the cost table, and check that the budgets can be reached."""
         self.space, self.meter, self.kind, self.note = space, meter, kind, note
         self.start, self.seconds = time.monotonic(), 60 * minutes
         self.end = self.until = 0.0
-        """When, in seconds from the start, all searches and the one at hand have to end."""
+        """Seconds after the start at which all searches, and the present one, have to end."""
         self.table = CostTable(space)
-        counts = coarse(space.shape.num_patches, _COUNTED_COUNTS if meter.exact else _TIMED_COUNTS)
+        counts = coarse_counts(
+            space.shape.num_patches, _COUNTED_COUNTS if meter.exact else _TIMED_COUNTS
+        )
         note(f"measuring blocks at {len(counts)} numbers of tokens")
-        measure(self.table, meter, counts, enough=self._enough)
-        whole, least = meter.whole([space.none, space.strongest])
+        measure_blocks(self.table, meter, counts, enough=self._enough)
+        whole, least = meter.compare([space.none, space.strongest])
         self.unreduced = self._in_unit(whole)
         self.limits = {budget: self._limit(budget, least / whole) for budget in budgets}
 
     def _in_unit(self, cost: float) -> float:
-        """GMACs, or milliseconds."""
+        """Convert a meter's cost to GMACs or milliseconds."""
         return cost / 1e9 if self.meter.exact else 1000 * cost
 
     def _elapsed(self) -> float:
@@ -133,7 +139,7 @@ class _Fitting:
         return self.meter.exact or late or rounds >= _ROUNDS
 
     def _limit(self, budget: float, least: float) -> float:
-        """The budget as a share of the whole cost, if it can be reached."""
+        """The budget as a fraction of the unreduced cost; a ValueError if it cannot be reached."""
         low, high = least * self.unreduced, self.unreduced
         if self.kind == "speedup":
             low, high = 1.0, 1 / least
@@ -145,49 +151,55 @@ class _Fitting:
         return 1 / budget if self.kind == "speedup" else budget / self.unreduced
 
     def affordable(self, stopwatch: Stopwatch, images: int) -> int:
-        """How many of the images leave time for a search, and for what follows it."""
-        batch = min(stopwatch.one(self.space.none) for _ in range(3))
+        """Number of images that leave time for the searches and the final comparison."""
+        batch = min(stopwatch.single_cost(self.space.none) for _ in range(3))
         per_image = batch / len(stopwatch.images)
-        # A search is measured beside the whole model once it is over time; then all that was found.
+        # Each search ends with a comparison of two schedules; the last one compares all of them.
         compared = 1 + (2 + 1 + len(_NEAR) + len(_NEAR_BUDGET)) * len(self.limits)
-        follows = ((1 + TURNS) * compared + _CURVE) * batch
+        follows = ((1 + MIN_ROUNDS) * compared + _CURVE) * batch
         self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
-        wanted = (_FORWARDS + _FORWARDS_PER_LAYER * self.space.shape.depth) * len(self.limits)
+        wanted = (_SCHEDULES + _SCHEDULES_PER_LAYER * self.space.shape.depth) * len(self.limits)
         left = self.end - self._elapsed()
         return min(images, max(_FEWEST_IMAGES, int(left / wanted / per_image)))
 
-    def run(self, judge: Judge, batch_size: int, images: int) -> FitResult:
-        """Find a schedule for each budget, and measure all of them."""
-        search = Search(self.space, self.table, judge, over=lambda: self._elapsed() > self.until)
+    def run(self, judge: AgreementMeter, batch_size: int, images: int) -> FitResult:
+        """Find a schedule for each budget, and compare all of them end to end."""
+        search = ScheduleSearch(
+            self.space, self.table, judge, over=lambda: self._elapsed() > self.until
+        )
         found: dict[float, Schedule] = {}
         last = None
-        # The hardest first: what it finds is allowed for the others, so that none is worse.
+        # The hardest budget first: its schedule is allowed for the others, so that none is worse.
         for left, (budget, limit) in zip(
             range(len(self.limits), 0, -1),
             sorted(self.limits.items(), key=lambda item: item[1]),
             strict=True,
         ):
             seconds = max(0.0, self.end - self._elapsed()) / left
-            found[budget] = last = self._within(search, limit, last, seconds)
+            found[budget] = last = self._search_within(search, limit, last, seconds)
             self.note(
                 f"{self.kind} {budget:g}: {len(search.known)} schedules judged, divergence "
                 f"{search.divergence(last):.4f}"
             )
-        return self._measured(search, found, batch_size, images)
+        return self._compare(search, found, batch_size, images)
 
-    def _within(
-        self, search: Search, limit: float, harder: Schedule | None, seconds: float
+    def _search_within(
+        self, search: ScheduleSearch, limit: float, harder: Schedule | None, seconds: float
     ) -> Schedule:
-        """The best schedule whose cost, measured end to end, keeps to `limit`."""
+        """Find the best schedule whose cost, measured end to end, is within `limit`.
+
+        The table is only an estimate. After each search the found schedule is measured, and the
+        next search corrects its limit by the ratio of measured to estimated cost.
+        """
         end = self._elapsed() + seconds
         factor, above = 1.0, 1.0 if self.meter.exact else _ABOVE
         kept: list[Schedule] = []
         for attempt in range(_CORRECTIONS):
             most = limit / factor * (1 - _MARGIN * attempt) * self.table.of(self.space.none)
-            # A first search may take half of the time, one that corrects it half of what is left.
+            # The first search may take half of the time, each correction half of the remainder.
             self.until = (self._elapsed() + end) / 2
             best = search.run(most, harder)
-            share = self._refined(best)
+            share = self._measure(best)
             if share <= above * limit:
                 kept.append(best)
             fits = best == harder or _BELOW * limit <= share <= above * limit
@@ -197,30 +209,30 @@ class _Fitting:
             factor = share / self._share(best)
         return min(kept or [best], key=search.divergence)
 
-    def _refined(self, schedule: Schedule) -> float:
-        """Measure the blocks of a schedule, and then itself, as a share of the whole cost."""
+    def _measure(self, schedule: Schedule) -> float:
+        """Add a schedule's blocks to the table, and measure its fraction of the unreduced cost."""
         if not self.meter.exact:
-            counts = set(self.space.left(schedule)) - {self.space.shape.num_patches}
-            measure(
+            counts = set(self.space.tokens_left(schedule)) - {self.space.shape.num_patches}
+            measure_blocks(
                 self.table, self.meter, counts, enough=lambda rounds: rounds >= _REFINING_ROUNDS
             )
         if schedule == self.space.none:
-            return 1.0  # on a busy machine, the clock may say that it is faster than itself
-        none, cost = self.meter.whole([self.space.none, schedule])
+            return 1.0  # on a busy machine, the clock could show it faster than itself
+        none, cost = self.meter.compare([self.space.none, schedule])
         return cost / none
 
     def _share(self, schedule: Schedule) -> float:
-        """Of the whole cost, by the table."""
+        """Estimated cost of a schedule as a fraction of the unreduced cost."""
         return self.table.of(schedule) / self.table.of(self.space.none)
 
-    def _measured(
-        self, search: Search, found: dict[float, Schedule], batch_size: int, images: int
+    def _compare(
+        self, search: ScheduleSearch, found: dict[float, Schedule], batch_size: int, images: int
     ) -> FitResult:
-        """Compare what was found with constant schedules, end to end, and choose."""
-        lines = self.space.lines()
+        """Compare the found schedules with constant ones end to end, and choose the better ones."""
+        lines = self.space.all_linear()
         near = {s for item in found.items() for s in self._near(lines, *item)}
         tried = list(dict.fromkeys([self.space.none, *found.values(), *near]))
-        costs, spread = self.meter.whole(tried), self.meter.spread
+        costs, spread = self.meter.compare(tried), self.meter.spread
         shares = {schedule: cost / costs[0] for schedule, cost in zip(tried, costs, strict=True)}
 
         def point(schedule: Schedule, share: float) -> FitPoint:
@@ -235,9 +247,10 @@ class _Fitting:
             constant = next((s for s in lines[1:] if shares.get(s, math.inf) <= allowed), None)
             options = [s for s in (schedule, constant, chosen) if s in shares]
             chosen = min(
-                (s for s in options if sum(self.space.left(s)) >= kept), key=search.divergence
+                (s for s in options if sum(self.space.tokens_left(s)) >= kept),
+                key=search.divergence,
             )
-            kept = sum(self.space.left(chosen))
+            kept = sum(self.space.tokens_left(chosen))
             beside = point(constant, shares[constant]) if constant else None
             row = FittedDegree(len(found) - number, budget, point(chosen, shares[chosen]), beside)
             rows.append(row)
@@ -245,7 +258,7 @@ class _Fitting:
         constants = tuple(point(schedule, self._share(schedule)) for schedule in curve)
         rows.reverse()
         return FitResult(
-            reduce=self.space.method([row.found.removed for row in rows]),
+            reduce=self.space.method_with([row.found.removed for row in rows]),
             kind=self.kind,
             unreduced=self._in_unit(costs[0]),
             batch_size=batch_size,
@@ -258,12 +271,12 @@ class _Fitting:
         )
 
     def _near(self, lines: list[Schedule], budget: float, schedule: Schedule) -> list[Schedule]:
-        """Constant schedules that cost about as much as what was found, or the budget."""
+        """Constant schedules that cost about as much as the found one, or as the budget."""
         wanted = [self._share(schedule) * part for part in _NEAR]
         wanted += [self.limits[budget] * part for part in _NEAR_BUDGET]
         return [min(lines[1:], key=lambda s: abs(self._share(s) - share)) for share in wanted]
 
     def _curve(self, lines: list[Schedule], least: float) -> list[Schedule]:
-        """Some constant schedules down to a share of the whole cost."""
+        """Some constant schedules down to the fraction `least` of the unreduced cost."""
         dear = [schedule for schedule in lines[1:] if self._share(schedule) >= 0.9 * least]
         return dear[:: max(1, len(dear) // _CURVE)]

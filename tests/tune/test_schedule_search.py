@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 import tokendial as td
 from tokendial.shape import ViTShape
 from tokendial.tune.agreement import Agreement
-from tokendial.tune.block_costs import CostTable, coarse, measure
-from tokendial.tune.search import Search
-from tokendial.tune.space import Space
+from tokendial.tune.block_costs import CostTable, coarse_counts, measure_blocks
+from tokendial.tune.schedule_search import ScheduleSearch
+from tokendial.tune.schedules import ScheduleSpace
 
 DEPTH, PATCHES = 5, 24
 METHODS = {
@@ -22,11 +22,11 @@ METHODS = {
 }
 
 
-def space_of(name: str) -> Space:
-    return Space(METHODS[name], ViTShape(DEPTH, 32, 1, PATCHES, has_class_token=True))
+def space_of(name: str) -> ScheduleSpace:
+    return ScheduleSpace(METHODS[name], ViTShape(DEPTH, 32, 1, PATCHES, has_class_token=True))
 
 
-def table_of(space: Space, odd: float) -> CostTable:
+def table_of(space: ScheduleSpace, odd: float) -> CostTable:
     """Blocks in proportion to their tokens, dearer where the number of tokens is odd."""
     table = CostTable(space, base=0.5)
     block = {n: (n + odd * (n % 2)) / PATCHES for n in range(1, PATCHES + 1)}
@@ -34,11 +34,11 @@ def table_of(space: Space, odd: float) -> CostTable:
     return table
 
 
-def judge_of(space: Space, weights: list[float]):
+def judge_of(space: ScheduleSpace, weights: list[float]):
     """More tokens less in a layer never agree better; layers differ."""
 
     def judge(schedule):
-        left = (PATCHES, *space.left(schedule))
+        left = (PATCHES, *space.tokens_left(schedule))
         harms = [w * (1 - m / n) ** 1.5 for w, (n, m) in zip(weights, pairwise(left), strict=True)]
         return Agreement(sum(harms) * (1 + sum(harms)), 1.0)
 
@@ -57,7 +57,7 @@ def test_what_is_found_fits_and_no_constant_schedule_that_fits_is_better(
 ):
     space = space_of(name)
     table = table_of(space, odd)
-    search = Search(space, table, judge_of(space, weights), over=lambda: False)
+    search = ScheduleSearch(space, table, judge_of(space, weights), over=lambda: False)
     least = table.of(space.strongest)
     found = []
     harder = None
@@ -66,16 +66,16 @@ def test_what_is_found_fits_and_no_constant_schedule_that_fits_is_better(
         harder = search.run(most, harder)
         found.append(harder)
         assert table.of(harder) <= most + 1e-9
-        assert space.normal(harder) == harder
-        fitting = [s for s in space.lines() if table.of(s) <= most]
+        assert space.normalise(harder) == harder
+        fitting = [s for s in space.all_linear() if table.of(s) <= most]
         # The mildest that fits is the best of them where a token less never costs more.
         if odd == 0.0 and fitting:
             assert search.divergence(harder) <= min(map(search.divergence, fitting)) + 1e-9
     divergences = [search.divergence(schedule) for schedule in found]
     assert divergences == sorted(divergences, reverse=True)
-    kept = [sum(space.left(schedule)) for schedule in found]
+    kept = [sum(space.tokens_left(schedule)) for schedule in found]
     assert kept == sorted(kept)
-    degrees = space.method(found[::-1]).build(space.shape)
+    degrees = space.method_with(found[::-1]).build(space.shape)
     assert degrees.degrees == (0, 1, 2, 3)
 
 
@@ -83,10 +83,10 @@ def test_layers_that_harm_less_remove_more():
     space = space_of("tome")
     table = table_of(space, 0.0)
     weights = [4.0, 4.0, 0.1, 4.0, 4.0]
-    search = Search(space, table, judge_of(space, weights), over=lambda: False)
+    search = ScheduleSearch(space, table, judge_of(space, weights), over=lambda: False)
     most = 0.7 * table.of(space.none)
     found = search.run(most)
-    constant = next(s for s in space.lines() if table.of(s) <= most)
+    constant = next(s for s in space.all_linear() if table.of(s) <= most)
     assert max(found) == found[2]
     assert search.divergence(found) < 0.7 * search.divergence(constant)
 
@@ -94,7 +94,7 @@ def test_layers_that_harm_less_remove_more():
 def test_without_time_the_best_start_is_found():
     space = space_of("tome")
     table = table_of(space, 0.0)
-    search = Search(space, table, judge_of(space, [1.0] * DEPTH), over=lambda: True)
+    search = ScheduleSearch(space, table, judge_of(space, [1.0] * DEPTH), over=lambda: True)
     found = search.run(0.8 * table.of(space.none))
     assert table.of(found) <= 0.8 * table.of(space.none)
 
@@ -104,36 +104,38 @@ class Known:
 
     exact = False
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: ScheduleSpace) -> None:
         self.space, self.asked = space, 0
 
     def cost(self, n: int, m: int) -> float:
         return 3 * n + n * n / 50 + (2 + n / 10 if m < n else 0) - 2 * (n - m)
 
-    def layers(self, schedule, first, last):
+    def layer_costs(self, schedule, first, last):
         self.asked += 1
-        left = [self.space.shape.num_patches, *self.space.left(schedule)]
+        left = [self.space.shape.num_patches, *self.space.tokens_left(schedule)]
         pairs = list(pairwise(left))[first - 1 : last]
         return [self.cost(n, m) * (1 + self.asked % 2) for n, m in pairs]
 
-    def one(self, schedule):
-        return 7.0 + sum(self.layers(schedule, 1, DEPTH))
+    def single_cost(self, schedule):
+        return 7.0 + sum(self.layer_costs(schedule, 1, DEPTH))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_table_takes_blocks_apart(name):
     space = space_of(name)
     meter, table = Known(space), CostTable(space_of(name))
-    measure(table, meter, coarse(PATCHES, 12), enough=lambda rounds: rounds >= 5)
+    measure_blocks(table, meter, coarse_counts(PATCHES, 12), enough=lambda rounds: rounds >= 5)
     unit = meter.cost(PATCHES, PATCHES)
     assert table.ffn == pytest.approx(2 / unit)
-    for schedule in (space.none, *space.lines()[:6], space.normal([3, 0, 5, 0, 1])):
-        known = 7.0 + sum(meter.cost(n, m) for n, m in pairwise((PATCHES, *space.left(schedule))))
+    for schedule in (space.none, *space.all_linear()[:6], space.normalise([3, 0, 5, 0, 1])):
+        known = 7.0 + sum(
+            meter.cost(n, m) for n, m in pairwise((PATCHES, *space.tokens_left(schedule)))
+        )
         assert table.of(schedule) == pytest.approx(known / unit, rel=0.02)
 
 
 def test_counts_that_no_schedule_leaves_in_time_are_passed_by():
-    space = Space(td.ToMe(), ViTShape(2, 32, 1, PATCHES, has_class_token=True))
+    space = ScheduleSpace(td.ToMe(), ViTShape(2, 32, 1, PATCHES, has_class_token=True))
     table = CostTable(space)
-    measure(table, Known(space), range(1, PATCHES + 1), enough=lambda rounds: True)
+    measure_blocks(table, Known(space), range(1, PATCHES + 1), enough=lambda rounds: True)
     assert sorted(table.block) == list(range(PATCHES // 2, PATCHES + 1))

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from examples import golden
 
-from tokendial.compensate.loss import binary_distillation, soft_distillation
+from tokendial.compensate.distillation import binary_distillation, soft_distillation
 
 CASE, TENSORS = golden("tocom_kd_loss")
 

@@ -1,4 +1,4 @@
-"""What a compensator learns from."""
+"""Distillation losses for training a compensator."""
 
 # Shape legend: B batch, K classes.
 
@@ -17,27 +17,36 @@ def soft_distillation(
     temperature: float = 1.0,
     mean_over: Literal["batch_and_classes", "batch"] = "batch_and_classes",
 ) -> Tensor:
-    """Divergence of the student's softmax from the teacher's, times the squared temperature.
+    """Kullback-Leibler divergence of student and teacher, times the squared temperature.
 
     Args:
-        student_BK: Logits.
-        teacher_BK: Logits, without gradients.
-        temperature: Divides the logits.
-        mean_over: What the sum is divided by: batch and classes as in the authors' code (and
-            DeiT's), or the batch alone as in the definition.
+        student_BK: Logits of the student.
+        teacher_BK: Logits of the teacher, without gradients.
+        temperature: Divides the logits before the softmax.
+        mean_over: What the sum of the divergence is divided by. "batch_and_classes" follows the
+            authors' code (and DeiT's), "batch" the definition.
 
     Source:
         ToCom, equation 5; the authors' code for the normalisation.
     """
     student, teacher = student_BK.float() / temperature, teacher_BK.float() / temperature
-    mean = divergence(student, teacher) * temperature**2
-    return mean / student.shape[1] if mean_over == "batch_and_classes" else mean
+    loss = divergence(student, teacher) * temperature**2
+    return loss / student.shape[1] if mean_over == "batch_and_classes" else loss
 
 
 def binary_distillation(
     student_BK: Tensor, teacher_BK: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
-    """The same label by label, for models whose labels do not exclude each other; mean over all."""
+    """`soft_distillation` for multi-label models: each label is a binary choice.
+
+    Args:
+        student_BK: Logits of the student.
+        teacher_BK: Logits of the teacher, without gradients.
+        temperature: Divides the logits before the sigmoid.
+
+    Returns:
+        Mean over batch and labels.
+    """
     student, teacher = student_BK.float() / temperature, teacher_BK.float() / temperature
     cross = F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
     entropy = F.binary_cross_entropy_with_logits(teacher, teacher.sigmoid())

@@ -1,8 +1,8 @@
-"""The fastest way to run a model on this machine, found by measuring.
+"""`optimize`: find the fastest way to run a model on this machine, by measuring.
 
-What helps differs from one processor to the next: packed weights bring much where matrices are
-multiplied in bfloat16 by tiles and nothing where float32 vectors do it, compiling takes minutes and
-may bring a percent. So each treatment is tried on an example and has to earn its place.
+Which treatment helps depends on the processor. Packed weights help where matrix units multiply
+bfloat16 tiles, and not where vector units multiply float32. Compiling takes minutes and may gain a
+percent. So each treatment is tried on an example batch, and kept only if it is faster.
 """
 
 import copy
@@ -18,7 +18,7 @@ from tokendial.backbones.anatomy import Anatomy
 from tokendial.kernels import can_fuse, fused
 from tokendial.model.dial_vit import DialViT
 from tokendial.tune.treatments import (
-    Trial,
+    TreatmentTrial,
     keep_freed_memory,
     try_a_core_each,
     try_compiled,
@@ -39,25 +39,24 @@ DTYPES: dict[Precision, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class SpeedSettings:
-    """What is done for speed before a model runs; false if that is nothing."""
+    """How to speed up a model before it runs. It is falsy if nothing is to be done."""
 
     optimize: bool = False
-    """Find the fastest way to run it here, see `optimize`."""
+    """Run `optimize` on the model first."""
     compile: bool = False
-    """The same, and compile."""
+    """Run `optimize` on the model first, and let it compile."""
     precision: Precision = "fp32"
-    """Half precision is optimised, too."""
+    """Dtype of weights and activations. Half precision also runs `optimize`."""
 
     def __bool__(self) -> bool:
         return self != SpeedSettings()
 
 
 class OptimizedViT(nn.Module):
-    """A model for inference, treated so that it runs fast on this machine; made by `optimize`.
+    """A model for inference that runs fast on this machine; `optimize` makes it.
 
-    It is called and turned as the model is, but has no adapters to switch and does not train.
-
-    Patch tokens that leave the last block are not computed if the head reads none.
+    It is called like the model, and has the same dial. It has no adapters to switch, and cannot be
+    trained. In the last block, patch outputs that the head ignores are skipped.
 
     Treatments, by name:
         packed weights: Linear layers keep a second copy of their weights in the order that the
@@ -79,28 +78,28 @@ class OptimizedViT(nn.Module):
     def __init__(self, model: DialViT, degrees: Sequence[int]) -> None:
         super().__init__()
         self.model = model
-        """The treated copy."""
+        """A copy of the model, changed by the treatments that were kept."""
         self.degrees = tuple(degrees)
-        """Degrees that were made ready."""
+        """Degrees that can be set."""
         self.fused_reduction = False
         """Whether reductions run in fused kernels, see `tokendial.kernels`."""
-        self.trials: list[Trial] = []
-        """What was tried, in order."""
+        self.trials: list[TreatmentTrial] = []
+        """The treatments that were tried, in order, with their speed-ups."""
         self.notes: list[str] = []
-        """What was asked for and cannot be had here, a line each."""
+        """Requests that this machine cannot fulfil, a line each."""
         self.run: Callable[[Tensor], Tensor] | None = None
-        """Runs the model on images of its dtype; None: as it is."""
+        """Replaces the plain forward pass for images of the model's dtype, unless it is None."""
 
     @property
     def degree(self) -> int:
-        """Position of the dial."""
+        """Present degree of the dial."""
         return self.model.degree
 
     def set_degree(self, degree: int) -> None:
-        """Turn the dial.
+        """Set the degree of the dial.
 
         Raises:
-            ValueError: If `degree` was not made ready.
+            ValueError: If `degree` is not in `degrees`.
         """
         if degree not in self.degrees:
             ready = ", ".join(map(str, self.degrees))
@@ -111,12 +110,12 @@ class OptimizedViT(nn.Module):
 
     @property
     def anatomy(self) -> Anatomy:
-        """Of the model."""
+        """The parts of the wrapped ViT."""
         return self.model.anatomy
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Logits as the model gives them, up to rounding."""
+        """Return the logits of the model, up to rounding."""
         with fused(self.fused_reduction):
             return (self.run or self.model)(images.to(next(self.model.parameters()).dtype))
 
@@ -129,23 +128,22 @@ def optimize(
     dtype: torch.dtype | None = None,
     compile: bool = False,
 ) -> OptimizedViT:
-    """Find the fastest way to run a model on this machine and make it ready.
+    """Find the fastest way to run a model on this machine.
 
-    Treatments are tried one after another on the example, at the model's degree, each turn beside a
-    pass without it; those that bring less than 2 % or other logits are left out. Memory that passes
-    give back is kept for the next pass from here on, in the whole process (Linux).
+    Treatments are tried one after another on the example, at the model's degree, in turns with a
+    pass without the treatment. One that gains less than 2 % or changes the logits is left out. On
+    Linux the whole process keeps freed memory from now on, for the next forward pass.
 
     Args:
-        model: It stays as it is. Its weights are shared unless `dtype` changes them or a
-            compensator rewrites them as the dial turns; merge linear adapters first to be rid of
-            their cost.
-        example: A batch as it will come, [B, 3, H, W], on the model's device.
-        degrees: Degrees to make ready; None: all of them, or with `compile` 0 and the present one.
-        dtype: Of weights and activations; None: the model's. On a processor without instructions
-            for it, half precision would be several times slower than float32: then the model is
-            float32, and `notes` says so.
-        compile: Also compile every degree (about a minute for each on a processor) and keep that if
-            it is faster.
+        model: The model to optimise; it is left unchanged. The result shares its weights, unless
+            `dtype` changes them or a compensator rewrites them when the dial turns. Merge linear
+            adapters first, so that they cost nothing.
+        example: A typical batch [B, 3, H, W] on the model's device.
+        degrees: Degrees to prepare. By default all of them; with `compile` 0 and the present one.
+        dtype: Dtype of weights and activations; by default the model's. A processor without
+            instructions for half precision would be several times slower with it: then the result
+            computes in float32, and `notes` says so.
+        compile: Also try to compile every degree, which takes about a minute for each on a CPU.
 
     Raises:
         ValueError: If a degree is not one of the model's, or `dtype` is not one of float32,
@@ -170,7 +168,7 @@ def optimize(
     fast.notes = notes
     fast.model.skips_unread = True
     example = example.to(next(fast.model.parameters()).dtype)
-    fast(example)  # what is wrong with the example is told here
+    fast(example)  # raises if the example does not fit the model
     if example.device.type == "cpu":
         keep_freed_memory()
         try_packed(fast, example)
@@ -189,9 +187,9 @@ def optimize(
 def apply_speed(
     model: DialViT, example: Tensor, speed: SpeedSettings | None, degrees: Sequence[int]
 ) -> DialViT | OptimizedViT:
-    """The model itself, or optimised for some degrees and batches like the example.
+    """Optimise a model for some degrees and batches like the example, if `speed` asks for it.
 
-    What was tried is told on the standard error.
+    The treatments that were tried are printed to standard error.
     """
     if not speed:
         return model
@@ -202,7 +200,7 @@ def apply_speed(
 
 
 def _supported(dtype: torch.dtype, device: torch.device, notes: list[str]) -> torch.dtype:
-    """`dtype`, or float32 where the processor would have to emulate it."""
+    """Return `dtype`, or float32 if the processor would have to emulate it."""
     names = {known: str(known).removeprefix("torch.") for known in DTYPES.values()}
     if dtype not in names:
         raise ValueError(f"dtype must be one of {', '.join(names.values())}, got {dtype}.")
@@ -219,7 +217,7 @@ def _supported(dtype: torch.dtype, device: torch.device, notes: list[str]) -> to
 
 
 def _twin(model: DialViT, dtype: torch.dtype | None) -> DialViT:
-    """The same model for inference, with modules of its own."""
+    """Copy a model for inference; its tensors are shared where that is safe."""
     tensors = [*model.parameters(), *model.buffers()]
     changed = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors)
     shared = {} if changed or model.compensation else {id(t): t for t in tensors}

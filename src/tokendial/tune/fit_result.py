@@ -1,4 +1,4 @@
-"""What a fit has found: a method whose degrees keep to budgets, and how that was measured."""
+"""The result of `fit`: a method whose degrees keep to budgets, and what was measured."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,44 +8,44 @@ from tokendial.measure.timing import DISTURBED
 from tokendial.methods import to_json
 from tokendial.reduce import EViT, ToMe
 from tokendial.tune.block_costs import CostTable
-from tokendial.tune.space import Schedule
+from tokendial.tune.schedules import Schedule
 
 _MISSED = 0.05
-"""Distance from the budget, as a fraction of it, that is worth a warning."""
+"""A cost that is off its budget by more than this fraction gives a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitPoint:
-    """A schedule that was judged on the images of the fit."""
+    """A schedule, its cost, and its agreement with the unreduced model."""
 
     removed: Schedule
-    """Patch tokens that each layer removes."""
+    """Number of patch tokens that each layer removes."""
     cost: float
-    """Share of the cost of the model that removes nothing: by the table, or measured."""
+    """Cost as a fraction of the unreduced cost: measured, or by the cost table."""
     divergence: float
-    """Kullback-Leibler divergence from the model that removes nothing, mean over images, in
-    nats."""
+    """Kullback-Leibler divergence from the unreduced model, in nats, mean over images."""
     top1: float
-    """Share of images (of labels, where there are many) with the same answer as it gives."""
+    """Fraction of images (of labels, if multi-label) with the unreduced model's answer."""
 
     @property
     def speedup(self) -> float:
-        """Over the model that removes nothing."""
+        """Speed as a multiple of the unreduced model's."""
         return 1.0 / self.cost
 
 
 @dataclass(frozen=True, slots=True)
 class FittedDegree:
-    """A degree of the dial, made for a budget."""
+    """A degree of the dial that was found for a budget."""
 
     degree: int
-    """Its number."""
+    """Number of the degree."""
     budget: float
-    """What was asked for."""
+    """The requested budget."""
     found: FitPoint
-    """Its schedule, with the cost that was measured end to end."""
+    """The schedule of this degree, with its cost measured end to end."""
     constant: FitPoint | None
-    """The mildest constant schedule that costs no more, measured in turn with it; None: none."""
+    """The mildest schedule with the same number in each layer that costs no more, measured in turn
+    with `found`. None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,37 +53,37 @@ class FitResult:
     """The result of a fit."""
 
     reduce: ToMe | EViT
-    """The method with the schedules as its degrees 1, 2, ...: a value for `wrap` and `load`."""
+    """The method whose degrees 1, 2, ... are the found schedules. Pass it to `wrap` or `load`."""
     kind: str
-    """Of the budgets: speedup, latency_ms or gmacs."""
+    """Kind of the budgets: speedup, latency_ms or gmacs."""
     unreduced: float
-    """Cost of the model that removes nothing: ms of a batch, or GMACs of an image."""
+    """Cost of the unreduced model: milliseconds per batch, or GMACs per image."""
     batch_size: int
-    """Images of a batch."""
+    """Images per batch."""
     images: int
-    """Images that schedules were judged on."""
+    """Number of images that schedules were compared on."""
     degrees: tuple[FittedDegree, ...]
-    """From the mildest budget to the hardest."""
+    """The found degrees, from the mildest budget to the hardest."""
     searched: tuple[FitPoint, ...]
-    """Every schedule that was judged, with its cost by the table."""
+    """Every schedule that the search compared, with its cost by the table."""
     constants: tuple[FitPoint, ...]
-    """Constant schedules among them, the mildest first."""
+    """Schedules with the same number in each layer, the mildest first."""
     table: CostTable
-    """Costs of blocks."""
+    """The measured costs of blocks."""
     spread: float
-    """Largest quartile spread of the times in the final comparison, see `Timing`; 0 if counted."""
+    """Largest quartile spread of the times in the final comparison, see `Timing`. 0 for gmacs."""
 
     @property
     def unit(self) -> str:
-        """Of `unreduced`."""
+        """Unit of `unreduced`: GMACs or ms."""
         return "GMACs" if self.kind == "gmacs" else "ms"
 
     def share(self, budget: float) -> float:
-        """What a budget allows, as a share of the cost of the model that removes nothing."""
+        """Cost that a budget allows, as a fraction of the unreduced model's."""
         return 1 / budget if self.kind == "speedup" else budget / self.unreduced
 
     def warnings(self) -> list[str]:
-        """What to know before the result is used, a line each; empty if all went well."""
+        """Warnings about missed budgets and disturbed measurements, a line each."""
         lines = []
         for row in self.degrees:
             over = row.found.cost / self.share(row.budget) - 1
@@ -104,7 +104,7 @@ class FitResult:
 
     @property
     def frontier(self) -> tuple[FitPoint, ...]:
-        """The searched points that none beats in both, from cheap to dear."""
+        """Searched points that no other one beats in both cost and divergence, cheapest first."""
         best: list[FitPoint] = []
         for point in sorted(self.searched, key=lambda point: (point.cost, point.divergence)):
             if not best or point.divergence < best[-1].divergence:

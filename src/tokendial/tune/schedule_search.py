@@ -1,15 +1,16 @@
-"""The search for the schedule that agrees best within a cost.
+"""The search for the schedule with the best agreement within a cost limit.
 
-It starts from the mildest schedules that fit of several kinds: constant over the layers, as lines
-that fall or rise with depth, and the one that a dynamic programme over (layer, tokens left) finds
-when divergences of single layers add up, which they nearly do. Each layer's is measured by acting
-there alone with two shares of the tokens, and taken as a power of the share in between.
+It starts from the mildest schedules within the limit of several kinds: the same number in each
+layer, numbers that fall or rise linearly with depth, and the result of a dynamic programme over
+(layer, tokens left). The programme assumes that the divergences of single layers add up, which they
+nearly do. A layer's divergence is measured by reducing in that layer alone, at two fractions of the
+tokens, and modelled as a power of the fraction.
 
-From the best of these, layers exchange tokens: one removes fewer, another as many more as the cost
-asks for. Which pairs are tried first follows from what each layer's tokens harm for the cost that
-they save, measured at the schedule at hand; whether a pair is better is judged by the true
-divergence. Exchanges halve when none is better. Since what is returned is the best of all that was
-judged, it is never worse than the constant schedule that it started from.
+Starting from the best of these, pairs of layers exchange tokens: one removes fewer, the other as
+many more as the cost limit requires. Pairs are tried in the order of the divergence that each
+layer's tokens cause per cost that they save, measured at the current schedule. The true divergence
+decides whether an exchange is kept. The exchanged amount halves when no exchange is better. The
+result is the best of all compared schedules, so it is never worse than the constant schedule.
 """
 
 import math
@@ -18,13 +19,13 @@ from dataclasses import dataclass, field
 
 from tokendial.tune.agreement import Agreement
 from tokendial.tune.block_costs import CostTable
-from tokendial.tune.space import Schedule, Space
+from tokendial.tune.schedules import Schedule, ScheduleSpace
 
 _SLOPES = (0.0, -1.0, -0.5, 0.5, 1.0)
 _SHARES = (1 / 8, 3 / 8)
 _GRID = 48
 _PRICES = (-24.0, 24.0)
-"""Logarithms, to base 2, of divergence for the whole cost."""
+"""Range of the price, divergence per unreduced cost, as logarithms to base 2."""
 _BISECTIONS = 16
 _PAIRS_PER_LAYER = 2
 
@@ -32,103 +33,107 @@ Fits = Callable[[Schedule], bool]
 
 
 @dataclass
-class Search:
-    """Finds schedules of a space, and keeps what it has seen."""
+class ScheduleSearch:
+    """Searches schedules, and remembers the agreement of all that it has compared."""
 
-    space: Space
-    """All schedules."""
+    space: ScheduleSpace
+    """The schedules to search."""
     table: CostTable
-    """Their costs."""
+    """Costs of the schedules."""
     judge: Callable[[Schedule], Agreement]
-    """Their agreement with the model that removes nothing."""
+    """Measures the agreement of a schedule with the unreduced model."""
     over: Callable[[], bool]
-    """Whether there is no time left."""
+    """Whether the time for the search is over."""
     known: dict[Schedule, Agreement] = field(default_factory=dict)
-    """What was judged."""
+    """Agreement of every schedule that was measured."""
 
     def divergence(self, schedule: Schedule) -> float:
-        """Of a schedule, judged once."""
+        """Divergence of a schedule, measured the first time it is asked for."""
         if schedule not in self.known:
             self.known[schedule] = self.judge(schedule)
         return self.known[schedule].divergence
 
     def run(self, most: float, milder_than: Schedule | None = None) -> Schedule:
-        """The best schedule that costs no more than `most`.
+        """Find the schedule with the lowest divergence that costs no more than `most`.
 
         Args:
-            most: Cost; what costs least of all is always allowed.
-            milder_than: One that is allowed as well, and keeps no more tokens than what is found.
+            most: Cost limit; the schedule that removes most is always allowed.
+            milder_than: A schedule for a lower limit. It is allowed as a result, and the result
+                keeps at least as many tokens as it does.
         """
         last = milder_than or self.space.strongest
-        kept = sum(self.space.left(last))
+        kept = sum(self.space.tokens_left(last))
 
         def fits(schedule: Schedule) -> bool:
-            return self.table.of(schedule) <= most and sum(self.space.left(schedule)) >= kept
+            return self.table.of(schedule) <= most and sum(self.space.tokens_left(schedule)) >= kept
 
         for start in (last, *self.starts(fits)):
             self.divergence(start)
         best = min((s for s in self.known if s == last or fits(s)), key=self.divergence)
         amount = max(1, self.space.shape.num_patches // 16)
         while amount and not self.over():
-            better = self.exchanged(best, amount, fits)
+            better = self.exchange(best, amount, fits)
             if better == best:
                 amount //= 2
             best = better
         return best
 
     def starts(self, fits: Fits) -> Iterator[Schedule]:
-        """Schedules that just fit; the first one is constant over the layers."""
+        """Schedules to start from; the first one is constant over the layers."""
         for slope in _SLOPES:
-            if mildest := next((s for s in self.space.lines(slope) if fits(s)), None):
+            if mildest := next((s for s in self.space.all_linear(slope) if fits(s)), None):
                 yield mildest
         if not self.over():
             yield from self.by_layers(fits)
 
-    def exchanged(self, best: Schedule, amount: int, fits: Fits) -> Schedule:
-        """What `best` becomes when layers exchange `amount` tokens as long as that is better."""
-        rates = [self._harm(best, layer, amount) for layer in range(len(best))]
+    def exchange(self, best: Schedule, amount: int, fits: Fits) -> Schedule:
+        """Exchange `amount` tokens between layers as long as that lowers the divergence."""
+        rates = [self._harm_rate(best, layer, amount) for layer in range(len(best))]
         pairs = sorted(
             ((i, j) for i in range(len(best)) for j in range(len(best)) if i != j),
-            # Infinite rates first as those that give, last as those that take.
+            # A layer of infinite rate is first among those that give, last among those that take.
             key=lambda pair: (rates[pair[1]] == math.inf, rates[pair[1]] - rates[pair[0]]),
         )
         for fewer, more in pairs[: _PAIRS_PER_LAYER * len(best)]:
-            while not self.over() and (other := self._moved(best, fewer, more, amount, fits)):
+            while not self.over() and (other := self._move(best, fewer, more, amount, fits)):
                 if self.divergence(other) >= self.divergence(best):
                     break
                 best = other
         return best
 
-    def _harm(self, schedule: Schedule, layer: int, amount: int) -> float:
-        """Divergence for the cost that `amount` tokens more save; infinite where they save none."""
-        more = self.space.normal(_changed(schedule, layer, amount))
+    def _harm_rate(self, schedule: Schedule, layer: int, amount: int) -> float:
+        """Divergence per saved cost if `layer` removes `amount` more; infinite if none is saved."""
+        more = self.space.normalise(_change(schedule, layer, amount))
         saved = self.table.of(schedule) - self.table.of(more)
         if saved <= 0 or self.over():
             return math.inf
         return (self.divergence(more) - self.divergence(schedule)) / saved
 
-    def _moved(
+    def _move(
         self, schedule: Schedule, fewer: int, more: int, amount: int, fits: Fits
     ) -> Schedule | None:
-        """`amount` tokens less in one layer, as few more as fit in another; None: nothing fits."""
+        """Remove `amount` fewer tokens in one layer, and as few more as fit the limit in another.
+
+        Returns None if nothing fits.
+        """
         amount = min(amount, schedule[fewer])
-        given = _changed(schedule, fewer, -amount)
+        given = _change(schedule, fewer, -amount)
         for added in range(self.space.shape.num_patches if amount else 0):
-            moved = self.space.normal(_changed(given, more, added))
+            moved = self.space.normalise(_change(given, more, added))
             if fits(moved):
                 return None if moved == schedule else moved
             if moved[more] < given[more] + added:
-                break  # no more can go there
+                break  # this layer cannot remove more
         return None
 
     def by_layers(self, fits: Fits) -> Iterator[Schedule]:
-        """The best schedule if divergences of single layers add up: a dynamic programme."""
-        harm = [self._powers(layer) for layer in range(self.space.shape.depth)]
+        """The best schedule if the divergences of single layers added up: a dynamic programme."""
+        harm = [self._layer_divergence(layer) for layer in range(self.space.shape.depth)]
         low, high = _PRICES
         best = None
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            schedule = self._priced(harm, 2.0**middle)
+            schedule = self._cheapest_at(harm, 2.0**middle)
             if fits(schedule):
                 high, best = middle, schedule
             else:
@@ -136,11 +141,11 @@ class Search:
         if best:
             yield best
 
-    def _powers(self, layer: int) -> Callable[[float], float]:
-        """Divergence by the share of the tokens that goes in one layer alone."""
+    def _layer_divergence(self, layer: int) -> Callable[[float], float]:
+        """Divergence as a function of the fraction of tokens that one layer alone removes."""
         patches = self.space.shape.num_patches
         few, many = (
-            self.space.normal(_changed(self.space.none, layer, max(1, round(share * patches))))
+            self.space.normalise(_change(self.space.none, layer, max(1, round(share * patches))))
             for share in _SHARES
         )
         first, second = few[layer] / patches, many[layer] / patches
@@ -148,9 +153,9 @@ class Search:
         power = math.log(large / small) / math.log(second / first) if second > first else 1.0
         return lambda share: small * (share / first) ** max(power, 0.5)
 
-    def _priced(self, harm: list[Callable[[float], float]], price: float) -> Schedule:
-        """The schedule with the least divergence plus `price` times its share of the whole cost."""
-        patches, most = self.space.shape.num_patches, self.space.most
+    def _cheapest_at(self, harm: list[Callable[[float], float]], price: float) -> Schedule:
+        """The schedule that minimises divergence plus `price` times its fraction of the cost."""
+        patches, most = self.space.shape.num_patches, self.space.max_removed
         counts = range(patches, 0, -max(1, patches // _GRID))
         whole = self.table.of(self.space.none)
         steps = {
@@ -177,5 +182,5 @@ class Search:
         return tuple(schedule)
 
 
-def _changed(schedule: Schedule, layer: int, by: int) -> Schedule:
+def _change(schedule: Schedule, layer: int, by: int) -> Schedule:
     return tuple(r + by if number == layer else r for number, r in enumerate(schedule))

@@ -1,4 +1,4 @@
-"""What a fit asks of its model and settings."""
+"""Checks of the arguments of `fit`."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,15 @@ from tokendial.model.dial_vit import DialViT
 from tokendial.reduce import EViT, ToMe
 
 Budget = float | Sequence[float]
-"""One value, or several."""
+"""One value of a budget, or several."""
 
 
 def read_budgets(**given: Budget | None) -> tuple[str, list[float]]:
-    """The kind of the budgets and their values, each once; a ValueError if they make no sense."""
+    """Return the kind of the budgets (speedup, latency_ms or gmacs) and their distinct values.
+
+    Raises:
+        ValueError: If none or several kinds are given, or a value is not above 0.
+    """
     (kind, values), *others = [(k, v) for k, v in given.items() if v is not None] or [("", ())]
     budgets = [values] if isinstance(values, int | float) else list(values)
     if others or not budgets:
@@ -23,8 +27,12 @@ def read_budgets(**given: Budget | None) -> tuple[str, list[float]]:
     return kind, list(dict.fromkeys(float(value) for value in budgets))
 
 
-def method_of(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
-    """The method whose tokens are counted; a ValueError if there is none."""
+def method_to_fit(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
+    """Return the method to find schedules for: `reduce`, the model's own one, or ToMe.
+
+    Raises:
+        ValueError: If it is not ToMe or EViT, or the model's own reduction has weights.
+    """
     own = model.reduce_config
     if model.reducer and next(model.reducer.parameters(), None) is not None:
         raise ValueError(
@@ -39,8 +47,8 @@ def method_of(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
     return method
 
 
-def check(model: DialViT, images: Tensor, batch_size: int, minutes: float) -> None:
-    """Raise a ValueError unless `fit` can work on a model with these settings."""
+def check_model(model: DialViT, images: Tensor, batch_size: int, minutes: float) -> None:
+    """Raise a ValueError unless `fit` supports the model and the settings."""
     if model.anatomy.frames is not None or model.decoder is not None or not model.num_classes:
         raise ValueError("fit needs a classifier of images: no clips, no decoder, but a head.")
     if model.adapter.needs_grid:

@@ -9,7 +9,7 @@ from examples import images, tiny_vit
 import tokendial as td
 from tokendial.tune import FitResult
 from tokendial.tune.agreement import compared, two_way
-from tokendial.tune.result import FitPoint, FittedDegree
+from tokendial.tune.fit_result import FitPoint, FittedDegree
 
 
 @pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop")])

@@ -14,7 +14,7 @@ from limits import files_of_at_most
 from PIL import Image
 
 import tokendial as td
-from tokendial.export import FACTS, export, export_bundle
+from tokendial.export_files import FACTS, export, export_bundle
 from tokendial.runs import Run
 from tokendial.runs.new_model import build_model
 from tokendial.runs.predict import predict

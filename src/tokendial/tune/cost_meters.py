@@ -1,0 +1,146 @@
+"""Cost of a schedule, per layer and per forward pass: measured in seconds, or counted in MACs."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice, pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.measure.cost import count_parts
+from tokendial.measure.timing import time_in_rounds
+from tokendial.model.blocks import Step
+from tokendial.model.dial_vit import DialViT
+from tokendial.tune.schedules import Schedule, ScheduleSpace
+
+MIN_ROUNDS, _MAX_ROUNDS = 3, 25
+
+
+class ScheduledModel:
+    """A model that can be switched from one schedule to another."""
+
+    def __init__(self, model: DialViT, space: ScheduleSpace) -> None:
+        self.model, self.space = model, space
+
+    def use(self, schedule: Schedule) -> DialViT:
+        """Switch the model to `schedule`, and return it."""
+        model = self.model
+        reduces = any(schedule)
+        if reduces:
+            # ToMe and EViT have neither weights nor state, so a new reducer is as good as any.
+            model.reducer = self.space.method_with([schedule]).build(self.space.shape).eval()
+        model.set_degree(int(reduces))
+        return model
+
+
+@contextmanager
+def try_schedules(model: DialViT, space: ScheduleSpace) -> Iterator[ScheduledModel]:
+    """Run a model by other schedules in a `with` block, and restore it afterwards."""
+    before, degree, training = model.reducer, model.degree, model.training
+    try:
+        yield ScheduledModel(model.eval(), space)
+    finally:
+        model.reducer, model.degree = before, degree
+        model.train(training)
+
+
+class CostMeter(Protocol):
+    """Measures costs in its own unit."""
+
+    exact: bool
+    """Whether repeated measurements give the same number."""
+    spread: float
+    """Largest quartile spread of the times in the last comparison, see `Timing`. 0 if exact."""
+
+    def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Costs of the layers `first` to `last`; `first` is at least 2."""
+
+    def single_cost(self, schedule: Schedule) -> float:
+        """Cost of one forward pass."""
+
+    def compare(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Costs of forward passes by several schedules, to be compared."""
+
+
+class Stopwatch:
+    """Measures the seconds that a batch takes, on the device and in the dtype of the model."""
+
+    exact = False
+
+    def __init__(self, tried: ScheduledModel, images: Tensor, seconds: float) -> None:
+        """Set up measurements.
+
+        Args:
+            tried: The model to run by different schedules.
+            images: A batch [B, 3, H, W] on the device of the model.
+            seconds: Time to spend on each schedule in `compare`, if a few passes take less.
+        """
+        self.tried, self.images, self.seconds = tried, images, seconds
+        self.spread = 0.0
+
+    @torch.no_grad()
+    def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Costs of the layers `first` to `last` in one run."""
+        model = self.tried.use(schedule)
+        times = [self._now()]
+        for _ in islice(model.steps(self.images), last):
+            times.append(self._now())
+        return [after - before for before, after in pairwise(times)][first - 1 :]
+
+    @torch.no_grad()
+    def compare(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Times of forward passes that take turns, so a busy machine slows all of them alike."""
+        timings = time_in_rounds(
+            schedules,
+            self.tried.use,
+            lambda: self.tried.model(self.images),
+            device=self.images.device,
+            seconds=self.seconds,
+            least_rounds=MIN_ROUNDS,
+            most_rounds=_MAX_ROUNDS,
+        )
+        self.spread = max(timing.spread for timing in timings)
+        return [timing.seconds for timing in timings]
+
+    @torch.no_grad()
+    def single_cost(self, schedule: Schedule) -> float:
+        """Seconds of one forward pass."""
+        model = self.tried.use(schedule)
+        before = self._now()
+        model(self.images)
+        return self._now() - before
+
+    def _now(self) -> float:
+        if self.images.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+class MacCounter:
+    """Counts the multiply-accumulates of one image."""
+
+    exact = True
+    spread = 0.0
+
+    def __init__(self, tried: ScheduledModel) -> None:
+        self.tried = tried
+
+    def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
+        """Costs of the layers `first` to `last` in one run."""
+        model = self.tried.use(schedule)
+
+        def run(call: nn.Module) -> Iterator[Step]:
+            images = torch.empty(1, *model.anatomy.input_shape, device="meta")
+            return islice(model.steps(images), last)
+
+        return [float(macs) for macs in count_parts(model, run)[first - 1 :]]
+
+    def single_cost(self, schedule: Schedule) -> float:
+        """Multiply-accumulates, as `DialViT.cost` counts them."""
+        return self.tried.use(schedule).cost().macs
+
+    def compare(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Multiply-accumulates of each schedule."""
+        return list(map(self.single_cost, schedules))

@@ -1,0 +1,78 @@
+"""Token schedules: how many tokens each layer of a model removes."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokendial.reduce import EViT, ToMe
+from tokendial.reduce.evit import most_removed
+from tokendial.reduce.listed import patches_left
+from tokendial.reduce.tome import merge_schedule, most_merged
+from tokendial.shape import ViTShape
+
+Schedule = tuple[int, ...]
+"""Number of patch tokens that each layer removes."""
+
+
+@dataclass(frozen=True)
+class ScheduleSpace:
+    """The schedules that a reduction method allows in a model."""
+
+    reduce: ToMe | EViT
+    """The method. Its own numbers of tokens are ignored."""
+    shape: ViTShape
+    """Shape of the model."""
+
+    def max_removed(self, patches: int) -> int:
+        """Number of tokens that one layer can remove of `patches` patch tokens."""
+        if isinstance(self.reduce, ToMe):
+            return most_merged(patches, self.reduce.stride)
+        return most_removed(patches, self.reduce.rest)
+
+    def tokens_left(self, removed: Sequence[int]) -> tuple[int, ...]:
+        """Number of patch tokens that leave each layer."""
+        return patches_left(self.shape.num_patches, removed, self.max_removed)
+
+    def normalise(self, removed: Sequence[int]) -> Schedule:
+        """Lower each number to what can be removed; the tokens left stay the same."""
+        before, schedule = self.shape.num_patches, []
+        for after in self.tokens_left(removed):
+            schedule.append(before - after)
+            before = after
+        return tuple(schedule)
+
+    def linear(self, r: int, inflection: float = 0.0) -> Schedule:
+        """ToMe's schedule: `r` in each layer, or a linear change over the layers with mean `r`."""
+        return self.normalise(merge_schedule(r, self.shape.depth, inflection))
+
+    def all_linear(self, inflection: float = 0.0) -> list[Schedule]:
+        """All distinct schedules of one inflection, from removing nothing to the most."""
+        rs = range(self.max_removed(self.shape.num_patches) + 1)
+        return list(dict.fromkeys(self.linear(r, inflection) for r in rs))
+
+    @cached_property
+    def none(self) -> Schedule:
+        """The schedule that removes nothing."""
+        return (0,) * self.shape.depth
+
+    @property
+    def strongest(self) -> Schedule:
+        """The schedule that removes as many tokens as possible in each layer."""
+        return self.normalise([self.shape.num_patches] * self.shape.depth)
+
+    def shortest_to(self, patches: int) -> Schedule:
+        """First layers of the schedule that has `patches` tokens left after the fewest layers."""
+        removed: list[int] = []
+        now = self.shape.num_patches
+        while now > patches and len(removed) < self.shape.depth:
+            removed.append(min(now - patches, self.max_removed(now)) or now)
+            now -= removed[-1]
+        return tuple(removed)
+
+    def method_with(self, schedules: Sequence[Schedule]) -> ToMe | EViT:
+        """The method whose degrees 1, 2, ... are these schedules."""
+        r = [list(schedule) for schedule in schedules]
+        if isinstance(self.reduce, ToMe):
+            return dataclasses.replace(self.reduce, r=r, inflection=0.0)
+        return dataclasses.replace(self.reduce, r=r, keep_rate=None, shrink=None)
