@@ -16,7 +16,7 @@ from tokendial.data import VTAB_GROUPS, VTAB_TASKS
 from tokendial.runs import Run
 from tokendial.sweeps import vtab
 from tokendial.sweeps.vtab_result import means, read_published
-from tokendial.train import finetune
+from tokendial.train import fine_tuning
 
 
 @pytest.fixture(scope="session")
@@ -128,13 +128,13 @@ def test_settings_are_chosen_on_the_search_split_and_tested_on_the_final_one(
 
 
 def test_a_signal_that_the_search_outlives_stops_the_final_run(root, recipe, cli, monkeypatch):
-    evaluate = finetune.evaluate_loader
+    evaluate = fine_tuning.evaluate_loader
 
     def ask_to_stop(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(finetune, "evaluate_loader", ask_to_stop)
+    monkeypatch.setattr(fine_tuning, "evaluate_loader", ask_to_stop)
     command = ["vtab", recipe, root, "data.check=false", "--tasks", "dtd"]
     code, told, _ = cli(*command, "--over", "adapt.scale=1")
     assert code == 130

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import tokendial as td
 from tokendial.runs import Run, read_recipe
 from tokendial.train import train
-from tokendial.train.finetune import FineTuning
+from tokendial.train.fine_tuning import FineTuning
 
 RECIPE = {
     "model": {"name": "scenes_vit", "weights": "shipped", "img_size": 48},

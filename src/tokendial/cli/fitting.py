@@ -40,7 +40,7 @@ def fit(
     """Find how many tokens each layer should remove within a budget; no training, no labels."""
     from tokendial.atomic import atomic_write
     from tokendial.runs import Run
-    from tokendial.runs.fitted import fit_run
+    from tokendial.runs.fit import fit_run
     from tokendial.show.plots import fit_figure
     from tokendial.show.report import png
 

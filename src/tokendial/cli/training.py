@@ -36,7 +36,7 @@ def train(
 
     read = read_recipe(recipe, overrides or [])
     if dry_run:
-        from tokendial.train.finetune import FineTuning
+        from tokendial.train.fine_tuning import FineTuning
 
         _try_out(read, FineTuning)
         return
@@ -57,9 +57,9 @@ def compensate(
 
     read = read_recipe(recipe, overrides or [], kind=CompensateRecipe)
     if dry_run:
-        from tokendial.train.compensate import Compensating
+        from tokendial.train.compensator_training import CompensatorTraining
 
-        _try_out(read, Compensating)
+        _try_out(read, CompensatorTraining)
         return
     to_its_end(lambda: run_training(read))
 

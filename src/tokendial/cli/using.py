@@ -19,7 +19,8 @@ from tokendial.cli.app import app
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tokendial.runs.evaluate import BridgedRow, DegreeRow
+    from tokendial.runs.evaluate import DegreeRow
+    from tokendial.runs.evaluate_compensator import CompensatedRow
     from tokendial.tune import SpeedSettings
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
@@ -100,13 +101,13 @@ def evaluate(
     (run,) = runs
     from tokendial.runs import Run
     from tokendial.runs.evaluate import evaluate as run_evaluation
-    from tokendial.runs.tables import write_classes
+    from tokendial.runs.evaluation_tables import write_classes
+    from tokendial.runs.progress import progress_bar
     from tokendial.show.confusion import confusion_figure
     from tokendial.show.plots import dial_figure
-    from tokendial.train.progress import bar
 
     opened, console = Run(run), Console(stderr=True)
-    with bar(console) as shown:
+    with progress_bar(console) as shown:
         rows = run_evaluation(
             opened, degrees, batch_size=batch_size, speed=speed, progress=shown.update
         )
@@ -149,7 +150,7 @@ def _dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
 
 def _class_table(rows: "Sequence[DegreeRow]", classes: Sequence[str]) -> Table:
     """The classes that are recognised worst at the first degree, beside the last one."""
-    from tokendial.runs.tables import class_scores
+    from tokendial.runs.evaluation_tables import class_scores
 
     first, last = class_scores(rows[0], classes), class_scores(rows[-1], classes)
     several = len(rows) > 1
@@ -182,7 +183,7 @@ def _percent(share: float) -> str:
     return "" if math.isnan(share) else f"{share:.1%}"
 
 
-def _warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[BridgedRow]") -> None:
+def _warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]") -> None:
     if any(row.disturbed for row in rows):
         print("speed: times differed widely, so something else used this machine: measure again")
 
@@ -200,14 +201,14 @@ def _evaluate_bridged(
     from tokendial.compensate import Compensator
     from tokendial.runs import Run
     from tokendial.runs.degrees import parse_degrees
-    from tokendial.runs.evaluate import evaluate_bridged
+    from tokendial.runs.evaluate_compensator import evaluate_compensator
+    from tokendial.runs.progress import progress_bar
     from tokendial.show.plots import bridged_figure
-    from tokendial.train.progress import bar
 
     plugin = Compensator.from_pretrained(compensator)
     offered = tuple(range(plugin.steps + 1))
-    with bar(Console(stderr=True)) as shown:
-        rows = evaluate_bridged(
+    with progress_bar(Console(stderr=True)) as shown:
+        rows = evaluate_compensator(
             [Run(folder) for folder in folders],
             plugin,
             degrees,
@@ -233,10 +234,10 @@ def _evaluate_bridged(
 
 
 def _write_evaluation(
-    rows: "Sequence[DegreeRow] | Sequence[BridgedRow]", figure: "Figure", stem: Path
+    rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]", figure: "Figure", stem: Path
 ) -> None:
     """Write the rows as CSV and their figure as PNG, and say where."""
-    from tokendial.runs.tables import write_rows
+    from tokendial.runs.evaluation_tables import write_rows
 
     table, plot = stem.with_suffix(".csv"), stem.with_suffix(".png")
     write_rows(rows, table)
@@ -277,8 +278,9 @@ def predict(
     """Class and probability, or mask, of each file; exit code 1 if some could not be read."""
     from tokendial.data import ImageError, VideoError, find_images, find_sources, find_videos
     from tokendial.runs import Run
-    from tokendial.runs.predict import MaskFile, Prediction, predict_masks
+    from tokendial.runs.predict import Prediction
     from tokendial.runs.predict import predict as run_prediction
+    from tokendial.runs.predict_masks import MaskFile, predict_masks
     from tokendial.runs.predict_ray import predict_on_ray
 
     if out is None and (overlay or tiles):
@@ -337,7 +339,7 @@ def show(
     from tokendial.data.readers.images import read_image
     from tokendial.runs import Run
     from tokendial.show.report import png
-    from tokendial.show.tokens import run_diversity_figure, run_figure
+    from tokendial.show.token_figures import run_diversity_figure, run_figure
 
     trained = Run(run)
     if trained.on_videos():

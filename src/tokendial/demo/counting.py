@@ -9,15 +9,15 @@ from rich.console import Console
 
 from tokendial.compensate import Compensator
 from tokendial.demo.output import print_table, write_report
-from tokendial.runs.evaluate import BridgedRow, evaluate_bridged
+from tokendial.runs.evaluate_compensator import CompensatedRow, evaluate_compensator
+from tokendial.runs.evaluation_tables import write_rows
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.recipe_file import read_recipe
 from tokendial.runs.run import Run
-from tokendial.runs.tables import write_rows
 from tokendial.show.plots import bridged_figure
 from tokendial.show.report import Section
-from tokendial.show.tokens import run_figure
-from tokendial.train.finetune import train
+from tokendial.show.token_figures import run_figure
+from tokendial.train.fine_tuning import train
 
 _PICTURES = (0, 1)
 
@@ -40,7 +40,7 @@ def run_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
     run = train(recipe)
     with as_file(files("tokendial") / "assets" / "scenes_tocom") as folder:
         compensator = Compensator.from_pretrained(folder)
-    rows = evaluate_bridged([run], compensator)
+    rows = evaluate_compensator([run], compensator)
     cells = [_cells(row, rows[0]) for row in rows]
     print_table(console, _HEADER, cells)
     write_rows(rows, out / "degrees.csv")
@@ -65,7 +65,7 @@ def _scenes(recipe: Recipe) -> list[Image.Image]:
     return [val[number][0] for number in _PICTURES]
 
 
-def _cells(row: BridgedRow, first: BridgedRow) -> tuple[str, ...]:
+def _cells(row: CompensatedRow, first: CompensatedRow) -> tuple[str, ...]:
     return (
         str(row.degree),
         f"{row.plain:.1%}",

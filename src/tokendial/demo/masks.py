@@ -7,15 +7,15 @@ from rich.console import Console
 
 from tokendial.demo.output import print_table, write_report
 from tokendial.runs.evaluate import DegreeRow, evaluate
+from tokendial.runs.evaluation_tables import write_rows
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.recipe_file import read_recipe
 from tokendial.runs.run import Run
-from tokendial.runs.tables import write_rows
 from tokendial.show.masks import run_mask_figure
 from tokendial.show.plots import dial_figure
 from tokendial.show.report import Section
-from tokendial.show.tokens import run_figure
-from tokendial.train.finetune import train
+from tokendial.show.token_figures import run_figure
+from tokendial.train.fine_tuning import train
 
 _PICTURES = (0, 1, 2, 3)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from tokendial.runs.predict import Answer, Predictor, Source
+from tokendial.runs.predict import Answer, ClassPredictor, Source
 from tokendial.runs.run import Run
 
 
@@ -39,7 +39,7 @@ def predict_on_ray(
         raise ValueError("ray: prediction on Ray needs: pip install 'tokendial[ray]'.")
     settings: dict[str, Any] = {"degree": degree, "top": top, "batch_size": batch_size}
     # Mistakes are told here, in one line, before any worker starts.
-    batch = Predictor(run, **settings, device="cpu").batch
+    batch = ClassPredictor(run, **settings, device="cpu").batch_size
     # Ray tells its makers what it is used for, unless it is asked not to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -72,7 +72,7 @@ class _Worker:
     """One model, on one GPU or CPU."""
 
     def __init__(self, folder: str, settings: dict[str, Any]) -> None:
-        self.predictor = Predictor(Run(folder), **settings)
+        self.predictor = ClassPredictor(Run(folder), **settings)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         """Predict a batch."""

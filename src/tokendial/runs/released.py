@@ -35,7 +35,7 @@ def released_run(file: Path, recipe: Recipe) -> Run:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     run = Run(recipe.output)
-    with run.alone():
+    with run.locked():
         run.claim(recipe, ("mask",), dense=True)
         model.save_pretrained(run.best)
     return run

@@ -24,7 +24,7 @@ from tokendial.errors import error_message
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.run import Run
 from tokendial.signals import stop_requests
-from tokendial.train.finetune import train
+from tokendial.train.fine_tuning import train
 from tokendial.train.loop import NOT_FINITE, InterruptedRunError
 
 _POLL_S = 0.1
@@ -192,7 +192,7 @@ def _take(left: list[Planned], errors: dict[str, str]) -> tuple[Planned, TextIO]
             continue
         left.remove(planned)
         try:
-            begun = planned.run.holds(planned.recipe)
+            begun = planned.run.has_recipe(planned.recipe)
             _, diverged, update = _last_line(planned.log).partition(NOT_FINITE)
             if not begun or not (planned.run.finished or diverged):
                 return planned, log

@@ -12,7 +12,7 @@ from tokendial.atomic import atomic_write
 from tokendial.data.readers.images import images_in, read_image
 from tokendial.methods import from_json
 from tokendial.model.dial_vit import DialViT
-from tokendial.runs.evaluate import default_device
+from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification, VideoClassification
 from tokendial.tune import DTYPES, FitResult, Precision, fit
