@@ -1,4 +1,4 @@
-"""Fitting a run: schedules for its best model, found on its training images, become a dial."""
+"""Fits of runs: token schedules that meet budgets, searched for a run's best model and saved."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from tokendial.runs.run import Run
 from tokendial.tasks import Classification, VideoClassification
 from tokendial.tune import DTYPES, FitResult, Precision, fit
 
-FIT = "fit.json"
+FIT_FILE = "fit.json"
+"""File that records the search beside a fitted model. A fit may replace folders that hold it."""
 
 
 def fit_run(
@@ -35,36 +36,42 @@ def fit_run(
     minutes: float = 5.0,
     note: Callable[[str], None] = lambda text: None,
 ) -> FitResult:
-    """Fit the best model of a run, and write it with the dial that was found.
+    """Search token schedules for the best model of a run, and save the model with them.
 
     Args:
-        run: A run of classification of images.
-        out: Folder for the saved model, which is used like a run itself; made if it is missing.
-        budgets: One of speedup, latency_ms and gmacs, with its values; see `tokendial.fit`.
-        reduce: tome or evit; None: the run's own, or tome if it has none.
-        calibration: Folder of pictures to judge on; None: the run's training images, not varied.
-        images: How many to draw, at most.
-        seed: Of the draw.
-        batch_size: Images of a batch.
-        precision: Arithmetic that is timed.
-        device: Where to compute; None: the accelerator if there is one.
-        minutes: For everything.
-        note: Told what is being done.
+        run: A run of image classification.
+        out: Folder for the fitted model, made if it is missing. It can be used like a run.
+        budgets: One of the keys speedup, latency_ms and gmacs, with its values; see
+            `tokendial.fit`.
+        reduce: Name of the reduction method, "tome" or "evit". None means the run's method, or tome
+            if it has none.
+        calibration: Folder of images that schedules are compared on. None means the run's training
+            images, without augmentation.
+        images: Number of images that schedules are compared on, at most.
+        seed: Seed of the random choice of images.
+        batch_size: Images per batch.
+        precision: Floating-point format of weights and activations.
+        device: Device to compute on. None means the accelerator if there is one, else the CPU.
+        minutes: Time limit of the whole search.
+        note: Called with a line of text when a stage of the search begins.
+
+    Returns:
+        The result of the search, as `tokendial.fit` gives it.
 
     Raises:
-        ValueError: If the run is of another kind, images are not there, `out` holds something else,
-            or see `tokendial.fit`.
+        ValueError: If the run has another task, there are no images, `out` holds other files, or
+            `tokendial.fit` raises one.
     """
     task = run.task()
     if not isinstance(task, Classification) or isinstance(task, VideoClassification):
-        raise ValueError(f"{run.folder} must be a run of classification of images, to be fitted.")
-    if out.exists() and not (out / FIT).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: {out} is there already and holds no fit.")
+        raise ValueError(f"{run.folder} must be a run of image classification to be fitted.")
+    if out.exists() and not (out / FIT_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out: {out} exists and holds no fit.")
     model = run.model().to(device or default_device(), DTYPES[precision])
-    drawn = _drawn(run, task, model, calibration, images, seed)
-    fitted = fit(
+    sample = _sample_images(run, task, model, calibration, images, seed)
+    result = fit(
         model,
-        drawn,
+        sample,
         speedup=budgets.get("speedup"),
         latency_ms=budgets.get("latency_ms"),
         gmacs=budgets.get("gmacs"),
@@ -74,20 +81,20 @@ def fit_run(
         minutes=minutes,
         note=note,
     )
-    _write(run, fitted, out)
-    return fitted
+    _write(run, result, out)
+    return result
 
 
-def _drawn(
+def _sample_images(
     run: Run, task: Classification, model: DialViT, folder: Path | None, count: int, seed: int
 ) -> Tensor:
-    """Images [N, 3, H, W] in an order by chance, prepared without chance."""
+    """At most `count` random images [N, 3, H, W], prepared without augmentation."""
     if count < 1:
         raise ValueError(f"images must be at least 1, got {count}.")
     transform = task.image_transform(model.anatomy)
     generator = torch.Generator().manual_seed(seed)
 
-    def some(total: int) -> list[int]:
+    def sample(total: int) -> list[int]:
         return torch.randperm(total, generator=generator)[:count].tolist()
 
     if folder is not None:
@@ -97,24 +104,24 @@ def _drawn(
         if not files:
             raise ValueError(f"calibration: {folder} holds no images.")
         value_range = run.value_range()
-        drawn = [read_image(files[index], value_range) for index in some(len(files))]
-        return torch.stack([transform(image) for image in drawn])
+        images = [read_image(files[index], value_range) for index in sample(len(files))]
+        return torch.stack([transform(image) for image in images])
     try:
         train: Any = run.data().train
     except (ValueError, OSError) as error:
-        raise ValueError(f"{error} Other pictures can be given by calibration.") from None
-    return torch.stack([transform(train[index][0]) for index in some(len(train))])
+        raise ValueError(f"{error} Other images can be given by calibration.") from None
+    return torch.stack([transform(train[index][0]) for index in sample(len(train))])
 
 
-def _write(run: Run, fitted: FitResult, out: Path) -> None:
-    """A saved model, with the recipe and the classes that make it a run."""
-    model = run.model(fitted.reduce)
+def _write(run: Run, result: FitResult, out: Path) -> None:
+    """Save the fitted model, with the recipe and the classes that make its folder a run."""
+    model = run.model(result.reduce)
     recipe, written = run.recipe(), Run(out)
     train = recipe.train.model_copy(update={"degree": None})
-    changed = {"reduce": fitted.reduce, "output": str(out), "train": train}
+    changed = {"reduce": result.reduce, "output": str(out), "train": train}
     out.mkdir(parents=True, exist_ok=True)
     for path, text in (
-        (out / FIT, json.dumps(fitted.to_json(), indent=2) + "\n"),
+        (out / FIT_FILE, json.dumps(result.to_json(), indent=2) + "\n"),
         (written.classes_file, run.classes_file.read_text()),
         (written.recipe_file, recipe.model_copy(update=changed).to_yaml()),
     ):

@@ -15,16 +15,16 @@ from tokendial.show.tokens import TokenMaps, paint_tokens, seen_pixels, token_ma
 def token_figure(
     model: DialViT, image: Tensor, pixels: np.ndarray, *, title: str = ""
 ) -> matplotlib.figure.Figure:
-    """One row of panels: the image, its tokens after each layer that reduces, class attention.
+    """Draw a row of panels: the image, its tokens after each reducing layer, class attention.
 
     Args:
         model: A wrapped model, at the degree to show.
         image: [3, H, W], normalised.
-        pixels: [H, W, 3] uint8, the same image to look at.
+        pixels: [H, W, 3] uint8: the same image, not normalised.
         title: Line above the panels.
     """
     maps = token_maps(model, image)
-    # Enlarged so that the one-pixel borders stay thin beside small patches.
+    # Small images are enlarged, so that outlines of one pixel are thin beside their patches.
     enlarge = max(1, 448 // max(pixels.shape[:2]))
     large = pixels.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
     panels = [("what the model sees", large)]
@@ -43,7 +43,7 @@ def token_figure(
         axes[-1].imshow(large.mean(axis=2), cmap="gray", vmin=0, vmax=255)
         extent = (0, large.shape[1], large.shape[0], 0)
         strong = maps.class_attention / max(maps.class_attention.max(), 1e-9)
-        # Where there is little attention the image shows through.
+        # Less attention is drawn with less opacity, so that the image shows through.
         axes[-1].imshow(
             strong,
             alpha=0.25 + 0.6 * strong,
@@ -61,7 +61,7 @@ def token_figure(
 
 
 def _legend(maps: TokenMaps) -> str:
-    """What the colours of the panels mean, as far as they occur."""
+    """The meaning of the colours that occur in the panels."""
     merged = any(len(np.unique(o[o >= 0])) < (o >= 0).sum() for o in maps.origin)
     dark = any((o < 0).any() for o in maps.origin)
     parts = ["coloured: patches merged into one token"] * merged
@@ -72,13 +72,13 @@ def _legend(maps: TokenMaps) -> str:
 def run_figure(
     run: Run, image: Image.Image, *, degree: int | None = None, title: str = ""
 ) -> matplotlib.figure.Figure:
-    """The panels of `token_figure` for an image and the best model of a run.
+    """Draw `token_figure` for an image and the best model of a run.
 
     Args:
         run: A run with a model.
         image: An RGB image of any size.
-        degree: Degree of the dial; None: the one that was trained.
-        title: Line above the panels.
+        degree: Degree of the dial. None means the degree that the model was trained at.
+        title: Start of the line above the panels; the degree follows.
     """
     model, tensor = _model_and_image(run, image, degree)
     pixels = seen_pixels(model, tensor)
@@ -88,12 +88,12 @@ def run_figure(
 def run_diversity_figure(
     run: Run, image: Image.Image, *, degree: int | None = None, title: str = ""
 ) -> matplotlib.figure.Figure:
-    """Attention diversity by depth for an image, with the best model's reduction and without.
+    """Plot attention diversity by layer for an image, with and without the model's reduction.
 
     Args:
         run: A run with a model.
         image: An RGB image of any size.
-        degree: Degree of the dial; None: the one that was trained.
+        degree: Degree of the dial. None means the degree that the model was trained at.
         title: Line above the plots.
     """
     model, tensor = _model_and_image(run, image, degree)
@@ -106,6 +106,7 @@ def run_diversity_figure(
 
 
 def _model_and_image(run: Run, image: Image.Image, degree: int | None) -> tuple[DialViT, Tensor]:
+    """The model at the degree, and the image as the model takes it: [3, H, W]."""
     model = run.model()
     if degree is not None:
         model.set_degree(degree)
@@ -113,7 +114,7 @@ def _model_and_image(run: Run, image: Image.Image, degree: int | None) -> tuple[
 
 
 def _layers_to_show(reduces: tuple[bool, ...], most: int = 5) -> list[int]:
-    """Layers that reduce, thinned out evenly to `most`."""
+    """Numbers of at most `most` layers that reduce tokens, evenly spread, counted from 1."""
     layers = [number + 1 for number, does in enumerate(reduces) if does]
     if len(layers) <= most:
         return layers
