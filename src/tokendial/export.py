@@ -217,7 +217,7 @@ def _export(model: DialViT, path: Path, batch: int | None, facts: Mapping[str, A
             actual = [module(images) for images in batches]
         expected = [model(images) for images in batches]
         difference = max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
-        scale = max(1.0, *(float(logits.abs().max()) for logits in wanted))
+        scale = max(1.0, *(float(logits.abs().max()) for logits in expected))
         if not difference <= _TOLERANCE * scale:
             raise ValueError(f"out: {path} would give other logits than the model ({difference}).")
     return Exported(path, model.degree, model.cost().gmacs, difference)

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
 from tokendial.runs import Run
 from tokendial.sweeps import vtab
-from tokendial.sweeps.vtab_result import means, read_published
+from tokendial.sweeps.vtab_results import means, read_published
 from tokendial.train import fine_tuning
 
 
@@ -159,7 +159,7 @@ def test_a_task_whose_search_failed_is_not_tested(root, recipe, tmp_path, cli):
     [
         ({"tasks": ["mnist"]}, "tasks must be some of cifar, .*, got 'mnist'"),
         ({"seeds": [0, 0]}, "seeds must differ, got 0, 0"),
-        ({"over": ["seed=0,1"]}, "over: seed is no setting to choose"),
+        ({"over": ["seed=0,1"]}, "over: seed cannot be chosen"),
         ({"over": ["train.evaluate=every"]}, "train.evaluate is set by this command"),
         ({"overrides": ["data.split=search"]}, "data.split is set by this command"),
         ({"overrides": ["train.epoch=1"]}, "train.epoch is not a field of a recipe"),

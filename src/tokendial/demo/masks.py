@@ -130,7 +130,7 @@ def _sections(
         ),
         Section(
             title="Which patches the FFNs processed",
-            text="Dark patches skipped the FFN of that layer; attention and adapter processed them.",
+            text="Dark patches skipped the FFN of that layer, but not attention and adapter.",
             figures=tokens,
         ),
         Section(title="Recipe", code=recipe.to_yaml()),

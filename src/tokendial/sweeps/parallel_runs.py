@@ -1,9 +1,10 @@
-"""Many runs, one after the other or side by side, shared with other processes by locks.
+"""Training of many runs, one by one or in parallel, shared with other processes by locks.
 
-Each run has a log beside its folder, and the process that trains it holds a lock on that log. The
-operating system releases the lock when its owner dies, however it dies, so none is ever stale. A
-process that was started for a run has the log as its output and keeps the lock by that, also when
-the process that started it is gone.
+Beside the folder of each run lies its log. The process that trains the run holds a lock on the log,
+so that processes of several sweeps, even on several machines, never train the same run. The
+operating system releases the lock when its owner ends, even if it is killed, so no lock outlives
+its owner. A process that was started for a run has the log as its output. It keeps the lock in that
+way, even after the process that started it has ended.
 """
 
 import os
@@ -27,36 +28,36 @@ from tokendial.signals import stop_requests
 from tokendial.train.fine_tuning import train
 from tokendial.train.loop import NOT_FINITE, InterruptedRunError
 
-_POLL_S = 0.1
+_SECONDS_BETWEEN_POLLS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """A run that is to be trained."""
+class PlannedRun:
+    """A run to be trained, as part of a sweep."""
 
     name: str
-    """What it is called in tables and messages."""
+    """Name of the run: its folder below that of the sweep. Tables and messages use it."""
     settings: dict[str, str]
-    """What sets it apart: values as in YAML, by field."""
+    """The swept fields of the run with their values, as JSON."""
     recipe: Recipe
-    """Of the run; `output` is its folder."""
+    """Recipe of the run. Its `output` is the folder of the run."""
 
     @property
     def run(self) -> Run:
-        """Its folder."""
+        """The run in its folder."""
         return Run(self.recipe.output)
 
     @property
     def log(self) -> Path:
-        """The file beside the folder that takes its output, or the traceback of its error."""
+        """The file beside the folder for the output of the run, or the traceback of its error."""
         return Path(f"{self.recipe.output}.log")
 
 
 class _Process:
-    """A run in a process of its own."""
+    """A run that is trained in a process of its own."""
 
     def __init__(
-        self, planned: Planned, log: TextIO, recipes: Path, environment: dict[str, str]
+        self, planned: PlannedRun, log: TextIO, recipes: Path, environment: dict[str, str]
     ) -> None:
         self.planned = planned
         file = recipes / f"{len(list(recipes.iterdir()))}.yaml"
@@ -68,15 +69,15 @@ class _Process:
             stderr=log,
             env=os.environ | environment,
         )
-        # The lock is its own from now on.
+        # The new process has the file as its output, and so holds the lock from now on.
         log.close()
 
     def ended(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     def error(self) -> str | None:
-        """Of one that has ended: what went wrong, in one line."""
+        """The error of a process that has ended, in one line; None if there was none."""
         code = self._process.returncode
         if code == 0:
             return None
@@ -85,17 +86,19 @@ class _Process:
         return _last_line(self.planned.log).removeprefix("error: ") or f"exit code {code}"
 
     def stop(self) -> None:
-        """Ask it to write a checkpoint and end."""
+        """Ask the process to write a checkpoint and end."""
         self._process.terminate()
 
 
-def _train_here(planned: Planned, log: TextIO, *, quiet: bool) -> str | None:
-    """Train in this process; what went wrong, in one line."""
+def _train_here(planned: PlannedRun, log: TextIO, *, quiet: bool) -> str | None:
+    """Train a run in this process. Returns its error in one line; None if there was none."""
     try:
         train(planned.recipe, quiet=quiet)
     except InterruptedRunError:
         raise
-    except Exception as error:  # whatever it is, the other runs are to be trained
+    except (
+        Exception
+    ) as error:  # an error of any kind must not keep the other runs from being trained
         traceback.print_exc(file=log)
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         return kind + error_message(error)
@@ -110,25 +113,25 @@ def _last_line(log: Path) -> str:
 
 
 def run_all(
-    runs: Sequence[Planned], *, jobs: int | None = None, quiet: bool = False
+    runs: Sequence[PlannedRun], *, jobs: int | None = None, quiet: bool = False
 ) -> dict[str, str]:
-    """Train what is not finished yet, as `train` does; what others train is waited for.
+    """Train all runs that are not finished, and wait for those that other processes train.
 
-    Any number of processes and machines that share the folders may do this at the same time.
+    Any number of processes, on machines that share the folders, may call this at the same time.
 
     Args:
-        runs: What is to be trained.
-        jobs: How many to train side by side, each in a process of its own and on one GPU (in
-            turn, if there are more than GPUs). None: as many as there are GPUs; without any, one
-            after the other in this process.
-        quiet: Print nothing.
+        runs: The runs to train.
+        jobs: Number of runs to train at the same time, each in a process of its own on one GPU;
+            with more jobs than GPUs, jobs share GPUs. None means the number of GPUs. On a machine
+            without GPUs, None or 1 means one run after the other, in this process.
+        quiet: Whether to print nothing.
 
     Returns:
-        What went wrong, by name; all other runs are finished.
+        Errors, one line each, by the name of the run. All other runs are finished.
 
     Raises:
-        ValueError: If jobs is not positive, or this process is one of several of a launcher.
-        InterruptedRunError: If the process was asked to stop; the runs have checkpoints.
+        ValueError: If `jobs` is not positive, or a launcher started this process as one of several.
+        InterruptedRunError: If a signal asked the process to stop. All runs have checkpoints.
     """
     gpus = _gpus()
     jobs = max(1, len(gpus)) if jobs is None else jobs
@@ -136,33 +139,35 @@ def run_all(
         raise ValueError(f"jobs must be positive, got {jobs}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("jobs: start this without a launcher, it starts its processes itself.")
-    left, errors = list(runs), dict[str, str]()
+    remaining, errors = list(runs), dict[str, str]()
     running: dict[int, _Process] = {}
     waiting = False
     with stop_requests() as stop, tempfile.TemporaryDirectory() as recipes:
         try:
-            while left or running:
+            while remaining or running:
                 for slot, process in [*running.items()]:
                     if process.ended():
                         del running[slot]
-                        _note(process.planned, process.error(), errors, quiet=quiet)
+                        _record_end(process.planned, process.error(), errors, quiet=quiet)
                 if stop.asked:
                     raise InterruptedRunError
                 free = [slot for slot in range(jobs) if slot not in running]
-                taken = _take(left, errors) if free else None
-                if taken is None:
-                    if left and not running and not waiting and not quiet:
-                        print(f"waiting for {len(left)} that others train", flush=True)
+                claimed = _claim_next(remaining, errors) if free else None
+                if claimed is None:
+                    if remaining and not running and not waiting and not quiet:
+                        print(f"waiting for {len(remaining)} that others train", flush=True)
                     waiting = not running
-                    if left or running:
-                        time.sleep(_POLL_S)
+                    if remaining or running:
+                        time.sleep(_SECONDS_BETWEEN_POLLS)
                     continue
                 waiting = False
-                planned, log = taken
+                planned, log = claimed
                 if not quiet:
-                    print(f"{planned.name}: training, {len(left)} left", flush=True)
+                    print(f"{planned.name}: training, {len(remaining)} left", flush=True)
                 if jobs == 1 and not gpus:
-                    _note(planned, _train_here(planned, log, quiet=quiet), errors, quiet=quiet)
+                    _record_end(
+                        planned, _train_here(planned, log, quiet=quiet), errors, quiet=quiet
+                    )
                 else:
                     environment = _environment(free[0], jobs, gpus)
                     running[free[0]] = _Process(planned, log, Path(recipes), environment)
@@ -170,27 +175,33 @@ def run_all(
             for process in running.values():
                 process.stop()
             while not all(process.ended() for process in running.values()):
-                time.sleep(_POLL_S)
+                time.sleep(_SECONDS_BETWEEN_POLLS)
     return errors
 
 
-def _note(planned: Planned, error: str | None, errors: dict[str, str], *, quiet: bool) -> None:
+def _record_end(
+    planned: PlannedRun, error: str | None, errors: dict[str, str], *, quiet: bool
+) -> None:
+    """Note the error of a run that has ended, if any, and print how it ended."""
     if error is not None:
         errors[planned.name] = error
     if not quiet:
         print(f"{planned.name}: {error or 'finished'}", flush=True)
 
 
-def _take(left: list[Planned], errors: dict[str, str]) -> tuple[Planned, TextIO] | None:
-    """The first run that nobody trains, and its lock.
+def _claim_next(
+    remaining: list[PlannedRun], errors: dict[str, str]
+) -> tuple[PlannedRun, TextIO] | None:
+    """Lock the first remaining run that no process trains. Returns it with its locked log.
 
-    Those that are finished leave the list, and those that diverged: they would do so again.
+    Finished runs are removed from the list on the way, and so are runs that diverged, because they
+    would diverge again.
     """
-    for planned in [*left]:
+    for planned in [*remaining]:
         log = _lock(planned.log)
         if log is None:
             continue
-        left.remove(planned)
+        remaining.remove(planned)
         try:
             begun = planned.run.has_recipe(planned.recipe)
             _, diverged, update = _last_line(planned.log).partition(NOT_FINITE)
@@ -205,7 +216,7 @@ def _take(left: list[Planned], errors: dict[str, str]) -> tuple[Planned, TextIO]
 
 
 def _lock(path: Path) -> TextIO | None:
-    """The file, ours alone until it is released or its last holder dies; None: another's."""
+    """Open and lock a file. Returns None if another process has locked it."""
     import fcntl  # not on Windows
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,20 +232,20 @@ def _lock(path: Path) -> TextIO | None:
 def _release(file: TextIO) -> None:
     import fcntl
 
-    # Closing is not enough: a process that loads images may have the file, too.
+    # Closing the file would not unlock it: processes that load images inherit it.
     fcntl.flock(file, fcntl.LOCK_UN)
     file.close()
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (named.split(",") if named else [str(number) for number in range(count)])[:count]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(number) for number in range(count)])[:count]
 
 
 def _environment(slot: int, jobs: int, gpus: list[str]) -> dict[str, str]:
-    """What a process gets of the machine: one GPU, and its share of the cores."""
-    share = str(max(1, (os.cpu_count() or 1) // jobs))
-    given = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share)}
-    return given | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})
+    """Environment variables that give a process one GPU and its part of the cores."""
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    return variables | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})
