@@ -39,7 +39,7 @@ class RunResult:
         return cls(best["epoch"], _scores(best), _scores(last), planned.run.cost())
 
     @property
-    def judged(self) -> float:
+    def main_score(self) -> float:
         """Value of the task's main metric after the last epoch."""
         return next(iter(self.last.values()))
 

@@ -73,7 +73,7 @@ def plain_text(value: str) -> str:
 
 
 def mean_and_std(values: Sequence[float], scale: float = 100.0) -> str:
-    """Mean and sample standard deviation as text, such as "81.23 ± 0.45". One value stands alone."""
+    """Mean and sample standard deviation as text, such as "81.23 ± 0.45"; or the only value."""
     text = f"{scale * mean(values):.2f}"
     return f"{text} ± {scale * stdev(values):.2f}" if len(values) > 1 else text
 
