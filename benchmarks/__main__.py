@@ -19,7 +19,7 @@ COMMANDS = {
     "hostile": "requests that are made to overload a server, while other clients use it",
     "outage": "what clients see when a server loses its model process or folder, or is reloaded",
     "answers": "answers of a server, compared with the offline model",
-    "evidence_dense_adapter": "accuracy of Dense Adapters and other adapters, trained on real images",
+    "evidence_dense_adapter": "accuracy of Dense Adapters and of other methods, on real images",
     "evidence_tocom": "accuracy that ToCom recovers between degrees, trained on real images",
     "evidence_fit": "agreement of fitted and of constant schedules at the same measured time",
     "evidence_dar": "scores of DAR, DAR* and a linear decoder, trained on real objects",

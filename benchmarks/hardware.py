@@ -38,7 +38,8 @@ def one_line(device: str) -> str:
     instructions = ", ".join(machine["instructions"]) or "no vector instructions known"
     return (
         f"{machine['cpu']}, {machine['cores_given'] or machine['cores']} cores, "
-        f"{machine['threads']} threads, {instructions}; PyTorch uses {machine['torch_cpu_capability']}"
+        f"{machine['threads']} threads, {instructions}; "
+        f"PyTorch uses {machine['torch_cpu_capability']}"
     )
 
 
