@@ -130,9 +130,9 @@ def test_settings_are_chosen_on_the_search_split_and_tested_on_the_final_one(
 def test_a_signal_that_the_search_outlives_stops_the_final_run(root, recipe, cli, monkeypatch):
     evaluate = fine_tuning.evaluate_loader
 
-    def ask_to_stop(*arguments):
+    def ask_to_stop(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     monkeypatch.setattr(fine_tuning, "evaluate_loader", ask_to_stop)
     command = ["vtab", recipe, root, "data.check=false", "--tasks", "dtd"]

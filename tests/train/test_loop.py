@@ -103,9 +103,9 @@ def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_p
 
     evaluate = fine_tuning.evaluate_loader
 
-    def ask_to_stop(*arguments):
+    def ask_to_stop(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(fine_tuning, "evaluate_loader", ask_to_stop)
