@@ -49,7 +49,7 @@ class Format(StrEnum):
 def evaluate(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folder of a run. With --compensator, one or more."),
+        typer.Argument(metavar="RUN", help="Folder of a run. With --compensator, one or more."),
     ],
     degrees: Degrees = "all",
     compensator: Annotated[
@@ -60,7 +60,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="With --compensator: the degree that each run was trained at, such as 0,8,16 "
-            "[default: read from the runs]."
+            "(default: read from the runs)."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
@@ -379,11 +379,11 @@ def export(
     ),
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Fixed number of images per call [default: any number]."),
+        typer.Option(min=1, help="Fixed number of images per call (default: any number)."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write, or folder of a bundle [default: in RUN/export]."),
+        typer.Option(help="File to write, or folder of a bundle (default: in RUN/export)."),
     ] = None,
 ) -> None:
     """Write the best model as an ONNX or torch.export file, for other runtimes.
