@@ -182,12 +182,12 @@ def _evaluate_compensator(
     from tokendial.runs.progress import progress_bar
     from tokendial.show.plots import compensator_figure
 
-    plugin = Compensator.from_pretrained(compensator)
-    offered = tuple(range(plugin.steps + 1))
+    loaded = Compensator.from_pretrained(compensator)
+    offered = tuple(range(loaded.steps + 1))
     with progress_bar(Console(stderr=True)) as shown:
         rows = evaluate_compensator(
             [Run(folder) for folder in folders],
-            plugin,
+            loaded,
             degrees,
             sources=parse_degrees(sources, offered) if sources else None,
             batch_size=batch_size,
@@ -206,7 +206,7 @@ def _evaluate_compensator(
         )
     Console().print(table)
     _warn_if_disturbed(rows)
-    figure = compensator_figure(rows, title=f"scale {plugin.scale:g}")
+    figure = compensator_figure(rows, title=f"scale {loaded.scale:g}")
     _write_evaluation(rows, figure, folders[0] / "eval" / "bridged")
 
 
@@ -402,13 +402,13 @@ def export(
     if degrees is None:
         path = out or folder / f"degree_{model.degree if degree is None else degree}.{to}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
+        files = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
     elif degree is not None or to is not ExportFormat.onnx:
         raise ValueError("degrees writes a bundle of ONNX files: leave out degree and pt2.")
     else:
         wanted = degrees_to_show(model, degrees)
-        found = export_bundle(model, out or folder, wanted, batch=batch, facts=facts)
-    for exported in found:
+        files = export_bundle(model, out or folder, wanted, batch=batch, facts=facts)
+    for exported in files:
         print(
             f"wrote {exported.path}: degree {exported.degree}, {exported.gmacs:.4g} GMACs, "
             f"logits differ by {exported.difference:.1e}"

@@ -130,12 +130,12 @@ def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: base must be the name of a recipe, got {base!r}.")
     in_folder = path.parent / base
     candidates = (in_folder, in_folder.with_suffix(".yaml"))
-    found = next((file for file in candidates if file.is_file()), None)
+    base_file = next((file for file in candidates if file.is_file()), None)
     try:
-        found = found or find_recipe(base)[0]
+        base_file = base_file or find_recipe(base)[0]
     except ValueError:
         raise ValueError(f"recipe {path}: base: no such recipe: {base}.") from None
-    return _merged(_resolved(found, (*above, path)), data)
+    return _merged(_resolved(base_file, (*above, path)), data)
 
 
 def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
