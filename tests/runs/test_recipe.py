@@ -226,7 +226,7 @@ def test_recipes_are_listed_and_described(cli):
     code, printed, _ = cli("recipes")
     assert code == 0
     listed = dict(line.split(maxsplit=1) for line in printed.splitlines())
-    assert listed["demo"].startswith("Sparse-Tuning on the shipped small model: EViT")
+    assert listed["demo"].startswith("Sparse-Tuning of the shipped small model: EViT")
     assert listed["baselines/"].startswith("What Sparse-Tuning is compared with")
     assert "dar/duts" not in printed
     for folder in ("baselines", "baselines/vtab/"):
@@ -277,3 +277,19 @@ def test_the_schema_accepts_every_shipped_recipe_and_no_mistake(cli):
     for wrong in ({"trian": {}}, {"train": {"lr": "fast"}}, {"reduce": {"name": "tomé"}}):
         with pytest.raises(jsonschema.ValidationError):
             schema.validate(wrong)
+
+
+def test_the_schema_describes_every_field_of_sections_and_methods(cli):
+    schema = json.loads(cli("recipes", "--schema")[1])
+    sections = dict(schema["$defs"])
+    for kind in ("reduce", "adapt", "decode", "data"):
+        for method in schema["anyOf"][0]["properties"][kind]["anyOf"]:
+            if "properties" in method:
+                sections[method["properties"].pop("name")["const"]] = method
+    undescribed = {
+        f"{section}.{field}"
+        for section, part in sections.items()
+        for field, value in part.get("properties", {}).items()
+        if not value.get("description")
+    }
+    assert not undescribed

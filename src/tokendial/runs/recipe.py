@@ -1,7 +1,10 @@
 """Recipes: all settings of a run, checked before anything starts. The fields of YAML files."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -60,10 +63,30 @@ class _MethodSchema:
         return {"anyOf": [*map(self._method, method_names(self.kind)), {"type": "null"}]}
 
     def _method(self, name: str) -> dict[str, Any]:
-        schema = TypeAdapter(method_class(self.kind, name)).json_schema()
+        cls = method_class(self.kind, name)
+        schema = TypeAdapter(cls).json_schema()
+        describe_fields(schema, cls)
         # Required settings may stand in the base of a recipe file, or on the command line.
         schema.pop("required", None)
         return schema | {"properties": {"name": {"const": name}} | schema.get("properties", {})}
+
+
+def describe_fields(schema: dict[str, Any], cls: type) -> None:
+    """Add the docstrings of a dataclass's fields to its JSON schema, as their descriptions."""
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):  # a class without a source file, as in interactive sessions
+            continue
+        body = ast.parse(textwrap.dedent(source)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:], strict=False):
+            match field, doc:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ) if name in schema["properties"]:
+                    schema["properties"][name]["description"] = inspect.cleandoc(text)
 
 
 class _Section(BaseModel):

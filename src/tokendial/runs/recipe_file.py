@@ -8,7 +8,17 @@ from typing import Any, TypeVar, overload
 
 import yaml
 
-from tokendial.runs.recipe import KINDS, BaseRecipe, CompensateRecipe, Recipe, check_section
+from tokendial.data.transforms.clip import Clip
+from tokendial.data.transforms.dense import DenseAugment
+from tokendial.data.transforms.image import Augment
+from tokendial.runs.recipe import (
+    KINDS,
+    BaseRecipe,
+    CompensateRecipe,
+    Recipe,
+    check_section,
+    describe_fields,
+)
 
 RecipeT = TypeVar("RecipeT", bound=BaseRecipe)
 
@@ -90,6 +100,8 @@ def recipe_schema() -> dict[str, Any]:
     for schema in kinds:
         schema["properties"]["base"] = base
     definitions = {name: part for schema in kinds for name, part in schema.pop("$defs").items()}
+    for section in (Augment, Clip, DenseAugment):
+        describe_fields(definitions[section.__name__], section)
     for part in (*kinds, *definitions.values()):
         # Required fields may stand in the base of a file, or on the command line.
         part.pop("required", None)
