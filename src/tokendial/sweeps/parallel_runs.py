@@ -144,9 +144,9 @@ def run_all(
     waiting_printed = False
     with stop_requests() as stop, tempfile.TemporaryDirectory() as recipes:
         try:
-            # `remaining` holds the runs that are neither finished nor trained by this process. A run
-            # that another process trains stays there until its lock is free; then it is finished,
-            # or it is claimed and resumed here.
+            # `remaining` holds the runs that are neither finished nor trained here. A run that
+            # another process trains stays in it until its lock is free: then it is finished, or
+            # this process claims and resumes it.
             while remaining or running:
                 for slot, process in [*running.items()]:
                     if process.ended():
