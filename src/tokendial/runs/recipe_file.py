@@ -11,13 +11,13 @@ import yaml
 from tokendial.data.transforms.clip import Clip
 from tokendial.data.transforms.dense import DenseAugment
 from tokendial.data.transforms.image import Augment
+from tokendial.runs.method_field import describe_fields
 from tokendial.runs.recipe import (
     KINDS,
     BaseRecipe,
     CompensateRecipe,
     Recipe,
     check_section,
-    describe_fields,
 )
 
 RecipeT = TypeVar("RecipeT", bound=BaseRecipe)
