@@ -14,7 +14,7 @@ from limits import files_of_at_most
 from PIL import Image
 
 import tokendial as td
-from tokendial.export import FACTS, export, export_bundle
+from tokendial.export import DESCRIPTION_FILE, export, export_bundle
 from tokendial.runs import Run
 from tokendial.runs.new_model import build_model
 from tokendial.runs.predict import predict
@@ -153,7 +153,7 @@ def test_a_pt2_file_and_a_bundle_have_the_same_description(untrained, tmp_path, 
     assert cli("export", untrained.folder, "--to", "pt2", "--out", "model.pt2")[0] == 0
     named = {}
     exec(code_of_the_page(1), named)
-    told = json.loads(named["extra"][FACTS])
+    told = json.loads(named["extra"][DESCRIPTION_FILE])
     assert told["classes"] == ["ant", "bee", "crab"]
     assert (told["short_side"], told["interpolation"], told["divide_by"]) == (32, "bicubic", 255)
     assert cli("export", untrained.folder, "--degrees", "2", "--out", "bundle")[0] == 0

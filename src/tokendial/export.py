@@ -31,7 +31,7 @@ from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClas
 
 FORMATS = (".onnx", ".pt2")
 """Suffixes of the files that `export` can write."""
-FACTS = "tokendial.json"
+DESCRIPTION_FILE = "tokendial.json"
 """Name of the extra file in a .pt2 file that holds its description as JSON."""
 _WEIGHTS = "weights.bin"
 _MIN_SHARED_BYTES = 1024
@@ -54,7 +54,7 @@ class Exported:
     """Largest absolute difference between logits of the file and of the model, on random images."""
 
 
-def run_facts(run: Run, model: DialViT) -> dict[str, Any]:
+def describe_run(run: Run, model: DialViT) -> dict[str, Any]:
     """Describe a run's model to the callers of an exported file: classes, and image preparation.
 
     Returns:
@@ -73,16 +73,16 @@ def run_facts(run: Run, model: DialViT) -> dict[str, Any]:
         video; images are then resized until both sides cover `input`.
     """
     task = run.task()
-    facts: dict[str, Any] = {"task": "", "classes": list(run.classes()), "divide_by": 255}
-    facts["range"] = run.value_range()
+    description: dict[str, Any] = {"task": "", "classes": list(run.classes()), "divide_by": 255}
+    description["range"] = run.value_range()
     if isinstance(task, VideoClassification):
-        facts |= {"task": "video_classification", "clip": asdict(task.clip)}
-        return facts | {"interpolation": "bicubic", "short_side": None, "crop": None}
+        description |= {"task": "video_classification", "clip": asdict(task.clip)}
+        return description | {"interpolation": "bicubic", "short_side": None, "crop": None}
     if isinstance(task, Classification):
         transform: Any = task.image_transform(model.anatomy)
         resize = transform.transforms[0]
         cropped = isinstance(resize, CentreCropped)
-        return facts | {
+        return description | {
             "task": "multi_label" if task.multi_label else "classification",
             "interpolation": "bicubic",
             "short_side": resize.short if cropped else None,
@@ -90,7 +90,7 @@ def run_facts(run: Run, model: DialViT) -> dict[str, Any]:
         }
     assert isinstance(task, BinaryMasks | Segmentation)  # there are no other tasks
     in_windows = task.augment.test == "slide"
-    return facts | {
+    return description | {
         "task": "binary_masks" if isinstance(task, BinaryMasks) else "segmentation",
         "interpolation": "bilinear",
         "short_side": None,
@@ -105,7 +105,7 @@ def export(
     *,
     degree: int | None = None,
     batch: int | None = None,
-    facts: Mapping[str, Any] | None = None,
+    description: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Export a model at one degree, run the file on random images, and compare the logits.
 
@@ -115,7 +115,7 @@ def export(
             `torch.export.load`). An existing file is replaced.
         degree: Degree of the dial. None means the model's present degree.
         batch: Fixed number of images per call. None allows any number.
-        facts: Further description to store in the file, such as `run_facts` gives. The degree,
+        description: Further description to store in the file, such as `describe_run` gives. The degree,
             `input` [3, H, W], `mean` and `std` are always stored.
 
     Returns:
@@ -137,7 +137,7 @@ def export(
     try:
         if degree is not None:
             model.set_degree(degree)
-        return _export(model, path, batch, facts or {})
+        return _export(model, path, batch, description or {})
     finally:
         model.set_degree(before)
         model.train(training)
@@ -149,7 +149,7 @@ def export_bundle(
     degrees: Sequence[int],
     *,
     batch: int | None = None,
-    facts: Mapping[str, Any] | None = None,
+    description: Mapping[str, Any] | None = None,
 ) -> list[Exported]:
     """Export several degrees as ONNX files that share their weights.
 
@@ -161,7 +161,7 @@ def export_bundle(
         out: Folder, made if it is missing.
         degrees: Degrees of the dial.
         batch: Fixed number of images per call. None allows any number.
-        facts: Further description to store in the files and in `bundle.json`; see `export`.
+        description: Further description to store in the files and in `bundle.json`; see `export`.
 
     Returns:
         One entry per degree.
@@ -172,23 +172,31 @@ def export_bundle(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     exported = [
-        export(model, folder / f"degree_{degree}.onnx", degree=degree, batch=batch, facts=facts)
+        export(
+            model,
+            folder / f"degree_{degree}.onnx",
+            degree=degree,
+            batch=batch,
+            description=description,
+        )
         for degree in degrees
     ]
     _share_weights(folder, [each.path for each in exported])
-    description = {
+    bundle = {
         "files": {str(each.degree): each.path.name for each in exported},
         "gmacs": {str(each.degree): each.gmacs for each in exported},
         **_input_format(model),
-        **(facts or {}),
+        **(description or {}),
     }
     with atomic_write(folder / "bundle.json") as path:
-        path.write_text(json.dumps(description, indent=2) + "\n")
+        path.write_text(json.dumps(bundle, indent=2) + "\n")
     return exported
 
 
 @torch.no_grad()
-def _export(model: DialViT, path: Path, batch: int | None, facts: Mapping[str, Any]) -> Exported:
+def _export(
+    model: DialViT, path: Path, batch: int | None, description: Mapping[str, Any]
+) -> Exported:
     # With an example of one image the exporter would treat the batch size 1 as a constant.
     example = _random_images(model, batch or 2)
     any_number = {0: torch.export.Dim("batch", min=1, max=2**16)}
@@ -202,16 +210,16 @@ def _export(model: DialViT, path: Path, batch: int | None, facts: Mapping[str, A
         )
     finally:
         model.skips_unread = skipped
-    description = {**_input_format(model), "degree": model.degree, **facts}
+    metadata = {**_input_format(model), "degree": model.degree, **description}
     batches = [_random_images(model, count) for count in ([batch] if batch else [1, 3])]
     with atomic_write(path) as temporary:
         if path.suffix == ".onnx":
-            _write_onnx(program, description, temporary)
+            _write_onnx(program, metadata, temporary)
             actual = _run_onnx(temporary, batches)
         else:
             # Through memory, because torch's file writer aborts the process on a full disk.
             buffer = BytesIO()
-            torch.export.save(program, buffer, extra_files={FACTS: json.dumps(description)})
+            torch.export.save(program, buffer, extra_files={DESCRIPTION_FILE: json.dumps(metadata)})
             temporary.write_bytes(buffer.getbuffer())
             module = torch.export.load(temporary).module()
             actual = [module(images) for images in batches]
@@ -236,7 +244,7 @@ def _check_onnx() -> None:
         raise ValueError(f"ONNX needs {missing[0]}: pip install 'tokendial[export]'.")
 
 
-def _write_onnx(program: Any, description: Mapping[str, Any], path: Path) -> None:
+def _write_onnx(program: Any, metadata: Mapping[str, Any], path: Path) -> None:
     written = torch.onnx.export(
         program,
         dynamo=True,
@@ -248,7 +256,7 @@ def _write_onnx(program: Any, description: Mapping[str, Any], path: Path) -> Non
     assert written is not None
     _name_batch(written.model.graph)
     written.model.metadata_props.update(
-        {f"tokendial.{name}": json.dumps(value) for name, value in description.items()}
+        {f"tokendial.{name}": json.dumps(value) for name, value in metadata.items()}
     )
     written.save(path)
 

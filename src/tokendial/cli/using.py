@@ -291,23 +291,23 @@ def export(
     Each file holds one degree of the dial. It is run on random images, and refused if its logits
     differ from the model's.
     """
+    from tokendial.export import describe_run, export_bundle
     from tokendial.export import export as export_model
-    from tokendial.export import export_bundle, run_facts
     from tokendial.runs import Run
     from tokendial.runs.degrees import degrees_to_show
 
     opened = Run(run)
     model, folder = opened.model(), run / "export"
-    facts = run_facts(opened, model)
+    description = describe_run(opened, model)
     if degrees is None:
         path = out or folder / f"degree_{model.degree if degree is None else degree}.{to}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        files = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
+        files = [export_model(model, path, degree=degree, batch=batch, description=description)]
     elif degree is not None or to is not ExportFormat.onnx:
         raise ValueError("degrees writes a bundle of ONNX files: leave out degree and pt2.")
     else:
         wanted = degrees_to_show(model, degrees)
-        files = export_bundle(model, out or folder, wanted, batch=batch, facts=facts)
+        files = export_bundle(model, out or folder, wanted, batch=batch, description=description)
     for exported in files:
         print(
             f"wrote {exported.path}: degree {exported.degree}, {exported.gmacs:.4g} GMACs, "
