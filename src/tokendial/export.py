@@ -115,8 +115,8 @@ def export(
             `torch.export.load`). An existing file is replaced.
         degree: Degree of the dial. None means the model's present degree.
         batch: Fixed number of images per call. None allows any number.
-        description: Further description to store in the file, such as `describe_run` gives. The degree,
-            `input` [3, H, W], `mean` and `std` are always stored.
+        description: Further metadata to store in the file, such as `describe_run` gives. The
+            degree, `input` [3, H, W], `mean` and `std` are always stored.
 
     Returns:
         The file, its cost, and how far its logits differ from the model's.
@@ -161,7 +161,7 @@ def export_bundle(
         out: Folder, made if it is missing.
         degrees: Degrees of the dial.
         batch: Fixed number of images per call. None allows any number.
-        description: Further description to store in the files and in `bundle.json`; see `export`.
+        description: Further metadata to store in the files and in `bundle.json`; see `export`.
 
     Returns:
         One entry per degree.
