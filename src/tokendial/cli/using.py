@@ -90,7 +90,7 @@ def evaluate(
         rows = run_evaluation(
             opened, degrees, batch_size=batch_size, speed=speed, progress=shown.update
         )
-    unit = "clip" if opened.on_videos() else "image"
+    unit = "clip" if opened.has_videos() else "image"
     Console().print(dial_table(rows, unit))
     warn_if_disturbed(rows)
     stem = run / "eval" / "degrees"
@@ -192,13 +192,13 @@ def predict(
     opened = Run(run)
     answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
     if out is None:
-        sources = find_videos(paths) if opened.on_videos() else find_sources(paths)
+        sources = find_videos(paths) if opened.has_videos() else find_sources(paths)
         if ray:
             answers = predict_on_ray(opened, sources, degree=degree, top=top)
         else:
             answers = run_prediction(opened, sources, degree=degree, top=top, speed=speed)
     else:
-        files = find_videos(paths) if opened.on_videos() else find_images(paths)
+        files = find_videos(paths) if opened.has_videos() else find_images(paths)
         answers = predict_masks(opened, files, out, degree=degree, overlay=overlay, tiles=tiles)
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -246,7 +246,7 @@ def show(
     from tokendial.show.token_figures import run_diversity_figure, run_figure
 
     opened = Run(run)
-    if opened.on_videos():
+    if opened.has_videos():
         raise ValueError(f"{run} is a run on videos; only runs on images can be shown.")
     draw = run_diversity_figure if diversity else run_figure
     picture = read_image(image, opened.value_range())

@@ -81,7 +81,7 @@ def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
         for name, value in best.items()
         if name.startswith("val_")
     )
-    unit, files = ("a clip", "videos") if run.on_videos() else ("an image", "images")
+    unit, files = ("a clip", "videos") if run.has_videos() else ("an image", "images")
     return f"""---
 library_name: tokendial
 base_model: {recipe.model.name}

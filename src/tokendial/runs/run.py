@@ -226,7 +226,7 @@ class Run:
         value_range: ValueRange = getattr(self.recipe().data, "range", None)
         return value_range
 
-    def on_videos(self) -> bool:
+    def has_videos(self) -> bool:
         """Whether the run is on videos. Raises a ValueError if the folder holds no run."""
         self._check()
         # Runs that are older than videos do not record it.
@@ -241,7 +241,7 @@ class Run:
             multi_label=kind["multi_label"],
             # Runs that are older than mask tasks do not record it.
             dense=kind.get("dense", False),
-            video=self.on_videos(),
+            video=self.has_videos(),
         )
 
     def model(self, reduce: ReducerConfig | None = None) -> DialViT:
