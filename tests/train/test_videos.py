@@ -1,4 +1,4 @@
-"""Videos from MP4 to predictions, by the command line, for both kinds of video model."""
+"""Videos from MP4 files to predictions on the command line, for both kinds of video model."""
 
 import csv
 import io
@@ -12,8 +12,8 @@ from clips import encode, panned
 
 import tokendial as td
 from tokendial.runs import CompensateRecipe, Run, read_recipe
-from tokendial.train.compensate import Compensating
-from tokendial.train.finetune import FineTuning
+from tokendial.train.compensator_training import CompensatorTraining
+from tokendial.train.fine_tuning import FineTuning
 
 ARGS = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
 RECIPE = {
@@ -32,13 +32,13 @@ RECIPE = {
     "clip": {"test_clips": 2, "test_crops": 3},
     "train": {"epochs": 1, "batch_size": 4, "lr": 0.003},
 }
-# Twelve tokens are left of the two time steps of each clip: reduced together.
+# Twelve tokens are left of both time steps of a clip together.
 TUBELETS = ["model.name=videomae_base_patch16_224", "clip.sampling=dense", "clip.sampling_rate=2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A camera over one of two pictures: four videos each to train on, two to validate."""
+    """A camera moves over one of two images: four training and two validation videos of each."""
     root = tmp_path_factory.mktemp("videos")
     for name in ("coffee", "rocket"):
         for number in range(6):
@@ -90,7 +90,7 @@ def run(file, tmp_path_factory):
     return td.train.train(read_recipe(file, [f"output={output}"]), quiet=True)
 
 
-def test_videos_that_cannot_be_read_are_told_and_the_others_predicted(run, folder, tmp_path, cli):
+def test_unreadable_videos_are_reported_and_the_others_predicted(run, folder, tmp_path, cli):
     whole = folder / "val" / "coffee" / "4.mp4"
     shutil.copy(whole, tmp_path / "b.mp4")
     (tmp_path / "a.mp4").write_bytes(b"")
@@ -104,7 +104,7 @@ def test_videos_that_cannot_be_read_are_told_and_the_others_predicted(run, folde
     ]
 
 
-def test_a_video_that_breaks_off_stops_training_by_its_name(file, folder, tmp_path, cli):
+def test_a_truncated_video_stops_training_with_its_name(file, folder, tmp_path, cli):
     root = tmp_path / "broken"
     shutil.copytree(folder, root)
     broken = root / "train" / "rocket" / "2.mp4"
@@ -122,10 +122,10 @@ def test_compensators_refuse_videos(folder, tmp_path):
     data = f"data={{name: video_folder, root: {folder}}}"
     recipe = read_recipe("tocom_scenes", [data, "output=none"], kind=CompensateRecipe)
     with pytest.raises(ValueError, match="compensators are trained on images"):
-        Compensating(recipe)
+        CompensatorTraining(recipe)
 
 
-def test_what_is_for_images_says_so(run, folder, cli):
+def test_commands_for_images_refuse_runs_on_videos(run, folder, cli):
     code, _, err = cli("show", run.folder, folder / "val" / "coffee" / "4.mp4")
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"{run.folder} is a run on videos" in err
@@ -137,7 +137,7 @@ def test_what_is_for_images_says_so(run, folder, cli):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model.frames=null"], "model.frames must be a number, such as 8, for data of videos"),
+        (["model.frames=null"], "model.frames must be a number such as 8 for a data set of videos"),
         (["augment.test_crop_ratio=1"], "augment.test_crop_ratio is for images"),
         (["clip.test_clips=0"], "clip: test_clips must be at least 1, got 0"),
         (
@@ -147,7 +147,7 @@ def test_what_is_for_images_says_so(run, folder, cli):
         (["data={name: scenes}"], "clip is for videos, but the data Scenes are not"),
         (
             ["data={name: scenes}", "clip={}"],
-            "data must be videos for a model of clips of 4 fra",
+            "data must be a data set of videos for a model of 4 fra",
         ),
         (
             ["decode={name: linear}", "augment={}"],

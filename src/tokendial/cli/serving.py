@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokendial.cli.app import app
-from tokendial.cli.using import Compile, Faster, Optimize, Precision, speed_of
+from tokendial.cli.app import USE_PANEL, app
+from tokendial.cli.options import Compile, Faster, Optimize, Precision, speed_of
 
 if TYPE_CHECKING:
     from tokendial.serve.scheduling.engine import Engine
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 
 
-@app.command()
+@app.command(rich_help_panel=USE_PANEL)
 def serve(
     context: typer.Context,
     runs: Annotated[

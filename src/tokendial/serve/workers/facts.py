@@ -12,7 +12,7 @@ from torch import Tensor
 from tokendial.data.readers.pixels import ValueRange
 from tokendial.data.transforms.image import Transform
 from tokendial.model.files import CONFIG, WEIGHTS
-from tokendial.runs.predict import mask_image, mask_share
+from tokendial.runs.mask_images import mask_image, mask_share
 from tokendial.runs.run import Run
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
 

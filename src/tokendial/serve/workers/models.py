@@ -13,7 +13,7 @@ from tokendial.errors import error_message
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.files import read_files
 from tokendial.runs.degrees import degrees_to_show
-from tokendial.runs.evaluate import default_device
+from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
 from tokendial.serve.workers.facts import Facts, ServedTask, TaskOf, revision_of
 from tokendial.serve.workers.token_view import TokenView, seen_image, token_view

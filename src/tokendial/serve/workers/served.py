@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendial.runs.evaluate import default_device
+from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
 from tokendial.serve.scheduling.controller import Rules
 from tokendial.serve.scheduling.costs import Costs, measured_costs

@@ -37,12 +37,12 @@ def test_a_fitted_run_is_a_run(fit, cli, run, digits, tmp_path):
     code, printed, _ = cli("predict", out, image, "--degree", "2")
     assert (code, printed.count("digit")) == (0, 3)
     assert Run(out).recipe().reduce == model.reduce_config
-    # Once more: a fit may be replaced, other things may not.
+    # A second fit may replace the first one, but no other files.
     assert fit("--gmacs", 0.7 * whole, "--out", out, "--reduce", "evit")[0] == 0
     assert isinstance(td.load(out).reduce_config, td.EViT)
 
 
-def test_pictures_of_a_folder_do_where_the_training_images_are_gone(cli, run, digits, tmp_path):
+def test_images_of_a_folder_replace_missing_training_images(cli, run, digits, tmp_path):
     moved = tmp_path / "run"
     shutil.copytree(run.folder, moved)
     recipe = Run(moved).recipe_file
@@ -51,7 +51,7 @@ def test_pictures_of_a_folder_do_where_the_training_images_are_gone(cli, run, di
     code, _, err = cli("fit", moved, *settings)
     assert code == 2
     assert err.startswith("error: ")
-    assert err.endswith("Other pictures can be given by calibration.\n")
+    assert err.endswith("Other images can be given by calibration.\n")
     assert cli("fit", moved, *settings, "--calibration", digits / "val", "--images", 30)[0] == 0
     assert td.load(moved / "fitted").degrees == (0, 1)
 
@@ -66,7 +66,7 @@ def test_pictures_of_a_folder_do_where_the_training_images_are_gone(cli, run, di
         (["--gmacs", "0.001", "--reduce", "dar"], "reduce must be ToMe or EViT"),
         (["--gmacs", "0.001", "--reduce", "best"], "reduce.name must be one of"),
         (["--gmacs", "0.001", "--calibration", "/none"], "calibration: no such folder: /none"),
-        (["--gmacs", "0.001", "--out", "/proc"], "out: /proc is there already and holds no fit"),
+        (["--gmacs", "0.001", "--out", "/proc"], "out: /proc exists and holds no fit"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(fit, arguments, message):
