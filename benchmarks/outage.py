@@ -191,7 +191,7 @@ def revision(server: Server) -> str:
 
 def main(arguments: list[str]) -> None:
     """Let everything happen, write the results, and fail if something was wrong."""
-    from tokendial.serve.workers.facts import revision_of
+    from tokendial.serve.workers.catalog import run_revision
 
     asked = _asked(arguments)
     rows, failed = [], []
@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> None:
                 happens("SIGSTOP", asked.seconds, lambda: computing().suspend()),
                 happens(f"{SIGHUPS} SIGHUPs", asked.reload_s, lambda: storm(server, run)),
             ]
-            if revision(server) != revision_of(run):
+            if revision(server) != run_revision(run):
                 failed.append("the last weights are not those that are served")
             holding = "kill -9 of the one that holds the models"
             happens(holding, asked.reload_s, lambda: processes.living()[0].kill())

@@ -26,13 +26,14 @@ from PIL import Image
 
 from tokendial.runs import Run
 from tokendial.serve.http.app import create_app
-from tokendial.serve.http.server import Server, bound_socket
+from tokendial.serve.http.server import Server, bind_socket
 from tokendial.serve.scheduling.engine import Engine
 from tokendial.serve.settings import check_settings
-from tokendial.serve.starting import started
-from tokendial.serve.workers import served as served_module
-from tokendial.serve.workers.decoding import DecoderPool
-from tokendial.serve.workers.served import Served
+from tokendial.serve.starting import start_engine
+from tokendial.serve.workers import served_runs as served_runs_module
+from tokendial.serve.workers.decoder_pool import DecoderPool
+from tokendial.serve.workers.messages import TokensViewed
+from tokendial.serve.workers.served_runs import ServedRuns
 
 # The machine of the tests may be busy: what they are about is never the time.
 PATIENT = {"port": 0, "slo_ms": 60_000, "max_batch": 4}
@@ -57,7 +58,7 @@ class Reply:
 class Serving:
     port: int
     engine: Engine
-    served: Served
+    served: ServedRuns
     server: Server
     thread: threading.Thread
 
@@ -110,7 +111,7 @@ class Serving:
             begun.set()
             go_on.wait()
 
-        self.engine.call(wait)
+        self.engine.call_between_batches(wait)
         begun.wait()
         try:
             yield
@@ -118,24 +119,23 @@ class Serving:
             go_on.set()
 
 
-class Near:
-    """Models in the process of the tests; one of their own would take seconds to start."""
+class InProcessSupervisor:
+    """Runs models in the process of the tests, because a process of their own starts slowly."""
 
     missing_s = 0.0
 
-    def __init__(self, load: Callable[[], Any], again: object, *, spare: bool) -> None:
-        (order,) = load.args
+    def __init__(self, start: Callable[[], Any], restart: object, *, spare: bool) -> None:
+        (order,) = start.args
         self.models = order.load()
-        self.facts = self.models.facts
+        self.catalog = self.models.catalog
 
-    def process(self) -> "Near":
-        return self
-
-    def run(self, name: str, degree: int, images: list[torch.Tensor], within_s: float | None):
+    def run(
+        self, name: str, degree: int, images: list[torch.Tensor], limit_s: float | None = None
+    ) -> list[torch.Tensor]:
         return list(self.models.run(name, degree, torch.stack(images)))
 
-    def view(self, name: str, degree: int, image: torch.Tensor, within_s: float):
-        return self.models.view(name, degree, image)
+    def view(self, name: str, degree: int, image: torch.Tensor) -> TokensViewed:
+        return TokensViewed(*self.models.view(name, degree, image))
 
     def close(self) -> None:
         pass
@@ -144,7 +144,7 @@ class Near:
 @functools.cache
 def decoders() -> DecoderPool:
     """Those of all servers of a test process: each pool loads the libraries anew."""
-    # They are sent what is defined here. It stays: those that tests kill are started again.
+    # They are sent what is defined here. It stays: those that tests kill are start_engine again.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     pool = DecoderPool(check_settings({}))
     atexit.register(pool.close)
@@ -155,20 +155,20 @@ def decoders() -> DecoderPool:
 def serving(runs: Mapping[str, Run], *, apart: bool = False, **told: Any) -> Iterator[Serving]:
     """A server that ends with the block; its models are in a process of their own, or near."""
     settings = check_settings(PATIENT | told)
-    listener = bound_socket(settings)
+    listener = bind_socket(settings)
     folders = {name: run.folder for name, run in runs.items()}
     if apart:
-        served, engine, settings = started(folders, settings)
+        served, engine, settings = start_engine(folders, settings)
     else:
-        with mock.patch.object(served_module, "Supervisor", Near):
-            served, engine, settings = started(folders, settings)
+        with mock.patch.object(served_runs_module, "Supervisor", InProcessSupervisor):
+            served, engine, settings = start_engine(folders, settings)
     ready = threading.Event()
     server = Server(
-        create_app(engine, served, settings, decoders()),
+        create_app(engine, served.supervisor, settings, decoders()),
         engine,
         settings,
         ready=ready.set,
-        reload=lambda: served.reload(engine.call),
+        reload=lambda: served.reload(engine.call_between_batches),
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -8,7 +8,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from tokendial.serve import Batch, Costs, Refused, Rules, Scheduler, Ticket
+from tokendial.serve.scheduling.controller import ControllerRules
+from tokendial.serve.scheduling.cost_model import CostModel
+from tokendial.serve.scheduling.scheduler import (
+    Batch,
+    QueuedRequest,
+    RequestRefusedError,
+    Scheduler,
+)
 
 TICK_S = 0.1
 DEGREES = tuple(range(0, 17, 2))
@@ -20,8 +27,8 @@ def true_seconds(name: str, degree: int, images: int) -> float:
     return 0.002 + 0.008 * images * (1 - degree / 32)
 
 
-def costs(names: Iterable[str] = (NAME,), degrees: Iterable[int] = DEGREES) -> Costs:
-    return Costs(
+def costs(names: Iterable[str] = (NAME,), degrees: Iterable[int] = DEGREES) -> CostModel:
+    return CostModel(
         {
             (name, degree): {n: true_seconds(name, degree, n) for n in (1, 2, 4, 8, 16, 32)}
             for name in names
@@ -36,7 +43,7 @@ def capacity(degree: int, images: int = 8) -> float:
 
 
 def scheduler(slo_s: float = 0.2, degrees: tuple[int, ...] = DEGREES, **kwargs) -> Scheduler:
-    return Scheduler(costs(), Rules(slo_s, degrees), **kwargs)
+    return Scheduler(costs(), ControllerRules(slo_s, degrees), **kwargs)
 
 
 @dataclass
@@ -54,13 +61,13 @@ class Asked:
     degrees: list[int] = field(default_factory=list)
     now: Callable[[], float] = field(default=lambda: 0.0)
 
-    def gone(self) -> bool:
+    def cancelled(self) -> bool:
         return self.now() >= self.leaves_at
 
-    def ended(self) -> bool:
-        return self.gone() or self.refused is not None or self.answered_at is not None
+    def done(self) -> bool:
+        return self.cancelled() or self.refused is not None or self.answered_at is not None
 
-    def refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: RequestRefusedError) -> None:
         self.refused = refused.reason
 
     @property
@@ -113,11 +120,13 @@ def play(
             at, _, each = heapq.heappop(coming)
             each.now = lambda: now
             within = scheduler.rules.slo_s if each.within_s is None else each.within_s
-            ticket = Ticket(each.name, range(each.images), each.degree, at, at + within, owner=each)
+            request = QueuedRequest(
+                each.name, range(each.images), each.degree, at, at + within, owner=each
+            )
             left[each.at, id(each)] = each.images
             try:
-                scheduler.admit(ticket, at)
-            except Refused as refused:
+                scheduler.admit(request, at)
+            except RequestRefusedError as refused:
                 each.refused = refused.reason
 
     while True:
@@ -128,10 +137,10 @@ def play(
             took = takes(found, now)
             admit_until(now + took)
             now += took
-            scheduler.finished(found, took, now)
+            scheduler.finish(found, took, now)
             batches.append(found)
-            for ticket, _ in found.parts:
-                each = ticket.owner
+            for request, _ in found.parts:
+                each = request.owner
                 each.degrees.append(found.degree)
                 left[each.at, id(each)] -= 1
                 if not left[each.at, id(each)] and each.refused is None:

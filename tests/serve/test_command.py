@@ -20,9 +20,9 @@ from serving import file, form, picture
 
 from tokendial.model.loading import WEIGHTS
 from tokendial.runs import Run
-from tokendial.serve.http.server import address_of, bound_socket, exposed
-from tokendial.serve.settings import check_settings, read_keys
-from tokendial.serve.workers.facts import revision_of
+from tokendial.serve.http.server import bind_socket, is_unprotected, server_url
+from tokendial.serve.settings import check_settings, read_api_keys
+from tokendial.serve.workers.catalog import run_revision
 
 CLIENTS = 8
 
@@ -78,17 +78,17 @@ def test_a_missing_package_names_the_extra(cli, pets, monkeypatch):
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path):
     (tmp_path / "keys").write_text("one\n\n  two \n")
-    assert read_keys(tmp_path / "keys", {}) == ("one", "two")
-    assert read_keys(tmp_path / "keys", {"TOKENDIAL_API_KEYS": "two, three"}) == (
+    assert read_api_keys(tmp_path / "keys", {}) == ("one", "two")
+    assert read_api_keys(tmp_path / "keys", {"TOKENDIAL_API_KEYS": "two, three"}) == (
         "one",
         "two",
         "three",
     )
-    assert read_keys(None, {}) == ()
+    assert read_api_keys(None, {}) == ()
     with pytest.raises(ValueError, match="TOKENDIAL_API_KEYS holds no key"):
-        read_keys(None, {"TOKENDIAL_API_KEYS": ","})
+        read_api_keys(None, {"TOKENDIAL_API_KEYS": ","})
     with pytest.raises(ValueError, match="key 2 of .* must be printable ASCII") as caught:
-        read_keys(None, {"TOKENDIAL_API_KEYS": "one,s\xe9cret"})
+        read_api_keys(None, {"TOKENDIAL_API_KEYS": "one,s\xe9cret"})
     assert "cret" not in str(caught.value)
     assert "s3cret" not in repr(check_settings({"api_keys": ("s3cret",)}))
 
@@ -109,9 +109,9 @@ def test_a_setting_that_is_not_one_is_told():
 )
 def test_only_what_others_reach_without_a_key_is_exposed(host, keys, expected):
     settings = check_settings({"host": host, "port": 0, "api_keys": keys})
-    with bound_socket(settings) as listener:
-        assert exposed(listener, settings) == expected
-        assert re.fullmatch(r"http://[0-9.]+:[0-9]+", address_of(listener))
+    with bind_socket(settings) as listener:
+        assert is_unprotected(listener, settings) == expected
+        assert re.fullmatch(r"http://[0-9.]+:[0-9]+", server_url(listener))
 
 
 def ask(port: int, *images: bytes) -> tuple[int, str]:
@@ -169,7 +169,7 @@ def test_runs_are_read_anew_and_what_was_accepted_is_answered_at_the_end(server,
             (tmp_path / "new").replace(weights)
         os.kill(process.pid, signal.SIGHUP)
         time.sleep(0.02)
-    last = revision_of(Run(tmp_path / "pets"))
+    last = run_revision(Run(tmp_path / "pets"))
     wait_until(
         lambda: seen.add(len(model_processes(process.pid))) or ask(port, image)[1] == last, process
     )

@@ -9,11 +9,18 @@ from hypothesis import strategies as st
 from simulation import DEGREES, NAME, Asked, capacity, costs, play, scheduler, true_seconds
 
 from benchmarks import arrivals
-from tokendial.serve import Dial, Observed, Rules, planned, pressure, turned
+from tokendial.serve.scheduling.controller import (
+    ControllerRules,
+    DialState,
+    Observation,
+    next_dial,
+    plan_batches,
+    pressure,
+)
 
 SLO = 0.2
-RULES = Rules(SLO, DEGREES)
-PLAN = planned(costs(), RULES)
+RULES = ControllerRules(SLO, DEGREES)
+PLAN = plan_batches(costs(), RULES)
 BASE = capacity(0)
 
 
@@ -21,63 +28,63 @@ def asked(times, **kwargs) -> list[Asked]:
     return [Asked(float(time), **kwargs) for time in times]
 
 
-def seen(load: float, now: float = 0.0, waiting=()) -> Observed:
+def seen(load: float, now: float = 0.0, waiting=()) -> Observation:
     """Arrivals of so many times what degree 0 can do."""
-    return Observed(now, {(NAME, None): load * BASE}, waiting)
+    return Observation(now, {(NAME, None): load * BASE}, waiting)
 
 
 def test_the_dial_goes_up_at_once_and_as_far_as_needed():
     for load in (1.1, 1.3, 1.6, 1.8):
-        degree = turned(Dial(0), seen(load), PLAN, RULES).degree
-        assert pressure(degree, seen(load), PLAN, RULES) <= RULES.turn_up_at
+        degree = next_dial(DialState(0), seen(load), PLAN, RULES).degree
+        assert pressure(degree, seen(load), PLAN, RULES) <= RULES.raise_above
         lower = DEGREES[DEGREES.index(degree) - 1]
-        assert pressure(lower, seen(load), PLAN, RULES) > RULES.turn_up_at
+        assert pressure(lower, seen(load), PLAN, RULES) > RULES.raise_above
 
 
 def test_what_waits_turns_the_dial_as_well_as_what_comes():
     rest = seen(0.5)
-    assert turned(Dial(0), rest, PLAN, RULES).degree == 0
+    assert next_dial(DialState(0), rest, PLAN, RULES).degree == 0
     soon = seen(0.5, waiting=[((NAME, None), int(0.98 * SLO * BASE), SLO)])
-    assert turned(Dial(0), soon, PLAN, RULES).degree > 0
+    assert next_dial(DialState(0), soon, PLAN, RULES).degree > 0
     # The same images with a minute left are no reason to lose accuracy.
     later = seen(0.5, waiting=[((NAME, None), int(0.98 * SLO * BASE), 60.0)])
-    assert turned(Dial(0), later, PLAN, RULES).degree == 0
+    assert next_dial(DialState(0), later, PLAN, RULES).degree == 0
 
 
 def test_the_dial_goes_down_to_what_was_needed_lately():
-    dial = turned(Dial(16), seen(1.9, now=10.0), PLAN, RULES)
+    dial = next_dial(DialState(16), seen(1.9, now=10.0), PLAN, RULES)
     assert dial.degree == 16
-    dial = turned(dial, seen(1.0, now=11.0), PLAN, RULES)
-    (_, needed) = dial.needed[-1]
+    dial = next_dial(dial, seen(1.0, now=11.0), PLAN, RULES)
+    (_, needed) = dial.sufficient[-1]
     assert 0 < needed < 16
-    dial = turned(dial, seen(0.2, now=11.9), PLAN, RULES)
+    dial = next_dial(dial, seen(0.2, now=11.9), PLAN, RULES)
     assert dial.degree == 16  # it was needed not two seconds ago
-    dial = turned(dial, seen(0.2, now=12.1), PLAN, RULES)
+    dial = next_dial(dial, seen(0.2, now=12.1), PLAN, RULES)
     assert dial.degree == needed
-    assert turned(dial, seen(0.2, now=13.1), PLAN, RULES).degree == 0
+    assert next_dial(dial, seen(0.2, now=13.1), PLAN, RULES).degree == 0
 
 
 def test_a_degree_that_does_is_kept_though_a_lower_one_nearly_would():
-    dial, degrees = Dial(0), set()
+    dial, degrees = DialState(0), set()
     for tenth in range(100):
-        dial = turned(dial, seen(1.3 + 0.1 * (-1) ** tenth, now=tenth / 10), PLAN, RULES)
+        dial = next_dial(dial, seen(1.3 + 0.1 * (-1) ** tenth, now=tenth / 10), PLAN, RULES)
         degrees.add(dial.degree)
     assert len(degrees) <= 2  # up to the first one that does, and once higher
 
 
 @given(load=st.floats(0, 10), degree=st.sampled_from(DEGREES), top=st.sampled_from(DEGREES))
 def test_the_floor_of_accuracy_is_never_passed(load, degree, top):
-    rules = Rules(SLO, tuple(each for each in DEGREES if each <= top))
-    dial = turned(Dial(min(degree, top)), seen(load), PLAN, rules)
+    rules = ControllerRules(SLO, tuple(each for each in DEGREES if each <= top))
+    dial = next_dial(DialState(min(degree, top)), seen(load), PLAN, rules)
     assert dial.degree in rules.degrees
 
 
 def test_a_degree_that_is_too_slow_for_the_objective_is_not_used():
     slo = 1.2 * true_seconds(NAME, 10, 1)  # degrees below miss it with the first image
-    rules = Rules(slo, DEGREES)
-    plan = planned(costs(), rules)
+    rules = ControllerRules(slo, DEGREES)
+    plan = plan_batches(costs(), rules)
     assert pressure(0, seen(0.01), plan, rules) == math.inf
-    assert turned(Dial(0), seen(0.01), plan, rules).degree > 0
+    assert next_dial(DialState(0), seen(0.01), plan, rules).degree > 0
 
 
 @pytest.mark.parametrize("images", [4, 20, 60])

@@ -7,8 +7,10 @@ from concurrent.futures import CancelledError, wait
 import pytest
 from simulation import NAME
 
-from tokendial.serve import Costs, Engine, Refused, Rules, Scheduler
-from tokendial.serve.scheduling.engine import LostError
+from tokendial.serve.scheduling.controller import ControllerRules
+from tokendial.serve.scheduling.cost_model import CostModel
+from tokendial.serve.scheduling.engine import Engine, WorkerLostError
+from tokendial.serve.scheduling.scheduler import RequestRefusedError, Scheduler
 
 DEGREES = (0, 1, 2)
 
@@ -29,7 +31,7 @@ class Model:
             raise RuntimeError("this image is not for me")
         if self.dies:
             self.dies -= 1
-            raise LostError("it has ended.")
+            raise WorkerLostError("it has ended.")
         self.ran += payloads
         return [(name, degree, payload) for payload in payloads]
 
@@ -42,7 +44,9 @@ def model():
 @pytest.fixture
 def engine(model):
     measured = {(name, d): {1: 0.001, 8: 0.004} for name in (NAME, "cars") for d in DEGREES}
-    scheduler = Scheduler(Costs(measured), Rules(5.0, DEGREES, max_batch=8), max_queue=20)
+    scheduler = Scheduler(
+        CostModel(measured), ControllerRules(5.0, DEGREES, max_batch=8), max_queue=20
+    )
     engine = Engine(model, scheduler)
     engine.start()
     yield engine
@@ -85,13 +89,13 @@ def test_what_waits_together_runs_together(engine, model):
 def test_a_full_queue_and_a_deadline_that_cannot_be_made_are_refused_at_once(engine, model):
     model.free.clear()
     engine.submit(NAME, ["first"])
-    with pytest.raises(Refused, match="left") as late:
+    with pytest.raises(RequestRefusedError, match="left") as late:
         engine.submit(NAME, ["hasty"], within_s=1e-4)
     assert late.value.reason == "late"
     while not engine.status().running:
         time.sleep(0.001)
     engine.submit(NAME, list(range(20)))
-    with pytest.raises(Refused, match="at most 20 may wait") as full:
+    with pytest.raises(RequestRefusedError, match="at most 20 may wait") as full:
         engine.submit(NAME, ["one more"])
     assert full.value.reason == "full"
     assert full.value.retry_after_s > 0
@@ -100,10 +104,10 @@ def test_a_full_queue_and_a_deadline_that_cannot_be_made_are_refused_at_once(eng
 
 def test_what_would_be_refused_is_told_before_it_is_prepared(engine):
     engine.check(NAME, 20, within_s=1.0)
-    with pytest.raises(Refused, match="at most 20 may wait"):
+    with pytest.raises(RequestRefusedError, match="at most 20 may wait"):
         engine.check(NAME, 1, ahead=200)
     engine.check(NAME, 1, within_s=0.006, ahead=2)
-    with pytest.raises(Refused, match="left"):
+    with pytest.raises(RequestRefusedError, match="left"):
         engine.check(NAME, 1, within_s=0.006, ahead=19)
     assert engine.status().refused == {"full": 1, "late": 1}
     assert engine.status().queued == 0
@@ -122,7 +126,7 @@ def test_a_promise_that_cannot_be_kept_is_taken_back(engine, model):
     future = engine.submit(NAME, ["second"], within_s=0.05)
     time.sleep(0.1)  # the machine takes far longer for the first one than was measured
     model.free.set()
-    with pytest.raises(Refused, match="longer than expected"):
+    with pytest.raises(RequestRefusedError, match="longer than expected"):
         future.result(10)
     assert "second" not in model.ran
 
@@ -156,7 +160,7 @@ def test_deadlines_hold_though_a_batch_does_not_end(engine, model):
         time.sleep(0.001)
     waits = engine.submit(NAME, ["waits"], within_s=0.5)
     for future in (runs, waits):
-        with pytest.raises(Refused, match="longer than expected") as refused:
+        with pytest.raises(RequestRefusedError, match="longer than expected") as refused:
             future.result(5)
         assert refused.value.reason == "late"
     patient = engine.submit(NAME, ["patient"], within_s=60.0)
@@ -170,7 +174,7 @@ def test_a_batch_is_tried_again_when_what_runs_it_is_lost_but_not_for_ever(engin
     model.dies = 1
     assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
     model.dies = 2
-    with pytest.raises(Refused, match="again with another try") as refused:
+    with pytest.raises(RequestRefusedError, match="again at a second attempt") as refused:
         engine.submit(NAME, ["deadly"]).result(10)
     assert refused.value.reason == "lost"
     assert model.dies == 0
@@ -194,24 +198,27 @@ def test_a_batch_that_nobody_waits_for_is_not_tried_again(engine, model):
 
 def test_it_is_ready_while_there_is_something_to_run_batches(model):
     missing = [0.0]
-    scheduler = Scheduler(Costs({(NAME, 0): {1: 0.001}}), Rules(5.0, (0,)))
+    scheduler = Scheduler(CostModel({(NAME, 0): {1: 0.001}}), ControllerRules(5.0, (0,)))
     engine = Engine(model, scheduler, missing_s=lambda: missing[0])
-    assert (engine.ready, engine.useful) == (False, False)
+    assert (engine.ready, engine.healthy) == (False, False)
     engine.start()
-    assert (engine.ready, engine.useful) == (True, True)
+    assert (engine.ready, engine.healthy) == (True, True)
     missing[0] = 0.5
-    assert (engine.ready, engine.useful) == (False, True)
+    assert (engine.ready, engine.healthy) == (False, True)
     missing[0] = 100.0
-    assert (engine.ready, engine.useful) == (False, False)
+    assert (engine.ready, engine.healthy) == (False, False)
     assert engine.drain(10)
     missing[0] = 0.0
-    assert (engine.ready, engine.useful) == (False, True)
+    assert (engine.ready, engine.healthy) == (False, True)
 
 
 def test_work_is_done_between_batches(engine, model):
-    assert engine.call(threading.get_ident).result(10) not in (None, threading.get_ident())
+    assert engine.call_between_batches(threading.get_ident).result(10) not in (
+        None,
+        threading.get_ident(),
+    )
     with pytest.raises(ZeroDivisionError):
-        engine.call(lambda: 1 / 0).result(10)
+        engine.call_between_batches(lambda: 1 / 0).result(10)
     assert engine.alive
 
 
@@ -223,8 +230,8 @@ def test_draining_answers_what_was_taken_in_and_refuses_the_rest(engine, model):
     draining.start()
     while not engine.draining:
         time.sleep(0.001)
-    for ask in (lambda: engine.submit(NAME, ["late"]), lambda: engine.call(int)):
-        with pytest.raises(Refused) as refused:
+    for ask in (lambda: engine.submit(NAME, ["late"]), lambda: engine.call_between_batches(int)):
+        with pytest.raises(RequestRefusedError) as refused:
             ask()
         assert refused.value.reason == "draining"
     model.free.set()
@@ -238,7 +245,7 @@ def test_those_who_watch_see_every_batch(model):
     seen = []
     engine = Engine(
         model,
-        Scheduler(Costs({(NAME, 0): {1: 0.001}}), Rules(5.0, (0,))),
+        Scheduler(CostModel({(NAME, 0): {1: 0.001}}), ControllerRules(5.0, (0,))),
         on_batch=seen.append,
     )
     engine.start()

@@ -15,8 +15,8 @@ from uvicorn.server import ServerState
 from benchmarks import hostile
 from benchmarks.attacks import ATTACKS
 from benchmarks.server import Server
-from tokendial.serve.http.server import patient_protocol
-from tokendial.serve.http.uploads import file_of
+from tokendial.serve.http.server import limited_protocol
+from tokendial.serve.workers.decoder import decode_base64
 
 JSON = "application/json"
 MB = 1_000_000
@@ -64,7 +64,7 @@ def test_text_of_images_is_read_as_json_writes_it(server):
     escaped = body.replace(b"/", b"\\/").replace(b"A", b"\\u0041")
     answer = server.ask("/v1/predict", body, kind).json["predictions"][0]["classes"]
     assert server.ask("/v1/predict", escaped, kind).json["predictions"][0]["classes"] == answer
-    assert file_of(escaped.split(b'"')[3], "it") == file(picture())
+    assert decode_base64(escaped.split(b'"')[3], "it") == file(picture())
 
 
 class Wire(asyncio.Transport):
@@ -103,7 +103,7 @@ def test_tiny_chunks_leave_others_their_turn():
         await send({"type": "http.response.body"})
 
     async def turns_of_the_loop() -> int:
-        config = uvicorn.Config(application, http=patient_protocol(timeout_s=60, most=9))
+        config = uvicorn.Config(application, http=limited_protocol(timeout_s=60, max_connections=9))
         config.load()
         protocol = config.http_protocol_class(config, ServerState(), {})
         protocol.connection_made(Wire())

@@ -14,7 +14,7 @@ from served_runs import write_run
 from serving import file, form, picture, serving, text
 
 from tokendial.runs.predict import predict
-from tokendial.serve.workers.facts import Facts
+from tokendial.serve.workers.catalog import ModelCatalog
 
 PNG, JSON, FORM = "image/png", "application/json", "multipart/form-data; boundary=x"
 
@@ -121,7 +121,7 @@ def test_the_dial_is_told(server, pets):
 def test_the_best_degree_is_the_most_accurate_one(server, monkeypatch):
     for accuracies, best in (({}, 0), ({0: 0.7, 1: 0.9, 2: 0.8}, 1)):
         monkeypatch.setattr(
-            Facts,
+            ModelCatalog,
             "accuracy",
             lambda self, name, degree, of=accuracies: of.get(degree),
         )
@@ -267,7 +267,7 @@ def test_a_failure_of_ours_is_logged_and_not_told(server, monkeypatch, caplog, w
         if where == "run":
             patch.setattr(server.engine, "_run", fails)
         else:
-            tasks = server.served.facts.tasks
+            tasks = server.served.supervisor.catalog.models
             patch.setitem(tasks, "pets", replace(tasks["pets"], transform=attrgetter("secret")))
         reply = server.predict(file(picture()))
     assert (reply.status, reply.error["code"]) == (500, "internal")

@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tokendial.serve.http.metrics import Joined
+from tokendial.serve.ray.metrics import JoinedMetrics
 
 
 def page(requests: int, *seconds: float) -> str:
@@ -16,7 +16,7 @@ def page(requests: int, *seconds: float) -> str:
 
 
 def test_each_number_is_told_for_each_server():
-    text = Joined({"a": page(3, 0.05, 0.5), "b": page(4)}).text().decode()
+    text = JoinedMetrics({"a": page(3, 0.05, 0.5), "b": page(4)}).text().decode()
     found = {family.name: family for family in text_string_to_metric_families(text)}
     assert found["asked"].type == "counter"
     assert found["latency"].type == "histogram"

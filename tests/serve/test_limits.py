@@ -143,7 +143,7 @@ def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
 
 def slow(server, seconds: float) -> None:
     """Let images take that long to decode."""
-    tasks = server.served.facts.tasks
+    tasks = server.served.supervisor.catalog.models
     transform = partial(after, seconds, tasks["pets"].transform)
     tasks["pets"] = replace(tasks["pets"], transform=transform)
 

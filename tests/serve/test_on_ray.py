@@ -28,7 +28,7 @@ from ray.serve.schema import ServeDeploySchema
 from serving import Reply, file, form, picture
 from starlette.requests import Request
 
-from tokendial.serve.ray.on_ray import Deployed, Front, app, replicas_needed
+from tokendial.serve.ray.deployment import Front, RayDeployment, app, needed_replicas
 
 ROOT = Path(__file__).parents[2]
 ANSWER = (200, [(b"x-from", b"replica")], b"done")
@@ -231,7 +231,7 @@ def seen(*loads: float) -> Any:
     [((0.0, 0.0), 1), ((0.6, 0.6), 2), ((1.5, 1.3), 4), ((9.0,), 8), ((float("inf"),), 8), ((), 3)],
 )
 def test_there_are_replicas_to_bear_the_load_at_home(loads, replicas):
-    assert replicas_needed(seen(*loads))[0] == replicas
+    assert needed_replicas(seen(*loads))[0] == replicas
 
 
 def test_the_config_file_of_the_docs_can_be_deployed():
@@ -241,4 +241,4 @@ def test_the_config_file_of_the_docs_can_be_deployed():
     module, _, name = application.import_path.partition(":")
     build = getattr(importlib.import_module(module), name)
     assert build is app
-    assert isinstance(build(Deployed.model_validate(application.args)), Application)
+    assert isinstance(build(RayDeployment.model_validate(application.args)), Application)

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from tokendial.serve import Refused
-from tokendial.serve.workers.apart import Apart
+from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.workers.model_process import ModelProcess
 from tokendial.serve.workers.supervisor import Supervisor
 
 
-class Process(Apart):
+class Process(ModelProcess):
     """Is in no trouble until it is told so."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ def test_processes_that_die_at_once_are_started_less_and_less_often(supervised):
     supervisor = supervised(forks)
     forks.made[0].why = "has ended"
     within(10, lambda: supervisor.missing_s and supervisor._losses > 4)
-    with pytest.raises(Refused, match="another one is being started") as refused:
+    with pytest.raises(RequestRefusedError, match="another one is being started") as refused:
         supervisor.process()
     assert refused.value.reason == "lost"
     time.sleep(1.5)  # the first wait is a second, the next two
