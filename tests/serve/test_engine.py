@@ -1,4 +1,4 @@
-"""The engine, with its thread and a real clock."""
+"""The engine, with its threads and a clock that the tests move on."""
 
 import threading
 import time
@@ -13,6 +13,23 @@ from tokendial.serve.scheduling.engine import Engine, WorkerLostError
 from tokendial.serve.scheduling.scheduler import RequestRefusedError, Scheduler
 
 DEGREES = (0, 1, 2)
+PATIENCE_S = 60.0
+
+
+def wait_until(happened) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class Clock:
+    """Time that a test moves on."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Model:
@@ -24,16 +41,16 @@ class Model:
         self.threads, self.ran = set(), []
         self.dies = 0
 
-    def __call__(self, name, degree, payloads):
+    def __call__(self, name, degree, images, limit_s):
         self.threads.add(threading.get_ident())
-        assert self.free.wait(10)
-        if "bad" in payloads:
+        assert self.free.wait(PATIENCE_S)
+        if "bad" in images:
             raise RuntimeError("this image is not for me")
         if self.dies:
             self.dies -= 1
             raise WorkerLostError("it has ended.")
-        self.ran += payloads
-        return [(name, degree, payload) for payload in payloads]
+        self.ran += images
+        return [(name, degree, image) for image in images]
 
 
 @pytest.fixture
@@ -42,16 +59,21 @@ def model():
 
 
 @pytest.fixture
-def engine(model):
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def engine(model, clock):
     measured = {(name, d): {1: 0.001, 8: 0.004} for name in (NAME, "cars") for d in DEGREES}
     scheduler = Scheduler(
         CostModel(measured), ControllerRules(5.0, DEGREES, max_batch=8), max_queue=20
     )
-    engine = Engine(model, scheduler)
+    engine = Engine(model, scheduler, clock=clock)
     engine.start()
     yield engine
     model.free.set()
-    assert engine.drain(10)
+    assert engine.drain(PATIENCE_S)
 
 
 def test_answers_come_in_the_order_of_the_images_and_say_how(engine, model):
@@ -59,7 +81,7 @@ def test_answers_come_in_the_order_of_the_images_and_say_how(engine, model):
         engine.submit(name, [f"{number}a", f"{number}b"], degree=degree)
         for number, (name, degree) in enumerate([(NAME, 2), ("cars", None), (NAME, None)])
     ]
-    first, second, third = (future.result(10) for future in futures)
+    first, second, third = (future.result(PATIENCE_S) for future in futures)
     assert [answer.output for answer in first] == [(NAME, 2, "0a"), (NAME, 2, "0b")]
     assert [answer.output for answer in second] == [("cars", 0, "1a"), ("cars", 0, "1b")]
     assert [answer.output for answer in third] == [(NAME, 0, "2a"), (NAME, 0, "2b")]
@@ -69,7 +91,7 @@ def test_answers_come_in_the_order_of_the_images_and_say_how(engine, model):
 
 
 def test_images_of_a_request_larger_than_a_batch_are_answered_together(engine):
-    answers = engine.submit(NAME, list(range(20))).result(10)
+    answers = engine.submit(NAME, list(range(20))).result(PATIENCE_S)
     assert [answer.output[2] for answer in answers] == list(range(20))
     assert max(answer.batch for answer in answers) <= 8
 
@@ -77,12 +99,11 @@ def test_images_of_a_request_larger_than_a_batch_are_answered_together(engine):
 def test_what_waits_together_runs_together(engine, model):
     model.free.clear()
     engine.submit(NAME, ["first"])
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     futures = [engine.submit(NAME, [number]) for number in range(6)]
     assert engine.status().queued == 6
     model.free.set()
-    wait(futures, 10)
+    wait(futures, PATIENCE_S)
     assert {future.result()[0].batch for future in futures} == {6}
 
 
@@ -92,8 +113,7 @@ def test_a_full_queue_and_a_deadline_that_cannot_be_made_are_refused_at_once(eng
     with pytest.raises(RequestRefusedError, match="left") as late:
         engine.submit(NAME, ["hasty"], within_s=1e-4)
     assert late.value.reason == "late"
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     engine.submit(NAME, list(range(20)))
     with pytest.raises(RequestRefusedError, match="at most 20 may wait") as full:
         engine.submit(NAME, ["one more"])
@@ -118,67 +138,65 @@ def test_what_a_batch_takes_is_told(engine):
     assert engine.seconds("cars", 2, 8) == pytest.approx(0.004)
 
 
-def test_a_promise_that_cannot_be_kept_is_taken_back(engine, model):
+def test_a_promise_that_cannot_be_kept_is_taken_back(engine, model, clock):
     model.free.clear()
     engine.submit(NAME, ["first"])
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     future = engine.submit(NAME, ["second"], within_s=0.05)
-    time.sleep(0.1)  # the machine takes far longer for the first one than was measured
+    clock.now += 0.1  # the machine takes far longer for the first one than was measured
     model.free.set()
     with pytest.raises(RequestRefusedError, match="longer than expected"):
-        future.result(10)
+        future.result(PATIENCE_S)
     assert "second" not in model.ran
 
 
 def test_cancelled_requests_do_not_run(engine, model):
     model.free.clear()
     engine.submit(NAME, ["first"])
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     leaves = engine.submit(NAME, ["leaves"])
     stays = engine.submit(NAME, ["stays"])
     assert leaves.cancel()
     model.free.set()
-    stays.result(10)
+    stays.result(PATIENCE_S)
     with pytest.raises(CancelledError):
-        leaves.result(10)
+        leaves.result(PATIENCE_S)
     assert model.ran == ["first", "stays"]
 
 
 def test_a_batch_that_fails_is_told_and_the_next_one_runs(engine, caplog):
     with pytest.raises(RuntimeError, match="not for me"):
-        engine.submit(NAME, ["good", "bad"]).result(10)
-    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+        engine.submit(NAME, ["good", "bad"]).result(PATIENCE_S)
+    assert engine.submit(NAME, ["good"]).result(PATIENCE_S)[0].output == (NAME, 0, "good")
     assert "a batch of 2 images failed" in caplog.text
 
 
-def test_deadlines_hold_though_a_batch_does_not_end(engine, model):
+def test_deadlines_hold_though_a_batch_does_not_end(engine, model, clock):
     model.free.clear()
     runs = engine.submit(NAME, ["runs"], within_s=0.3)
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     waits = engine.submit(NAME, ["waits"], within_s=0.5)
+    clock.now += 0.6
     for future in (runs, waits):
         with pytest.raises(RequestRefusedError, match="longer than expected") as refused:
-            future.result(5)
+            future.result(PATIENCE_S)
         assert refused.value.reason == "late"
     patient = engine.submit(NAME, ["patient"], within_s=60.0)
     model.free.set()
-    assert patient.result(10)[0].output == (NAME, 0, "patient")
+    assert patient.result(PATIENCE_S)[0].output == (NAME, 0, "patient")
     assert "waits" not in model.ran
     assert engine.status().refused == {"late": 2}
 
 
 def test_a_batch_is_tried_again_when_what_runs_it_is_lost_but_not_for_ever(engine, model):
     model.dies = 1
-    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+    assert engine.submit(NAME, ["good"]).result(PATIENCE_S)[0].output == (NAME, 0, "good")
     model.dies = 2
     with pytest.raises(RequestRefusedError, match="again at a second attempt") as refused:
-        engine.submit(NAME, ["deadly"]).result(10)
+        engine.submit(NAME, ["deadly"]).result(PATIENCE_S)
     assert refused.value.reason == "lost"
     assert model.dies == 0
-    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+    assert engine.submit(NAME, ["good"]).result(PATIENCE_S)[0].output == (NAME, 0, "good")
     assert engine.status().refused == {"lost": 1}
 
 
@@ -186,13 +204,10 @@ def test_a_batch_that_nobody_waits_for_is_not_tried_again(engine, model):
     model.free.clear()
     model.dies = 2
     leaves = engine.submit(NAME, ["leaves"])
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     leaves.cancel()
     model.free.set()
-    until = time.monotonic() + 10
-    while engine.status().running and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_until(lambda: not engine.status().running)
     assert model.dies == 1
 
 
@@ -207,18 +222,18 @@ def test_it_is_ready_while_there_is_something_to_run_batches(model):
     assert (engine.ready, engine.healthy) == (False, True)
     missing[0] = 100.0
     assert (engine.ready, engine.healthy) == (False, False)
-    assert engine.drain(10)
+    assert engine.drain(PATIENCE_S)
     missing[0] = 0.0
     assert (engine.ready, engine.healthy) == (False, True)
 
 
 def test_work_is_done_between_batches(engine, model):
-    assert engine.call_between_batches(threading.get_ident).result(10) not in (
+    assert engine.call_between_batches(threading.get_ident).result(PATIENCE_S) not in (
         None,
         threading.get_ident(),
     )
     with pytest.raises(ZeroDivisionError):
-        engine.call_between_batches(lambda: 1 / 0).result(10)
+        engine.call_between_batches(lambda: 1 / 0).result(PATIENCE_S)
     assert engine.alive
 
 
@@ -226,10 +241,9 @@ def test_draining_answers_what_was_taken_in_and_refuses_the_rest(engine, model):
     model.free.clear()
     futures = [engine.submit(NAME, [number]) for number in range(10)]
     ended = []
-    draining = threading.Thread(target=lambda: ended.append(engine.drain(10)))
+    draining = threading.Thread(target=lambda: ended.append(engine.drain(PATIENCE_S)))
     draining.start()
-    while not engine.draining:
-        time.sleep(0.001)
+    wait_until(lambda: engine.draining)
     for ask in (lambda: engine.submit(NAME, ["late"]), lambda: engine.call_between_batches(int)):
         with pytest.raises(RequestRefusedError) as refused:
             ask()
@@ -249,7 +263,7 @@ def test_those_who_watch_see_every_batch(model):
         on_batch=seen.append,
     )
     engine.start()
-    wait([engine.submit(NAME, [number]) for number in range(30)], 10)
-    assert engine.drain(10)
+    wait([engine.submit(NAME, [number]) for number in range(30)], PATIENCE_S)
+    assert engine.drain(PATIENCE_S)
     assert sum(batch.images for batch in seen) == 30
     assert all(len(batch.waited_s) == batch.images and batch.degree == 0 for batch in seen)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,20 +126,21 @@ def test_a_process_that_is_lost_is_replaced(served, right, caplog):
     right()
     process = computing()
     process.suspend()  # with one
-    threading.Timer(0.2, process.kill).start()
-    with pytest.raises(WorkerLostError):
-        right()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(right)
+        until(lambda: served.supervisor._current._call)
+        process.kill()
+        with pytest.raises(WorkerLostError):
+            asked.result()
     right()
     assert "has ended (-9)" in caplog.text
 
 
 def test_a_process_that_stands_still_is_replaced(served, right):
     first = computing()
-    first.suspend()
-    until(lambda: served.supervisor.missing_s)  # while nobody asks
-    until(lambda: not served.supervisor.missing_s)
+    first.suspend()  # while nobody asks
+    until(lambda: len({*processes()} - {first}) == 2)
     second = computing()
-    assert second != first
     right()
     second.suspend()  # with a batch
     with pytest.raises(WorkerLostError):

@@ -46,7 +46,12 @@ class Supervisor:
     """Description of the models."""
 
     def __init__(
-        self, start: Callable[[], ForkServer], restart: Callable[[], ForkServer], *, spare: bool
+        self,
+        start: Callable[[], ForkServer],
+        restart: Callable[[], ForkServer],
+        *,
+        spare: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the processes, and wait until one can run batches.
 
@@ -54,12 +59,13 @@ class Supervisor:
             start: Starts a fork server.
             restart: Starts a fork server with the same models when the first one is lost.
             spare: Whether to keep a second model process ready.
+            clock: Returns the time in seconds; must never go back.
 
         Raises:
             ValueError: If models cannot be loaded, or a setting does not fit them.
             WorkerLostError: If a process ended meanwhile.
         """
-        self._restart, self._with_spare = restart, spare
+        self._restart, self._with_spare, self._clock = restart, spare, clock
         self._changed = threading.Condition()
         self._check_now, self._closed = threading.Event(), False
         self._starting: list[ForkServer | ModelProcess] = []
@@ -81,7 +87,7 @@ class Supervisor:
         """Seconds for which no model process has answered; 0 if there is one."""
         with self._changed:
             if self._missing_since is not None:
-                return time.monotonic() - self._missing_since
+                return self._clock() - self._missing_since
             silence_s = self._current.silence_s if self._current else 0.0
             return silence_s if silence_s > _SUSPICIOUS_SILENCE_S else 0.0
 
@@ -170,9 +176,9 @@ class Supervisor:
             RequestRefusedError: If there is none, and will be none for a while.
         """
         with self._changed:
-            until = time.monotonic() + _REPLACEMENT_WAIT_S
+            until = self._clock() + _REPLACEMENT_WAIT_S
             while self._current is None:
-                now = time.monotonic()
+                now = self._clock()
                 if self._closed or now >= until or self._next_try > now:
                     message = "the model process was lost, another one is being started."
                     raise RequestRefusedError("lost", message, max(1.0, self._next_try - now))
@@ -224,7 +230,7 @@ class Supervisor:
         if process is self._current:
             self._current, self._spare = self._spare, None
             if self._current is None:
-                self._missing_since = time.monotonic()
+                self._missing_since = self._clock()
         elif process is self._spare:
             self._spare = None
         elif process not in self._starting:
@@ -234,7 +240,7 @@ class Supervisor:
         self._changed.notify_all()
 
     def _count_loss(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         recent = now - self._last_loss < _LOSSES_FORGOTTEN_S
         self._losses = self._losses + 1 if recent else 1
         self._last_loss = self._next_try = now
@@ -242,7 +248,7 @@ class Supervisor:
             self._next_try += min(_FIRST_PAUSE_S * 2 ** (more - 1), _MAX_PAUSE_S)
 
     def _lacks_process(self) -> bool:
-        if self._closed or time.monotonic() < self._next_try:
+        if self._closed or self._clock() < self._next_try:
             return False
         spare = self._spare or not self._with_spare
         return not (self._fork_server and self._current and spare)
