@@ -1,4 +1,7 @@
-"""A server without a clock: the real scheduler and controller, with batches that only take time."""
+"""A simulated server: the real scheduler and controller, and batches that only take time.
+
+The time is a number, so simulations are exact and fast.
+"""
 
 import heapq
 import math
@@ -23,7 +26,7 @@ NAME = "pets"
 
 
 def true_seconds(name: str, degree: int, images: int) -> float:
-    """2 ms for a batch and 8 ms an image, half of that at degree 16."""
+    """Seconds of a batch: 2 ms, and 8 ms per image at degree 0, half of that at degree 16."""
     return 0.002 + 0.008 * images * (1 - degree / 32)
 
 
@@ -38,7 +41,7 @@ def costs(names: Iterable[str] = (NAME,), degrees: Iterable[int] = DEGREES) -> C
 
 
 def capacity(degree: int, images: int = 8) -> float:
-    """Images per second in batches of that size."""
+    """Images per second in batches of `images`."""
     return images / true_seconds(NAME, degree, images)
 
 
@@ -47,8 +50,8 @@ def scheduler(slo_s: float = 0.2, degrees: tuple[int, ...] = DEGREES, **kwargs) 
 
 
 @dataclass
-class Asked:
-    """A request of the simulation, and what became of it."""
+class SimulatedRequest:
+    """A request of the simulation, and its outcome."""
 
     at: float
     images: int = 1
@@ -77,19 +80,19 @@ class Asked:
 
 
 @dataclass
-class Played:
-    """A trace that was played."""
+class Simulation:
+    """Result of a simulation."""
 
-    asked: list[Asked]
+    asked: list[SimulatedRequest]
     dial: list[tuple[float, int]]
     batches: list[Batch]
 
     @property
-    def answered(self) -> list[Asked]:
+    def answered(self) -> list[SimulatedRequest]:
         return [each for each in self.asked if each.answered_at is not None]
 
     def within(self, slo_s: float) -> float:
-        """Share of the answered requests."""
+        """Share of the answered requests that were answered within `slo_s` seconds."""
         return float(np.mean([each.seconds <= slo_s for each in self.answered]))
 
     def turns(self) -> int:
@@ -100,16 +103,16 @@ class Played:
         return [degree for at, degree in self.dial if at <= time][-1]
 
 
-def play(
+def simulate(
     scheduler: Scheduler,
-    asked: Iterable[Asked],
+    asked: Iterable[SimulatedRequest],
     *,
     seconds: float = math.inf,
     takes: Callable[[Batch, float], float] = lambda batch, now: true_seconds(
         batch.name, batch.degree, len(batch.parts)
     ),
-) -> Played:
-    """Play requests until all have been answered, and the clock has reached `seconds`."""
+) -> Simulation:
+    """Simulate until all requests are answered and the time has reached `seconds`."""
     everything = sorted(asked, key=lambda each: each.at)
     coming = [(each.at, number, each) for number, each in enumerate(everything)]
     heapq.heapify(coming)
@@ -147,5 +150,5 @@ def play(
                     each.answered_at = now
             continue
         if not coming and not scheduler.queued and (now >= seconds or seconds == math.inf):
-            return Played(everything, dial, batches)
+            return Simulation(everything, dial, batches)
         now = min(now + min(found, TICK_S), coming[0][0] if coming else math.inf)

@@ -57,7 +57,7 @@ def test_a_mistake_is_one_line_and_code_2(cli, pets, tmp_path, arguments, messag
     assert message in err
 
 
-def test_a_key_file_that_all_can_read_is_told(cli, tmp_path):
+def test_a_key_file_that_every_user_can_read_gives_a_warning(cli, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("key")
     keys.chmod(0o644)
@@ -93,7 +93,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path):
     assert "s3cret" not in repr(check_settings({"api_keys": ("s3cret",)}))
 
 
-def test_a_setting_that_is_not_one_is_told():
+def test_an_unknown_setting_is_an_error():
     with pytest.raises(ValueError, match="slo is not a setting; known are .*slo_ms"):
         check_settings({"slo": 100})
 
@@ -107,7 +107,7 @@ def test_a_setting_that_is_not_one_is_told():
         ("0.0.0.0", ("key",), False),
     ],
 )
-def test_only_what_others_reach_without_a_key_is_exposed(host, keys, expected):
+def test_a_server_is_unprotected_if_others_reach_it_without_a_key(host, keys, expected):
     settings = check_settings({"host": host, "port": 0, "api_keys": keys})
     with bind_socket(settings) as listener:
         assert is_unprotected(listener, settings) == expected
@@ -125,8 +125,8 @@ def ask(port: int, *images: bytes) -> tuple[int, str]:
     return reply.status, text.partition('"revision":"')[2].partition('"')[0]
 
 
-def told(port: int, image: bytes, **options: object) -> tuple[int, Any]:
-    """The status, and what else is told, of one image."""
+def predict(port: int, image: bytes, **options: object) -> tuple[int, Any]:
+    """Ask for a prediction of one image; return the status and the body."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     asked = "&".join(f"{name}={value}" for name, value in options.items())
     client.request("POST", f"/v1/predict?{asked}", image, {"content-type": "image/png"})
@@ -152,7 +152,7 @@ def server(pets, tmp_path):
         process.kill()
 
 
-def test_runs_are_read_anew_and_what_was_accepted_is_answered_at_the_end(server, tmp_path):
+def test_changed_runs_are_reloaded_and_accepted_requests_answered_at_the_end(server, tmp_path):
     (process, port), image = server, file(picture())
     out, err, weights = tmp_path / "stdout", tmp_path / "stderr", tmp_path / "pets/best" / WEIGHTS
     old = ask(port, image)[1]
@@ -180,8 +180,8 @@ def test_runs_are_read_anew_and_what_was_accepted_is_answered_at_the_end(server,
 
     wait_until(lambda: len(model_processes(process.pid)) == 2, process)
     model_processes(process.pid)[-1].suspend()
-    status, said = told(port, image, deadline_ms=500)
-    assert (status, said["error"]["code"]) == (503, "late")
+    status, body = predict(port, image, deadline_ms=500)
+    assert (status, body["error"]["code"]) == (503, "late")
     wait_until(lambda: ask(port, image)[0] == 200, process)
 
     stopped, before, after = threading.Event(), [], []

@@ -76,7 +76,7 @@ def engine(model, clock):
     assert engine.drain(PATIENCE_S)
 
 
-def test_answers_come_in_the_order_of_the_images_and_say_how(engine, model):
+def test_results_have_the_order_of_the_images_and_their_degree(engine, model):
     futures = [
         engine.submit(name, [f"{number}a", f"{number}b"], degree=degree)
         for number, (name, degree) in enumerate([(NAME, 2), ("cars", None), (NAME, None)])
@@ -96,7 +96,7 @@ def test_images_of_a_request_larger_than_a_batch_are_answered_together(engine):
     assert max(answer.batch for answer in answers) <= 8
 
 
-def test_what_waits_together_runs_together(engine, model):
+def test_waiting_images_run_in_one_batch(engine, model):
     model.free.clear()
     engine.submit(NAME, ["first"])
     wait_until(lambda: engine.status().running)
@@ -122,7 +122,7 @@ def test_a_full_queue_and_a_deadline_that_cannot_be_made_are_refused_at_once(eng
     assert engine.status().refused == {"late": 1, "full": 1}
 
 
-def test_what_would_be_refused_is_told_before_it_is_prepared(engine):
+def test_check_refuses_what_submit_would_refuse(engine):
     engine.check(NAME, 20, within_s=1.0)
     with pytest.raises(RequestRefusedError, match="at most 20 may wait"):
         engine.check(NAME, 1, ahead=200)
@@ -133,12 +133,12 @@ def test_what_would_be_refused_is_told_before_it_is_prepared(engine):
     assert engine.status().queued == 0
 
 
-def test_what_a_batch_takes_is_told(engine):
+def test_the_expected_time_of_a_batch_is_known(engine):
     assert engine.seconds(NAME, 0) == pytest.approx(0.001)
     assert engine.seconds("cars", 2, 8) == pytest.approx(0.004)
 
 
-def test_a_promise_that_cannot_be_kept_is_taken_back(engine, model, clock):
+def test_an_accepted_request_is_refused_when_the_machine_is_too_slow(engine, model, clock):
     model.free.clear()
     engine.submit(NAME, ["first"])
     wait_until(lambda: engine.status().running)
@@ -164,7 +164,7 @@ def test_cancelled_requests_do_not_run(engine, model):
     assert model.ran == ["first", "stays"]
 
 
-def test_a_batch_that_fails_is_told_and_the_next_one_runs(engine, caplog):
+def test_a_failed_batch_raises_its_error_and_the_next_one_runs(engine, caplog):
     with pytest.raises(RuntimeError, match="not for me"):
         engine.submit(NAME, ["good", "bad"]).result(PATIENCE_S)
     assert engine.submit(NAME, ["good"]).result(PATIENCE_S)[0].output == (NAME, 0, "good")
@@ -188,7 +188,7 @@ def test_deadlines_hold_though_a_batch_does_not_end(engine, model, clock):
     assert engine.status().refused == {"late": 2}
 
 
-def test_a_batch_is_tried_again_when_what_runs_it_is_lost_but_not_for_ever(engine, model):
+def test_a_batch_runs_a_second_time_when_its_process_is_lost(engine, model):
     model.dies = 1
     assert engine.submit(NAME, ["good"]).result(PATIENCE_S)[0].output == (NAME, 0, "good")
     model.dies = 2
@@ -200,7 +200,7 @@ def test_a_batch_is_tried_again_when_what_runs_it_is_lost_but_not_for_ever(engin
     assert engine.status().refused == {"lost": 1}
 
 
-def test_a_batch_that_nobody_waits_for_is_not_tried_again(engine, model):
+def test_a_cancelled_batch_does_not_run_a_second_time(engine, model):
     model.free.clear()
     model.dies = 2
     leaves = engine.submit(NAME, ["leaves"])
@@ -211,7 +211,7 @@ def test_a_batch_that_nobody_waits_for_is_not_tried_again(engine, model):
     assert model.dies == 1
 
 
-def test_it_is_ready_while_there_is_something_to_run_batches(model):
+def test_the_engine_is_ready_while_there_is_a_model_process(model):
     missing = [0.0]
     scheduler = Scheduler(CostModel({(NAME, 0): {1: 0.001}}), ControllerRules(5.0, (0,)))
     engine = Engine(model, scheduler, missing_s=lambda: missing[0])
@@ -227,7 +227,7 @@ def test_it_is_ready_while_there_is_something_to_run_batches(model):
     assert (engine.ready, engine.healthy) == (False, True)
 
 
-def test_work_is_done_between_batches(engine, model):
+def test_functions_are_called_between_batches(engine, model):
     assert engine.call_between_batches(threading.get_ident).result(PATIENCE_S) not in (
         None,
         threading.get_ident(),
@@ -237,7 +237,7 @@ def test_work_is_done_between_batches(engine, model):
     assert engine.alive
 
 
-def test_draining_answers_what_was_taken_in_and_refuses_the_rest(engine, model):
+def test_draining_answers_admitted_requests_and_refuses_new_ones(engine, model):
     model.free.clear()
     futures = [engine.submit(NAME, [number]) for number in range(10)]
     ended = []
@@ -255,7 +255,7 @@ def test_draining_answers_what_was_taken_in_and_refuses_the_rest(engine, model):
     assert not engine.alive
 
 
-def test_those_who_watch_see_every_batch(model):
+def test_every_batch_is_reported(model):
     seen = []
     engine = Engine(
         model,

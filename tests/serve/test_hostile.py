@@ -143,7 +143,7 @@ def narrow(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(4, 400_000), (400_000, 4), (1, 1_000_000)])
-def test_narrow_images_are_as_good_as_others(server, width, height):
+def test_narrow_images_are_answered(server, width, height):
     assert server.predict(narrow(width, height)).status == 200
 
 
@@ -179,7 +179,7 @@ def test_large_images_leave_one_decoder_to_others(pets, tmp_path):
 
 
 @pytest.mark.parametrize("with_their_parent", [False, True])
-def test_decoders_that_are_killed_come_again(server, with_their_parent):
+def test_killed_decoders_are_replaced(server, with_their_parent):
     parent = server.decoders
     killed = [*parent.children(), *[parent][:with_their_parent]]
     for each in reversed(killed):
@@ -189,7 +189,7 @@ def test_decoders_that_are_killed_come_again(server, with_their_parent):
     assert server.predict(file(picture())).status == 200
 
 
-def test_the_benchmark_tells_what_others_notice(server, monkeypatch):
+def test_the_hostile_benchmark_measures_honest_clients(server, monkeypatch):
     monkeypatch.setattr(hostile, "_SETTLE_S", 1.1)
     attack = next(each for each in ATTACKS if "numbers" in each.name)
     body, _ = text(file(picture()))

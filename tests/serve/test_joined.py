@@ -15,7 +15,7 @@ def page(requests: int, *seconds: float) -> str:
     return generate_latest(registry).decode()
 
 
-def test_each_number_is_told_for_each_server():
+def test_every_number_has_the_label_of_its_replica():
     text = JoinedMetrics({"a": page(3, 0.05, 0.5), "b": page(4)}).text().decode()
     found = {family.name: family for family in text_string_to_metric_families(text)}
     assert found["asked"].type == "counter"

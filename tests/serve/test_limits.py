@@ -107,7 +107,7 @@ def test_a_head_that_is_too_large_is_refused(server):
     assert reply.startswith(b"HTTP/1.1 400 ")
 
 
-def test_more_requests_than_allowed_are_told_to_come_later(server):
+def test_too_many_concurrent_requests_are_refused(server):
     head = HEAD + b"X-API-Key: second\r\nContent-Length: 9\r\n\r\n1"
     with ExitStack() as closing:
         for _ in range(8):
@@ -153,7 +153,7 @@ def test_bytes_of_requests_are_bounded_together(pets):
         until(lambda: server.ask("/v1/predict", bytes(16_000), PNG).status == 422)
 
 
-def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(server):
     reply = server.ask("/v1/predict?deadline_ms=0.001", file(picture()), PNG, **KEY)
     assert (reply.status, reply.error["code"]) == (503, "late")
     assert int(reply.headers["retry-after"]) >= 1
@@ -179,14 +179,14 @@ def test_large_images_are_given_the_time_to_decode_unless_the_client_has_none(pe
         assert "decoded" in reply.error["message"]
 
 
-def test_more_images_than_may_wait_are_told_to_come_later(server):
+def test_too_many_waiting_images_are_refused(server):
     reply = server.ask("/v1/predict", *form(*3 * [file(picture())]), **KEY)
     assert (reply.status, reply.error["code"]) == (429, "full")
     assert int(reply.headers["retry-after"]) >= 1
     assert server.ask("/v1/live", **KEY).json["refused"]["full"] >= 3
 
 
-def test_what_nobody_waits_for_is_taken_out_of_the_queue(server):
+def test_images_of_a_client_that_left_are_removed_from_the_queue(server):
     image = file(picture())
     head = HEAD + b"X-API-Key: second\r\nContent-Length: %d\r\n\r\n" % len(image)
     with server.busy():

@@ -30,7 +30,7 @@ def minute(clock):
     return LastMinute(engine, clock)
 
 
-def test_seconds_that_have_gone_are_told_before_now(minute, clock):
+def test_past_seconds_are_relative_to_now(minute, clock):
     for second in range(70):
         clock.now += 1
         minute.count_answer("pets", 0, second / 1000)
@@ -68,7 +68,7 @@ def test_accuracy_is_the_mean_over_the_images_of_a_model(minute):
     assert math.isnan(minute.expected_accuracy("pets", lambda *of: known.get(of)))
 
 
-def test_the_longest_lag_of_the_event_loop_is_told(minute):
+def test_the_longest_delay_of_the_event_loop_is_kept(minute):
     for late_s in (0.01, 0.2, 0.03):
         minute.record_loop_lag(late_s)
     minute.end_second()

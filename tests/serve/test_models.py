@@ -69,7 +69,7 @@ def test_an_optimised_copy_answers_the_same(pets):
         torch.testing.assert_close(found, alone(pets, image, degree), rtol=1e-4, atol=1e-4)
 
 
-def test_a_compensator_turns_with_the_dial(pets, tmp_path):
+def test_a_compensator_follows_the_degree(pets, tmp_path):
     model = pets.model()
     plugin = td.Compensator.for_model(pets.model(), td.ToCom(rank=2), steps=4)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_a_compensator_turns_with_the_dial(pets, tmp_path):
         torch.testing.assert_close(logits(models, "pets", degree, [image]), expected)
 
 
-def test_the_ladder_ends_at_the_floor_of_accuracy(pets, tmp_path):
+def test_the_allowed_degrees_end_at_the_lowest_accuracy(pets, tmp_path):
     run = Run(shutil.copytree(pets.folder, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"min_accuracy needs the accuracy of pets at degree 0"):
         load_models({"pets": run}).catalog.allowed_degrees(None, 0.5)

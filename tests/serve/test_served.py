@@ -109,7 +109,7 @@ def test_every_degree_and_size_is_measured(served):
     assert all(costs.seconds(*point, 2) >= costs.seconds(*point, 1) > 0 for point in costs.points)
 
 
-def test_those_that_compute_share_the_weights(served, right):
+def test_model_processes_share_the_weights(served, right):
     right()
     holding = processes()[0]
     assert holding.num_threads() == 1  # else it could not be forked
@@ -117,7 +117,7 @@ def test_those_that_compute_share_the_weights(served, right):
     assert info.uss < info.rss / 4
 
 
-def test_a_process_that_is_lost_is_replaced(served, right, caplog):
+def test_a_lost_process_is_replaced(served, right, caplog):
     os.kill(computing().pid, signal.SIGTERM)  # that is for the server to obey
     right()
     process = computing()
@@ -148,7 +148,7 @@ def test_a_process_that_stands_still_is_replaced(served, right):
     right()
 
 
-def test_what_takes_too_long_is_given_up(served, right):
+def test_a_batch_that_takes_too_long_is_given_up(served, right):
     ready = served.supervisor.catalog.models["pets"].transform(pictures(1)[0])
 
     def ask_until_looked_at() -> None:
@@ -163,7 +163,7 @@ def test_what_takes_too_long_is_given_up(served, right):
     right()
 
 
-def test_runs_that_changed_on_disk_take_the_place_of_the_old_ones(served, right, runs, tmp_path):
+def test_runs_that_changed_on_disk_replace_the_old_ones(served, right, runs, tmp_path):
     before, old = served.supervisor.catalog.models["cars"].revision, processes()
     assert served.reload(at_once) == []
     other_weights(runs["cars"], tmp_path, seed=3)
@@ -176,7 +176,7 @@ def test_runs_that_changed_on_disk_take_the_place_of_the_old_ones(served, right,
     right("pets", 2)
 
 
-def test_a_run_that_became_something_else_is_not_taken(served, right, runs, cars, tmp_path):
+def test_a_run_that_became_another_kind_of_model_is_not_loaded(served, right, runs, cars, tmp_path):
     kept = shutil.copytree(runs["pets"].folder, tmp_path / "kept")
     old = set(processes())
     shutil.copytree(cars.folder, runs["pets"].folder, dirs_exist_ok=True)

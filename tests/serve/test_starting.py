@@ -21,17 +21,15 @@ def supervisor(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("told", "chosen"),
+    ("given", "chosen"),
     [({}, 312.0), ({"degree": 3}, 100.0), ({"slo_ms": 400.0}, 400.0), ({"slo_ms": 312.0}, 312.0)],
 )
-def test_an_objective_that_was_not_set_goes_with_the_slowest_model(
-    supervisor, told, chosen, caplog
-):
-    assert choose_objective(supervisor, check_settings(told), (0, 1, 2, 3)).slo_ms == chosen
+def test_an_objective_that_was_not_set_fits_the_slowest_model(supervisor, given, chosen, caplog):
+    assert choose_objective(supervisor, check_settings(given), (0, 1, 2, 3)).slo_ms == chosen
     assert not caplog.text
 
 
-def test_an_objective_that_is_too_short_is_kept_and_told_in_numbers(supervisor, caplog):
+def test_a_too_short_objective_is_kept_with_a_warning(supervisor, caplog):
     settings = choose_objective(supervisor, check_settings({"slo_ms": 50.0}), (0, 1, 2, 3))
     assert settings.slo_ms == 50
     assert [record.getMessage() for record in caplog.records] == [

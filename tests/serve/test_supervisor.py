@@ -165,7 +165,7 @@ def test_silence_is_counted_in_checks_and_ended_by_a_heartbeat():
     ours.close()
 
 
-def test_the_end_leaves_nothing_behind(supervise):
+def test_closing_ends_all_processes(supervise):
     forks = Forks()
     supervise(forks, spare=True).close()
     assert forks.closed

@@ -60,7 +60,7 @@ def test_another_adapter_is_followed_and_the_model_left_as_it_was(model):
 
 
 @pytest.mark.parametrize("wrong", [{"degree": 9}, {"degree": 0, "adapter": "cars"}])
-def test_what_the_model_does_not_have_is_refused_and_changes_nothing(model, wrong):
+def test_an_unknown_degree_or_adapter_changes_nothing(model, wrong):
     model.set_degree(1)
     with pytest.raises(ValueError, match="must be"):
         token_view(model, images(1)[0], **wrong)
