@@ -220,7 +220,7 @@ def test_every_request_ends_once_in_time_and_at_its_degree(requests):
     requests = [SimulatedRequest(**vars(each) | {"degrees": []}) for each in requests]
     played = simulate(scheduler(SLO, max_queue=100), requests)
     for each in played.asked:
-        ends = [each.answered_at is not None, each.refused is not None, each.gone()]
+        ends = [each.answered_at is not None, each.refused is not None, each.cancelled()]
         assert any(ends)
         assert not all(ends[:2])
         if each.answered_at is not None:
@@ -251,5 +251,5 @@ def test_corrections_decay_while_nothing_runs():
     for _ in range(100):
         known.observe(NAME, 0, 1, 5 * true_seconds(NAME, 0, 1))
     assert known.seconds(NAME, 0, 1) > 3 * true_seconds(NAME, 0, 1)
-    known.fade(300)
+    known.decay(300)
     assert known.seconds(NAME, 0, 1) == pytest.approx(true_seconds(NAME, 0, 1), rel=0.01)

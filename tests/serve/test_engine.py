@@ -39,10 +39,11 @@ class Model:
         self.free = threading.Event()
         self.free.set()
         self.threads, self.ran = set(), []
-        self.dies = 0
+        self.dies, self.limits = 0, []
 
     def __call__(self, name, degree, images, limit_s):
         self.threads.add(threading.get_ident())
+        self.limits.append(limit_s)
         assert self.free.wait(PATIENCE_S)
         if "bad" in images:
             raise RuntimeError("this image is not for me")
@@ -148,6 +149,16 @@ def test_an_accepted_request_is_refused_when_the_machine_is_too_slow(engine, mod
     with pytest.raises(RequestRefusedError, match="longer than expected"):
         future.result(PATIENCE_S)
     assert "second" not in model.ran
+
+
+def test_a_batch_counts_as_stuck_after_ten_times_its_upper_bound(model):
+    for seconds, limit_s in ((0.001, 2.0), (1.0, 12.0)):  # the upper bound is 1.2 s
+        costs = CostModel({(NAME, 0): {1: seconds}})
+        engine = Engine(model, Scheduler(costs, ControllerRules(60.0, (0,))))
+        engine.start()
+        engine.submit(NAME, ["image"]).result(PATIENCE_S)
+        assert engine.drain(PATIENCE_S)
+        assert model.limits.pop() == pytest.approx(limit_s, rel=0.01)
 
 
 def test_cancelled_requests_do_not_run(engine, model):
