@@ -1,7 +1,7 @@
-"""Timing: everything that is compared takes turns, and ratios are taken within a turn.
+"""Timing in rounds: everything that is compared runs once per round, and ratios are per round.
 
-A machine that does other things slows all that run in one turn alike, so the ratio of two times of
-the same turn says more than the ratio of two medians.
+When other programs slow the machine down, they slow everything in that round alike. So the median
+of the ratios within rounds is more reliable than the ratio of two medians.
 """
 
 import math
@@ -23,31 +23,32 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Something that is timed."""
+    """Something to time."""
 
     call: Callable[[], object]
-    """One pass."""
+    """Does one pass."""
     prepare: Callable[[], object] = _nothing
-    """Called before each turn, and not timed: turns the dial, for one."""
+    """Called before each turn, without being timed, for example to set the degree."""
     seen: bool = True
-    """Whether torch allocates its memory in this thread, so that its peak can be seen."""
+    """Whether torch allocates the memory of a pass in this thread, so that its peak is visible."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of one runner."""
+    """One turn of one runner, in one round."""
 
     seconds: float
-    """Of one pass; the mean, where several are needed for a turn that can be timed."""
+    """Seconds of one pass: the mean if the turn consisted of several passes."""
     page_faults: float
-    """Minor ones in one pass: pages that the operating system had to hand out again."""
+    """Minor page faults in one pass: pages that the operating system had to provide again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A number that was measured several times."""
+    """Median and percentiles of repeated measurements."""
 
     median: float
+    """Median."""
     low: float
     """10th percentile."""
     high: float
@@ -55,12 +56,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Median and percentiles, interpolated between values."""
+        """Compute median and percentiles, interpolated between values."""
         low, median, high = (float(v) for v in np.percentile(values, [10, 50, 90]))
         return cls(median, low, high)
 
     def as_row(self, key: str) -> dict[str, float]:
-        """As entries KEY, KEY_low and KEY_high."""
+        """Entries KEY, KEY_low and KEY_high of a row."""
         return {key: self.median, f"{key}_low": self.low, f"{key}_high": self.high}
 
 
@@ -72,18 +73,18 @@ def alternate(
     warm_up: int = 2,
     shortest_turn_s: float = 0.1,
 ) -> dict[Key, list[Turn]]:
-    """Let every runner take `repeats` turns, one after another.
+    """Time all runners in `repeats` rounds. Each runner has one turn per round.
 
     Args:
-        runners: Each starts a round as often as the others, give or take one.
-        repeats: Rounds that count.
-        device: What they run on; waited for before the clock is read.
-        warm_up: Passes of each before the first round.
-        shortest_turn_s: A turn repeats a pass until it takes about this long, judged by the last
-            pass of the warm-up. 0: each turn is one pass.
+        runners: The runners. Rounds begin with each of them in turn.
+        repeats: Number of rounds, without the warm-up.
+        device: Device of the runners. It is synchronised before the clock is read.
+        warm_up: Passes of each runner before the first round.
+        shortest_turn_s: Seconds that a turn should take at least: short passes are repeated within
+            a turn, as often as the last pass of the warm-up suggests. 0 makes each turn one pass.
 
     Returns:
-        The turns of each runner; those with the same index were taken in the same round.
+        The turns of each runner. Turns with the same index belong to the same round.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
@@ -91,8 +92,8 @@ def alternate(
     for key, runner in runners.items():
         runner.prepare()
         for _ in range(warm_up):
-            took = _turn(runner, 1, device).seconds
-            passes[key] = max(1, math.ceil(shortest_turn_s / took))
+            duration = _turn(runner, 1, device).seconds
+            passes[key] = max(1, math.ceil(shortest_turn_s / duration))
     turns: dict[Key, list[Turn]] = {key: [] for key in runners}
     order = list(runners)
     for repeat in range(repeats):
@@ -121,7 +122,7 @@ def _synchronize(device: str) -> None:
 
 
 def ratio(base: Sequence[Turn], own: Sequence[Turn]) -> Spread:
-    """How many times as fast `own` is as `base`: of the ratios within each turn."""
+    """How many times as fast `own` is as `base`: the spread of the ratios within rounds."""
     return Spread.of([b.seconds / o.seconds for b, o in zip(base, own, strict=True)])
 
 
@@ -131,5 +132,5 @@ def seconds(turns: Sequence[Turn]) -> float:
 
 
 def page_faults(turns: Sequence[Turn]) -> float:
-    """Median number in a pass."""
+    """Median number of page faults in a pass."""
     return Spread.of([turn.page_faults for turn in turns]).median

@@ -1,10 +1,10 @@
-"""Every answer of a server against the offline model at the degree that the answer reports.
+"""Compares every answer of a server with the offline model, at the degree that the answer reports.
 
-Mixed requests of one to four images go to one server from many clients at a time: to any of its
-models, at fixed degrees, at the best one, and as the load allows, so that batches mix images of
-many requests. The offline model sees each image alone. Fails (exit code 1) if a probability differs
-by more than 1e-4, a grey level of a mask by more than one, or the class of more than one pixel in a
-thousand; or if a degree that was asked for is not the one that was run.
+Many clients send requests of one to four images to one server at the same time: for any of its
+models, at fixed degrees, at the best one, and at the degree that the server chooses. So batches mix
+images of many requests. The offline model computes each image alone. The command fails (exit code
+1) if a probability differs by more than 1e-4, a grey level of a mask by more than one, or the class
+of more than one pixel in a thousand; or if a requested degree is not the one that was run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from tokendial.tasks import BinaryMasks, Classification
 from tokendial.tasks.dense import best_class, resize_map
 
 PROBABILITY, GREY, PIXELS = 1e-4, 1 / 255, 1e-3
-"""How far an answer may be from the offline model."""
+"""Largest allowed difference between an answer and the offline model, by kind of answer."""
 ROUNDS = 20
 DEADLINE_MS = 60_000
 COLUMNS = (
@@ -53,16 +53,18 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked."""
+    """A request for predictions."""
 
     model: str
+    """Name of the model."""
     degree: int | str
+    """Degree of the dial, "auto" or "best"."""
     images: tuple[int, ...]
-    """By their numbers."""
+    """Indices of the images."""
 
 
 class Offline:
-    """A run's model, that sees one image at a time."""
+    """The model of a run, which computes one image at a time."""
 
     def __init__(self, run: Run, images: Sequence[Image.Image]) -> None:
         self.model, self.task, self.classes = run.model(), run.task(), run.classes()
@@ -72,7 +74,7 @@ class Offline:
 
     @torch.inference_mode()
     def _expected(self, number: int, degree: int) -> np.ndarray:
-        """Probabilities [K], or a mask [H, W] of grey levels or classes."""
+        """The expected probabilities [K], or the mask [H, W] of grey levels or classes."""
         image = self.images[number]
         self.model.set_degree(degree)
         logits = self.task.predict(self.model, self.transform(image).unsqueeze(0)).float()
@@ -84,18 +86,18 @@ class Offline:
         return best_class(logits[0], size).numpy()
 
     def apart(self, number: int, prediction: dict[str, Any]) -> float:
-        """How far a prediction is from the model's: in probability, or the share of pixels."""
+        """Difference of a prediction from the model's: in probability, or a fraction of pixels."""
         expected = self.expected(number, prediction["degree"])
         if isinstance(self.task, Classification):
             return float(np.abs(probabilities(prediction, self.classes) - expected).max())
-        told = mask_of(prediction)
+        mask = mask_of(prediction)
         if isinstance(self.task, BinaryMasks):
-            return float(np.abs(told.astype(float) - expected).max()) / 255
-        return float((told != expected).mean())
+            return float(np.abs(mask.astype(float) - expected).max()) / 255
+        return float((mask != expected).mean())
 
     @property
     def allowed(self) -> float:
-        """How far it may be."""
+        """Largest allowed difference of a prediction."""
         if isinstance(self.task, Classification):
             return PROBABILITY
         return GREY if isinstance(self.task, BinaryMasks) else PIXELS
@@ -104,7 +106,7 @@ class Offline:
 def mixed(
     models: Sequence[str], degrees: Sequence[int], *, images: int, requests: int, seed: int
 ) -> list[Request]:
-    """Requests for one to four of the images; half of them leave the degree to the server."""
+    """Random requests for one to four images. Half of them let the server choose the degree."""
     draw = np.random.default_rng(seed)
     found = []
     for _ in range(requests):
@@ -122,16 +124,16 @@ def mixed(
 def answered(
     url: str, requests: Sequence[Request], offline: Mapping[str, Offline], *, clients: int
 ) -> list[tuple[Request, Exchange]]:
-    """All requests with their answers; those that are refused are sent again.
+    """Send all requests and return their answers. Refused requests are sent again.
 
     Args:
-        url: Where they go.
-        requests: They.
-        offline: The models, and the images.
-        clients: Requests at a time.
+        url: URL of the server.
+        requests: The requests.
+        offline: The offline models with the images, by name.
+        clients: Requests that are sent at the same time.
 
     Raises:
-        ValueError: If a request gets another answer, or is refused every time.
+        ValueError: If a request gets an error, or is refused every time.
     """
     done, left = [], [(request, _body(request, offline[request.model])) for request in requests]
     for _ in range(ROUNDS):
@@ -148,7 +150,7 @@ def answered(
 
 
 def _body(request: Request, model: Offline) -> bytes:
-    """As JSON; it asks for all classes, and has time."""
+    """The body of a request as JSON. It asks for all classes and has a late deadline."""
     return request_body(
         [model.encoded[number] for number in request.images],
         model=request.model,
@@ -159,12 +161,12 @@ def _body(request: Request, model: Offline) -> bytes:
 
 
 def compared(done: Sequence[tuple[Request, Exchange]], offline: Mapping[str, Offline]) -> list[Row]:
-    """A row for each model and each way to ask for a degree."""
+    """One row per model and kind of degree: fixed, "auto" or "best"."""
     rows: dict[str, list[Row]] = {}
     for request, exchange in done:
         model = offline[request.model]
-        told = predictions(exchange)
-        for number, prediction in zip(request.images, told, strict=True):
+        answers = predictions(exchange)
+        for number, prediction in zip(request.images, answers, strict=True):
             kind = request.degree if isinstance(request.degree, str) else "fixed"
             degree, apart = prediction["degree"], model.apart(number, prediction)
             right = apart <= model.allowed and request.degree in (kind, degree)
@@ -185,7 +187,7 @@ def compared(done: Sequence[tuple[Request, Exchange]], offline: Mapping[str, Off
 
 
 def main(arguments: list[str]) -> None:
-    """Ask, compare, write the results, and fail if an answer was wrong."""
+    """Send requests, compare the answers, write the results, and fail if an answer is wrong."""
     asked = _asked(arguments)
     runs = [Run(_folder(text)) for text in asked.runs]
     images = Workload(runs[0], asked.images).images
@@ -204,7 +206,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _folder(run: str) -> str:
-    """Of RUN or NAME=RUN."""
+    """The folder in RUN or NAME=RUN."""
     return run if Path(run).is_dir() else run.partition("=")[2] or run
 
 
@@ -213,5 +215,5 @@ def _asked(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or NAME=FOLDER")
     add_server(parser)
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--clients", type=int, default=48, help="requests at a time")
+    parser.add_argument("--clients", type=int, default=48, help="requests sent at the same time")
     return parsed(parser, arguments, requests=100, images=50)

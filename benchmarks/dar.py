@@ -1,8 +1,8 @@
-"""Speed of DAR inference over the dense model, beside the ratio of their costs.
+"""Speed of DAR in inference, compared with the dense model and with the ratio of their costs.
 
-DINOv2 ViT-B/14 with random weights; the dispatchers are centred first, so that each selects half of
-the patches. The model without DAR (same adapters, same decoder) and DAR take turns, as a batch and
-image by image; logits of the batch have to be those of the single images.
+The model is DINOv2 ViT-B/14 with random weights. Its dispatchers are centred first, so that each
+selects half of the patches. The dense model has the same adapters and decoder, without DAR. Both
+take turns, with a batch and image by image; the logits of the batch must equal those of the images.
 """
 
 import copy
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     share = meter.share
     apart = float((logits - one_by_one()).abs().max())
     full, nominal = dense.cost(), model.cost()
-    # The nominal cost is that of the share DAR is trained to; FFNs of other shares cost in step.
+    # The nominal cost holds for the target ratio. The cost of FFNs is linear in the real ratio.
     ffn = (full.gmacs - nominal.gmacs) / (1 - td.DAR().target_ratio)
     gmacs = full.gmacs - ffn * (1 - share)
     contenders = [

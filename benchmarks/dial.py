@@ -1,6 +1,6 @@
-"""Time of one turn of the dial with a compensator merged into the weights.
+"""Time to change the degree while a compensator is merged into the weights.
 
-Each round turns the dial to another degree, drawn at random, and runs one image there. Costs are
+Each round sets another degree, chosen at random, and runs one image at it. Multiply-accumulates are
 counted with and without the compensator.
 """
 

@@ -3,15 +3,16 @@
     python tools/build_cutouts.py --out cutouts --task saliency
     python -m benchmarks evidence_dar --data cutouts/saliency --jobs 2
 
-The shipped small ViT at 72 pixels learns to outline objects (recipe dar/cutouts): by a linear
-decoder alone, by DAR, and by DAR*; each from three seeds (decoders, adapters and order differ).
-The models are those after the last epoch: with so few grounds to validate on, the best epoch is
-chosen by chance. Objects and grounds of the test pictures are in no training picture. DAR's models
-also run at every degree of the dial, whose thresholds were found on training pictures. Small-scale
-evidence for a mechanism: it says nothing about scores on public sets.
+The shipped small ViT at 72 pixels is trained to outline objects (recipe dar/cutouts): with a linear
+decoder only, with DAR, and with DAR*. Each is trained with three seeds, which change decoders,
+adapters and the order of images. The models after the last epoch are used, because the validation
+set has too few backgrounds to choose an epoch by. Objects and backgrounds of the test images are in
+no training image. DAR's models also run at every degree of the dial, with thresholds that were
+found on training images. This is small-scale evidence that the method works. It does not show which
+scores to expect on public data sets.
 
-Runs lie in --out; a stopped evidence run goes on. One thread for each run. Results go to
-benchmarks/results/evidence_dar_HARDWARE_DATE.json.
+Runs are written to --out; the same command continues an interrupted one. Each run has one thread.
+Results go to benchmarks/results/evidence_dar_HARDWARE_DATE.json.
 """
 
 import argparse
@@ -49,18 +50,18 @@ MEASURES = ("mean_f", "s_measure", "weighted_f", "max_f", "mean_e", "mae")
 
 @dataclass(frozen=True)
 class Tuned:
-    """One run."""
+    """One run: a method and a seed."""
 
     method: str
     seed: int
 
     def folder(self, out: Path) -> Path:
-        """Where it lies."""
+        """The folder of the run."""
         name = self.method.replace("*", " star").replace(",", "")
         return out / f"{name}-{self.seed}".lower().replace(" ", "_")
 
     def train(self, options: argparse.Namespace) -> None:
-        """Train, or go on, or find that it is done."""
+        """Train the run, or resume it; a finished one is left as it is."""
         command = [
             *("tokendial", "train", "dar/cutouts", f"output={self.folder(options.out)}"),
             *(f"seed={self.seed}", f"data.root={options.data}", *METHODS[self.method]),
@@ -70,7 +71,7 @@ class Tuned:
         print(self.folder(options.out), flush=True)
 
     def measured(self, out: Path) -> list[dict[str, float]]:
-        """Scores on the test pictures at each degree of the dial, and the share of tokens."""
+        """Scores on the test images, cost and fraction of tokens, at each degree of the dial."""
         torch.set_num_threads(1)
         run = Run(self.folder(out))
         model, task = td.load(run.last), run.task()
@@ -89,7 +90,7 @@ class Tuned:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds, as text."""
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
@@ -112,7 +113,7 @@ def table(found: dict[Tuned, list[dict[str, float]]]) -> None:
 
 
 def dial(found: dict[Tuned, list[dict[str, float]]], method: str) -> None:
-    """Print the scores of a method along the dial."""
+    """Print the scores of a method at every degree."""
     print(f"\n| {method}: degree | tokens in FFNs | MMACs | mean F | S |")
     print("|---" * 5 + "|")
     runs = [found[Tuned(method, seed)] for seed in SEEDS]
@@ -129,7 +130,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("cutouts/saliency"))
     parser.add_argument("--out", type=Path, default=Path("runs/evidence_dar"))
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 

@@ -1,16 +1,17 @@
-"""Dense Adapter against AdaptFormer, LoRA and linear at equal parameters, with EViT, real images.
+"""Dense Adapter, AdaptFormer, LoRA and a linear probe with EViT, at equal parameters, real images.
 
     python -m benchmarks evidence_dense_adapter --jobs 2
 
-The shipped small ViT, frozen, with 30 % of its tokens given up at layers 4, 7 and 10, learns three
-questions about dense scenes: how many sneakers, where is the bag, which kind is there three times.
-Each method gets the learning rate that does best on a seed of its own and the first question; then
-every question is learnt from three seeds (scenes, heads and order differ). The table holds the
-accuracy after the last epoch, mean and standard deviation over seeds. Small-scale evidence for a
-mechanism: it says nothing about accuracies on large data sets.
+The shipped small ViT is frozen, and EViT removes 30 % of its tokens at layers 4, 7 and 10. It is
+fine-tuned for three tasks on crowded scenes: how many sneakers are there, where is the bag, which
+kind of item is there three times. The learning rate of each method is chosen on the first task,
+with a seed that is not used again. Then every task is trained with three seeds, which change
+scenes, heads and order. The table shows the accuracy after the last epoch, as mean and standard
+deviation over seeds. This is small-scale evidence that the method works. It does not show which
+accuracy to expect on large data sets.
 
-Runs lie in --out; a stopped evidence run goes on. One thread for each run. Results go to
-benchmarks/results/evidence_dense_adapter_HARDWARE_DATE.json.
+Runs are written to --out; the same command continues an interrupted one. Each run has one thread.
+Results go to benchmarks/results/evidence_dense_adapter_HARDWARE_DATE.json.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 from benchmarks.report import write_json
 from tokendial.runs import Run
 
-# Widths for equal numbers of parameters: 69.2 k, 68.3 k and 69.1 k; linear trains the head alone.
+# Widths for equal numbers of parameters: 69.2 k, 68.3 k and 69.1 k; linear trains the head only.
 METHODS = {
     "Dense Adapter": "{name: dense_adapter, dim: 16}",
     "AdaptFormer": "{name: adaptformer, dim: 29}",
@@ -40,7 +41,7 @@ SEED_FOR_RATES = 100
 
 @dataclass(frozen=True)
 class Training:
-    """One run."""
+    """One run: a method, a task, a seed and a learning rate."""
 
     method: str
     task: str
@@ -48,7 +49,7 @@ class Training:
     lr: float
 
     def accuracy(self, out: Path, epochs: int) -> float:
-        """Train, or go on, or find that it is done; accuracy after the last epoch."""
+        """Train or resume the run, and return its accuracy after the last epoch."""
         name = f"{self.method}-{self.task}-{self.seed}-{self.lr:g}".lower().replace(" ", "_")
         command = [
             *("tokendial", "train", "demo", f"output={out / name}", f"seed={self.seed}"),
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/evidence_dense_adapter"))
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
     options = parser.parse_args(arguments)
 
     def trained(runs: Iterable[Training]) -> dict[Training, float]:

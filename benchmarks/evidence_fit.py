@@ -1,14 +1,13 @@
-"""Fitted schedules against constant ones at the same measured time, on real images.
+"""Fitted and constant schedules compared at the same measured time, on real images.
 
     OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks evidence_fit
 
-The shipped small ViT on its own task (which kinds of items a dense scene holds; ten answers that do
-not exclude each other). For each seed, `fit` draws training scenes, without labels, and finds a
-schedule of ToMe for each speed-up. Then the model with nothing removed, the fitted schedules and
-ToMe with every constant r take turns in forward passes; times are medians of ratios to the first,
-turn by turn. Agreement with the model that removes nothing and accuracy are those of other scenes.
-What a constant r gives at the time of a fitted schedule is read off the line between the two
-constant r next to it.
+The shipped small ViT runs on the task that it was pre-trained for: which of ten kinds of items does
+a scene show? For each seed, `fit` gets random training scenes without labels, and searches a
+schedule of ToMe for each speed-up. Then the unreduced model, the fitted schedules and ToMe with
+several constant r are timed in turns; times are medians of the ratios to the unreduced model within
+rounds. Agreement with the unreduced model, and accuracy, are measured on other scenes. The value of
+a constant r at the time of a fitted schedule is interpolated between the two neighbouring r.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from tokendial.tasks import Classification
 from tokendial.tune.agreement import compared, two_way
 
 SEEDS = (0, 1, 2)
-# Held-out scenes are those of a seed of its own, and of the validation items.
+# Scenes to compare on have another seed, and validation items that no training scene shows.
 HELD_OUT_SEED = 100
 CONSTANT = (*range(1, 13), 14, 16, 20, 24, 32)
 METRICS = ("divergence", "agreement", "accuracy")
@@ -50,20 +49,20 @@ def scenes(split: str, seed: int, size: int, model: td.DialViT) -> tuple[Tensor,
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits of many images."""
+    """Logits of many images, computed in batches."""
     return torch.cat([model(batch) for batch in images.split(50)])
 
 
 @torch.no_grad()
 def times(models: Sequence[nn.Module], images: Tensor, repeats: int) -> list[float]:
-    """Time of each model as a share of the first one's."""
+    """Time of each model as a fraction of the first model's."""
     runners = {n: Runner(functools.partial(model, images)) for n, model in enumerate(models)}
     turns = alternate(runners, repeats=repeats)
     return [1 / ratio(turns[0], turns[n]).median for n in runners]
 
 
 def judged(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[dict[str, float]]:
-    """Agreement with the first model, and accuracy."""
+    """Agreement of each model with the first one, and its accuracy."""
     unreduced = logits_of(models[0], images)
     rows = []
     for model in models:
@@ -81,9 +80,9 @@ def judged(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[
 
 
 def at_time(curve: Sequence[dict[str, Any]], time: float, metric: str) -> float:
-    """A metric of constant schedules between the two whose times lie around `time`.
+    """A metric of constant schedules at `time`, interpolated between the two nearest ones.
 
-    Where none is as fast: that of the fastest, though it takes longer.
+    If all of them are slower, this is the value of the fastest one.
     """
     rising = sorted(curve, key=lambda row: row["time"])
     xs, ys = [row["time"] for row in rising], [row[metric] for row in rising]
@@ -148,7 +147,7 @@ def table(results: Sequence[dict[str, Any]]) -> None:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation."""
+    """Mean and standard deviation, as text."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
@@ -159,11 +158,13 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks evidence_fit", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--speedup", default="1.5,2,2.5")
-    parser.add_argument("--images", type=int, default=256, help="Scenes that a fit may look at.")
+    parser.add_argument("--images", type=int, default=256, help="Scenes that a fit may use.")
     parser.add_argument("--test", type=int, default=2000, help="Scenes to compare on.")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=3.0, help="For each fit.")
-    parser.add_argument("--repeats", type=int, default=21, help="Rounds of alternating turns.")
+    parser.add_argument(
+        "--minutes", type=float, default=3.0, help="Time limit of each fit, in minutes."
+    )
+    parser.add_argument("--repeats", type=int, default=21, help="Number of rounds of timing.")
     parser.add_argument("--out", type=Path, help="Folder for the results.")
     options = parser.parse_args(arguments)
     results = [of_seed(seed, options) for seed in SEEDS]

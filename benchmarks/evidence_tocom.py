@@ -1,22 +1,23 @@
-"""What ToCom wins back when a model runs at another degree than it was fine-tuned at, real images.
+"""Accuracy that ToCom recovers when a model runs at another degree than its own, on real images.
 
     python -m benchmarks evidence_tocom --jobs 2
 
-The shipped small ViT gets one compensator for each dial, ToMe and EViT per layer, trained on its
-own pre-training scenes without labels. Three other questions about dense scenes (how many
-sneakers, where is the bag, which kind is there three times) are learnt by AdaptFormer at degree 0,
-at half and at the full degree of each dial, from three seeds (scenes, heads and order differ).
-Then every model runs at each of the three degrees, without and with the compensator, which has
-seen none of the three tasks.
+For each of two reduction methods, ToMe and EViT in every layer, one compensator is trained for the
+shipped small ViT, on its pre-training scenes and without labels. Then AdaptFormer fine-tunes the
+ViT for three other tasks on crowded scenes: how many sneakers are there, where is the bag, which
+kind of item is there three times. It does so at degree 0, at half and at the full degree of each
+dial, with three seeds, which change scenes, heads and order. Every model then runs at each of the
+three degrees, without and with the compensator, which was trained for none of the three tasks.
 
-The gap is the accuracy of the model trained at the degree it runs at, less that of the one trained
-at degree 0; recovered is the share of it that the compensator brings back. The factor on the
-difference is searched among five on 200 scenes that are not those of the test, as in the paper.
-The ablations train the compensator in other ways. Small-scale evidence for a mechanism: it says
-nothing about accuracies on large data sets.
+The gap is the accuracy of the model that was trained at the degree it runs at, minus the accuracy
+of the model that was trained at another degree. "recovered" is the fraction of the gap that the
+compensator closes. The compensator's scale is chosen among five values on 200 scenes outside of the
+test set, as in the paper. The ablations train the compensator in other ways. This is small-scale
+evidence that the method works. It does not show which accuracy to expect on large data sets.
 
-Needs Debian's package dataset-fashion-mnist. Everything lies in --out; a stopped evidence run goes
-on. One thread for each run. Results go to benchmarks/results/evidence_tocom_HARDWARE_DATE.json.
+Needs Debian's package dataset-fashion-mnist. Runs are written to --out; the same command continues
+an interrupted one. Each run has one thread. Results go to
+benchmarks/results/evidence_tocom_HARDWARE_DATE.json.
 """
 
 import argparse
@@ -44,11 +45,11 @@ from tokendial.runs.evaluate import evaluate_loader
 from tokendial.runs.loaders import eval_loader
 
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=16), "evit": td.EViT(r=6)}
-# Epochs and learning rate; where an item is, the pre-training has not asked at all.
+# Epochs and learning rate. Pre-training had no task about where an item is.
 TASKS = {"count": (3, 5e-3), "where": (5, 1e-2), "which": (3, 5e-3)}
 SEEDS = (0, 1, 2)
 TEST, SEARCH, SEARCH_SEED = 1000, 200, 1000
-# Some of the paper's factors, as shares of the one in training.
+# Some of the paper's scales, as fractions of the scale in training.
 SHARES = (0.2, 0.5, 0.8, 1.0, 1.2)
 TOCOM = {"name": "tocom", "rank": 4, "scale": 1.0, "dropout": 0.0}
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -63,7 +64,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def command(kind: str, recipe: str, settings: dict[str, Any]) -> None:
-    """A run of the command line, with one thread; goes on where it stopped."""
+    """Run a command of Tokendial with one thread; it resumes an interrupted run."""
     words = ["tokendial", kind, recipe]
     words += [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -73,7 +74,7 @@ def command(kind: str, recipe: str, settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A model fine-tuned for a task; at degree 0 it is the same for every dial."""
+    """A model fine-tuned for a task. Models trained at degree 0 have no dial."""
 
     task: str
     seed: int
@@ -81,11 +82,11 @@ class Tuned:
     source: int
 
     def folder(self, out: Path) -> Path:
-        """Where its run lies."""
+        """The folder of its run."""
         return out / "-".join(map(str, (self.task, self.seed, self.dial or "none", self.source)))
 
     def train(self, options: argparse.Namespace) -> None:
-        """Fine-tune it."""
+        """Fine-tune the model."""
         epochs, lr = TASKS[self.task]
         settings = {
             "output": str(self.folder(options.out)),
@@ -104,7 +105,7 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Question:
-    """The accuracy of a model at a degree of a dial, perhaps with a compensator."""
+    """A measurement to make: the accuracy of a model at a degree, without or with a compensator."""
 
     tuned: Tuned
     dial: str
@@ -112,7 +113,7 @@ class Question:
     compensator: str | None = None
 
     def answer(self, out: Path) -> dict[str, float]:
-        """Accuracy on the test scenes, and the factor on the compensator's difference."""
+        """Accuracy on the test scenes, and the scale chosen for the compensator."""
         tuned = self.tuned
         name = f"{tuned.folder(out).name}-at-{self.dial}-{self.target}-{self.compensator}.json"
         path = out / "answers" / name.replace(" ", "_")
@@ -148,7 +149,7 @@ class Question:
 
 @functools.lru_cache(maxsize=2)
 def batches(folder: Path, seed: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Scenes of a run's task that it was not trained on."""
+    """Batches of scenes of a run's task that it was not trained on."""
     run = Run(folder)
     data = replace(run.recipe().data, val_size=size).build(seed)
     transform = run.task().eval_transform(run.model().anatomy)
@@ -158,7 +159,7 @@ def batches(folder: Path, seed: int, size: int) -> list[tuple[Tensor, Tensor]]:
 def train_compensator(
     dial: str, name: str, settings: dict[str, Any], options: argparse.Namespace
 ) -> None:
-    """Train one on the pre-training scenes."""
+    """Train a compensator on the pre-training scenes."""
     common = {
         "output": str(compensator_folder(options.out, dial, name)),
         "reduce": to_json("reduce", DIALS[dial]),
@@ -170,14 +171,14 @@ def train_compensator(
 
 
 def compensator_folder(out: Path, dial: str, name: str) -> Path:
-    """Where a compensator lies."""
+    """The folder of a compensator."""
     return out / f"{dial}-{name}".replace(" ", "_")
 
 
 def answers(
     questions: Iterable[Question], options: argparse.Namespace
 ) -> dict[Question, dict[str, float]]:
-    """Every answer, measured if it has not been before."""
+    """The results of all measurements. Those made before are read from their files."""
     wanted = list(dict.fromkeys(questions))
     with ProcessPoolExecutor(options.jobs) as pool:
         found = pool.map(functools.partial(Question.answer, out=options.out), wanted)
@@ -185,17 +186,17 @@ def answers(
 
 
 def tuned(task: str, seed: int, dial: str, source: int) -> Tuned:
-    """The model of a cell of the grid."""
+    """The model trained for a task at a source degree."""
     return Tuned(task, seed, dial if source else None, source)
 
 
 def degrees(dial: str) -> tuple[int, int, int]:
-    """None, half and all of a dial."""
+    """The three degrees of a dial: 0, half, and the highest."""
     return 0, DIALS[dial].r // 2, DIALS[dial].r
 
 
 def questions(dial: str, ablations: Sequence[str]) -> list[Question]:
-    """Every source at every target, plain and bridged; some pairs by every ablation."""
+    """All measurements: every source at every target, without and with compensators."""
     found = []
     for task, seed in itertools.product(TASKS, SEEDS):
         for source, target in itertools.product(degrees(dial), repeat=2):
@@ -208,7 +209,7 @@ def questions(dial: str, ablations: Sequence[str]) -> list[Question]:
 
 
 def ablated(dial: str) -> list[tuple[int, int]]:
-    """The pairs of degrees at which ablations run."""
+    """The pairs of source and target that ablations are measured at."""
     none, _, top = degrees(dial)
     return [(none, top), (top, none)]
 
@@ -219,13 +220,13 @@ Answers = dict[Question, dict[str, float]]
 def accuracies(
     found: Answers, dial: str, task: str, source: int, target: int, name: str | None = None
 ) -> list[float]:
-    """For every seed, in percent."""
+    """Accuracies of all seeds, in percent."""
     asked = (Question(tuned(task, seed, dial, source), dial, target, name) for seed in SEEDS)
     return [100 * found[question]["accuracy"] for question in asked]
 
 
 def table(dial: str, found: Answers) -> list[dict[str, Any]]:
-    """Print and return what the compensator wins back, for every pair of degrees."""
+    """Print and return the gap and the recovered accuracy for every pair of degrees."""
     columns = ("degree 0", "mismatched", "compensated", "matched")
     print(f"\n| {dial} | task | {' | '.join(columns)} | gap | recovered |")
     print("|---" * (len(columns) + 4) + "|")
@@ -253,7 +254,7 @@ def table(dial: str, found: Answers) -> list[dict[str, Any]]:
 
 
 def ablation(dial: str, found: Answers) -> list[dict[str, Any]]:
-    """Print and return the mean accuracy over tasks and seeds with each way of training."""
+    """Print and return the mean accuracy over tasks and seeds for each ablation."""
     pairs = ablated(dial)
     print(f"\n| {dial} | {' | '.join(f'{source} → {target}' for source, target in pairs)} |")
     print("|---" * (len(pairs) + 1) + "|")
@@ -276,10 +277,12 @@ def main(arguments: list[str]) -> None:
         prog="python -m benchmarks evidence_tocom", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--out", type=Path, default=Path("runs/evidence_tocom"))
-    parser.add_argument("--scenes", type=int, default=3000, help="Scenes to learn a task from.")
-    parser.add_argument("--unlabelled", type=int, default=20000, help="Scenes for a compensator.")
+    parser.add_argument("--scenes", type=int, default=3000, help="Training scenes of each task.")
+    parser.add_argument(
+        "--unlabelled", type=int, default=20000, help="Training scenes of a compensator."
+    )
     parser.add_argument("--ablate", nargs="*", choices=DIALS, default=["tome"])
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 

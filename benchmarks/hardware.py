@@ -1,4 +1,4 @@
-"""What a benchmark ran on, in words."""
+"""Description of the hardware and the packages that a benchmark ran on."""
 
 import os
 import platform
@@ -12,10 +12,10 @@ _INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf
 _PACKAGES = ("tokendial", "torch", "timm", "transformers", "onnxruntime")
 
 
-def described(device: str) -> dict[str, object]:
-    """Everything about the machine that a speed depends on."""
+def describe(device: str) -> dict[str, object]:
+    """Everything about the machine that speed depends on, by name."""
     flags = _cpu_field("flags").split()
-    found: dict[str, object] = {
+    machine: dict[str, object] = {
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "cores_given": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -26,31 +26,36 @@ def described(device: str) -> dict[str, object]:
         "system": platform.platform(),
     }
     if device != "cpu":
-        found["accelerator"] = torch.cuda.get_device_name(device)
-    return found
+        machine["accelerator"] = torch.cuda.get_device_name(device)
+    return machine
 
 
-def in_words(device: str) -> str:
-    """One line."""
-    told = described(device)
+def one_line(device: str) -> str:
+    """The description of the machine in one line."""
+    machine = describe(device)
     if device != "cpu":
-        return f"{told['accelerator']}"
-    instructions = ", ".join(told["instructions"]) or "no vector instructions known"
+        return f"{machine['accelerator']}"
+    instructions = ", ".join(machine["instructions"]) or "no vector instructions known"
     return (
-        f"{told['cpu']}, {told['cores_given'] or told['cores']} cores, {told['threads']} threads, "
-        f"{instructions}; PyTorch uses {told['torch_cpu_capability']}"
+        f"{machine['cpu']}, {machine['cores_given'] or machine['cores']} cores, "
+        f"{machine['threads']} threads, {instructions}; "
+        f"PyTorch uses {machine['torch_cpu_capability']}"
     )
 
 
-def in_a_name(device: str) -> str:
-    """For the name of a file."""
-    told = described(device)
-    name = told["accelerator"] if device != "cpu" else f"{told['cpu']} {told['threads']}threads"
+def slug(device: str) -> str:
+    """The name of the processor, for file names."""
+    machine = describe(device)
+    name = (
+        machine["accelerator"]
+        if device != "cpu"
+        else f"{machine['cpu']} {machine['threads']}threads"
+    )
     return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that take part, where they are installed."""
+    """Versions of Python and of the relevant packages that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -61,7 +66,7 @@ def versions() -> dict[str, str]:
 
 
 def _cpu_field(name: str) -> str:
-    """A line of Linux's description of the first CPU; empty on other systems."""
+    """A field of /proc/cpuinfo for the first CPU; empty on systems other than Linux."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

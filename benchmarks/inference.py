@@ -1,9 +1,9 @@
-"""Speed of every method and degree over plain timm in the same mode, beside what they save.
+"""Speed of methods and degrees compared with plain timm in the same mode, and with their cost.
 
-The first row of each model, dtype, mode and batch size is plain timm, the second one Tokendial
-without a reduction. All take turns, and share one set of weights; optimised ones, which keep
-weights of their own, take turns with as many others as fit into memory. Degrees are those whose
-cost is nearest to --costs, or --degrees, which all methods have to offer.
+For each model, dtype, mode and batch size, the first row is plain timm and the second is Tokendial
+without reduction. All rows take turns and share one set of weights. Optimised models have weights
+of their own, so as many of them take turns as fit into memory. Degrees are those whose costs are
+nearest to --costs, or those of --degrees, which all methods must offer.
 """
 
 import argparse
@@ -46,12 +46,16 @@ def main(arguments: list[str]) -> None:
 def run(
     name: str, doc: str | None, arguments: list[str], *, methods: list[str], costs: list[float]
 ) -> None:
-    """The command `name`, which looks at `methods` at `costs` unless it is told others."""
+    """Run the command `name`, with `methods` and `costs` as defaults of its options."""
     parser = options(name, doc, repeats=5)
     add_model(parser)
     parser.add_argument("--methods", type=listed(str), default=methods)
-    parser.add_argument("--costs", type=listed(float), default=costs, help="shares of timm's")
-    parser.add_argument("--degrees", type=listed(int), help="of the dial, instead of --costs")
+    parser.add_argument(
+        "--costs", type=listed(float), default=costs, help="costs as fractions of timm's"
+    )
+    parser.add_argument(
+        "--degrees", type=listed(int), help="degrees of the dial, instead of --costs"
+    )
     parser.add_argument("--batch", type=listed(int), default=[8])
     parser.add_argument("--dtype", type=listed(str), default=["fp32"])
     parser.add_argument("--mode", type=listed(str), default=["eager"])
@@ -76,13 +80,13 @@ def _rows(model: str, asked: argparse.Namespace) -> Iterator[Row]:
                     repeats=asked.repeats,
                     device=asked.device,
                 )
-                # Later groups run timm and the whole model only to be compared with them.
+                # Every group needs timm and the unreduced model; their rows are given once.
                 yield from found if number == 0 else found[2:]
                 torch.compiler.reset()
 
 
 def _groups(vit: nn.Module, mode: str, asked: argparse.Namespace) -> Iterator[list[str]]:
-    """Methods that are in memory together: all, unless each degree has weights of its own."""
+    """Groups of methods that fit into memory: one group, unless each degree has its own weights."""
     together = len(asked.methods)
     if mode != "eager":
         weights = sum(weight.nbytes for weight in vit.parameters())

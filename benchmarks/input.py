@@ -1,8 +1,8 @@
-"""Share of the time that fine-tuning waits for images, and images per second of a core's decoding.
+"""Fraction of the time that fine-tuning waits for images, and images/s that one core decodes.
 
-ViT-B/16 at 224 is fine-tuned (recipes/image_folder.yaml) on JPEGs of 500 x 375 pixels, as ImageNet
-has them, which are written first: scikit-image's pictures. Each number of loading processes trains
-the same updates.
+ViT-B/16 at 224 pixels is fine-tuned (recipes/image_folder.yaml) on JPEGs of 500 x 375 pixels, the
+usual size in ImageNet. They are written first, from scikit-image's images. Every number of loading
+processes trains the same updates.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SIZE = (500, 375)
 
 
 def write_images(root: Path, count: int) -> None:
-    """Real pictures as JPEGs, each crop another one, two classes."""
+    """Write random crops of real images as JPEGs, in two classes."""
     draw = np.random.default_rng(0)
     pictures = [Image.fromarray(getattr(skimage.data, name)()) for name in PICTURES]
     for split, number in (("train", count), ("val", 2)):
@@ -42,14 +42,14 @@ def write_images(root: Path, count: int) -> None:
 
 
 def decoding(root: Path) -> None:
-    """Read, crop at random and resize every image."""
+    """Read, randomly crop and resize every image."""
     transform = train_transform(Augment(), (224, 224), (0.5,) * 3, (0.5,) * 3)
     for path, _ in ImageFolder(root=str(root)).build(0).train.files:
         transform(read_image(path))
 
 
 def trained(root: Path, folder: Path, workers: int, asked: argparse.Namespace) -> Run:
-    """Train two epochs."""
+    """Train for two epochs, and return the run."""
     settings = {
         "data.root": root,
         "output": folder,
@@ -69,7 +69,7 @@ def trained(root: Path, folder: Path, workers: int, asked: argparse.Namespace) -
 
 
 def measured(root: Path, runs: Path, asked: argparse.Namespace) -> list[Row]:
-    """Share of waiting in the second epoch, and speed of the whole run."""
+    """One row per number of workers: waiting in the second epoch, and speed of the whole run."""
     ran: dict[int, list[Run]] = {workers: [] for workers in asked.workers}
 
     def run(workers: int) -> None:
@@ -108,5 +108,5 @@ def main(arguments: list[str]) -> None:
         Column("images_per_s", "images/s", "{:.2f}"),
     )
     notes = [f"one core reads, crops and resizes {decoded:.0f} images/s"]
-    figure = bars(rows, "workers", {"data_wait": "share of waiting", "images_per_s": "images/s"})
+    figure = bars(rows, "workers", {"data_wait": "fraction of waiting", "images_per_s": "images/s"})
     Report(f"input_{asked.model}", columns, rows, figure, notes).write(asked)

@@ -1,6 +1,6 @@
-"""Memory of one pass, and of parts of it, from the allocations that torch's profiler sees.
+"""Peak memory of one pass, and of the reduction in it, from the allocations in torch's profile.
 
-The growth of the process says little: what one model has given back, the next one finds there.
+The size of the process would not show it: memory that one model has freed is reused by the next.
 """
 
 import bisect
@@ -27,16 +27,16 @@ _RESULT = "benchmarks: bytes of the result "
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Largest numbers of bytes that were held at a time, above what was held before."""
+    """Peak memory of a pass in bytes, above what was allocated before."""
 
     whole: int
-    """In the pass: activations, and all else that it needs besides weights."""
+    """Peak of the whole pass: activations, and all else but weights."""
     reducing: int
-    """In the reducer's own work, above what was held when it began (see `marked`)."""
+    """Peak within the reduction, above what was allocated when it began; see `marked`."""
 
 
 def peak_of(call: Callable[[], object], device: str = "cpu") -> Peak:
-    """Memory of `call`, which runs once."""
+    """Run `call` once, and measure its peak memory."""
     on_cpu = device == "cpu"
     if not on_cpu:
         torch.cuda.reset_peak_memory_stats()
@@ -52,14 +52,14 @@ def peak_of(call: Callable[[], object], device: str = "cpu") -> Peak:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is not in use."""
+    """Bytes of memory that are free."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Held:
-    """How much was held after each change, and which changes the marked work made."""
+    """Allocated bytes after each allocation and release, and where the marked work lies."""
 
     def __init__(self, events: list[dict[str, Any]], *, on_cpu: bool) -> None:
         memory = sorted(
@@ -85,28 +85,28 @@ class _Held:
             for event in events
             if event.get("cat") == "user_annotation" and event["name"].startswith(_RESULT)
         ]
-        """States from which results were there, with their bytes."""
+        """For each result of the reduction: the index of its allocation, and its bytes."""
 
     def _span(self, event: dict[str, Any]) -> tuple[int, int]:
-        """First and last state within an event."""
+        """Indices of the first and the last state within an event."""
         first = bisect.bisect_left(self.times, event["ts"])
         return first, bisect.bisect_right(self.times, event["ts"] + event["dur"])
 
     def _allocation(self, state: int, size: int) -> tuple[int, int]:
-        """The last one before a state of at least so many bytes."""
+        """The last allocation of at least `size` bytes before a state, with the size."""
         made = next(n for n in range(state, 0, -1) if self.after[n] - self.after[n - 1] >= size)
         return made, size
 
     def reducing_peak(self) -> int:
-        """Most that the reducer's work held in any layer."""
+        """Largest peak of the reduction in any layer."""
         within_ffn = {n for first, last in self.ffns for n in range(first + 1, last)}
         most, begin, end = 0, 0, -1
         for first, last in self.reducing:
-            # Choosing the groups and merging them are one piece of work.
+            # Grouping and merging follow each other directly and count as one piece of work.
             begin = begin if first == end else first
             end = last
             for n in range(begin, end + 1):
-                # Tokens that leave the layer would be there without a reduction.
+                # The tokens that leave the layer exist without a reduction, too.
                 result = sum(size for made, size in self.results if begin < made <= n)
                 if n not in within_ffn:
                     most = max(most, self.after[n] - self.after[begin] - result)
@@ -115,10 +115,10 @@ class _Held:
 
 @contextmanager
 def marked(model: td.DialViT) -> Iterator[None]:
-    """Mark the work of a model's reducer for `peak_of`.
+    """Mark the work of a model's reducer in the profile, for `peak_of`.
 
-    That is: its hooks before a block and between attention and FFN, merging the tokens, and what it
-    does around an FFN that it runs itself, without the FFN and the tokens that leave it.
+    Marked are: its hooks before a block and between attention and FFN, the merging of tokens, and
+    its work around an FFN that it runs itself, without the FFN and the tokens that leave it.
     """
     reducer = model.reducer
     if reducer is None:

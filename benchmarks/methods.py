@@ -1,8 +1,7 @@
-"""Speed of every reduction method over plain timm at equal cost.
+"""Speed of every reduction method at equal cost, compared with plain timm.
 
-Each method is turned to the degree whose cost is nearest to 70 % of timm's. Weights are random; the
-dispatchers of DyT and DAR are centred first, so that they select the share of tokens that they
-would be trained to.
+Each method runs at the degree whose cost is nearest to 70 % of timm's. Weights are random. The
+dispatchers of DyT and DAR are centred first, so that they select their target ratio of tokens.
 """
 
 from benchmarks.inference import run

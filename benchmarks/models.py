@@ -1,4 +1,4 @@
-"""The models that take part: plain timm, and every method on the same weights."""
+"""The models of the benchmarks: plain timm, and every reduction method on the same weights."""
 
 import bisect
 from collections.abc import Iterator, Sequence
@@ -32,28 +32,28 @@ METHODS: dict[str, ReducerConfig] = {
 def backbone(
     name: str, *, img_size: int | None, device: str, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A model of timm with random weights, always the same."""
+    """A timm model with random weights, the same in every call."""
     torch.manual_seed(0)
     size = {} if img_size is None else {"img_size": img_size}
     return timm.create_model(name, **size).eval().to(device, dtype)
 
 
 def random_images(vit: nn.Module, batch: int) -> Tensor:
-    """Images that `vit` takes, always the same."""
+    """Random images for `vit`, the same in every call."""
     weight = next(vit.parameters())
-    # A seed of its own: dispatchers are centred on these images, so that decisions about their
-    # tokens lie on the edge, and exported files are checked on images of other seeds.
+    # Dispatchers are centred on these images, so decisions about their tokens are close. Exported
+    # files are compared on images of other seeds, where rounding cannot change a decision.
     generator = torch.Generator().manual_seed(1000 + batch)
     images = torch.randn(batch, 3, *vit.patch_embed.img_size, generator=generator)
     return images.to(weight.device, weight.dtype)
 
 
 def reduced(vit: nn.Module, method: str, images: Tensor) -> td.DialViT:
-    """A method on the weights of `vit`.
+    """A reduction method on the weights of `vit`.
 
-    The dispatchers of DyT and DAR by threshold are centred and calibrated on (some of) `images`, so
-    that each degree processes the share of tokens that it would be trained to, and costs are those
-    of the shares that were measured.
+    The dispatchers of DyT and DAR by threshold are centred and calibrated on the first images. So
+    each degree processes the fraction of tokens that it stands for, and costs count the measured
+    fractions.
     """
     if method not in METHODS:
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, got {method}.")
@@ -67,7 +67,7 @@ def reduced(vit: nn.Module, method: str, images: Tensor) -> td.DialViT:
 
 @torch.no_grad()
 def centre(model: td.DialViT, images: Tensor) -> None:
-    """Shift the dispatchers of DyT or DAR so that each selects half of the tokens of `images`."""
+    """Shift the biases of DyT's or DAR's dispatchers so that each selects half of the tokens."""
     reducer = model.reducer
     with _shifting(reducer):
         model(images)
@@ -90,7 +90,7 @@ def _shifting(reducer: nn.Module) -> Iterator[None]:
 
 
 def degrees_at(model: td.DialViT, shares: Sequence[float]) -> list[int]:
-    """Degrees above 0 whose costs are nearest to these shares of the cost at degree 0."""
+    """The degrees above 0 whose costs are nearest to these fractions of the cost at degree 0."""
     cost = cache(lambda degree: model.cost(degree).gmacs)
     found = set()
     for share in shares:

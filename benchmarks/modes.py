@@ -1,4 +1,4 @@
-"""How models run: as PyTorch runs them, or treated for speed."""
+"""Runners of models in three modes: eager, optimised, and compiled."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,9 +12,10 @@ MODES = ("eager", "optimised", "compiled")
 
 
 def plain(model: nn.Module, images: Tensor, mode: str) -> Runner:
-    """A model without a dial; compiled with its weights as constants, unless the mode is eager.
+    """A runner of a model without a dial. Unless the mode is eager, the model is compiled.
 
-    Compiled at its first call, which has to be within `torch.no_grad()`, or nothing is frozen.
+    It is compiled in its first call, with its weights as constants. That call must be within
+    `torch.no_grad()`, else torch does not freeze the weights.
     """
     if mode == "eager":
         return Runner(lambda: model(images))
@@ -25,7 +26,7 @@ def plain(model: nn.Module, images: Tensor, mode: str) -> Runner:
 def at_degrees(
     model: td.DialViT, images: Tensor, mode: str, degrees: Sequence[int]
 ) -> Iterator[Runner]:
-    """A model at some degrees of its dial; by `td.optimize`, unless the mode is eager."""
+    """Runners of a model at some degrees. Unless the mode is eager, `td.optimize` prepares it."""
     run: td.DialViT | td.OptimizedViT = model
     in_threads = False
     if mode != "eager":

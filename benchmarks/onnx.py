@@ -1,6 +1,7 @@
-"""Exported files in onnxruntime: ToMe, EViT and DAR beside plain timm, exported the same way.
+"""Speed of exported files in onnxruntime: ToMe, EViT and DAR compared with plain timm.
 
-The difference is the largest one between the logits of a file and those of its model in PyTorch.
+All are exported in the same way. The column "difference" is the largest difference between logits
+of a file and of its model in PyTorch.
 """
 
 import tempfile
@@ -59,8 +60,8 @@ def _contenders(
         model = reduced(vit, method, images)
         for degree in degrees_at(model, costs):
             path = folder / f"{method}_{degree}.onnx"
-            told = export(model, path, degree=degree, batch=len(images))
-            labels = _labels(method, degree, told.difference)
+            exported = export(model, path, degree=degree, batch=len(images))
+            labels = _labels(method, degree, exported.difference)
             gmacs = model.cost(degree).gmacs
             yield Contender(labels, gmacs, _session(path, images))
 
@@ -70,7 +71,7 @@ def _labels(method: str, degree: int, difference: float) -> dict[str, object]:
 
 
 def _session(path: Path, images: Tensor) -> Runner:
-    """A file that runs in as many threads as PyTorch has."""
+    """A runner of an ONNX file, with as many threads as PyTorch has."""
     import onnxruntime
 
     settings = onnxruntime.SessionOptions()

@@ -1,4 +1,4 @@
-"""Options that commands have in common."""
+"""Options that several benchmarks share."""
 
 import argparse
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from benchmarks.report import RESULTS
 Value = TypeVar("Value")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUICK = {"model": "vit_tiny_patch16_224", "img_size": 64}
-"""A small model for --quick."""
+"""Defaults of --quick: a small model."""
 
 
 def listed(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """Values with commas between them."""
+    """An argparse type for values separated by commas."""
 
     def values(text: str) -> list[Value]:
         return [kind(part) for part in text.split(",")]
 
-    values.__name__ = f"list of {kind.__name__}"  # argparse names it where a value is wrong
+    values.__name__ = f"list of {kind.__name__}"  # argparse shows it in its errors
     return values
 
 
@@ -32,7 +32,7 @@ def options(
     repeats: int | None = None,
     quick: str = "one round of a small model",
 ) -> argparse.ArgumentParser:
-    """A parser of a command that times something; without `repeats`, once."""
+    """A parser with the shared options. Without `repeats` there is no option for rounds."""
     first, _, rest = (doc or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}",
@@ -40,24 +40,24 @@ def options(
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument("--device", default="cpu", help="device: cpu (the default) or cuda")
     if repeats is not None:
-        parser.add_argument("--repeats", type=int, default=repeats, help="rounds that count")
+        parser.add_argument("--repeats", type=int, default=repeats, help="number of rounds")
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, help=f"folder for the results (default: {RESULTS})")
     return parser
 
 
 def add_model(parser: argparse.ArgumentParser, *, default: str = "vit_base_patch16_224") -> None:
-    """Which model of timm, and at which size."""
-    parser.add_argument("--model", default=default, help="a name of timm")
-    parser.add_argument("--img-size", type=int, help="pixels (default: those of the model)")
+    """Add the options for a timm model and its image size."""
+    parser.add_argument("--model", default=default, help="name of a timm model")
+    parser.add_argument("--img-size", type=int, help="image size in pixels (default: the model's)")
 
 
 def parsed(
     parser: argparse.ArgumentParser, arguments: list[str], **quick: object
 ) -> argparse.Namespace:
-    """The options; with --quick, one round and the values of `quick`, unless they are given."""
+    """Parse the options. --quick sets one round and the values of `quick` as new defaults."""
     if "--quick" in arguments:
         known = vars(parser.parse_args(arguments))
         small = {"repeats": 1} | {name: QUICK[name] for name in QUICK if name in known} | quick

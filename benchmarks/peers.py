@@ -1,9 +1,9 @@
-"""Plain timm, the authors' ToMe, Pruna's, the ViT of transformers, and Tokendial's, at the same r.
+"""Speed of plain timm, of ToMe by its authors, by Pruna and by Tokendial, and of transformers' ViT.
 
-The authors' code is imported from a checkout of facebookresearch/ToMe (--tome-checkout), as it is;
-it must give the logits of Tokendial's ToMe. Pruna's ToMe acts on a ViT of transformers. A row is
-compared with plain timm in the same mode, and in the last columns with timm's fastest mode; the
-fastest mode of each peer is marked.
+All ToMe models have the same r. The authors' code is imported unchanged from a checkout of
+facebookresearch/ToMe (--tome-checkout); its logits must equal those of Tokendial's ToMe. Pruna's
+ToMe acts on a ViT of transformers. Each row is compared with plain timm in the same mode and, in
+the last columns, with timm's fastest mode. The fastest mode of each peer is marked.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> None:
     parser = options("peers", __doc__, repeats=5)
     add_model(parser)
     parser.add_argument("--r", type=int, default=8, help="tokens that ToMe merges in each layer")
-    parser.add_argument("--tome-checkout", type=Path, help="of facebookresearch/ToMe")
+    parser.add_argument(
+        "--tome-checkout", type=Path, help="folder of a checkout of facebookresearch/ToMe"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--mode", type=listed(str), default=list(MODES))
@@ -56,7 +58,7 @@ def main(arguments: list[str]) -> None:
 
 @torch.no_grad()
 def peers(vit: nn.Module, asked: argparse.Namespace) -> tuple[dict[str, nn.Module], list[str]]:
-    """The peers that are there, and a line about each other one and about what was compared."""
+    """The installed peers, and notes: the missing ones, and how far logits differ."""
     ours = td.wrap(vit, reduce=td.ToMe(r=asked.r)).eval()
     models, notes = {"timm": vit, "tokendial tome": ours}, []
     if asked.tome_checkout:
@@ -80,7 +82,7 @@ def peers(vit: nn.Module, asked: argparse.Namespace) -> tuple[dict[str, nn.Modul
 
 
 def measured(models: dict[str, nn.Module], asked: argparse.Namespace) -> list[Row]:
-    """A row for each peer and mode."""
+    """One row per peer and mode."""
     image = torch.empty(1, 3, *models["timm"].patch_embed.img_size, device="meta")
     gmacs = {name: count_macs(each, lambda m: m(image)) / 1e9 for name, each in models.items()}
     for model in models.values():
@@ -119,7 +121,7 @@ def _runner(model: nn.Module, images: Tensor, mode: str) -> Runner:
 
 
 def authors_tome(checkout: Path, vit: nn.Module, r: int) -> nn.Module:
-    """The authors' patch on a copy of `vit` that shares its weights.
+    """Apply the authors' patch to a copy of `vit` that shares its weights.
 
     Raises:
         ValueError: If `checkout` does not hold their package.
@@ -138,7 +140,7 @@ def authors_tome(checkout: Path, vit: nn.Module, r: int) -> nn.Module:
 
 
 def pruna_tome(model: "TransformersViT", r: int) -> nn.Module:
-    """The same model with Pruna's token merging."""
+    """Apply Pruna's token merging to a model of transformers."""
     from pruna import SmashConfig, smash
 
     config = SmashConfig({"token_merging": {"r": r}}, device=model.model.device.type)
@@ -147,7 +149,7 @@ def pruna_tome(model: "TransformersViT", r: int) -> nn.Module:
 
 
 class TransformersViT(nn.Module):
-    """A ViT of transformers with the sizes of timm's, and weights of its own."""
+    """A ViT of transformers with the sizes of a timm model and random weights of its own."""
 
     def __init__(self, vit: nn.Module, device: str) -> None:
         super().__init__()

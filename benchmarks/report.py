@@ -1,4 +1,4 @@
-"""Results of a command: JSON with how they were made, a table in Markdown, and a plot."""
+"""Results of a benchmark: JSON that says how they were made, a Markdown table, and a plot."""
 
 import argparse
 import datetime
@@ -21,15 +21,17 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """How a value of the rows is shown."""
+    """A column of the table of a report."""
 
     key: str
+    """Key of the value in a row."""
     title: str
+    """Name of the column."""
     form: str = "{}"
-    """Format of the value; `{low}` and `{high}` are those of the row, named KEY_low, KEY_high."""
+    """Format of the value. `{low}` and `{high}` stand for KEY_low and KEY_high of the row."""
 
     def cell(self, row: Row) -> str:
-        """The value of a row as text; a dash where there is none."""
+        """The value in a row as text; a dash for None."""
         value = row[self.key]
         if value is None:
             return "-"
@@ -39,52 +41,55 @@ class Column:
 
 @dataclass(frozen=True)
 class Report:
-    """What a command found."""
+    """The results of a benchmark."""
 
     name: str
-    """Of the files."""
+    """Start of the names of the files."""
     columns: Sequence[Column]
+    """Columns of the table."""
     rows: Sequence[Row]
+    """Rows of the table, which may hold more values than the columns show."""
     figure: Figure
+    """The plot."""
     notes: Sequence[str] = ()
-    """Lines under the table."""
+    """Lines below the table."""
 
     def write(self, options: argparse.Namespace) -> None:
         """Print the table, and write NAME_HARDWARE_DATE.json, .md and .png."""
-        page = [f"# {self.name}", "", f"{hardware.in_words(options.device)}.", "", *self.table()]
+        page = [f"# {self.name}", "", f"{hardware.one_line(options.device)}.", "", *self.table()]
         page += ["", *(f"- {note}" for note in self.notes)] if self.notes else []
         page += ["", f"    {command()}"]
         print("\n".join(page))
-        found = {"notes": list(self.notes), "rows": list(self.rows)}
-        path = write_json(self.name, found, device=options.device, out=options.out)
+        results = {"notes": list(self.notes), "rows": list(self.rows)}
+        path = write_json(self.name, results, device=options.device, out=options.out)
         with atomic_write(path.with_suffix(".md")) as temporary:
             temporary.write_text("\n".join(page) + "\n")
         with atomic_write(path.with_suffix(".png")) as temporary:
             self.figure.savefig(temporary, format="png", dpi=120)
 
     def table(self) -> list[str]:
-        """The rows in Markdown."""
+        """The lines of the table as Markdown."""
         lines = [[column.title for column in self.columns], ["---"] * len(self.columns)]
         lines += [[column.cell(row) for column in self.columns] for row in self.rows]
         return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def write_json(
-    name: str, found: Mapping[str, Any], *, device: str = "cpu", out: Path | None = None
+    name: str, results: Mapping[str, Any], *, device: str = "cpu", out: Path | None = None
 ) -> Path:
-    """Write NAME_HARDWARE_DATE.json: what was found and how it was made."""
+    """Write NAME_HARDWARE_DATE.json: the results, and how they were made. Returns its path."""
     now = datetime.datetime.now(tz=datetime.UTC)
     made = {
         "command": command(),
         "made": now.isoformat(timespec="seconds"),
-        "hardware": hardware.described(device),
+        "hardware": hardware.describe(device),
         "versions": hardware.versions(),
     }
     folder = out or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_{hardware.in_a_name(device)}_{now:%Y%m%d}.json"
+    path = folder / f"{name}_{hardware.slug(device)}_{now:%Y%m%d}.json"
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(made | dict(found), indent=2) + "\n")
+        temporary.write_text(json.dumps(made | dict(results), indent=2) + "\n")
     print(f"wrote {path}")
     return path
 

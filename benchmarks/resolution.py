@@ -1,9 +1,9 @@
-"""How time and memory grow with the image size, beside what multiply-accumulates grow by.
+"""Growth of time and memory with the image size, compared with the growth of the cost.
 
-Every method is turned, at each size, to the degree whose cost is nearest to the same share of the
-model's. Its own memory is the most that the reduction itself holds in any layer (similarities,
-indices, merged tokens) above what the model holds then; activations are the most that a whole pass
-of plain timm holds. All methods and sizes take turns.
+At each size, every method runs at the degree whose cost is nearest to the same fraction of timm's.
+The memory of the reduction is its peak in any layer (similarities, indices, merged tokens), above
+what the model has allocated at that point. The memory of activations is the peak of a whole pass of
+plain timm. All methods and sizes take turns.
 """
 
 import argparse
@@ -36,10 +36,12 @@ COLUMNS = (
 def main(arguments: list[str]) -> None:
     """Measure and write the results."""
     parser = options("resolution", __doc__, repeats=3)
-    parser.add_argument("--model", default="vit_small_patch16_224", help="a name of timm")
-    parser.add_argument("--sizes", type=listed(int), default=[224, 448, 896], help="pixels")
+    parser.add_argument("--model", default="vit_small_patch16_224", help="name of a timm model")
+    parser.add_argument(
+        "--sizes", type=listed(int), default=[224, 448, 896], help="image sizes in pixels"
+    )
     parser.add_argument("--methods", type=listed(str), default=["tome", "evit", "dar"])
-    parser.add_argument("--cost", type=float, default=0.65, help="share of timm's")
+    parser.add_argument("--cost", type=float, default=0.65, help="cost as a fraction of timm's")
     parser.add_argument("--batch", type=int, default=1)
     asked = parsed(parser, arguments, sizes=[64, 96])
     rows = measured(asked)
@@ -49,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measured(asked: argparse.Namespace) -> list[Row]:
-    """A row for each method and size."""
+    """One row per method and size."""
     models: dict[tuple[str, int], tuple[Contender, td.DialViT]] = {}
     for size in asked.sizes:
         for contender, model in _contenders(size, asked):
@@ -84,7 +86,7 @@ def measured(asked: argparse.Namespace) -> list[Row]:
 
 
 def _contenders(size: int, asked: argparse.Namespace) -> Iterator[tuple[Contender, td.DialViT]]:
-    """Plain timm and the methods at one size, each with a model whose reducer can be looked at."""
+    """Plain timm and the methods at one size, each with the wrapped model of its reducer."""
     vit = backbone(asked.model, img_size=size, device=asked.device)
     images = random_images(vit, asked.batch)
     labels = {"img_size": size, "degree": 0}

@@ -1,4 +1,4 @@
-"""Rows of speed: images per second, and how much of what the cost promises is there."""
+"""Rows of speed: images/s, and the fraction of the saved cost that is saved time."""
 
 import sys
 from collections.abc import Sequence
@@ -19,30 +19,34 @@ MEASURES = (
     Column("peak_mib", "peak MiB", "{:.1f}"),
     Column("page_faults", "page faults", "{:.0f}"),
 )
-"""Speed and cost are ratios over the first row: how many times as fast, how many times less."""
+"""Columns of all tables of speed. "speed" and "cost" are ratios to the first row: how many times as
+fast, and how many times fewer multiply-accumulates; "efficiency" is speed / cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One row to be: a model at a setting."""
+    """A model at a setting, to be timed for one row."""
 
     labels: Row
-    """What it is."""
+    """Values of the row that identify it, such as method and degree."""
     gmacs: float
-    """Multiply-accumulates of one image, in 1e9."""
+    """Multiply-accumulates for one image, in 1e9."""
     runner: Runner
-    """A pass over a batch."""
+    """Does a pass over a batch."""
 
 
 @torch.no_grad()
 def compare(contenders: Sequence[Contender], *, batch: int, repeats: int, device: str) -> list[Row]:
-    """Let contenders take turns; the first one is what the others are compared with.
+    """Time contenders in turns, and compare them with the first one.
 
     Args:
-        contenders: As they come in the table.
-        batch: Images in a pass.
-        repeats: Rounds that count.
-        device: What they run on.
+        contenders: The contenders, in the order of the rows.
+        batch: Images in one pass.
+        repeats: Number of rounds.
+        device: Device of the contenders.
+
+    Returns:
+        One row per contender.
     """
     runners = {number: each.runner for number, each in enumerate(contenders)}
     turns = alternate(runners, repeats=repeats, device=device)
@@ -61,15 +65,15 @@ def speed_row(
     batch: int,
     device: str,
 ) -> Row:
-    """Labels, the keys of `MEASURES`, and the seconds of every turn, of a contender beside one."""
+    """The row of a contender compared with the base: labels, the keys of `MEASURES`, seconds."""
     contender, turns = own
     speed, cost = ratio(base[1], turns), base[0].gmacs / contender.gmacs
     peak_mib = None
     if contender.runner.seen:
         contender.runner.prepare()
         peak_mib = peak_of(contender.runner.call, device).whole / 2**20
-    told = ", ".join(str(value) for value in contender.labels.values())
-    print(f"{told}: {speed.median:.2f}x of {cost:.2f}x", file=sys.stderr)
+    labels = ", ".join(str(value) for value in contender.labels.values())
+    print(f"{labels}: {speed.median:.2f}x of {cost:.2f}x", file=sys.stderr)
     return contender.labels | {
         "gmacs": contender.gmacs,
         "images_per_s": batch / seconds(turns),

@@ -1,7 +1,7 @@
 """Time and peak memory of a training step, method by method.
 
-All methods are in memory and take turns. Memory is the most that a method allocates for its model,
-the state of its optimizer and two steps; that of the others is not counted.
+All methods are in memory and take turns. The memory of a method is its peak while its model and the
+state of its optimizer are made and two steps run; that of the other methods is not counted.
 """
 
 import argparse
@@ -44,7 +44,7 @@ COLUMNS = (
 
 
 class Training:
-    """A model that trains."""
+    """A model with objective, optimizer and a batch, ready to train."""
 
     def __init__(self, method: str, asked: argparse.Namespace) -> None:
         size = {"img_size": asked.img_size} if asked.img_size else {}
@@ -59,7 +59,7 @@ class Training:
         self.targets = torch.randint(0, 100, (asked.batch,), device=asked.device)
 
     def step(self) -> None:
-        """One update."""
+        """Do one update."""
         loss, _ = self.objective(self.images, self.targets)
         loss.backward()
         self.optimizer.step()
@@ -81,13 +81,13 @@ def main(arguments: list[str]) -> None:
 
 
 def measured(methods: list[str], asked: argparse.Namespace) -> list[Row]:
-    """A row for each method; the first one is what the others are compared with."""
+    """One row per method, compared with the first method."""
     trainings: dict[str, Training] = {}
     mib = {}
 
     def begin(method: str) -> None:
         trainings[method] = Training(method, asked)
-        for _ in range(2):  # the first step makes the state of the optimizer
+        for _ in range(2):  # the first step creates the state of the optimizer
             trainings[method].step()
 
     for method in methods:

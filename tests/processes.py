@@ -28,7 +28,7 @@ from tokendial.data.transforms.image import Augment
 from tokendial.runs import Recipe, Run
 from tokendial.runs.loaders import eval_loader
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
-from tokendial.train.finetune import FineTuning
+from tokendial.train.fine_tuning import FineTuning
 from tokendial.train.loop import Trainer
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -105,8 +105,8 @@ def start_to_hold(run: Run) -> BaseProcess:
 
 def _hold(folder: Path) -> None:
     run = Run(folder)
-    with run.alone() as lock:
-        run.sign(lock)
+    with run.locked() as lock:
+        run.write_owner(lock)
         time.sleep(_TIMEOUT_S)
 
 

@@ -95,7 +95,7 @@ def test_a_file_that_ends_too_early_is_no_abort(cli, monkeypatch):
     def ends_early():
         raise EOFError("Ran out of input")
 
-    monkeypatch.setattr("tokendial.runs.recipe_file.contents", ends_early)
+    monkeypatch.setattr("tokendial.runs.recipe_file.list_recipes", ends_early)
     assert cli("recipes") == (2, "", "error: Ran out of input\n")
 
 

@@ -10,7 +10,7 @@ from tokendial.runs import evaluate
 @pytest.fixture(autouse=True)
 def briefly(monkeypatch):
     """Speeds are measured, but not for long."""
-    monkeypatch.setattr(evaluate, "_SPEED_SECONDS", 0.0)
+    monkeypatch.setattr(evaluate, "_TIMING_SECONDS", 0.0)
 
 
 def test_the_demo_trains_turns_the_dial_and_reports(tmp_path):

@@ -1,9 +1,9 @@
-"""The parameter and cost columns of the papers' tables, computed anew with the real models.
+"""The parameter and cost columns of the papers' tables, recomputed on the real models.
 
-`assets/paper_tables.json` holds every row: what the paper prints, the configuration behind it, and
-how well a formula fits. Here each configuration becomes a model on the meta device, whose
-parameters and operators are counted. Layers that can be merged for serving (LoRA, SSF, FacT) are
-merged before the cost is counted, as the papers do.
+`assets/paper_tables.json` holds every row: the values that the paper prints, the configuration
+behind them, and how well a formula fits. Here each configuration becomes a model on the meta
+device, whose parameters and operators are counted. Layers that can be merged into the backbone for
+inference (LoRA, SSF, FacT) are merged before the cost is counted, as in the papers.
 """
 
 import csv
@@ -28,7 +28,7 @@ from tokendial.measure.cost import count_macs
 from tokendial.reduce.base import ReducerConfig
 
 AGREES = ("exact", "within 2%")
-"""What is said of a value that agrees with the paper's."""
+"""Verdicts of values that agree with the paper."""
 _BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT-B/16": ("vit_base_patch16_224", {"num_classes": 100}),
     "ViT-L/16": ("vit_large_patch16_224", {"num_classes": 100}),
@@ -45,31 +45,45 @@ _FRAMES, _VIDEO_CLASSES, _SEGMENTED_CLASSES = 8, 400, 150
 
 @dataclass(frozen=True, slots=True)
 class CostRow:
-    """One row of a table. Parameters in millions, costs in 1e9 multiply-accumulates."""
+    """One row of a paper's table beside our values.
+
+    Parameters are in millions, costs in 1e9 multiply-accumulates. None: the paper has no value, or
+    the row has nothing that we can count.
+    """
 
     paper: str
+    """Short name of the paper."""
     table: str
+    """Number of the table in the paper."""
     row: str
+    """Name of the row in the table."""
     params_paper: float | None
+    """Parameters as printed in the paper, in millions."""
     params: float | None
-    """Of the real model; None: the row has no parameters to count, or the method is not ours."""
+    """Parameters counted on the real model, in millions."""
     params_difference: float | None
-    """Ours minus the paper's."""
+    """Counted minus printed parameters, in millions."""
     params_agree: str
-    """"exact", "within 2%", or the difference in percent."""
+    """Agreement of the parameters: "exact", "within 2%", the difference in percent, or empty."""
     cost_paper: float | None
+    """Cost as printed in the paper, in 1e9 multiply-accumulates."""
     cost: float | None
+    """Cost counted on the real model, in 1e9 multiply-accumulates."""
     cost_difference: float | None
+    """Counted minus printed cost, in 1e9 multiply-accumulates."""
     cost_agree: str
+    """Agreement of the cost: "exact", "within 2%", the difference in percent, or empty."""
     verdict: str
-    """What is known of the row: exact, within 2%, unexplained, inconsistent in the paper, …"""
+    """What is known about the row: exact, within 2%, unexplained, inconsistent in the paper, ..."""
     should_agree: bool
-    """Whether no value of it is one that the paper contradicts or leaves unexplained."""
+    """Whether our values should agree: the paper neither contradicts the row nor leaves it
+    unexplained."""
     note: str
+    """Explanation of the verdict."""
 
 
 def cost_rows() -> Iterator[CostRow]:
-    """Every row of the papers' tables, one after the other, computed with the real models."""
+    """Compute the rows of all tables, one after the other."""
     for entry in read_tables():
         params, cost = _row_of(entry)
         params_paper, cost_paper = entry["params_m"], entry["gflops"]
@@ -92,20 +106,24 @@ def cost_rows() -> Iterator[CostRow]:
 
 
 def read_tables() -> list[dict[str, Any]]:
-    """The rows as they are shipped."""
+    """Read the rows of the papers' tables, which are shipped with the package."""
     text = (files("tokendial") / "assets" / "paper_tables.json").read_text()
     rows: list[dict[str, Any]] = json.loads(text)
     return rows
 
 
 def agreement(paper: float | None, ours: float | None) -> str:
-    """How near a value is to the one that a paper prints with two decimals."""
+    """Compare a value with the one that a paper prints with two decimals.
+
+    Returns:
+        "exact", "within 2%", the difference in percent, or an empty text if a value is missing.
+    """
     if paper is None or ours is None:
         return ""
     if abs(ours - paper) < 0.00505:
         return "exact"
-    share = (ours - paper) / paper if paper else float("inf")
-    return "within 2%" if abs(share) <= 0.02 else f"{share:+.1%}"
+    relative = (ours - paper) / paper if paper else float("inf")
+    return "within 2%" if abs(relative) <= 0.02 else f"{relative:+.1%}"
 
 
 def _difference(paper: float | None, ours: float | None) -> float | None:
@@ -121,7 +139,7 @@ def write_csv(rows: list[CostRow], path: Path) -> None:
 
 
 def write_markdown(rows: list[CostRow], path: Path) -> None:
-    """Write the rows as a Markdown table; a row that is not confirmed carries its note."""
+    """Write the rows as a Markdown table with their notes."""
     lines = [f"| {' | '.join(HEADER)} | note |", "|---" * (len(HEADER) + 1) + "|"]
     lines += [f"| {' | '.join(cells(row))} | {row.note} |" for row in rows]
     with atomic_write(path) as temporary:
@@ -141,11 +159,11 @@ HEADER = (
     "agrees",
     "known of the row",
 )
-"""Names of the columns that `cells` gives."""
+"""Names of the columns of `cells`."""
 
 
 def cells(row: CostRow) -> tuple[str, ...]:
-    """A row as text."""
+    """The cells of a row as text."""
     return (
         f"{row.paper} {row.table}",
         row.row,
@@ -165,12 +183,12 @@ def _number(value: float | None, digits: int, *, sign: str = "") -> str:
     return "" if value is None else f"{value:{sign}.{digits}f}"
 
 
-# The paper gives this row the parameters of narrower adapters than its cost.
+# In this row of the paper, the parameters are those of narrower adapters than the cost.
 _COUNTED_WITH = {("IV", "AdaptFormer + EViT"): {"dim": 8}}
 
 
 def _row_of(entry: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Parameters and cost of a row, as far as it has them and the method is one of ours."""
+    """Parameters (in millions) and cost (in 1e9) of a row; None where nothing can be counted."""
     config = entry["config"]
     params = cost = None
     if entry["params_m_computed"] is not None:
@@ -197,7 +215,14 @@ def _params_of(config: dict[str, Any], row: str) -> int:
 
 
 def published_params(config: dict[str, Any], counted: "Counted") -> int:
-    """Parameters of a model as a row counts them: some rows have a head, none dispatchers."""
+    """Parameters of a model as its row counts them.
+
+    Some rows include a head. None includes DyT's dispatchers.
+
+    Args:
+        config: Configuration of the row.
+        counted: Counts of its model.
+    """
     heads = 0
     if config.get("head_counted") == "CIFAR-100":
         heads = 100
@@ -208,14 +233,14 @@ def published_params(config: dict[str, Any], counted: "Counted") -> int:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What a model has and costs."""
+    """Parameters and cost of a model."""
 
     embed_dim: int
-    """Width of its tokens."""
+    """Width of the tokens."""
     params: int
-    """That train, without the head."""
+    """Trainable parameters, without the head."""
     dispatchers: int
-    """Those of DyT's dispatchers among them, which its published counts leave out."""
+    """Trainable parameters of DyT's dispatchers, which published counts leave out."""
     macs: int
     """Multiply-accumulates for one input."""
 
@@ -224,7 +249,7 @@ class Counted:
 def _counted(
     backbone: str, reduce: ReducerConfig | None, adapt: AdapterConfig, use: str
 ) -> Counted:
-    """What the model of a row has and costs; rows of the same model are counted once."""
+    """Parameters and cost of the model of a row. Rows with the same model are counted once."""
     decode = td.MaskTransformer(num_classes=_SEGMENTED_CLASSES) if use == "segmenter" else None
     model = _wrapped(backbone, reduce, adapt, decode, video=use == "video")
     counted = count(model)
@@ -232,7 +257,7 @@ def _counted(
 
 
 def count(model: td.DialViT) -> Counted:
-    """Count a model as the papers do: layers that can be merged for serving are merged first."""
+    """Count a model as the papers do: layers that can be merged for inference are merged first."""
     if isinstance(model.adapt_config, td.LoRA | td.SSF | td.FacT):
         model.merge_adapters()
     cost = model.cost()
@@ -269,7 +294,7 @@ def _macs_of_segmenter(model: td.DialViT) -> int:
     def run(module: nn.Module) -> None:
         nn.functional.interpolate(module(images), size, mode="bilinear")
 
-    # The published cost counts no products of activations.
+    # The published cost leaves out products of two activations, as in attention.
     return count_macs(model, run, products=False)
 
 
@@ -299,7 +324,7 @@ def _adapter(config: dict[str, Any], row: str) -> AdapterConfig:
     makers: dict[str, Callable[[], AdapterConfig]] = {
         "Adapter": lambda: td.Houlsby(dim=config["dim"]),
         "AdaptFormer": lambda: td.AdaptFormer(dim=config["dim"], experts=config.get("experts", 1)),
-        # Two rows do not say their rank: it is that of the rows beside them.
+        # Two rows have no rank in the paper: they take that of the neighbouring rows.
         "LoRA": lambda: td.LoRA(rank=config.get("rank", 4 if "reducer" in config else 32)),
         "VPT-deep": lambda: td.VPT(prompts=config.get("prompts", 8)),
         "SSF": lambda: td.SSF(patch_embedding=False),

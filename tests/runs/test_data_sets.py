@@ -9,7 +9,7 @@ import pytest
 
 from tokendial.runs import read_recipe
 from tokendial.train import train
-from tokendial.train.finetune import FineTuning
+from tokendial.train.fine_tuning import FineTuning
 
 
 @pytest.fixture

@@ -17,12 +17,13 @@ import tokendial as td
 from tokendial.data import ImageError, find_sources, read_image
 from tokendial.data.sets import labelled
 from tokendial.runs import Run
-from tokendial.runs import evaluate as evaluation
+from tokendial.runs import evaluate_compensator as evaluation
 from tokendial.runs.degrees import degrees_to_show, parse_degrees, spread_by_cost
-from tokendial.runs.evaluate import evaluate, evaluate_bridged, time_degrees
+from tokendial.runs.evaluate import evaluate, time_degrees
+from tokendial.runs.evaluate_compensator import evaluate_compensator
+from tokendial.runs.evaluation_tables import class_scores
 from tokendial.runs.predict import predict
 from tokendial.runs.predict_ray import predict_on_ray
-from tokendial.runs.tables import class_scores
 
 
 @pytest.mark.parametrize(
@@ -372,9 +373,9 @@ def test_a_compensator_is_detached_when_the_evaluation_with_it_fails(monkeypatch
             raise RuntimeError("out of memory")
         return {"top1": 1.0}
 
-    monkeypatch.setattr(evaluation, "_validation", lambda *args: (None, []))
+    monkeypatch.setattr(evaluation, "validation_set", lambda *args: (None, []))
     monkeypatch.setattr(evaluation, "some_images", lambda *args: images())
     monkeypatch.setattr(evaluation, "evaluate_loader", scores)
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate_bridged([run], plugin, "2", device="cpu")
+        evaluate_compensator([run], plugin, "2", device="cpu")
     assert model.compensation is None

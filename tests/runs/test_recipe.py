@@ -13,7 +13,7 @@ from tokendial.runs import CompensateRecipe, Recipe, read_recipe
 from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import check_recipe
 from tokendial.runs.recipe_file import resolved_recipe
-from tokendial.runs.run import flat
+from tokendial.runs.run import dotted_fields
 
 MINIMAL = {
     "output": "out",
@@ -262,7 +262,9 @@ def test_an_explained_recipe_has_every_field_and_is_the_same_recipe(
     explained.write_text(printed)
     recipe = read_recipe(name, open_field, kind=kind)
     assert read_recipe(explained, open_field, kind=kind) == recipe
-    fields, expected = (flat(fields) for fields in (yaml.safe_load(printed), recipe.model_dump()))
+    fields, expected = (
+        dotted_fields(fields) for fields in (yaml.safe_load(printed), recipe.model_dump())
+    )
     named = {text.partition("=")[0] for text in open_field}
     assert fields.keys() | named >= expected.keys()
     assert all(f"# {field} is left open: it has to be given." in printed for field in named)

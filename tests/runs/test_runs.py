@@ -115,7 +115,7 @@ def test_a_disk_without_locks_is_told_and_used(tmp_path, caplog, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with Run(tmp_path / "run").alone():
+    with Run(tmp_path / "run").locked():
         pass
     assert "takes no locks" in caplog.text
 
@@ -133,13 +133,13 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(run, tmp_path):
     mine = copied.folder / ".notes.metrics.jsonl.abcdefgh"
     mine.write_text("mine")
     before = {path for path in copied.folder.rglob("*") if path not in left}
-    with copied.alone():
+    with copied.locked():
         assert set(copied.folder.rglob("*")) == before
 
 
 def test_a_folder_with_other_files_gets_no_lock(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="is not empty and holds no run"), Run(tmp_path).alone():
+    with pytest.raises(ValueError, match="is not empty and holds no run"), Run(tmp_path).locked():
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

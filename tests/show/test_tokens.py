@@ -4,7 +4,8 @@ import torch
 from examples import images, tiny_vit
 
 import tokendial as td
-from tokendial.show import token_figure, token_maps
+from tokendial.show import token_maps
+from tokendial.show.token_figures import token_figure
 from tokendial.show.tokens import paint_tokens
 
 

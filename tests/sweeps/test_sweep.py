@@ -15,8 +15,8 @@ from processes import ended, start, wait_until
 
 from tokendial.runs import Run
 from tokendial.sweeps import sweep
-from tokendial.sweeps.combinations import plan, read_over, run_name
-from tokendial.sweeps.side_by_side import run_all
+from tokendial.sweeps.combinations import plan_runs, read_over, run_name
+from tokendial.sweeps.parallel_runs import run_all
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_processes_get_a_gpu_each_in_turn(recipe, tmp_path, monkeypatch, jobs):
     monkeypatch.setattr("sys.executable", str(python))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    errors = run_all(plan(recipe, [], {"seed": ["0", "1", "2"]}), jobs=jobs, quiet=True)
+    errors = run_all(plan_runs(recipe, [], {"seed": ["0", "1", "2"]}), jobs=jobs, quiet=True)
     assert [errors["seed=0"], errors["seed=1"]] == ["on 4", "on 7"]
     if jobs == 3:
         assert errors["seed=2"] == "on 4"

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
 from tokendial.runs import Run
 from tokendial.sweeps import vtab
-from tokendial.sweeps.vtab_result import means, read_published
-from tokendial.train import finetune
+from tokendial.sweeps.vtab_results import means, read_published
+from tokendial.train import fine_tuning
 
 
 @pytest.fixture(scope="session")
@@ -128,13 +128,13 @@ def test_settings_are_chosen_on_the_search_split_and_tested_on_the_final_one(
 
 
 def test_a_signal_that_the_search_outlives_stops_the_final_run(root, recipe, cli, monkeypatch):
-    evaluate = finetune.evaluate_loader
+    evaluate = fine_tuning.evaluate_loader
 
-    def ask_to_stop(*arguments):
+    def ask_to_stop(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(finetune, "evaluate_loader", ask_to_stop)
+    monkeypatch.setattr(fine_tuning, "evaluate_loader", ask_to_stop)
     command = ["vtab", recipe, root, "data.check=false", "--tasks", "dtd"]
     code, told, _ = cli(*command, "--over", "adapt.scale=1")
     assert code == 130
@@ -159,7 +159,7 @@ def test_a_task_whose_search_failed_is_not_tested(root, recipe, tmp_path, cli):
     [
         ({"tasks": ["mnist"]}, "tasks must be some of cifar, .*, got 'mnist'"),
         ({"seeds": [0, 0]}, "seeds must differ, got 0, 0"),
-        ({"over": ["seed=0,1"]}, "over: seed is no setting to choose"),
+        ({"over": ["seed=0,1"]}, "over: seed cannot be chosen"),
         ({"over": ["train.evaluate=every"]}, "train.evaluate is set by this command"),
         ({"overrides": ["data.split=search"]}, "data.split is set by this command"),
         ({"overrides": ["train.epoch=1"]}, "train.epoch is not a field of a recipe"),

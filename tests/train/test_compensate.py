@@ -21,7 +21,7 @@ from tokendial.cli import app
 from tokendial.compensate.loss import binary_distillation
 from tokendial.runs import CompensateRecipe, Run, read_recipe
 from tokendial.train import compensate, train
-from tokendial.train.compensate import Compensating
+from tokendial.train.compensator_training import CompensatorTraining
 
 RECIPE = {
     "model": {"name": "scenes_vit", "weights": "shipped"},
@@ -45,7 +45,7 @@ def weights(run):
 
 
 def test_the_teacher_is_the_plain_model_at_the_source_and_the_student_is_bridged(tmp_path):
-    job = Compensating(recipe(tmp_path))
+    job = CompensatorTraining(recipe(tmp_path))
     perturbed(job.module, std=0.3)
     objective, model = job.objective.eval(), job.objective.model
     job.module.detach(model)
@@ -65,7 +65,7 @@ def test_the_teacher_is_the_plain_model_at_the_source_and_the_student_is_bridged
 
 
 def test_only_the_plugin_learns_and_all_of_it(tmp_path):
-    job = Compensating(recipe(tmp_path))
+    job = CompensatorTraining(recipe(tmp_path))
     objective = job.objective.train()
     assert not any(p.requires_grad for p in objective.model.parameters())
     perturbed(job.module)
@@ -83,7 +83,7 @@ def test_only_the_plugin_learns_and_all_of_it(tmp_path):
 
 
 def test_feature_maps_are_compared_at_every_patch(tmp_path):
-    job = Compensating(recipe(tmp_path, "loss=feature_map", "reduce={name: tome, r: 4}"))
+    job = CompensatorTraining(recipe(tmp_path, "loss=feature_map", "reduce={name: tome, r: 4}"))
     perturbed(job.module, std=0.3)
     objective, model = job.objective.eval(), job.objective.model
     images = torch.randn(2, 3, 48, 48)
@@ -159,7 +159,9 @@ def test_variants_train(tmp_path, overrides):
         recipe(tmp_path, "train.epochs=1", "train.batch_size=8", *overrides), quiet=True
     )
     assert np.isfinite(run.metrics()[0]["train_loss"])
-    fresh = Compensating(recipe(tmp_path, "train.batch_size=8", *overrides)).module.state_dict()
+    fresh = CompensatorTraining(
+        recipe(tmp_path, "train.batch_size=8", *overrides)
+    ).module.state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in weights(run).items())
 
 
@@ -181,7 +183,7 @@ def test_weights_of_a_run_of_ours_keep_their_head(tmp_path):
         td.Backbone(name="scenes_vit", weights="shipped").create(), adapt=td.FullFineTuning()
     )
     model.save_pretrained(tmp_path / "mine")
-    job = Compensating(recipe(tmp_path, f"model.weights={tmp_path / 'mine'}"))
+    job = CompensatorTraining(recipe(tmp_path, f"model.weights={tmp_path / 'mine'}"))
     head = job.objective.model.vit.head.weight
     assert torch.equal(head, model.vit.head.weight)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import tokendial as td
 from tokendial.runs import Run, read_recipe
 from tokendial.train import train
-from tokendial.train.finetune import FineTuning
+from tokendial.train.fine_tuning import FineTuning
 
 RECIPE = {
     "model": {"name": "scenes_vit", "weights": "shipped", "img_size": 48},
@@ -212,7 +212,7 @@ def test_masks_need_a_folder(binary, pictures, cli, options, message):
         (["data={name: scenes}"], "decode must be null for the data Scenes, which have no masks"),
         (["decode=null"], "distill goes with a decoder, but decode is null"),
         (["augment.flip=0.1"], "augment is for classification: with a decoder, use dense"),
-        (["decode.num_classes=7"], "decode.num_classes must be 1 as the data have it, got 7"),
+        (["decode.num_classes=7"], "decode.num_classes must be 1, the number in the data, got 7"),
         (["data.img_size=20"], r"img_size must lie in \[48, 160\], got 20"),
         (["data.task=all"], "Input should be 'items' or 'kinds'"),
         (["dense.test=half"], "Input should be 'whole', 'crop' or 'slide'"),

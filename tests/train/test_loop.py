@@ -21,8 +21,8 @@ from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import TrainSection
 from tokendial.signals import stop_requests
 from tokendial.train import InterruptedRunError, train
-from tokendial.train.finetune import FineTuning
-from tokendial.train.optimizer import cosine, parameter_groups
+from tokendial.train.fine_tuning import FineTuning
+from tokendial.train.optimizer import cosine_schedule, parameter_groups
 
 # Everything that draws at random or keeps state: a resumed run has to get each of it right.
 HARD = [
@@ -99,16 +99,16 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(recipe_file, tmp_path
 def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_path, monkeypatch):
     alone = train(read_recipe(recipe_file, [f"output={tmp_path / 'alone'}"]), quiet=True)
     recipe = read_recipe(recipe_file, [f"output={tmp_path / 'stopped'}"])
-    from tokendial.train import finetune
+    from tokendial.train import fine_tuning
 
-    evaluate = finetune.evaluate_loader
+    evaluate = fine_tuning.evaluate_loader
 
-    def ask_to_stop(*arguments):
+    def ask_to_stop(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(finetune, "evaluate_loader", ask_to_stop)
+        patched.setattr(fine_tuning, "evaluate_loader", ask_to_stop)
         with pytest.raises(InterruptedRunError):
             train(recipe, quiet=True)
     run = train(recipe, quiet=True)
@@ -271,7 +271,7 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_its_end():
     parameter = torch.nn.Parameter(torch.zeros(1))
     settings = TrainSection(epochs=4, lr=0.1, min_lr=0.01, warmup_epochs=1)
     optimizer = torch.optim.SGD([parameter], lr=settings.lr)
-    schedule = cosine(optimizer, settings, updates_per_epoch=10)
+    schedule = cosine_schedule(optimizer, settings, updates_per_epoch=10)
     rates = []
     for update in range(41):
         schedule.step_update(update)

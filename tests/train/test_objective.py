@@ -68,7 +68,7 @@ def test_the_teacher_neither_trains_nor_is_part_of_the_model(vit):
     ("teacher", "message"),
     [
         ({"embed_dim": 96}, r"train\.teacher: its embed_dim is 96, but the model's is 48"),
-        ({"num_classes": 3}, r"train\.teacher: it knows 3 classes, but the model 7"),
+        ({"num_classes": 3}, r"train\.teacher: it has 3 classes, but the model has 7"),
     ],
 )
 def test_a_teacher_that_does_not_fit_raises(vit, teacher, message):

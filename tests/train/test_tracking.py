@@ -9,8 +9,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from tokendial.runs import read_recipe
 from tokendial.train import train
-from tokendial.train.batches import Awaited
-from tokendial.train.finetune import FineTuning
+from tokendial.train.batches import TimedBatches
+from tokendial.train.fine_tuning import FineTuning
 
 
 class LinesTracker(GeneralTracker):
@@ -72,15 +72,15 @@ def test_a_tracker_that_is_not_there_is_named(recipe_file, tmp_path, name, messa
 def test_the_share_of_waiting_is_that_of_the_loader(monkeypatch):
     clock = iter([0, 2, 2, 3, 10])  # two seconds to start, one for the batch, ten in all
     monkeypatch.setattr("tokendial.train.batches.time.perf_counter", lambda: next(clock))
-    batches = Awaited(["batch"])
+    batches = TimedBatches(["batch"])
     assert next(batches) == "batch"
-    assert batches.waited == 0.3
+    assert batches.wait_fraction == 0.3
 
 
 def test_slow_images_are_told_once_an_epoch_with_the_remedy(
     recipe_file, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Awaited, "waited", 0.34)
+    monkeypatch.setattr(TimedBatches, "wait_fraction", 0.34)
     recipe = read_recipe(recipe_file, [f"output={tmp_path / 'run'}", "train.epochs=1"])
     run = train(recipe)
     said = "training waited for images 34% of this epoch: raise train.workers (0)"

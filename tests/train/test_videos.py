@@ -12,8 +12,8 @@ from clips import encode, panned
 
 import tokendial as td
 from tokendial.runs import CompensateRecipe, Run, read_recipe
-from tokendial.train.compensate import Compensating
-from tokendial.train.finetune import FineTuning
+from tokendial.train.compensator_training import CompensatorTraining
+from tokendial.train.fine_tuning import FineTuning
 
 ARGS = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
 RECIPE = {
@@ -122,7 +122,7 @@ def test_compensators_refuse_videos(folder, tmp_path):
     data = f"data={{name: video_folder, root: {folder}}}"
     recipe = read_recipe("tocom_scenes", [data, "output=none"], kind=CompensateRecipe)
     with pytest.raises(ValueError, match="compensators are trained on images"):
-        Compensating(recipe)
+        CompensatorTraining(recipe)
 
 
 def test_what_is_for_images_says_so(run, folder, cli):
@@ -137,7 +137,7 @@ def test_what_is_for_images_says_so(run, folder, cli):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model.frames=null"], "model.frames must be a number, such as 8, for data of videos"),
+        (["model.frames=null"], "model.frames must be a number such as 8 for a data set of videos"),
         (["augment.test_crop_ratio=1"], "augment.test_crop_ratio is for images"),
         (["clip.test_clips=0"], "clip: test_clips must be at least 1, got 0"),
         (
@@ -147,7 +147,7 @@ def test_what_is_for_images_says_so(run, folder, cli):
         (["data={name: scenes}"], "clip is for videos, but the data Scenes are not"),
         (
             ["data={name: scenes}", "clip={}"],
-            "data must be videos for a model of clips of 4 fra",
+            "data must be a data set of videos for a model of 4 fra",
         ),
         (
             ["decode={name: linear}", "augment={}"],

@@ -1,4 +1,4 @@
-"""The command line itself: its groups of commands, how mistakes are told, the version."""
+"""The command line: its groups of commands, its version, and how errors are reported."""
 
 import os
 import sys
@@ -12,32 +12,38 @@ from typer.core import TyperGroup
 import tokendial
 from tokendial.errors import error_message
 
+TRAIN_PANEL = "Train"
+USE_PANEL = "Use a trained model"
+INSPECT_PANEL = "Inspect and convert"
+"""Titles of the groups that `tokendial --help` lists the commands in."""
 
-class _Stopped(BaseException):
-    """Ctrl-C, by a name that Typer does not know: it would end without a word."""
+
+class _Interrupted(BaseException):
+    """A Ctrl-C under a name that Typer does not handle: Typer would end without a message."""
 
 
 class _Commands(TyperGroup):
-    """Commands that leave it to `main` to say why they end."""
+    """Commands whose errors reach `main`, which reports them."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Read the arguments."""
-        with _told():
+        """Parse the arguments."""
+        with _errors_past_typer():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
-        with _told():
+        with _errors_past_typer():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _errors_past_typer() -> Iterator[None]:
+    """Turn the two errors that Typer would handle itself into others, which it lets pass."""
     try:
         yield
     except KeyboardInterrupt:
-        raise _Stopped from None
-    except EOFError as error:  # Typer would say that the user has aborted it
+        raise _Interrupted from None
+    except EOFError as error:  # Typer would report it as an abort by the user
         raise ValueError(str(error) or "a file ends too early.") from error
 
 
@@ -46,49 +52,50 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="One fine-tuned Vision Transformer, run at any cost.",
 )
-reproduce = typer.Typer(no_args_is_help=True, help="What papers print, computed anew.")
-app.add_typer(reproduce, name="reproduce")
-data = typer.Typer(no_args_is_help=True, help="Folders of images.")
-app.add_typer(data, name="data")
-weights = typer.Typer(no_args_is_help=True, help="Released weight files.")
-app.add_typer(weights, name="weights")
+reproduce = typer.Typer(
+    no_args_is_help=True, help="Recompute the cost tables of the papers on the real models."
+)
+app.add_typer(reproduce, name="reproduce", rich_help_panel=INSPECT_PANEL)
+data = typer.Typer(no_args_is_help=True, help="Check folders of training images.")
+app.add_typer(data, name="data", rich_help_panel=INSPECT_PANEL)
+weights = typer.Typer(no_args_is_help=True, help="Convert released weight files.")
+app.add_typer(weights, name="weights", rich_help_panel=INSPECT_PANEL)
 
 
 def main() -> None:
-    """Run the command line: a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line. A user's mistake is one line on stderr, with exit code 2."""
     try:
         try:
             app()
         finally:
-            _flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
+            _flush_stdout()
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         sys.exit(1)
-    # Of the system: no such folder, no permission, disk full, the hub out of reach.
+    # OSError: no such folder, no permission, disk full, hub not reachable.
     except (ValueError, OSError) as error:
         print(f"error: {error_message(error)}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, _Stopped):
+    except (KeyboardInterrupt, _Interrupted):
         print("stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def _flush() -> None:
-    """Write what has been printed, while an error can still be told in one line."""
+def _flush_stdout() -> None:
+    """Write out what was printed while `main` can still report an error of it."""
     try:
         sys.stdout.flush()
     except OSError:
-        # Python tries again when it ends, and would complain in its own words.
+        # Python flushes again at its end, and would print a traceback of the same error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
 @app.callback(invoke_without_command=True)
 def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """One fine-tuned Vision Transformer, run at any cost."""
+    """Fine-tune a Vision Transformer once, then choose how much compute each prediction uses."""
     if show:
         print(f"tokendial {tokendial.__version__}")
         raise typer.Exit

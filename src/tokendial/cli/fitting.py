@@ -1,4 +1,4 @@
-"""The command that finds schedules of token reduction for a run: fit."""
+"""The command that searches token schedules for a budget: fit."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,49 +7,76 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokendial.cli.app import app
-from tokendial.cli.using import Precision, RunFolder
+from tokendial.cli.app import USE_PANEL, app
+from tokendial.cli.options import Precision, RunFolder
 
 if TYPE_CHECKING:
     from tokendial.tune import FitPoint, FitResult
 
 
-@app.command()
+@app.command(rich_help_panel=USE_PANEL)
 def fit(
     run: RunFolder,
     speedup: Annotated[
-        str | None, typer.Option(help="Over degree 0, measured here: 2, or 1.5,2,3.")
+        str | None,
+        typer.Option(
+            help="Budget: how many times as fast as degree 0, such as 2 or 1.5,2,3 for three "
+            "degrees. Measured on this machine."
+        ),
     ] = None,
-    latency_ms: Annotated[str | None, typer.Option(help="Milliseconds of a batch.")] = None,
-    gmacs: Annotated[str | None, typer.Option(help="Of an image; nothing is timed.")] = None,
+    latency_ms: Annotated[
+        str | None,
+        typer.Option(help="Budget: milliseconds per batch, one or several. Measured here."),
+    ] = None,
+    gmacs: Annotated[
+        str | None,
+        typer.Option(
+            help="Budget: 1e9 multiply-accumulates per image, one or several. Counted, not timed."
+        ),
+    ] = None,
     reduce: Annotated[
-        str | None, typer.Option(help="tome or evit; default: the run's own, or tome.")
+        str | None,
+        typer.Option(
+            help="Reduction method, tome or evit [default: the run's, or tome if it has none]."
+        ),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Folder of pictures; default: the run's training images.")
+        Path | None,
+        typer.Option(
+            help="Folder of images to compare schedules on [default: the run's training images]."
+        ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="To draw, at most.")] = 256,
+    images: Annotated[
+        int, typer.Option(min=1, help="Number of images to compare schedules on, at most.")
+    ] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 8,
-    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
-    minutes: Annotated[float, typer.Option(help="For everything.")] = 5.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of images.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="Floating-point format of weights and activations.")
+    ] = Precision.fp32,
+    minutes: Annotated[float, typer.Option(help="Time limit of the whole search.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random choice of images.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the model; default: RUN/fitted.")
+        Path | None, typer.Option(help="Folder for the fitted model [default: RUN/fitted].")
     ] = None,
 ) -> None:
-    """Find how many tokens each layer should remove within a budget; no training, no labels."""
+    """Search how many tokens each layer should remove to meet a budget of time or compute.
+
+    Give one kind of budget: --speedup, --latency-ms or --gmacs. Nothing is trained and no labels
+    are used: schedules are compared by how far they change the model's predictions. Writes a model
+    whose degrees 1, 2, ... meet the budgets; it is used like a run.
+    """
     from tokendial.atomic import atomic_write
     from tokendial.runs import Run
-    from tokendial.runs.fitted import fit_run
+    from tokendial.runs.fit import fit_run
     from tokendial.show.plots import fit_figure
     from tokendial.show.report import png
 
-    given = {"speedup": speedup, "latency_ms": latency_ms, "gmacs": gmacs}
+    budgets = {"speedup": speedup, "latency_ms": latency_ms, "gmacs": gmacs}
     folder, console = out or run / "fitted", Console()
-    fitted = fit_run(
+    result = fit_run(
         Run(run),
         folder,
-        {kind: _numbers(kind, text) for kind, text in given.items() if text is not None},
+        {kind: _numbers(kind, text) for kind, text in budgets.items() if text is not None},
         reduce=reduce,
         calibration=calibration,
         images=images,
@@ -59,11 +86,11 @@ def fit(
         minutes=minutes,
         note=lambda text: console.print(text, highlight=False),
     )
-    console.print(_table(fitted))
-    for warning in fitted.warnings():
+    console.print(_table(result))
+    for warning in result.warnings():
         print(warning)
     with atomic_write(folder / "fit.png") as path:
-        path.write_bytes(png(fit_figure(fitted, title=str(run))))
+        path.write_bytes(png(fit_figure(result, title=str(run))))
     print(f"wrote {folder}: tokendial eval {folder} --degrees all")
 
 
@@ -74,24 +101,24 @@ def _numbers(kind: str, text: str) -> list[float]:
         raise ValueError(f"{kind} must look like 2 or 1.5,2,3, got {text!r}.") from None
 
 
-def _table(fitted: "FitResult") -> Table:
-    """Each degree beside the constant schedule that costs no more."""
+def _table(result: "FitResult") -> Table:
+    """Each degree, and below it the constant schedule that costs no more."""
     table = Table(
-        "degree", "removed per layer", fitted.unit, "speed-up", "divergence", "same answer"
+        "degree", "removed per layer", result.unit, "speed-up", "divergence", "same answer"
     )
-    table.add_row("0", "nothing", f"{fitted.unreduced:.4g}", "1.00", "0", "100.0%")
-    for degree in fitted.degrees:
+    table.add_row("0", "nothing", f"{result.unreduced:.4g}", "1.00", "0", "100.0%")
+    for degree in result.degrees:
         removed = " ".join(map(str, degree.found.removed))
-        table.add_row(str(degree.degree), removed, *_cells(fitted, degree.found))
+        table.add_row(str(degree.degree), removed, *_cells(result, degree.found))
         if degree.constant:
             constant = f"constant {degree.constant.removed[0]}"
-            table.add_row("", constant, *_cells(fitted, degree.constant))
+            table.add_row("", constant, *_cells(result, degree.constant))
     return table
 
 
-def _cells(fitted: "FitResult", point: "FitPoint") -> tuple[str, ...]:
+def _cells(result: "FitResult", point: "FitPoint") -> tuple[str, ...]:
     return (
-        f"{fitted.unreduced * point.cost:.4g}",
+        f"{result.unreduced * point.cost:.4g}",
         f"{point.speedup:.2f}",
         f"{point.divergence:.4f}",
         f"{point.top1:.1%}",

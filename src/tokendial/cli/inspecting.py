@@ -1,4 +1,4 @@
-"""Commands that train nothing: profile, data check, reproduce cost, weights convert."""
+"""Commands that need no run: profile, data check, reproduce cost, weights convert."""
 
 import dataclasses
 import json
@@ -10,25 +10,46 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokendial.cli.app import app, data, reproduce, weights
+from tokendial.cli.app import INSPECT_PANEL, app, data, reproduce, weights
 
 
-@app.command()
+@app.command(rich_help_panel=INSPECT_PANEL)
 def profile(
-    model: Annotated[str, typer.Argument(help="A timm model, such as deit_base_patch16_224.")],
+    model: Annotated[
+        str, typer.Argument(help="Name of a timm model, such as deit_base_patch16_224.")
+    ],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Such as reduce.r=8 adapt.dim=32 model.img_size=[224,320]."),
+        typer.Argument(
+            metavar="[FIELD=VALUE]...",
+            help="Fields of the recipe sections model, reduce and adapt, such as reduce.r=8 "
+            "adapt.dim=32 model.img_size=[224,320].",
+        ),
     ] = None,
-    reduce: Annotated[str | None, typer.Option(help="Reduction method: tome, evit.")] = None,
+    reduce: Annotated[
+        str | None, typer.Option(help="Reduction method, such as tome or evit [default: none].")
+    ] = None,
     adapt: Annotated[
-        str | None, typer.Option(help="Fine-tuning method, such as dense_adapter.")
+        str | None, typer.Option(help="Fine-tuning method, such as dense_adapter [default: none].")
     ] = None,
-    degrees: Annotated[str | None, typer.Option(help="Such as 0..16; default: as set.")] = None,
-    num_classes: Annotated[int, typer.Option(min=0, help="Width of the head.")] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+    degrees: Annotated[
+        str | None,
+        typer.Option(
+            help="Degrees of the dial, such as 0,4,8 or 0..16 [default: 0, and the degree that the "
+            "settings stand for]."
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int, typer.Option(min=0, help="Number of classes of the head; 0: no head.")
+    ] = 1000,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per degree.")
+    ] = False,
 ) -> None:
-    """Parameters, multiply-accumulates and tokens per layer at each degree; no weights needed."""
+    """Count parameters, multiply-accumulates and tokens per layer of a model at each degree.
+
+    Nothing is downloaded or computed: operators are counted on a model without weights.
+    """
     from tokendial.runs.profile import profile as run_profile
 
     overrides = list(settings or [])
@@ -54,26 +75,49 @@ def profile(
 
 @data.command("check")
 def check_data(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of a data set.")],
+    root: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ROOT",
+            help="Folder of a data set: a folder of images per class, or images/ and annotations/.",
+        ),
+    ],
     classes: Annotated[
-        int | None, typer.Option(min=2, help="Of a semantic segmentation; default: binary masks.")
+        int | None,
+        typer.Option(
+            min=2, help="Number of classes of a semantic segmentation [default: binary masks]."
+        ),
     ] = None,
     ignore_zero: Annotated[
-        bool, typer.Option("--ignore-zero", help="Value 0 is no class, as in ADE20K.")
+        bool,
+        typer.Option(
+            "--ignore-zero", help="Mask value 0 marks pixels without a class, as in ADE20K."
+        ),
     ] = False,
     train: Annotated[str, typer.Option(help="Name of the training folders.")] = "training",
     val: Annotated[str, typer.Option(help="Name of the validation folders.")] = "validation",
-    mask: Annotated[str, typer.Option(help="As data.mask of a recipe, such as nonzero.")] = "auto",
-    ignore: Annotated[str, typer.Option(help="As data.ignore, such as 255.")] = "null",
-    palette: Annotated[str, typer.Option(help="As data.palette, such as voc.")] = "null",
+    mask: Annotated[
+        str,
+        typer.Option(help="As data.mask of a recipe: which values are inside, such as nonzero."),
+    ] = "auto",
+    ignore: Annotated[
+        str, typer.Option(help="As data.ignore: the value that is not scored, such as 255.")
+    ] = "null",
+    palette: Annotated[
+        str, typer.Option(help="As data.palette: the colours of the classes, such as voc.")
+    ] = "null",
     value_range: Annotated[
-        str, typer.Option("--range", help="As data.range, such as [0,4095].")
+        str,
+        typer.Option(
+            "--range", help="As data.range: the values that are black and white, such as [0,4095]."
+        ),
     ] = "null",
 ) -> None:
-    """List what is wrong with a folder of classes, or of images and masks; exit code 1 if any.
+    """Check a data set before training, and list its problems.
 
-    Unreadable files and classes without images; of masks unpaired files, differing sizes and odd
-    values. Of binary masks also what is inside, and how much of each split that is.
+    Finds unreadable files and classes without images. For masks: images without a mask, masks
+    without an image, different sizes and unexpected values; for binary masks also which pixels are
+    inside, and their fraction in each split. Exit code 1 if there are problems.
     """
     if not any((root / name).is_dir() for name in ("images", "annotations")):
         _check_class_folders(root, train, val, value_range)
@@ -84,19 +128,19 @@ def check_data(
 
     fields: dict[str, Any] = {"name": "pairs", "root": str(root), "train": train, "val": val}
     fields |= {"classes": classes, "ignore_zero": ignore_zero}
-    told = {"mask": mask, "ignore": ignore, "palette": palette, "range": value_range}
-    overrides = [f"{name}={value}" for name, value in told.items()]
+    settings = {"mask": mask, "ignore": ignore, "palette": palette, "range": value_range}
+    overrides = [f"{name}={value}" for name, value in settings.items()]
     pairs = check_method("data", apply_overrides(fields, overrides))
     count = sum(len(pairs.pairs(root, split)[0]) for split in (train, val))
-    found = 0
+    num_problems = 0
     notes: list[str] = []
     for problem in check_pairs(pairs, root, notes):
         print(problem)
-        found += 1
+        num_problems += 1
     for note in notes:
         print(f"{root}: {note}")
-    print(f"{root}: {count} pairs, {f'{found} problems' if found else 'no problems'}")
-    if found:
+    print(f"{root}: {count} pairs, {f'{num_problems} problems' if num_problems else 'no problems'}")
+    if num_problems:
         raise typer.Exit(1)
 
 
@@ -106,14 +150,15 @@ def _check_class_folders(root: Path, train: str, val: str, value_range: str) -> 
     from tokendial.runs.recipe_file import apply_overrides
 
     fields = {"name": "image_folder", "root": str(root)}
-    of_files = check_method("data", apply_overrides(fields, [f"range={value_range}"])).range
-    # The names that such folders have by default; they stand for those of pairs, too.
+    parsed_range = check_method("data", apply_overrides(fields, [f"range={value_range}"])).range
+    # The options have the default names of image pairs; class folders have other default names.
     names = {"training": "train", "validation": "val"}
-    problems, summary = check_folders(root, names.get(train, train), names.get(val, val), of_files)
+    splits = names.get(train, train), names.get(val, val)
+    problems, summary = check_folders(root, *splits, parsed_range)
     for problem in problems:
         print(problem)
-    found = f"{len(problems):,} problems" if problems else "no problems"
-    print(f"{root}: {summary}; {found}")
+    counted = f"{len(problems):,} problems" if problems else "no problems"
+    print(f"{root}: {summary}; {counted}")
     if problems:
         raise typer.Exit(1)
 
@@ -122,7 +167,10 @@ def _check_class_folders(root: Path, train: str, val: str, value_range: str) -> 
 def reproduce_cost(
     out: Annotated[Path, typer.Option(help="Folder for cost.csv and cost.md.")] = Path("reproduce"),
 ) -> None:
-    """Parameters and costs of the papers' tables, counted on the real models."""
+    """Recompute parameters and costs in the tables of the papers, on the real models.
+
+    Prints each row beside the paper's values, and writes cost.csv and cost.md.
+    """
     from rich.progress import track
 
     from tokendial.reproduce import (
@@ -135,49 +183,67 @@ def reproduce_cost(
         write_markdown,
     )
 
-    found = list(track(cost_rows(), "counting", total=len(read_tables()), console=Console()))
+    rows = list(track(cost_rows(), "counting", total=len(read_tables()), console=Console()))
     table = Table(*HEADER)
-    for row in found:
+    for row in rows:
         table.add_row(*cells(row))
-    # Eleven columns need room; in a file or a pipe there is as much as one asks for.
+    # Eleven columns need 160 characters; files and pipes have no width of their own.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(found, out / "cost.csv")
-    write_markdown(found, out / "cost.md")
-    for row in found:
+    write_csv(rows, out / "cost.csv")
+    write_markdown(rows, out / "cost.md")
+    for row in rows:
         if row.note and not row.should_agree and row.verdict != "not in the paper":
             print(f"{row.paper} {row.table}, {row.row}: {row.verdict}. {row.note}")
-    wanted = [row for row in found if row.should_agree]
-    agreeing = [r for r in wanted if {r.params_agree, r.cost_agree} <= {"", *AGREES}]
-    print(f"{len(found)} rows; {len(agreeing)} of the {len(wanted)} that should agree do")
+    expected = [row for row in rows if row.should_agree]
+    agreeing = [r for r in expected if {r.params_agree, r.cost_agree} <= {"", *AGREES}]
+    print(f"{len(rows)} rows; {len(agreeing)} of the {len(expected)} that should agree do")
     print(f"wrote {out / 'cost.csv'} and {out / 'cost.md'}")
 
 
 @weights.command("convert")
 def weights_convert(
     file: Annotated[
-        Path, typer.Argument(help="DINOv2, DINO, DeiT, MAE, DAR (.pth) or AugReg (.npz).")
+        Path,
+        typer.Argument(
+            help="A released weight file: DINOv2, DINO, DeiT, MAE, DAR (.pth) or AugReg (.npz)."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="With --recipe: such as model.weights=dinov2.safetensors."),
+        typer.Argument(
+            metavar="[FIELD=VALUE]...",
+            help="With --recipe: fields to change, such as model.weights=dinov2.safetensors.",
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="timm model; default: the one that the tensors belong to.")
+        str | None,
+        typer.Option(help="Name of the timm model [default: recognised by the tensors]."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Of DAR's fine-tuned files, such as dar/duts: make a run.")
+        str | None,
+        typer.Option(
+            help="For fine-tuned files of DAR: their recipe, such as dar/duts. A run is written."
+        ),
     ] = None,
     img_size: Annotated[
         str | None,
-        typer.Option(help="Resize positions for images of 224 or HEIGHTxWIDTH pixels."),
+        typer.Option(
+            help="Resize position embeddings for this image size: 224, or HEIGHTxWIDTH in pixels."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File (or run) to write; default: FILE with .safetensors."),
+        typer.Option(
+            help="File to write [default: FILE with .safetensors]; with --recipe, a folder."
+        ),
     ] = None,
 ) -> None:
-    """Write a released file as model.weights of a recipe takes it; nothing is unpickled."""
+    """Convert a released weight file for use as model.weights of a recipe.
+
+    Writes a safetensors file with timm's names; with --recipe a run that can be evaluated and
+    predicts. Only tensors are read from the file: no code in it can run.
+    """
     from tokendial.backbones import convert_weights
 
     if recipe is not None:
@@ -200,7 +266,7 @@ def weights_convert(
 
 
 def _size(text: str) -> tuple[int, int]:
-    """Height and width written as 224 or 224x320."""
+    """Parse an image size, 224 or 224x320, to height and width."""
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise ValueError(f"img_size must look like 224 or 224x320, got {text!r}.")

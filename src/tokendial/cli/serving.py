@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from tokendial.cli.app import app
-from tokendial.cli.using import Compile, Faster, Optimize, Precision, speed_of
+from tokendial.cli.options import Compile, Faster, Optimize, Precision, speed_of
 
 if TYPE_CHECKING:
     from tokendial.serve.scheduling.engine import Engine

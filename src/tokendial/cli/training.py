@@ -1,4 +1,4 @@
-"""Commands that train: train, compensate, demo; and the recipes that say how."""
+"""Commands that train, or describe what is trained: train, compensate, recipes, demo."""
 
 import json
 import sys
@@ -11,98 +11,100 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokendial.cli.app import app
+from tokendial.cli.app import TRAIN_PANEL, app
+from tokendial.cli.options import Overrides, RecipeName
 
 if TYPE_CHECKING:
     from tokendial.runs.recipe import BaseRecipe
 
 ResultT = TypeVar("ResultT")
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Two updates, one batch of evaluation; keep nothing.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Only try it: two updates, one batch of evaluation; nothing is kept."
+    ),
 ]
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Such as train.epochs=10 data.root=/images.")
-    ] = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Train as a recipe says; started again, go on where the run stopped."""
+@app.command(rich_help_panel=TRAIN_PANEL)
+def train(recipe: RecipeName, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Fine-tune a model by a recipe.
+
+    Writes a run: a folder with the best and the last model, metrics and a draft of a model card.
+    If training was interrupted, the same command resumes it.
+    """
     from tokendial.runs import read_recipe
     from tokendial.train import train as run_training
 
-    read = read_recipe(recipe, overrides or [])
+    settings = read_recipe(recipe, overrides or [])
     if dry_run:
-        from tokendial.train.finetune import FineTuning
+        from tokendial.train.fine_tuning import FineTuning
 
-        _try_out(read, FineTuning)
+        _run_dry(settings, FineTuning)
         return
-    to_its_end(lambda: run_training(read))
+    run_until_stopped(lambda: run_training(settings))
 
 
-@app.command()
-def compensate(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Such as train.epochs=10 data.root=/images.")
-    ] = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Train a compensator for a pre-trained model; no labels needed."""
+@app.command(rich_help_panel=TRAIN_PANEL)
+def compensate(recipe: RecipeName, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train a compensator (ToCom) for a pre-trained model.
+
+    A compensator raises the accuracy of fine-tuned models at degrees that they were not trained
+    at. It is trained once per pre-trained model; labels are not needed. If training was
+    interrupted, the same command resumes it.
+    """
     from tokendial.runs import CompensateRecipe, read_recipe
     from tokendial.train import compensate as run_training
 
-    read = read_recipe(recipe, overrides or [], kind=CompensateRecipe)
+    settings = read_recipe(recipe, overrides or [], kind=CompensateRecipe)
     if dry_run:
-        from tokendial.train.compensate import Compensating
+        from tokendial.train.compensator_training import CompensatorTraining
 
-        _try_out(read, Compensating)
+        _run_dry(settings, CompensatorTraining)
         return
-    to_its_end(lambda: run_training(read))
+    run_until_stopped(lambda: run_training(settings))
 
 
-def _try_out(recipe: "BaseRecipe", make_job: Callable[..., object]) -> None:
+def _run_dry(recipe: "BaseRecipe", make_job: Callable[..., object]) -> None:
     from tokendial.train.dry_run import dry_run
 
-    seen = dry_run(recipe, make_job)
-    if seen is None:
+    result = dry_run(recipe, make_job)
+    if result is None:  # in processes other than the main one
         return
-    numbers = {name: value for name, value in seen.metrics.items() if isinstance(value, float)}
-    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
-    print(f"dry run in {seen.seconds:.1f} s, nothing kept: {shown}")
+    numbers = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
+    listed = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
+    print(f"dry run in {result.seconds:.1f} s, nothing kept: {listed}")
 
 
-def to_its_end(run: Callable[[], ResultT]) -> ResultT:
-    """Train; exit code 130 if the process was asked to stop."""
+def run_until_stopped(training: Callable[[], ResultT]) -> ResultT:
+    """Run a training. Exit with code 130 if a signal asked it to stop."""
     from tokendial.train import InterruptedRunError
 
     try:
-        return run()
+        return training()
     except InterruptedRunError:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN_PANEL)
 def recipes(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Of a recipe: say what it is, and every field of it. Of a folder: list it."
+            help="A recipe, to print its description and all its fields; or a folder of recipes, "
+            "to list it [default: list all]."
         ),
     ] = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema, for editors.")
+        bool, typer.Option("--schema", help="Print the JSON schema of recipe files, for editors.")
     ] = False,
 ) -> None:
-    """List the recipes that are shipped, or explain one."""
+    """List the shipped recipes, or print one with all its fields."""
     from tokendial.runs.recipe_file import (
-        contents,
         describe,
         find_recipe,
+        list_recipes,
         recipe_schema,
         recipes_in,
         summary,
@@ -111,19 +113,19 @@ def recipes(
     if schema:
         print(json.dumps(recipe_schema(), indent=2))
     elif name is None:
-        _print_recipes(contents())
+        _print_recipes(list_recipes())
         print("tokendial recipes FOLDER/ lists the recipes of a folder.")
-    elif below := recipes_in(name):
-        _print_recipes({shipped: summary(file) for shipped, file in below.items()})
+    elif in_folder := recipes_in(name):
+        _print_recipes({recipe: summary(file) for recipe, file in in_folder.items()})
     else:
         for line in describe(find_recipe(name)[0]).splitlines():
             print(f"# {line}".rstrip())
         print()
-        print(_every_field(name), end="")
+        print(_all_fields(name), end="")
 
 
-def _every_field(name: str) -> str:
-    """A recipe as YAML with the values of all its fields; what it leaves open is a comment."""
+def _all_fields(name: str) -> str:
+    """A recipe as YAML with the values of all its fields. Fields without a value are comments."""
     import yaml
     from pydantic import ValidationError
 
@@ -135,47 +137,53 @@ def _every_field(name: str) -> str:
     kind = Recipe if "adapt" in data else CompensateRecipe
     try:
         kind.model_validate(data)
-        left_open = []
+        missing = []
     except ValidationError as error:
-        wrong = error.errors()
-        left_open = [".".join(map(str, e["loc"])) for e in wrong if e["type"] == "missing"]
-    filled = apply_overrides(data, [f"{field}=_" for field in left_open])
+        missing = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == "missing"]
+    # A recipe is complete only with these fields: they get a placeholder, and lose it again.
+    filled = apply_overrides(data, [f"{field}=_" for field in missing])
     fields = check_section(kind, filled).model_dump(mode="json")
-    for field in left_open:
+    for field in missing:
         *parents, last = field.split(".")
-        place = fields
+        section = fields
         for parent in parents:
-            place = place[parent]
-        del place[last]
-    notes = "".join(f"# {field} is left open: it has to be given.\n" for field in left_open)
+            section = section[parent]
+        del section[last]
+    notes = "".join(f"# {field} is left open: it has to be given.\n" for field in missing)
     return notes + yaml.safe_dump(fields, sort_keys=False)
 
 
-def _print_recipes(recipes: dict[str, str]) -> None:
+def _print_recipes(descriptions: dict[str, str]) -> None:
     table = Table("recipe", "what it is", box=None)
-    for name, said in recipes.items():
-        table.add_row(name, said)
+    for name, description in descriptions.items():
+        table.add_row(name, description)
     Console().print(table)
 
 
 class DemoTask(StrEnum):
-    """What the demo learns."""
+    """Tasks of the demo."""
 
     counting = "counting"
     masks = "masks"
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN_PANEL)
 def demo(
     task: Annotated[
-        DemoTask, typer.Option(help="counting: Sparse-Tuning and a compensator; masks: DAR.")
+        DemoTask,
+        typer.Option(
+            help="counting: Sparse-Tuning and a compensator, for classes. masks: DAR, for masks."
+        ),
     ] = DemoTask.counting,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the run and the report; default: demo or demo_masks."),
+        typer.Option(help="Folder for the run and the report [default: demo or demo_masks]."),
     ] = None,
 ) -> None:
-    """The whole story in a few minutes, offline: fine-tune the shipped model, turn the dial."""
+    """Fine-tune the small shipped model, run it at every degree, and write a report.
+
+    Takes a few minutes on a CPU and needs no network.
+    """
     from tokendial.demo import run_demo, run_masks_demo
 
     if task is DemoTask.masks:

@@ -14,99 +14,84 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokendial.cli.app import app
+from tokendial.cli.app import USE_PANEL, app
+from tokendial.cli.options import (
+    Compile,
+    Degree,
+    Degrees,
+    Faster,
+    Optimize,
+    Precision,
+    RunFolder,
+    speed_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tokendial.runs.evaluate import BridgedRow, DegreeRow
-    from tokendial.tune import SpeedSettings
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
-Degree = Annotated[
-    int | None, typer.Option(help="Degree of the dial; default: the one that was trained.")
-]
-Degrees = Annotated[
-    str,
-    typer.Option(
-        help="Such as 0,4,8 or 0..16 or 0..16:4. all: every degree, or about ten by cost of a long "
-        "dial. every: every one."
-    ),
-]
-
-
-Optimize = Annotated[
-    bool, typer.Option("--optimize", help="First find the fastest way to run on this machine.")
-]
-Compile = Annotated[
-    bool, typer.Option("--compile", help="The same, and compile: a minute or so for each degree.")
-]
-
-
-class Precision(StrEnum):
-    """Arithmetic."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-Faster = Annotated[
-    Precision,
-    typer.Option(
-        "--precision",
-        help="Arithmetic. Half precision (where there are instructions for it) implies --optimize.",
-    ),
-]
+    from tokendial.runs.evaluate import DegreeRow
+    from tokendial.runs.evaluate_compensator import CompensatedRow
 
 _SHOWN_SCORES = 3
+"""Metrics in the printed table. Tasks can have one metric per class; the CSV file has all."""
 _SHOWN_CLASSES = 20
+"""Classes in the printed table, those of lowest recall. The CSV file has all."""
 
 
 class Format(StrEnum):
-    """Formats of predictions."""
+    """Output formats of predictions."""
 
     csv = "csv"
     jsonl = "jsonl"
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=USE_PANEL)
 def evaluate(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run; several to bridge.")
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folder of a run. With --compensator, one or more."),
     ],
     degrees: Degrees = "all",
     compensator: Annotated[
-        str | None, typer.Option(help="Folder of a compensator: also run with it.")
+        str | None,
+        typer.Option(help="Folder of a compensator: evaluate the runs without and with it."),
     ] = None,
     sources: Annotated[
         str | None,
-        typer.Option(help="Degree that each run was trained at, such as 0,8,16; default: its own."),
+        typer.Option(
+            help="With --compensator: the degree that each run was trained at, such as 0,8,16 "
+            "[default: read from the runs]."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     optimize: Optimize = False,
     compile: Compile = False,
     precision: Faster = Precision.fp32,
 ) -> None:
-    """Accuracy, cost and speed of a run along the dial: table, CSV and plot."""
+    """Measure accuracy, cost and speed of a run at several degrees of the dial.
+
+    Evaluates the best model on the validation set. Prints a table, and writes it as CSV with a plot
+    into RUN/eval. For classification also recall and precision of each class, and a confusion
+    matrix.
+    """
     speed = speed_of(optimize, compile, precision)
     if compensator is not None:
         if speed:
             raise ValueError("optimize, compile and precision do not go with --compensator.")
-        _evaluate_bridged(runs, degrees, compensator, sources, batch_size)
+        _evaluate_compensator(runs, degrees, compensator, sources, batch_size)
         return
     if len(runs) > 1 or sources is not None:
         raise ValueError("several runs and sources go with --compensator only.")
     (run,) = runs
     from tokendial.runs import Run
     from tokendial.runs.evaluate import evaluate as run_evaluation
-    from tokendial.runs.tables import write_classes
+    from tokendial.runs.evaluation_tables import write_classes
+    from tokendial.runs.progress import progress_bar
     from tokendial.show.confusion import confusion_figure
     from tokendial.show.plots import dial_figure
-    from tokendial.train.progress import bar
 
     opened, console = Run(run), Console(stderr=True)
-    with bar(console) as shown:
+    with progress_bar(console) as shown:
         rows = run_evaluation(
             opened, degrees, batch_size=batch_size, speed=speed, progress=shown.update
         )
@@ -128,12 +113,11 @@ def evaluate(
 
 def _dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
     """Scores, cost and speed at each degree."""
-    # Of many metrics (each class has one of its own) the first tell enough; the CSV has all.
     shown = list(rows[0].scores)[:_SHOWN_SCORES]
     names = [name.replace("_", " ") for name in shown]
-    # Where tokens are chosen by their values, every one leaves the last layer.
-    last = "tokens left" if rows[0].share is None else "tokens processed"
-    table = Table("degree", *names, "GMACs", "cost", f"{unit}s/s", "speed", last)
+    # Methods that select tokens by their values skip FFNs only: all tokens leave the last layer.
+    tokens = "tokens left" if rows[0].share is None else "tokens processed"
+    table = Table("degree", *names, "GMACs", "cost", f"{unit}s/s", "speed", tokens)
     for row in rows:
         table.add_row(
             str(row.degree),
@@ -148,8 +132,8 @@ def _dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
 
 
 def _class_table(rows: "Sequence[DegreeRow]", classes: Sequence[str]) -> Table:
-    """The classes that are recognised worst at the first degree, beside the last one."""
-    from tokendial.runs.tables import class_scores
+    """Recall and precision at the first and last degree, for the classes of lowest recall."""
+    from tokendial.runs.evaluation_tables import class_scores
 
     first, last = class_scores(rows[0], classes), class_scores(rows[-1], classes)
     several = len(rows) > 1
@@ -177,37 +161,31 @@ def _class_table(rows: "Sequence[DegreeRow]", classes: Sequence[str]) -> Table:
     return table
 
 
-def _percent(share: float) -> str:
-    """Nothing where there were no images to take a share of."""
-    return "" if math.isnan(share) else f"{share:.1%}"
+def _percent(fraction: float) -> str:
+    """A fraction as text; empty for NaN, where there were no images."""
+    return "" if math.isnan(fraction) else f"{fraction:.1%}"
 
 
-def _warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[BridgedRow]") -> None:
+def _warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]") -> None:
+    """Print a line if times are not to be trusted; tables mark such rows with a question mark."""
     if any(row.disturbed for row in rows):
         print("speed: times differed widely, so something else used this machine: measure again")
 
 
-def speed_of(optimize: bool, compile: bool, precision: Precision) -> "SpeedSettings":
-    """What the options ask for."""
-    from tokendial.tune import SpeedSettings
-
-    return SpeedSettings(optimize, compile, precision.value)
-
-
-def _evaluate_bridged(
+def _evaluate_compensator(
     folders: list[Path], degrees: str, compensator: str, sources: str | None, batch_size: int
 ) -> None:
     from tokendial.compensate import Compensator
     from tokendial.runs import Run
     from tokendial.runs.degrees import parse_degrees
-    from tokendial.runs.evaluate import evaluate_bridged
-    from tokendial.show.plots import bridged_figure
-    from tokendial.train.progress import bar
+    from tokendial.runs.evaluate_compensator import evaluate_compensator
+    from tokendial.runs.progress import progress_bar
+    from tokendial.show.plots import compensator_figure
 
     plugin = Compensator.from_pretrained(compensator)
     offered = tuple(range(plugin.steps + 1))
-    with bar(Console(stderr=True)) as shown:
-        rows = evaluate_bridged(
+    with progress_bar(Console(stderr=True)) as shown:
+        rows = evaluate_compensator(
             [Run(folder) for folder in folders],
             plugin,
             degrees,
@@ -228,15 +206,15 @@ def _evaluate_bridged(
         )
     Console().print(table)
     _warn_if_disturbed(rows)
-    figure = bridged_figure(rows, title=f"scale {plugin.scale:g}")
+    figure = compensator_figure(rows, title=f"scale {plugin.scale:g}")
     _write_evaluation(rows, figure, folders[0] / "eval" / "bridged")
 
 
 def _write_evaluation(
-    rows: "Sequence[DegreeRow] | Sequence[BridgedRow]", figure: "Figure", stem: Path
+    rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]", figure: "Figure", stem: Path
 ) -> None:
-    """Write the rows as CSV and their figure as PNG, and say where."""
-    from tokendial.runs.tables import write_rows
+    """Write the rows as STEM.csv and their figure as STEM.png, and print the paths."""
+    from tokendial.runs.evaluation_tables import write_rows
 
     table, plot = stem.with_suffix(".csv"), stem.with_suffix(".png")
     write_rows(rows, table)
@@ -252,33 +230,51 @@ def _write_picture(figure: "Figure", path: Path) -> None:
         temporary.write_bytes(png(figure, dpi=150))
 
 
-@app.command()
+@app.command(rich_help_panel=USE_PANEL)
 def predict(
     run: RunFolder,
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Images (videos, if the run is on videos), shards (.tar), folders."),
+        typer.Argument(
+            help="Image files, folders or shards (.tar) of images; video files and folders if the "
+            "run is on videos."
+        ),
     ],
     degree: Degree = None,
-    form: Annotated[Format, typer.Option("--format", help="Form of the output.")] = Format.csv,
-    top: Annotated[int, typer.Option(min=1, help="Classes per file.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Dense tasks: folder for the masks.")] = None,
-    overlay: Annotated[bool, typer.Option(help="Write the images under their masks, too.")] = False,
+    form: Annotated[
+        Format, typer.Option("--format", help="Output format: CSV, or one JSON object per line.")
+    ] = Format.csv,
+    top: Annotated[int, typer.Option(min=1, help="Number of most probable classes per file.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Masks: folder to write them to, as PNG files.")
+    ] = None,
+    overlay: Annotated[
+        bool, typer.Option(help="Masks: also write each image with its mask drawn over it.")
+    ] = False,
     tiles: Annotated[
-        bool, typer.Option(help="Windows at full resolution, for large images.")
+        bool,
+        typer.Option(
+            help="Masks: run the model on overlapping windows of the image instead of resizing it. "
+            "For small objects in large images."
+        ),
     ] = False,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Classes: on all GPUs of a cluster, by Ray Data.")
+        bool, typer.Option("--ray", help="Classes: use all GPUs of a Ray cluster, by Ray Data.")
     ] = False,
     optimize: Optimize = False,
     compile: Compile = False,
     precision: Faster = Precision.fp32,
 ) -> None:
-    """Class and probability, or mask, of each file; exit code 1 if some could not be read."""
+    """Predict the class, or the mask, of images or videos.
+
+    Prints path, class and probability of each file. Runs on masks write PNG files (--out) and print
+    their paths. Exit code 1 if some files could not be read; the others are predicted all the same.
+    """
     from tokendial.data import ImageError, VideoError, find_images, find_sources, find_videos
     from tokendial.runs import Run
-    from tokendial.runs.predict import MaskFile, Prediction, predict_masks
+    from tokendial.runs.predict import Prediction
     from tokendial.runs.predict import predict as run_prediction
+    from tokendial.runs.predict_masks import MaskFile, predict_masks
     from tokendial.runs.predict_ray import predict_on_ray
 
     if out is None and (overlay or tiles):
@@ -290,21 +286,21 @@ def predict(
         raise ValueError(
             "optimize, compile and precision are for classes, predicted by one process."
         )
-    trained = Run(run)
+    opened = Run(run)
     answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
     if out is None:
-        sources = find_videos(paths) if trained.on_videos() else find_sources(paths)
+        sources = find_videos(paths) if opened.on_videos() else find_sources(paths)
         if ray:
-            answers = predict_on_ray(trained, sources, degree=degree, top=top)
+            answers = predict_on_ray(opened, sources, degree=degree, top=top)
         else:
-            answers = run_prediction(trained, sources, degree=degree, top=top, speed=speed)
+            answers = run_prediction(opened, sources, degree=degree, top=top, speed=speed)
     else:
-        files = find_videos(paths) if trained.on_videos() else find_images(paths)
-        answers = predict_masks(trained, files, out, degree=degree, overlay=overlay, tiles=tiles)
+        files = find_videos(paths) if opened.on_videos() else find_images(paths)
+        answers = predict_masks(opened, files, out, degree=degree, overlay=overlay, tiles=tiles)
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    for number, answer in enumerate(answers):
-        if number == 0 and form is Format.csv:
+    for index, answer in enumerate(answers):
+        if index == 0 and form is Format.csv:
             writer.writerow(
                 ["path", "class", "probability"] if out is None else ["path", "mask", "share"]
             )
@@ -322,29 +318,38 @@ def predict(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=USE_PANEL)
 def show(
     run: RunFolder,
-    image: Annotated[Path, typer.Argument(help="An image.")],
+    image: Annotated[Path, typer.Argument(help="Image file.")],
     degree: Degree = None,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("tokens.png"),
     diversity: Annotated[
-        bool, typer.Option("--diversity", help="Plot attention diversity by depth instead.")
+        bool,
+        typer.Option(
+            "--diversity",
+            help="Instead, plot how much the attention rows of each layer differ, with and without "
+            "reduction.",
+        ),
     ] = False,
 ) -> None:
-    """Draw the tokens that are left at each depth, and the class attention."""
+    """Draw which tokens of an image are merged, dropped or skipped at each depth.
+
+    Writes a PNG file with the image, its tokens after each layer that reduces them, and the
+    attention of the class token in the last layer.
+    """
     from tokendial.atomic import atomic_write
     from tokendial.data.readers.images import read_image
     from tokendial.runs import Run
     from tokendial.show.report import png
-    from tokendial.show.tokens import run_diversity_figure, run_figure
+    from tokendial.show.token_figures import run_diversity_figure, run_figure
 
-    trained = Run(run)
-    if trained.on_videos():
-        raise ValueError(f"{run} is a run on videos; what can be shown are runs on images.")
+    opened = Run(run)
+    if opened.on_videos():
+        raise ValueError(f"{run} is a run on videos; only runs on images can be shown.")
     draw = run_diversity_figure if diversity else run_figure
-    picture = read_image(image, trained.value_range())
-    figure = draw(trained, picture, degree=degree, title=image.name)
+    picture = read_image(image, opened.value_range())
+    figure = draw(opened, picture, degree=degree, title=image.name)
     if not out.parent.is_dir():
         raise ValueError(f"out: no such folder: {out.parent}.")
     with atomic_write(out) as path:
@@ -353,46 +358,58 @@ def show(
 
 
 class ExportFormat(StrEnum):
-    """Formats of exported models."""
+    """File formats of exported models."""
 
     onnx = "onnx"
     pt2 = "pt2"
 
 
-@app.command()
+@app.command(rich_help_panel=USE_PANEL)
 def export(
     run: RunFolder,
     degree: Degree = None,
     degrees: Annotated[
-        str | None, typer.Option(help="Several, such as 0,4,8: a bundle with one file of weights.")
+        str | None,
+        typer.Option(
+            help="Several degrees, such as 0,4,8: ONNX files that share one file of weights."
+        ),
     ] = None,
-    to: Annotated[ExportFormat, typer.Option(help="Format.")] = ExportFormat.onnx,
+    to: Annotated[ExportFormat, typer.Option(help="File format: ONNX, or pt2 of torch.export.")] = (
+        ExportFormat.onnx
+    ),
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images per call; default: any number.")
+        int | None,
+        typer.Option(min=1, help="Fixed number of images per call [default: any number]."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="File (or folder of a bundle); default: RUN/export/.")
+        Path | None,
+        typer.Option(help="File to write, or folder of a bundle [default: in RUN/export]."),
     ] = None,
 ) -> None:
-    """Write the best model for other runtimes, and compare what the file gives."""
+    """Write the best model as an ONNX or torch.export file, for other runtimes.
+
+    Each file holds one degree of the dial. It is run on random images, and refused if its logits
+    differ from the model's.
+    """
     from tokendial.export import export as export_model
     from tokendial.export import export_bundle, run_facts
     from tokendial.runs import Run
     from tokendial.runs.degrees import degrees_to_show
 
-    model, folder = Run(run).model(), run / "export"
-    facts = run_facts(Run(run), model)
+    opened = Run(run)
+    model, folder = opened.model(), run / "export"
+    facts = run_facts(opened, model)
     if degrees is None:
         path = out or folder / f"degree_{model.degree if degree is None else degree}.{to}"
         path.parent.mkdir(parents=True, exist_ok=True)
         found = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
     elif degree is not None or to is not ExportFormat.onnx:
-        raise ValueError("degrees makes a bundle of ONNX files: leave degree and pt2 out.")
+        raise ValueError("degrees writes a bundle of ONNX files: leave out degree and pt2.")
     else:
         wanted = degrees_to_show(model, degrees)
         found = export_bundle(model, out or folder, wanted, batch=batch, facts=facts)
-    for each in found:
+    for exported in found:
         print(
-            f"wrote {each.path}: degree {each.degree}, {each.gmacs:.4g} GMACs, "
-            f"logits differ by {each.difference:.1e}"
+            f"wrote {exported.path}: degree {exported.degree}, {exported.gmacs:.4g} GMACs, "
+            f"logits differ by {exported.difference:.1e}"
         )

@@ -1,4 +1,4 @@
-"""The demo: the whole story offline, on the shipped small model; one file per task."""
+"""The demo: fine-tuning the small shipped model and running it at every degree, offline."""
 
 from tokendial.demo.counting import run_demo
 from tokendial.demo.masks import run_masks_demo

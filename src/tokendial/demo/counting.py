@@ -1,4 +1,4 @@
-"""Counting: fine-tune the shipped model, turn the dial with and without its compensator."""
+"""The counting demo: Sparse-Tuning of the shipped model, and the dial with its compensator."""
 
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -9,42 +9,44 @@ from rich.console import Console
 
 from tokendial.compensate import Compensator
 from tokendial.demo.output import print_table, write_report
-from tokendial.runs.evaluate import BridgedRow, evaluate_bridged
+from tokendial.runs.evaluate_compensator import CompensatedRow, evaluate_compensator
+from tokendial.runs.evaluation_tables import write_rows
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.recipe_file import read_recipe
 from tokendial.runs.run import Run
-from tokendial.runs.tables import write_rows
-from tokendial.show.plots import bridged_figure
+from tokendial.show.plots import compensator_figure
 from tokendial.show.report import Section
-from tokendial.show.tokens import run_figure
-from tokendial.train.finetune import train
+from tokendial.show.token_figures import run_figure
+from tokendial.train.fine_tuning import train
 
-_PICTURES = (0, 1)
+_SHOWN_SCENES = (0, 1)
 
 
 def run_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
-    """Run the recipe demo.yaml into `out`, evaluate it along the dial, write `out/report.html`.
+    """Train the recipe demo.yaml, evaluate it at every degree, and write a report.
 
-    A demo that was stopped goes on; one that has finished is evaluated anew.
+    A demo that was interrupted is resumed. One that is finished is evaluated again.
 
     Args:
         out: Folder for the run and the report.
-        overrides: Settings of the recipe to change, such as `train.epochs=1`.
+        overrides: Fields of the recipe to change, such as `train.epochs=1`.
 
     Returns:
-        The path of the report.
+        The path of the report, `out/report.html`.
     """
     recipe = read_recipe("demo", [f"output={out / 'run'}", *overrides])
     console = Console()
-    console.print("Sparse-Tuning a small ViT to count sneakers in crowded pictures, then the dial.")
+    console.print(
+        "Sparse-Tuning a small ViT to count the sneakers in an image. Then it runs at every degree."
+    )
     run = train(recipe)
     with as_file(files("tokendial") / "assets" / "scenes_tocom") as folder:
         compensator = Compensator.from_pretrained(folder)
-    rows = evaluate_bridged([run], compensator)
+    rows = evaluate_compensator([run], compensator)
     cells = [_cells(row, rows[0]) for row in rows]
     print_table(console, _HEADER, cells)
     write_rows(rows, out / "degrees.csv")
-    plot = bridged_figure(rows, title="one model, every degree of the dial")
+    plot = compensator_figure(rows, title="one model at every degree of the dial")
     middle, end = rows[len(rows) // 2].degree, rows[-1].degree
     pictures = [
         run_figure(run, image, degree=degree, title=f"scene {number + 1}")
@@ -54,7 +56,7 @@ def run_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
     return write_report(
         console,
         out,
-        "Tokendial demo: one model, any cost",
+        "Tokendial demo: one fine-tuned model at every degree",
         _sections(run, recipe, cells, plot, pictures),
         {"dial": plot, "tokens": pictures[0]},
     )
@@ -62,10 +64,10 @@ def run_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
 
 def _scenes(recipe: Recipe) -> list[Image.Image]:
     val = recipe.data.build(recipe.seed).val
-    return [val[number][0] for number in _PICTURES]
+    return [val[number][0] for number in _SHOWN_SCENES]
 
 
-def _cells(row: BridgedRow, first: BridgedRow) -> tuple[str, ...]:
+def _cells(row: CompensatedRow, first: CompensatedRow) -> tuple[str, ...]:
     return (
         str(row.degree),
         f"{row.plain:.1%}",
@@ -98,23 +100,24 @@ def _sections(
         Section(
             title="What happened",
             text=(
-                f"A 12-block ViT with {trained.params / 1e6:.2f} M parameters, pre-trained on "
-                f"telling which kinds of items a picture holds, learnt another question: how many "
-                f"sneakers are there? {trained.trainable_params / 1e6:.3f} M adapter parameters "
-                f"and a head were trained (Sparse-Tuning: EViT at layers 4, 7 and 10, keep rate "
-                f"0.7, with Dense Adapters); the backbone stayed frozen. Then the dial was turned "
-                f"through every degree without training again. These small pictures show the "
-                f"mechanism; they say nothing about accuracies on large data sets."
+                f"A ViT with 12 blocks and {trained.params / 1e6:.2f} M parameters was pre-trained "
+                f"to recognise which kinds of items an image shows. It was then fine-tuned for "
+                f"another task: to count the sneakers. The fine-tuning method is Sparse-Tuning: "
+                f"EViT at layers 4, 7 and 10 with keep rate 0.7, and Dense Adapters. It trained "
+                f"{trained.trainable_params / 1e6:.3f} M adapter parameters and a head; the "
+                f"backbone stayed frozen. Then the model ran at every degree of the dial, without "
+                f"further training. These small images show how it works. They do not show which "
+                f"accuracy to expect on large data sets."
             ),
         ),
         Section(
             title="The dial",
             text=(
-                "Degree 0 keeps every token; degree d keeps a share 1 - d/10 at three layers. The "
-                "model was trained at degree 3. With ToCom, the shipped compensator turns with the "
-                "dial: small differences in queries and values that were learnt once, on the "
-                "pre-trained model and without labels, and that know nothing of this task. They "
-                "are merged into the weights, so they cost nothing."
+                "Degree 0 keeps every token. Degree d keeps the fraction 1 - d/10 of the patch "
+                "tokens at each of three layers. The model was trained at degree 3. With ToCom, a "
+                "compensator changes queries and values to suit the degree. It was trained once, "
+                "on the pre-trained model and without labels, so it knows nothing of this task. "
+                "Its weights are merged into the model's, so it takes no time."
             ),
             header=_HEADER,
             rows=cells,
@@ -123,8 +126,9 @@ def _sections(
         Section(
             title="Tokens",
             text=(
-                "Patches of one token are filled with their mean colour; the other patches that "
-                "the class token attends to least are fused into one token."
+                "At each reducing layer, the patches that the class token attends to least are "
+                "fused into one token: the patches with a white outline and their mean colour. The "
+                "other patches are tokens of their own."
             ),
             figures=pictures,
         ),

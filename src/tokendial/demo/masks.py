@@ -1,4 +1,4 @@
-"""Masks: DAR learns to outline items, then the share of patches in the FFNs is turned."""
+"""The mask demo: DAR learns to outline items, then runs with more and fewer patches in FFNs."""
 
 from pathlib import Path
 
@@ -7,42 +7,44 @@ from rich.console import Console
 
 from tokendial.demo.output import print_table, write_report
 from tokendial.runs.evaluate import DegreeRow, evaluate
+from tokendial.runs.evaluation_tables import write_rows
 from tokendial.runs.recipe import Recipe
 from tokendial.runs.recipe_file import read_recipe
 from tokendial.runs.run import Run
-from tokendial.runs.tables import write_rows
 from tokendial.show.masks import run_mask_figure
 from tokendial.show.plots import dial_figure
 from tokendial.show.report import Section
-from tokendial.show.tokens import run_figure
-from tokendial.train.finetune import train
+from tokendial.show.token_figures import run_figure
+from tokendial.train.fine_tuning import train
 
-_PICTURES = (0, 1, 2, 3)
+_SHOWN_SCENES = (0, 1, 2, 3)
 
 
 def run_masks_demo(out: Path, overrides: tuple[str, ...] = ()) -> Path:
-    """Run the recipe demo_masks.yaml into `out`, evaluate it along the dial, write a report.
+    """Train the recipe demo_masks.yaml, evaluate it at every degree, and write a report.
 
-    A demo that was stopped goes on; one that has finished is evaluated anew.
+    A demo that was interrupted is resumed. One that is finished is evaluated again.
 
     Args:
         out: Folder for the run and the report.
-        overrides: Settings of the recipe to change, such as `train.epochs=1`.
+        overrides: Fields of the recipe to change, such as `train.epochs=1`.
 
     Returns:
         The path of the report, `out/report.html`.
     """
     recipe = read_recipe("demo_masks", [f"output={out / 'run'}", *overrides])
     console = Console()
-    console.print("DAR on a small ViT: outline items, with half of the patches in each FFN.")
+    console.print(
+        "Training a small ViT with DAR to outline items, with half of the patches in each FFN."
+    )
     run = train(recipe)
     rows = evaluate(run, batch_size=20)
     cells = [_cells(row, rows[0]) for row in rows]
     print_table(console, _HEADER, cells)
     write_rows(rows, out / "degrees.csv")
-    plot = dial_figure(rows, metric="S-measure", title="one model, every degree of the dial")
+    plot = dial_figure(rows, metric="S-measure", title="one model at every degree of the dial")
     val = recipe.data.build(recipe.seed).val
-    scenes = [val[number] for number in _PICTURES]
+    scenes = [val[number] for number in _SHOWN_SCENES]
     trained = run.model().degree
     degrees = (0, trained, rows[-1].degree)
     masks = [run_mask_figure(run, image, mask, degrees) for image, mask in scenes]
@@ -96,22 +98,23 @@ def _sections(
         Section(
             title="What happened",
             text=(
-                f"A 12-block ViT with {cost.params / 1e6:.2f} M parameters, pre-trained on telling "
-                f"which kinds of items a picture holds, learnt to outline them: "
-                f"{cost.trainable_params / 1e6:.2f} M adapter parameters and a decoder were "
-                f"trained (DAR), the backbone stayed frozen. In each block a small convolution "
-                f"decides which patches the FFN processes, half of them on average; attention and "
-                f"adapters see all. These small pictures show the mechanism; they say nothing "
-                f"about scores on large data sets."
+                f"A ViT with 12 blocks and {cost.params / 1e6:.2f} M parameters was pre-trained to "
+                f"recognise which kinds of items an image shows. It was then fine-tuned with DAR "
+                f"to outline them: {cost.trainable_params / 1e6:.2f} M adapter parameters and a "
+                f"decoder were trained; the backbone stayed frozen. In each block a small "
+                f"convolution selects the patches that the FFN processes, half of them on "
+                f"average. Attention and adapters process all patches. These small images show "
+                f"how it works. They do not show which scores to expect on large data sets."
             ),
         ),
         Section(
             title="The dial",
             text=(
-                f"The model was trained at degree {cost.degree}. The threshold of the decision is "
-                f"the dial: lower ones let more patches in, higher ones fewer. Thresholds were "
-                f"found on training pictures; the shares are measured on the validation pictures, "
-                f"like the scores. The cost is that of the shares of the training pictures."
+                f"The model was trained at degree {cost.degree}. The dial moves the threshold that "
+                f"selects patches: a higher degree has a higher threshold, so FFNs process fewer "
+                f"patches. The thresholds were found on training images. The fractions of patches "
+                f"and the scores are measured on validation images; the cost counts the fractions "
+                f"of the training images."
             ),
             header=_HEADER,
             rows=cells,
@@ -119,12 +122,15 @@ def _sections(
         ),
         Section(
             title="Masks",
-            text="Probability of an item at each pixel: every patch in every FFN, as trained, few.",
+            text=(
+                "Probability of an item at each pixel, at degree 0 (all patches in every FFN), at "
+                "the trained degree, and at the highest degree (the fewest patches)."
+            ),
             figures=masks,
         ),
         Section(
             title="Which patches the FFNs processed",
-            text="Dark patches passed by the FFN of that layer: attention and adapter only.",
+            text="Dark patches skipped the FFN of that layer, but not attention and adapter.",
             figures=tokens,
         ),
         Section(title="Recipe", code=recipe.to_yaml()),

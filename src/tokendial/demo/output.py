@@ -1,4 +1,4 @@
-"""What every demo writes: a table on the terminal, pictures, and the report."""
+"""Output of the demos: a table on the terminal, PNG files, and the report page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from tokendial.show.report import Section, png, report_html
 
 
 def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells below a header."""
+    """Print a table."""
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
@@ -22,7 +22,7 @@ def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence
 def write_report(
     console: Console, out: Path, title: str, sections: list[Section], pictures: Mapping[str, Figure]
 ) -> Path:
-    """Write `out/report.html` and `out/NAME.png` for each picture; say where, and return it."""
+    """Write `out/report.html`, and `out/NAME.png` for each picture. Print and return its path."""
     for name, figure in pictures.items():
         with atomic_write(out / f"{name}.png") as path:
             path.write_bytes(png(figure))

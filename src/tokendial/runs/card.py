@@ -1,4 +1,4 @@
-"""What stands beside a run: the versions that it was made with, and a draft of a model card."""
+"""Files that document a run: the versions of its packages, and a draft of a model card."""
 
 import json
 import platform
@@ -17,24 +17,25 @@ from tokendial.runs.run import Run
 
 _PACKAGES = ("tokendial", "torch", "torchvision", "timm", "accelerate")
 _DEGREES = 5
+"""Degrees in the cost table of the card, evenly spaced in cost."""
 
 
 def write_versions(run: Run) -> None:
-    """Write `versions.json`: packages, Python, machine, and the git revision of where it ran."""
-    found: dict[str, Any] = {name: version(name) for name in _PACKAGES}
+    """Write `versions.json`: packages, Python, machine, and the git revision of the folder."""
+    versions: dict[str, Any] = {name: version(name) for name in _PACKAGES}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    found |= {
+    versions |= {
         "python": platform.python_version(),
         "machine": platform.platform(),
         "accelerator": accelerator.type if accelerator else None,
-        "git": _revision(),
+        "git": _git_revision(),
     }
     with atomic_write(run.versions_file) as path:
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        path.write_text(json.dumps(versions, indent=2) + "\n")
 
 
-def _revision() -> str | None:
-    """Of the working folder, with a + if it was changed since; None: no repository, or no git."""
+def _git_revision() -> str | None:
+    """Revision of the working folder, with a + if files have changed; None without git."""
     try:
         revision, status = (
             subprocess.run(["git", *command], capture_output=True, text=True, check=True).stdout
@@ -46,10 +47,11 @@ def _revision() -> str | None:
 
 
 def write_card(run: Run) -> None:
-    """Write `README.md`: what the model is, its metrics, what it costs along the dial, loading.
+    """Write `README.md`, the draft of a model card, and `cost.json`.
 
-    And `cost.json`, what it costs as it was trained. A card that is there is left alone: it may
-    have been finished by hand.
+    The card describes the model, its metrics, its cost along the dial, and how to load it.
+    `cost.json` holds the cost at the degree that was trained. An existing card is left alone,
+    because it may have been edited by hand.
     """
     if run.card_file.exists():
         return
@@ -65,19 +67,21 @@ def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
     recipe = run.recipe()
     best = run.best_record()
     classes = run.classes()
-    named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    listed_classes = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     methods = {
         "reduction": model.reduce_config,
         "fine-tuning": model.adapt_config,
         "decoder": model.decode_config,
     }
-    used = "\n".join(f"- {kind}: `{method!r}`" for kind, method in methods.items() if method)
-    shown = "\n".join(
+    listed_methods = "\n".join(
+        f"- {kind}: `{method!r}`" for kind, method in methods.items() if method
+    )
+    metrics = "\n".join(
         f"| {name.removeprefix('val_').replace('_', ' ')} | {100 * value:.2f} |"
         for name, value in best.items()
         if name.startswith("val_")
     )
-    thing, files = ("a clip", "videos") if run.on_videos() else ("an image", "images")
+    unit, files = ("a clip", "videos") if run.on_videos() else ("an image", "images")
     return f"""---
 library_name: tokendial
 base_model: {recipe.model.name}
@@ -86,9 +90,9 @@ base_model: {recipe.model.name}
 # {run.folder.name}
 
 `{recipe.model.name}`, fine-tuned with Tokendial on {type(recipe.data).__name__} ({len(classes)}
-classes: {named}).
+classes: {listed_classes}).
 
-{used}
+{listed_methods}
 - {costs[0].params / 1e6:.2f} M parameters, {costs[0].trainable_params / 1e6:.3f} M of them \
 trained (head or decoder not counted)
 - seed {recipe.seed}, {recipe.train.epochs} epochs, batches of \
@@ -101,11 +105,11 @@ On the validation set, in percent, at degree {model.degree}, epoch {best["epoch"
 
 | metric | value |
 |---|---|
-{shown}
+{metrics}
 
 `tokendial eval {run.folder}` measures every degree of the dial.
 
-## Cost of {thing}
+## Cost of {unit}
 
 | degree | GMACs | share |
 |---|---|---|
@@ -124,7 +128,8 @@ model.set_degree({model.degrees[-1]})  # turn the dial
 
 ## To be written
 
-For whom the model is and for whom not; where its training {files} come from; what it gets wrong.
+Who should use the model and who should not; where its training {files} come from; what it gets
+wrong.
 """
 
 

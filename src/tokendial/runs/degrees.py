@@ -1,4 +1,4 @@
-"""Which degrees of a dial a command looks at: as written by the user, or a choice by cost."""
+"""Lists of degrees: parsed from text, or chosen evenly by cost."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -6,22 +6,21 @@ from functools import cache
 
 from tokendial.model.dial_vit import DialViT
 
-_LISTED = 12
-"""A dial with more degrees than this is evaluated at a choice of them unless all are asked for."""
-_SPREAD = 10
-"""How many degrees are chosen from a longer dial; the one that was trained can be one more."""
+_MAX_LISTED = 12
+"""Longest dial of which "all" means every degree."""
+_NUM_CHOSEN = 10
+"""Degrees that "all" chooses from a longer dial. The trained degree can be one more."""
 
 
 def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
-    """Degrees written as "0,4,8", "0..16", "0..16:4", "all" or "every".
+    """Parse degrees written as "0,4,8", "0..16", "0..16:4", "all" or "every".
 
     Args:
-        text: As above; "all" and "every" are all that are offered. Where "all" is to mean a choice
-            from a long dial, `degrees_to_show` makes it.
+        text: The text. "all" and "every" both give all offered degrees here; see `degrees_to_show`.
         offered: Degrees of the dial, rising.
 
     Raises:
-        ValueError: If the text is none of these, or a degree is not offered.
+        ValueError: If the text has none of these forms, or a degree is not offered.
 
     Example:
         >>> parse_degrees("0..8:4,1", tuple(range(17)))
@@ -53,38 +52,42 @@ def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
 def spread_by_cost(
     offered: Sequence[int], cost: Callable[[int], float], count: int, also: int | None = None
 ) -> list[int]:
-    """At most `count` degrees that are about evenly spaced in cost, the first and last included.
+    """Choose degrees that are about evenly spaced in cost, with the first and the last degree.
 
     Args:
         offered: Degrees of the dial, rising.
-        cost: Cost at a degree, which falls along the dial. Asked at few of them.
-        count: How many, at least 2.
-        also: An offered degree that is included, too, in place of one whose cost is near; None:
-            no other.
+        cost: Gives the cost at a degree. It must not rise along the dial. It is called for few
+            degrees, because the search is by bisection.
+        count: Number of degrees to choose, at least 2.
+        also: An offered degree that must be included. It replaces a chosen degree of similar
+            cost, or is one more.
+
+    Returns:
+        The degrees, rising.
     """
     known = cache(cost)
-    most, least = known(offered[0]), known(offered[-1])
-    step = (most - least) / (count - 1)
+    highest, lowest = known(offered[0]), known(offered[-1])
+    step = (highest - lowest) / (count - 1)
     chosen = {offered[0], offered[-1]}
     if also is not None:
         chosen.add(also)
     for part in range(1, count - 1):
-        wanted = most - part * step
-        after = bisect_left(offered, -wanted, key=lambda degree: -known(degree))
-        beside = offered[max(0, after - 1) : after + 1]
-        near = min(beside, key=lambda degree: abs(known(degree) - wanted))
-        if also is None or abs(known(near) - known(also)) > step / 2:
-            chosen.add(near)
+        target = highest - part * step
+        after = bisect_left(offered, -target, key=lambda degree: -known(degree))
+        neighbours = offered[max(0, after - 1) : after + 1]
+        nearest = min(neighbours, key=lambda degree: abs(known(degree) - target))
+        if also is None or abs(known(nearest) - known(also)) > step / 2:
+            chosen.add(nearest)
     return sorted(chosen)
 
 
 def spread_degrees(model: DialViT, count: int, offered: tuple[int, ...] | None = None) -> list[int]:
-    """About `count` degrees of a model that are evenly spaced in cost; its present one is included.
+    """Choose about `count` degrees of a model, evenly spaced in cost, with its present degree.
 
     Args:
         model: A wrapped model.
-        count: How many, at least 2.
-        offered: Degrees to choose from; None: all of the model's.
+        count: Number of degrees to choose, at least 2.
+        offered: Degrees to choose from. None means all degrees of the model.
     """
     offered = offered or model.degrees
     present = model.degree if model.degree in offered else None
@@ -92,17 +95,19 @@ def spread_degrees(model: DialViT, count: int, offered: tuple[int, ...] | None =
 
 
 def degrees_to_show(model: DialViT, text: str, offered: tuple[int, ...] | None = None) -> list[int]:
-    """Degrees written as `parse_degrees` takes them; "all" of a long dial include the present one.
+    """Parse degrees as `parse_degrees` does, but choose about ten where "all" would be many.
+
+    The choice is evenly spaced in cost and includes the model's present degree.
 
     Args:
         model: A wrapped model, at the degree that it was trained at.
-        text: Such as "0,4,8" or "all".
-        offered: Degrees to choose from; None: all of the model's.
+        text: Degrees as text, such as "0,4,8", "all" or "every".
+        offered: Degrees to choose from. None means all degrees of the model.
 
     Raises:
         ValueError: If a degree is not offered.
     """
     offered = offered or model.degrees
-    if text == "all" and len(offered) > _LISTED:
-        return spread_degrees(model, _SPREAD, offered)
+    if text == "all" and len(offered) > _MAX_LISTED:
+        return spread_degrees(model, _NUM_CHOSEN, offered)
     return parse_degrees(text, offered)

@@ -1,19 +1,18 @@
-"""Using a finished run: accuracy, cost and speed along the dial, and predictions."""
+"""Evaluation of a run along the dial: scores, cost and measured speed at each degree."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tokendial.compensate import Compensator
-from tokendial.measure import DISTURBED, ShareMeter, Timing, time_in_rounds
+from tokendial.measure import ShareMeter, Timing, time_in_rounds
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.degrees import degrees_to_show
+from tokendial.runs.device import default_device
 from tokendial.runs.loaders import eval_loader
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification, Task
@@ -22,82 +21,56 @@ from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
 if TYPE_CHECKING:
     from torchmetrics.classification import MulticlassConfusionMatrix
 
-_SPEED_SECONDS = 1.0
+_TIMING_SECONDS = 1.0
 """Time to spend on measuring the speed of each degree."""
 
-Progress = Callable[[int, int, str], object]
-"""Told how many parts of the work are done, of how many, and what is being done."""
+ProgressCallback = Callable[[int, int, str], object]
+"""Called with the number of finished steps, the number of all steps, and the step's name."""
 
 
 def no_progress(done: int, total: int, text: str) -> None:
-    """Show nothing."""
+    """Show nothing: the default `ProgressCallback`."""
 
 
 @dataclass(frozen=True, slots=True)
 class DegreeRow:
-    """A run at one degree of the dial."""
+    """Scores, cost and speed of a run at one degree of the dial."""
 
     degree: int
     """Degree of the dial."""
     scores: dict[str, float]
-    """Metrics of the task on the validation set; what runs are judged by comes first."""
+    """Metrics on the validation set, by name. The first one is the task's main metric."""
     gmacs: float
-    """Multiply-accumulates for one image, or one clip, in 1e9."""
+    """Multiply-accumulates for one image (or one video clip), in 1e9."""
     images_per_s: float
-    """Images (or clips) per second, measured on this machine at this batch size, forward pass
-    alone; all degrees took turns, see `tokendial.measure.time_in_rounds`."""
+    """Images (or clips) per second of the forward pass, at the batch size of the evaluation."""
     speedup: float
-    """Times as fast as the first degree that was evaluated."""
-    spread: float
-    """Quartile spread of the measured times, as a fraction of their median."""
+    """How many times as fast this degree is as the first degree of the evaluation."""
+    timing: Timing
+    """Measured time of one forward pass. All degrees took turns."""
     tokens: int
-    """Tokens (prefix included) that leave the last layer."""
+    """Tokens, prefix tokens included, that leave the last layer."""
     share: float | None
-    """Share of the patch tokens that the FFNs processed, measured on the validation set; None for
-    methods that choose no tokens by their values."""
+    """Fraction of the patch tokens that FFNs processed, measured on the validation set. None for
+    methods whose token counts do not depend on the image."""
     confusion: Tensor | None
-    """[classes, classes] validation images of each true class (row) that were given each class
-    (column); None for tasks other than classification with one label per image."""
+    """Confusion matrix [classes, classes]: images of each true class (row) by predicted class
+    (column). None unless the task is classification with one label per image."""
+
+    @property
+    def spread(self) -> float:
+        """Quartile spread of the measured times, as a fraction of their median."""
+        return self.timing.spread
 
     @property
     def disturbed(self) -> bool:
-        """Whether something else used the machine while speed was measured."""
-        return self.spread > DISTURBED
+        """Whether the times differ too much to be trusted: another program used the machine."""
+        return self.timing.disturbed
 
     @property
     def accuracy(self) -> float:
-        """What runs are judged by: top-1, the mean over labels, S-measure or mean IoU."""
-        return _judged(self.scores)
-
-
-@dataclass(frozen=True, slots=True)
-class BridgedRow:
-    """A run at one degree of the dial, without and with a compensator."""
-
-    run: str
-    """Folder of the run."""
-    source: int
-    """Degree that it was trained at."""
-    degree: int
-    """Degree that it runs at, the target."""
-    plain: float
-    """Accuracy (or what else runs are judged by) without the compensator, in [0, 1]."""
-    accuracy: float
-    """Accuracy with it."""
-    gmacs: float
-    """Multiply-accumulates for one image, in 1e9; the same with and without."""
-    images_per_s: float
-    """Images per second, measured with it on this machine at this batch size, forward pass alone;
-    all degrees of a run took turns."""
-    spread: float
-    """Quartile spread of the measured times, as a fraction of their median."""
-    tokens: int
-    """Tokens (prefix included) that leave the last layer."""
-
-    @property
-    def disturbed(self) -> bool:
-        """Whether something else used the machine while speed was measured."""
-        return self.spread > DISTURBED
+        """Value of the task's main metric: top-1, mean over labels, S-measure or mean IoU."""
+        return main_score(self.scores)
 
 
 @torch.no_grad()
@@ -105,29 +78,32 @@ def evaluate_loader(
     model: DialViT | OptimizedViT,
     loader: DataLoader[Any],
     task: Task,
-    accelerator: Accelerator | None = None,
     *,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     confusion: "MulticlassConfusionMatrix | None" = None,
     after_batch: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Metrics of `model` over a loader, at its present degree; of all processes together.
+    """Compute the metrics of a model over a loader, at the model's present degree.
+
+    In distributed training the metrics are those of all processes together.
 
     Args:
-        model: The model.
+        model: A wrapped or an optimised model. It is left in evaluation mode.
         loader: Gives batches of images and targets.
-        task: What the model has learnt.
-        accelerator: Of a training run; None: the arithmetic of the model as it is.
-        confusion: Also takes in logits and targets; None: nothing does.
-        after_batch: Called after each batch, such as to show progress.
+        task: What the model was trained for.
+        autocast: Makes the context of each forward pass, such as `Accelerator.autocast`. By
+            default the model computes in the precision of its weights.
+        confusion: Confusion matrix that is updated with every batch, in addition to the metrics.
+        after_batch: Called after each batch, for example to show progress.
 
     Returns:
-        Each metric by its name. What runs are judged by comes first.
+        The metrics by name. The first one is the task's main metric.
     """
     device = next(model.parameters()).device
     metrics = task.metrics().to(device)
     model.eval()
     for images, targets in loader:
-        with accelerator.autocast() if accelerator else nullcontext():
+        with autocast():
             logits = task.predict(model, images.to(device))
         if isinstance(targets, Tensor):
             targets = targets.to(device).long()
@@ -145,78 +121,82 @@ def evaluate(
     batch_size: int = 64,
     device: str | None = None,
     speed: SpeedSettings | None = None,
-    progress: Progress = no_progress,
+    progress: ProgressCallback = no_progress,
 ) -> list[DegreeRow]:
-    """Accuracy, cost and measured speed of a run's best model at several degrees.
+    """Evaluate a run's best model at several degrees: scores, cost and measured speed.
 
     Args:
         run: A run with a model.
-        degrees: Such as "0,4,8", "all" or "every", see `parse_degrees`.
+        degrees: Degrees as text, such as "0,4,8", "all" or "every"; see `parse_degrees`.
         batch_size: Images per forward pass.
-        device: Where to compute; None: the accelerator if there is one.
-        speed: How to make the model faster first; None: it runs as it is.
-        progress: Told after each batch.
+        device: Device to compute on. None means the accelerator if there is one, else the CPU.
+        speed: How to make the model faster before it is evaluated. None runs it as it is.
+        progress: Called after each batch.
+
+    Returns:
+        One row per degree, in the order of `degrees`.
 
     Raises:
         ValueError: If the run has no model, or a degree is not offered.
     """
     model = run.model().to(device or default_device())
     wanted = degrees_to_show(model, degrees)
-    task, loader = _validation(run, model, batch_size)
+    task, loader = validation_set(run, model, batch_size)
     images = some_images(loader, model, batch_size)
     fast = apply_speed(model, images.to(next(model.parameters()).device), speed, wanted)
-    turned = fast.model if isinstance(fast, OptimizedViT) else fast
-    meter = ShareMeter(turned) if ShareMeter.fits(turned) else None
-    report = _Report(progress, len(wanted) * len(loader))
+    dial_vit = fast.model if isinstance(fast, OptimizedViT) else fast
+    meter = ShareMeter(dial_vit) if ShareMeter.fits(dial_vit) else None
+    counter = StepCounter(progress, len(wanted) * len(loader))
     scores, shares, confusions = [], [], []
     for degree in wanted:
         fast.set_degree(degree)
-        report.text = f"degree {degree}"
-        confusion = _confusion(task)
+        counter.text = f"degree {degree}"
+        confusion = _confusion_matrix(task)
         with meter or nullcontext():
             scores.append(
-                evaluate_loader(
-                    fast, loader, task, confusion=confusion, after_batch=report.one_more
-                )
+                evaluate_loader(fast, loader, task, confusion=confusion, after_batch=counter.step)
             )
         shares.append(meter.share if meter else None)
         confusions.append(None if confusion is None else confusion.compute())
-    report.tell(f"measuring the speed of {len(wanted)} degrees in turns")
+    counter.show(f"measuring the speed of {len(wanted)} degrees in turns")
     timings = time_degrees(fast, images, wanted)
     rows = []
-    for place, (degree, timing) in enumerate(zip(wanted, timings, strict=True)):
+    for index, (degree, timing) in enumerate(zip(wanted, timings, strict=True)):
         cost = model.cost(degree)
         rows.append(
             DegreeRow(
                 degree=degree,
-                scores=scores[place],
+                scores=scores[index],
                 gmacs=cost.gmacs,
                 images_per_s=len(images) / timing.seconds,
                 speedup=timings[0].seconds / timing.seconds,
-                spread=timing.spread,
+                timing=timing,
                 tokens=cost.tokens_per_layer[-1],
-                share=shares[place],
-                confusion=confusions[place],
+                share=shares[index],
+                confusion=confusions[index],
             )
         )
     return rows
 
 
-class _Report:
-    """Counts the parts that are done."""
+class StepCounter:
+    """Counts finished steps and reports them to a `ProgressCallback`."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: ProgressCallback, total: int) -> None:
         self.progress, self.total, self.done, self.text = progress, total, 0, ""
 
-    def one_more(self) -> None:
+    def step(self) -> None:
+        """Count one more step, and report it under the present text."""
         self.done += 1
         self.progress(self.done, self.total, self.text)
 
-    def tell(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Report another text without counting a step."""
         self.progress(self.done, self.total, text)
 
 
-def _confusion(task: Task) -> "MulticlassConfusionMatrix | None":
+def _confusion_matrix(task: Task) -> "MulticlassConfusionMatrix | None":
+    """An empty confusion matrix; None if the task has none."""
     if not isinstance(task, Classification) or task.multi_label or task.num_classes < 2:
         return None
     from torchmetrics.classification import MulticlassConfusionMatrix
@@ -224,101 +204,12 @@ def _confusion(task: Task) -> "MulticlassConfusionMatrix | None":
     return MulticlassConfusionMatrix(task.num_classes)
 
 
-def evaluate_bridged(
-    runs: Sequence[Run],
-    compensator: Compensator,
-    degrees: str = "all",
-    *,
-    sources: Sequence[int] | None = None,
-    batch_size: int = 64,
-    device: str | None = None,
-    progress: Progress = no_progress,
-) -> list[BridgedRow]:
-    """Every run at every degree, without and with a compensator: the source x target grid.
-
-    Args:
-        runs: Runs of models fine-tuned from the compensator's backbone; those that were trained
-            without reduction run with the compensator's, from degree 0.
-        compensator: It.
-        degrees: Targets, such as "0..16".
-        sources: The degree that each run was trained at; None: as the runs say.
-        batch_size: Images per forward pass.
-        device: Where to compute; None: the accelerator if there is one.
-        progress: Told after each batch.
-
-    Raises:
-        ValueError: If a run has no model, the compensator does not fit it, a degree is not offered,
-            or there are not as many sources as runs.
-    """
-    if sources is not None and len(sources) != len(runs):
-        raise ValueError(
-            f"sources must be one degree for each of the {len(runs)} runs, got {len(sources)}."
-        )
-    on = device or default_device()
-    compensator = compensator.to(on).eval()
-    rows: list[BridgedRow] = []
-    for number, run in enumerate(runs):
-        unreduced = run.recipe().reduce is None
-        model = run.model(compensator.reduce_config if unreduced else None).to(on)
-        source = 0 if unreduced else model.degree
-        if sources is not None:
-            source = sources[number]
-        wanted = degrees_to_show(model, degrees, model.degrees[: compensator.steps + 1])
-        rows += _bridged(run, model, compensator, source, wanted, batch_size, progress)
-    return rows
-
-
-def _bridged(
-    run: Run,
-    model: DialViT,
-    compensator: Compensator,
-    source: int,
-    degrees: Sequence[int],
-    batch_size: int,
-    progress: Progress,
-) -> list[BridgedRow]:
-    """The rows of one run: all degrees without the compensator, then all with it."""
-    task, loader = _validation(run, model, batch_size)
-    images = some_images(loader, model, batch_size)
-    report = _Report(progress, 2 * len(degrees) * len(loader))
-
-    def accuracy(degree: int) -> float:
-        model.set_degree(degree)
-        report.text = f"degree {degree}"
-        return _judged(evaluate_loader(model, loader, task, after_batch=report.one_more))
-
-    plain = list(map(accuracy, degrees))
-    compensator.attach(model, source)
-    try:
-        compensated = list(map(accuracy, degrees))
-        report.tell(f"measuring the speed of {len(degrees)} degrees in turns")
-        timings = time_degrees(model, images, degrees)
-    finally:
-        compensator.detach(model)
-    rows = []
-    for place, degree in enumerate(degrees):
-        cost = model.cost(degree)
-        rows.append(
-            BridgedRow(
-                run=run.recipe().output,
-                source=source,
-                degree=degree,
-                plain=plain[place],
-                accuracy=compensated[place],
-                gmacs=cost.gmacs,
-                images_per_s=len(images) / timings[place].seconds,
-                spread=timings[place].spread,
-                tokens=cost.tokens_per_layer[-1],
-            )
-        )
-    return rows
-
-
-def _judged(scores: dict[str, float]) -> float:
+def main_score(scores: dict[str, float]) -> float:
+    """Value of the task's main metric, which is the first one."""
     return next(iter(scores.values()))
 
 
-def _validation(run: Run, model: DialViT, batch_size: int) -> tuple[Task, Any]:
+def validation_set(run: Run, model: DialViT, batch_size: int) -> tuple[Task, DataLoader[Any]]:
     """The task of a run, and a loader of its validation set."""
     recipe, task = run.recipe(), run.task()
     loader = eval_loader(
@@ -330,16 +221,11 @@ def _validation(run: Run, model: DialViT, batch_size: int) -> tuple[Task, Any]:
     return task, loader
 
 
-def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator else "cpu"
-
-
 def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Tensor:
-    """The first images of a loader, at most [batch_size, 3, H, W], of the model's size.
+    """The first images of a loader, cropped to the model's image size.
 
-    Of videos: the first clips, [batch_size, T, 3, H, W].
+    Returns:
+        At most [batch_size, 3, H, W]. For videos, the first clip of each: [batch_size, T, 3, H, W].
     """
     height, width = model.anatomy.image_size
     found: list[Tensor] = []
@@ -356,13 +242,16 @@ def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Ten
 def time_degrees(
     model: DialViT | OptimizedViT, images: Tensor, degrees: Sequence[int]
 ) -> list[Timing]:
-    """Time of the forward pass at each degree, all degrees in turns.
+    """Measure the forward pass at each degree. The degrees take turns.
 
     Args:
-        model: A wrapped or an optimised model.
-        images: [B, 3, H, W], as they will come: methods that choose tokens by their values take
-            more or less time for others.
-        degrees: Degrees to time.
+        model: A wrapped or an optimised model. It is left in evaluation mode.
+        images: [B, 3, H, W]. They should be real images: the speed of methods that choose tokens by
+            their values depends on them.
+        degrees: Degrees to measure.
+
+    Returns:
+        One timing per degree.
     """
     images = images.to(next(model.parameters()).device)
     model.eval()
@@ -371,5 +260,5 @@ def time_degrees(
         model.set_degree,
         lambda: model(images),
         device=images.device,
-        seconds=_SPEED_SECONDS,
+        seconds=_TIMING_SECONDS,
     )

@@ -1,4 +1,4 @@
-"""Samples with their transforms, and the loader that evaluation reads them from."""
+"""Data sets with transforms, loaders for evaluation, and seeds of all random generators."""
 
 import random
 from collections.abc import Iterator
@@ -16,7 +16,10 @@ from tokendial.tasks import collate
 
 
 class Prepared(Dataset[tuple[Tensor, Any]]):
-    """Transforms the samples of a data set; chance depends on (seed, epoch, index, copy) alone."""
+    """A data set with a transform. Its random numbers depend on (seed, epoch, index, copy) alone.
+
+    Items are indexed by (epoch, index, copy): the same key gives the same sample in any process.
+    """
 
     def __init__(
         self, source: Dataset[tuple[Any, Any]], transform: PairTransform, seed: int
@@ -24,7 +27,7 @@ class Prepared(Dataset[tuple[Tensor, Any]]):
         self.source, self.transform, self.seed = source, transform, seed
 
     def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]  # map-style sets have a length
+        return len(self.source)  # type: ignore[arg-type]  # map-style data sets have a length
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Any]:
         image, target = self.source[key[1]]
@@ -34,9 +37,9 @@ class Prepared(Dataset[tuple[Tensor, Any]]):
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and Python from `key`, and put them back after.
+    """Seed the generators of torch, NumPy and Python from `key`, and restore them after the block.
 
-    Transforms and timm's mixup draw from all three.
+    Transforms and timm's mixup use all three.
     """
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_all(*key)
@@ -49,7 +52,7 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def seed_all(*key: int) -> None:
-    """Seed the global generators of torch (all devices), NumPy and Python from `key`."""
+    """Seed the global generators of torch (on all devices), NumPy and Python from `key`."""
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -65,10 +68,18 @@ def eval_loader(
     rank: int = 0,
     processes: int = 1,
 ) -> DataLoader[Any]:
-    """Loader of every sample once, in order; each process gets its share.
+    """A loader of every sample once, in order. Each process gets its part.
 
-    Sets that are too small to give each process a sample are given to each of them whole: means
-    over all processes stay the same, and metrics cannot be gathered from a process that saw none.
+    A data set with fewer samples than processes is given whole to each of them. Means over all
+    processes stay the same, while a process without samples would have no metrics to gather.
+
+    Args:
+        source: The data set: pairs of an image, or video, and a target.
+        transform: Prepares a pair.
+        batch_size: Samples per batch.
+        workers: Processes that load samples; 0: the calling process loads them.
+        rank: Number of this process, counted from 0.
+        processes: Number of processes that evaluate together.
     """
     dataset = Prepared(source, transform, seed=0)
     if len(dataset) < processes:

@@ -1,4 +1,4 @@
-"""The model that a recipe describes, before it is trained."""
+"""The new model that a recipe describes."""
 
 from dataclasses import replace
 
@@ -8,12 +8,20 @@ from tokendial.runs.recipe import Recipe
 
 
 def build_model(recipe: Recipe, num_classes: int) -> DialViT:
-    """The wrapped model of a recipe, with a fresh head, at the degree to train at."""
+    """Build the wrapped model of a recipe, with a new head or decoder, at the degree to train at.
+
+    Args:
+        recipe: The recipe.
+        num_classes: Number of classes in the data.
+
+    Raises:
+        ValueError: If the decoder of the recipe has another number of classes.
+    """
     decode = recipe.decode
     if decode is not None:
         if decode.num_classes not in (1, num_classes):
             raise ValueError(
-                f"decode.num_classes must be {num_classes} as the data have it, got "
+                f"decode.num_classes must be {num_classes}, the number in the data, got "
                 f"{decode.num_classes}."
             )
         decode = replace(decode, num_classes=num_classes)

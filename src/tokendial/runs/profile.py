@@ -1,4 +1,4 @@
-"""Cost of a model under a method, without weights and without memory."""
+"""Cost of a model under its methods, counted without weights and without memory."""
 
 import torch
 
@@ -16,14 +16,18 @@ def profile(
     degrees: str | None = None,
     num_classes: int = 1000,
 ) -> list[Cost]:
-    """Cost of a timm model at each degree.
+    """Count the cost of a timm model at several degrees.
 
     Args:
-        model: timm's name.
-        overrides: Settings of the recipe sections model, reduce and adapt, such as
-            `reduce.name=tome` or `model.img_size=384`.
-        degrees: Such as "0..16"; None: 0 and the one that the method describes.
-        num_classes: Width of the head.
+        model: Name of the timm model.
+        overrides: Fields of the recipe sections model, reduce and adapt, such as `reduce.name=tome`
+            or `model.img_size=384`.
+        degrees: Degrees as text, such as "0..16"; see `parse_degrees`. None means 0 and the degree
+            that the settings of the method stand for.
+        num_classes: Number of classes of the head; 0 for no head.
+
+    Returns:
+        One cost per degree.
 
     Raises:
         ValueError: If the model, a setting or a degree is not allowed.

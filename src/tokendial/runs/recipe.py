@@ -1,4 +1,4 @@
-"""Recipes: everything about a run in one YAML file, checked before anything is started."""
+"""Recipes: all settings of a run, checked before anything starts. The fields of YAML files."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -15,7 +14,6 @@ from pydantic import (
     PlainSerializer,
     TypeAdapter,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -30,11 +28,11 @@ from tokendial.methods import method_class, method_names, to_json
 from tokendial.tune import Precision
 
 KINDS = ("reduce", "adapt", "decode", "data", "compensate")
-"""Sections of a recipe that are a method: a name and its settings."""
+"""Sections of a recipe that hold a registered method: its `name` and its settings."""
 
 
 def _method(kind: str) -> Any:
-    """A field that holds a registered method, written as a mapping with its name."""
+    """The type of a field that holds a registered method, written as a mapping with a `name`."""
 
     def read(value: Any) -> Any:
         if value is None or dataclasses.is_dataclass(value):
@@ -54,16 +52,16 @@ def _method(kind: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _MethodSchema:
-    """Says in a JSON schema which methods of a kind there are, and their settings."""
+    """Lists the methods of a kind and their settings in the JSON schema of a recipe."""
 
     kind: str
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"anyOf": [*map(self._of, method_names(self.kind)), {"type": "null"}]}
+        return {"anyOf": [*map(self._method, method_names(self.kind)), {"type": "null"}]}
 
-    def _of(self, name: str) -> dict[str, Any]:
+    def _method(self, name: str) -> dict[str, Any]:
         schema = TypeAdapter(method_class(self.kind, name)).json_schema()
-        # A file may leave what is needed to its base, or to the command line.
+        # Required settings may stand in the base of a recipe file, or on the command line.
         schema.pop("required", None)
         return schema | {"properties": {"name": {"const": name}} | schema.get("properties", {})}
 
@@ -82,22 +80,25 @@ SectionT = TypeVar("SectionT", bound=_Section)
 
 
 class ModelSection(_Section):
-    """The backbone."""
+    """The backbone and its weights."""
 
     name: str
-    """timm's model name, or scenes_vit for the small model that is shipped."""
+    """Name of the backbone: a timm model, or scenes_vit for the small model that is shipped."""
     weights: str | None = "pretrained"
-    """pretrained (timm's, from the hub), shipped, null (random), or the path of a checkpoint: a
-    file in torch's or safetensors' format, a run, or a saved model."""
+    """Weights that the backbone starts from. pretrained: timm's weights, from the hub. shipped: the
+    weights of scenes_vit. null: random. Otherwise the path of a checkpoint (a PyTorch or
+    safetensors file), of a run, or of a saved model."""
     img_size: int | tuple[int, int] | None = None
-    """Side of the images, or height and width, in pixels; null: the model's own."""
+    """Image size in pixels: the side of square images, or [height, width]. null: the size that the
+    timm model has."""
     drop_path: float = Field(0.0, ge=0.0, lt=1.0)
-    """Stochastic depth: probability at the last layer, rising from 0 at the first."""
+    """Stochastic depth: probability of skipping the last block, in [0, 1). It falls linearly to 0
+    at the first block."""
     frames: int | None = Field(None, ge=1)
-    """Frames of a clip: makes a video model of an image model; videomae_* are ones already. null:
-    images, or what the video model takes by itself."""
+    """Frames per clip. A number makes a video model of an image model, by pooling over frames.
+    null: the model stays as it is; videomae_* models are video models already."""
     args: dict[str, Any] = {}
-    """Further arguments of the timm model, such as patch_size or global_pool."""
+    """Further arguments of timm.create_model, such as patch_size or global_pool."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -109,7 +110,11 @@ class ModelSection(_Section):
         return self
 
     def backbone(self, num_classes: int | None) -> Backbone:
-        """How to build it, with a fresh head for `num_classes`; None: with its own."""
+        """Description of the backbone, from which it can be built.
+
+        Args:
+            num_classes: Classes of a new head, 0 for none. None keeps the model's own head.
+        """
         args = dict(self.args)
         if num_classes is not None:
             args["num_classes"] = num_classes
@@ -124,51 +129,59 @@ class ModelSection(_Section):
 
 
 class TrainSection(_Section):
-    """The optimisation."""
+    """Settings of the training: batches, learning rate, precision, checkpoints, logging."""
 
     epochs: int = Field(100, ge=1)
-    """Passes over the training set."""
+    """Number of passes over the training set."""
     batch_size: int = Field(64, ge=1)
-    """Images of one process in one forward pass."""
+    """Images per forward pass in each process."""
     accumulate: int = Field(1, ge=1)
-    """Forward passes whose gradients are summed up for one update."""
+    """Forward passes per update: their gradients are averaged. An update sees batch_size x
+    accumulate x processes images."""
     lr: float = Field(1e-3, gt=0.0)
-    """Peak learning rate, as it is: not scaled by the batch."""
+    """Peak learning rate of AdamW. It is not scaled by the batch size."""
     min_lr: float = Field(0.0, ge=0.0)
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine schedule, at most lr."""
     warmup_epochs: float = Field(0.0, ge=0.0)
-    """Epochs over which the rate rises linearly from 0."""
+    """Epochs in which the learning rate rises linearly from 0 to lr. Fractions are allowed."""
     layer_decay: float | None = Field(None, gt=0.0, le=1.0)
-    """Factor on the rate of the backbone from one block to the one before it; null: 1."""
+    """Layer-wise learning rate decay of the backbone, in (0, 1]: the rate of each block is this
+    factor times the rate of the next block. Adapters and heads keep lr. null: 1, no decay."""
     weight_decay: float = Field(0.05, ge=0.0)
-    """AdamW's weight decay of matrices; biases, norms, tokens, positions and other vectors have
-    none."""
+    """Weight decay of AdamW for weight matrices. Biases, norms, tokens, position embeddings and
+    other vectors never decay."""
     clip_grad: float | None = Field(None, gt=0.0)
-    """Largest norm of the gradient; null: not clipped."""
+    """Largest allowed norm of the gradient; larger gradients are scaled down to it. null: no
+    clipping."""
     ema: float | None = Field(None, gt=0.0, lt=1.0)
-    """Decay of the moving average of the weights, which is then evaluated and saved; null: off."""
+    """Decay per update of an exponential moving average of the weights, such as 0.9999. The
+    averaged weights are evaluated and saved. null: no average."""
     precision: Precision = "fp32"
-    """Arithmetic of the forward pass."""
+    """Floating-point format of the forward pass (autocast): fp32, bf16 or fp16. Weights stay in
+    fp32."""
     degree: int | None = Field(None, ge=0)
-    """Degree of the dial to train at; null: the one that the reduction method describes."""
+    """Degree of the dial to train at; 0 trains without reduction. null: the degree that the
+    settings of the reduction method stand for."""
     teacher: str | None = None
-    """Folder of a trained model of the same shape whose logits and tokens DynamicViT learns to
-    give; null: none."""
+    """Folder of a saved model of the same shape: the teacher whose logits and tokens DynamicViT
+    distils. null: no teacher."""
     workers: int = Field(0, ge=0)
-    """Processes that load images; 0: the training process itself."""
+    """Processes that load images, per training process. 0: images are loaded in the training
+    process itself."""
     repeats: int = Field(1, ge=1)
-    """How often an epoch shows an image, each time varied differently; it shows as many images
-    fewer. DeiT repeats 3 times."""
+    """Repeated augmentation: how often each image appears in an epoch, each time augmented anew.
+    The epoch keeps its length, so only 1/repeats of the images appear in it. DeiT uses 3."""
     trackers: list[str] = ["tensorboard"]
-    """Where losses, metrics and the recipe are logged: any of Accelerate's trackers, such as wandb
-    or mlflow; files lie in the run's folder, in logs."""
+    """Experiment trackers that log losses, metrics and the recipe: any of Accelerate's, such as
+    tensorboard, wandb or mlflow. Their files are written to logs/ in the run's folder. []: none."""
     evaluate: Literal["every", "last"] = "every"
-    """Epochs after which the model is evaluated: every one, or the last alone, so that nothing is
-    chosen by what it is evaluated on; best is then the same model as last."""
+    """When the model is evaluated on the validation set. every: after each epoch; best is the model
+    of the best epoch. last: after the last epoch only, so that no model is chosen by the data that
+    it is evaluated on; best is then the last model."""
     checkpoint_activations: bool = False
-    """Recompute the blocks in the backward pass: less memory, more time."""
+    """Recompute the activations of the blocks in the backward pass: less memory, more time."""
     checkpoint_every: int = Field(500, ge=1)
-    """Updates between two checkpoints; there is one at the end of each epoch in any case."""
+    """Updates between two checkpoints. A checkpoint is also written at the end of each epoch."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -180,42 +193,37 @@ class TrainSection(_Section):
             raise ValueError(f"min_lr must be at most lr ({self.lr}), got {self.min_lr}")
         return self
 
-    @field_validator("trackers")
-    @classmethod
-    def _known(cls, trackers: list[str]) -> list[str]:
-        for name in trackers:
-            if name not in LOGGER_TYPE_TO_CLASS:
-                raise ValueError(
-                    f"must be some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, got {name!r}"
-                )
-        return trackers
-
 
 class DistillSection(_Section):
-    """DAR*: features stay near those of the backbone as it was pre-trained."""
+    """Feature distillation from the frozen pre-trained backbone (DAR*)."""
 
     weight: float = Field(0.1, gt=0.0)
-    """Of the loss."""
+    """Weight of the distillation loss, added to the loss of the task."""
     dim: int | None = Field(None, ge=1)
-    """Width that features are compared at; null: theirs."""
+    """Width that student and teacher features are projected to before they are compared. null: the
+    width of the features."""
     detach: bool = False
-    """Keep gradients out of the head on the teacher's side."""
+    """Stop gradients at the teacher's projection, so that only the student's projection learns."""
 
 
 class BaseRecipe(_Section):
-    """What every run has: model, reduction, data, augmentation, optimisation."""
+    """The sections that all recipes share: model, reduction, data, augmentation, training."""
 
     seed: int = Field(0, ge=0)
-    """Seed of everything that is drawn at random."""
+    """Seed of all random numbers: new weights, the order of images, augmentation, dropout."""
     output: str
-    """Folder of the run."""
+    """Folder of the run. Without it, read_recipe takes runs/NAME of the recipe."""
     model: ModelSection
+    """The backbone and its weights."""
     reduce: _method("reduce") = None  # type: ignore[valid-type]
-    """Token reduction; null: none."""
+    """Token reduction method: its name and its settings. null: no reduction."""
     data: _method("data")  # type: ignore[valid-type]
-    """Data set."""
+    """Data set: its name and its settings."""
     augment: Augment = Augment()
+    """Augmentation of training images and clips, and the crop of test images. Recipes with a
+    decoder use dense instead."""
     train: TrainSection = TrainSection()
+    """Settings of the training: batches, learning rate, precision, checkpoints, logging."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -228,24 +236,23 @@ class BaseRecipe(_Section):
         return self
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out."""
+        """The recipe as YAML, with all fields, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
 class Recipe(BaseRecipe):
-    """Fine-tuning."""
+    """A recipe of `tokendial train`: fine-tuning on labelled data."""
 
     adapt: _method("adapt")  # type: ignore[valid-type]
-    """Fine-tuning method."""
+    """Fine-tuning method: its name and its settings."""
     decode: _method("decode") = None  # type: ignore[valid-type]
-    """Decoder of dense tasks; null: classification."""
+    """Decoder for mask tasks: its name and its settings. null: classification, with a head."""
     dense: DenseAugment = DenseAugment()
-    """How images and masks of dense tasks are varied and tested, instead of `augment`."""
+    """Mask tasks: augmentation of images with their masks, and how test images are processed."""
     clip: Clip = Clip()
-    """Which frames of videos are seen, in how many views videos are tested; `augment` says how
-    clips are varied."""
+    """Videos: which frames a clip consists of, and how many views of a test video are averaged."""
     distill: DistillSection | None = None
-    """Learn from the frozen pre-trained backbone, too (dense tasks); null: no."""
+    """Mask tasks: feature distillation from the frozen pre-trained backbone (DAR*). null: none."""
 
     @model_validator(mode="after")
     def _check_dense(self) -> Self:
@@ -261,28 +268,31 @@ class Recipe(BaseRecipe):
     def _check_head(self) -> Self:
         if "num_classes" in self.model.args:
             raise ValueError(
-                "model.args.num_classes cannot be set: the data set says how many there are"
+                "model.args.num_classes cannot be set: the number of classes comes from the data"
             )
         return self
 
 
 class CompensateRecipe(BaseRecipe):
-    """Training of a compensator on a pre-trained model with its own head."""
+    """A recipe of `tokendial compensate`: training a compensator on a pre-trained model."""
 
     compensate: _method("compensate") = ToCom()  # type: ignore[valid-type]
-    """The plugin."""
+    """Compensator: its name and its settings."""
     steps: int | None = Field(None, ge=1)
-    """Highest degree that it bridges; null: the one that the reduction describes."""
+    """Highest degree of the dial that the compensator covers. null: the degree that the settings of
+    the reduction method stand for."""
     loss: Literal[
         "distillation", "binary_distillation", "features", "feature_map", "classification"
     ] = "distillation"
-    """What the student learns from: the teacher's logits, by softmax or label by label; the
-    teacher's pooled features (of models without a head), or those of every patch, as dense tasks
-    read them; or the labels."""
+    """What the student is trained to match. distillation: the softmax of the teacher's logits.
+    binary_distillation: the sigmoid of each logit. features: the teacher's pooled features, for
+    models without a head. feature_map: the teacher's features of every patch, as decoders read
+    them. classification: the labels."""
     temperature: float = Field(1.0, gt=0.0)
-    """Of the distillation."""
+    """Temperature that divides the logits of student and teacher before the distillation loss."""
     mean_over: Literal["batch_and_classes", "batch"] = "batch_and_classes"
-    """What the divergence of the distillation is averaged over."""
+    """What the Kullback-Leibler divergence of loss distillation is averaged over: images and
+    classes, or images only."""
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
@@ -297,12 +307,20 @@ class CompensateRecipe(BaseRecipe):
 
 
 def check_recipe(data: dict[str, Any]) -> Recipe:
-    """Make a recipe of a mapping; a ValueError in one line says what is wrong with it."""
+    """Make a fine-tuning recipe from a mapping of its fields.
+
+    Raises:
+        ValueError: In one line: which field is wrong, its value, and what is allowed.
+    """
     return check_section(Recipe, data)
 
 
 def check_section(section: type[SectionT], data: dict[str, Any]) -> SectionT:
-    """Make a section of a recipe of a mapping; a ValueError in one line says what is wrong."""
+    """Make a recipe, or a section of one, from a mapping of its fields.
+
+    Raises:
+        ValueError: In one line: which field is wrong, its value, and what is allowed.
+    """
     try:
         return section.model_validate(data)
     except ValidationError as error:
@@ -310,7 +328,15 @@ def check_section(section: type[SectionT], data: dict[str, Any]) -> SectionT:
 
 
 def check_method(kind: str, data: dict[str, Any] | None) -> Any:
-    """Make a method of a mapping with its name; a ValueError in one line says what is wrong."""
+    """Make a method from a mapping of its `name` and its settings. None stays None.
+
+    Args:
+        kind: One of `KINDS`, such as "reduce".
+        data: The mapping.
+
+    Raises:
+        ValueError: In one line: which setting is wrong, its value, and what is allowed.
+    """
     try:
         return TypeAdapter(_method(kind)).validate_python(data)
     except ValidationError as error:
@@ -332,7 +358,7 @@ def _one_line(error: ErrorDetails, data: dict[str, Any]) -> str:
 
 
 def _unknown_field(where: str, data: dict[str, Any]) -> str:
-    """Says of what a dotted name is no field, and which one may be meant."""
+    """The error text for a dotted name that is no field: of what, and which field may be meant."""
     section, _, name = where.rpartition(".")
     method = data.get(section) if section in KINDS else None
     if isinstance(method, dict) and "name" in method:
@@ -342,20 +368,20 @@ def _unknown_field(where: str, data: dict[str, Any]) -> str:
         hint = _nearest(name, allowed) or f"; it has {', '.join(allowed) or 'no fields'}."
         return f"{where} is not a field of {method['name']}{hint}"
     fields = _all_fields()
-    beside = [field for field in fields if field.rpartition(".")[0] == section]
-    hint = _nearest(name, beside) or _nearest(name, fields) or "."
+    same_section = [field for field in fields if field.rpartition(".")[0] == section]
+    hint = _nearest(name, same_section) or _nearest(name, fields) or "."
     return f"{where} is not a field of a recipe{hint}"
 
 
 def _nearest(name: str, dotted: list[str]) -> str | None:
-    """Which of some dotted fields may be meant by the last part of a name."""
-    by_last = {field.rpartition(".")[2]: field for field in reversed(dotted)}
-    near = difflib.get_close_matches(name, by_last, n=1)
-    return f"; did you mean {by_last[near[0]]}?" if near else None
+    """A hint at the dotted field whose last part resembles `name`; None if there is none."""
+    by_last_part = {field.rpartition(".")[2]: field for field in reversed(dotted)}
+    near = difflib.get_close_matches(name, by_last_part, n=1)
+    return f"; did you mean {by_last_part[near[0]]}?" if near else None
 
 
 def _all_fields() -> list[str]:
-    """Dotted names of all fields; sections of every recipe come before those of methods."""
+    """Dotted names of all fields. Those of the sections come first, then those of methods."""
     names = [*Recipe.model_fields, *CompensateRecipe.model_fields]
     sections: dict[str, type[BaseModel]] = {
         "model": ModelSection,
@@ -364,8 +390,8 @@ def _all_fields() -> list[str]:
     }
     for section, model in sections.items():
         names += [f"{section}.{name}" for name in model.model_fields]
-    own = [("augment", Augment), ("clip", Clip), ("dense", DenseAugment)]
+    transforms = [("augment", Augment), ("clip", Clip), ("dense", DenseAugment)]
     methods = [(kind, method_class(kind, name)) for kind in KINDS for name in method_names(kind)]
-    for section, cls in (*own, *methods):
+    for section, cls in (*transforms, *methods):
         names += [f"{section}.{field.name}" for field in dataclasses.fields(cls)]
     return names

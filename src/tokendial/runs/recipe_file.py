@@ -1,4 +1,4 @@
-"""Recipes as files: found by name, built on each other by `base`, changed by overrides."""
+"""Recipe files: finding them by name, resolving `base`, applying overrides, the JSON schema."""
 
 import contextlib
 import itertools
@@ -26,25 +26,26 @@ def read_recipe(
 def read_recipe(
     path: str | Path, overrides: Sequence[str] = (), *, kind: type[BaseRecipe] = Recipe
 ) -> BaseRecipe:
-    """Read a recipe and apply overrides such as `train.epochs=10`.
+    """Read a recipe from a file, with overrides such as `train.epochs=10`.
+
+    A file with `base: OTHER` holds only the fields that differ from another recipe, which lies in
+    the same folder or is shipped. Without the field `output`, the run goes to runs/NAME.
 
     Args:
-        path: YAML file, or the name of a recipe that is shipped, such as demo or dar/duts. Without
-            `output` in it, the run goes to runs/NAME. With `base: OTHER` it holds only what
-            differs from another one, which lies beside it or is shipped.
-        overrides: `dotted.field=value`, the value written as in YAML.
-        kind: What the recipe is for: `Recipe` or `CompensateRecipe`.
+        path: A YAML file, or the name of a shipped recipe, such as demo or dar/duts.
+        overrides: `dotted.field=value`, with the value written as in YAML.
+        kind: The class of the recipe: `Recipe` for fine-tuning, or `CompensateRecipe`.
 
     Raises:
-        ValueError: In one line: which field, its value, and what is allowed.
+        ValueError: In one line: which field is wrong, its value, and what is allowed.
     """
     path, name = find_recipe(path)
     data = _resolved(path)
-    for field, command, of in (
+    for field, command, other_kind in (
         ("compensate", "compensate", Recipe),
         ("adapt", "train", CompensateRecipe),
     ):
-        if kind is of and field in data:
+        if kind is other_kind and field in data:
             raise ValueError(f"recipe {path.name} is one for `tokendial {command}`.")
     apply_overrides(data, overrides)
     data.setdefault("output", f"runs/{name}")
@@ -52,23 +53,23 @@ def read_recipe(
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Files of the recipes that are shipped, by name, such as dar/duts."""
-    # They lie beside the sources in a checkout, and inside the package when it is installed.
-    here = Path(__file__).parent.parent
-    for folder in (here / "recipes", here.parent.parent / "recipes"):
+    """The files of the shipped recipes by name, such as dar/duts."""
+    # An installed package contains them; in a checkout they lie beside src/.
+    package = Path(__file__).parent.parent
+    for folder in (package / "recipes", package.parent.parent / "recipes"):
         if files := sorted(folder.rglob("*.yaml")):
             return {str(file.relative_to(folder).with_suffix("")): file for file in files}
     return {}
 
 
 def recipes_in(folder: str) -> dict[str, Path]:
-    """Files of the shipped recipes below a folder, such as baselines or baselines/vtab."""
+    """The shipped recipes below a folder, such as baselines or baselines/vtab, by name."""
     start = f"{folder.rstrip('/')}/"
     return {name: file for name, file in shipped_recipes().items() if name.startswith(start)}
 
 
-def contents() -> dict[str, str]:
-    """What is shipped, in a sentence each: recipes outside of folders, and the folders."""
+def list_recipes() -> dict[str, str]:
+    """The shipped recipes outside of folders, and the folders, each with one sentence."""
     recipes, folders = {}, {}
     for name, file in shipped_recipes().items():
         folder, *inner = name.split("/")
@@ -80,14 +81,17 @@ def contents() -> dict[str, str]:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of recipe files, for editors; of fine-tuning and of compensators."""
+    """The JSON schema of recipe files, which editors use: of fine-tuning and of compensators."""
     kinds = [kind.model_json_schema() for kind in (Recipe, CompensateRecipe)]
-    base = {"type": "string", "description": "Recipe that this one changes."}
+    base = {
+        "type": "string",
+        "description": "Recipe (file or name) whose fields hold where this file has none.",
+    }
     for schema in kinds:
         schema["properties"]["base"] = base
     definitions = {name: part for schema in kinds for name, part in schema.pop("$defs").items()}
     for part in (*kinds, *definitions.values()):
-        # A file may leave to its base, or to the command line, what a recipe needs.
+        # Required fields may stand in the base of a file, or on the command line.
         part.pop("required", None)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -98,23 +102,23 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def describe(path: Path) -> str:
-    """What the comment at the top of a recipe says, or the title of a page about a folder."""
+    """The comment at the top of a recipe file, or the title of a folder's README.md."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
 
 
 def summary(path: Path) -> str:
-    """The first sentence of that."""
+    """The first sentence of the description of a recipe or folder."""
     return describe(path).replace("\n", " ").partition(". ")[0].rstrip(".")
 
 
 def resolved_recipe(name: str | Path) -> dict[str, Any]:
-    """The fields of a recipe as they are written, those of its bases included."""
+    """The fields that a recipe and its bases write out, without defaults."""
     return _resolved(find_recipe(name)[0])
 
 
 def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The fields of a file, on top of those of its base."""
+    """The fields of a file over those of its base; `above` are the files that lead here."""
     path = path.resolve()
     if path in above:
         raise ValueError(f"recipe {path}: base leads back to itself.")
@@ -124,8 +128,9 @@ def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(base, str):
         raise ValueError(f"recipe {path}: base must be the name of a recipe, got {base!r}.")
-    beside = path.parent / base
-    found = next((f for f in (beside, beside.with_suffix(".yaml")) if f.is_file()), None)
+    in_folder = path.parent / base
+    candidates = (in_folder, in_folder.with_suffix(".yaml"))
+    found = next((file for file in candidates if file.is_file()), None)
     try:
         found = found or find_recipe(base)[0]
     except ValueError:
@@ -134,13 +139,13 @@ def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `data` over those of `base`; another method replaces one with its settings."""
+    """Fields of `data` over those of `base`. Another method drops the settings of the base's."""
     merged = dict(base)
     for field, value in data.items():
-        there = merged.get(field)
-        if isinstance(value, dict) and isinstance(there, dict):
-            same = value.get("name", there.get("name")) == there.get("name")
-            merged[field] = _merged(there, value) if same else value
+        present = merged.get(field)
+        if isinstance(value, dict) and isinstance(present, dict):
+            same_method = value.get("name", present.get("name")) == present.get("name")
+            merged[field] = _merged(present, value) if same_method else value
         else:
             merged[field] = value
     return merged
@@ -157,30 +162,34 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Write `dotted.field=value` overrides into `data` and return it.
+    """Write `dotted.field=value` overrides into `data`, and return it.
 
-    Another method than the one that is there (`adapt.name=lora`) replaces it with its settings, as
-    in files; settings among the overrides are the new one's, wherever they stand.
+    An override that names another method (`adapt.name=lora`) drops the settings of the method
+    before it, as in files. Settings among the overrides belong to the new method, even if they
+    stand before its name.
     """
-    read = [_parsed(override) for override in overrides]
-    for number, (name, value) in enumerate(read):
+    parsed = [_parsed(override) for override in overrides]
+    for index, (name, value) in enumerate(parsed):
         section, _, field = name.partition(".")
-        there = data.get(section)
-        before = there.get("name", value) if isinstance(there, dict) else value
-        if field == "name" and section in KINDS and value != before:
+        present = data.get(section)
+        method = present.get("name", value) if isinstance(present, dict) else value
+        if field == "name" and section in KINDS and value != method:
             data[section] = {}
-            for earlier, given in read[:number]:
-                if earlier.startswith(f"{section}."):
-                    _set(data, earlier, given)
+            for earlier_name, earlier_value in parsed[:index]:
+                if earlier_name.startswith(f"{section}."):
+                    _set(data, earlier_name, earlier_value)
         _set(data, name, value)
     return data
 
 
 def find_recipe(path: str | Path) -> tuple[Path, str]:
-    """The file of a recipe, and what its runs are called.
+    """The file of a recipe, and the name that its runs get.
+
+    Args:
+        path: A YAML file, or the name of a shipped recipe.
 
     Raises:
-        ValueError: If there is no such file, nor a shipped recipe of that name.
+        ValueError: If there is neither such a file nor a shipped recipe of that name.
     """
     path = Path(path)
     if path.is_file():
@@ -192,7 +201,7 @@ def find_recipe(path: str | Path) -> tuple[Path, str]:
 
 
 def _parsed(override: str) -> tuple[str, Any]:
-    """The dotted field of an override, and its value."""
+    """The dotted field of an override, and its parsed value."""
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ValueError(f"an override must look like train.epochs=10, got {override!r}.")
@@ -201,19 +210,20 @@ def _parsed(override: str) -> tuple[str, Any]:
     except yaml.YAMLError:
         raise ValueError(f"{name}: {text!r} is not a YAML value.") from None
     if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as text, because the dot is missing.
+        # YAML 1.1 reads 1e-3 as text, because it has no decimal point.
         with contextlib.suppress(ValueError):
             value = float(value)
     return name, value
 
 
 def _set(data: dict[str, Any], name: str, value: Any) -> None:
+    """Set a dotted field, and make the sections above it where they are missing."""
     *parents, last = name.split(".")
-    place = data
+    section = data
     for parent in parents:
-        if place.get(parent) is None:
-            place[parent] = {}
-        place = place[parent]
-        if not isinstance(place, dict):
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
             raise ValueError(f"{name}: {parent} is not a mapping, so it has no field {last}.")
-    place[last] = value
+    section[last] = value

@@ -1,4 +1,4 @@
-"""Released fine-tuned models, made into runs that can be evaluated and predict."""
+"""Runs made from released fine-tuned models of DAR, to be evaluated or to predict."""
 
 from pathlib import Path
 
@@ -11,19 +11,20 @@ from tokendial.weights import read_file
 
 
 def released_run(file: Path, recipe: Recipe) -> Run:
-    """Make a run of a file that DAR's code has written; nothing is unpickled but tensors.
+    """Make a run from a weight file that DAR's code has written. Only tensors are unpickled.
 
     Args:
-        file: A whole model, or as DAR's training writes it what was trained alone; then the
-            backbone is the recipe's, with its weights.
-        recipe: What it was trained with, such as dar/duts; its data need not be at hand.
+        file: A file with all weights of a model, or, as DAR's training writes it, with the trained
+            ones only. In the second case the backbone gets the weights that the recipe names.
+        recipe: The recipe that the model was trained with, such as dar/duts. Its data set is not
+            opened.
 
     Returns:
-        The run in the recipe's `output`.
+        The run, in the recipe's `output`.
 
     Raises:
-        ValueError: If the file cannot be read, its tensors are not those of the recipe's model (the
-            message lists which), or the folder holds another run.
+        ValueError: If the file cannot be read, its tensors do not fit the recipe's model (the
+            message lists them), or the folder holds another run.
     """
     state, _, _ = unwrapped(read_file(file), file)
     if any(name.startswith("backbone.patch_embed.") for name in state):
@@ -35,7 +36,7 @@ def released_run(file: Path, recipe: Recipe) -> Run:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     run = Run(recipe.output)
-    with run.alone():
+    with run.locked():
         run.claim(recipe, ("mask",), dense=True)
         model.save_pretrained(run.best)
     return run

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and that no two runs or processes share one."""
+"""Run folders: their files, who may write them, and opening the model, task and data."""
 
 import errno
 import json
@@ -25,13 +25,19 @@ from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.recipe import BaseRecipe, Recipe, check_recipe, check_section
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task, VideoClassification
 
-_FREE = ("output", "train.workers", "train.trackers")
-"""Fields of a recipe that may change while a run goes on: they do not change what is learnt."""
+_MAY_DIFFER = ("output", "train.workers", "train.trackers")
+"""Fields of a recipe that may change when a run is resumed: they do not affect the weights."""
 _LOG = logging.getLogger(__name__)
 
 
 class Run:
-    """Paths and records of a run folder."""
+    """A run: its folder, its records, and its model, task and data.
+
+    Example:
+        >>> run = Run("runs/pets")
+        >>> run.best
+        PosixPath('runs/pets/best')
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -44,7 +50,7 @@ class Run:
         self.lock_file = self.folder / ".lock"
         self.checkpoints = self.folder / "checkpoints"
         self.best, self.last = self.folder / "best", self.folder / "last"
-        if (self.folder / CONFIG).is_file():  # what a fit writes is a saved model itself
+        if (self.folder / CONFIG).is_file():  # `tokendial fit` writes run and model into one folder
             self.best = self.folder
 
     def claim(
@@ -56,43 +62,43 @@ class Run:
         dense: bool = False,
         video: bool = False,
     ) -> None:
-        """Make the folder this recipe's, or find that it is already.
+        """Write the recipe and the classes into the folder, unless this run is there already.
 
         Args:
-            recipe: Of the run.
+            recipe: Recipe of the run.
             classes: Names of the classes, in the order of the logits.
-            multi_label: Whether any number of them can be right at once.
-            dense: Whether the run learns masks.
-            video: Whether it learns from videos.
+            multi_label: Whether an image can have several classes.
+            dense: Whether the targets are masks.
+            video: Whether the data are videos.
 
         Raises:
-            ValueError: If another run is in it, or files that are not a run's.
+            ValueError: If the folder holds another run, or files that belong to no run.
         """
-        if self.holds(recipe):
+        if self.has_recipe(recipe):
             return
         self._check_free()
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.classes_file) as path:
             kind = {"multi_label": multi_label, "dense": dense, "video": video}
-            told = {"classes": list(classes)} | kind | {"working_folder": str(Path.cwd())}
-            path.write_text(json.dumps(told) + "\n")
+            content = {"classes": list(classes)} | kind | {"working_folder": str(Path.cwd())}
+            path.write_text(json.dumps(content) + "\n")
         with atomic_write(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
 
     @contextmanager
-    def alone(self) -> Iterator[TextIO]:
-        """Keep other processes from writing this run while the block runs; make the folder.
+    def locked(self) -> Iterator[TextIO]:
+        """Lock the run against writing by other processes while the block runs.
 
-        The operating system holds the lock, and lets go of it when this process dies, however it
-        dies; processes that load images do not inherit it. One that is suspended keeps it. On a
-        disk that takes no locks a warning is logged instead.
+        The folder is made if it is missing. The operating system holds the lock and releases it
+        when this process ends, even if it is killed; a suspended process keeps it. Processes that
+        load images do not inherit it. On a disk without locks a warning is logged instead.
 
         Yields:
-            The locked file. What is written into it tells others whose the run is.
+            The lock file; see `write_owner`.
 
         Raises:
-            ValueError: If another process has the run, or the folder holds files that are not a
-                run's.
+            ValueError: If another process has the lock, or the folder holds files that belong to no
+                run.
         """
         self._check_free()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -101,26 +107,26 @@ class Run:
                 self._remove_leftovers()
             yield file
 
-    def sign(self, lock: TextIO) -> None:
-        """Say in the locked file which process has the run."""
+    def write_owner(self, lock: TextIO) -> None:
+        """Write into the lock file which process has the run, for the errors of other processes."""
         lock.truncate(0)
         print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
 
     def _check_free(self) -> None:
-        """See that the folder holds a run, or nothing of value."""
+        """Raise a ValueError if the folder holds files, but no run."""
         if not self.folder.is_dir() or self.recipe_file.exists():
             return
-        if any(map(self._precious, self.folder.iterdir())):
+        if not all(map(self._is_leftover, self.folder.iterdir())):
             raise ValueError(f"output: {self.folder} is not empty and holds no run.")
 
-    def _precious(self, path: Path) -> bool:
-        """Whether a file is more than what a process left that was killed while it claimed."""
+    def _is_leftover(self, path: Path) -> bool:
+        """Whether a file was left by a process that was killed inside `claim` or `locked`."""
         name = self.classes_file.name
-        mine = (name, self.lock_file.name)
-        return path.name not in mine and not path.name.startswith((f".{name}.", ".recipe.yaml."))
+        left = (name, self.lock_file.name)
+        return path.name in left or path.name.startswith((f".{name}.", ".recipe.yaml."))
 
     def _remove_leftovers(self) -> None:
-        """Remove the temporary files of processes that were killed while they had the run."""
+        """Remove the temporary files of processes that were killed while they wrote the run."""
         models = [folder / name for folder in (self.best, self.last) for name in (CONFIG, WEIGHTS)]
         for written in (
             self.recipe_file,
@@ -132,27 +138,28 @@ class Run:
             self.checkpoints / "update-*.pt",
             *models,
         ):
-            for left in leftover_files(written):
-                left.unlink()
+            for leftover in leftover_files(written):
+                leftover.unlink()
 
-    def holds(self, recipe: BaseRecipe) -> bool:
-        """Whether the folder is already this recipe's.
+    def has_recipe(self, recipe: BaseRecipe) -> bool:
+        """Whether the folder holds a run of this recipe. False if it holds no run yet.
 
         Raises:
-            ValueError: If another run is in it.
+            ValueError: If the folder holds a run of another recipe, or its data were looked up
+                from another working folder.
         """
         if not self.recipe_file.exists():
             return False
-        # Read as a recipe, so that fields that are younger than the run have their defaults.
+        # Reading it as a recipe gives fields that were added since then their defaults.
         try:
-            there = check_section(type(recipe), _parsed(self.recipe_file, yaml.safe_load))
+            present = check_section(type(recipe), _parsed(self.recipe_file, yaml.safe_load))
         except ValueError as error:
             raise ValueError(
                 f"output: {self.folder} holds another run ({error}); choose another output."
             ) from None
-        old, new = (flat(yaml.safe_load(some.to_yaml())) for some in (there, recipe))
+        old, new = (dotted_fields(yaml.safe_load(some.to_yaml())) for some in (present, recipe))
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name) and name not in _FREE:
+            if old.get(name) != new.get(name) and name not in _MAY_DIFFER:
                 raise ValueError(
                     f"output: {self.folder} holds another run: its {name} is "
                     f"{old.get(name)}, not {new.get(name)}; choose another output."
@@ -167,17 +174,20 @@ class Run:
         return True
 
     def _working_folder(self) -> Path | None:
-        """Where relative paths of the recipe start from; None: older runs do not say it."""
+        """Folder that relative paths in the recipe start from. None: not recorded (old runs)."""
         if not self.classes_file.exists():
             return None
         started = json.loads(self.classes_file.read_text()).get("working_folder")
         return Path(started) if started else None
 
     def data(self) -> Splits:
-        """The data set of the run; a ValueError if it is not there, or has other classes by now.
+        """Open the data set of the run.
 
-        Relative paths start from the folder in which the training was started; from the present
-        one where nothing is there.
+        Relative paths start from the folder where training was started. If nothing is there, they
+        start from the present working folder.
+
+        Raises:
+            ValueError: If the data set is missing, or its classes have changed since training.
         """
         recipe, started = self.recipe(), self._working_folder()
         data = recipe.data if started is None else found_from(recipe.data, started)
@@ -194,7 +204,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: every epoch is recorded, and the card, written last."""
+        """Whether training is complete: all epochs are recorded, and the model card is written."""
         metrics = self.metrics()
         return (
             bool(metrics)
@@ -203,42 +213,45 @@ class Run:
         )
 
     def recipe(self) -> Recipe:
-        """The recipe of the run; a ValueError if the folder holds none."""
+        """Read the recipe of the run. Raises a ValueError if the folder holds no run."""
         self._check()
         return check_recipe(_parsed(self.recipe_file, yaml.safe_load))
 
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes in the order of the logits."""
+        """Names of the classes, in the order of the logits."""
         return tuple(_parsed(self.classes_file, json.loads)["classes"])
 
     def value_range(self) -> ValueRange:
-        """What is black and white in images of more than 8 bits, as its data set says."""
-        found: ValueRange = getattr(self.recipe().data, "range", None)
-        return found
+        """Pixel values that are black and white in images of more than 8 bits (`data.range`)."""
+        value_range: ValueRange = getattr(self.recipe().data, "range", None)
+        return value_range
 
     def on_videos(self) -> bool:
-        """Whether it learns from videos; a ValueError if the folder holds no run."""
+        """Whether the run is on videos. Raises a ValueError if the folder holds no run."""
         self._check()
-        # Runs from before there were videos do not say it.
+        # Runs that are older than videos do not record it.
         return bool(_parsed(self.classes_file, json.loads).get("video", False))
 
     def task(self) -> Task:
-        """What the run learns; a ValueError if the folder holds none."""
-        recipe, told = self.recipe(), _parsed(self.classes_file, json.loads)
+        """The task of the run. Raises a ValueError if the folder holds no run."""
+        recipe, kind = self.recipe(), _parsed(self.classes_file, json.loads)
         return task_of(
             recipe,
-            len(told["classes"]),
-            multi_label=told["multi_label"],
-            # Runs from before there were dense tasks do not say it.
-            dense=told.get("dense", False),
+            len(kind["classes"]),
+            multi_label=kind["multi_label"],
+            # Runs that are older than mask tasks do not record it.
+            dense=kind.get("dense", False),
             video=self.on_videos(),
         )
 
     def model(self, reduce: ReducerConfig | None = None) -> DialViT:
-        """The best model of the run, ready for inference.
+        """Load the best model of the run, ready for inference.
 
         Args:
-            reduce: Another reduction method than it was trained with; None: its own.
+            reduce: Reduction method to use in place of the one it was trained with. None keeps it.
+
+        Raises:
+            ValueError: If the folder holds no run, or no epoch is finished yet.
         """
         self._check()
         if not self.best.is_dir():
@@ -250,7 +263,7 @@ class Run:
             raise ValueError(f"{self.folder} is not the folder of a run: recipe.yaml is missing.")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One record per finished epoch."""
+        """The records of the finished epochs: losses and scores by name."""
         if not self.metrics_file.exists():
             return []
         lines: list[dict[str, Any]] = _parsed(
@@ -259,27 +272,27 @@ class Run:
         return lines
 
     def best_record(self) -> dict[str, Any]:
-        """The record of the epoch whose model is in best/."""
+        """The record of the epoch whose model is in best/: highest in the main metric."""
         metrics = self.metrics()
-        judged = next(name for name in metrics[-1] if name.startswith("val_"))
-        return max((m for m in metrics if judged in m), key=lambda record: record[judged])
+        main = next(name for name in metrics[-1] if name.startswith("val_"))
+        return max((m for m in metrics if main in m), key=lambda record: record[main])
 
     def cost(self) -> Cost:
-        """What the best model costs at the degree that it was trained at."""
+        """The cost of the best model at the degree that it was trained at."""
         if not self.cost_file.exists():
             return self.model().cost()
         cost = _parsed(self.cost_file, json.loads)
         return Cost(**cost | {"tokens_per_layer": tuple(cost["tokens_per_layer"])})
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Add the record of an epoch, in place of what may stand from this epoch on."""
+        """Add the record of an epoch. Records of this and later epochs are replaced."""
         kept = [line for line in self.metrics() if line["epoch"] < metrics["epoch"]]
         with atomic_write(self.metrics_file) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, metrics]))
 
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
-    """What a file of a run holds; a ValueError in one line if it is damaged."""
+    """Read and parse a file of a run. Raises a ValueError in one line if it is damaged."""
     try:
         return parse(path.read_text())
     except (ValueError, yaml.YAMLError) as error:
@@ -287,17 +300,17 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def _lock(file: TextIO) -> bool:
-    """Lock a file for this process; False where that is not possible.
+    """Lock a file for this process. Returns False if the system or the disk has no locks.
 
     Raises:
-        ValueError: If another process has locked it.
+        ValueError: If another process has locked the file.
     """
     try:
         import fcntl
     except ImportError:  # on Windows
         return False
     try:
-        # Not flock: a process that loads images would keep that one when its parent is killed.
+        # Not flock: processes that load images would inherit it, and keep it after we are killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         folder = Path(file.name).parent
@@ -316,7 +329,14 @@ def _lock(file: TextIO) -> bool:
 def task_of(
     recipe: Recipe, num_classes: int, *, multi_label: bool, dense: bool, video: bool
 ) -> Task:
-    """The task of a recipe on data of that kind.
+    """The task of a recipe.
+
+    Args:
+        recipe: The recipe.
+        num_classes: Number of classes in the data.
+        multi_label: Whether an image can have several classes.
+        dense: Whether the targets are masks.
+        video: Whether the data are videos.
 
     Raises:
         ValueError: If the recipe does not fit the data.
@@ -338,12 +358,12 @@ def task_of(
     return Segmentation(num_classes, recipe.dense)
 
 
-def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    found: dict[str, Any] = {}
+def dotted_fields(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted names: {"a": {"b": 1}} gives {"a.b": 1}."""
+    dotted: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
+            dotted |= dotted_fields(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            dotted[prefix + name] = value
+    return dotted

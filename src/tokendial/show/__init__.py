@@ -1,6 +1,8 @@
-"""Pictures and plots."""
+"""Pictures of tokens, plots, and report pages.
 
-from tokendial.show.plots import dial_figure
-from tokendial.show.tokens import token_figure, token_maps
+The figures are imported from their modules, since they need matplotlib: `token_maps` does not.
+"""
 
-__all__ = ["dial_figure", "token_figure", "token_maps"]
+from tokendial.show.tokens import TokenMaps, token_maps
+
+__all__ = ["TokenMaps", "token_maps"]

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: confusion matrices as pictures."""
+"""Figures of confusion matrices."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,11 @@ import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 
-_MOST_NUMBERS = 16
-"""With more classes than this, numbers in the cells could not be read."""
-_MOST_NAMES = 40
-_LONGEST_NAME = 18
+_MAX_CLASSES_WITH_COUNTS = 16
+"""With more classes the counts in the cells would be too small to read."""
+_MAX_NAMES = 40
+"""With more classes not every class is named on the axes."""
+_MAX_NAME_LENGTH = 18
 
 
 def confusion_figure(
@@ -17,13 +18,13 @@ def confusion_figure(
 ) -> matplotlib.figure.Figure:
     """Draw confusion matrices side by side, one for each degree.
 
-    Colours are fractions of each true class, so that small classes are seen as well as large ones;
-    numbers are images.
+    The colour of a cell is a fraction of its true class, so that small classes stand out as well as
+    large ones. The number in a cell is a count of images.
 
     Args:
-        matrices: Degree and [classes, classes] images of each true class (row) that were given each
-            class (column).
-        classes: Their names.
+        matrices: Pairs of a degree and its confusion matrix [classes, classes]: images of each true
+            class (row) by predicted class (column).
+        classes: Names of the classes.
         title: Line above the matrices.
     """
     side = min(9.0, 2.6 + 0.45 * len(classes))
@@ -32,33 +33,33 @@ def confusion_figure(
     )
     axes = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
     for axis, (degree, matrix) in zip(axes, matrices, strict=True):
-        _draw(axis, matrix, classes)
+        _draw_matrix(axis, matrix, classes)
         right = matrix.trace() / max(matrix.sum(), 1)
         axis.set_title(f"degree {degree}: {right:.1%} right", fontsize=11)
-        axis.set_xlabel("called")
+        axis.set_xlabel("predicted class")
     axes[0].set_ylabel("true class")
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
 
 
-def _draw(axis: Axes, matrix: np.ndarray, classes: Sequence[str]) -> None:
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    every = -(-len(classes) // _MOST_NAMES)
-    shown = range(0, len(classes), every)
+def _draw_matrix(axis: Axes, matrix: np.ndarray, classes: Sequence[str]) -> None:
+    fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    step = -(-len(classes) // _MAX_NAMES)
+    shown = range(0, len(classes), step)
     names = [_shortened(classes[number]) for number in shown]
     axis.set_xticks(list(shown), names, rotation=90, fontsize=8)
     axis.set_yticks(list(shown), names, fontsize=8)
-    if len(classes) > _MOST_NUMBERS:
+    if len(classes) > _MAX_CLASSES_WITH_COUNTS:
         return
     for (row, column), count in np.ndenumerate(matrix):
         if count:
-            color = "white" if shares[row, column] > 0.5 else "#2d3748"
+            color = "white" if fractions[row, column] > 0.5 else "#2d3748"
             axis.text(
                 column, row, str(int(count)), ha="center", va="center", fontsize=9, color=color
             )
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    return name if len(name) <= _MAX_NAME_LENGTH else name[: _MAX_NAME_LENGTH - 1] + "…"

@@ -1,4 +1,4 @@
-"""Pictures of dense tasks: an image, what is right, and what a model found at some degrees."""
+"""Figures of mask tasks: an image, its true mask, and the masks predicted at some degrees."""
 
 from collections.abc import Sequence
 
@@ -15,21 +15,22 @@ from tokendial.tasks.dense import resize_map
 def run_mask_figure(
     run: Run, image: Image.Image, mask: np.ndarray, degrees: Sequence[int]
 ) -> matplotlib.figure.Figure:
-    """One row of panels: the image, its mask, and the probabilities found at each degree.
+    """Draw a row of panels: the image, its true mask, and the probabilities at each degree.
 
     Args:
         run: A run on binary masks, with a model.
         image: An RGB image of any size.
-        mask: [H, W] uint8 of 0 and 1.
-        degrees: Degrees of the dial.
+        mask: The true mask: [H, W] uint8 of 0 and 1.
+        degrees: Degrees of the dial to show.
     """
     model, task = run.model(), run.task()
-    seen = task.image_transform(model.anatomy)(image).unsqueeze(0)
+    pixels_1CHW = task.image_transform(model.anatomy)(image).unsqueeze(0)
     panels: list[tuple[str, np.ndarray]] = [("image", np.asarray(image)), ("mask", mask)]
     for degree in degrees:
         model.set_degree(degree)
-        found = resize_map(task.predict(model, seen).sigmoid(), mask.shape)[0, 0]
-        panels.append((f"degree {degree}", found.numpy()))
+        probabilities = task.predict(model, pixels_1CHW).sigmoid()
+        resized = resize_map(probabilities, mask.shape)[0, 0]
+        panels.append((f"degree {degree}", resized.numpy()))
     figure = matplotlib.figure.Figure(figsize=(2.1 * len(panels), 2.4), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (name, panel) in zip(axes, panels, strict=True):

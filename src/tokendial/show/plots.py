@@ -1,4 +1,4 @@
-"""Plots: accuracy against cost and speed along the dial; fits; attention diversity by depth."""
+"""Plots: accuracy against cost and speed, results of fits, attention diversity by layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -11,7 +11,7 @@ from tokendial.tune import FitResult
 
 
 class DialPoint(Protocol):
-    """What a row of an evaluation must have to be drawn."""
+    """A point of `dial_figure`, such as a row of an evaluation."""
 
     @property
     def degree(self) -> int:
@@ -19,7 +19,7 @@ class DialPoint(Protocol):
 
     @property
     def accuracy(self) -> float:
-        """Accuracy in [0, 1]."""
+        """Value of the metric on the vertical axis, in [0, 1]."""
 
     @property
     def gmacs(self) -> float:
@@ -27,7 +27,7 @@ class DialPoint(Protocol):
 
     @property
     def images_per_s(self) -> float:
-        """Measured throughput."""
+        """Measured images per second."""
 
     @property
     def spread(self) -> float:
@@ -42,14 +42,14 @@ def dial_figure(
 ) -> matplotlib.figure.Figure:
     """Draw accuracy against multiply-accumulates and against images per second.
 
-    The line joins the degrees that no other beats in both; beside it lie those that it is better
-    not to use. Horizontal bars are the quartiles of the measured speed.
+    The line joins the degrees that are on the Pareto frontier: no other degree is both cheaper (or
+    faster) and more accurate. Horizontal bars show the quartiles of the measured speed.
 
     Args:
         rows: One point per degree.
-        metric: Name of what `accuracy` holds.
+        metric: Name of the metric on the vertical axis.
         title: Line above the plots.
-        unit: What the costs are of.
+        unit: What costs and speeds count: "image" or "clip".
     """
     figure = matplotlib.figure.Figure(figsize=(9.6, 4.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -78,33 +78,36 @@ def dial_figure(
 def _draw_frontier(
     axis: Axes, xs: Sequence[float], ys: Sequence[float], *, less_is_better: bool
 ) -> None:
-    """Join the points that no other point beats in both directions."""
-    best: list[tuple[float, float]] = []
-    # From the fastest on: a slower point is of use only if it is more accurate.
+    """Draw a line through the points that no other point beats in both coordinates."""
+    frontier: list[tuple[float, float]] = []
+    # Starting from the best x, a point is on the frontier if its y is higher than all before it.
     order = sorted(
         zip(xs, ys, strict=True), key=lambda p: (p[0] if less_is_better else -p[0], -p[1])
     )
     for x, y in order:
-        if not best or y > best[-1][1]:
-            best.append((x, y))
-    axis.plot(*zip(*best, strict=True), "-", color=_LINE, linewidth=2, zorder=2)
+        if not frontier or y > frontier[-1][1]:
+            frontier.append((x, y))
+    axis.plot(*zip(*frontier, strict=True), "-", color=_LINE, linewidth=2, zorder=2)
 
 
 def _label_degrees(
     axis: Axes, rows: Sequence[DialPoint], xs: Sequence[float], ys: Sequence[float]
 ) -> None:
-    """Write the degree beside each point that has room for it; the first and the last always."""
-    wide = (max(xs) - min(xs)) or 1.0
-    high = (max(ys) - min(ys)) or 1.0
-    places: list[tuple[float, float]] = []
-    for place in sorted(range(len(rows)), key=lambda place: place not in (0, len(rows) - 1)):
-        here = (xs[place] / wide, ys[place] / high)
-        if any(abs(here[0] - x) < 0.05 and abs(here[1] - y) < 0.08 for x, y in places):
+    """Write the degree above each point where there is room; always for the first and the last."""
+    width = (max(xs) - min(xs)) or 1.0
+    height = (max(ys) - min(ys)) or 1.0
+    labelled: list[tuple[float, float]] = []
+    ends_first = sorted(range(len(rows)), key=lambda index: index not in (0, len(rows) - 1))
+    for index in ends_first:
+        x, y = xs[index] / width, ys[index] / height
+        if any(
+            abs(x - other_x) < 0.05 and abs(y - other_y) < 0.08 for other_x, other_y in labelled
+        ):
             continue
-        places.append(here)
+        labelled.append((x, y))
         axis.annotate(
-            str(rows[place].degree),
-            (xs[place], ys[place]),
+            str(rows[index].degree),
+            (xs[index], ys[index]),
             textcoords="offset points",
             xytext=(0, 7),
             ha="center",
@@ -113,8 +116,8 @@ def _label_degrees(
         )
 
 
-class BridgedPoint(DialPoint, Protocol):
-    """A row of an evaluation without and with a compensator."""
+class CompensatedPoint(DialPoint, Protocol):
+    """A point of `compensator_figure`: `accuracy` is that with the compensator."""
 
     @property
     def source(self) -> int:
@@ -122,14 +125,16 @@ class BridgedPoint(DialPoint, Protocol):
 
     @property
     def plain(self) -> float:
-        """Accuracy without the compensator, in [0, 1]."""
+        """Value of the metric without the compensator, in [0, 1]."""
 
 
-def bridged_figure(rows: Sequence[BridgedPoint], *, title: str = "") -> matplotlib.figure.Figure:
+def compensator_figure(
+    rows: Sequence[CompensatedPoint], *, title: str = ""
+) -> matplotlib.figure.Figure:
     """Draw accuracy against degree and against images per second, without and with a compensator.
 
     Args:
-        rows: The points of all sources; one pair of curves for each.
+        rows: The points of all source degrees. Each source degree gets a pair of curves.
         title: Line above the plots.
     """
     figure = matplotlib.figure.Figure(figsize=(9.6, 4.0), layout="constrained")
@@ -141,15 +146,15 @@ def bridged_figure(rows: Sequence[BridgedPoint], *, title: str = "") -> matplotl
             (left, [float(row.degree) for row in of_source]),
             (right, [row.images_per_s for row in of_source]),
         ):
-            # From left to right: where a higher degree is no faster, the line does not run back.
+            # Sorted by x: a higher degree may be slower, and the line must not run back.
             order = sorted(range(len(xs)), key=xs.__getitem__)
             for ys, style, name in (
                 ([100 * row.plain for row in of_source], "o:", "plain"),
                 ([100 * row.accuracy for row in of_source], "s-", "compensated"),
             ):
                 axis.plot(
-                    [xs[place] for place in order],
-                    [ys[place] for place in order],
+                    [xs[index] for index in order],
+                    [ys[index] for index in order],
                     style,
                     color=color,
                     markersize=4,
@@ -168,21 +173,21 @@ def bridged_figure(rows: Sequence[BridgedPoint], *, title: str = "") -> matplotl
     return figure
 
 
-def fit_figure(fitted: FitResult, *, title: str = "") -> matplotlib.figure.Figure:
-    """Draw agreement with the unreduced model against cost: searched schedules, constant ones.
+def fit_figure(result: FitResult, *, title: str = "") -> matplotlib.figure.Figure:
+    """Draw agreement with the unreduced model against cost, for all schedules of a search.
 
     Args:
-        fitted: What a fit has found.
+        result: The result of a fit.
         title: Line above the plots.
     """
     figure = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    of = "multiply-accumulates" if fitted.unit == "GMACs" else "time"
-    found = [degree.found for degree in fitted.degrees]
+    quantity = "multiply-accumulates" if result.unit == "GMACs" else "time"
+    found = [degree.found for degree in result.degrees]
     for points, style, name, color in (
-        (fitted.searched, ".", "searched", "#cbd5e0"),
-        (fitted.constants, "s-", "constant r", "#c05621"),
-        (fitted.frontier, "-", "frontier", "#2b6cb0"),
+        (result.searched, ".", "searched", "#cbd5e0"),
+        (result.constants, "s-", "constant r", "#c05621"),
+        (result.frontier, "-", "frontier", "#2b6cb0"),
         (found, "*", "fitted, measured", "#2b6cb0"),
     ):
         for axis, ys in (
@@ -194,9 +199,9 @@ def fit_figure(fitted: FitResult, *, title: str = "") -> matplotlib.figure.Figur
     left.set_ylabel("divergence (nats)")
     right.set_ylabel("same answer (%)")
     for axis in (left, right):
-        axis.set_xlabel(f"{of}, share of the unreduced model's")
+        axis.set_xlabel(f"{quantity}, fraction of the unreduced model's")
         axis.grid(alpha=0.3)
-    if any(point.divergence > 0 for point in fitted.searched):
+    if any(point.divergence > 0 for point in result.searched):
         left.set_yscale("log")
     left.legend(fontsize=7)
     if title:
@@ -207,19 +212,19 @@ def fit_figure(fitted: FitResult, *, title: str = "") -> matplotlib.figure.Figur
 def diversity_figure(
     curves: Mapping[str, Sequence[LayerDiversity]], *, title: str = ""
 ) -> matplotlib.figure.Figure:
-    """Draw the diversity of attention by depth, one curve for each setting.
+    """Draw the diversity of attention by layer.
 
     Args:
-        curves: What to call each curve, and its layers.
+        curves: The values of each curve, by its name in the legend.
         title: Line above the plots.
     """
     figure = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, layers in curves.items():
-        depth = [layer.layer for layer in layers]
-        left.plot(depth, [layer.distance for layer in layers], "o-", markersize=4, label=name)
+        numbers = [layer.layer for layer in layers]
+        left.plot(numbers, [layer.distance for layer in layers], "o-", markersize=4, label=name)
         ranks = [layer.effective_rank for layer in layers]
-        right.plot(depth, ranks, "o-", markersize=4, label=name)
+        right.plot(numbers, ranks, "o-", markersize=4, label=name)
     left.set_ylabel("distance between attention rows")
     right.set_ylabel("effective rank of attention")
     for axis in (left, right):

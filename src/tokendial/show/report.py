@@ -1,4 +1,4 @@
-"""A self-contained HTML page about one run: table, plot, token pictures."""
+"""Report pages: self-contained HTML with tables, figures and text."""
 
 import base64
 import html
@@ -23,18 +23,24 @@ pre { background: #f7fafc; padding: .8rem; overflow-x: auto; }
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One part of the page: a heading, and under it what is given of text, table, figures, code."""
+    """One section of a report page. Parts that are empty are left out."""
 
     title: str
+    """Heading of the section."""
     text: str = ""
+    """Paragraph below the heading, as plain text."""
     header: tuple[str, ...] = ()
+    """Column names of the table. Empty: no table."""
     rows: Sequence[Sequence[str]] = ()
+    """Rows of the table."""
     figures: Sequence[matplotlib.figure.Figure] = ()
+    """Figures below the table, embedded as PNG."""
     code: str = ""
+    """Text in a fixed-width font at the end of the section."""
 
 
 def report_html(title: str, sections: Sequence[Section]) -> str:
-    """The page as one string that needs no other file and no network."""
+    """The HTML of a page. It needs no other file and no network."""
     body = "".join(_section(section) for section in sections)
     return (
         "<!doctype html>\n"
@@ -45,7 +51,7 @@ def report_html(title: str, sections: Sequence[Section]) -> str:
 
 
 def png(figure: matplotlib.figure.Figure, dpi: int = 110) -> bytes:
-    """The figure as a PNG file."""
+    """The bytes of a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()

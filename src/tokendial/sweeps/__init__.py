@@ -1,4 +1,4 @@
-"""Many runs: a recipe at every combination of some settings, and the tasks of VTAB-1k."""
+"""Sweeps: training a recipe at every combination of some settings, or on all tasks of VTAB-1k."""
 
 from tokendial.sweeps.combinations import sweep
 from tokendial.sweeps.vtab_protocol import vtab

@@ -1,4 +1,4 @@
-"""Sweeps: a recipe trained at every combination of some settings, each run in its own folder."""
+"""Sweeps: training a recipe at every combination of some settings, one run folder for each."""
 
 import hashlib
 import itertools
@@ -11,11 +11,11 @@ import yaml
 
 from tokendial.runs.recipe_file import read_recipe
 from tokendial.runs.run import Run
+from tokendial.sweeps.parallel_runs import PlannedRun, run_all
 from tokendial.sweeps.results import SweepResult
-from tokendial.sweeps.side_by_side import Planned, run_all
-from tokendial.sweeps.tables import shown
+from tokendial.sweeps.tables import plain_text
 
-_LONGEST_NAME = 120
+_MAX_NAME_LENGTH = 120
 
 
 def sweep(
@@ -26,36 +26,36 @@ def sweep(
     jobs: int | None = None,
     quiet: bool = False,
 ) -> SweepResult:
-    """Train a recipe at every combination; what is finished is not trained again.
+    """Train a recipe at every combination of some settings. Finished runs are not trained again.
 
     Args:
-        recipe: As `read_recipe` takes it. Its `output` is the sweep's folder.
-        overrides: Of every run, such as `train.epochs=10`.
-        over: What is swept, such as `seed=0,1,2`; values as in YAML.
-        jobs: Runs side by side; see `run_all`.
-        quiet: Print nothing.
+        recipe: A recipe file or name, as for `read_recipe`. Its `output` is the sweep's folder.
+        overrides: Overrides for every run, such as `train.epochs=10`.
+        over: The fields to sweep with their values, such as `seed=0,1,2`; values as in YAML.
+        jobs: Number of runs to train at the same time; see `run_all`.
+        quiet: Whether to print nothing.
 
     Returns:
-        The runs and what went wrong with them. `results.md`, `results.tex`, `results.csv` and,
-        over seeds, `means.csv` are in the folder.
+        The runs and their errors. The folder gets `results.md`, `results.tex`, `results.csv` and,
+        if seeds are swept, `means.csv`.
 
     Raises:
-        ValueError: If a setting or a value is wrong, or the folder holds a run; before anything
-            is trained.
-        InterruptedRunError: If the process was asked to stop; the same call goes on.
+        ValueError: If a field or a value is wrong, or the folder itself holds a run. It is raised
+            before anything is trained.
+        InterruptedRunError: If a signal asked the process to stop. The same call continues.
     """
-    planned = plan(recipe, overrides, read_over(over))
-    folder = shared_folder(planned[0])
-    result = SweepResult(planned, run_all(planned, jobs=jobs, quiet=quiet))
+    runs = plan_runs(recipe, overrides, read_over(over))
+    folder = sweep_folder(runs[0])
+    result = SweepResult(runs, run_all(runs, jobs=jobs, quiet=quiet))
     result.write(folder)
     return result
 
 
 def read_over(texts: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each field, as JSON, of texts such as `reduce.layers=[4,7],[3,6]`.
+    """Parse texts such as `reduce.layers=[4,7],[3,6]` to the values of each field, as JSON.
 
     Raises:
-        ValueError: If a text is not of this form, or a field or a value is named twice.
+        ValueError: If a text has another form, or a field or a value appears twice.
     """
     over: dict[str, list[str]] = {}
     for text in texts:
@@ -65,57 +65,65 @@ def read_over(texts: Sequence[str]) -> dict[str, list[str]]:
         if field in over or field == "output":
             raise ValueError(f"over: {field} cannot be swept{' twice' * (field != 'output')}.")
         try:
-            read = [json.dumps(value) for value in yaml.safe_load(f"[{values}]")]
+            parsed = [json.dumps(value) for value in yaml.safe_load(f"[{values}]")]
         except (yaml.YAMLError, TypeError):
             raise ValueError(f"over: {field}: {values!r} is not a list of YAML values.") from None
-        if twice := [value for value in read if read.count(value) > 1]:
+        if twice := [value for value in parsed if parsed.count(value) > 1]:
             raise ValueError(f"over: {field} is {twice[0]} twice.")
-        over[field] = read
+        over[field] = parsed
     return over
 
 
 def combinations(over: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """Every combination of the values, the last field changing fastest."""
+    """All combinations of the values. The last field changes fastest."""
     return [dict(zip(over, values, strict=True)) for values in itertools.product(*over.values())]
 
 
 def run_name(settings: Mapping[str, str]) -> str:
-    """Name of a folder that tells the settings, and that no others have.
+    """A unique folder name for some settings, in which they can be read.
 
-    It depends on these settings alone, not on what else is swept, so that a sweep that is
-    enlarged knows its runs again. Fields are sorted, the seed comes last.
+    The name depends on these settings alone, so that a sweep with more values finds its runs
+    again. Fields are sorted; the seed comes last.
     """
     fields = sorted(settings, key=lambda field: (field == "seed", field))
-    told = ",".join(f"{field}={shown(settings[field])}" for field in fields)
-    name = re.sub(r"[^\w.,=+-]+", "-", told, flags=re.ASCII)[:_LONGEST_NAME]
-    if name == told:
+    full = ",".join(f"{field}={plain_text(settings[field])}" for field in fields)
+    name = re.sub(r"[^\w.,=+-]+", "-", full, flags=re.ASCII)[:_MAX_NAME_LENGTH]
+    if name == full:
         return name
-    mark = hashlib.sha256(told.encode()).hexdigest()[:8]
-    return f"{name.rstrip('-')}-{mark}"
+    digest = hashlib.sha256(full.encode()).hexdigest()[:8]
+    return f"{name.rstrip('-')}-{digest}"
 
 
-def plan(
+def plan_runs(
     recipe: str | Path, overrides: Sequence[str], over: Mapping[str, Sequence[str]]
-) -> list[Planned]:
-    """The runs of a sweep; a ValueError if a setting or a value is wrong."""
+) -> list[PlannedRun]:
+    """The runs of a sweep. Raises a ValueError if a field or a value is wrong."""
     return [
-        planned_run(recipe, overrides, settings, run_name(settings))
-        for settings in combinations(over)
+        plan_run(recipe, overrides, settings, run_name(settings)) for settings in combinations(over)
     ]
 
 
-def planned_run(
+def plan_run(
     recipe: str | Path, overrides: Sequence[str], settings: dict[str, str], name: str
-) -> Planned:
-    """The run of that name below the recipe's output; a ValueError if a setting is wrong."""
-    own = [f"{field}={value}" for field, value in settings.items()]
-    read = read_recipe(recipe, [*overrides, *own])
-    return Planned(name, settings, read.model_copy(update={"output": f"{read.output}/{name}"}))
+) -> PlannedRun:
+    """Plan one run, in the folder NAME below the recipe's output.
+
+    Raises:
+        ValueError: If a field or a value is wrong.
+    """
+    of_run = [f"{field}={value}" for field, value in settings.items()]
+    parsed = read_recipe(recipe, [*overrides, *of_run])
+    output = f"{parsed.output}/{name}"
+    return PlannedRun(name, settings, parsed.model_copy(update={"output": output}))
 
 
-def shared_folder(planned: Planned) -> Path:
-    """The recipe's output, below which a run lies; a ValueError if it is the folder of a run."""
-    folder = Path(planned.recipe.output.removesuffix(planned.name))
+def sweep_folder(run: PlannedRun) -> Path:
+    """The folder of the sweep that a run belongs to: the output that its recipe names.
+
+    Raises:
+        ValueError: If the folder itself holds a run.
+    """
+    folder = Path(run.recipe.output.removesuffix(run.name))
     if Run(folder).recipe_file.exists():
         raise ValueError(f"output: {folder} holds a run; choose another output for the sweep.")
     return folder

@@ -1,7 +1,7 @@
-"""VTAB-1k as papers report it: settings chosen on 800 + 200 images, then trained on all 1,000.
+"""The protocol of VTAB-1k: choose settings on 800 + 200 images, then train on all 1,000.
 
-The choice is made by the accuracy after the last epoch, and the final model is the last epoch's,
-so the test set is read once and nothing is chosen by it.
+Settings are chosen by the accuracy after the last epoch, and the final model is that of the last
+epoch. So the test set is used once, and nothing is chosen by it.
 """
 
 import json
@@ -14,14 +14,14 @@ from tokendial.runs.recipe_file import resolved_recipe
 from tokendial.signals import stop_requests
 from tokendial.sweeps.combinations import (
     combinations,
-    planned_run,
+    plan_run,
     read_over,
     run_name,
-    shared_folder,
+    sweep_folder,
 )
+from tokendial.sweeps.parallel_runs import PlannedRun, run_all
 from tokendial.sweeps.results import RunResult
-from tokendial.sweeps.side_by_side import Planned, run_all
-from tokendial.sweeps.vtab_result import VTABResult
+from tokendial.sweeps.vtab_results import VTABResult
 from tokendial.train.loop import NOT_FINITE
 
 
@@ -36,28 +36,28 @@ def vtab(
     jobs: int | None = None,
     quiet: bool = False,
 ) -> VTABResult:
-    """Train a recipe on the tasks; what is finished is not trained again.
+    """Train a recipe on the tasks of VTAB-1k. Finished runs are not trained again.
 
     Args:
-        recipe: As `read_recipe` takes it; its data set, if any, gives way to VTAB. Its `output` is
-            the folder of all runs.
+        recipe: A recipe file or name, as for `read_recipe`. Its data set is replaced by VTAB-1k.
+            Its `output` is the folder of all runs.
         root: Folder that holds the folders of the tasks.
-        overrides: Of every run, such as `train.epochs=50` or `data.check=false`.
-        over: What is searched on 800 + 200 images, task by task, such as
-            `adapt.scale=0.01,0.1,1,10,100`; the first of equals is chosen. Settings whose loss
-            stops being finite lose.
-        tasks: Some of the 19.
-        seeds: Of the final runs; None: the recipe's. The search has the recipe's seed.
-        jobs: Runs side by side; see `run_all`.
-        quiet: Print nothing.
+        overrides: Overrides for every run, such as `train.epochs=50` or `data.check=false`.
+        over: Fields to choose for each task, with their values, such as
+            `adapt.scale=0.01,0.1,1,10,100`. Each value is trained on 800 images and scored on 200.
+            Among equal scores the first wins; settings whose loss becomes infinite or NaN lose.
+        tasks: Tasks to train, out of the 19.
+        seeds: Seeds of the final runs. None means the recipe's seed, which the search always has.
+        jobs: Number of runs to train at the same time; see `run_all`.
+        quiet: Whether to print nothing.
 
     Returns:
-        Accuracies on the test sets and their means. `results.md`, `results.tex`, `results.csv`,
-        `means.csv` and `search.csv` are in the folder.
+        Accuracies on the test sets and their means. The folder gets `results.md`, `results.tex`,
+        `results.csv`, `means.csv` and, with `over`, `search.csv`.
 
     Raises:
-        ValueError: If a setting, a value or a task is wrong.
-        InterruptedRunError: If the process was asked to stop; the same call goes on.
+        ValueError: If a field, a value or a task is wrong.
+        InterruptedRunError: If a signal asked the process to stop. The same call continues.
     """
     if unknown := [task for task in tasks if task not in VTAB_TASKS]:
         raise ValueError(f"tasks must be some of {', '.join(VTAB_TASKS)}, got {unknown[0]!r}.")
@@ -65,25 +65,27 @@ def vtab(
         raise ValueError(f"seeds must differ, got {', '.join(map(str, seeds))}.")
     tasks = [task for task in VTAB_TASKS if task in tasks]
     swept = read_over(over)
-    fixed = [*_fixed(recipe, overrides, swept), f"data.root={json.dumps(str(root))}"]
+    fixed = [*_common_overrides(recipe, overrides, swept), f"data.root={json.dumps(str(root))}"]
 
-    def planned(task: str, split: str, settings: dict[str, str]) -> Planned:
+    def plan(task: str, split: str, settings: dict[str, str]) -> PlannedRun:
         name = ",".join(filter(None, [task, run_name(settings)]))
-        own = [*fixed, f"data.task={task}", f"data.split={split}"]
-        return planned_run(recipe, own, settings, f"{split}/{name}")
+        of_task = [*fixed, f"data.task={task}", f"data.split={split}"]
+        return plan_run(recipe, of_task, settings, f"{split}/{name}")
 
-    folder = shared_folder(planned(tasks[0], "final", {}))
+    folder = sweep_folder(plan(tasks[0], "final", {}))
     each_seed = [{"seed": str(seed)} for seed in seeds] if seeds else [dict[str, str]()]
     search, chosen, errors = {}, {task: dict[str, str]() for task in tasks}, dict[str, str]()
-    # One block around both: a signal that the last run of the search outlives stops the final ones.
+    # One block around both: a signal during the last run of the search also stops the final runs.
     with stop_requests():
         if swept:
-            each = combinations(swept)
-            search = {task: [planned(task, "search", some) for some in each] for task in tasks}
+            candidates = combinations(swept)
+            search = {
+                task: [plan(task, "search", settings) for settings in candidates] for task in tasks
+            }
             errors = run_all([*chain(*search.values())], jobs=jobs, quiet=quiet)
-            chosen = _chosen(search, errors)
+            chosen = _best_settings(search, errors)
         final = {
-            task: [planned(task, "final", settings | seed) for seed in each_seed]
+            task: [plan(task, "final", settings | seed) for seed in each_seed]
             for task, settings in chosen.items()
         }
         errors |= run_all([*chain(*final.values())], jobs=jobs, quiet=quiet)
@@ -92,31 +94,37 @@ def vtab(
     return result
 
 
-def _fixed(
+def _common_overrides(
     recipe: str | Path, overrides: Sequence[str], swept: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """The overrides that all runs share, on a recipe whose data set may be another one."""
+    """The overrides of all runs, which also replace another data set by VTAB-1k."""
     fields = {text.partition("=")[0] for text in overrides} | swept.keys()
     for field in ("data", "data.name", "data.root", "data.task", "data.split", "train.evaluate"):
         if field in fields:
             raise ValueError(f"{field} is set by this command: leave it out.")
     if "seed" in swept:
-        raise ValueError("over: seed is no setting to choose; final runs take several by seeds.")
+        raise ValueError(
+            "over: seed cannot be chosen; --seeds trains final runs with several seeds."
+        )
     data = resolved_recipe(recipe).get("data") or {}
     other = ["data={name: vtab}"] if data.get("name") != "vtab" else []
     return [*other, *overrides, "train.evaluate=last"]
 
 
-def _chosen(
-    search: Mapping[str, Sequence[Planned]], errors: Mapping[str, str]
+def _best_settings(
+    search: Mapping[str, Sequence[PlannedRun]], errors: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
-    """The best settings of each task; none where a run failed that might have been the best."""
+    """The settings with the highest score on each task.
+
+    A task is left out if one of its runs failed, because that run might have been the best. Runs
+    that diverged have lost instead.
+    """
     chosen = {}
     for task, runs in search.items():
-        lost = [run for run in runs if errors.get(run.name, "").startswith(NOT_FINITE)]
-        failed = [run for run in runs if run.name in errors and run not in lost]
-        rest = [run for run in runs if run.name not in errors]
-        if rest and not failed:
-            best = max(rest, key=lambda run: RunResult.of(run).judged)
+        diverged = [run for run in runs if errors.get(run.name, "").startswith(NOT_FINITE)]
+        failed = [run for run in runs if run.name in errors and run not in diverged]
+        finished = [run for run in runs if run.name not in errors]
+        if finished and not failed:
+            best = max(finished, key=lambda run: RunResult.read(run).main_score)
             chosen[task] = best.settings
     return chosen

@@ -1,7 +1,7 @@
-"""Training: the loop and its two jobs, fine-tuning and compensators."""
+"""Training: the loop, and its two jobs, fine-tuning and the training of compensators."""
 
-from tokendial.train.compensate import compensate
-from tokendial.train.finetune import train
+from tokendial.train.compensator_training import compensate
+from tokendial.train.fine_tuning import train
 from tokendial.train.loop import InterruptedRunError
 
 __all__ = ["InterruptedRunError", "compensate", "train"]

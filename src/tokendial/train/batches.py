@@ -1,4 +1,4 @@
-"""Batches that are the same whatever happens: any number of workers, killed and resumed."""
+"""Training batches that depend on the seed alone: not on workers, processes or interruptions."""
 
 import time
 from collections.abc import Iterator
@@ -13,16 +13,17 @@ from tokendial.signals import leave_signals_to_the_parent
 
 
 class EpochSampler(Sampler[list[tuple[int, int, int]]]):
-    """Batches of (epoch, index, copy) for one epoch and one process, from any step on.
+    """Batches of (epoch, index, copy) for one epoch and one process, starting at any update.
 
     The order of an epoch depends on (seed, epoch) alone. Update `u` takes the next
-    `batch_size * accumulate * processes` samples, so that two processes see together what one
-    process with twice the batch would see. What is left at the end is not used in this epoch.
+    `batch_size * accumulate * processes` samples, so that two processes together see what one
+    process with twice the batch would see. Samples that do not fill an update are left out.
 
-    With `repeats` an epoch is as long as before, but shows only the first part of its order, each
-    image so many times in a row, each time varied differently. Processes take turns in this row, so
-    that the copies of an image are in the same update. DeiT's and timm's samplers do the same; they
-    round an epoch down to a multiple of 256 images, we to whole updates.
+    With `repeats` above 1 (repeated augmentation) the epoch keeps its length, but takes only the
+    first 1/repeats of its order. Each image appears `repeats` times in a row, each time augmented
+    anew. Processes take turns in this row, so that all copies of an image are in the same update.
+    DeiT's and timm's samplers do the same; they round an epoch down to a multiple of 256 images,
+    this one to whole updates.
     """
 
     def __init__(
@@ -37,6 +38,15 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
         repeats: int = 1,
     ) -> None:
         """Set up the sampler.
+
+        Args:
+            size: Number of samples in the training set.
+            batch_size: Samples in one batch.
+            accumulate: Batches of one process in one update.
+            seed: Seed of the order.
+            rank: Number of this process, counted from 0.
+            processes: Number of processes.
+            repeats: How often each image appears in an epoch.
 
         Raises:
             ValueError: If the data set is smaller than one update.
@@ -53,49 +63,49 @@ class EpochSampler(Sampler[list[tuple[int, int, int]]]):
             )
 
     def start(self, epoch: int, update: int = 0) -> None:
-        """Choose the epoch, and how many of its updates have been done already."""
+        """Choose the epoch, and how many of its updates are finished already."""
         self.epoch, self.first_update = epoch, update
 
     def __len__(self) -> int:
         return (self.updates - self.first_update) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        shuffled = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        distinct = shuffled[: -(-self.size // self.repeats)].tolist()
-        row = [(self.epoch, index, copy) for index in distinct for copy in range(self.repeats)]
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        distinct = order[: -(-self.size // self.repeats)].tolist()
+        samples = [(self.epoch, index, copy) for index in distinct for copy in range(self.repeats)]
         for update in range(self.first_update, self.updates):
             first = update * self.per_update
-            mine = row[first + self.rank : first + self.per_update : self.processes]
+            own = samples[first + self.rank : first + self.per_update : self.processes]
             for part in range(self.accumulate):
-                yield mine[part * self.batch_size : (part + 1) * self.batch_size]
+                yield own[part * self.batch_size : (part + 1) * self.batch_size]
 
 
-class Awaited(Iterator[Any]):
-    """Hands out the batches of a loader, and tells what share of the time went into waiting."""
+class TimedBatches(Iterator[Any]):
+    """The batches of a loader, and the fraction of the time that was spent waiting for them."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._start, self._waited = time.perf_counter(), 0.0
         self._batches = iter(loader)
-        self._waited = self._now()
+        self._waited = self._elapsed()
 
     def __next__(self) -> Any:
-        before = self._now()
+        before = self._elapsed()
         try:
             return next(self._batches)
         finally:
-            self._waited += self._now() - before
+            self._waited += self._elapsed() - before
 
-    def _now(self) -> float:
+    def _elapsed(self) -> float:
         return time.perf_counter() - self._start
 
     @property
-    def waited(self) -> float:
-        """Share of the time since the start, in [0, 1]."""
-        return self._waited / self._now()
+    def wait_fraction(self) -> float:
+        """Fraction of the time since the start that was spent waiting for batches, in [0, 1]."""
+        return self._waited / self._elapsed()
 
 
 def train_loader(dataset: Prepared, sampler: EpochSampler, workers: int) -> DataLoader[Any]:
-    """Loader of the batches that `sampler` names."""
+    """A loader of the batches that `sampler` gives, with `workers` loading processes."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,

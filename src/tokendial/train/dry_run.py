@@ -1,4 +1,4 @@
-"""A few updates of a recipe, to see that it runs before it is left alone for days."""
+"""Dry runs: two updates of a recipe, to see that it works before a long training."""
 
 import tempfile
 import time
@@ -19,47 +19,47 @@ _UPDATES = 2
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What was seen."""
+    """The result of a dry run."""
 
     metrics: dict[str, Any]
-    """The record of the one short epoch: loss, scores on one batch."""
+    """Record of its only epoch: the training loss, and scores on one batch."""
     seconds: float
-    """For all of it, start and evaluation included."""
+    """Seconds that the dry run took, with start and evaluation."""
 
 
 def dry_run(recipe: BaseRecipe, make_job: Callable[[Any], Any]) -> DryRun | None:
-    """Train for two updates, evaluate on one batch of each process, save; nothing is kept.
+    """Train for two updates, evaluate one batch per process, save to a temporary folder.
 
     Args:
-        recipe: A recipe whose data are at hand.
-        make_job: `FineTuning` or `Compensating`.
+        recipe: The recipe to try.
+        make_job: Makes the job of the recipe: `FineTuning` or `CompensatorTraining`.
 
     Returns:
-        What was seen; None in all processes but the first.
+        The result. None in all processes but the main one.
 
     Raises:
-        ValueError: As training itself does.
+        ValueError: If training itself would raise one.
     """
     start = time.perf_counter()
     settings = recipe.train
     with tempfile.TemporaryDirectory() as folder:
-        short = {
+        changes = {
             "output": str(Path(folder) / "run"),
             "train": settings.model_copy(update={"epochs": 1, "workers": 0}),
         }
-        few = recipe.model_copy(update=short)
-        job: Job = make_job(few)
-        images = settings.batch_size * Accelerator().num_processes
-        _shorten(job, images, _UPDATES * settings.accumulate * images)
-        trainer = Trainer(few, job, quiet=True)
+        short = recipe.model_copy(update=changes)
+        job: Job = make_job(short)
+        batch = settings.batch_size * Accelerator().num_processes
+        _shorten_data(job, train=_UPDATES * settings.accumulate * batch, val=batch)
+        trainer = Trainer(short, job, quiet=True)
         records = trainer.run_to_end().metrics()
-    if not trainer.main:
+    if not trainer.is_main:
         return None
     return DryRun(records[0], time.perf_counter() - start)
 
 
-def _shorten(job: Any, val: int, train: int) -> None:
-    """Leave a job the first samples of its data; all of them if there are no more."""
+def _shorten_data(job: Any, *, train: int, val: int) -> None:
+    """Cut the data of a job to their first samples, at most `train` and `val` of them."""
     data = job.data
     job.data = replace(
         data,

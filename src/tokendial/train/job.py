@@ -1,4 +1,4 @@
-"""What the loop asks of what is trained."""
+"""The interface between the training loop and what it trains."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,46 +13,54 @@ from tokendial.tasks import Task
 
 
 class Job(Protocol):
-    """What is trained, and how: all that the loop does not know."""
+    """Everything about a training that the loop does not know: data, model, loss, metrics."""
 
     @property
     def data(self) -> Splits:
-        """Training and validation set."""
+        """The training and the validation set."""
 
     @property
     def anatomy(self) -> Anatomy:
-        """Says what images the model takes."""
+        """Describes the images that the model takes: size, mean and standard deviation."""
 
     @property
     def task(self) -> Task:
-        """Says how images are prepared."""
+        """The task, whose transforms prepare the images and targets."""
 
     @property
     def module(self) -> nn.Module:
-        """Its parameters that train are checkpointed and averaged."""
+        """The module whose trainable parameters are checkpointed and averaged."""
 
     @property
     def objective(self) -> nn.Module:
-        """Gives the loss of (images, targets), and what `hits` reads."""
+        """The module that is called with (images, targets). It returns the loss, and the outputs
+        that `batch_score` reads."""
 
     @property
-    def shows(self) -> str:
-        """What the share of hits is called."""
+    def score_name(self) -> str:
+        """What `batch_score` measures, such as "accuracy". Records and the display show it."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer gets."""
+        """The parameter groups of the optimizer."""
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:
-        """Told how many updates were done."""
+        """Prepare the next update, for example for a schedule.
 
-    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment a training batch as a whole."""
+        Args:
+            update: Updates that are finished, counted over the whole run.
+            updates_per_epoch: Updates in one epoch.
+        """
 
-    def hits(self, outputs: Tensor, targets: Tensor) -> float:
-        """Share of right answers in a training batch."""
+    def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment a training batch as a whole, as mixup does."""
 
-    def scores(self, loader: DataLoader[Any], accelerator: Accelerator) -> dict[str, float]:
-        """Metrics over the validation set; the first one is what models are judged by."""
+    def batch_score(self, outputs: Tensor, targets: Tensor) -> float:
+        """Score of a training batch, in [0, 1], such as its accuracy."""
+
+    def validation_scores(
+        self, loader: DataLoader[Any], accelerator: Accelerator
+    ) -> dict[str, float]:
+        """Metrics over the validation set. The first one decides which model is the best."""
 
     def save(self, folder: Path) -> None:
-        """Write what was trained."""
+        """Save the present model."""

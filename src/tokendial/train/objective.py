@@ -1,4 +1,4 @@
-"""What training minimises: the task's loss and those of the reduction method."""
+"""The training objective: the task's loss, the losses of the reduction method, distillation."""
 
 from torch import Tensor, nn, no_grad
 
@@ -9,9 +9,10 @@ from tokendial.tasks import FeatureDistillation, Task
 
 
 class Objective(nn.Module):
-    """Runs every pass that the losses of a method read, in one forward.
+    """Runs all forward passes that the losses need, and returns the total loss.
 
-    One forward holds them all because distributed training counts forwards.
+    All passes happen in one forward of this module, because distributed training synchronises
+    gradients once per forward.
     """
 
     def __init__(
@@ -21,10 +22,16 @@ class Objective(nn.Module):
         teacher: DialViT | None = None,
         distillation: "Distillation | None" = None,
     ) -> None:
-        """Put model, task, teacher and distillation together.
+        """Set up the objective.
+
+        Args:
+            model: The model to train.
+            task: Gives the loss of logits and targets.
+            teacher: A trained model whose logits and tokens DynamicViT distils.
+            distillation: The feature distillation of DAR*.
 
         Raises:
-            ValueError: If there is a teacher that the method does not learn from, or that does not
+            ValueError: If the reduction method has no use for a teacher, or the teacher does not
                 fit the model.
         """
         super().__init__()
@@ -36,11 +43,11 @@ class Objective(nn.Module):
             _check_teacher(model, teacher)
             teacher.eval().requires_grad_(False)
             teacher.set_degree(0)
-        # In a tuple, so that it is no part of the model: not saved, not trained, not averaged.
+        # In a tuple, so that it is no submodule: it is not saved, trained or averaged.
         self._teacher = (teacher,)
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the logits at the degree that trains."""
+        """The total loss, and the logits at the degree that is trained."""
         model = self.model
         reducer = model.reducer if model.degree else None
         if reducer is not None and type(reducer).losses is Reducer.losses:
@@ -56,13 +63,14 @@ class Objective(nn.Module):
             return loss, student.logits
         passes = TrainingPasses(
             student,
-            complete=self._complete(images) if "complete" in reducer.also_runs else None,
-            teacher=self._taught(images),
+            complete=self._unreduced_pass(images) if "complete" in reducer.also_runs else None,
+            teacher=self._teacher_pass(images),
             task_loss=lambda logits: self.task.loss(logits, targets),
         )
         return loss + sum(reducer.losses(passes).values()), student.logits
 
-    def _complete(self, images: Tensor) -> ForwardPass:
+    def _unreduced_pass(self, images: Tensor) -> ForwardPass:
+        """A pass of the model at degree 0, with gradients."""
         degree = self.model.degree
         self.model.set_degree(0)
         try:
@@ -70,7 +78,8 @@ class Objective(nn.Module):
         finally:
             self.model.set_degree(degree)
 
-    def _taught(self, images: Tensor) -> ForwardPass | None:
+    def _teacher_pass(self, images: Tensor) -> ForwardPass | None:
+        """A pass of the teacher, without gradients; None if there is no teacher."""
         (teacher,) = self._teacher
         if teacher is None:
             return None
@@ -79,17 +88,24 @@ class Objective(nn.Module):
 
 
 class Distillation(nn.Module):
-    """The weighted loss of DAR*, with its frozen teacher: the backbone as it was pre-trained."""
+    """The feature distillation of DAR*: its weighted loss and its teacher, the frozen backbone."""
 
     def __init__(self, heads: FeatureDistillation, backbone: DialViT, weight: float) -> None:
+        """Set up the distillation.
+
+        Args:
+            heads: Projects the features of student and teacher, and compares them.
+            backbone: The pre-trained backbone: the teacher.
+            weight: Weight of the loss.
+        """
         super().__init__()
         self.heads, self.weight = heads, weight
-        # In a tuple, so that it is no part of the model: not saved, not trained, not averaged.
+        # In a tuple, so that it is no submodule: it is not saved, trained or averaged.
         self._backbone = (backbone.eval().requires_grad_(False),)
 
     def forward(self, student_map: Tensor | None, images: Tensor) -> Tensor:
-        """The loss of the feature map that the student's decoder reads."""
-        assert student_map is not None  # there is a decoder, see the recipe
+        """The weighted loss between the student's feature map [B, D, H, W] and the teacher's."""
+        assert student_map is not None  # the recipe allows distillation with a decoder only
         (backbone,) = self._backbone
         with no_grad():
             teacher_map = backbone.to(images.device).feature_map(images)
@@ -98,6 +114,7 @@ class Distillation(nn.Module):
 
 
 def _check_teacher(model: DialViT, teacher: DialViT) -> None:
+    """Raise a ValueError if shapes or classes of teacher and model differ."""
     ours, theirs = model.anatomy.shape, teacher.anatomy.shape
     for name in ("embed_dim", "num_prefix_tokens", "num_patches"):
         if getattr(ours, name) != getattr(theirs, name):
@@ -107,6 +124,6 @@ def _check_teacher(model: DialViT, teacher: DialViT) -> None:
             )
     if model.num_classes != teacher.num_classes:
         raise ValueError(
-            f"train.teacher: it knows {teacher.num_classes} classes, but the model "
+            f"train.teacher: it has {teacher.num_classes} classes, but the model has "
             f"{model.num_classes}."
         )

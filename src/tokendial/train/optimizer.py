@@ -1,4 +1,4 @@
-"""The optimizer's groups of parameters and its learning rate over a run."""
+"""Parameter groups of the optimizer, and the schedule of the learning rate."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,33 +11,38 @@ from torch.nn.modules.conv import _ConvNd
 from tokendial.adapt.base import Adapter
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.recipe import TrainSection
-from tokendial.train.checkpoint import trained
+from tokendial.train.checkpoint import trainable
 
 
 def parameter_groups(
     model: DialViT, weight_decay: float, lr: float, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Trained parameters, grouped by weight decay and learning rate.
+    """Trainable parameters of a model, grouped by weight decay and learning rate.
 
-    With `layer_decay` the rate of the backbone falls by that factor from block to block towards
-    the input, as in the fine-tuning recipes of BEiT and MAE; heads, adapters and reducers keep
-    `lr`. What decays: see `decay_groups`.
+    Args:
+        model: A wrapped model.
+        weight_decay: Weight decay of weight matrices; see `decay_groups`.
+        lr: Learning rate.
+        layer_decay: Factor by which the learning rate of the backbone falls from each block to the
+            block before it, as in the fine-tuning recipes of BEiT and MAE. Heads, adapters and
+            reducers keep `lr`. None means 1.
     """
-    inside = {
+    block_numbers = {
         id(parameter): number
         for number, block in enumerate(model.anatomy.blocks, start=1)
         for parameter in block.parameters()
     }
-    # What stands behind the last block among the parameters is used after it.
+    # Parameters listed behind those of the last block are used after it, like the final norm;
+    # those listed before are used first, like the patch embedding.
     order = [id(parameter) for parameter in model.vit.parameters()]
-    after = set(order[1 + max(order.index(number) for number in inside) :])
+    after_blocks = set(order[1 + max(order.index(number) for number in block_numbers) :])
     heads = {id(p) for head in model.anatomy.heads for p in head.parameters()}
     depth = len(model.anatomy.blocks)
 
     def rate(name: str, parameter: nn.Parameter) -> float:
         if not layer_decay or not name.startswith("vit.") or id(parameter) in heads:
             return lr
-        layer = inside.get(id(parameter), depth if id(parameter) in after else 0)
+        layer = block_numbers.get(id(parameter), depth if id(parameter) in after_blocks else 0)
         return lr * layer_decay ** (depth + 1 - layer)
 
     return decay_groups(model, weight_decay, rate)
@@ -48,15 +53,21 @@ def decay_groups(
     weight_decay: float,
     rate: float | Callable[[str, nn.Parameter], float],
 ) -> list[dict[str, Any]]:
-    """Trained parameters of a module, grouped by weight decay and learning rate.
+    """Trainable parameters of a module, grouped by weight decay and learning rate.
 
-    Matrices decay: the weights of linear layers and convolutions, what PEFT puts beside them, and
-    what an adapter names as its `matrices`. All else is a vector or many of them, whatever its
-    shape: biases, norms, scales, tokens, prompts, queries, positions, embeddings of classes.
+    Weight matrices decay: those of linear layers and convolutions, those that PEFT adds to them,
+    and those that an adapter lists in `matrices`. Everything else consists of vectors, whatever its
+    shape, and does not decay: biases, norms, scales, tokens, prompts, queries, positions, class
+    embeddings.
+
+    Args:
+        module: The module.
+        weight_decay: Weight decay of the matrices.
+        rate: Learning rate of all parameters, or a function of name and parameter that gives it.
     """
     matrices = {id(parameter) for parameter in _matrices(module)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in trained(module).items():
+    for name, parameter in trainable(module).items():
         decay = weight_decay if id(parameter) in matrices else 0.0
         lr = rate(name, parameter) if callable(rate) else rate
         groups.setdefault((decay, lr), []).append(parameter)
@@ -66,17 +77,18 @@ def decay_groups(
 
 
 def _matrices(module: nn.Module) -> Iterator[Tensor]:
+    """The weight matrices of a module; see `decay_groups`."""
     for part in module.modules():
         if isinstance(part, nn.Linear | _ConvNd):
             yield part.weight
         elif isinstance(part, nn.ParameterDict):
-            # PEFT's layers hold so what is no layer by itself; some of it is a row or a column.
+            # PEFT keeps bare parameters here. Those that are a single row or column are vectors.
             yield from (p for p in part.values() if p.ndim > 1 and min(p.shape) > 1)
         elif isinstance(part, Adapter):
             yield from (getattr(part, name) for name in part.matrices)
 
 
-def cosine(
+def cosine_schedule(
     optimizer: torch.optim.Optimizer, settings: TrainSection, updates_per_epoch: int
 ) -> CosineLRScheduler:
     """Linear warm-up, then a cosine down to `min_lr` at the end of the run, update by update."""

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tokendial.data.readers.images import ImageError, TooManyPixelsError, decode_image
 from tokendial.data.readers.pixels import ValueRange
-from tokendial.runs.predict import mask_image, mask_share
+from tokendial.runs.mask_images import mask_image, mask_share
 from tokendial.serve.problems import ProblemError
 from tokendial.serve.workers.catalog import ServedModel
 from tokendial.serve.workers.decoder_messages import (

@@ -13,7 +13,7 @@ from tokendial.errors import error_message
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.loading import read_files
 from tokendial.runs.degrees import degrees_to_show
-from tokendial.runs.evaluate import default_device
+from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
 from tokendial.serve.workers.catalog import ModelCatalog, ServedModel, ServedTask, run_revision
 from tokendial.serve.workers.token_view import TokenView, model_input_png, token_view

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokendial.runs.evaluate import default_device
+from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
 from tokendial.serve.scheduling.engine import WorkerLostError
 from tokendial.serve.settings import Settings

@@ -1,4 +1,4 @@
-"""Results on VTAB-1k in the form of papers: tasks in three groups, two kinds of means."""
+"""Results on VTAB-1k in the form of papers: tasks in three groups, and two kinds of means."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,41 +10,44 @@ from statistics import mean, stdev
 from typing import Any
 
 from tokendial.data import VTAB_GROUPS, VTAB_TASKS
+from tokendial.sweeps.parallel_runs import PlannedRun
 from tokendial.sweeps.results import RunResult
-from tokendial.sweeps.side_by_side import Planned
-from tokendial.sweeps.tables import Table, shown, spread, write_csv, write_text
+from tokendial.sweeps.tables import Table, mean_and_std, plain_text, write_csv, write_text
 from tokendial.train.loop import NOT_FINITE
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Accuracies that a paper prints, in percent; None: not printed."""
+    """Accuracies that a paper prints for a method, in percent. None: not printed."""
 
     method: str
-    """What they belong to."""
+    """Name of the method."""
     where: str
-    """Paper and table, one of the keys of the sources."""
+    """Key of the source: paper and table."""
     gmacs: float | None = None
-    """What the paper prints as GFLOPs."""
+    """Cost that the paper prints as GFLOPs: 1e9 multiply-accumulates."""
     tasks: dict[str, float] | None = None
-    """Of all 19."""
+    """Accuracy on each of the 19 tasks."""
     groups: dict[str, float] | None = None
-    """Means of the three groups."""
+    """Mean accuracy of each of the three groups of tasks."""
     mean_of_groups: float | None = None
-    """Mean of the three means."""
+    """Mean of the means of the three groups."""
     mean_of_tasks: float | None = None
-    """Mean over the tasks."""
+    """Mean over the 19 tasks."""
 
 
 def read_published() -> tuple[dict[str, str], list[Published]]:
-    """The sources by their keys, and the rows."""
+    """Read the sources by their keys, and the printed accuracies; both are shipped."""
     text = (files("tokendial") / "assets" / "vtab_published.json").read_text(encoding="utf-8")
     data = json.loads(text)
     return data["sources"], [Published(**row) for row in data["rows"]]
 
 
 def means(accuracies: Mapping[str, float]) -> dict[str, float]:
-    """Of the groups, over the groups, and over the tasks, of those tasks that are there."""
+    """Means of accuracies by task: of each group, over the groups, and over the tasks.
+
+    Missing tasks are left out of the means; groups without tasks are left out.
+    """
     found = {
         group: mean(accuracies[task] for task in tasks if task in accuracies)
         for group, tasks in VTAB_GROUPS.items()
@@ -57,39 +60,39 @@ def means(accuracies: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class VTABResult:
-    """What was chosen and reached on each task, and what went wrong."""
+    """Chosen settings, results and errors on the tasks of VTAB-1k."""
 
     tasks: tuple[str, ...]
-    """That were asked for, in the order of the benchmark."""
-    search: dict[str, list[Planned]]
-    """Runs on 800 + 200 images, by task; empty without a search."""
+    """The requested tasks, in the order of the benchmark."""
+    search: dict[str, list[PlannedRun]]
+    """Runs of the search on 800 + 200 images, by task. Empty without a search."""
     chosen: dict[str, dict[str, str]]
-    """Settings by task; a task whose search failed is missing."""
-    final: dict[str, list[Planned]]
-    """Runs on all 1,000 images, by task; one per seed."""
+    """Chosen settings by task. A task whose search failed is missing."""
+    final: dict[str, list[PlannedRun]]
+    """Final runs on all 1,000 images, by task, one per seed."""
     errors: dict[str, str]
-    """In one line each, by the names of the runs; all others are finished."""
+    """Errors, one line each, by the name of the run. All other runs are finished."""
 
     @property
     def failed(self) -> bool:
-        """Whether something is missing from the results that the same call may still bring."""
+        """Whether results of some tasks are missing. The same call may still complete them."""
         return set(self.results) != set(self.tasks)
 
     @cached_property
     def results(self) -> dict[str, list[RunResult]]:
-        """Of the tasks whose final runs are all finished; one per seed."""
+        """Results by task, one per seed, of the tasks whose final runs are all finished."""
         return {
-            task: [RunResult.of(run) for run in runs]
+            task: [RunResult.read(run) for run in runs]
             for task, runs in self.final.items()
             if not any(run.name in self.errors for run in runs)
         }
 
     @cached_property
     def means(self) -> dict[str, list[float]]:
-        """Means over what is finished, one for each seed."""
+        """Means over the finished tasks, one per seed, by the name of the mean; see `means`."""
         seeds = zip(*self.results.values(), strict=True)
         of_seeds = [
-            means({task: r.judged for task, r in zip(self.results, results, strict=True)})
+            means({task: r.main_score for task, r in zip(self.results, results, strict=True)})
             for results in seeds
         ]
         return {name: [of[name] for of in of_seeds] for name in (of_seeds[0] if of_seeds else {})}
@@ -117,13 +120,13 @@ class VTABResult:
             write_csv(folder / "search.csv", list(self._rows(self.search)))
 
     def tables(self) -> list[Table]:
-        """The tasks, the means beside those of papers, the search, and what went wrong."""
+        """Tables of the tasks, the means beside those of papers, the search, and the errors."""
         tables = [self._task_table(), self._paper_table()]
         if self.search:
             tables.append(self._search_table())
         if self.errors:
             rows = [[name, error] for name, error in self.errors.items()]
-            tables.append(Table("Failed runs", "Each in one line.", ["run", "error"], rows))
+            tables.append(Table("Failed runs", "The error of each run.", ["run", "error"], rows))
         return tables
 
     def _task_table(self) -> Table:
@@ -139,15 +142,15 @@ class VTABResult:
         note = "Accuracy on the test set after the last epoch, in percent"
         seeds = len(next(iter(self.final.values()), []))
         if seeds > 1:
-            note += f"; mean ± sample standard deviation over {seeds} seeds"
+            note += f", as mean ± sample standard deviation over {seeds} seeds"
         header = ["task", "this run", *fields, "trained (M)", "GMACs"]
-        note += "; means of papers are over the same tasks."
+        note += ". Means of papers are over the same tasks."
         return Table("VTAB-1k", note, [*header, *(p.method for p in papers)], rows)
 
     def _task_row(self, task: str, fields: Sequence[str], papers: Sequence[Published]) -> list[str]:
         chosen, results = self.chosen.get(task, {}), self.results.get(task)
-        row = [task, spread([r.judged for r in results]) if results else ""]
-        row += [shown(chosen[field]) if field in chosen else "" for field in fields]
+        row = [task, mean_and_std([r.main_score for r in results]) if results else ""]
+        row += [plain_text(chosen[field]) if field in chosen else "" for field in fields]
         cost = results[0].cost if results else None
         row += [f"{cost.trainable_params / 1e6:.3f}", f"{cost.gmacs:.4g}"] if cost else ["", ""]
         return row + [f"{paper.tasks[task]:.1f}" for paper in papers if paper.tasks]
@@ -155,7 +158,10 @@ class VTABResult:
     def _mean_row(
         self, name: str, title: str, fields: Sequence[str], papers: Sequence[Published]
     ) -> list[str]:
-        row = [title + self._of(name), spread(self.means[name]) if name in self.means else ""]
+        row = [
+            title + self._coverage(name),
+            mean_and_std(self.means[name]) if name in self.means else "",
+        ]
         row += [""] * (len(fields) + 2)
         for paper in papers:
             printed = (paper.tasks or {}).items()
@@ -164,26 +170,28 @@ class VTABResult:
         return row
 
     def _count(self, name: str) -> int:
-        """How many tasks a mean is over."""
+        """Number of finished tasks in a mean."""
         return len([task for task in VTAB_GROUPS.get(name, VTAB_TASKS) if task in self.results])
 
-    def _of(self, name: str) -> str:
-        """Says which part of the tasks a mean is over, if not over all."""
-        there, all_tasks = self._count(name), len(VTAB_GROUPS.get(name, VTAB_TASKS))
-        return "" if there == all_tasks else f" ({there} of {all_tasks} tasks)"
+    def _coverage(self, name: str) -> str:
+        """Text such as " (5 of 7 tasks)" for a mean over some of the tasks; empty for all tasks."""
+        count, all_tasks = self._count(name), len(VTAB_GROUPS.get(name, VTAB_TASKS))
+        return "" if count == all_tasks else f" ({count} of {all_tasks} tasks)"
 
     def _paper_table(self) -> Table:
         sources, papers = read_published()
         names = [*VTAB_GROUPS, "groups", "tasks"]
-        ours = [spread(self.means[name]) if name in self.means else "" for name in names]
+        ours = [mean_and_std(self.means[name]) if name in self.means else "" for name in names]
         results = [of_task[0] for of_task in self.results.values()]
         gmacs = f"{mean(r.cost.gmacs for r in results):.4g}" if results else ""
-        rows = [[f"this run{self._of('tasks')}", gmacs, *ours, ""]]
+        rows = [[f"this run{self._coverage('tasks')}", gmacs, *ours, ""]]
         marks = {key: f"[{number}]" for number, key in enumerate(sources, 1)}
         rows += [_paper_row(paper, marks[paper.where]) for paper in papers]
-        told = " ".join(f"{marks[key]} {source}" for key, source in sources.items())
+        cited = " ".join(f"{marks[key]} {source}" for key, source in sources.items())
         header = ["method", "GMACs", *VTAB_GROUPS, "mean of groups", "mean of tasks", "source"]
-        note = f"In percent. Of papers, what they print or what follows from it. {told}"
+        note = (
+            f"In percent. Values of papers are printed there, or follow from printed ones. {cited}"
+        )
         return Table("Beside published means", note, header, rows)
 
     def _search_table(self) -> Table:
@@ -192,26 +200,26 @@ class VTABResult:
         for task, runs in self.search.items():
             for run in runs:
                 error = self.errors.get(run.name, "")
-                told = "diverged" if error.startswith(NOT_FINITE) else "failed"
-                found = told if error else f"{100 * RunResult.of(run).judged:.2f}"
+                failure = "diverged" if error.startswith(NOT_FINITE) else "failed"
+                score = failure if error else f"{100 * RunResult.read(run).main_score:.2f}"
                 mark = "chosen" if run.settings == self.chosen.get(task) else ""
-                rows.append([task, *map(shown, run.settings.values()), found, mark])
+                rows.append([task, *map(plain_text, run.settings.values()), score, mark])
         note = "Accuracy on the 200 images after the last epoch, in percent."
         return Table("Search", note, ["task", *fields, "accuracy", ""], rows)
 
-    def _rows(self, planned: Mapping[str, Sequence[Planned]]) -> Iterator[dict[str, Any]]:
-        """Lines of a CSV file: one for each run, with numbers as they are."""
+    def _rows(self, planned: Mapping[str, Sequence[PlannedRun]]) -> Iterator[dict[str, Any]]:
+        """Lines of a CSV file, one per run, with numbers that are not rounded."""
         groups = {task: group for group, tasks in VTAB_GROUPS.items() for task in tasks}
         for task, runs in planned.items():
             for run in runs:
                 row: dict[str, Any] = {"group": groups[task], "task": task}
-                row |= {field: shown(value) for field, value in run.settings.items()}
+                row |= {field: plain_text(value) for field, value in run.settings.items()}
                 row["folder"] = run.recipe.output
                 if run.name in self.errors:
                     yield row | {"error": self.errors[run.name]}
                 else:
-                    result = RunResult.of(run)
-                    row |= {"accuracy": result.judged, "params": result.cost.params}
+                    result = RunResult.read(run)
+                    row |= {"accuracy": result.main_score, "params": result.cost.params}
                     trained = {"trainable_params": result.cost.trainable_params}
                     yield row | trained | {"gmacs": result.cost.gmacs}
 

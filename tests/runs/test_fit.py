@@ -50,7 +50,7 @@ def test_pictures_of_a_folder_do_where_the_training_images_are_gone(cli, run, di
     code, _, err = cli("fit", moved, *settings)
     assert code == 2
     assert err.startswith("error: ")
-    assert err.endswith("Other pictures can be given by calibration.\n")
+    assert err.endswith("Other images can be given by calibration.\n")
     assert cli("fit", moved, *settings, "--calibration", digits / "val", "--images", 30)[0] == 0
     assert td.load(moved / "fitted").degrees == (0, 1)
 
@@ -65,7 +65,7 @@ def test_pictures_of_a_folder_do_where_the_training_images_are_gone(cli, run, di
         (["--gmacs", "0.001", "--reduce", "dar"], "reduce must be ToMe or EViT"),
         (["--gmacs", "0.001", "--reduce", "best"], "reduce.name must be one of"),
         (["--gmacs", "0.001", "--calibration", "/none"], "calibration: no such folder: /none"),
-        (["--gmacs", "0.001", "--out", "/proc"], "out: /proc is there already and holds no fit"),
+        (["--gmacs", "0.001", "--out", "/proc"], "out: /proc exists and holds no fit"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(fit, arguments, message):

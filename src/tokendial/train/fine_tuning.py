@@ -1,4 +1,4 @@
-"""Fine-tuning: a wrapped model, a labelled data set, the losses of task and reduction method."""
+"""Fine-tuning: the job that trains adapters, heads and decoders on labelled data."""
 
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,20 @@ _CALIBRATION_IMAGES = 64
 
 
 def train(recipe: Recipe, *, quiet: bool = False) -> Run:
-    """Train as the recipe says; go on where a killed run of the same recipe stopped.
+    """Fine-tune a model by a recipe. A run that was interrupted is resumed to the same bits.
+
+    Args:
+        recipe: The recipe. Its `output` is the folder of the run.
+        quiet: Whether to print nothing.
 
     Returns:
-        The run's folder: recipe.yaml, classes.json, metrics.jsonl, checkpoints/, logs/,
+        The run. Its folder holds recipe.yaml, classes.json, metrics.jsonl, checkpoints/, logs/,
         best/ and last/ (saved models), versions.json and README.md (a draft of a model card).
 
     Raises:
         ValueError: If the recipe does not fit the data or the model, the folder holds another
-            run, or another process trains it.
-        InterruptedRunError: If the process was asked to stop.
+            run, or another process trains this one.
+        InterruptedRunError: If a signal asked the process to stop.
     """
     job = FineTuning(recipe)
 
@@ -49,9 +53,9 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
 
 
 class FineTuning:
-    """The job of `train`."""
+    """The job of fine-tuning a wrapped model on labelled data."""
 
-    shows = "accuracy"
+    score_name = "accuracy"
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.settings = recipe, recipe.train
@@ -80,7 +84,7 @@ class FineTuning:
         self.module = self.objective
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Adapters, heads and what else trains."""
+        """The trainable parameters: adapters, heads, decoders, reducers, distillation heads."""
         settings = self.settings
         decay, lr = settings.weight_decay, settings.lr
         groups = parameter_groups(self.model, decay, lr, settings.layer_decay)
@@ -89,31 +93,34 @@ class FineTuning:
         return groups
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:
-        """Some reduction methods have a schedule."""
+        """Tell the reduction method how far the training is; some methods have a schedule."""
         if self.model.reducer:
             self.model.reducer.at_step(update, updates_per_epoch)
 
-    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixup and cutmix."""
+    def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixup and cutmix, if the recipe asks for them."""
         return self.task.mixed(images, targets)
 
-    def hits(self, outputs: Tensor, targets: Tensor) -> float:
-        """Share of right answers."""
+    def batch_score(self, outputs: Tensor, targets: Tensor) -> float:
+        """Fraction of right answers in a training batch."""
         return self.task.hits(outputs, targets)
 
-    def scores(self, loader: DataLoader[Any], accelerator: Accelerator) -> dict[str, float]:
-        """Accuracy and the task's other metrics."""
-        return evaluate_loader(self.model, loader, self.task, accelerator)
+    def validation_scores(
+        self, loader: DataLoader[Any], accelerator: Accelerator
+    ) -> dict[str, float]:
+        """The task's metrics over the validation set."""
+        return evaluate_loader(self.model, loader, self.task, autocast=accelerator.autocast)
 
     def save(self, folder: Path) -> None:
-        """Write the model."""
+        """Save the model."""
         self.model.save_pretrained(folder)
 
     def calibrate(self, run: Run, device: torch.device) -> None:
-        """Measure the dial of a finished run's models where its shares depend on the images.
+        """Find the dial's thresholds for the models of a finished run, and save them.
 
-        Not if it was trained at another degree than its target's: that one has to keep the
-        threshold that it was trained with.
+        Only methods that select tokens by threshold need this, and only once. A model that was
+        trained at another degree than that of its target ratio is left as it is: it has to keep
+        the threshold that it was trained with.
         """
         reducer = self.model.reducer
         if not ShareMeter.fits(self.model) or not reducer or self.model.degree != reducer.degree:
@@ -127,13 +134,13 @@ class FineTuning:
                 model.save_pretrained(folder)
 
     def _training_images(self) -> Tensor:
-        """Images of the training set, chosen at random, as they are seen in evaluation."""
+        """Random training images [N, 3, H, W], prepared as in evaluation."""
         draw = np.random.default_rng(self.recipe.seed)
         train: Any = self.data.train
         count = min(_CALIBRATION_IMAGES, len(train))
-        some = Subset(train, draw.choice(len(train), size=count, replace=False).tolist())
+        subset = Subset(train, draw.choice(len(train), size=count, replace=False).tolist())
         loader = eval_loader(
-            some,
+            subset,
             self.task.eval_transform(self.anatomy),
             batch_size=self.task.eval_batch(self.settings.batch_size),
         )
@@ -141,13 +148,17 @@ class FineTuning:
 
 
 def _check_frames(data: Splits, frames: int | None) -> None:
+    """Raise a ValueError unless data and model are both for videos, or both for images."""
     if data.video and frames is None:
-        raise ValueError("model.frames must be a number, such as 8, for data of videos, got null.")
+        raise ValueError(
+            "model.frames must be a number such as 8 for a data set of videos, got null."
+        )
     if not data.video and frames is not None:
-        raise ValueError(f"data must be videos for a model of clips of {frames} frames.")
+        raise ValueError(f"data must be a data set of videos for a model of {frames} frames.")
 
 
 def _distillation(recipe: Recipe, model: DialViT) -> Distillation:
+    """The distillation of a recipe, with a fresh copy of the pre-trained backbone as teacher."""
     settings = recipe.distill
     assert settings is not None
     heads = FeatureDistillation(model.anatomy.shape.embed_dim, settings.dim, detach=settings.detach)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as CSV files and per class."""
+"""Results of an evaluation as CSV files, per degree and per class."""
 
 import csv
 from collections.abc import Sequence
@@ -9,20 +9,22 @@ from typing import Any
 from torch import Tensor
 
 from tokendial.atomic import atomic_write
-from tokendial.runs.evaluate import BridgedRow, DegreeRow
+from tokendial.measure import Timing
+from tokendial.runs.evaluate import DegreeRow
+from tokendial.runs.evaluate_compensator import CompensatedRow
 
 
-def write_rows(rows: Sequence[DegreeRow] | Sequence[BridgedRow], path: Path) -> None:
-    """Write the table as CSV."""
+def write_rows(rows: Sequence[DegreeRow] | Sequence[CompensatedRow], path: Path) -> None:
+    """Write the rows of an evaluation as CSV, one line per degree."""
     _write_csv([_columns(row) for row in rows], path)
 
 
 def write_classes(rows: Sequence[DegreeRow], classes: Sequence[str], path: Path) -> None:
-    """Write how well each class is recognised at each degree, as CSV.
+    """Write recall and precision of each class at each degree as CSV.
 
     Args:
-        rows: Of an evaluation with confusion matrices.
-        classes: Their names.
+        rows: Rows of an evaluation with confusion matrices.
+        classes: Names of the classes, in the order of the logits.
         path: The file.
     """
     table = [
@@ -37,50 +39,57 @@ def write_classes(rows: Sequence[DegreeRow], classes: Sequence[str], path: Path)
 
 @dataclass(frozen=True, slots=True)
 class ClassScores:
-    """How well one class is recognised at one degree."""
+    """Recall and precision of one class at one degree."""
 
     name: str
-    """The class."""
+    """Name of the class."""
     images: int
-    """Its images in the validation set."""
+    """Images of this class in the validation set."""
     recall: float
-    """Fraction of its images that were given this class; NaN without images."""
+    """Fraction of the images of this class that the model assigned to it. NaN if it has none."""
     precision: float
-    """Fraction of the images that were given this class and belong to it; NaN if none were."""
+    """Fraction of the images assigned to this class that belong to it. NaN if there are none."""
     mistaken_for: str | None
-    """The other class that its images were given most often; None if that never happened."""
+    """The wrong class that images of this class were assigned to most often. None if all were
+    right."""
     times: int
-    """How many of them were."""
+    """Images of this class that were assigned to `mistaken_for`."""
 
 
 def class_scores(row: DegreeRow, classes: Sequence[str]) -> list[ClassScores]:
-    """How well each class is recognised, from the confusion matrix of a row; empty without one."""
+    """Recall and precision of each class. Empty if the row has no confusion matrix."""
     if row.confusion is None:
         return []
     confusion = row.confusion.cpu().double()
-    right, of_class, called = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    right, true_counts, predicted_counts = (
+        confusion.diagonal(),
+        confusion.sum(1),
+        confusion.sum(0),
+    )
     wrong = confusion - right.diag()
     times, other = wrong.max(dim=1)
     return [
         ClassScores(
             name=name,
-            images=int(of_class[number]),
-            recall=float(right[number] / of_class[number]),
-            precision=float(right[number] / called[number]),
-            mistaken_for=classes[int(other[number])] if times[number] else None,
-            times=int(times[number]),
+            images=int(true_counts[index]),
+            recall=float(right[index] / true_counts[index]),
+            precision=float(right[index] / predicted_counts[index]),
+            mistaken_for=classes[int(other[index])] if times[index] else None,
+            times=int(times[index]),
         )
-        for number, name in enumerate(classes)
+        for index, name in enumerate(classes)
     ]
 
 
-def _columns(row: DegreeRow | BridgedRow) -> dict[str, Any]:
-    """A row with its scores as columns, without what is no number, without digits of rounding."""
+def _columns(row: DegreeRow | CompensatedRow) -> dict[str, Any]:
+    """The columns of a row: one per score, numbers with six digits, no confusion matrix."""
     columns: dict[str, Any] = {}
     for field in fields(row):
         value = getattr(row, field.name)
         if isinstance(value, dict):
             columns |= {name: _short(score) for name, score in value.items()}
+        elif isinstance(value, Timing):
+            columns["spread"] = _short(value.spread)
         elif not isinstance(value, Tensor) and field.name != "confusion":
             columns[field.name] = _short(value) if isinstance(value, float) else value
     return columns

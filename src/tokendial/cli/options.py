@@ -1,0 +1,82 @@
+"""Arguments and options that several commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tokendial.tune import SpeedSettings
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or the name of a shipped recipe such as image_folder; "
+        "`tokendial recipes` lists them.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FIELD=VALUE]...",
+        help="Fields of the recipe to change, such as train.epochs=10 data.root=/images.",
+    ),
+]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Folder of a run, as `tokendial train` writes it.")
+]
+Degree = Annotated[
+    int | None,
+    typer.Option(
+        help="Degree of the dial: 0 is full compute, higher is cheaper "
+        "[default: the degree that the model was trained at]."
+    ),
+]
+Degrees = Annotated[
+    str,
+    typer.Option(
+        help="Degrees of the dial: a list 0,4,8, a range 0..16, a range with steps 0..16:4, "
+        "all (every degree; of a long dial about ten, evenly spaced in cost), or every."
+    ),
+]
+Optimize = Annotated[
+    bool,
+    typer.Option(
+        "--optimize",
+        help="First try several ways to run the model on this machine, and keep the fastest.",
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Also try torch.compile, which takes about a minute per degree; implies --optimize.",
+    ),
+]
+
+
+class Precision(StrEnum):
+    """Floating-point formats that models can compute in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Faster = Annotated[
+    Precision,
+    typer.Option(
+        "--precision",
+        help="Floating-point format of weights and activations. bf16 and fp16 imply --optimize, "
+        "and need a processor that supports them.",
+    ),
+]
+
+
+def speed_of(optimize: bool, compile: bool, precision: Precision) -> "SpeedSettings":
+    """The speed settings that --optimize, --compile and --precision stand for."""
+    from tokendial.tune import SpeedSettings
+
+    return SpeedSettings(optimize, compile, precision.value)

@@ -1,0 +1,73 @@
+"""Predicted masks as images: grey levels for one class, a palette for several."""
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from tokendial.tasks import BinaryMasks, Segmentation
+from tokendial.tasks.dense import best_class, resize_map
+
+_OVERLAY_COLOR, _OVERLAY_OPACITY = np.array([255, 40, 40], np.float32), 0.6
+_BAND_ROWS = 256
+_TAB20 = (
+    "1f77b4 aec7e8 ff7f0e ffbb78 2ca02c 98df8a d62728 ff9896 9467bd c5b0d5 "
+    "8c564b c49c94 e377c2 f7b6d2 7f7f7f c7c7c7 bcbd22 dbdb8d 17becf 9edae5"
+)
+"""The colours of matplotlib's map tab20. They stand here because servers run without matplotlib."""
+
+
+def mask_image(
+    task: BinaryMasks | Segmentation, logits: Tensor, size: tuple[int, int]
+) -> Image.Image:
+    """The predicted mask as an image.
+
+    Args:
+        task: The task that the logits belong to.
+        logits: [K, h, w], one logit map per class.
+        size: Height and width of the image to make.
+
+    Returns:
+        For binary masks, the probability of the class as grey level. For segmentation, the index of
+        the most probable class, with a palette.
+    """
+    if isinstance(task, BinaryMasks):
+        grey = resize_map(logits.sigmoid().unsqueeze(0), size)[0, 0].mul_(255).round_()
+        return Image.fromarray(grey.byte().cpu().numpy())
+    mask = Image.fromarray(best_class(logits, size).cpu().numpy())
+    mask.putpalette(_palette().flatten().tolist())
+    return mask
+
+
+def mask_share(task: BinaryMasks | Segmentation, mask: Image.Image) -> float:
+    """Fraction of the pixels inside a mask: probability above 1/2, or any class but the first."""
+    threshold = 127 if isinstance(task, BinaryMasks) else 0
+    return float((np.asarray(mask) > threshold).mean())
+
+
+def overlay_mask(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """The image with its mask drawn over it in colour.
+
+    Args:
+        image: RGB.
+        mask: A mask of `mask_image`, of the image's size.
+    """
+    several_classes = mask.mode == "P"
+    colors = _palette() if several_classes else np.broadcast_to(_OVERLAY_COLOR, (256, 3))
+    levels = np.arange(256) > 0 if several_classes else np.arange(256) / 255
+    opacity = (_OVERLAY_OPACITY * levels[:, None]).astype(np.float32)
+    # Tables indexed by the value of the mask: the weight of the image, and the colour to add.
+    image_weight, added_color = 1 - opacity, colors * opacity
+    pixels, values = np.array(image), np.asarray(mask)
+    # In bands of rows: a large photograph in float32 would take four times its memory.
+    for top in range(0, len(pixels), _BAND_ROWS):
+        band, band_values = pixels[top : top + _BAND_ROWS], values[top : top + _BAND_ROWS]
+        band[:] = band * image_weight[band_values] + added_color[band_values]
+    return Image.fromarray(pixels)
+
+
+def _palette() -> np.ndarray:
+    """256 colours [256, 3] uint8: the colours of tab20 in turn, but the first one is black."""
+    colors = np.array([list(bytes.fromhex(color)) for color in _TAB20.split()], np.uint8)
+    palette: np.ndarray = colors[np.arange(256) % len(colors)]
+    palette[0] = 0
+    return palette

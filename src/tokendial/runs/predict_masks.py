@@ -1,0 +1,123 @@
+"""Prediction of masks, written as PNG files, by the best model of a run."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokendial.atomic import atomic_write
+from tokendial.data.readers.images import ImageError, count_pictures, read_image, warn_of_several
+from tokendial.model.dial_vit import DialViT
+from tokendial.runs.device import default_device
+from tokendial.runs.mask_images import mask_image, mask_share, overlay_mask
+from tokendial.runs.run import Run
+from tokendial.tasks import BinaryMasks, Segmentation
+from tokendial.tasks.dense import frame_of, slide
+
+_MAX_LOGIT_BYTES = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFile:
+    """The predicted mask of one image, written to a file."""
+
+    path: str
+    """Path of the image file."""
+    mask: str
+    """Path of the mask: a PNG file of the image's size. It holds the probability as grey level, or
+    class indices with a palette."""
+    overlay: str | None
+    """Path of the PNG file that shows the image under its mask. None if it was not asked for."""
+    share: float
+    """Fraction of the pixels inside the mask, or of any class but the first, in [0, 1]."""
+
+
+@torch.no_grad()
+def predict_masks(
+    run: Run,
+    files: Iterable[Path],
+    out: Path,
+    *,
+    degree: int | None = None,
+    overlay: bool = False,
+    tiles: bool = False,
+    device: str | None = None,
+) -> Iterator[MaskFile | ImageError]:
+    """Predict the masks of images and write them to `out`, one answer per file, in their order.
+
+    A file that cannot be read does not end the prediction: its answer is the error.
+
+    Args:
+        run: A run on masks, with a model.
+        files: Image files.
+        out: Folder for `NAME.png`, made if it is missing. Images of the same name get a number.
+        degree: Degree of the dial. None means the degree that the model was trained at.
+        overlay: Whether to write `NAME.overlay.png` as well: the image under its mask.
+        tiles: Whether to run the model on overlapping windows of the image at its own resolution,
+            instead of resizing it. Use this for small objects in large images.
+        device: Device to compute on. None means the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: If the run predicts classes, the degree is not offered, images lie in `out`
+            itself, or the logits of an image in windows would take more than 2 GiB.
+    """
+    task = run.task()
+    if not isinstance(task, BinaryMasks | Segmentation):
+        raise ValueError(f"{run.folder} predicts classes, not masks.")
+    files = list(files)
+    # A mask could overwrite an image that has its name.
+    if in_out := [path for path in files if path.parent.resolve() == out.resolve()]:
+        raise ValueError(
+            f"out must be another folder than that of the images, {in_out[0]} is in it."
+        )
+    device = device or default_device()
+    model = run.model().to(device)
+    if degree is not None:
+        model.set_degree(degree)
+    out.mkdir(parents=True, exist_ok=True)
+    transform, value_range = task.image_transform(model.anatomy), run.value_range()
+    names: Counter[str] = Counter()
+    for path in files:
+        try:
+            image = read_image(path, value_range)
+        except ImageError as error:
+            yield error
+            continue
+        warn_of_several([(path, count_pictures(path))])
+        if tiles:
+            logits = _logits_in_tiles(model, image, task.augment.stride, device)
+        else:
+            logits = task.predict(model, transform(image).unsqueeze(0).to(device))[0].float()
+        mask = mask_image(task, logits, (image.height, image.width))
+        names[path.stem] += 1
+        stem = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
+        mask_path, overlay_path = out / f"{stem}.png", out / f"{stem}.overlay.png"
+        _write_png(mask, mask_path)
+        if overlay:
+            _write_png(overlay_mask(image, mask), overlay_path)
+        share = mask_share(task, mask)
+        yield MaskFile(str(path), str(mask_path), str(overlay_path) if overlay else None, share)
+
+
+def _logits_in_tiles(model: DialViT, image: Image.Image, stride: float, device: str) -> Tensor:
+    """Logits [K, H, W] at the resolution of the image, enlarged to one window if it is smaller."""
+    window = model.anatomy.image_size
+    height, width = max(image.height, window[0]), max(image.width, window[1])
+    needed = 4 * model.num_classes * height * width
+    if needed > _MAX_LOGIT_BYTES:
+        raise ValueError(
+            f"tiles: the logits of {width} x {height} pixels and {model.num_classes} classes take "
+            f"{needed / 2**30:.1f} GiB, at most {_MAX_LOGIT_BYTES / 2**30:.0f} are allowed; "
+            "predict without tiles."
+        )
+    pixels = frame_of(model.anatomy).finish(image.resize((width, height)))
+    return slide(model, pixels.unsqueeze(0).to(device), window, stride)[0]
+
+
+def _write_png(image: Image.Image, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG")
