@@ -21,13 +21,13 @@ from tokendial.train import train
 # The same examples in every run, and no limit on their time: the machine may be busy.
 settings.register_profile("tokendial", derandomize=True, deadline=None)
 settings.load_profile("tokendial")
-# Under nohup it is ignored, and the processes that tests start would ignore it, too.
+# nohup makes this process, and those that tests start, ignore SIGHUP.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-# The models of the tests are too small to share; threads that wait for each other cost more.
+# The models are too small for several threads, which would wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
-# Coverage is asked of the core alone (see the Makefile), and tracing slows Python down by a third
-# and more. Tests of what is above the core run without; those of the core have to cover it.
+# Coverage counts the core only (see the Makefile), and tracing slows Python down by a third or
+# more. So tests of these rooms, which lie above the core, run without tracing.
 UNTRACED = {
     "benchmarks",
     "data",
@@ -72,7 +72,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory) -> None:
-    """What is remembered of images that were checked stays out of the user's cache."""
+    """Keep records of checked images out of the user's cache."""
     os.environ["TOKENDIAL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -132,10 +132,10 @@ def run(recipe_file, tmp_path_factory) -> Run:
 
 @pytest.fixture
 def in_two_processes() -> list[str]:
-    """What stands before `-m MODULE ...`: Accelerate's launcher, on a port that is free.
+    """Command words of Accelerate's launcher, to put before `-m MODULE ...`; on a free port.
 
-    It starts several processes only if told that they are for GPUs; ACCELERATE_USE_CPU has the
-    last word.
+    The launcher starts several processes only with --multi_gpu. ACCELERATE_USE_CPU then makes
+    them use the CPU.
     """
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     return [*launcher, "--num_processes", "2", "--main_process_port", "0"]

@@ -1,4 +1,4 @@
-"""The command line as processes meet it: exit codes, signals, one line for a mistake."""
+"""The command line in a process of its own: exit codes, signals, errors in one line."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 import tokendial
 from tokendial.runs import Run
 
-# The demo on so few images that it starts at once, and for so long that it does not end.
+# The demo with few images, so that it starts at once, and with many epochs, so that it is long.
 LONG = [
     "train",
     "demo",
@@ -53,7 +53,7 @@ def test_a_signal_to_the_whole_group_stops_a_run_cleanly(tmp_path, number):
     assert err == "stopped; the same command goes on from here\n"
 
 
-# Ctrl-C at the moment when a module is first looked for.
+# Sends Ctrl-C when a module is first imported.
 INTERRUPTED = """
 import os, signal, sys
 class Interrupt:
@@ -77,7 +77,7 @@ def test_an_early_ctrl_c_is_one_line_and_code_130(tmp_path, module):
     assert not (tmp_path / "run").exists()
 
 
-def test_output_that_finds_no_room_is_one_line_and_code_2():
+def test_a_full_disk_for_the_output_is_one_line_and_code_2():
     source = str(Path(tokendial.__file__).parent.parent)
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -91,7 +91,7 @@ def test_output_that_finds_no_room_is_one_line_and_code_2():
     assert done.stderr == "error: [Errno 28] No space left on device\n"
 
 
-def test_a_file_that_ends_too_early_is_no_abort(cli, monkeypatch):
+def test_a_truncated_file_is_an_error_and_no_abort(cli, monkeypatch):
     def ends_early():
         raise EOFError("Ran out of input")
 

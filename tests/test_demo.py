@@ -9,11 +9,11 @@ from tokendial.runs import evaluate
 
 @pytest.fixture(autouse=True)
 def briefly(monkeypatch):
-    """Speeds are measured, but not for long."""
+    """Measure speed for as short a time as possible."""
     monkeypatch.setattr(evaluate, "_TIMING_SECONDS", 0.0)
 
 
-def test_the_demo_trains_turns_the_dial_and_reports(tmp_path):
+def test_the_demo_trains_evaluates_every_degree_and_reports(tmp_path):
     small = ("data.train_size=100", "data.val_size=60", "train.epochs=1", "train.warmup_epochs=0")
     report = run_demo(tmp_path / "demo", small)
     page = report.read_text()
@@ -22,14 +22,14 @@ def test_the_demo_trains_turns_the_dial_and_reports(tmp_path):
     with (tmp_path / "demo" / "degrees.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["degree"] for row in rows] == [str(degree) for degree in range(10)]
-    # The model was trained at degree 3: there the compensator does nothing, elsewhere something.
+    # The model was trained at degree 3, where the compensator does nothing.
     assert [row["plain"] == row["accuracy"] for row in rows].count(True) < 10
     assert rows[3]["plain"] == rows[3]["accuracy"]
     assert float(rows[9]["gmacs"]) < 0.6 * float(rows[0]["gmacs"])
     assert (tmp_path / "demo" / "run" / "best" / "model.safetensors").exists()
 
 
-def test_the_demo_of_masks_trains_turns_the_dial_and_reports(tmp_path):
+def test_the_mask_demo_trains_evaluates_every_degree_and_reports(tmp_path):
     small = ("data.train_size=40", "data.val_size=4", "train.epochs=1", "model.img_size=48")
     report = run_masks_demo(tmp_path / "demo", small)
     page = report.read_text()

@@ -20,7 +20,7 @@ from tokendial.runs.new_model import build_model
 from tokendial.runs.predict import predict
 from tokendial.runs.recipe import check_recipe
 
-# The exporter's own warnings are no concern of these tests.
+# The exporter warns about its own code.
 pytestmark = pytest.mark.filterwarnings("ignore")
 METHODS = {
     "tome": td.ToMe(r=8),
@@ -38,14 +38,14 @@ def model_of(name):
 
 
 def sides(graph):
-    """What the sides of all tensors of a graph are called, where they are no numbers."""
+    """The names of all symbolic dimensions in a graph."""
     values = (*graph.input, *graph.output, *graph.value_info)
     return {d.dim_param for v in values for d in v.type.tensor_type.shape.dim if d.dim_param}
 
 
 @pytest.fixture
 def untrained(tmp_path):
-    """A run on three classes whose best model is the fresh one."""
+    """A run on three classes, whose best model is untrained."""
     recipe = {
         "output": str(tmp_path / "run"),
         "model": {
@@ -75,7 +75,7 @@ def run(path, pictures):
 
 
 def reductions(path):
-    """What scatters of a graph do with values that collide."""
+    """How scatters in a graph reduce colliding values."""
     return {
         attribute.s.decode()
         for node in onnx.load(path).graph.node
@@ -98,12 +98,12 @@ def test_onnx_gives_the_same_logits_for_any_batch(name, tmp_path):
     graph = onnx.load(found.path).graph
     for value in (*graph.input, *graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
-    # How many tokens DAR selects has a name of torch's, too.
+    # DAR's number of selected tokens is a symbolic dimension, too.
     assert name == "dar" or all(re.fullmatch(r"(\d+\*)?batch", side) for side in sides(graph))
 
 
 @torch.no_grad()
-def test_torchs_own_format_gives_the_same_logits_and_leaves_the_model_alone(tmp_path):
+def test_a_pt2_file_gives_the_same_logits_and_the_model_is_not_changed(tmp_path):
     model = td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=8), adapt=td.LoRA(rank=2)).train()
     found = export(model, tmp_path / "model.pt2", degree=4)
     assert (model.degree, model.training) == (8, True)
@@ -113,7 +113,7 @@ def test_torchs_own_format_gives_the_same_logits_and_leaves_the_model_alone(tmp_
 
 
 @torch.no_grad()
-def test_a_bundle_holds_the_weights_once_and_says_how_to_call_it(tmp_path):
+def test_a_bundle_holds_the_weights_once_and_describes_its_input(tmp_path):
     model = td.wrap(tiny_vit(depth=1), reduce=td.ToMe(r=8)).eval()
     one = export(model, tmp_path / "one.onnx", degree=0).path.stat().st_size
     export_bundle(model, tmp_path / "bundle", (0, 8), batch=2)
@@ -131,7 +131,7 @@ def test_the_program_of_the_page_predicts_without_tokendial(untrained, tmp_path,
     draw = np.random.default_rng(0)
     image = Image.fromarray(draw.integers(0, 256, (45, 83, 3), np.uint8))
     turned = Image.Exif()
-    turned[0x0112] = 6  # a camera that was held upright
+    turned[0x0112] = 6  # orientation tag of an upright photograph
     image.save(tmp_path / "image.png", exif=turned)
     monkeypatch.chdir(tmp_path)
     assert cli("export", untrained.folder, "--degree", 1, "--out", "model.onnx")[0] == 0
@@ -141,14 +141,14 @@ def test_the_program_of_the_page_predicts_without_tokendial(untrained, tmp_path,
     theirs = dict(zip(named["told"]["classes"], named["probabilities"].tolist(), strict=True))
     expected = dict(zip(ours.classes, ours.probabilities, strict=True))
     assert theirs == pytest.approx(expected, abs=1e-6)
-    # Without the resize rule the answer is another one.
+    # Without the resize rule the prediction is another one.
     exec(code.replace('told["short_side"]', "None"), named)
     assert abs(named["probabilities"].max() - ours.probabilities[0]) > 1e-5
     assert named["told"]["degree"] == 1
     assert named["told"]["crop"] == [28, 28]
 
 
-def test_a_pt2_file_and_a_bundle_say_the_same(untrained, tmp_path, monkeypatch, cli):
+def test_a_pt2_file_and_a_bundle_have_the_same_description(untrained, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     assert cli("export", untrained.folder, "--to", "pt2", "--out", "model.pt2")[0] == 0
     named = {}
@@ -162,7 +162,7 @@ def test_a_pt2_file_and_a_bundle_say_the_same(untrained, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
-def test_a_file_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path, ending):
+def test_a_full_disk_is_reported_and_the_old_file_stays(tmp_path, ending):
     path = tmp_path / f"model.{ending}"
     path.write_text("old")
     with files_of_at_most(20_000), pytest.raises(OSError, match="the file stays as it was"):
@@ -170,7 +170,7 @@ def test_a_file_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path, ending
     assert [(p, p.read_text()) for p in tmp_path.iterdir()] == [(path, "old")]
 
 
-def test_mistakes_are_told(tmp_path):
+def test_mistakes_are_reported(tmp_path):
     model = model_of("tome")
     with pytest.raises(ValueError, match=r"out must end in \.onnx or \.pt2, got .*model\.pth"):
         export(model, tmp_path / "model.pth")

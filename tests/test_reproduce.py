@@ -51,7 +51,7 @@ def test_the_real_models_equal_the_formulas(printed):
         ours = row[kind]
         assert (formula is None) == (ours == ""), name
         if formula is not None:
-            # Counts of tokens are rounded differently in places, by one token at most.
+            # Some numbers of tokens are rounded differently, by at most one token.
             assert float(ours) == pytest.approx(formula, rel=0.005, abs=1e-4), name
 
 

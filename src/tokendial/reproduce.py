@@ -205,8 +205,8 @@ def _params_of(config: dict[str, Any], row: str) -> int:
     if "groups" in config:
         shape = _wrapped(config["backbone"], None, td.LinearProbe()).anatomy.shape
         with torch.device("meta"):
-            plugin = td.ToCom(rank=config["rank"]).build(shape, steps=config["groups"])
-        return sum(p.numel() for p in plugin.parameters())
+            compensator = td.ToCom(rank=config["rank"]).build(shape, steps=config["groups"])
+        return sum(p.numel() for p in compensator.parameters())
     if "adapter_dim" in config:
         adapt = td.DARAdapter(dims=(config["adapter_dim"], config["compensator_dim"]))
         return _counted("DINOv2 ViT-B/14", td.DAR(), adapt, "image").params

@@ -1,4 +1,4 @@
-"""What stands beside a run: versions and a draft of a model card."""
+"""Files that document a run: versions and the draft of a model card."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def test_versions_are_those_that_ran(run):
     assert {"timm", "python", "machine", "git"} <= versions.keys()
 
 
-def test_the_card_tells_the_metrics_and_the_cost_of_the_best_model(run):
+def test_the_card_shows_metrics_and_cost_of_the_best_model(run):
     card = (run.folder / "README.md").read_text()
     best = max(record["val_accuracy"] for record in run.metrics())
     assert f"| accuracy | {100 * best:.2f} |" in card
@@ -34,7 +34,7 @@ def test_the_card_tells_the_metrics_and_the_cost_of_the_best_model(run):
 
 
 @pytest.mark.parametrize("trained", [0, 5, 32])
-def test_degrees_of_the_card_are_spread_over_the_cost(trained):
+def test_degrees_of_the_card_are_evenly_spaced_in_cost(trained):
     model = td.wrap(tiny_vit(depth=3), reduce=td.ToMe(r=8))
     model.set_degree(trained)
     degrees = spread_degrees(model, 5)
@@ -43,12 +43,12 @@ def test_degrees_of_the_card_are_spread_over_the_cost(trained):
     costs = [model.cost(degree).macs for degree in degrees]
     gaps = [before - after for before, after in pairwise(costs)]
     even = (costs[0] - costs[-1]) / 4
-    # Degrees, which cost the same at the end of the dial, would be up to two such gaps apart.
+    # Evenly spaced degrees would be up to two such gaps apart in cost.
     assert max(gaps) < 1.6 * even
     assert min(gaps) > 0.4 * even
 
 
-def test_what_a_run_costs_is_noted(run):
+def test_the_cost_of_a_run_is_recorded(run):
     assert run.cost_file.is_file()
     assert run.cost() == run.model().cost()
 
@@ -71,7 +71,7 @@ def test_the_code_of_the_card_runs(run):
     assert names["model"](torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
-def test_a_card_that_was_finished_by_hand_stays(run, tmp_path):
+def test_a_card_that_was_edited_by_hand_is_kept(run, tmp_path):
     shutil.copytree(run.folder, tmp_path / "run")
     (tmp_path / "run" / "README.md").write_text("mine")
     train(read_recipe(run.recipe_file, [f"output={tmp_path / 'run'}"]), quiet=True)

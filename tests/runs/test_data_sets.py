@@ -1,4 +1,4 @@
-"""Runs on sets in their published formats, by recipes as they are."""
+"""Runs on data sets in their published formats, by unchanged recipes."""
 
 import io
 import shutil
@@ -63,7 +63,7 @@ def test_a_single_class_is_refused_in_one_line(cli, digits, recipe_file, tmp_pat
     )
 
 
-def test_a_class_that_is_not_validated_on_is_told(digits, recipe_file, tmp_path, caplog):
+def test_a_class_without_validation_images_is_reported(digits, recipe_file, tmp_path, caplog):
     shutil.copytree(digits, tmp_path / "digits")
     shutil.rmtree(tmp_path / "digits" / "val" / "digit 2")
     (tmp_path / "digits" / "val" / "digit 2").mkdir()
@@ -77,7 +77,7 @@ def test_a_class_that_is_not_validated_on_is_told(digits, recipe_file, tmp_path,
 
 @pytest.fixture
 def elsewhere(digits, recipe_file, tmp_path, monkeypatch):
-    """A run that was trained on `digits`, a relative path; the working folder is another by now."""
+    """A run that was trained on the relative path `digits`, from another working folder."""
     trained, other = tmp_path / "trained", tmp_path / "other"
     other.mkdir()
     shutil.copytree(digits, trained / "digits")
@@ -89,7 +89,7 @@ def elsewhere(digits, recipe_file, tmp_path, monkeypatch):
 
 
 def test_relative_data_of_a_run_are_found_from_every_folder(elsewhere, cli):
-    # Data of the same name in the present folder are others.
+    # The present folder has other data of the same name.
     (Path.cwd() / "digits").mkdir()
     code, out, _ = cli("eval", elsewhere.folder, "--degrees", "0")
     assert (code, "accuracy" in out) == (0, True)

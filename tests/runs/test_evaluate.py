@@ -39,14 +39,14 @@ def test_degrees_can_be_written_in_several_ways(text, degrees):
     assert parse_degrees(text, tuple(range(9))) == degrees
 
 
-def test_all_of_a_long_dial_are_a_few_that_are_evenly_spaced_in_cost():
+def test_all_of_a_long_dial_means_about_ten_degrees_evenly_spaced_in_cost():
     vit = tiny_vit(img_size=64, patch_size=4, depth=2)
     model = td.wrap(vit, reduce=td.ToMe(r=5))
     assert len(model.degrees) > 100
     found = degrees_to_show(model, "all")
     assert found[0] == 0
     assert found[-1] == model.degrees[-1]
-    assert 5 in found  # the one that is set
+    assert 5 in found  # the present degree
     assert len(found) <= 11
     costs = [model.cost(degree).macs for degree in found]
     assert max(a - b for a, b in pairwise(costs)) < 1.6 * (costs[0] - costs[-1]) / 9
@@ -143,7 +143,7 @@ def test_images_in_shards_are_predicted_like_files(run, digits, tmp_path, cli):
     assert "is not a whole, uncompressed tar file" in err
 
 
-def test_what_predict_leaves_out_of_folders_and_files_is_told(run, tmp_path, caplog):
+def test_files_and_frames_that_predict_leaves_out_are_reported(run, tmp_path, caplog):
     pages = [Image.new("L", (32, 32), grey) for grey in (0, 200)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     for name in ("b.heic", "._a.tif", "c.txt"):
@@ -176,12 +176,12 @@ def test_ray_gives_the_answers_of_one_process_in_their_order(run, digits, tmp_pa
         assert ours.probabilities == pytest.approx(theirs.probabilities, abs=1e-6)
 
 
-def test_ray_tells_mistakes_before_it_starts(run, digits):
+def test_mistakes_are_reported_before_ray_starts(run, digits):
     with pytest.raises(ValueError, match=r"top must lie in \[1, 4\] \(classes\), got 5"):
         list(predict_on_ray(run, sorted(digits.glob("val/*/*.png")), top=5))
 
 
-def test_more_classes_than_there_are_raise(run, digits):
+def test_top_above_the_number_of_classes_raises(run, digits):
     with pytest.raises(ValueError, match=r"top must lie in \[1, 4\] \(classes\), got 5"):
         list(predict(run, sorted(digits.glob("val/*/*.png")), top=5))
 
@@ -207,10 +207,10 @@ def test_the_command_line_evaluates(cli, run):
     right = sum(float(row["recall"]) * int(row["images"]) for row in classes[:4])
     assert right / 80 == pytest.approx(float(first["accuracy"]), abs=1e-4)
     assert float(first["speedup"]) == 1.0
-    assert all(len(text) <= 12 for text in first.values())  # no digits of rounding
+    assert all(len(text) <= 12 for text in first.values())  # rounded to six digits
 
 
-def test_each_class_is_told_with_what_it_is_taken_for(run):
+def test_scores_of_each_class_name_the_class_it_is_mistaken_for(run):
     row = evaluate(run, "0")[0]
     confusion = torch.tensor([[8, 2, 0], [0, 5, 0], [0, 0, 0]])
     a, b, c = class_scores(dataclasses.replace(row, confusion=confusion), ["a", "b", "c"])
@@ -221,7 +221,7 @@ def test_each_class_is_told_with_what_it_is_taken_for(run):
     assert math.isnan(c.recall)
 
 
-def test_progress_is_told_batch_by_batch(run):
+def test_progress_is_reported_batch_by_batch(run):
     told = []
     evaluate(run, "0,8", batch_size=32, progress=lambda *state: told.append(state))
     assert [done for done, _, _ in told] == [1, 2, 3, 4, 5, 6, 6]
@@ -273,7 +273,7 @@ def test_the_command_line_uses_half_precision(cli, run, digits):
     assert "int8" in err
 
 
-def test_the_command_line_reports_what_it_cannot_read_and_does_the_rest(cli, run, digits, tmp_path):
+def test_unreadable_images_are_reported_and_the_others_predicted(cli, run, digits, tmp_path):
     shutil.copy(digits / "val" / "digit 3" / "0.png", tmp_path / "z.png")
     (tmp_path / "a.jpg").write_text("text")
     code, out, err = cli("predict", run.folder, tmp_path)
@@ -338,7 +338,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_code_2(cli, tmp_path, arg
 def test_an_image_that_breaks_during_a_run_is_one_line_too(
     cli, digits, recipe_file, tmp_path, monkeypatch
 ):
-    """In a loading process; the check before the run is left out, as it was whole by then."""
+    """It breaks in a loading process, after the check at the start, which is skipped here."""
     monkeypatch.setattr(labelled, "broken_images", lambda *args: {})
     shutil.copytree(digits, tmp_path / "digits")
     (tmp_path / "digits" / "train" / "digit 1" / "5.png").write_text("text")

@@ -36,12 +36,12 @@ def test_a_fitted_run_is_a_run(fit, cli, run, digits, tmp_path):
     code, printed, _ = cli("predict", out, image, "--degree", "2")
     assert (code, printed.count("digit")) == (0, 3)
     assert Run(out).recipe().reduce == model.reduce_config
-    # Once more: a fit may be replaced, other things may not.
+    # A second fit may replace the first one, but no other files.
     assert fit("--gmacs", 0.7 * whole, "--out", out, "--reduce", "evit")[0] == 0
     assert isinstance(td.load(out).reduce_config, td.EViT)
 
 
-def test_pictures_of_a_folder_do_where_the_training_images_are_gone(cli, run, digits, tmp_path):
+def test_images_of_a_folder_replace_missing_training_images(cli, run, digits, tmp_path):
     moved = tmp_path / "run"
     shutil.copytree(run.folder, moved)
     recipe = Run(moved).recipe_file

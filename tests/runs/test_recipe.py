@@ -95,7 +95,7 @@ def test_recipes_of_dar_train_what_was_published():
     with torch.device("meta"):
         model = build_model(recipe, 1)
     assert model.cost().trainable_params == 12 * 195_722
-    # The decoder of the authors' code: 2,612,089 parameters train in all.
+    # With the decoder of the authors' code, 2,612,089 parameters are trained in all.
     assert sum(p.numel() for p in model.trainable_parameters()) == 2_612_089
 
 
@@ -154,7 +154,7 @@ def test_a_mistake_is_one_line_that_names_the_field(file, override, message):
         (["reduce.keep_rate=0.5", "reduce.name=evit"], td.EViT(layers=(4, 7), keep_rate=0.5)),
     ],
 )
-def test_another_method_brings_none_of_the_settings_of_the_one_before(file, overrides, reduce):
+def test_another_method_drops_the_settings_of_the_one_before(file, overrides, reduce):
     assert read_recipe(file, overrides).reduce == reduce
 
 
@@ -179,7 +179,7 @@ def test_a_file_that_is_no_recipe_says_so(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_recipe_that_is_not_there_says_so():
+def test_a_missing_recipe_says_so():
     with pytest.raises(ValueError, match=r"no such recipe: nowhere\.yaml"):
         read_recipe("nowhere.yaml")
 
@@ -222,11 +222,11 @@ def test_a_base_that_cannot_be_read_is_one_line(tmp_path, files, message):
         read_recipe(chain(tmp_path, **files))
 
 
-def test_recipes_are_listed_and_explained(cli):
+def test_recipes_are_listed_and_described(cli):
     code, printed, _ = cli("recipes")
     assert code == 0
     listed = dict(line.split(maxsplit=1) for line in printed.splitlines())
-    assert listed["demo"].startswith("Sparse-Tuning on the shipped small model: EViT")
+    assert listed["demo"].startswith("Sparse-Tuning of the shipped small model: EViT")
     assert listed["baselines/"].startswith("What Sparse-Tuning is compared with")
     assert "dar/duts" not in printed
     for folder in ("baselines", "baselines/vtab/"):
@@ -253,7 +253,7 @@ def test_recipes_are_listed_and_explained(cli):
         ("tocom_scenes", [], CompensateRecipe),
     ],
 )
-def test_an_explained_recipe_has_every_field_and_is_the_same_recipe(
+def test_a_printed_recipe_has_every_field_and_is_the_same_recipe(
     cli, tmp_path, name, open_field, kind
 ):
     code, printed, _ = cli("recipes", name)
@@ -270,10 +270,26 @@ def test_an_explained_recipe_has_every_field_and_is_the_same_recipe(
     assert all(f"# {field} is left open: it has to be given." in printed for field in named)
 
 
-def test_the_schema_holds_every_shipped_recipe_and_no_mistake(cli):
+def test_the_schema_accepts_every_shipped_recipe_and_no_mistake(cli):
     schema = jsonschema.Draft202012Validator(json.loads(cli("recipes", "--schema")[1]))
     for file in SHIPPED.rglob("*.yaml"):
         schema.validate(yaml.safe_load(file.read_text()))
     for wrong in ({"trian": {}}, {"train": {"lr": "fast"}}, {"reduce": {"name": "tomé"}}):
         with pytest.raises(jsonschema.ValidationError):
             schema.validate(wrong)
+
+
+def test_the_schema_describes_every_field_of_sections_and_methods(cli):
+    schema = json.loads(cli("recipes", "--schema")[1])
+    sections = dict(schema["$defs"])
+    for kind in ("reduce", "adapt", "decode", "data"):
+        for method in schema["anyOf"][0]["properties"][kind]["anyOf"]:
+            if "properties" in method:
+                sections[method["properties"].pop("name")["const"]] = method
+    undescribed = {
+        f"{section}.{field}"
+        for section, part in sections.items()
+        for field, value in part.get("properties", {}).items()
+        if not value.get("description")
+    }
+    assert not undescribed

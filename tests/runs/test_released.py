@@ -54,11 +54,11 @@ def test_a_whole_file_gives_the_output_of_the_reference(tmp_path, cli):
 
 
 @torch.no_grad()
-def test_a_file_of_what_was_trained_takes_the_backbone_of_the_recipe(tmp_path, cli):
+def test_a_file_of_trained_weights_only_takes_the_backbone_of_the_recipe(tmp_path, cli):
     save_file(split(TENSORS, "weight.backbone."), tmp_path / "dinov2.safetensors")
     recipe = recipe_file(tmp_path, str(tmp_path / "dinov2.safetensors"))
     state = split(TENSORS, "extra.")
-    # Files may leave out how many batches were seen.
+    # Files may lack BatchNorm's count of batches.
     state = {n: value for n, value in state.items() if not n.endswith("num_batches_tracked")}
     run = converted(tmp_path, cli, state, recipe)
     expected = TENSORS["output.eval.logits_mask"]

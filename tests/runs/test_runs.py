@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, damaged files, and what killed processes leave."""
+"""Run folders: one process at a time, damaged files, leftovers of killed processes."""
 
 import logging
 import os
@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(tmp_path, caplog, damage):
         newest_checkpoint(tmp_path)
 
 
-def test_the_newest_two_are_kept_of_those_that_are_not_of_a_future_given_up(tmp_path):
+def test_the_newest_two_checkpoints_are_kept_and_later_ones_deleted(tmp_path):
     for number in (1, 2, 9, 3):
         save_checkpoint(tmp_path, number, state(number))
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
@@ -92,7 +92,7 @@ def test_damaged_records_are_named(run, tmp_path, name):
         copied.recipe(), copied.classes(), copied.metrics()
 
 
-def test_a_run_is_one_process_s_until_it_dies(recipe_file, tmp_path):
+def test_a_run_belongs_to_one_process_until_it_ends(recipe_file, tmp_path):
     run = Run(tmp_path / "run")
     recipe = read_recipe(recipe_file, [f"output={run.folder}", "train.epochs=1"])
     other = start_to_hold(run)
@@ -110,7 +110,7 @@ def test_a_run_is_one_process_s_until_it_dies(recipe_file, tmp_path):
     assert train(recipe, quiet=True).metrics()
 
 
-def test_a_disk_without_locks_is_told_and_used(tmp_path, caplog, monkeypatch):
+def test_a_disk_without_locks_is_reported_and_used(tmp_path, caplog, monkeypatch):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
@@ -120,7 +120,7 @@ def test_a_disk_without_locks_is_told_and_used(tmp_path, caplog, monkeypatch):
     assert "takes no locks" in caplog.text
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_else(run, tmp_path):
+def test_leftovers_of_killed_processes_are_removed_and_nothing_else(run, tmp_path):
     copied = Run(shutil.copytree(run.folder, tmp_path / "run"))
     left = [
         copied.folder / ".metrics.jsonl.ab1_z9xx",
@@ -155,7 +155,7 @@ def test_a_folder_with_other_files_gets_no_lock(tmp_path):
     ],
     ids=["checkpoint", "model"],
 )
-def test_a_file_that_does_not_fit_is_told_in_one_line_and_the_old_one_stays(tmp_path, write, name):
+def test_a_full_disk_is_reported_in_one_line_and_the_old_file_stays(tmp_path, write, name):
     (tmp_path / name).write_text("old")
     with files_of_at_most(4000), pytest.raises(OSError, match="the file stays as it was") as told:
         write(tmp_path)

@@ -1,4 +1,4 @@
-"""Every shipped recipe: its model at full size against what is published, and a short run of it."""
+"""Every shipped recipe: its full-size model compared with published counts, and a short run."""
 
 import json
 import re
@@ -69,7 +69,7 @@ for recipe_name, recipe_row in rows():
 
 
 def entry(row: Row) -> dict:
-    """The same row as it is shipped."""
+    """The same row in the shipped tables."""
     table, _, video = row.table.partition(", ")
     names = (f"{row.name} (video)",) if video else (row.name, f"{row.name} (image)")
     (found,) = (
@@ -148,7 +148,7 @@ FGVC = {"cub": "images", "cars": "", "dogs": "Images", "flowers": ""}
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> dict[str, Path]:
-    """Every data set in its published layout: images for two updates and two to test on."""
+    """Every data set in its published layout, with images for two updates and two test images."""
     folder, pieces = tmp_path_factory.mktemp("datasets"), pieces_of_photographs()
     train, test = LABELS[:TRAIN], LABELS[TRAIN:]
     write_cifar100(folder / "cifar100", pieces, train, test)
@@ -173,7 +173,7 @@ def roots(tmp_path_factory) -> dict[str, Path]:
 
 
 def write_videos(root: Path) -> None:
-    """Lists as VideoMAE keeps them, all of one clip."""
+    """Lists of videos in the format of VideoMAE, which all name one clip."""
     encode(root / "clip.mp4", panned("coffee", 12, step=4))
     for split, labels in (("train", LABELS[:TRAIN]), ("val", LABELS[TRAIN:])):
         (root / f"{split}.csv").write_text("".join(f"clip.mp4 {label}\n" for label in labels))
@@ -202,14 +202,14 @@ def weights(tmp_path_factory) -> dict[str, Path]:
     return {path.stem: path for path in folder.iterdir()}
 
 
-# As deep as it is, so that every layer that a recipe names is there.
+# The full depth, because recipes name layers.
 SMALL = {"patch_size": 4, "embed_dim": 24, "num_heads": 3}
-# Enough to see every kind of item.
+# Enough images to contain every kind of item.
 SCENES = ("train.batch_size=16", "data.train_size=32", "data.val_size=16", "data.items=shipped")
 
 
 def shrunk(name: str, roots: dict[str, Path], weights: dict[str, Path]) -> list[str]:
-    """Overrides that leave of a recipe what two small updates take."""
+    """Overrides that shorten a recipe to two small updates."""
     fields = RECIPES[name]
     data, compensates = fields["data"]["name"], "compensate" in fields
     out = [f"train.batch_size={BATCH}", "train.accumulate=1"]

@@ -1,4 +1,4 @@
-"""What plots say, read from the figures: points, lines, labels."""
+"""Contents of plots, read from the figures: points, lines, labels."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ def test_the_line_joins_the_degrees_that_no_other_beats():
 def test_labels_lie_within_the_picture_and_name_both_ends(count):
     rows = [Row(d, 0.9 - 0.01 * d, 10 - 0.2 * d, 20 + d) for d in range(count)]
     figure = dial_figure(rows)
-    png(figure)  # lays the figure out
+    png(figure)  # computes the layout of the figure
     for axis in figure.axes:
         names = [text.get_text() for text in axis.texts]
         assert {"0", str(count - 1)} <= {*names}

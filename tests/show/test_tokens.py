@@ -61,20 +61,22 @@ def test_a_model_without_class_token_has_no_class_attention():
     assert token_maps(model, images(1)[0]).class_attention is None
 
 
-def test_merged_tokens_have_a_colour_each_dropped_ones_are_dark_others_as_they_are():
+def test_merged_tokens_are_coloured_dropped_ones_dark_and_others_unchanged():
     pixels = np.full((8, 16, 3), 100, np.uint8)
     origin = np.array([[5, 5, -1, 6], [7, 5, 6, 6]])
     painted = paint_tokens(pixels, origin)
     one, other = painted[1, 1], painted[6, 10]
-    assert len({*map(tuple, (one, other, painted[1, 13]))}) == 2  # a colour for each merged token
+    assert (
+        len({*map(tuple, (one, other, painted[1, 13]))}) == 2
+    )  # each merged token has its own colour
     for colour in (one, other):  # on a grey image, too
         assert int(colour.max()) - int(colour.min()) > 50
     assert painted[5, 1].tolist() == [100] * 3  # a token of its own
     assert painted[1, 9].tolist() == [20] * 3  # dropped
     assert painted[1, 7].tolist() == [255] * 3  # outline between two tokens
     assert painted[5, 3].tolist() == [255] * 3
-    assert painted[1, 3].tolist() == one.tolist()  # none within a token
-    assert painted[1, 15].tolist() != [255] * 3  # none at the rim of the image
+    assert painted[1, 3].tolist() == one.tolist()  # no outline within a token
+    assert painted[1, 15].tolist() != [255] * 3  # no outline at the border of the image
 
 
 def test_tokens_that_the_ffn_skips_are_shown_as_missing():
@@ -99,7 +101,7 @@ def test_the_figure_has_a_panel_for_every_layer_that_reduces():
     ]
 
 
-def test_a_deep_model_is_thinned_out_to_five_layers():
+def test_at_most_five_layers_of_a_deep_model_are_shown():
     model = td.wrap(tiny_vit(depth=9), reduce=td.ToMe(r=3))
     figure = token_figure(model, images(1)[0], np.zeros((32, 32, 3), np.uint8))
     assert len(figure.axes) == 1 + 5 + 1

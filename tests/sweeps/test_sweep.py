@@ -1,4 +1,4 @@
-"""Sweeps: named, resumed, shared between processes, stopped; their tables."""
+"""Sweeps: names of runs, resuming, sharing between processes, stopping, tables."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from tokendial.sweeps.parallel_runs import run_all
 
 @pytest.fixture
 def recipe(digits, tmp_path) -> Path:
-    """On four training and two validation images of each digit."""
+    """A recipe with four training and two validation images of each digit."""
     for split, count in (("train", 4), ("val", 2)):
         for folder in (digits / split).iterdir():
             few = tmp_path / "few" / split / folder.name
@@ -59,13 +59,13 @@ def test_values_are_yaml_and_may_be_lists():
         (["train.lr=0.1,-1"], "train.lr: Input should be greater than 0, got -1"),
     ],
 )
-def test_a_mistake_is_told_before_anything_is_trained(recipe, over, message):
+def test_a_mistake_is_reported_before_anything_is_trained(recipe, over, message):
     with pytest.raises(ValueError, match=message):
         sweep(recipe, over=over)
     assert not (recipe.parent / "out").exists()
 
 
-def test_names_of_folders_tell_the_settings_and_nothing_else():
+def test_names_of_folders_depend_on_the_settings_alone():
     assert run_name({"seed": "2", "adapt.scale": "0.1"}) == "adapt.scale=0.1,seed=2"
     assert run_name({"adapt.scale": "0.1", "seed": "2"}) == "adapt.scale=0.1,seed=2"
     odd = [
@@ -80,7 +80,7 @@ def test_names_of_folders_tell_the_settings_and_nothing_else():
     assert layers.startswith("reduce.layers=-4-7") or layers.startswith("reduce.layers=-4,-7")
 
 
-def test_a_sweep_trains_each_combination_once_and_tells_what_failed(recipe, tmp_path, cli):
+def test_a_sweep_trains_each_combination_once_and_reports_failures(recipe, tmp_path, cli):
     command = ["sweep", recipe, "--over", "seed=0,1", "--over", "train.lr=0.001,1e30"]
     code, out, _ = cli(*command)
     assert code == 1
@@ -98,7 +98,7 @@ def test_a_sweep_trains_each_combination_once_and_tells_what_failed(recipe, tmp_
     assert means["seeds"] == "2"
     assert float(means["accuracy_last_mean"]) == pytest.approx(sum(values) / 2)
     assert float(means["accuracy_last_std"]) == pytest.approx(
-        abs(values[0] - values[1]) / 2**0.5  # the sample's
+        abs(values[0] - values[1]) / 2**0.5  # sample standard deviation
     )
     written = (folder / "results.md").read_text()
     assert written in out
@@ -109,11 +109,11 @@ def test_a_sweep_trains_each_combination_once_and_tells_what_failed(recipe, tmp_
     code, out, _ = cli(*command)
     assert code == 1
     assert trained(out) == []
-    assert rows(folder / "results.csv") == found  # what diverged is still told
+    assert rows(folder / "results.csv") == found  # the diverged run is still in the table
     assert [marks(run) for run in good] == before
     code, out, _ = cli(*command[:4])
     assert code == 0
-    assert trained(out) == ["seed=0", "seed=1"]  # at the recipe's own rate: other runs
+    assert trained(out) == ["seed=0", "seed=1"]  # the recipe's learning rate makes them other runs
 
 
 def test_a_sweep_leaves_another_run_alone(recipe, tmp_path, cli):
@@ -131,7 +131,7 @@ def test_a_sweep_leaves_another_run_alone(recipe, tmp_path, cli):
 
 @pytest.mark.parametrize("jobs", [None, 3])
 def test_processes_get_a_gpu_each_in_turn(recipe, tmp_path, monkeypatch, jobs):
-    """Two GPUs are made believe, and processes that tell theirs and fail."""
+    """Two GPUs are faked. The processes print their GPU and fail."""
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "error: on $CUDA_VISIBLE_DEVICES"; sleep 0.3; exit 2\n')
     python.chmod(0o755)
@@ -158,7 +158,7 @@ def test_two_processes_share_a_sweep(recipe, tmp_path, cli):
     assert trained(mine)
     for run in runs:
         assert len(list((run.folder / "logs" / "tokendial").glob("events*"))) == 1
-        # Each tells of all of them, whoever trained them.
+        # Each process reports all runs, also those that the other one trained.
         accuracy = f"{100 * run.metrics()[-1]['val_accuracy']:.2f}"
         assert all(
             f"| {run.folder.name[-1]}    |" in out and accuracy in out for out in (mine, theirs)
@@ -166,7 +166,7 @@ def test_two_processes_share_a_sweep(recipe, tmp_path, cli):
 
 
 def ask_to_stop(number: int, when: Callable[[], object]) -> None:
-    """Send this process a signal as soon as something has happened."""
+    """Send this process a signal as soon as a condition holds."""
 
     def watch() -> None:
         while not when():
@@ -177,14 +177,14 @@ def ask_to_stop(number: int, when: Callable[[], object]) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_stops_on_a_signal_and_goes_on(recipe, tmp_path, cli):
+def test_a_sweep_stops_on_a_signal_and_continues_later(recipe, tmp_path, cli):
     command = ["sweep", recipe, "train.epochs=5000", "--over", "seed=0,1"]
     runs = [Run(tmp_path / "out" / f"seed={seed}") for seed in (0, 1)]
     ask_to_stop(signal.SIGINT, lambda: all(run.metrics() for run in runs))
     code, _, err = cli(*command, "--jobs", 2)
     assert (code, err) == (130, "stopped; the same command goes on from here\n")
     before = [run.metrics() for run in runs]
-    # No process is left that holds a lock, so this one goes on with the first run.
+    # No other process holds a lock any more, so this one resumes the first run.
     ask_to_stop(signal.SIGTERM, lambda: len(runs[0].metrics()) > len(before[0]))
     code, out, err = cli(*command)
     assert (code, err) == (130, "stopped; the same command goes on from here\n")

@@ -1,4 +1,4 @@
-"""VTAB-1k: the search, the final runs, killed and started again, and the table of papers."""
+"""VTAB-1k: search, final runs, restart after a kill, and the table with papers."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from tokendial.train import fine_tuning
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
-    """All 19 tasks, each of a few real digits: 8 + 4 for the search, 12 + 6 for the final run."""
+    """All 19 tasks with few images: 8 + 4 for the search, 12 + 6 for the final run."""
     root = tmp_path_factory.mktemp("vtab")
     data = load_digits()
     for number, task in enumerate(VTAB_TASKS):
@@ -71,7 +71,7 @@ def test_all_tasks_killed_in_the_middle_and_started_again_end_with_the_table(
     assert trained(told) == [f"final/{task}" for task in VTAB_TASKS if task not in done]
     assert {task: marks(runs[task].folder) for task in done} == before
 
-    # What is reported is the last epoch's, and the test set was read once.
+    # The result is that of the last epoch, and the test set was read once.
     accuracies = {}
     for task, run in runs.items():
         first, last = run.metrics()
@@ -103,7 +103,7 @@ def test_settings_are_chosen_on_the_search_split_and_tested_on_the_final_one(
     command = ["vtab", recipe, root, "data.check=false", "--tasks", "kitti,svhn"]
     command += ["--over", "train.lr=0.001,0.03,1e30", "--seeds", "0,1"]
     code, told, _ = cli(*command)
-    assert code == 0  # a rate at which the loss explodes has lost, that is all
+    assert code == 0  # a learning rate whose loss diverges loses, which is no failure
     out = tmp_path / "out"
     assert len(trained(told)) == 2 * 3 + 2 * 2
     best = {}
@@ -127,7 +127,9 @@ def test_settings_are_chosen_on_the_search_split_and_tested_on_the_final_one(
     assert len(rows(out / "search.csv")) == 6
 
 
-def test_a_signal_that_the_search_outlives_stops_the_final_run(root, recipe, cli, monkeypatch):
+def test_a_signal_in_the_last_run_of_the_search_stops_the_final_runs(
+    root, recipe, cli, monkeypatch
+):
     evaluate = fine_tuning.evaluate_loader
 
     def ask_to_stop(*arguments, **options):
@@ -165,7 +167,7 @@ def test_a_task_whose_search_failed_is_not_tested(root, recipe, tmp_path, cli):
         ({"overrides": ["train.epoch=1"]}, "train.epoch is not a field of a recipe"),
     ],
 )
-def test_mistakes_are_told_at_once(root, recipe, settings, message):
+def test_mistakes_are_reported_at_once(root, recipe, settings, message):
     with pytest.raises(ValueError, match=message):
         vtab(recipe, root, **settings)
 
@@ -181,7 +183,7 @@ def test_published_rows_agree_with_themselves():
         assert paper.mean_of_tasks or paper.groups.keys() == VTAB_GROUPS.keys()
 
 
-def test_means_are_over_what_is_there():
+def test_means_are_over_the_finished_tasks():
     assert means({"cifar": 0.2, "dtd": 0.4, "kitti": 0.9}) == pytest.approx(
         {"natural": 0.3, "structured": 0.9, "groups": 0.6, "tasks": 0.5}
     )

@@ -48,7 +48,7 @@ def test_two_processes_see_together_what_one_sees_with_twice_the_batch():
         assert set(whole) == {*first, *second}
 
 
-def test_repeated_images_are_varied_copies_in_one_update_of_an_epoch_of_the_same_length():
+def test_repeated_images_are_augmented_copies_in_one_update_of_an_epoch_of_the_same_length():
     repeated = list(sampler(batch_size=6, accumulate=1, repeats=3))
     assert len(repeated) == len(sampler(batch_size=6, accumulate=1)) == 8
     for batch in repeated:
@@ -68,7 +68,7 @@ def test_a_set_smaller_than_one_update_raises():
         sampler(size=7)
 
 
-def test_a_sample_is_varied_by_epoch_and_index_alone():
+def test_augmentation_depends_on_epoch_and_index_alone():
     def noise(image, target):
         return torch.rand(1) + random.random() + float(np.random.rand()), target  # noqa: NPY002
 
@@ -101,6 +101,6 @@ raise RuntimeError
 
 
 def test_a_program_that_fails_while_processes_load_ends():
-    # What an error holds on to is still there when Python ends, processes that load included.
+    # A traceback keeps objects alive until Python ends, and so the loading processes.
     done = subprocess.run([sys.executable, "-c", STUCK], timeout=120, capture_output=True)
     assert (done.returncode, done.stderr) == (1, b"")

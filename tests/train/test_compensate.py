@@ -1,4 +1,4 @@
-"""Training compensators: what is learnt from, resuming, several processes, the command line."""
+"""Training of compensators: losses, resuming, several processes, the command line."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def weights(run):
     return td.Compensator.from_pretrained(run.last).state_dict()
 
 
-def test_the_teacher_is_the_plain_model_at_the_source_and_the_student_is_bridged(tmp_path):
+def test_the_teacher_is_the_plain_model_at_the_source_and_the_student_is_compensated(tmp_path):
     job = CompensatorTraining(recipe(tmp_path))
     perturbed(job.module, std=0.3)
     objective, model = job.objective.eval(), job.objective.model
@@ -64,7 +64,7 @@ def test_the_teacher_is_the_plain_model_at_the_source_and_the_student_is_bridged
     torch.testing.assert_close(loss, binary_distillation(student, teacher), rtol=1e-3, atol=1e-6)
 
 
-def test_only_the_plugin_learns_and_all_of_it(tmp_path):
+def test_all_weights_of_the_compensator_are_trained_and_no_others(tmp_path):
     job = CompensatorTraining(recipe(tmp_path))
     objective = job.objective.train()
     assert not any(p.requires_grad for p in objective.model.parameters())
@@ -178,7 +178,7 @@ def test_a_folder_of_unlabelled_images_is_enough(tmp_path):
     assert run.best.is_dir()
 
 
-def test_weights_of_a_run_of_ours_keep_their_head(tmp_path):
+def test_weights_of_a_run_keep_their_head(tmp_path):
     model = td.wrap(
         td.Backbone(name="scenes_vit", weights="shipped").create(), adapt=td.FullFineTuning()
     )
@@ -215,7 +215,7 @@ def test_labels_have_to_be_those_of_the_head(tmp_path):
         compensate(count, quiet=True)
 
 
-def test_a_recipe_of_the_other_kind_is_told_from_its_own():
+def test_a_recipe_for_the_other_command_names_that_command():
     with pytest.raises(ValueError, match="recipe demo.yaml is one for `tokendial train`"):
         read_recipe("demo", kind=CompensateRecipe)
     with pytest.raises(ValueError, match="tocom_scenes.yaml is one for `tokendial compensate`"):
@@ -224,7 +224,7 @@ def test_a_recipe_of_the_other_kind_is_told_from_its_own():
 
 @pytest.fixture(scope="module")
 def bridged(tmp_path_factory):
-    """Two runs, trained without reduction and at degree 6, and a compensator for their backbone."""
+    """Two runs, trained without reduction and at degree 6, and a compensator of their backbone."""
     folder = tmp_path_factory.mktemp("bridged")
     plugin = compensate(recipe(folder, "train.epochs=1", name="plugin"), quiet=True)
     fine_tuning = {name: RECIPE[name] for name in ("model", "reduce", "augment")}
@@ -268,7 +268,7 @@ def test_the_command_line_prints_the_grid_of_sources_and_targets(bridged):
         (("--sources", "0,3"), "sources must be one degree for each of the 1 runs, got 2"),
     ],
 )
-def test_bad_options(bridged, options, message):
+def test_options_that_do_not_go_together_raise(bridged, options, message):
     folder, plugin = bridged
     done = invoke(folder / "0", "--compensator", plugin.best, *options)
     assert isinstance(done.exception, ValueError)

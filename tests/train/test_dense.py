@@ -1,4 +1,4 @@
-"""Dense tasks from recipe to masks on disk: training, resuming, evaluation, prediction."""
+"""Mask tasks from the recipe to files: training, resuming, evaluation, prediction."""
 
 import csv
 import io
@@ -68,7 +68,7 @@ def test_training_records_the_metrics_of_the_task(binary, semantic):
     assert len(semantic.classes()) == semantic.model().num_classes == 11
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(binary, tmp_path):
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_bits(binary, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(binary.folder, folder)
     newest = max((folder / "checkpoints").iterdir())
@@ -93,7 +93,7 @@ def test_a_dial_is_calibrated_unless_another_degree_was_trained(binary, file, tm
     assert (copied.best / "config.json").read_bytes() == (binary.best / "config.json").read_bytes()
 
 
-def test_the_heads_of_distillation_train_but_are_not_saved(file):
+def test_the_heads_of_distillation_are_trained_but_not_saved(file):
     job = FineTuning(read_recipe(file, ["output=none"]))
     names = {n for n, p in job.module.named_parameters() if p.requires_grad}
     assert {"distillation.heads.student.0.weight", "distillation.heads.teacher.2.bias"} <= names
@@ -112,7 +112,7 @@ def test_eval_prints_the_metrics_at_each_degree(semantic, cli):
     assert float(rows[1]["mean_iou"]) == pytest.approx(recorded, abs=1e-6)
 
 
-def test_a_compensator_serves_a_dense_run(semantic, tmp_path, cli):
+def test_a_compensator_works_for_a_run_on_masks(semantic, tmp_path, cli):
     plugin = td.Compensator.for_model(semantic.model(), td.ToCom(rank=2), steps=4)
     perturbed(plugin).save_pretrained(tmp_path)
     options = ("--compensator", tmp_path, "--degrees", "2,4", "--batch-size", 4)
@@ -126,7 +126,7 @@ def test_a_compensator_serves_a_dense_run(semantic, tmp_path, cli):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Images of every kind, two of them of one name, and one that is none."""
+    """Images of every mode, two of them with the same name, and a file that is no image."""
     folder = tmp_path / "pictures"
     rng = np.random.default_rng(0)
     sizes = {"a.png": (333, 177), "thin.png": (1, 300), "more/a.jpg": (40, 60), "grey.png": (9, 9)}
@@ -176,7 +176,7 @@ def test_a_photograph_of_24_megapixels_fits_in_memory(binary, semantic, tmp_path
             assert overlay.size == (6000, 4000)
 
 
-def test_masks_never_take_the_place_of_images(binary, pictures, cli):
+def test_masks_never_overwrite_images(binary, pictures, cli):
     before = {path: path.read_bytes() for path in pictures.rglob("*.png")}
     code, _, err = cli("predict", binary.folder, pictures, "--out", pictures)
     assert code == 2

@@ -1,4 +1,4 @@
-"""Trying a recipe out: two updates, nothing kept."""
+"""Dry runs: two updates of a recipe, nothing kept."""
 
 import pytest
 import yaml
@@ -17,7 +17,7 @@ def test_a_dry_run_trains_and_evaluates_and_keeps_nothing(tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_says_what_training_would(tmp_path, cli):
+def test_a_dry_run_raises_the_errors_of_training(tmp_path, cli):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"base": "demo", "train": {"degree": 99}}))
     code, _, err = cli("train", path, *SMALL, "--dry-run")

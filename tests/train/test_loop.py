@@ -24,7 +24,7 @@ from tokendial.train import InterruptedRunError, train
 from tokendial.train.fine_tuning import FineTuning
 from tokendial.train.optimizer import cosine_schedule, parameter_groups
 
-# Everything that draws at random or keeps state: a resumed run has to get each of it right.
+# All settings that use random numbers or keep state: a resumed run must restore each of them.
 HARD = [
     "train.epochs=3",
     "train.workers=2",
@@ -47,11 +47,11 @@ def weights(run: Run, which: str = "last") -> dict[str, torch.Tensor]:
 
 
 def learnt(run: Run) -> list[dict[str, float]]:
-    """The records of a run without what depends on the machine."""
+    """The records of a run without the value that depends on the machine."""
     return [{n: v for n, v in line.items() if n != "data_wait"} for line in run.metrics()]
 
 
-def test_a_run_learns_and_leaves_everything_behind(run):
+def test_a_run_learns_and_writes_all_its_files(run):
     metrics = run.metrics()
     assert [line["epoch"] for line in metrics] == list(range(1, 9))
     assert metrics[-1]["train_loss"] < metrics[0]["train_loss"]
@@ -87,7 +87,7 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(recipe_file, tmp_path
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert [line["epoch"] for line in killed.metrics()] == [1]
-    # Who loads the images does not matter either.
+    # The number of loading processes does not matter either.
     overrides = [*HARD, f"output={killed.folder}", "train.workers=0"]
     train(read_recipe(recipe_file, overrides), quiet=True)
     for which in ("last", "best"):
@@ -96,7 +96,7 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(recipe_file, tmp_path
     assert learnt(killed) == learnt(alone)
 
 
-def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_path, monkeypatch):
+def test_a_run_stopped_by_a_signal_is_resumed_to_the_same_bits(recipe_file, tmp_path, monkeypatch):
     alone = train(read_recipe(recipe_file, [f"output={tmp_path / 'alone'}"]), quiet=True)
     recipe = read_recipe(recipe_file, [f"output={tmp_path / 'stopped'}"])
     from tokendial.train import fine_tuning
@@ -116,7 +116,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_bits(recipe_file, tmp_p
     assert all(torch.equal(w, expected[n]) for n, w in weights(run).items())
 
 
-def test_a_run_goes_on_whose_checkpoint_groups_parameters_otherwise(recipe_file, tmp_path, capsys):
+def test_a_checkpoint_with_other_parameter_groups_can_be_resumed(recipe_file, tmp_path, capsys):
     run = train(read_recipe(recipe_file, [f"output={tmp_path / 'run'}"]), quiet=True)
     newest, before = sorted(run.checkpoints.iterdir(), reverse=True)
     newest.unlink()
@@ -154,7 +154,7 @@ def test_blocks_inside_each_other_are_all_asked_to_stop(name):
         assert not fresh.asked
 
 
-def test_a_closed_terminal_does_not_stop_what_nohup_started():
+def test_a_closed_terminal_does_not_stop_a_process_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_requests() as request:
@@ -164,7 +164,7 @@ def test_a_closed_terminal_does_not_stop_what_nohup_started():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_folder_whose_claim_was_killed_is_free(recipe_file, tmp_path):
+def test_a_folder_of_a_process_killed_inside_claim_is_free(recipe_file, tmp_path):
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     run.classes_file.write_text("{}")
@@ -203,7 +203,9 @@ def test_another_run_is_not_overwritten(run, recipe_file):
         train(other, quiet=True)
 
 
-def test_a_run_from_before_a_field_was_there_is_known_again(run, recipe_file, tmp_path):
+def test_a_run_without_a_new_field_matches_the_same_recipe_with_its_default(
+    run, recipe_file, tmp_path
+):
     folder = tmp_path / "old"
     shutil.copytree(run.folder, folder)
     written = yaml.safe_load((folder / "recipe.yaml").read_text())
@@ -358,6 +360,6 @@ def test_queries_of_video_and_of_decoders_do_not_decay():
 
 
 def decaying(model):
-    """Parameters, by identity, that weight decay acts on."""
+    """The ids of the parameters with weight decay."""
     groups = parameter_groups(model, 0.05, lr=1.0)
     return {id(p) for group in groups if group["weight_decay"] for p in group["params"]}

@@ -34,7 +34,7 @@ def test_a_method_with_losses_of_its_own_is_trained_by_a_recipe(method, recipe_f
     assert loaded.degree == loaded.reducer.degree
 
 
-def test_a_step_of_dyt_runs_the_complete_model_and_turns_back(vit):
+def test_a_step_of_dyt_runs_the_unreduced_model_and_restores_the_degree(vit):
     model = td.wrap(vit, reduce=td.DyT(), adapt=td.AdaptFormer(dim=4)).train()
     seen = []
     set_degree = model.set_degree
@@ -52,7 +52,7 @@ def test_at_degree_0_only_the_task_is_trained(vit):
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, targets))
 
 
-def test_the_teacher_neither_trains_nor_is_part_of_the_model(vit):
+def test_the_teacher_is_frozen_and_no_part_of_the_model(vit):
     teacher = td.wrap(tiny_vit(), reduce=td.ToMe(r=4))
     objective = Objective(td.wrap(vit, reduce=td.DynamicViT(layers=(2,))), task(), teacher).train()
     loss, _ = objective(images(), torch.tensor([0, 1]))

@@ -1,4 +1,4 @@
-"""Several processes do what one does: by DDP, by FSDP, in a dry run, with too few images."""
+"""Several processes give the results of one: with DDP, with FSDP, in dry runs, with few images."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ import tokendial as td
 from tokendial.runs import Run, read_recipe
 from tokendial.train import train
 
-# Adapters are learnt, beside the head, with all that keeps a state; the backbone is frozen.
+# Adapters and head are trained, with everything that keeps state; the backbone is frozen.
 RECIPE = {
     "seed": 1,
     "model": {
@@ -33,7 +33,7 @@ ONE, EACH_OF_TWO = "train.batch_size=20", "train.batch_size=10"
 
 @pytest.fixture(scope="module")
 def recipe_file(digits, tmp_path_factory) -> Path:
-    """Of a set that two processes cannot share evenly: 79 images for validation."""
+    """A recipe with 79 validation images, which two processes cannot share evenly."""
     folder = tmp_path_factory.mktemp("odd")
     shutil.copytree(digits, folder / "digits")
     (folder / "digits" / "val" / "digit 2" / "7.png").unlink()
@@ -71,7 +71,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(recipe_file, one, tmp
     assert_same(run, one)
 
 
-def test_a_killed_fsdp_run_goes_on_with_fsdp_or_without(recipe_file, one, tmp_path):
+def test_a_killed_fsdp_run_is_resumed_with_fsdp_or_without(recipe_file, one, tmp_path):
     settings = [EACH_OF_TWO, "train.checkpoint_every=4"]
     recipe = read_recipe(recipe_file, [f"output={tmp_path / 'killed'}", *settings])
     together(2, train_spread, recipe, 9, environment=FSDP)
@@ -107,7 +107,7 @@ def test_fsdp_in_another_form_is_refused(recipe_file, tmp_path, monkeypatch, fla
 
 
 def test_every_image_counts_alike_in_the_metrics_of_every_task(tmp_path):
-    sizes = [7, 1]  # not to be shared evenly, and fewer than there are processes
+    sizes = [7, 1]  # an odd number, and fewer images than processes
     evaluate_every_task(tmp_path, sizes)
     expected = json.loads((tmp_path / "0 of 1.json").read_text())
     together(2, evaluate_every_task, tmp_path, sizes)

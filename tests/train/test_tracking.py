@@ -1,4 +1,4 @@
-"""Where a run's numbers are logged, what training waits for, and what it leaves in memory."""
+"""Trackers, the time that training waits for images, and memory over many epochs."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tokendial.train.fine_tuning import FineTuning
 
 
 class LinesTracker(GeneralTracker):
-    """A tracker as packages bring them: each call is a line of a file."""
+    """A tracker like those of packages. Each call writes a line to a file."""
 
     name = "lines"
     requires_logging_directory = True
@@ -63,13 +63,13 @@ def test_a_run_without_trackers_has_no_logs(recipe_file, tmp_path):
         ("clearml", r"train.trackers: clearml needs `pip install clearml`"),
     ],
 )
-def test_a_tracker_that_is_not_there_is_named(recipe_file, tmp_path, name, message):
+def test_an_unknown_or_missing_tracker_is_named(recipe_file, tmp_path, name, message):
     settings = [f"output={tmp_path / 'run'}", f"train.trackers=[{name}]"]
     with pytest.raises(ValueError, match=message):
         train(read_recipe(recipe_file, settings), quiet=True)
 
 
-def test_the_share_of_waiting_is_that_of_the_loader(monkeypatch):
+def test_the_wait_fraction_counts_the_time_in_the_loader(monkeypatch):
     clock = iter([0, 2, 2, 3, 10])  # two seconds to start, one for the batch, ten in all
     monkeypatch.setattr("tokendial.train.batches.time.perf_counter", lambda: next(clock))
     batches = TimedBatches(["batch"])
@@ -77,7 +77,7 @@ def test_the_share_of_waiting_is_that_of_the_loader(monkeypatch):
     assert batches.wait_fraction == 0.3
 
 
-def test_slow_images_are_told_once_an_epoch_with_the_remedy(
+def test_waiting_for_images_is_reported_once_per_epoch_with_the_remedy(
     recipe_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(TimedBatches, "wait_fraction", 0.34)

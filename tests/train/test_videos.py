@@ -1,4 +1,4 @@
-"""Videos from MP4 to predictions, by the command line, for both kinds of video model."""
+"""Videos from MP4 files to predictions on the command line, for both kinds of video model."""
 
 import csv
 import io
@@ -32,13 +32,13 @@ RECIPE = {
     "clip": {"test_clips": 2, "test_crops": 3},
     "train": {"epochs": 1, "batch_size": 4, "lr": 0.003},
 }
-# Twelve tokens are left of the two time steps of each clip: reduced together.
+# Twelve tokens are left of both time steps of a clip together.
 TUBELETS = ["model.name=videomae_base_patch16_224", "clip.sampling=dense", "clip.sampling_rate=2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A camera over one of two pictures: four videos each to train on, two to validate."""
+    """A camera moves over one of two images: four training and two validation videos of each."""
     root = tmp_path_factory.mktemp("videos")
     for name in ("coffee", "rocket"):
         for number in range(6):
@@ -90,7 +90,7 @@ def run(file, tmp_path_factory):
     return td.train.train(read_recipe(file, [f"output={output}"]), quiet=True)
 
 
-def test_videos_that_cannot_be_read_are_told_and_the_others_predicted(run, folder, tmp_path, cli):
+def test_unreadable_videos_are_reported_and_the_others_predicted(run, folder, tmp_path, cli):
     whole = folder / "val" / "coffee" / "4.mp4"
     shutil.copy(whole, tmp_path / "b.mp4")
     (tmp_path / "a.mp4").write_bytes(b"")
@@ -104,7 +104,7 @@ def test_videos_that_cannot_be_read_are_told_and_the_others_predicted(run, folde
     ]
 
 
-def test_a_video_that_breaks_off_stops_training_by_its_name(file, folder, tmp_path, cli):
+def test_a_truncated_video_stops_training_with_its_name(file, folder, tmp_path, cli):
     root = tmp_path / "broken"
     shutil.copytree(folder, root)
     broken = root / "train" / "rocket" / "2.mp4"
@@ -125,7 +125,7 @@ def test_compensators_refuse_videos(folder, tmp_path):
         CompensatorTraining(recipe)
 
 
-def test_what_is_for_images_says_so(run, folder, cli):
+def test_commands_for_images_refuse_runs_on_videos(run, folder, cli):
     code, _, err = cli("show", run.folder, folder / "val" / "coffee" / "4.mp4")
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"{run.folder} is a run on videos" in err

@@ -37,13 +37,13 @@ def fit(
     reduce: Annotated[
         str | None,
         typer.Option(
-            help="Reduction method, tome or evit [default: the run's, or tome if it has none]."
+            help="Reduction method, tome or evit (default: the run's, or tome if it has none)."
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images to compare schedules on [default: the run's training images]."
+            help="Folder of images to compare schedules on (default: the run's training images)."
         ),
     ] = None,
     images: Annotated[
@@ -56,7 +56,7 @@ def fit(
     minutes: Annotated[float, typer.Option(help="Time limit of the whole search.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random choice of images.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the fitted model [default: RUN/fitted].")
+        Path | None, typer.Option(help="Folder for the fitted model (default: RUN/fitted).")
     ] = None,
 ) -> None:
     """Search how many tokens each layer should remove to meet a budget of time or compute.

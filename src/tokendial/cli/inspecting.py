@@ -21,22 +21,22 @@ def profile(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FIELD=VALUE]...",
+            metavar="FIELD=VALUE",
             help="Fields of the recipe sections model, reduce and adapt, such as reduce.r=8 "
             "adapt.dim=32 model.img_size=[224,320].",
         ),
     ] = None,
     reduce: Annotated[
-        str | None, typer.Option(help="Reduction method, such as tome or evit [default: none].")
+        str | None, typer.Option(help="Reduction method, such as tome or evit (default: none).")
     ] = None,
     adapt: Annotated[
-        str | None, typer.Option(help="Fine-tuning method, such as dense_adapter [default: none].")
+        str | None, typer.Option(help="Fine-tuning method, such as dense_adapter (default: none).")
     ] = None,
     degrees: Annotated[
         str | None,
         typer.Option(
-            help="Degrees of the dial, such as 0,4,8 or 0..16 [default: 0, and the degree that the "
-            "settings stand for]."
+            help="Degrees of the dial, such as 0,4,8 or 0..16 (default: 0, and the degree that the "
+            "settings stand for)."
         ),
     ] = None,
     num_classes: Annotated[
@@ -85,7 +85,7 @@ def check_data(
     classes: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Number of classes of a semantic segmentation [default: binary masks]."
+            min=2, help="Number of classes of a semantic segmentation (default: binary masks)."
         ),
     ] = None,
     ignore_zero: Annotated[
@@ -212,13 +212,13 @@ def weights_convert(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FIELD=VALUE]...",
+            metavar="FIELD=VALUE",
             help="With --recipe: fields to change, such as model.weights=dinov2.safetensors.",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Name of the timm model [default: recognised by the tensors]."),
+        typer.Option(help="Name of the timm model (default: recognised by the tensors)."),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -235,7 +235,7 @@ def weights_convert(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write [default: FILE with .safetensors]; with --recipe, a folder."
+            help="File to write (default: FILE with .safetensors); with --recipe, a folder."
         ),
     ] = None,
 ) -> None:

@@ -20,7 +20,7 @@ RecipeName = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[FIELD=VALUE]...",
+        metavar="FIELD=VALUE",
         help="Fields of the recipe to change, such as train.epochs=10 data.root=/images.",
     ),
 ]
@@ -31,7 +31,7 @@ Degree = Annotated[
     int | None,
     typer.Option(
         help="Degree of the dial: 0 is full compute, higher is cheaper "
-        "[default: the degree that the model was trained at]."
+        "(default: the degree that the model was trained at)."
     ),
 ]
 Degrees = Annotated[

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from tokendial.cli.app import app
+from tokendial.cli.app import USE_PANEL, app
 from tokendial.cli.options import Compile, Faster, Optimize, Precision, speed_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _ServeCommand(TyperCommand):
         return typer.main.get_command(commands)
 
 
-@app.command(cls=_ServeCommand)
+@app.command(cls=_ServeCommand, rich_help_panel=USE_PANEL)
 def serve() -> None:
     """Serve runs over HTTP. The degree follows the load, so that answers keep coming in time."""
 

@@ -11,7 +11,7 @@ from tokendial.cli.training import run_until_stopped
 Jobs = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Runs to train at the same time [default: the number of GPUs, at least 1]."
+        min=1, help="Runs to train at the same time (default: the number of GPUs, at least 1)."
     ),
 ]
 
@@ -48,7 +48,10 @@ def sweep(
 @app.command(rich_help_panel=TRAIN_PANEL)
 def vtab(
     recipe: RecipeName,
-    root: Annotated[str, typer.Argument(help="Folder that holds the folders of VTAB-1k's tasks.")],
+    root: Annotated[
+        str,
+        typer.Argument(metavar="ROOT", help="Folder that holds the folders of VTAB-1k's tasks."),
+    ],
     overrides: Overrides = None,
     over: Annotated[
         list[str] | None,
@@ -59,11 +62,11 @@ def vtab(
         ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks to train, such as cifar,dtd [default: all 19].")
+        str | None, typer.Option(help="Tasks to train, such as cifar,dtd (default: all 19).")
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(help="Seeds of the final runs, such as 0,1,2 [default: the recipe's seed]."),
+        typer.Option(help="Seeds of the final runs, such as 0,1,2 (default: the recipe's seed)."),
     ] = None,
     jobs: Jobs = None,
 ) -> None:

@@ -93,7 +93,7 @@ def recipes(
         str | None,
         typer.Argument(
             help="A recipe, to print its description and all its fields; or a folder of recipes, "
-            "to list it [default: list all]."
+            "to list it (default: list all)."
         ),
     ] = None,
     schema: Annotated[
@@ -177,7 +177,7 @@ def demo(
     ] = DemoTask.counting,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the run and the report [default: demo or demo_masks]."),
+        typer.Option(help="Folder for the run and the report (default: demo or demo_masks)."),
     ] = None,
 ) -> None:
     """Fine-tune the small shipped model, run it at every degree, and write a report.

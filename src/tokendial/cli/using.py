@@ -3,18 +3,24 @@
 import csv
 import dataclasses
 import json
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tokendial.cli.app import USE_PANEL, app
+from tokendial.cli.evaluation_output import (
+    class_table,
+    compensator_table,
+    dial_table,
+    warn_if_disturbed,
+    write_evaluation,
+    write_picture,
+)
 from tokendial.cli.options import (
     Compile,
     Degree,
@@ -25,17 +31,6 @@ from tokendial.cli.options import (
     RunFolder,
     speed_of,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from tokendial.runs.evaluate import DegreeRow
-    from tokendial.runs.evaluate_compensator import CompensatedRow
-
-_SHOWN_SCORES = 3
-"""Metrics in the printed table. Tasks can have one metric per class; the CSV file has all."""
-_SHOWN_CLASSES = 20
-"""Classes in the printed table, those of lowest recall. The CSV file has all."""
 
 
 class Format(StrEnum):
@@ -49,7 +44,7 @@ class Format(StrEnum):
 def evaluate(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folder of a run. With --compensator, one or more."),
+        typer.Argument(metavar="RUN", help="Folder of a run. With --compensator, one or more."),
     ],
     degrees: Degrees = "all",
     compensator: Annotated[
@@ -60,7 +55,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="With --compensator: the degree that each run was trained at, such as 0,8,16 "
-            "[default: read from the runs]."
+            "(default: read from the runs)."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
@@ -96,80 +91,19 @@ def evaluate(
             opened, degrees, batch_size=batch_size, speed=speed, progress=shown.update
         )
     unit = "clip" if opened.on_videos() else "image"
-    Console().print(_dial_table(rows, unit))
-    _warn_if_disturbed(rows)
+    Console().print(dial_table(rows, unit))
+    warn_if_disturbed(rows)
     stem = run / "eval" / "degrees"
-    _write_evaluation(rows, dial_figure(rows, title=str(run), unit=unit), stem)
+    write_evaluation(rows, dial_figure(rows, title=str(run), unit=unit), stem)
     matrices = [(row.degree, row.confusion.numpy()) for row in rows if row.confusion is not None]
     if matrices:
         classes = opened.classes()
-        Console().print(_class_table(rows, classes))
+        Console().print(class_table(rows, classes))
         ends = [matrices[0], matrices[-1]] if len(matrices) > 1 else matrices
         table, picture = stem.with_name("classes.csv"), stem.with_name("confusion.png")
         write_classes(rows, classes, table)
-        _write_picture(confusion_figure(ends, classes, title=str(run)), picture)
+        write_picture(confusion_figure(ends, classes, title=str(run)), picture)
         print(f"wrote {table} and {picture}")
-
-
-def _dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
-    """Scores, cost and speed at each degree."""
-    shown = list(rows[0].scores)[:_SHOWN_SCORES]
-    names = [name.replace("_", " ") for name in shown]
-    # Methods that select tokens by their values skip FFNs only: all tokens leave the last layer.
-    tokens = "tokens left" if rows[0].share is None else "tokens processed"
-    table = Table("degree", *names, "GMACs", "cost", f"{unit}s/s", "speed", tokens)
-    for row in rows:
-        table.add_row(
-            str(row.degree),
-            *(f"{row.scores[name]:.2%}" for name in shown),
-            f"{row.gmacs:.4g}",
-            f"{row.gmacs / rows[0].gmacs:.0%}",
-            f"{row.images_per_s:.1f}" if row.images_per_s < 10 else f"{row.images_per_s:.0f}",
-            f"{row.speedup:.2f}x" + " ?" * row.disturbed,
-            str(row.tokens) if row.share is None else f"{row.share:.1%}",
-        )
-    return table
-
-
-def _class_table(rows: "Sequence[DegreeRow]", classes: Sequence[str]) -> Table:
-    """Recall and precision at the first and last degree, for the classes of lowest recall."""
-    from tokendial.runs.evaluation_tables import class_scores
-
-    first, last = class_scores(rows[0], classes), class_scores(rows[-1], classes)
-    several = len(rows) > 1
-    table = Table(
-        "class",
-        "images",
-        f"recall at {rows[0].degree}",
-        *[f"at {rows[-1].degree}"] * several,
-        f"precision at {rows[0].degree}",
-        *[f"at {rows[-1].degree}"] * several,
-        "most often taken for",
-        title=f"the {_SHOWN_CLASSES} classes of lowest recall" * (len(classes) > _SHOWN_CLASSES),
-    )
-    worst = sorted(zip(first, last, strict=True), key=lambda pair: pair[0].recall)
-    for at_first, at_last in worst[:_SHOWN_CLASSES]:
-        table.add_row(
-            at_first.name,
-            str(at_first.images),
-            _percent(at_first.recall),
-            *[_percent(at_last.recall)] * several,
-            _percent(at_first.precision),
-            *[_percent(at_last.precision)] * several,
-            f"{at_first.mistaken_for} ({at_first.times})" if at_first.mistaken_for else "",
-        )
-    return table
-
-
-def _percent(fraction: float) -> str:
-    """A fraction as text; empty for NaN, where there were no images."""
-    return "" if math.isnan(fraction) else f"{fraction:.1%}"
-
-
-def _warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]") -> None:
-    """Print a line if times are not to be trusted; tables mark such rows with a question mark."""
-    if any(row.disturbed for row in rows):
-        print("speed: times differed widely, so something else used this machine: measure again")
 
 
 def _evaluate_compensator(
@@ -182,52 +116,21 @@ def _evaluate_compensator(
     from tokendial.runs.progress import progress_bar
     from tokendial.show.plots import compensator_figure
 
-    plugin = Compensator.from_pretrained(compensator)
-    offered = tuple(range(plugin.steps + 1))
+    loaded = Compensator.from_pretrained(compensator)
+    offered = tuple(range(loaded.steps + 1))
     with progress_bar(Console(stderr=True)) as shown:
         rows = evaluate_compensator(
             [Run(folder) for folder in folders],
-            plugin,
+            loaded,
             degrees,
             sources=parse_degrees(sources, offered) if sources else None,
             batch_size=batch_size,
             progress=shown.update,
         )
-    table = Table("trained at", "run at", "plain", "compensated", "gain", "GMACs", "images/s")
-    for row in rows:
-        table.add_row(
-            str(row.source),
-            str(row.degree),
-            f"{row.plain:.2%}",
-            f"{row.accuracy:.2%}",
-            f"{100 * (row.accuracy - row.plain):+.2f}",
-            f"{row.gmacs:.4f}",
-            f"{row.images_per_s:.0f}" + " ?" * row.disturbed,
-        )
-    Console().print(table)
-    _warn_if_disturbed(rows)
-    figure = compensator_figure(rows, title=f"scale {plugin.scale:g}")
-    _write_evaluation(rows, figure, folders[0] / "eval" / "bridged")
-
-
-def _write_evaluation(
-    rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]", figure: "Figure", stem: Path
-) -> None:
-    """Write the rows as STEM.csv and their figure as STEM.png, and print the paths."""
-    from tokendial.runs.evaluation_tables import write_rows
-
-    table, plot = stem.with_suffix(".csv"), stem.with_suffix(".png")
-    write_rows(rows, table)
-    _write_picture(figure, plot)
-    print(f"wrote {table} and {plot}")
-
-
-def _write_picture(figure: "Figure", path: Path) -> None:
-    from tokendial.atomic import atomic_write
-    from tokendial.show.report import png
-
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(png(figure, dpi=150))
+    Console().print(compensator_table(rows))
+    warn_if_disturbed(rows)
+    figure = compensator_figure(rows, title=f"scale {loaded.scale:g}")
+    write_evaluation(rows, figure, folders[0] / "eval" / "bridged")
 
 
 @app.command(rich_help_panel=USE_PANEL)
@@ -338,10 +241,8 @@ def show(
     Writes a PNG file with the image, its tokens after each layer that reduces them, and the
     attention of the class token in the last layer.
     """
-    from tokendial.atomic import atomic_write
     from tokendial.data.readers.images import read_image
     from tokendial.runs import Run
-    from tokendial.show.report import png
     from tokendial.show.token_figures import run_diversity_figure, run_figure
 
     opened = Run(run)
@@ -352,8 +253,7 @@ def show(
     figure = draw(opened, picture, degree=degree, title=image.name)
     if not out.parent.is_dir():
         raise ValueError(f"out: no such folder: {out.parent}.")
-    with atomic_write(out) as path:
-        path.write_bytes(png(figure, dpi=150))
+    write_picture(figure, out)
     print(f"wrote {out}")
 
 
@@ -379,11 +279,11 @@ def export(
     ),
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Fixed number of images per call [default: any number]."),
+        typer.Option(min=1, help="Fixed number of images per call (default: any number)."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write, or folder of a bundle [default: in RUN/export]."),
+        typer.Option(help="File to write, or folder of a bundle (default: in RUN/export)."),
     ] = None,
 ) -> None:
     """Write the best model as an ONNX or torch.export file, for other runtimes.
@@ -402,13 +302,13 @@ def export(
     if degrees is None:
         path = out or folder / f"degree_{model.degree if degree is None else degree}.{to}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
+        files = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
     elif degree is not None or to is not ExportFormat.onnx:
         raise ValueError("degrees writes a bundle of ONNX files: leave out degree and pt2.")
     else:
         wanted = degrees_to_show(model, degrees)
-        found = export_bundle(model, out or folder, wanted, batch=batch, facts=facts)
-    for exported in found:
+        files = export_bundle(model, out or folder, wanted, batch=batch, facts=facts)
+    for exported in files:
         print(
             f"wrote {exported.path}: degree {exported.degree}, {exported.gmacs:.4g} GMACs, "
             f"logits differ by {exported.difference:.1e}"

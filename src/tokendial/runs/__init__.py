@@ -1,4 +1,4 @@
-"""Runs: recipes, run folders, and what is done with a finished run."""
+"""Runs: recipes, run folders, and the use of finished runs (evaluation, prediction, fits)."""
 
 from tokendial.runs.recipe import CompensateRecipe, Recipe
 from tokendial.runs.recipe_file import read_recipe

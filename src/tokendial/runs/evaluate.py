@@ -228,14 +228,14 @@ def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Ten
         At most [batch_size, 3, H, W]. For videos, the first clip of each: [batch_size, T, 3, H, W].
     """
     height, width = model.anatomy.image_size
-    found: list[Tensor] = []
+    collected: list[Tensor] = []
     for images, _ in loader:
         if model.anatomy.frames is not None:
             images = images[:, 0]
-        found += images[..., :height, :width]
-        if len(found) >= batch_size:
+        collected += images[..., :height, :width]
+        if len(collected) >= batch_size:
             break
-    return torch.stack(found[:batch_size])
+    return torch.stack(collected[:batch_size])
 
 
 @torch.no_grad()

@@ -3,15 +3,13 @@
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     TypeAdapter,
     ValidationError,
     model_validator,
@@ -24,46 +22,12 @@ from tokendial.compensate import ToCom
 from tokendial.data.transforms.clip import Clip
 from tokendial.data.transforms.dense import DenseAugment
 from tokendial.data.transforms.image import Augment
-from tokendial.methods import method_class, method_names, to_json
+from tokendial.methods import method_class, method_names
+from tokendial.runs.method_field import method_field
 from tokendial.tune import Precision
 
 KINDS = ("reduce", "adapt", "decode", "data", "compensate")
 """Sections of a recipe that hold a registered method: its `name` and its settings."""
-
-
-def _method(kind: str) -> Any:
-    """The type of a field that holds a registered method, written as a mapping with a `name`."""
-
-    def read(value: Any) -> Any:
-        if value is None or dataclasses.is_dataclass(value):
-            return value
-        if not isinstance(value, dict) or "name" not in value:
-            raise ValueError(
-                f"must be a mapping with a name, one of {', '.join(method_names(kind))}"
-            )
-        cls = method_class(kind, value["name"])
-        return TypeAdapter(cls).validate_python({k: v for k, v in value.items() if k != "name"})
-
-    def write(value: Any) -> Any:
-        return None if value is None else to_json(kind, value)
-
-    return Annotated[Any, BeforeValidator(read), PlainSerializer(write), _MethodSchema(kind)]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _MethodSchema:
-    """Lists the methods of a kind and their settings in the JSON schema of a recipe."""
-
-    kind: str
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"anyOf": [*map(self._method, method_names(self.kind)), {"type": "null"}]}
-
-    def _method(self, name: str) -> dict[str, Any]:
-        schema = TypeAdapter(method_class(self.kind, name)).json_schema()
-        # Required settings may stand in the base of a recipe file, or on the command line.
-        schema.pop("required", None)
-        return schema | {"properties": {"name": {"const": name}} | schema.get("properties", {})}
 
 
 class _Section(BaseModel):
@@ -215,9 +179,9 @@ class BaseRecipe(_Section):
     """Folder of the run. Without it, read_recipe takes runs/NAME of the recipe."""
     model: ModelSection
     """The backbone and its weights."""
-    reduce: _method("reduce") = None  # type: ignore[valid-type]
+    reduce: method_field("reduce") = None  # type: ignore[valid-type]
     """Token reduction method: its name and its settings. null: no reduction."""
-    data: _method("data")  # type: ignore[valid-type]
+    data: method_field("data")  # type: ignore[valid-type]
     """Data set: its name and its settings."""
     augment: Augment = Augment()
     """Augmentation of training images and clips, and the crop of test images. Recipes with a
@@ -243,9 +207,9 @@ class BaseRecipe(_Section):
 class Recipe(BaseRecipe):
     """A recipe of `tokendial train`: fine-tuning on labelled data."""
 
-    adapt: _method("adapt")  # type: ignore[valid-type]
+    adapt: method_field("adapt")  # type: ignore[valid-type]
     """Fine-tuning method: its name and its settings."""
-    decode: _method("decode") = None  # type: ignore[valid-type]
+    decode: method_field("decode") = None  # type: ignore[valid-type]
     """Decoder for mask tasks: its name and its settings. null: classification, with a head."""
     dense: DenseAugment = DenseAugment()
     """Mask tasks: augmentation of images with their masks, and how test images are processed."""
@@ -276,7 +240,7 @@ class Recipe(BaseRecipe):
 class CompensateRecipe(BaseRecipe):
     """A recipe of `tokendial compensate`: training a compensator on a pre-trained model."""
 
-    compensate: _method("compensate") = ToCom()  # type: ignore[valid-type]
+    compensate: method_field("compensate") = ToCom()  # type: ignore[valid-type]
     """Compensator: its name and its settings."""
     steps: int | None = Field(None, ge=1)
     """Highest degree of the dial that the compensator covers. null: the degree that the settings of
@@ -338,7 +302,7 @@ def check_method(kind: str, data: dict[str, Any] | None) -> Any:
         ValueError: In one line: which setting is wrong, its value, and what is allowed.
     """
     try:
-        return TypeAdapter(_method(kind)).validate_python(data)
+        return TypeAdapter(method_field(kind)).validate_python(data)
     except ValidationError as error:
         detail = error.errors()[0]
         detail = detail | {"loc": (kind, *detail["loc"])}

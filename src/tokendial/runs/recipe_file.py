@@ -8,7 +8,17 @@ from typing import Any, TypeVar, overload
 
 import yaml
 
-from tokendial.runs.recipe import KINDS, BaseRecipe, CompensateRecipe, Recipe, check_section
+from tokendial.data.transforms.clip import Clip
+from tokendial.data.transforms.dense import DenseAugment
+from tokendial.data.transforms.image import Augment
+from tokendial.runs.method_field import describe_fields
+from tokendial.runs.recipe import (
+    KINDS,
+    BaseRecipe,
+    CompensateRecipe,
+    Recipe,
+    check_section,
+)
 
 RecipeT = TypeVar("RecipeT", bound=BaseRecipe)
 
@@ -90,6 +100,8 @@ def recipe_schema() -> dict[str, Any]:
     for schema in kinds:
         schema["properties"]["base"] = base
     definitions = {name: part for schema in kinds for name, part in schema.pop("$defs").items()}
+    for section in (Augment, Clip, DenseAugment):
+        describe_fields(definitions[section.__name__], section)
     for part in (*kinds, *definitions.values()):
         # Required fields may stand in the base of a file, or on the command line.
         part.pop("required", None)
@@ -130,12 +142,12 @@ def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: base must be the name of a recipe, got {base!r}.")
     in_folder = path.parent / base
     candidates = (in_folder, in_folder.with_suffix(".yaml"))
-    found = next((file for file in candidates if file.is_file()), None)
+    base_file = next((file for file in candidates if file.is_file()), None)
     try:
-        found = found or find_recipe(base)[0]
+        base_file = base_file or find_recipe(base)[0]
     except ValueError:
         raise ValueError(f"recipe {path}: base: no such recipe: {base}.") from None
-    return _merged(_resolved(found, (*above, path)), data)
+    return _merged(_resolved(base_file, (*above, path)), data)
 
 
 def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:

@@ -183,12 +183,12 @@ def fit_figure(result: FitResult, *, title: str = "") -> matplotlib.figure.Figur
     figure = matplotlib.figure.Figure(figsize=(8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     quantity = "multiply-accumulates" if result.unit == "GMACs" else "time"
-    found = [degree.found for degree in result.degrees]
+    measured = [degree.found for degree in result.degrees]
     for points, style, name, color in (
         (result.searched, ".", "searched", "#cbd5e0"),
         (result.constants, "s-", "constant r", "#c05621"),
         (result.frontier, "-", "frontier", "#2b6cb0"),
-        (found, "*", "fitted, measured", "#2b6cb0"),
+        (measured, "*", "fitted, measured", "#2b6cb0"),
     ):
         for axis, ys in (
             (left, [point.divergence for point in points]),

@@ -141,9 +141,12 @@ def run_all(
         raise ValueError("jobs: start this without a launcher, it starts its processes itself.")
     remaining, errors = list(runs), dict[str, str]()
     running: dict[int, _Process] = {}
-    waiting = False
+    waiting_printed = False
     with stop_requests() as stop, tempfile.TemporaryDirectory() as recipes:
         try:
+            # `remaining` holds the runs that are neither finished nor trained here. A run that
+            # another process trains stays in it until its lock is free: then it is finished, or
+            # this process claims and resumes it.
             while remaining or running:
                 for slot, process in [*running.items()]:
                     if process.ended():
@@ -154,13 +157,13 @@ def run_all(
                 free = [slot for slot in range(jobs) if slot not in running]
                 claimed = _claim_next(remaining, errors) if free else None
                 if claimed is None:
-                    if remaining and not running and not waiting and not quiet:
+                    if remaining and not running and not waiting_printed and not quiet:
                         print(f"waiting for {len(remaining)} that others train", flush=True)
-                    waiting = not running
+                    waiting_printed = not running
                     if remaining or running:
                         time.sleep(_SECONDS_BETWEEN_POLLS)
                     continue
-                waiting = False
+                waiting_printed = False
                 planned, log = claimed
                 if not quiet:
                     print(f"{planned.name}: training, {len(remaining)} left", flush=True)

@@ -48,14 +48,14 @@ def means(accuracies: Mapping[str, float]) -> dict[str, float]:
 
     Missing tasks are left out of the means; groups without tasks are left out.
     """
-    found = {
+    of_groups = {
         group: mean(accuracies[task] for task in tasks if task in accuracies)
         for group, tasks in VTAB_GROUPS.items()
         if any(task in accuracies for task in tasks)
     }
-    if not found:
+    if not of_groups:
         return {}
-    return found | {"groups": mean(found.values()), "tasks": mean(accuracies.values())}
+    return of_groups | {"groups": mean(of_groups.values()), "tasks": mean(accuracies.values())}
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class SelfDistillation(nn.Module):
             task: Gives the loss where labels are the targets.
         """
         super().__init__()
-        self.model, self.plugin, self.recipe = model.requires_grad_(False), compensator, recipe
+        self.model, self.compensator, self.recipe = model.requires_grad_(False), compensator, recipe
         self.task = task
         self.independent_labels = recipe.loss == "binary_distillation" or (
             recipe.loss == "classification" and task.multi_label
