@@ -31,7 +31,7 @@ CLIENTS = 8
     ("arguments", "message"),
     [
         (["RUN/nowhere"], "is not the folder of a run: recipe.yaml is missing"),
-        (["a=RUN", "a=RUN"], "runs: a is there twice; say NAME=FOLDER."),
+        (["a=RUN", "a=RUN"], "runs: a is given twice; use NAME=FOLDER."),
         (["=RUN"], "runs: a name has 1 to 100 letters"),
         (["RUN", "--slo-ms", "0"], "slo_ms: Input should be greater than 0, got 0.0."),
         (["RUN", "--port", "70000"], "port: Input should be less than or equal to 65535"),
@@ -159,7 +159,7 @@ def test_changed_runs_are_reloaded_and_accepted_requests_answered_at_the_end(ser
     good = weights.read_bytes()
     weights.write_bytes(b"broken")
     os.kill(process.pid, signal.SIGHUP)
-    wait_until(lambda: "not reloaded, the old models go on" in err.read_text(), process)
+    wait_until(lambda: "not reloaded, the old models stay" in err.read_text(), process)
     assert ask(port, image) == (200, old)
     seen: set[int] = set()
     for number in range(25):  # the last signal comes after the last change
@@ -176,7 +176,7 @@ def test_changed_runs_are_reloaded_and_accepted_requests_answered_at_the_end(ser
     assert last != old
     # Those that serve and those that are loaded; a process that was forked lives on for a moment.
     assert max(seen) <= 5
-    assert out.read_text().count("read anew") < 25 / 2  # signals during one reading are one more
+    assert out.read_text().count("reloaded: ") < 25 / 2  # signals during one reading are one more
 
     wait_until(lambda: len(model_processes(process.pid)) == 2, process)
     model_processes(process.pid)[-1].suspend()

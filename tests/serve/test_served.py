@@ -180,7 +180,7 @@ def test_a_run_that_became_another_kind_of_model_is_not_loaded(served, right, ru
     kept = shutil.copytree(runs["pets"].folder, tmp_path / "kept")
     old = set(processes())
     shutil.copytree(cars.folder, runs["pets"].folder, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="another kind of model now: restart the server"):
+    with pytest.raises(ValueError, match="image size now: restart the server"):
         served.reload(at_once)
     config = json.loads((runs["pets"].best / CONFIG).read_text())
     del config["backbone"]
@@ -215,4 +215,4 @@ def test_models_are_loaded_again_when_their_folders_are_gone(served, runs, tmp_p
     until(lambda: (one := answer()) is not None and not found.append(one))
     torch.testing.assert_close(found[0], wanted)
     assert served.supervisor.catalog.models["cars"].revision == revision
-    assert "they are loaded again" in caplog.text
+    assert "the models are loaded again" in caplog.text

@@ -33,6 +33,6 @@ def test_a_too_short_objective_is_kept_with_a_warning(supervisor, caplog):
     settings = choose_objective(supervisor, check_settings({"slo_ms": 50.0}), (0, 1, 2, 3))
     assert settings.slo_ms == 50
     assert [record.getMessage() for record in caplog.records] == [
-        "slo_ms: 50 ms are short: one image takes 104.0 ms at degree 0 here, so 312 ms or more are "
+        "slo_ms: 50 ms is short: one image takes 104.0 ms at degree 0 here, so 312 ms or more is "
         "advised."
     ]

@@ -129,7 +129,7 @@ def _serve_command(
         _serve_on_ray(folders, settings, replicas, max_replicas, home)
         return
     if (replicas, max_replicas, home) != (1, None, 0):
-        raise ValueError("replicas, max_replicas and home are for --ray.")
+        raise ValueError("replicas, max_replicas and home need --ray.")
     with bind_socket(settings) as listener:  # a taken address is found before models are loaded
         _serve(folders, settings, listener)
 
@@ -226,7 +226,7 @@ def _serve(folders: dict[str, Path], settings: "Settings", listener: socket.sock
 
             def reload() -> None:
                 changed = served.reload(engine.call_between_batches)
-                print(f"read anew: {', '.join(changed) or 'nothing has changed'}", flush=True)
+                print(f"reloaded: {', '.join(changed) or 'nothing has changed'}", flush=True)
 
             application = create_app(engine, served.supervisor, settings, decoders)
             server = Server(application, engine, settings, ready=ready, reload=reload)
@@ -287,6 +287,6 @@ def _folders_by_name(texts: list[str]) -> dict[str, Path]:
         if not 0 < len(name) <= _MAX_NAME_LENGTH:
             raise ValueError(f"runs: a name has 1 to {_MAX_NAME_LENGTH} letters, got {text!r}.")
         if name in folders:
-            raise ValueError(f"runs: {name} is there twice; say NAME=FOLDER.")
+            raise ValueError(f"runs: {name} is given twice; use NAME=FOLDER.")
         folders[name] = Path(folder)
     return folders

@@ -68,7 +68,7 @@ def choose_objective(
     if "slo_ms" not in settings.model_fields_set:
         return settings.model_copy(update={"slo_ms": shortest_ms})
     _log.warning(
-        "slo_ms: %g ms are short: one image takes %.1f ms at degree %d here, so %g ms or more are "
+        "slo_ms: %g ms is short: one image takes %.1f ms at degree %d here, so %g ms or more is "
         "advised.",
         *(settings.slo_ms, image_ms, degree, shortest_ms),
     )

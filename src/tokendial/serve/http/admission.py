@@ -79,7 +79,7 @@ class AdmissionMiddleware:
         if self.closed:
             return closing_response(503, "draining", "The server is stopping.")
         if limited and self._running >= self._max_requests:
-            message = f"At most {self._max_requests} requests are taken at a time."
+            message = f"At most {self._max_requests} requests are accepted at a time."
             return closing_response(503, "busy", message)
         return None
 
@@ -129,7 +129,7 @@ class RequestMiddleware:
 
     def _refusal(self, scope: Scope) -> tuple[int, Problem] | None:
         if scope["query_string"].count(b"&") >= _MAX_PARAMETERS:
-            message = f"At most {_MAX_PARAMETERS} query parameters are taken."
+            message = f"At most {_MAX_PARAMETERS} query parameters are accepted."
             return 422, Problem(code="invalid", message=message, field=None)
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
@@ -141,7 +141,7 @@ class RequestMiddleware:
             )
             return 421, Problem(code="unknown_host", message=message, field="Host")
         if origin is not None and not self._allows_origin(origin, host):
-            message = "Pages of other sites may not ask this server."
+            message = "Pages of other sites may not use this server."
             return 403, Problem(code="cross_site", message=message, field="Origin")
         return None
 
@@ -167,7 +167,7 @@ class MemoryBudget:
     def take(self, size: int) -> None:
         """Take bytes; raise a ProblemError (503) if too few are left."""
         if self._used + size > self._max_bytes:
-            message = f"Requests and answers hold {self._max_bytes:,} bytes already."
+            message = f"Requests and answers already hold {self._max_bytes:,} bytes."
             raise ProblemError(503, "busy", message, headers=retry_after_header(1.0))
         self._used += size
 

@@ -16,7 +16,7 @@ _DESCRIPTIONS = {
     421: "The header Host is not a name of this server.",
     422: "A value is not allowed, or there is no image.",
     429: "Too many images wait; the header Retry-After says when to try again.",
-    503: "The deadline cannot be made, or the server stops; Retry-After says when to try again.",
+    503: "The deadline cannot be met, or the server stops; Retry-After says when to try again.",
 }
 _ON_EVERY_PATH = (403, 421)
 _FILE = {"type": "string", "format": "binary"}

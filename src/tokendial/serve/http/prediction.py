@@ -129,7 +129,7 @@ class PredictionHandler:
     def _check_deadline(self, deadline_ms: float) -> float:
         longest = self._settings.max_deadline_ms
         if deadline_ms > longest:
-            message = f"At most {longest:g} ms are waited."
+            message = f"At most {longest:g} ms are allowed."
             raise ProblemError(422, "invalid", message, "deadline_ms")
         return deadline_ms
 
@@ -151,7 +151,7 @@ class PredictionHandler:
             deadline += max(0.0, decode_s - self._slo_s / 2)
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            message = "the deadline went by while the image was decoded."
+            message = "the deadline passed while the image was decoded."
             raise RequestRefusedError("late", message, 1.0)
         tensors = [image.tensor for image in images]
         future = self._engine.submit(name, tensors, degree=degree, within_s=left_s)

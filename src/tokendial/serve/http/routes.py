@@ -70,14 +70,14 @@ def health_routes(engine: Engine) -> APIRouter:
     async def healthz() -> dict[str, str]:
         """Tell whether this server works; if not, it should be restarted."""
         if not engine.healthy:
-            raise ProblemError(503, "stopped", "The engine does not run, or has no model.")
+            raise ProblemError(503, "stopped", "The engine does not run, or has no model process.")
         return {"status": "ok"}
 
     @router.get("/readyz", responses=error_responses(503))
     async def readyz() -> dict[str, str]:
         """Tell whether requests should be sent to this server."""
         if not engine.ready:
-            message = "The server is starting or stopping, or its model is started again."
+            message = "The server is starting or stopping, or its model process is being replaced."
             raise ProblemError(503, "not_ready", message)
         return {"status": "ready"}
 

@@ -41,7 +41,7 @@ _PIPELINED_DELAY_S = 0.05
 """Delay of a request that was sent before the last one was answered. Browsers do not do that."""
 _BACKLOG = 128
 """Number of connections that the system holds until they are accepted."""
-UNPROTECTED_WARNING = "whoever reaches {} may ask: there are no API keys."
+UNPROTECTED_WARNING = "anyone who reaches {} may use this server: there are no API keys."
 """Warning for `is_unprotected`, with the host."""
 
 
@@ -147,7 +147,7 @@ class Server(uvicorn.Server):
             await asyncio.wait(answering, timeout=timeout_s)
         left_s = max(0.0, until - time.monotonic())
         if not await asyncio.to_thread(self._engine.drain, left_s):
-            _log.error("requests were left unanswered after %g seconds", timeout_s)
+            _log.error("some requests were still unanswered after %g seconds", timeout_s)
         self.should_exit = True
 
     async def _reload_runs(self) -> None:
@@ -161,7 +161,7 @@ class Server(uvicorn.Server):
             try:
                 await asyncio.to_thread(self._reload)
             except Exception as error:
-                _log.error("not reloaded, the old models go on: %s", error_message(error))
+                _log.error("not reloaded, the old models stay: %s", error_message(error))
         self._reloading = False
 
 

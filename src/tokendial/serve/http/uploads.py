@@ -66,7 +66,7 @@ async def read_upload(
         async with asyncio.timeout(settings.timeout_s):
             upload = await _read(content_type, request, options, settings, max_images)
     except TimeoutError:
-        message = f"The request was not there after {settings.timeout_s:g} seconds."
+        message = f"The request had not arrived after {settings.timeout_s:g} seconds."
         raise ProblemError(408, "timeout", message, headers={"connection": "close"}) from None
     if not upload.images:
         raise ProblemError(422, "no_images", "The request holds no image.", "images")
@@ -230,10 +230,10 @@ def _content_type_error() -> ProblemError:
 
 
 def _too_large_error(settings: Settings) -> ProblemError:
-    message = f"A request may have at most {settings.max_bytes:,} bytes."
+    message = f"A request has at most {settings.max_bytes:,} bytes."
     return ProblemError(413, "too_large", message)
 
 
 def _too_many_images_error(max_images: int) -> ProblemError:
-    message = f"At most {max_images} images go into a request."
+    message = f"At most {max_images} images are allowed in a request."
     return ProblemError(413, "too_many_images", message, "images")

@@ -81,9 +81,9 @@ def _reload() -> None:
     handle = serve.get_deployment_handle(Replica.__name__, _NAME)
     for changed in handle.broadcast("reload").results(return_exceptions=True):
         if isinstance(changed, Exception):
-            print(f"not reloaded, the old models go on: {error_message(changed)}", file=sys.stderr)
+            print(f"not reloaded, the old models stay: {error_message(changed)}", file=sys.stderr)
         else:
-            print(f"read anew: {', '.join(changed) or 'nothing has changed'}", flush=True)
+            print(f"reloaded: {', '.join(changed) or 'nothing has changed'}", flush=True)
 
 
 def _check_resources(deployment: RayDeployment, resources: Mapping[str, float]) -> None:

@@ -174,12 +174,12 @@ class Replica:
 
     async def reconfigure(self, config: object) -> None:
         """Reload. Ray calls this when the `user_config` changes, whatever its value is."""
-        _log.info("%s: read anew: %s", config, await self.reload())
+        _log.info("%s: reloaded: %s", config, await self.reload())
 
     def check_health(self) -> None:
         """Raise an error when the replica no longer works, so that Ray replaces it."""
         if not self._engine.healthy:
-            raise RuntimeError("The engine does not run, or has nothing to run models with.")
+            raise RuntimeError("The engine does not run, or has no model process.")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Report the load for `needed_replicas`."""

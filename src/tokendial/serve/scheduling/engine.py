@@ -369,7 +369,9 @@ class Engine:
             try:
                 return self._run(batch.name, batch.degree, images, limit_s), None
             except WorkerLostError as error:
-                _log.error("lost with a batch of %d images: %s", len(images), error)
+                _log.error(
+                    "the model process was lost with a batch of %d images: %s", len(images), error
+                )
             except RequestRefusedError as refused:
                 return (), refused
             except Exception as error:

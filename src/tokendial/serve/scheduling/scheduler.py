@@ -204,7 +204,7 @@ class Scheduler:
             # not already by the upper bound.
             fastest = self._fastest_degree(request)
             if now + self._seconds(request, fastest, cautious=False) > request.deadline:
-                message = "the machine took longer than expected: the deadline cannot be made."
+                message = "the machine took longer than expected: the deadline cannot be met."
                 error = RequestRefusedError("late", message, self._retry_s(remaining))
                 self._refuse(request, error)
                 continue
@@ -268,7 +268,9 @@ class Scheduler:
             raise RequestRefusedError("draining", "the server is stopping.", 1.0)
         images, queued = len(request.images), self.queued + ahead
         if queued + images > self.max_queue:
-            message = f"{queued} images wait and {images} came, at most {self.max_queue} may wait."
+            message = (
+                f"{queued} images wait and {images} arrived, at most {self.max_queue} may wait."
+            )
             raise RequestRefusedError("full", message, self._retry_s(self._waiting))
         sooner = [other for other in self._waiting if other.deadline <= request.deadline]
         degree = self._fastest_degree(request)
@@ -290,7 +292,7 @@ class Scheduler:
         for other in self._waiting[len(sooner) :]:
             done += self._work([other])
             if done > other.deadline:
-                message = "with a deadline this short, others that wait would miss theirs."
+                message = "with a deadline this short, other requests would miss theirs."
                 raise RequestRefusedError("late", message, self._retry_s(self._waiting))
 
     def _update_dial(self, now: float) -> None:

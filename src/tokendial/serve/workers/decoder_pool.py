@@ -236,7 +236,7 @@ class DecoderPool:
                 if job.future.cancelled():
                     continue
                 if time.monotonic() > job.deadline:
-                    message = "the deadline went by before the image was decoded."
+                    message = "the deadline passed before the image was decoded."
                     _fail(job, RequestRefusedError("late", message, 1.0))
                     continue
                 if connection is not None and connection.poll():
@@ -285,7 +285,7 @@ class DecoderPool:
             # Its number of pixels is not known, so no other large image is decoded beside it.
             self._put(replace(job, pixels=self._max_pixels))
             return
-        message = f"{job.message.label} takes too much time or memory."
+        message = f"{job.message.label} takes too much time or memory to decode."
         label = job.message.label if isinstance(job.message, DecodeImage) else None
         _fail(job, ProblemError(413, "too_costly", message, label))
 
@@ -303,7 +303,7 @@ class DecoderPool:
             with self._changed:
                 if self._process.poll() is not None and not self._closed:
                     _log.error(
-                        "the decoders ended with %d, others are started", self._process.returncode
+                        "the decoders ended with %d, new ones are started", self._process.returncode
                     )
                     self._end_process()
                     self._process = self._start_process()

@@ -51,7 +51,7 @@ class LoadedModels:
         """
         if speed and len(self.catalog.models) > 1:
             raise ValueError(
-                "optimize, compile and precision are for one run: several take turns in one model."
+                "optimize, compile and precision are for one run: several runs share one model."
             )
         self.device = device or default_device()
         if self.device != "cpu":
@@ -136,13 +136,13 @@ def _served_task(run: Run) -> ServedTask:
     """The task of a run; a ValueError if it cannot be served."""
     task = run.task()
     if isinstance(task, VideoClassification):
-        raise ValueError(f"{run.folder} is a run on videos; what can be served are runs on images.")
+        raise ValueError(f"{run.folder} is a run on videos; only runs on images can be served.")
     if not isinstance(task, Classification | BinaryMasks | Segmentation):
         raise ValueError(f"{run.folder}: a {type(task).__name__} cannot be served.")
     if not isinstance(task, Classification) and task.augment.test != "whole":
         raise ValueError(
             f"{run.folder}: dense.augment.test must be whole to be served, it is "
-            f"{task.augment.test}: one request would be any number of windows."
+            f"{task.augment.test}: one request could need any number of windows."
         )
     return task
 

@@ -101,7 +101,9 @@ class ServedRuns:
                 if _interface(fork_server.catalog, name) != _interface(
                     self.supervisor.catalog, name
                 ):
-                    raise ValueError(f"{name} is another kind of model now: restart the server.")
+                    raise ValueError(
+                        f"{name} has other classes, degrees or image size now: restart the server."
+                    )
             replace = partial(
                 self.supervisor.replace_processes,
                 partial(ForkServer, source.again),

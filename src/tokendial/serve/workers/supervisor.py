@@ -258,7 +258,7 @@ class Supervisor:
         fork_server = self._fork_server
         try:
             if fork_server is None:
-                _log.error("the process that held the models was lost: they are loaded again.")
+                _log.error("the fork server was lost: the models are loaded again.")
                 self._take_fork_server(self._wait_until_ready(self._restart()))
             else:
                 self._take_process(fork_server, self._wait_until_ready(fork_server.fork()))
