@@ -26,7 +26,8 @@ MADE_OTHERWISE = {"speed", "api_keys"}
 
 def parameters() -> dict:
     command = typer.main.get_command(app).commands["serve"]
-    return {parameter.name: parameter for parameter in command.get_params(None)}
+    context = command.make_context("serve", ["runs/pets"], resilient_parsing=True)
+    return {parameter.name: parameter for parameter in command.get_params(context)}
 
 
 def test_every_setting_has_an_option_with_its_default_and_docstring():
