@@ -44,7 +44,7 @@ class Model:
     def __call__(self, name, degree, images, limit_s):
         self.threads.add(threading.get_ident())
         self.limits.append(limit_s)
-        assert self.free.wait(PATIENCE_S)
+        assert self.free.wait(10 * PATIENCE_S)
         if "bad" in images:
             raise RuntimeError("this image is not for me")
         if self.dies:
