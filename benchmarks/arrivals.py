@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Times = npt.NDArray[np.float64]
 Rates = Callable[[Times], Times]
-"""Requests per second at each of some times."""
+"""Function that returns the requests per second at given times."""
 
 
 def steady(*, rate: float, seconds: float) -> Times:
@@ -21,7 +21,7 @@ def steady(*, rate: float, seconds: float) -> Times:
 
 
 def poisson(*, rate: float, seconds: float, seed: int) -> Times:
-    """Requests that know nothing of each other, at a constant rate."""
+    """Poisson arrivals at a constant rate."""
     _check(rate=rate, seconds=seconds)
     return _thinned(lambda times: np.full_like(times, rate), rate, seconds, seed)
 
@@ -102,7 +102,7 @@ def recorded(path: str | Path, *, speed: float = 1.0) -> Times:
 
 
 def per_second(times: Times, seconds: float) -> Times:
-    """Arrivals in each second of a trace of that length, the last one perhaps begun only."""
+    """Number of arrivals in each second of a trace; the last second may be incomplete."""
     edges = np.arange(int(np.ceil(seconds)) + 1)
     return np.histogram(times, bins=edges)[0].astype(np.float64)
 
@@ -119,7 +119,7 @@ def _thinned(rates: Rates, most: float, seconds: float, seed: int) -> Times:
 
 
 def _check(**numbers: float) -> None:
-    """Rates and lengths are above 0; the lower rate may be 0."""
+    """Raise a ValueError unless rates and lengths are above 0; the lower rate may be 0."""
     for name, number in numbers.items():
         if not (number > 0 or (name == "low" and number == 0)) or not np.isfinite(number):
             raise ValueError(f"{name} must be above 0, got {number}")

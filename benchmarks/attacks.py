@@ -1,4 +1,4 @@
-"""Requests that are made to cost a server more than they cost whoever sends them."""
+"""Requests that cost a server more than they cost the client that sends them."""
 
 import io
 import socket
@@ -17,18 +17,18 @@ _PIXELS = (7070, 7070)  # just under the 50 million that are taken by default
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """Something that several clients send again and again."""
+    """A request that several clients send again and again."""
 
     name: str
     sent: Callable[[], bytes]
-    """All that one connection sends."""
+    """Bytes that one connection sends."""
     clients: int = 4
-    """Connections at a time."""
+    """Number of concurrent connections."""
     reads: bool = True
-    """Whether answers are waited for; otherwise connections stay open, and nothing is read."""
+    """Whether clients wait for answers; if not, connections stay open and nothing is read."""
 
     def run(self, address: tuple[str, int], seconds: float) -> Counter[str]:
-        """Send it for some seconds; how often there was which status, or none."""
+        """Send the request for some seconds; count the answers by status."""
         sent, until = self.sent(), time.monotonic() + seconds
         found: Counter[str] = Counter()
 
@@ -66,7 +66,7 @@ def _send(connection: socket.socket, sent: bytes) -> None:
 
 
 def request(body: bytes, kind: str, query: str = "") -> bytes:
-    """A request for predictions, as it goes over the wire."""
+    """The bytes of a prediction request."""
     head = (
         f"POST /v1/predict{query} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"

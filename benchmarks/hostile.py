@@ -47,19 +47,19 @@ _TIMEOUT_S = 30.0
 
 @dataclass
 class Client:
-    """One that asks the same thing again and again, over one connection."""
+    """Client that sends the same request again and again over one connection."""
 
     address: tuple[str, int]
     ask: Callable[[http.client.HTTPConnection], None]
     statuses: Counter[int] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
-    """From each request to its answer of status 200."""
+    """Seconds from each request to its answer with status 200."""
     lost: int = 0
-    """Requests without an answer."""
+    """Number of requests without an answer."""
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Ask while the body runs."""
+        """Send requests while the block runs."""
         ended = threading.Event()
         thread = threading.Thread(target=self._ask, args=(ended,))
         thread.start()
@@ -88,12 +88,12 @@ class Client:
 
     @property
     def slowest_ms(self) -> float | None:
-        """None if there was no answer."""
+        """Longest time of an answer in milliseconds; None if there was no answer."""
         return 1000 * max(self.seconds) if self.seconds else None
 
 
 def main(arguments: list[str]) -> None:
-    """Run, write the results, and fail if something was wrong."""
+    """Run all attacks, write the results, and fail if a server did not withstand one."""
     asked = _asked(arguments)
     workload, told = Workload(Run(asked.run), asked.images), server_options(asked)
     body = workload.body([0])
@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
 
 
 def attacked(server: Server, attack: Attack, body: bytes, seconds: float) -> Row:
-    """What others notice of an attack."""
+    """Measure what honest clients notice of an attack."""
     url = urlsplit(server.url)
     address = (url.hostname or "", url.port or 80)
     kind = {"content-type": "application/json"}

@@ -17,25 +17,25 @@ import aiohttp
 from benchmarks.arrivals import Times
 
 _AHEAD_S = 0.05
-"""From the first line of a load to its start, so that the first request is not late."""
+"""Seconds between the call and the start of a load, so that its first request is not late."""
 
 
 @dataclass(slots=True)
 class Exchange:
-    """A request and what came of it. Times are in seconds from the start of the load."""
+    """A request and its outcome. Times are in seconds from the start of the load."""
 
     number: int
-    """Of the request."""
+    """Number of the request in the load."""
     planned: float
     sent: float | None = None
     answered: float | None = None
-    """When the whole answer was there."""
+    """Time at which the whole answer had arrived."""
     status: int | None = None
-    """Of HTTP; None without an answer."""
+    """HTTP status; None without an answer."""
     body: bytes = b""
-    """Of the answer."""
+    """Body of the answer."""
     error: str | None = None
-    """Why there is no answer."""
+    """Reason why there is no answer."""
 
     @property
     def latency(self) -> float:
@@ -43,7 +43,7 @@ class Exchange:
         return float("inf") if self.answered is None else self.answered - self.planned
 
     def within(self, slo: float) -> bool:
-        """Whether it was answered in so many seconds."""
+        """Whether it was answered with 200 within `slo` seconds."""
         return self.status == 200 and self.latency <= slo
 
 
@@ -163,7 +163,7 @@ async def _post(
 
 @asynccontextmanager
 async def _session(timeout: float) -> AsyncIterator[aiohttp.ClientSession]:
-    """Connections that are kept, though not so long that the server ends them in the meantime."""
+    """Reuse connections, but not for so long that the server closes them meanwhile."""
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
         timeout=aiohttp.ClientTimeout(total=timeout),

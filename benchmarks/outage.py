@@ -56,14 +56,14 @@ COLUMNS = (
 
 
 class Processes:
-    """Model processes of a server, also those whose own parent has ended."""
+    """Model processes of a server, including those whose parent has ended."""
 
     def __init__(self, server: Server) -> None:
         self._server, self._known = server, set[psutil.Process]()
         self._turn = threading.Lock()
 
     def living(self) -> list[psutil.Process]:
-        """The one that holds the models first, then those that compute."""
+        """List the living processes: the fork server first, then model processes."""
         with self._turn:
             self._known |= set(psutil.Process(self._server.pid).children(recursive=True))
             self._known = {process for process in self._known if _serves_models(process)}
@@ -78,7 +78,7 @@ def _serves_models(process: psutil.Process) -> bool:
 
 
 def ready(server: Server) -> bool:
-    """What it says itself."""
+    """Whether `/readyz` answers with 200."""
     try:
         server.get("/readyz")
     except OSError:  # as which an answer of another status comes, too
@@ -88,16 +88,16 @@ def ready(server: Server) -> bool:
 
 @dataclass
 class Watched:
-    """What was seen beside the requests."""
+    """Observations beside the requests."""
 
     unready_s: float = 0.0
     """Seconds for which `/readyz` did not say 200."""
     most: int = 0
-    """Model processes at a time."""
+    """Largest number of model processes at a time."""
     ended: threading.Event = field(default_factory=threading.Event)
 
     def watch(self, server: Server, processes: Processes) -> None:
-        """Look until it is over."""
+        """Observe until `ended` is set."""
         before = time.monotonic()
         while not self.ended.wait(_LOOK_S):
             well, now = ready(server), time.monotonic()
@@ -109,7 +109,7 @@ class Watched:
 
 @contextmanager
 def watched(server: Server, processes: Processes) -> Iterator[Watched]:
-    """Watch a server beside the body."""
+    """Observe a server while the block runs."""
     seen = Watched()
     thread = threading.Thread(target=seen.watch, args=(server, processes))
     thread.start()
@@ -121,7 +121,7 @@ def watched(server: Server, processes: Processes) -> Iterator[Watched]:
 
 
 def outage(exchanges: Sequence[Exchange], seconds: float) -> float:
-    """The longest time between two answers, or from the last one to the end."""
+    """Longest time between two answers, or from the last one to the end."""
     times = [one.answered for one in exchanges if one.status == 200 and one.answered is not None]
     return max(
         later - sooner for sooner, later in itertools.pairwise([0.0, *sorted(times), seconds])
@@ -168,7 +168,7 @@ def seen_by_clients(
 
 
 def change_weights(run: Run) -> None:
-    """As training does: another file takes the place of the old one."""
+    """Replace the weights by another file, as training does."""
     path = run.best / WEIGHTS
     changed = {name: value + 1e-3 for name, value in load_file(path).items()}
     with atomic_write(path) as temporary:
@@ -176,7 +176,7 @@ def change_weights(run: Run) -> None:
 
 
 def storm(server: Server, run: Run) -> None:
-    """Signals while the weights change, the last one after the last change."""
+    """Send signals while the weights change, the last one after the last change."""
     for number in range(SIGHUPS):
         if number % 10 == 0:
             change_weights(run)
@@ -185,13 +185,13 @@ def storm(server: Server, run: Run) -> None:
 
 
 def revision(server: Server) -> str:
-    """Of the weights that are served."""
+    """Revision of the weights that are served."""
     return str(server.get("/v1/models")["models"][0]["revision"])
 
 
 def main(arguments: list[str]) -> None:
-    """Let everything happen, write the results, and fail if something was wrong."""
-    from tokendial.serve.workers.facts import revision_of
+    """Cause all outages, write the results, and fail if a request was lost."""
+    from tokendial.serve.workers.catalog import run_revision
 
     asked = _asked(arguments)
     rows, failed = [], []
@@ -220,7 +220,7 @@ def main(arguments: list[str]) -> None:
                 happens("SIGSTOP", asked.seconds, lambda: computing().suspend()),
                 happens(f"{SIGHUPS} SIGHUPs", asked.reload_s, lambda: storm(server, run)),
             ]
-            if revision(server) != revision_of(run):
+            if revision(server) != run_revision(run):
                 failed.append("the last weights are not those that are served")
             holding = "kill -9 of the one that holds the models"
             happens(holding, asked.reload_s, lambda: processes.living()[0].kill())

@@ -1,4 +1,4 @@
-"""A load that was played to a server, and what became of it."""
+"""A load that was sent to a server, and its outcome."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,45 +16,45 @@ REFUSED = (429, 503)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A trace, and the part of it that counts."""
+    """A trace of arrivals, and the part of it that is evaluated."""
 
     times: Times
-    """Of requests, in seconds."""
+    """Times of the requests, in seconds."""
     seconds: float
-    """Length."""
+    """Length of the trace in seconds."""
     start: float
-    """Of the part that counts."""
+    """Start of the evaluated part, in seconds."""
     end: float
-    """Of it; before `seconds` if the load falls then, and the dial should go back."""
+    """End of the evaluated part. It is before `seconds` if the load falls at the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A request and its predictions, one for each image; none if it was not answered."""
+    """A request and one prediction for each image; none if it was not answered."""
 
     exchange: Exchange
     answer: Sequence[dict[str, Any]]
 
     @property
     def at(self) -> float:
-        """When it was answered, in seconds from the start of the load."""
+        """Time of the answer, in seconds from the start of the load."""
         return self.exchange.planned + self.exchange.latency
 
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What a server made of a load."""
+    """Outcome of a load."""
 
     load: Load
     outcomes: Sequence[Outcome]
-    """In the order of their planned times."""
+    """The requests, in the order of their planned times."""
     each: int
-    """Images in a request."""
+    """Number of images in a request."""
     slo: float
-    """The server's objective, in seconds."""
+    """Latency objective of the server, in seconds."""
 
     def row(self) -> Row:
-        """The part that counts, in numbers."""
+        """Summarise the evaluated part."""
         counts = self._counts()
         answered = [some for some in counts if some.answer]
         refused = sum(some.exchange.status in REFUSED for some in counts)
@@ -114,7 +114,7 @@ class Played:
         return max(0.0, answered[first].at - self.load.end) if first < len(answered) else None
 
     def by_second(self) -> list[Row]:
-        """What was asked in each second of the trace, and what became of it."""
+        """Summarise each second of the trace."""
         seconds: list[list[Outcome]] = [[] for _ in range(int(np.ceil(self.load.seconds)))]
         for some in self.outcomes:
             seconds[int(some.exchange.planned)].append(some)
@@ -129,7 +129,7 @@ class Played:
         ]
 
     def late(self) -> float:
-        """How late the load was with 99 % of its requests at most, in milliseconds."""
+        """99th percentile of the delay with which requests were sent, in milliseconds."""
         exchanges = [some.exchange for some in self.outcomes]
         late = [1000 * (one.sent - one.planned) for one in exchanges if one.sent is not None]
         return float(np.percentile(late, 99))
@@ -139,23 +139,23 @@ class Played:
         return [some for some in self.outcomes if start <= some.exchange.planned < end]
 
     def _good(self, some: Sequence[Outcome]) -> int:
-        """Requests that were answered in time."""
+        """Number of requests that were answered in time."""
         return sum(one.exchange.within(self.slo) for one in some)
 
 
 def played(load: Load, exchanges: Sequence[Exchange], each: int, slo: float) -> Played:
-    """Read the answers."""
+    """Parse the answers of a load."""
     outcomes = [Outcome(one, predictions(one) if one.status == 200 else ()) for one in exchanges]
     return Played(load, outcomes, each, slo)
 
 
 def _percentile(some: Sequence[Outcome], share: float) -> float | None:
-    """Of the latency of those that were answered, in milliseconds."""
+    """Percentile of the latency of answered requests, in milliseconds."""
     found = [1000 * one.exchange.latency for one in some if one.answer]
     return float(np.percentile(found, share)) if found else None
 
 
 def _mean(some: Sequence[Outcome], key: str) -> float | None:
-    """Of what the server told of each image."""
+    """Mean of a value that the server returned for each image."""
     found = [prediction[key] for one in some for prediction in one.answer]
     return float(np.mean(found)) if found else None

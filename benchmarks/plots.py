@@ -1,4 +1,4 @@
-"""Plots of results."""
+"""Plots of the results of load tests."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""`tokendial serve` in a process of its own, and how many images/s it answers."""
+"""Run `tokendial serve` in a process of its own, and measure how many images/s it answers."""
 
 import argparse
 import itertools
@@ -29,36 +29,36 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that is ready."""
+    """A running server that accepts requests."""
 
     url: str
-    """Without a slash at its end."""
+    """Address of the server, without a slash at the end."""
     pid: int
 
     @property
     def predict(self) -> str:
-        """Where requests go."""
+        """Address of predictions."""
         return f"{self.url}/v1/predict"
 
     def get(self, path: str) -> Any:
-        """The JSON that lies at a path."""
+        """Fetch the JSON body of a path."""
         with _DIRECT.open(f"{self.url}{path}", timeout=10) as answer:
             return json.load(answer)
 
     @property
     def slo(self) -> float:
-        """Its service-level objective, in seconds."""
+        """Latency objective of the server, in seconds."""
         return float(self.get("/v1/live")["slo_ms"]) / 1000
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """What it offers."""
+        """Degrees that the server offers."""
         return tuple(row["degree"] for row in self.get("/v1/degrees")["degrees"])
 
 
 @contextmanager
 def served(runs: Sequence[str], *options: str) -> Iterator[Server]:
-    """A fresh server of some runs; it has to end by itself when it is told to.
+    """A fresh server of some runs; it has to end by itself when it is output to.
 
     Args:
         runs: As `tokendial serve` takes them.
@@ -69,33 +69,33 @@ def served(runs: Sequence[str], *options: str) -> Iterator[Server]:
     """
     command = [*COMMAND, *runs, "--port", "0", *options]
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "told"
-        with told.open("wb") as file:
+        output = Path(folder) / "output"
+        with output.open("wb") as file:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
-            url = _ready(process, command, told)
+            url = _ready(process, command, output)
             check_loopback(url)
             yield Server(url, process.pid)
             process.send_signal(signal.SIGTERM)
             if code := process.wait(STOP_S):
-                raise ValueError(f"the server ended with {code}:\n{_tail(told)}")
+                raise ValueError(f"the server ended with {code}:\n{_tail(output)}")
         finally:
             process.kill()
             process.wait()
 
 
-def _ready(process: "subprocess.Popen[bytes]", command: list[str], told: Path) -> str:
-    """Wait for the line with its address."""
+def _ready(process: "subprocess.Popen[bytes]", command: list[str], output: Path) -> str:
+    """Wait until the server prints its address, and return it."""
     until = time.monotonic() + START_S
     while time.monotonic() < until and process.poll() is None:
-        if found := re.search(r"(http://[^\s/]+)\S*[^\n]*\n", told.read_text()):
+        if found := re.search(r"(http://[^\s/]+)\S*[^\n]*\n", output.read_text()):
             return found[1]
         time.sleep(0.05)
-    raise ValueError(f"{shlex.join(command)} did not start:\n{_tail(told)}")
+    raise ValueError(f"{shlex.join(command)} did not start:\n{_tail(output)}")
 
 
-def _tail(told: Path) -> str:
-    return "\n".join(told.read_text().splitlines()[-20:])
+def _tail(output: Path) -> str:
+    return "\n".join(output.read_text().splitlines()[-20:])
 
 
 def capacity(server: Server, bodies: Sequence[bytes], each: int, seconds: float) -> float:
@@ -126,7 +126,7 @@ def capacity(server: Server, bodies: Sequence[bytes], each: int, seconds: float)
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:
-    """How a model is served, and which images are sent to it."""
+    """Add arguments: how a model is served, and which images are sent to it."""
     parser.add_argument(
         "--server-threads",
         type=int,
@@ -145,7 +145,7 @@ def add_server(parser: argparse.ArgumentParser) -> None:
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
-    """The run, and how requests are sent at the times of a trace."""
+    """Add arguments: the run, and how requests are sent at the times of a trace."""
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--images-per-request", type=int, default=8, metavar="N")
     parser.add_argument("--in-flight", type=int, default=200, help="most requests at a time")
@@ -159,7 +159,7 @@ def add_load(parser: argparse.ArgumentParser) -> None:
 
 
 def server_options(asked: argparse.Namespace) -> list[str]:
-    """What every server of a command is told."""
+    """Options of `tokendial serve` that every server of a command gets."""
     return ["--threads", str(asked.server_threads), *shlex.split(asked.serve)]
 
 

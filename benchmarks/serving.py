@@ -67,7 +67,7 @@ def load_of(asked: argparse.Namespace, rate: float) -> Load:
 
 
 def dials(degrees: tuple[int, ...]) -> dict[str, list[str]]:
-    """Options of `tokendial serve` for each policy."""
+    """Return the options of `tokendial serve` for each policy."""
     fixed = (degrees[0], degrees[len(degrees) // 2], degrees[-1])
     return {f"degree {degree}": ["--degree", str(degree)] for degree in fixed} | {"controller": []}
 

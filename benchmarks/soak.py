@@ -41,7 +41,7 @@ COLUMNS = (
 
 @contextmanager
 def memory_of(pid: int, every: float = 1.0) -> Iterator[list[float]]:
-    """Resident memory of a process and its children in MiB, again and again beside the body."""
+    """Sample the resident memory of a process and its children in MiB while the block runs."""
     process, ended = psutil.Process(pid), threading.Event()
     found: list[float] = []
 
@@ -73,7 +73,7 @@ def growth(memory: Sequence[float], settle: int) -> float:
 
 
 def wrong(exchanges: Sequence[Exchange]) -> Counter[str]:
-    """What came in place of an answer or a refusal, and how often."""
+    """Count what came in place of an answer or a refusal."""
     return Counter(
         one.error or f"status {one.status}"
         for one in exchanges
@@ -82,7 +82,7 @@ def wrong(exchanges: Sequence[Exchange]) -> Counter[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run, write the results, and fail if something was wrong."""
+    """Run the soak test, write the results, and fail if a request was lost."""
     asked = _asked(arguments)
     each, told, seconds = asked.images_per_request, server_options(asked), 60 * asked.minutes
     workload = Workload(Run(asked.run), asked.images)

@@ -1,4 +1,4 @@
-"""Requests with labelled images of a run, and what their answers are worth."""
+"""Requests with labelled images of a run, and the accuracy of their answers."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ _EPS = 1e-4  # less than a grey level: probabilities of 0 and 1 have no finite l
 
 
 class Workload:
-    """Images of a run's validation set, encoded before any clock starts."""
+    """Images of a run's validation set, encoded in advance so that encoding is not timed."""
 
     def __init__(self, run: Run, images: int) -> None:
         """Read and encode the first images.
@@ -49,12 +49,12 @@ class Workload:
         return request_body([self._encoded[number] for number in images], **fields)
 
     def groups(self, each: int) -> list[range]:
-        """All images in groups of `each`; what is left over does not count."""
+        """Group all images by `each`; an incomplete last group is left out."""
         return [range(first, first + each) for first in range(0, len(self.images) - each + 1, each)]
 
     @property
     def top(self) -> int:
-        """Classes that an answer has to name so that it can be judged."""
+        """Number of classes that an answer must name so that it can be evaluated."""
         return len(self.classes) if getattr(self.task, "multi_label", False) else 1
 
     def score(self, answers: Iterable[tuple[int, dict[str, Any]]]) -> float | None:
@@ -73,7 +73,7 @@ class Workload:
         return float(next(iter(metrics.compute().values()))) if count else None
 
     def _logits(self, prediction: dict[str, Any]) -> Tensor:
-        """What the metrics of the task take: [K], or maps [K, H, W]."""
+        """Input of the task's metrics: [K], or maps [K, H, W]."""
         if isinstance(self.task, Classification):
             return torch.from_numpy(probabilities(prediction, self.classes))
         mask = torch.from_numpy(mask_of(prediction))
@@ -83,29 +83,29 @@ class Workload:
 
 
 def request_body(images: Sequence[str], **fields: object) -> bytes:
-    """A request for images that are encoded, with its other fields."""
+    """JSON body of a request for encoded images, with more fields."""
     return json.dumps({"images": images, **fields}).encode()
 
 
 def encoded(image: Image.Image) -> str:
-    """A PNG, in base64."""
+    """Encode an image as base64 of a PNG."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
 def predictions(exchange: Exchange) -> list[dict[str, Any]]:
-    """One for each image of an answered request, in order."""
+    """Predictions of an answered request, one per image, in order."""
     found: list[dict[str, Any]] = json.loads(exchange.body)["predictions"]
     return found
 
 
 def probabilities(prediction: dict[str, Any], classes: Sequence[str]) -> "np.ndarray":
-    """Of each class [K], 0 for those that the answer does not name."""
+    """Probability of each class [K]; 0 for classes that the answer does not name."""
     told = {row["name"]: row["probability"] for row in prediction["classes"]}
     return np.array([told.get(name, 0.0) for name in classes])
 
 
 def mask_of(prediction: dict[str, Any]) -> "np.ndarray":
-    """The mask [H, W] uint8: grey levels, or indices of classes."""
+    """Decode a mask, [H, W] in uint8: grey levels, or indices of classes."""
     return np.array(Image.open(io.BytesIO(base64.b64decode(prediction["mask"]))))

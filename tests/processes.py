@@ -49,11 +49,11 @@ def together(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "ACCELERATE_USE_CPU": "true"}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | (environment or {})
+    variables = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "ACCELERATE_USE_CPU": "true"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | (environment or {})
     processes = [
         _context.Process(
-            target=_run, args=(told | {"RANK": rank, "LOCAL_RANK": rank}, function, arguments)
+            target=_run, args=(variables | {"RANK": rank, "LOCAL_RANK": rank}, function, arguments)
         )
         for rank in range(count)
     ]

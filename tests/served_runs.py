@@ -1,4 +1,4 @@
-"""Runs that are ready to be served: small models, their weights away from zero, not trained."""
+"""Runs that can be served: small untrained models whose adapters differ from zero."""
 
 import numpy as np
 import timm
@@ -15,7 +15,7 @@ MODEL = {"name": "vit_tiny_patch16_224", "weights": None, "img_size": 32, "args"
 
 
 def backbone(num_classes: int) -> nn.Module:
-    """The same one, whatever its head."""
+    """Create the backbone; it has the same weights for any number of classes."""
     torch.manual_seed(0)
     vit = timm.create_model(MODEL["name"], img_size=32, num_classes=0, **BACKBONE)
     vit.reset_classifier(num_classes)
@@ -28,7 +28,7 @@ def described(num_classes: int) -> td.Backbone:
 
 
 def write_run(folder, classes, *, seed=1, degree=2, value_range=None) -> Run:
-    """A classifier with an adapter on the one backbone."""
+    """Write a run with a classifier: the shared backbone and an adapter."""
     model = td.wrap(
         backbone(num_classes=len(classes)),
         reduce=td.ToMe(r=4),

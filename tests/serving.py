@@ -1,4 +1,4 @@
-"""A server in a thread, and what a client sends."""
+"""A real server in a thread of the tests, and helpers to send requests to it."""
 
 import atexit
 import functools
@@ -26,15 +26,16 @@ from PIL import Image
 
 from tokendial.runs import Run
 from tokendial.serve.http.app import create_app
-from tokendial.serve.http.server import Server, bound_socket
+from tokendial.serve.http.server import Server, bind_socket
 from tokendial.serve.scheduling.engine import Engine
 from tokendial.serve.settings import check_settings
-from tokendial.serve.starting import started
-from tokendial.serve.workers import served as served_module
-from tokendial.serve.workers.decoding import DecoderPool
-from tokendial.serve.workers.served import Served
+from tokendial.serve.starting import start_engine
+from tokendial.serve.workers import served_runs as served_runs_module
+from tokendial.serve.workers.decoder_pool import DecoderPool
+from tokendial.serve.workers.messages import TokensViewed
+from tokendial.serve.workers.served_runs import ServedRuns
 
-# The machine of the tests may be busy: what they are about is never the time.
+# Settings for a busy machine: no test is about time.
 PATIENT = {"port": 0, "slo_ms": 60_000, "max_batch": 4}
 
 
@@ -57,7 +58,7 @@ class Reply:
 class Serving:
     port: int
     engine: Engine
-    served: Served
+    served: ServedRuns
     server: Server
     thread: threading.Thread
 
@@ -69,7 +70,7 @@ class Serving:
         method: str | None = None,
         **headers: str,
     ) -> Reply:
-        """Send a request over a connection of its own."""
+        """Send a request over a new connection."""
         if kind is not None:
             headers["content-type"] = kind
         client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -81,36 +82,36 @@ class Serving:
             client.close()
 
     def predict(self, *images: bytes, query: str = "") -> Reply:
-        """Ask for images, in a form."""
+        """Ask for a prediction of images, sent as a form."""
         return self.ask(f"/v1/predict{query}", *form(*images))
 
     def connect(self, text: bytes = b"") -> socket.socket:
-        """A connection over which some bytes have been sent."""
+        """Open a connection and send some bytes over it."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         connection.sendall(text)
         return connection
 
     @property
     def decoders(self) -> psutil.Process:
-        """The process that starts decoders."""
+        """The process that forks decoders."""
         return psutil.Process(decoders()._process.pid)
 
     def lag_s(self) -> float:
-        """The longest time in the last minute that the event loop was late."""
+        """Longest delay of the event loop in the last minute."""
         lines = self.ask("/metrics").body.decode().splitlines()
         (line,) = (line for line in lines if line.startswith("tokendial_event_loop_lag_seconds "))
         return float(line.split()[1])
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Let the engine do nothing for a while."""
+        """Keep the engine from running batches inside the block."""
         begun, go_on = threading.Event(), threading.Event()
 
         def wait() -> None:
             begun.set()
             go_on.wait()
 
-        self.engine.call(wait)
+        self.engine.call_between_batches(wait)
         begun.wait()
         try:
             yield
@@ -118,24 +119,23 @@ class Serving:
             go_on.set()
 
 
-class Near:
-    """Models in the process of the tests; one of their own would take seconds to start."""
+class InProcessSupervisor:
+    """Runs models in the process of the tests, because a process of their own starts slowly."""
 
     missing_s = 0.0
 
-    def __init__(self, load: Callable[[], Any], again: object, *, spare: bool) -> None:
-        (order,) = load.args
+    def __init__(self, start: Callable[[], Any], restart: object, *, spare: bool) -> None:
+        (order,) = start.args
         self.models = order.load()
-        self.facts = self.models.facts
+        self.catalog = self.models.catalog
 
-    def process(self) -> "Near":
-        return self
-
-    def run(self, name: str, degree: int, images: list[torch.Tensor], within_s: float | None):
+    def run(
+        self, name: str, degree: int, images: list[torch.Tensor], limit_s: float | None = None
+    ) -> list[torch.Tensor]:
         return list(self.models.run(name, degree, torch.stack(images)))
 
-    def view(self, name: str, degree: int, image: torch.Tensor, within_s: float):
-        return self.models.view(name, degree, image)
+    def view(self, name: str, degree: int, image: torch.Tensor) -> TokensViewed:
+        return TokensViewed(*self.models.view(name, degree, image))
 
     def close(self) -> None:
         pass
@@ -143,8 +143,9 @@ class Near:
 
 @functools.cache
 def decoders() -> DecoderPool:
-    """Those of all servers of a test process: each pool loads the libraries anew."""
-    # They are sent what is defined here. It stays: those that tests kill are started again.
+    """The decoders of all servers of a test process; starting a pool takes seconds."""
+    # Decoders load functions of this folder that tests send them. The variable stays set, because
+    # decoders that tests kill are started again.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     pool = DecoderPool(check_settings({}))
     atexit.register(pool.close)
@@ -152,23 +153,28 @@ def decoders() -> DecoderPool:
 
 
 @contextmanager
-def serving(runs: Mapping[str, Run], *, apart: bool = False, **told: Any) -> Iterator[Serving]:
-    """A server that ends with the block; its models are in a process of their own, or near."""
-    settings = check_settings(PATIENT | told)
-    listener = bound_socket(settings)
+def serving(
+    runs: Mapping[str, Run], *, own_process: bool = False, **options: Any
+) -> Iterator[Serving]:
+    """Run a server that ends with the block.
+
+    Its models run in a process of their own, or in that of the tests, which is quicker to start.
+    """
+    settings = check_settings(PATIENT | options)
+    listener = bind_socket(settings)
     folders = {name: run.folder for name, run in runs.items()}
-    if apart:
-        served, engine, settings = started(folders, settings)
+    if own_process:
+        served, engine, settings = start_engine(folders, settings)
     else:
-        with mock.patch.object(served_module, "Supervisor", Near):
-            served, engine, settings = started(folders, settings)
+        with mock.patch.object(served_runs_module, "Supervisor", InProcessSupervisor):
+            served, engine, settings = start_engine(folders, settings)
     ready = threading.Event()
     server = Server(
-        create_app(engine, served, settings, decoders()),
+        create_app(engine, served.supervisor, settings, decoders()),
         engine,
         settings,
         ready=ready.set,
-        reload=lambda: served.reload(engine.call),
+        reload=lambda: served.reload(engine.call_between_batches),
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -183,20 +189,20 @@ def serving(runs: Mapping[str, Run], *, apart: bool = False, **told: Any) -> Ite
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (50, 40)) -> Image.Image:
-    """An image of its own, width and height given."""
+    """A random image; `size` is its width and height."""
     draw = np.random.default_rng(seed)
     return Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The image as a file."""
+    """Encode an image as a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def form(*images: bytes, name: str = "images") -> tuple[bytes, str]:
-    """A form with files, and its Content-Type."""
+    """Encode files as a form; return it and its Content-Type."""
     parts = [
         f'--x\r\nContent-Disposition: form-data; name="{name}"; filename="{i}"\r\n\r\n'.encode()
         + image
@@ -207,13 +213,13 @@ def form(*images: bytes, name: str = "images") -> tuple[bytes, str]:
 
 
 def text(*images: bytes, **options: Any) -> tuple[bytes, str]:
-    """A request as JSON, and its Content-Type."""
+    """Encode files and options as JSON; return it and its Content-Type."""
     coded = [b64encode(image).decode() for image in images]
     return json.dumps({"images": coded} | options).encode(), "application/json"
 
 
 def until(happened: Callable[[], object]) -> None:
-    """Wait for what a server does; an error if it takes a minute."""
+    """Wait until something has happened; fail after a minute."""
     deadline = time.monotonic() + 60
     while not happened():
         assert time.monotonic() < deadline
@@ -221,6 +227,6 @@ def until(happened: Callable[[], object]) -> None:
 
 
 def everything(connection: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """Read from a connection until the server closes it."""
     with connection:
         return b"".join(iter(lambda: connection.recv(65536), b""))

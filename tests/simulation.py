@@ -1,4 +1,7 @@
-"""A server without a clock: the real scheduler and controller, with batches that only take time."""
+"""A simulated server: the real scheduler and controller, and batches that only take time.
+
+The time is a number, so simulations are exact and fast.
+"""
 
 import heapq
 import math
@@ -8,7 +11,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from tokendial.serve import Batch, Costs, Refused, Rules, Scheduler, Ticket
+from tokendial.serve.scheduling.controller import ControllerRules
+from tokendial.serve.scheduling.cost_model import CostModel
+from tokendial.serve.scheduling.scheduler import (
+    Batch,
+    QueuedRequest,
+    RequestRefusedError,
+    Scheduler,
+)
 
 TICK_S = 0.1
 DEGREES = tuple(range(0, 17, 2))
@@ -16,12 +26,12 @@ NAME = "pets"
 
 
 def true_seconds(name: str, degree: int, images: int) -> float:
-    """2 ms for a batch and 8 ms an image, half of that at degree 16."""
+    """Seconds of a batch: 2 ms, and 8 ms per image at degree 0, half of that at degree 16."""
     return 0.002 + 0.008 * images * (1 - degree / 32)
 
 
-def costs(names: Iterable[str] = (NAME,), degrees: Iterable[int] = DEGREES) -> Costs:
-    return Costs(
+def costs(names: Iterable[str] = (NAME,), degrees: Iterable[int] = DEGREES) -> CostModel:
+    return CostModel(
         {
             (name, degree): {n: true_seconds(name, degree, n) for n in (1, 2, 4, 8, 16, 32)}
             for name in names
@@ -31,17 +41,17 @@ def costs(names: Iterable[str] = (NAME,), degrees: Iterable[int] = DEGREES) -> C
 
 
 def capacity(degree: int, images: int = 8) -> float:
-    """Images per second in batches of that size."""
+    """Images per second in batches of `images`."""
     return images / true_seconds(NAME, degree, images)
 
 
 def scheduler(slo_s: float = 0.2, degrees: tuple[int, ...] = DEGREES, **kwargs) -> Scheduler:
-    return Scheduler(costs(), Rules(slo_s, degrees), **kwargs)
+    return Scheduler(costs(), ControllerRules(slo_s, degrees), **kwargs)
 
 
 @dataclass
-class Asked:
-    """A request of the simulation, and what became of it."""
+class SimulatedRequest:
+    """A request of the simulation, and its outcome."""
 
     at: float
     images: int = 1
@@ -54,13 +64,13 @@ class Asked:
     degrees: list[int] = field(default_factory=list)
     now: Callable[[], float] = field(default=lambda: 0.0)
 
-    def gone(self) -> bool:
+    def cancelled(self) -> bool:
         return self.now() >= self.leaves_at
 
-    def ended(self) -> bool:
-        return self.gone() or self.refused is not None or self.answered_at is not None
+    def done(self) -> bool:
+        return self.cancelled() or self.refused is not None or self.answered_at is not None
 
-    def refuse(self, refused: Refused) -> None:
+    def refuse(self, refused: RequestRefusedError) -> None:
         self.refused = refused.reason
 
     @property
@@ -70,19 +80,19 @@ class Asked:
 
 
 @dataclass
-class Played:
-    """A trace that was played."""
+class Simulation:
+    """Result of a simulation."""
 
-    asked: list[Asked]
+    asked: list[SimulatedRequest]
     dial: list[tuple[float, int]]
     batches: list[Batch]
 
     @property
-    def answered(self) -> list[Asked]:
+    def answered(self) -> list[SimulatedRequest]:
         return [each for each in self.asked if each.answered_at is not None]
 
     def within(self, slo_s: float) -> float:
-        """Share of the answered requests."""
+        """Share of the answered requests that were answered within `slo_s` seconds."""
         return float(np.mean([each.seconds <= slo_s for each in self.answered]))
 
     def turns(self) -> int:
@@ -93,16 +103,16 @@ class Played:
         return [degree for at, degree in self.dial if at <= time][-1]
 
 
-def play(
+def simulate(
     scheduler: Scheduler,
-    asked: Iterable[Asked],
+    asked: Iterable[SimulatedRequest],
     *,
     seconds: float = math.inf,
     takes: Callable[[Batch, float], float] = lambda batch, now: true_seconds(
         batch.name, batch.degree, len(batch.parts)
     ),
-) -> Played:
-    """Play requests until all have been answered, and the clock has reached `seconds`."""
+) -> Simulation:
+    """Simulate until all requests are answered and the time has reached `seconds`."""
     everything = sorted(asked, key=lambda each: each.at)
     coming = [(each.at, number, each) for number, each in enumerate(everything)]
     heapq.heapify(coming)
@@ -113,11 +123,13 @@ def play(
             at, _, each = heapq.heappop(coming)
             each.now = lambda: now
             within = scheduler.rules.slo_s if each.within_s is None else each.within_s
-            ticket = Ticket(each.name, range(each.images), each.degree, at, at + within, owner=each)
+            request = QueuedRequest(
+                each.name, range(each.images), each.degree, at, at + within, owner=each
+            )
             left[each.at, id(each)] = each.images
             try:
-                scheduler.admit(ticket, at)
-            except Refused as refused:
+                scheduler.admit(request, at)
+            except RequestRefusedError as refused:
                 each.refused = refused.reason
 
     while True:
@@ -128,15 +140,15 @@ def play(
             took = takes(found, now)
             admit_until(now + took)
             now += took
-            scheduler.finished(found, took, now)
+            scheduler.finish(found, took, now)
             batches.append(found)
-            for ticket, _ in found.parts:
-                each = ticket.owner
+            for request, _ in found.parts:
+                each = request.owner
                 each.degrees.append(found.degree)
                 left[each.at, id(each)] -= 1
                 if not left[each.at, id(each)] and each.refused is None:
                     each.answered_at = now
             continue
         if not coming and not scheduler.queued and (now >= seconds or seconds == math.inf):
-            return Played(everything, dial, batches)
+            return Simulation(everything, dial, batches)
         now = min(now + min(found, TICK_S), coming[0][0] if coming else math.inf)

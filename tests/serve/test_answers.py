@@ -14,7 +14,7 @@ def test_mixed_requests_get_the_answers_of_the_offline_model(names, request):
     runs = {name: request.getfixturevalue(name) for name in names}
     images = [picture(seed, (40 + seed, 30)) for seed in range(12)]
     offline = {name: Offline(run, images) for name, run in runs.items()}
-    with serving(runs, apart=True, max_batch=16) as server, ThreadPoolExecutor(1) as client:
+    with serving(runs, own_process=True, max_batch=16) as server, ThreadPoolExecutor(1) as client:
         url = f"http://127.0.0.1:{server.port}/v1/predict"
         degrees = [row["degree"] for row in server.ask("/v1/degrees").json["degrees"]]
         requests = mixed(list(runs), degrees, images=len(images), requests=48, seed=0)

@@ -20,9 +20,9 @@ from serving import file, form, picture
 
 from tokendial.model.files import WEIGHTS
 from tokendial.runs import Run
-from tokendial.serve.http.server import address_of, bound_socket, exposed
-from tokendial.serve.settings import check_settings, read_keys
-from tokendial.serve.workers.facts import revision_of
+from tokendial.serve.http.server import bind_socket, is_unprotected, server_url
+from tokendial.serve.settings import check_settings, read_api_keys
+from tokendial.serve.workers.catalog import run_revision
 
 CLIENTS = 8
 
@@ -31,7 +31,7 @@ CLIENTS = 8
     ("arguments", "message"),
     [
         (["RUN/nowhere"], "is not the folder of a run: recipe.yaml is missing"),
-        (["a=RUN", "a=RUN"], "runs: a is there twice; say NAME=FOLDER."),
+        (["a=RUN", "a=RUN"], "runs: a is given twice; use NAME=FOLDER."),
         (["=RUN"], "runs: a name has 1 to 100 letters"),
         (["RUN", "--slo-ms", "0"], "slo_ms: Input should be greater than 0, got 0.0."),
         (["RUN", "--port", "70000"], "port: Input should be less than or equal to 65535"),
@@ -57,7 +57,7 @@ def test_a_mistake_is_one_line_and_code_2(cli, pets, tmp_path, arguments, messag
     assert message in err
 
 
-def test_a_key_file_that_all_can_read_is_told(cli, tmp_path):
+def test_a_key_file_that_every_user_can_read_gives_a_warning(cli, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("key")
     keys.chmod(0o644)
@@ -78,22 +78,22 @@ def test_a_missing_package_names_the_extra(cli, pets, monkeypatch):
 
 def test_keys_come_from_a_file_and_the_environment(tmp_path):
     (tmp_path / "keys").write_text("one\n\n  two \n")
-    assert read_keys(tmp_path / "keys", {}) == ("one", "two")
-    assert read_keys(tmp_path / "keys", {"TOKENDIAL_API_KEYS": "two, three"}) == (
+    assert read_api_keys(tmp_path / "keys", {}) == ("one", "two")
+    assert read_api_keys(tmp_path / "keys", {"TOKENDIAL_API_KEYS": "two, three"}) == (
         "one",
         "two",
         "three",
     )
-    assert read_keys(None, {}) == ()
+    assert read_api_keys(None, {}) == ()
     with pytest.raises(ValueError, match="TOKENDIAL_API_KEYS holds no key"):
-        read_keys(None, {"TOKENDIAL_API_KEYS": ","})
+        read_api_keys(None, {"TOKENDIAL_API_KEYS": ","})
     with pytest.raises(ValueError, match="key 2 of .* must be printable ASCII") as caught:
-        read_keys(None, {"TOKENDIAL_API_KEYS": "one,s\xe9cret"})
+        read_api_keys(None, {"TOKENDIAL_API_KEYS": "one,s\xe9cret"})
     assert "cret" not in str(caught.value)
     assert "s3cret" not in repr(check_settings({"api_keys": ("s3cret",)}))
 
 
-def test_a_setting_that_is_not_one_is_told():
+def test_an_unknown_setting_is_an_error():
     with pytest.raises(ValueError, match="slo is not a setting; known are .*slo_ms"):
         check_settings({"slo": 100})
 
@@ -107,11 +107,11 @@ def test_a_setting_that_is_not_one_is_told():
         ("0.0.0.0", ("key",), False),
     ],
 )
-def test_only_what_others_reach_without_a_key_is_exposed(host, keys, expected):
+def test_a_server_is_unprotected_if_others_reach_it_without_a_key(host, keys, expected):
     settings = check_settings({"host": host, "port": 0, "api_keys": keys})
-    with bound_socket(settings) as listener:
-        assert exposed(listener, settings) == expected
-        assert re.fullmatch(r"http://[0-9.]+:[0-9]+", address_of(listener))
+    with bind_socket(settings) as listener:
+        assert is_unprotected(listener, settings) == expected
+        assert re.fullmatch(r"http://[0-9.]+:[0-9]+", server_url(listener))
 
 
 def ask(port: int, *images: bytes) -> tuple[int, str]:
@@ -125,9 +125,9 @@ def ask(port: int, *images: bytes) -> tuple[int, str]:
     return reply.status, text.partition('"revision":"')[2].partition('"')[0]
 
 
-def told(port: int, image: bytes, **options: object) -> tuple[int, Any]:
-    """The status, and what else is told, of one image."""
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+def predict(port: int, image: bytes, **options: object) -> tuple[int, Any]:
+    """Ask for a prediction of one image; return the status and the body."""
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     asked = "&".join(f"{name}={value}" for name, value in options.items())
     client.request("POST", f"/v1/predict?{asked}", image, {"content-type": "image/png"})
     reply = client.getresponse()
@@ -152,14 +152,14 @@ def server(pets, tmp_path):
         process.kill()
 
 
-def test_runs_are_read_anew_and_what_was_accepted_is_answered_at_the_end(server, tmp_path):
+def test_changed_runs_are_reloaded_and_accepted_requests_answered_at_the_end(server, tmp_path):
     (process, port), image = server, file(picture())
     out, err, weights = tmp_path / "stdout", tmp_path / "stderr", tmp_path / "pets/best" / WEIGHTS
     old = ask(port, image)[1]
     good = weights.read_bytes()
     weights.write_bytes(b"broken")
     os.kill(process.pid, signal.SIGHUP)
-    wait_until(lambda: "not reloaded, the old models go on" in err.read_text(), process)
+    wait_until(lambda: "not reloaded, the old models stay" in err.read_text(), process)
     assert ask(port, image) == (200, old)
     seen: set[int] = set()
     for number in range(25):  # the last signal comes after the last change
@@ -169,19 +169,19 @@ def test_runs_are_read_anew_and_what_was_accepted_is_answered_at_the_end(server,
             (tmp_path / "new").replace(weights)
         os.kill(process.pid, signal.SIGHUP)
         time.sleep(0.02)
-    last = revision_of(Run(tmp_path / "pets"))
+    last = run_revision(Run(tmp_path / "pets"))
     wait_until(
         lambda: seen.add(len(model_processes(process.pid))) or ask(port, image)[1] == last, process
     )
     assert last != old
     # Those that serve and those that are loaded; a process that was forked lives on for a moment.
     assert max(seen) <= 5
-    assert out.read_text().count("read anew") <= 3
+    assert out.read_text().count("reloaded: ") < 25 / 2  # signals during one reading are one more
 
     wait_until(lambda: len(model_processes(process.pid)) == 2, process)
     model_processes(process.pid)[-1].suspend()
-    status, said = told(port, image, deadline_ms=500)
-    assert (status, said["error"]["code"]) == (503, "late")
+    status, body = predict(port, image, deadline_ms=500)
+    assert (status, body["error"]["code"]) == (503, "late")
     wait_until(lambda: ask(port, image)[0] == 200, process)
 
     stopped, before, after = threading.Event(), [], []

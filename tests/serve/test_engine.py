@@ -1,4 +1,4 @@
-"""The engine, with its thread and a real clock."""
+"""The engine, with its threads and a clock that the tests move on."""
 
 import threading
 import time
@@ -7,10 +7,29 @@ from concurrent.futures import CancelledError, wait
 import pytest
 from simulation import NAME
 
-from tokendial.serve import Costs, Engine, Refused, Rules, Scheduler
-from tokendial.serve.scheduling.engine import LostError
+from tokendial.serve.scheduling.controller import ControllerRules
+from tokendial.serve.scheduling.cost_model import CostModel
+from tokendial.serve.scheduling.engine import Engine, WorkerLostError
+from tokendial.serve.scheduling.scheduler import RequestRefusedError, Scheduler
 
 DEGREES = (0, 1, 2)
+PATIENCE_S = 60.0
+
+
+def wait_until(happened) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class Clock:
+    """Time that a test moves on."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Model:
@@ -20,18 +39,19 @@ class Model:
         self.free = threading.Event()
         self.free.set()
         self.threads, self.ran = set(), []
-        self.dies = 0
+        self.dies, self.limits = 0, []
 
-    def __call__(self, name, degree, payloads):
+    def __call__(self, name, degree, images, limit_s):
         self.threads.add(threading.get_ident())
-        assert self.free.wait(10)
-        if "bad" in payloads:
+        self.limits.append(limit_s)
+        assert self.free.wait(10 * PATIENCE_S)
+        if "bad" in images:
             raise RuntimeError("this image is not for me")
         if self.dies:
             self.dies -= 1
-            raise LostError("it has ended.")
-        self.ran += payloads
-        return [(name, degree, payload) for payload in payloads]
+            raise WorkerLostError("it has ended.")
+        self.ran += images
+        return [(name, degree, image) for image in images]
 
 
 @pytest.fixture
@@ -40,22 +60,29 @@ def model():
 
 
 @pytest.fixture
-def engine(model):
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def engine(model, clock):
     measured = {(name, d): {1: 0.001, 8: 0.004} for name in (NAME, "cars") for d in DEGREES}
-    scheduler = Scheduler(Costs(measured), Rules(5.0, DEGREES, max_batch=8), max_queue=20)
-    engine = Engine(model, scheduler)
+    scheduler = Scheduler(
+        CostModel(measured), ControllerRules(5.0, DEGREES, max_batch=8), max_queue=20
+    )
+    engine = Engine(model, scheduler, clock=clock)
     engine.start()
     yield engine
     model.free.set()
-    assert engine.drain(10)
+    assert engine.drain(PATIENCE_S)
 
 
-def test_answers_come_in_the_order_of_the_images_and_say_how(engine, model):
+def test_results_have_the_order_of_the_images_and_their_degree(engine, model):
     futures = [
         engine.submit(name, [f"{number}a", f"{number}b"], degree=degree)
         for number, (name, degree) in enumerate([(NAME, 2), ("cars", None), (NAME, None)])
     ]
-    first, second, third = (future.result(10) for future in futures)
+    first, second, third = (future.result(PATIENCE_S) for future in futures)
     assert [answer.output for answer in first] == [(NAME, 2, "0a"), (NAME, 2, "0b")]
     assert [answer.output for answer in second] == [("cars", 0, "1a"), ("cars", 0, "1b")]
     assert [answer.output for answer in third] == [(NAME, 0, "2a"), (NAME, 0, "2b")]
@@ -65,166 +92,171 @@ def test_answers_come_in_the_order_of_the_images_and_say_how(engine, model):
 
 
 def test_images_of_a_request_larger_than_a_batch_are_answered_together(engine):
-    answers = engine.submit(NAME, list(range(20))).result(10)
+    answers = engine.submit(NAME, list(range(20))).result(PATIENCE_S)
     assert [answer.output[2] for answer in answers] == list(range(20))
     assert max(answer.batch for answer in answers) <= 8
 
 
-def test_what_waits_together_runs_together(engine, model):
+def test_waiting_images_run_in_one_batch(engine, model):
     model.free.clear()
     engine.submit(NAME, ["first"])
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     futures = [engine.submit(NAME, [number]) for number in range(6)]
     assert engine.status().queued == 6
     model.free.set()
-    wait(futures, 10)
+    wait(futures, PATIENCE_S)
     assert {future.result()[0].batch for future in futures} == {6}
 
 
 def test_a_full_queue_and_a_deadline_that_cannot_be_made_are_refused_at_once(engine, model):
     model.free.clear()
     engine.submit(NAME, ["first"])
-    with pytest.raises(Refused, match="left") as late:
+    with pytest.raises(RequestRefusedError, match="left") as late:
         engine.submit(NAME, ["hasty"], within_s=1e-4)
     assert late.value.reason == "late"
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     engine.submit(NAME, list(range(20)))
-    with pytest.raises(Refused, match="at most 20 may wait") as full:
+    with pytest.raises(RequestRefusedError, match="at most 20 may wait") as full:
         engine.submit(NAME, ["one more"])
     assert full.value.reason == "full"
     assert full.value.retry_after_s > 0
     assert engine.status().refused == {"late": 1, "full": 1}
 
 
-def test_what_would_be_refused_is_told_before_it_is_prepared(engine):
+def test_check_refuses_what_submit_would_refuse(engine):
     engine.check(NAME, 20, within_s=1.0)
-    with pytest.raises(Refused, match="at most 20 may wait"):
+    with pytest.raises(RequestRefusedError, match="at most 20 may wait"):
         engine.check(NAME, 1, ahead=200)
     engine.check(NAME, 1, within_s=0.006, ahead=2)
-    with pytest.raises(Refused, match="left"):
+    with pytest.raises(RequestRefusedError, match="left"):
         engine.check(NAME, 1, within_s=0.006, ahead=19)
     assert engine.status().refused == {"full": 1, "late": 1}
     assert engine.status().queued == 0
 
 
-def test_what_a_batch_takes_is_told(engine):
+def test_the_expected_time_of_a_batch_is_known(engine):
     assert engine.seconds(NAME, 0) == pytest.approx(0.001)
     assert engine.seconds("cars", 2, 8) == pytest.approx(0.004)
 
 
-def test_a_promise_that_cannot_be_kept_is_taken_back(engine, model):
+def test_an_accepted_request_is_refused_when_the_machine_is_too_slow(engine, model, clock):
     model.free.clear()
     engine.submit(NAME, ["first"])
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     future = engine.submit(NAME, ["second"], within_s=0.05)
-    time.sleep(0.1)  # the machine takes far longer for the first one than was measured
+    clock.now += 0.1  # the machine takes far longer for the first one than was measured
     model.free.set()
-    with pytest.raises(Refused, match="longer than expected"):
-        future.result(10)
+    with pytest.raises(RequestRefusedError, match="longer than expected"):
+        future.result(PATIENCE_S)
     assert "second" not in model.ran
+
+
+def test_a_batch_counts_as_stuck_after_ten_times_its_upper_bound(model):
+    for seconds, limit_s in ((0.001, 2.0), (1.0, 12.0)):  # the upper bound is 1.2 s
+        costs = CostModel({(NAME, 0): {1: seconds}})
+        engine = Engine(model, Scheduler(costs, ControllerRules(60.0, (0,))))
+        engine.start()
+        engine.submit(NAME, ["image"]).result(PATIENCE_S)
+        assert engine.drain(PATIENCE_S)
+        assert model.limits.pop() == pytest.approx(limit_s, rel=0.01)
 
 
 def test_cancelled_requests_do_not_run(engine, model):
     model.free.clear()
     engine.submit(NAME, ["first"])
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     leaves = engine.submit(NAME, ["leaves"])
     stays = engine.submit(NAME, ["stays"])
     assert leaves.cancel()
     model.free.set()
-    stays.result(10)
+    stays.result(PATIENCE_S)
     with pytest.raises(CancelledError):
-        leaves.result(10)
+        leaves.result(PATIENCE_S)
     assert model.ran == ["first", "stays"]
 
 
-def test_a_batch_that_fails_is_told_and_the_next_one_runs(engine, caplog):
+def test_a_failed_batch_raises_its_error_and_the_next_one_runs(engine, caplog):
     with pytest.raises(RuntimeError, match="not for me"):
-        engine.submit(NAME, ["good", "bad"]).result(10)
-    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+        engine.submit(NAME, ["good", "bad"]).result(PATIENCE_S)
+    assert engine.submit(NAME, ["good"]).result(PATIENCE_S)[0].output == (NAME, 0, "good")
     assert "a batch of 2 images failed" in caplog.text
 
 
-def test_deadlines_hold_though_a_batch_does_not_end(engine, model):
+def test_deadlines_hold_though_a_batch_does_not_end(engine, model, clock):
     model.free.clear()
     runs = engine.submit(NAME, ["runs"], within_s=0.3)
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     waits = engine.submit(NAME, ["waits"], within_s=0.5)
+    clock.now += 0.6
     for future in (runs, waits):
-        with pytest.raises(Refused, match="longer than expected") as refused:
-            future.result(5)
+        with pytest.raises(RequestRefusedError, match="longer than expected") as refused:
+            future.result(PATIENCE_S)
         assert refused.value.reason == "late"
     patient = engine.submit(NAME, ["patient"], within_s=60.0)
     model.free.set()
-    assert patient.result(10)[0].output == (NAME, 0, "patient")
+    assert patient.result(PATIENCE_S)[0].output == (NAME, 0, "patient")
     assert "waits" not in model.ran
     assert engine.status().refused == {"late": 2}
 
 
-def test_a_batch_is_tried_again_when_what_runs_it_is_lost_but_not_for_ever(engine, model):
+def test_a_batch_runs_a_second_time_when_its_process_is_lost(engine, model):
     model.dies = 1
-    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+    assert engine.submit(NAME, ["good"]).result(PATIENCE_S)[0].output == (NAME, 0, "good")
     model.dies = 2
-    with pytest.raises(Refused, match="again with another try") as refused:
-        engine.submit(NAME, ["deadly"]).result(10)
+    with pytest.raises(RequestRefusedError, match="again at a second attempt") as refused:
+        engine.submit(NAME, ["deadly"]).result(PATIENCE_S)
     assert refused.value.reason == "lost"
     assert model.dies == 0
-    assert engine.submit(NAME, ["good"]).result(10)[0].output == (NAME, 0, "good")
+    assert engine.submit(NAME, ["good"]).result(PATIENCE_S)[0].output == (NAME, 0, "good")
     assert engine.status().refused == {"lost": 1}
 
 
-def test_a_batch_that_nobody_waits_for_is_not_tried_again(engine, model):
+def test_a_cancelled_batch_does_not_run_a_second_time(engine, model):
     model.free.clear()
     model.dies = 2
     leaves = engine.submit(NAME, ["leaves"])
-    while not engine.status().running:
-        time.sleep(0.001)
+    wait_until(lambda: engine.status().running)
     leaves.cancel()
     model.free.set()
-    until = time.monotonic() + 10
-    while engine.status().running and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_until(lambda: not engine.status().running)
     assert model.dies == 1
 
 
-def test_it_is_ready_while_there_is_something_to_run_batches(model):
+def test_the_engine_is_ready_while_there_is_a_model_process(model):
     missing = [0.0]
-    scheduler = Scheduler(Costs({(NAME, 0): {1: 0.001}}), Rules(5.0, (0,)))
+    scheduler = Scheduler(CostModel({(NAME, 0): {1: 0.001}}), ControllerRules(5.0, (0,)))
     engine = Engine(model, scheduler, missing_s=lambda: missing[0])
-    assert (engine.ready, engine.useful) == (False, False)
+    assert (engine.ready, engine.healthy) == (False, False)
     engine.start()
-    assert (engine.ready, engine.useful) == (True, True)
+    assert (engine.ready, engine.healthy) == (True, True)
     missing[0] = 0.5
-    assert (engine.ready, engine.useful) == (False, True)
+    assert (engine.ready, engine.healthy) == (False, True)
     missing[0] = 100.0
-    assert (engine.ready, engine.useful) == (False, False)
-    assert engine.drain(10)
+    assert (engine.ready, engine.healthy) == (False, False)
+    assert engine.drain(PATIENCE_S)
     missing[0] = 0.0
-    assert (engine.ready, engine.useful) == (False, True)
+    assert (engine.ready, engine.healthy) == (False, True)
 
 
-def test_work_is_done_between_batches(engine, model):
-    assert engine.call(threading.get_ident).result(10) not in (None, threading.get_ident())
+def test_functions_are_called_between_batches(engine, model):
+    assert engine.call_between_batches(threading.get_ident).result(PATIENCE_S) not in (
+        None,
+        threading.get_ident(),
+    )
     with pytest.raises(ZeroDivisionError):
-        engine.call(lambda: 1 / 0).result(10)
+        engine.call_between_batches(lambda: 1 / 0).result(PATIENCE_S)
     assert engine.alive
 
 
-def test_draining_answers_what_was_taken_in_and_refuses_the_rest(engine, model):
+def test_draining_answers_admitted_requests_and_refuses_new_ones(engine, model):
     model.free.clear()
     futures = [engine.submit(NAME, [number]) for number in range(10)]
     ended = []
-    draining = threading.Thread(target=lambda: ended.append(engine.drain(10)))
+    draining = threading.Thread(target=lambda: ended.append(engine.drain(PATIENCE_S)))
     draining.start()
-    while not engine.draining:
-        time.sleep(0.001)
-    for ask in (lambda: engine.submit(NAME, ["late"]), lambda: engine.call(int)):
-        with pytest.raises(Refused) as refused:
+    wait_until(lambda: engine.draining)
+    for ask in (lambda: engine.submit(NAME, ["late"]), lambda: engine.call_between_batches(int)):
+        with pytest.raises(RequestRefusedError) as refused:
             ask()
         assert refused.value.reason == "draining"
     model.free.set()
@@ -234,15 +266,15 @@ def test_draining_answers_what_was_taken_in_and_refuses_the_rest(engine, model):
     assert not engine.alive
 
 
-def test_those_who_watch_see_every_batch(model):
+def test_every_batch_is_reported(model):
     seen = []
     engine = Engine(
         model,
-        Scheduler(Costs({(NAME, 0): {1: 0.001}}), Rules(5.0, (0,))),
+        Scheduler(CostModel({(NAME, 0): {1: 0.001}}), ControllerRules(5.0, (0,))),
         on_batch=seen.append,
     )
     engine.start()
-    wait([engine.submit(NAME, [number]) for number in range(30)], 10)
-    assert engine.drain(10)
+    wait([engine.submit(NAME, [number]) for number in range(30)], PATIENCE_S)
+    assert engine.drain(PATIENCE_S)
     assert sum(batch.images for batch in seen) == 30
     assert all(len(batch.waited_s) == batch.images and batch.degree == 0 for batch in seen)

@@ -38,7 +38,7 @@ def server(pets):
     assert mistaken >= 300
 
 
-def test_whatever_the_description_lets_one_think_of(server):
+def test_requests_generated_from_the_openapi_description(server):
     schema = schemathesis.openapi.from_dict(server.ask("/openapi.json").json)
     schema.config.update(base_url=f"http://127.0.0.1:{server.port}")
     operations = [found.ok() for found in schema.get_all_operations()]

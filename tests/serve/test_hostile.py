@@ -4,19 +4,24 @@ import asyncio
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import uvicorn
 from PIL import Image
-from serving import file, picture, serving, text
+from serving import decoders, file, picture, serving, text, until
+from slow_transform import wait_if_large
 from uvicorn.server import ServerState
 
 from benchmarks import hostile
 from benchmarks.attacks import ATTACKS
 from benchmarks.server import Server
-from tokendial.serve.http.server import patient_protocol
-from tokendial.serve.http.uploads import file_of
+from tokendial.serve.http import uploads
+from tokendial.serve.http.server import limited_protocol
+from tokendial.serve.workers.decoder import decode_base64
 
 JSON = "application/json"
 MB = 1_000_000
@@ -44,12 +49,19 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_json_is_refused_before_its_values_are_made(server, name):
-    before = server.lag_s()
-    reply = server.ask("/v1/predict", BODIES[name], JSON)
+def test_json_is_refused_before_its_values_are_made(server, monkeypatch, name):
+    """Nothing but a short rest of the body is parsed. What is parsed is counted, not timed."""
+    parsed: list[int] = []
+
+    def loads(text: bytes) -> object:
+        parsed.append(len(text))
+        return json.loads(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads, "json", SimpleNamespace(loads=loads))
+        reply = server.ask("/v1/predict", BODIES[name], JSON)
     assert 400 <= reply.status < 500
-    # One value made of each would take seconds; the machine of the tests may be busy.
-    assert server.lag_s() < max(0.5, 2 * before)
+    assert sum(parsed) < 20_000
 
 
 def test_many_query_parameters_are_refused(server):
@@ -64,7 +76,7 @@ def test_text_of_images_is_read_as_json_writes_it(server):
     escaped = body.replace(b"/", b"\\/").replace(b"A", b"\\u0041")
     answer = server.ask("/v1/predict", body, kind).json["predictions"][0]["classes"]
     assert server.ask("/v1/predict", escaped, kind).json["predictions"][0]["classes"] == answer
-    assert file_of(escaped.split(b'"')[3], "it") == file(picture())
+    assert decode_base64(escaped.split(b'"')[3], "it") == file(picture())
 
 
 class Wire(asyncio.Transport):
@@ -103,7 +115,7 @@ def test_tiny_chunks_leave_others_their_turn():
         await send({"type": "http.response.body"})
 
     async def turns_of_the_loop() -> int:
-        config = uvicorn.Config(application, http=patient_protocol(timeout_s=60, most=9))
+        config = uvicorn.Config(application, http=limited_protocol(timeout_s=60, max_connections=9))
         config.load()
         protocol = config.http_protocol_class(config, ServerState(), {})
         protocol.connection_made(Wire())
@@ -131,40 +143,53 @@ def narrow(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("width", "height"), [(4, 400_000), (400_000, 4), (1, 1_000_000)])
-def test_narrow_images_are_as_good_as_others(server, width, height):
+def test_narrow_images_are_answered(server, width, height):
     assert server.predict(narrow(width, height)).status == 200
 
 
-def test_what_takes_too_long_to_open_is_given_up_and_others_are_answered(pets):
+def test_images_that_take_too_long_to_open_are_given_up(pets):
     bombs = 3 * [gif_with_comments(9 * MB)]
-    with serving({"pets": pets}, max_decode_s=0.5, timeout_s=60) as server:
-        server.predict(file(picture()))
+    with serving({"pets": pets}, max_decode_s=0.5, timeout_s=600) as server:
         with ThreadPoolExecutor(3) as pool:
-            query = "?deadline_ms=60000"
+            query = "?deadline_ms=600000"
             asked = [pool.submit(server.predict, bomb, query=query) for bomb in bombs]
-            answered = 0
-            while not all(each.done() for each in asked):
-                assert server.predict(file(picture())).status == 200
-                answered += 1
-        assert answered >= 2
         for each in asked:
             reply = each.result()
             assert (reply.status, reply.error["code"]) == (413, "too_costly")
             assert reply.error["field"] == "images[0]"
+        assert server.predict(file(picture())).status == 200
+
+
+def test_large_images_leave_one_decoder_to_others(pets, tmp_path):
+    """Large images are held in their decoders until a small one is answered.
+
+    It would hang, and fail, if every decoder took large images.
+    """
+    large = file(Image.new("RGB", (1200, 1000)))
+    with serving({"pets": pets}) as server, ThreadPoolExecutor(3) as pool:
+        models = server.served.supervisor.catalog.models
+        waiting = partial(wait_if_large, tmp_path / "go", models["pets"].transform)
+        models["pets"] = replace(models["pets"], transform=waiting)
+        asked = [pool.submit(server.predict, large) for _ in range(3)]
+        until(lambda: decoders().ahead == 0 and len(list(tmp_path.glob("held-*"))) == 2)
+        assert server.predict(file(picture())).status == 200
+        assert not any(each.done() for each in asked)
+        (tmp_path / "go").touch()
+        assert [each.result().status for each in asked] == [200] * 3
 
 
 @pytest.mark.parametrize("with_their_parent", [False, True])
-def test_decoders_that_are_killed_come_again(server, with_their_parent):
+def test_killed_decoders_are_replaced(server, with_their_parent):
     parent = server.decoders
     killed = [*parent.children(), *[parent][:with_their_parent]]
     for each in reversed(killed):
         each.kill()
-    gone, _ = psutil.wait_procs(killed, timeout=10)
+    gone, _ = psutil.wait_procs(killed, timeout=60)
     assert len(gone) == len(killed)
     assert server.predict(file(picture())).status == 200
 
 
-def test_the_benchmark_tells_what_others_notice(server, monkeypatch):
+def test_the_hostile_benchmark_measures_honest_clients(server, monkeypatch):
     monkeypatch.setattr(hostile, "_SETTLE_S", 1.1)
     attack = next(each for each in ATTACKS if "numbers" in each.name)
     body, _ = text(file(picture()))

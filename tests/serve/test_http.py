@@ -1,4 +1,4 @@
-"""The server over HTTP: answers are the offline model's, and mistakes are told in one form."""
+"""The server over HTTP: its answers equal the offline model's, and all errors have one form."""
 
 import io
 import zlib
@@ -14,7 +14,7 @@ from served_runs import write_run
 from serving import file, form, picture, serving, text
 
 from tokendial.runs.predict import predict
-from tokendial.serve.workers.facts import Facts
+from tokendial.serve.workers.catalog import ModelCatalog
 
 PNG, JSON, FORM = "image/png", "application/json", "multipart/form-data; boundary=x"
 
@@ -34,7 +34,7 @@ def offline(run, image: Image.Image, degree: int) -> dict[str, float]:
     return dict(zip(run.classes(), probabilities.tolist(), strict=True))
 
 
-def told(prediction: dict) -> dict[str, float]:
+def probabilities(prediction: dict) -> dict[str, float]:
     return {found["name"]: found["probability"] for found in prediction["classes"]}
 
 
@@ -42,9 +42,11 @@ def test_a_raw_image_gets_the_answer_of_the_offline_model(server, pets):
     reply = server.ask("/v1/predict", file(picture()), PNG)
     assert reply.status == 200, reply.body
     (prediction,) = reply.json["predictions"]
-    assert told(prediction) == pytest.approx(offline(pets, picture(), prediction["degree"]))
-    probabilities = list(told(prediction).values())
-    assert probabilities == sorted(probabilities, reverse=True)
+    assert probabilities(prediction) == pytest.approx(
+        offline(pets, picture(), prediction["degree"])
+    )
+    values = list(probabilities(prediction).values())
+    assert values == sorted(values, reverse=True)
     assert reply.json["model"] == "pets"
     assert prediction["batch"] == 1
     assert prediction["compute_ms"] > 0
@@ -66,7 +68,7 @@ def test_images_of_twelve_bits_are_read_with_the_range_of_the_run(tmp_path):
     assert dict(zip(answer.classes, answer.probabilities, strict=True)) == pytest.approx(expected)
     with serving({"run": run}) as server:
         reply = server.ask("/v1/predict?degree=0", deep, PNG)
-    assert told(reply.json["predictions"][0]) == pytest.approx(expected)
+    assert probabilities(reply.json["predictions"][0]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("degree", [0, 3])
@@ -81,7 +83,7 @@ def test_several_images_are_answered_in_their_order(server, cars, send, degree):
     assert reply.status == 200, reply.body
     for prediction, image in zip(reply.json["predictions"], images, strict=True):
         assert prediction["degree"] == degree
-        assert told(prediction) == pytest.approx(offline(cars, image, degree), abs=1e-5)
+        assert probabilities(prediction) == pytest.approx(offline(cars, image, degree), abs=1e-5)
 
 
 def test_a_mask_has_the_size_of_its_image(masks):
@@ -96,7 +98,7 @@ def test_a_mask_has_the_size_of_its_image(masks):
         assert prediction["share"] == pytest.approx((np.asarray(mask) > 127).mean())
 
 
-def test_what_is_served_is_told(server, cars):
+def test_the_models_are_listed(server, cars):
     models = server.ask("/v1/models").json["models"]
     assert [(model["name"], model["default"]) for model in models] == [
         ("pets", True),
@@ -109,7 +111,7 @@ def test_what_is_served_is_told(server, cars):
     )
 
 
-def test_the_dial_is_told(server, pets):
+def test_the_degrees_are_listed(server, pets):
     reply = server.ask("/v1/degrees?model=pets").json
     model = pets.model()
     assert [row["degree"] for row in reply["degrees"]] == list(model.degrees)
@@ -121,7 +123,7 @@ def test_the_dial_is_told(server, pets):
 def test_the_best_degree_is_the_most_accurate_one(server, monkeypatch):
     for accuracies, best in (({}, 0), ({0: 0.7, 1: 0.9, 2: 0.8}, 1)):
         monkeypatch.setattr(
-            Facts,
+            ModelCatalog,
             "accuracy",
             lambda self, name, degree, of=accuracies: of.get(degree),
         )
@@ -130,9 +132,9 @@ def test_the_best_degree_is_the_most_accurate_one(server, monkeypatch):
 
 
 def test_as_many_classes_as_are_asked_for(server):
-    for asked, told in ((2, 2), (9, 3)):  # the model has three
+    for asked, returned in ((2, 2), (9, 3)):  # the model has three
         reply = server.predict(file(picture()), query=f"?top={asked}")
-        assert len(reply.json["predictions"][0]["classes"]) == told
+        assert len(reply.json["predictions"][0]["classes"]) == returned
 
 
 def cut(image: bytes) -> bytes:
@@ -212,7 +214,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_by_its_code_and_field(server, name):
+def test_a_wrong_request_gets_its_status_code_and_field(server, name):
     request, status, code, field = MISTAKES[name]
     reply = server.ask("/v1/predict", *request)
     assert (reply.status, reply.error["code"], reply.error["field"]) == (status, code, field)
@@ -232,7 +234,7 @@ def test_a_mistake_is_told_by_its_code_and_field(server, name):
         ("model=dogs", 404, "model"),
     ],
 )
-def test_a_mistake_in_the_query_is_told_too(server, query, status, field):
+def test_a_wrong_query_parameter_is_named(server, query, status, field):
     reply = server.ask(f"/v1/predict?{query}", file(picture()), PNG)
     assert (reply.status, reply.error["field"]) == (status, field)
 
@@ -259,7 +261,7 @@ def test_the_description_needs_no_other_machine(server):
 
 
 @pytest.mark.parametrize("where", ["prepare", "run"])
-def test_a_failure_of_ours_is_logged_and_not_told(server, monkeypatch, caplog, where):
+def test_a_failure_of_the_server_is_logged_and_not_shown(server, monkeypatch, caplog, where):
     def fails(*_):
         raise RuntimeError("secret")
 
@@ -267,7 +269,7 @@ def test_a_failure_of_ours_is_logged_and_not_told(server, monkeypatch, caplog, w
         if where == "run":
             patch.setattr(server.engine, "_run", fails)
         else:
-            tasks = server.served.facts.tasks
+            tasks = server.served.supervisor.catalog.models
             patch.setitem(tasks, "pets", replace(tasks["pets"], transform=attrgetter("secret")))
         reply = server.predict(file(picture()))
     assert (reply.status, reply.error["code"]) == (500, "internal")
@@ -276,7 +278,7 @@ def test_a_failure_of_ours_is_logged_and_not_told(server, monkeypatch, caplog, w
     assert "secret" in caplog.text
 
 
-def test_the_last_minute_is_told(server):
+def test_the_live_numbers_are_consistent(server):
     server.predict(file(picture()), file(picture(1)))
     live = server.ask("/v1/live").json
     assert live["answered"] >= 2
@@ -284,7 +286,7 @@ def test_the_last_minute_is_told(server):
     assert live["refused"].keys() == {"full", "late", "lost", "draining"}
 
 
-def test_prometheus_reads_everything(server):
+def test_the_metrics_are_complete(server):
     server.predict(file(picture()), query="?degree=3")
     reply = server.ask("/metrics")
     lines = dict(line.rsplit(" ", 1) for line in reply.body.decode().splitlines() if line[0] != "#")

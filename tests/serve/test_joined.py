@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tokendial.serve.http.metrics import Joined
+from tokendial.serve.ray.metrics import JoinedMetrics
 
 
 def page(requests: int, *seconds: float) -> str:
@@ -15,8 +15,8 @@ def page(requests: int, *seconds: float) -> str:
     return generate_latest(registry).decode()
 
 
-def test_each_number_is_told_for_each_server():
-    text = Joined({"a": page(3, 0.05, 0.5), "b": page(4)}).text().decode()
+def test_every_number_has_the_label_of_its_replica():
+    text = JoinedMetrics({"a": page(3, 0.05, 0.5), "b": page(4)}).text().decode()
     found = {family.name: family for family in text_string_to_metric_families(text)}
     assert found["asked"].type == "counter"
     assert found["latency"].type == "histogram"

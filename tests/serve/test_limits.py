@@ -14,12 +14,22 @@ PNG = "image/png"
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 
 
+LIMITS = {"max_bytes": 20_000, "max_connections": 8, "max_queue": 2}
+KEYS = ("first-key", "second")
+
+
 @pytest.fixture(scope="module")
 def server(pets):
-    """One that has no time, no room and no patience."""
-    limits = {"max_bytes": 20_000, "timeout_s": 0.5, "max_connections": 8, "max_queue": 2}
-    with serving({"pets": pets}, api_keys=("first-key", "second"), **limits) as s:
-        yield s
+    """A server with little room."""
+    with serving({"pets": pets}, api_keys=KEYS, timeout_s=60, **LIMITS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def impatient(pets):
+    """A server that gives clients little time. It is asked nothing that must be answered."""
+    with serving({"pets": pets}, api_keys=KEYS, timeout_s=0.5, **LIMITS) as running:
+        yield running
 
 
 KEY = {"authorization": "Bearer second"}
@@ -70,21 +80,21 @@ def test_too_many_bytes_of_unknown_length_are_refused(server, wrap):
     assert (reply.status, reply.error["code"]) == (413, "too_large")
 
 
-def test_a_body_that_drips_in_is_given_up(server):
+def test_a_body_that_drips_in_is_given_up(impatient):
     head = HEAD + b"X-API-Key: second\r\nContent-Length: 9\r\n\r\n1"
-    reply = everything(server.connect(head))
+    reply = everything(impatient.connect(head))
     assert reply.startswith(b"HTTP/1.1 408 ")
     assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "timeout"
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HT", HEAD])
-def test_a_connection_that_asks_nothing_is_closed(server, sent):
-    assert everything(server.connect(sent)) == b""
+def test_a_connection_that_asks_nothing_is_closed(impatient, sent):
+    assert everything(impatient.connect(sent)) == b""
 
 
-def test_a_connection_that_goes_on_sending_what_was_refused_is_closed(server):
+def test_a_connection_that_goes_on_sending_what_was_refused_is_closed(impatient):
     head = HEAD + b"X-API-Key: second\r\nContent-Length: 1000000\r\n\r\n"
-    with server.connect(head) as connection:
+    with impatient.connect(head) as connection:
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
         with suppress(OSError):  # reset, or broken pipe
             while True:
@@ -97,7 +107,7 @@ def test_a_head_that_is_too_large_is_refused(server):
     assert reply.startswith(b"HTTP/1.1 400 ")
 
 
-def test_more_requests_than_allowed_are_told_to_come_later(server):
+def test_too_many_concurrent_requests_are_refused(server):
     head = HEAD + b"X-API-Key: second\r\nContent-Length: 9\r\n\r\n1"
     with ExitStack() as closing:
         for _ in range(8):
@@ -115,13 +125,21 @@ PAGES = 500 * b"GET /page/page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize("sent", [b"", PAGES], ids=["nothing", "pages that are never read"])
-def test_connections_without_a_prediction_keep_nobody_out_and_are_closed(server, sent):
+def test_connections_without_a_prediction_keep_nobody_out(server, sent):
     with ExitStack() as closing:
         for _ in range(18):
             closing.enter_context(server.connect(sent))
         assert server.ask("/v1/predict", file(picture()), PNG, **KEY).status == 200
         assert len(server.server.server_state.connections) <= 17  # two for each request, and ours
-        until(lambda: not server.server.server_state.connections)
+    until(lambda: not server.server.server_state.connections)
+
+
+def test_a_connection_that_does_not_read_its_answers_is_closed(impatient):
+    state = impatient.server.server_state
+    before = state.total_requests
+    with impatient.connect(PAGES):
+        until(lambda: state.total_requests > before)
+        until(lambda: not state.connections)
 
 
 def test_bytes_of_requests_are_bounded_together(pets):
@@ -135,7 +153,7 @@ def test_bytes_of_requests_are_bounded_together(pets):
         until(lambda: server.ask("/v1/predict", bytes(16_000), PNG).status == 422)
 
 
-def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(server):
     reply = server.ask("/v1/predict?deadline_ms=0.001", file(picture()), PNG, **KEY)
     assert (reply.status, reply.error["code"]) == (503, "late")
     assert int(reply.headers["retry-after"]) >= 1
@@ -143,30 +161,32 @@ def test_a_deadline_that_cannot_be_made_is_told_at_once(server):
 
 def slow(server, seconds: float) -> None:
     """Let images take that long to decode."""
-    tasks = server.served.facts.tasks
-    transform = partial(after, seconds, tasks["pets"].transform)
-    tasks["pets"] = replace(tasks["pets"], transform=transform)
+    models = server.served.supervisor.catalog.models
+    transform = partial(after, seconds, models["pets"].transform)
+    models["pets"] = replace(models["pets"], transform=transform)
 
 
 def test_large_images_are_given_the_time_to_decode_unless_the_client_has_none(pets):
-    with serving({"pets": pets}, slo_ms=700) as server:
+    # 2.8 s are longer than the engine's part of the objective, and what is left is long enough for
+    # a busy machine.
+    with serving({"pets": pets}, slo_ms=3000) as server:
         until(lambda: server.predict(file(picture())).status == 200)  # decoders have started
-        slow(server, 0.8)
+        slow(server, 2.8)
         for _ in range(2):  # however often: what large ones took is not held against others
             assert server.predict(file(picture())).status == 200
-        reply = server.predict(file(picture()), query="?deadline_ms=700")
+        reply = server.predict(file(picture()), query="?deadline_ms=2500")
         assert (reply.status, reply.error["code"]) == (503, "late")
         assert "decoded" in reply.error["message"]
 
 
-def test_more_images_than_may_wait_are_told_to_come_later(server):
+def test_too_many_waiting_images_are_refused(server):
     reply = server.ask("/v1/predict", *form(*3 * [file(picture())]), **KEY)
     assert (reply.status, reply.error["code"]) == (429, "full")
     assert int(reply.headers["retry-after"]) >= 1
     assert server.ask("/v1/live", **KEY).json["refused"]["full"] >= 3
 
 
-def test_what_nobody_waits_for_is_taken_out_of_the_queue(server):
+def test_images_of_a_client_that_left_are_removed_from_the_queue(server):
     image = file(picture())
     head = HEAD + b"X-API-Key: second\r\nContent-Length: %d\r\n\r\n" % len(image)
     with server.busy():

@@ -28,7 +28,7 @@ from ray.serve.schema import ServeDeploySchema
 from serving import Reply, file, form, picture
 from starlette.requests import Request
 
-from tokendial.serve.ray.on_ray import Deployed, Front, app, replicas_needed
+from tokendial.serve.ray.deployment import Front, RayDeployment, app, needed_replicas
 
 ROOT = Path(__file__).parents[2]
 ANSWER = (200, [(b"x-from", b"replica")], b"done")
@@ -64,9 +64,9 @@ def cluster(pets, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = tmp_path_factory.mktemp("ray")
-    told = ("--port", port, "--slo-ms", 60_000, "--max-batch", 4, "--max-bytes", 100_000)
+    options = ("--port", port, "--slo-ms", 60_000, "--max-batch", 4, "--max-bytes", 100_000)
     log = out / "stdout"
-    process = start(out, "serve", f"pets={pets.folder}", "--ray", "--replicas", 2, *told)
+    process = start(out, "serve", f"pets={pets.folder}", "--ray", "--replicas", 2, *options)
     try:
         wait_until(lambda: log.exists() and "serving pets" in log.read_text(), process)
         yield Cluster(process, port)
@@ -84,7 +84,7 @@ def offline(run, image: Image.Image, degree: int) -> dict[str, float]:
     return dict(zip(run.classes(), model(seen)[0].softmax(0).tolist(), strict=True))
 
 
-def told(prediction: dict[str, Any]) -> dict[str, float]:
+def probabilities(prediction: dict[str, Any]) -> dict[str, float]:
     return {found["name"]: found["probability"] for found in prediction["classes"]}
 
 
@@ -95,7 +95,7 @@ def test_the_api_is_that_of_one_process(cluster, pets):
     assert reply.status == 200, reply.body
     for prediction, image in zip(reply.json["predictions"], images, strict=True):
         assert prediction["degree"] == 2
-        assert told(prediction) == pytest.approx(offline(pets, image, 2), abs=1e-5)
+        assert probabilities(prediction) == pytest.approx(offline(pets, image, 2), abs=1e-5)
     assert [model["name"] for model in cluster.ask("/v1/models").json["models"]] == ["pets"]
     assert cluster.ask("/v1/predict", b"no image", "image/png").error["code"] == "not_an_image"
     assert cluster.ask("/v1/predict", bytes(200_000), "image/png").error["code"] == "too_large"
@@ -143,7 +143,7 @@ def test_no_request_is_lost_with_a_replica(cluster):
     for number, reply in after:
         assert reply.status == 200, reply.body
         expected, got = alone[number]["predictions"][0], reply.json["predictions"][0]
-        assert told(got) == pytest.approx(told(expected), abs=1e-5)
+        assert probabilities(got) == pytest.approx(probabilities(expected), abs=1e-5)
     wait_until(lambda: len(cluster.replicas()) == 2, cluster.process)
     assert victim.pid not in [replica.pid for replica in cluster.replicas()]
 
@@ -192,7 +192,7 @@ def test_a_request_is_passed_on_whole_and_answered_as_it_was():
     assert held_s >= 0
 
 
-def test_another_replica_is_asked_when_one_dies_and_told_how_long_it_took():
+def test_another_replica_gets_the_request_and_the_lost_time_when_one_dies():
     replicas = Replicas(dies, lambda: ANSWER)
     assert fronted(replicas, b"").status_code == 200
     assert replicas.calls[1][2] > replicas.calls[0][2]
@@ -207,13 +207,13 @@ def test_a_request_may_not_kill_replica_after_replica():
     assert len(replicas.calls) == 2
 
 
-def test_no_more_is_held_than_shows_that_it_is_too_large():
+def test_a_too_large_body_is_not_kept_whole():
     replicas = Replicas(lambda: ANSWER)
     fronted(replicas, *[b"12345"] * 100, b"", max_bytes=10)
     assert len(replicas.calls[0][1]) == 15
 
 
-def test_a_request_that_never_ends_is_not_waited_for():
+def test_a_request_that_never_ends_is_refused():
     assert fronted(Replicas(), b"im", timeout_s=0.05).status_code == 408
 
 
@@ -230,8 +230,8 @@ def seen(*loads: float) -> Any:
     ("loads", "replicas"),
     [((0.0, 0.0), 1), ((0.6, 0.6), 2), ((1.5, 1.3), 4), ((9.0,), 8), ((float("inf"),), 8), ((), 3)],
 )
-def test_there_are_replicas_to_bear_the_load_at_home(loads, replicas):
-    assert replicas_needed(seen(*loads))[0] == replicas
+def test_there_are_enough_replicas_for_the_home_degree(loads, replicas):
+    assert needed_replicas(seen(*loads))[0] == replicas
 
 
 def test_the_config_file_of_the_docs_can_be_deployed():
@@ -241,4 +241,4 @@ def test_the_config_file_of_the_docs_can_be_deployed():
     module, _, name = application.import_path.partition(":")
     build = getattr(importlib.import_module(module), name)
     assert build is app
-    assert isinstance(build(Deployed.model_validate(application.args)), Application)
+    assert isinstance(build(RayDeployment.model_validate(application.args)), Application)

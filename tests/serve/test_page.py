@@ -62,7 +62,7 @@ class Watched:
 
     def colour(self, x: float, y: float) -> list[int]:
         """Of a point on the canvas of the dial's degree, its place told as shares of the sides."""
-        return self.find("figure.turned canvas").evaluate(
+        return self.find("figure.reduced canvas").evaluate(
             "(canvas, [x, y]) => [...canvas.getContext('2d')"
             ".getImageData(x * canvas.width, y * canvas.height, 1, 1).data]",
             [x, y],
@@ -70,7 +70,7 @@ class Watched:
 
     def cost(self) -> float:
         """In GMACs, at the dial's degree."""
-        text = self.find("article.turned dl").get_by_text("GMACs").text_content()
+        text = self.find("article.reduced dl").get_by_text("GMACs").text_content()
         return float(text.partition(" ")[0])
 
     def asked(self, part: str) -> int:
@@ -115,7 +115,7 @@ def page(browser, server):
 
 def shown(page: Watched, degree: int) -> None:
     """Wait until the answer at a degree is there."""
-    expect(page.find("figure.turned figcaption")).to_have_text(f"Degree {degree}")
+    expect(page.find("figure.reduced figcaption")).to_have_text(f"Degree {degree}")
     expect(page.find("#result")).to_have_attribute("aria-busy", "false")
 
 
@@ -124,7 +124,7 @@ def test_an_image_is_predicted_and_its_tokens_are_drawn(page, server):
     shown(page, 0)
     reply = server.predict(file(picture()), query="?degree=0").json["predictions"][0]
     best = reply["classes"][0]
-    for side in ("turned", "full"):
+    for side in ("reduced", "full"):
         first = page.find(f"article.{side} .classes li").first
         expect(first).to_have_text(f"{best['name']}{100 * best['probability']:.0f} %")
         expect(page.find(f"figure.{side} .count")).to_have_text("17 tokens 16 patches alone")
@@ -132,7 +132,7 @@ def test_an_image_is_predicted_and_its_tokens_are_drawn(page, server):
     assert page.tokens() == [17, 17, 17]
 
 
-def test_the_dial_turns_by_keyboard_and_degree_0_stays_beside_it(page, server):
+def test_the_dial_works_by_keyboard_and_degree_0_stays_beside_it(page, server):
     page.choose("cat.png", file(picture()))
     shown(page, 0)
     whole, cost = page.drawn("full"), page.cost()
@@ -147,7 +147,7 @@ def test_the_dial_turns_by_keyboard_and_degree_0_stays_beside_it(page, server):
     assert page.tokens()[-1] < 17
     assert page.cost() == pytest.approx(view["gmacs"], rel=0.005)
     assert page.cost() < cost
-    assert page.drawn("turned") != page.drawn("full") == whole
+    assert page.drawn("reduced") != page.drawn("full") == whole
     page.page.keyboard.press("ArrowLeft")
     shown(page, 1)
     page.page.keyboard.press("ArrowRight")
@@ -173,25 +173,25 @@ def test_a_token_has_the_mean_colour_of_its_patches(page, server):
     assert colour == pytest.approx(seen[inside].mean(axis=0).tolist(), abs=1)
 
 
-def test_layers_are_looked_at_one_by_one(page):
+def test_layers_are_shown_one_by_one(page):
     page.choose("cat.png", file(picture()))
     shown(page, 0)
     page.find("#dial").focus()
     page.page.keyboard.press("End")
     shown(page, 8)
     counts = page.tokens()
-    last = page.drawn("turned")
+    last = page.drawn("reduced")
     page.find("#layer").focus()
     page.page.keyboard.press("Home")
     expect(page.find("#layer-name")).to_have_text("after layer 1 of 3")
-    expect(page.find("figure.turned strong")).to_have_text(f"{counts[0]} tokens")
+    expect(page.find("figure.reduced strong")).to_have_text(f"{counts[0]} tokens")
     assert counts[0] > counts[2]
-    assert page.drawn("turned") != last
+    assert page.drawn("reduced") != last
     page.find("#bars > div").nth(2).click()
     expect(page.find("#layer-name")).to_have_text("after layer 3 of 3")
-    assert page.drawn("turned") == last
-    page.find("figure.turned canvas").hover()
-    assert page.drawn("turned") != last
+    assert page.drawn("reduced") == last
+    page.find("figure.reduced canvas").hover()
+    assert page.drawn("reduced") != last
 
 
 def test_everything_is_reached_by_the_tab_key_and_the_focus_is_seen(page):
@@ -234,7 +234,7 @@ def test_nothing_is_wider_than_a_telephone(browser, server):
         expect(page.find("#dial")).to_be_in_viewport()
 
 
-def test_a_file_that_is_no_image_is_told_in_one_line(page):
+def test_a_file_that_is_no_image_gives_one_line(page):
     page.choose("cat.png", file(picture()))
     shown(page, 0)
     page.choose("notes.png", b"no image")
@@ -247,7 +247,7 @@ def test_a_file_that_is_no_image_is_told_in_one_line(page):
     page.failures.clear()
 
 
-def test_a_server_that_is_away_is_told_and_found_again(page):
+def test_a_server_that_is_away_is_shown_and_found_again(page):
     expect(page.find("#state")).to_have_text("Serving at degree 0")
     page.page.context.set_offline(True)
     page.choose("cat.png", file(picture()))
@@ -270,7 +270,7 @@ def test_images_may_be_dropped_and_pasted(page, event, data):
     shown(page, 0)
 
 
-def test_only_the_last_turn_of_the_dial_is_answered(page, server):
+def test_only_the_last_position_of_the_dial_is_answered(page, server):
     page.choose("cat.png", file(picture()))
     shown(page, 0)
     page.find("#dial").focus()
@@ -312,7 +312,7 @@ def test_a_mask_lies_over_the_image(browser, locked):
         secret = {"authorization": "Bearer secret"}
         reply = locked.ask("/v1/predict?degree=0", file(picture()), "image/png", **secret)
         share = reply.json["predictions"][0]["share"]
-        box = page.find("article.turned .mask")
+        box = page.find("article.reduced .mask")
         expect(box.locator("p")).to_have_text(f"Inside: {100 * share:.1f} % of the image")
         assert box.locator("canvas").evaluate("c => [c.width, c.height]") == [50, 40]
         page.failures.clear()  # before there was a key

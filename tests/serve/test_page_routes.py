@@ -70,13 +70,13 @@ def test_views_leave_predictions_as_they_are(server):
     assert before[0]["classes"] == after[0]["classes"]
 
 
-def test_one_image_is_looked_at_at_a_time(server):
+def test_a_view_of_tokens_is_for_one_image(server):
     reply = server.ask("/v1/tokens", *form(file(picture()), file(picture(1))))
     assert (reply.status, reply.error["code"]) == (413, "too_many_images")
     assert server.ask("/v1/tokens", *form(file(picture()))).status == 200
 
 
-def test_few_views_are_made_at_a_time(server):
+def test_concurrent_views_are_limited(server):
     with ThreadPoolExecutor(8) as pool:
         with server.busy():
             going = [pool.submit(server.ask, "/v1/tokens", file(picture()), PNG) for _ in range(8)]

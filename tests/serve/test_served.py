@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +16,12 @@ from serving import until
 
 from tokendial.model.files import CONFIG
 from tokendial.runs import Run
-from tokendial.serve import Refused, Rules
-from tokendial.serve.scheduling.engine import LostError
+from tokendial.serve.scheduling.controller import ControllerRules
+from tokendial.serve.scheduling.engine import WorkerLostError
+from tokendial.serve.scheduling.scheduler import RequestRefusedError
 from tokendial.serve.settings import Settings
-from tokendial.serve.workers.served import Served
+from tokendial.serve.starting import measure_supervised
+from tokendial.serve.workers.served_runs import ServedRuns
 
 # With more threads than one: what is forked has to make its own.
 SETTINGS = Settings(max_batch=3, threads=2)
@@ -60,7 +61,7 @@ def runs(pets, cars, tmp_path_factory) -> dict[str, Run]:
 @pytest.fixture(scope="module")
 def served(runs):
     """Two runs, loaded once: it takes seconds."""
-    served = Served(runs, SETTINGS)
+    served = ServedRuns(runs, SETTINGS)
     yield served
     served.close()
     assert not processes()
@@ -72,7 +73,9 @@ def right(served, runs):
     (image,) = pictures(1)
 
     def check(name: str = "pets", degree: int = 1) -> None:
-        (found,) = served.run(name, degree, [served.facts.prepare(name, image)])
+        (found,) = served.supervisor.run(
+            name, degree, [served.supervisor.catalog.models[name].transform(image)]
+        )
         torch.testing.assert_close(found, alone(runs[name], image, degree))
 
     return check
@@ -81,26 +84,32 @@ def right(served, runs):
 def test_images_come_back_as_the_logits_they_have_alone(served, runs):
     images = pictures(3)
     for name, run in runs.items():
-        ready = [served.facts.prepare(name, image) for image in images]
+        ready = [served.supervisor.catalog.models[name].transform(image) for image in images]
         for degree in (4, 0):
             for some in (ready, ready[:1]):  # what an earlier batch has left does not count
-                for logits, image in zip(served.run(name, degree, some), images, strict=False):
+                for logits, image in zip(
+                    served.supervisor.run(name, degree, some), images, strict=False
+                ):
                     torch.testing.assert_close(logits, alone(run, image, degree))
     with pytest.raises(ValueError, match="degree must be"):
-        served.run("pets", 99, ready)
+        served.supervisor.run("pets", 99, ready)
     with pytest.raises(RuntimeError, match="KeyError: 'dogs'"):
-        served.run("dogs", 0, ready)
-    torch.testing.assert_close(served.run("cars", 0, ready)[0], alone(runs["cars"], images[0], 0))
+        served.supervisor.run("dogs", 0, ready)
+    torch.testing.assert_close(
+        served.supervisor.run("cars", 0, ready)[0], alone(runs["cars"], images[0], 0)
+    )
 
 
 def test_every_degree_and_size_is_measured(served):
-    degrees = served.facts.degrees[:2]
-    costs = served.measured(Rules(60.0, degrees, max_batch=2), degrees)
+    degrees = served.supervisor.catalog.degrees[:2]
+    costs = measure_supervised(
+        served.supervisor, ControllerRules(60.0, degrees, max_batch=2), degrees
+    )
     assert set(costs.points) == {(name, d) for name in ("pets", "cars") for d in degrees}
     assert all(costs.seconds(*point, 2) >= costs.seconds(*point, 1) > 0 for point in costs.points)
 
 
-def test_those_that_compute_share_the_weights(served, right):
+def test_model_processes_share_the_weights(served, right):
     right()
     holding = processes()[0]
     assert holding.num_threads() == 1  # else it could not be forked
@@ -108,67 +117,70 @@ def test_those_that_compute_share_the_weights(served, right):
     assert info.uss < info.rss / 4
 
 
-def test_a_process_that_is_lost_is_replaced(served, right, caplog):
+def test_a_lost_process_is_replaced(served, right, caplog):
     os.kill(computing().pid, signal.SIGTERM)  # that is for the server to obey
     right()
     process = computing()
     process.kill()  # without a batch
-    until(lambda: not served.missing_s and len({*processes()} - {process}) == 2)
+    until(lambda: not served.supervisor.missing_s and len({*processes()} - {process}) == 2)
     right()
     process = computing()
     process.suspend()  # with one
-    threading.Timer(0.2, process.kill).start()
-    with pytest.raises(LostError):
-        right()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(right)
+        until(lambda: served.supervisor._current._call)
+        process.kill()
+        with pytest.raises(WorkerLostError):
+            asked.result()
     right()
     assert "has ended (-9)" in caplog.text
 
 
 def test_a_process_that_stands_still_is_replaced(served, right):
     first = computing()
-    first.suspend()
-    until(lambda: served.missing_s)  # while nobody asks
-    until(lambda: not served.missing_s)
+    first.suspend()  # while nobody asks
+    until(lambda: len({*processes()} - {first}) == 2)
     second = computing()
-    assert second != first
     right()
     second.suspend()  # with a batch
-    with pytest.raises(LostError):
+    with pytest.raises(WorkerLostError):
         right()
     right()
 
 
-def test_what_takes_too_long_is_given_up(served, right):
-    ready = served.facts.prepare("pets", pictures(1)[0])
+def test_a_batch_that_takes_too_long_is_given_up(served, right):
+    ready = served.supervisor.catalog.models["pets"].transform(pictures(1)[0])
 
     def ask_until_looked_at() -> None:
         while True:
-            served.run("pets", 0, [ready], within_s=0.0)
+            served.supervisor.run("pets", 0, [ready], limit_s=0.0)
 
-    with pytest.raises(LostError):
+    with pytest.raises(WorkerLostError):
         ask_until_looked_at()
-    until(lambda: not served.missing_s)  # others were lost shortly before: it may take a second
+    until(
+        lambda: not served.supervisor.missing_s
+    )  # others were lost shortly before: it may take a second
     right()
 
 
-def test_runs_that_changed_on_disk_take_the_place_of_the_old_ones(served, right, runs, tmp_path):
-    before, old = served.facts.revision("cars"), processes()
+def test_runs_that_changed_on_disk_replace_the_old_ones(served, right, runs, tmp_path):
+    before, old = served.supervisor.catalog.models["cars"].revision, processes()
     assert served.reload(at_once) == []
     other_weights(runs["cars"], tmp_path, seed=3)
     with ThreadPoolExecutor(8) as pool:  # of all who ask, one reads
         found = list(pool.map(lambda _: served.reload(at_once), range(8)))
     assert sorted(found) == [[]] * 7 + [["cars"]]
-    assert served.facts.revision("cars") != before
+    assert served.supervisor.catalog.models["cars"].revision != before
     until(lambda: len(processes()) == 2 and not set(old) & set(processes()))
     right("cars", 2)
     right("pets", 2)
 
 
-def test_a_run_that_became_something_else_is_not_taken(served, right, runs, cars, tmp_path):
+def test_a_run_that_became_another_kind_of_model_is_not_loaded(served, right, runs, cars, tmp_path):
     kept = shutil.copytree(runs["pets"].folder, tmp_path / "kept")
     old = set(processes())
     shutil.copytree(cars.folder, runs["pets"].folder, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="another kind of model now: restart the server"):
+    with pytest.raises(ValueError, match="image size now: restart the server"):
         served.reload(at_once)
     config = json.loads((runs["pets"].best / CONFIG).read_text())
     del config["backbone"]
@@ -184,7 +196,10 @@ def test_a_run_that_became_something_else_is_not_taken(served, right, runs, cars
 def test_models_are_loaded_again_when_their_folders_are_gone(served, runs, tmp_path, caplog):
     (image,) = pictures(1)
     wanted = alone(runs["cars"], image, 1)
-    ready, revision = served.facts.prepare("cars", image), served.facts.revision("cars")
+    ready, revision = (
+        served.supervisor.catalog.models["cars"].transform(image),
+        served.supervisor.catalog.models["cars"].revision,
+    )
     for run in runs.values():
         shutil.rmtree(run.folder)
     for process in processes():
@@ -192,12 +207,12 @@ def test_models_are_loaded_again_when_their_folders_are_gone(served, runs, tmp_p
 
     def answer() -> torch.Tensor | None:
         try:
-            return served.run("cars", 1, [ready])[0]
-        except (LostError, Refused):
+            return served.supervisor.run("cars", 1, [ready])[0]
+        except (WorkerLostError, RequestRefusedError):
             return None
 
     found: list[torch.Tensor] = []
     until(lambda: (one := answer()) is not None and not found.append(one))
     torch.testing.assert_close(found[0], wanted)
-    assert served.facts.revision("cars") == revision
-    assert "they are loaded again" in caplog.text
+    assert served.supervisor.catalog.models["cars"].revision == revision
+    assert "the models are loaded again" in caplog.text

@@ -4,32 +4,35 @@ from types import SimpleNamespace
 
 import pytest
 
+from tokendial.serve import starting
 from tokendial.serve.settings import check_settings
-from tokendial.serve.starting import with_objective
+from tokendial.serve.starting import choose_objective
 
 
-class Slow:
-    """Models of which the second takes 104 ms at degree 0, and less at the others."""
+@pytest.fixture
+def supervisor(monkeypatch):
+    """Two models; the second one takes 104 ms at degree 0, and less at the others."""
 
-    facts = SimpleNamespace(names=("quick", "slow"))
-
-    def seconds(self, name: str, degree: int, images: int) -> float:
+    def batch_seconds(supervisor: object, name: str, degree: int, images: int) -> float:
         return (0.104 if name == "slow" else 0.02) * images / (1 + degree)
+
+    monkeypatch.setattr(starting, "_batch_seconds", batch_seconds)
+    return SimpleNamespace(catalog=SimpleNamespace(names=("quick", "slow")))
 
 
 @pytest.mark.parametrize(
-    ("told", "chosen"),
+    ("given", "chosen"),
     [({}, 312.0), ({"degree": 3}, 100.0), ({"slo_ms": 400.0}, 400.0), ({"slo_ms": 312.0}, 312.0)],
 )
-def test_an_objective_that_was_not_set_goes_with_the_slowest_model(told, chosen, caplog):
-    assert with_objective(Slow(), check_settings(told), (0, 1, 2, 3)).slo_ms == chosen
+def test_an_objective_that_was_not_set_fits_the_slowest_model(supervisor, given, chosen, caplog):
+    assert choose_objective(supervisor, check_settings(given), (0, 1, 2, 3)).slo_ms == chosen
     assert not caplog.text
 
 
-def test_an_objective_that_is_too_short_is_kept_and_told_in_numbers(caplog):
-    settings = with_objective(Slow(), check_settings({"slo_ms": 50.0}), (0, 1, 2, 3))
+def test_a_too_short_objective_is_kept_with_a_warning(supervisor, caplog):
+    settings = choose_objective(supervisor, check_settings({"slo_ms": 50.0}), (0, 1, 2, 3))
     assert settings.slo_ms == 50
     assert [record.getMessage() for record in caplog.records] == [
-        "slo_ms: 50 ms are short: one image takes 104.0 ms at degree 0 here, so 312 ms or more are "
+        "slo_ms: 50 ms is short: one image takes 104.0 ms at degree 0 here, so 312 ms or more is "
         "advised."
     ]

@@ -1,4 +1,4 @@
-"""What other sites' pages, parsers and people without a key are told."""
+"""Requests of other sites' pages, broken HTTP, and clients without a key."""
 
 import json
 import os
@@ -68,7 +68,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("sent", BROKEN)
-def test_what_is_no_http_is_told_in_the_same_form(server, sent):
+def test_bytes_that_are_not_http_get_an_error_of_the_same_form(server, sent):
     head, _, body = everything(server.connect(sent)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert b"content-type: application/json" in head
@@ -76,7 +76,7 @@ def test_what_is_no_http_is_told_in_the_same_form(server, sent):
 
 
 @pytest.mark.parametrize("path", ["/", "/page/page.js", "/docs", "/openapi.json", "/healthz"])
-def test_pages_tell_nothing_of_models_and_need_no_key(server, path):
+def test_pages_do_not_name_models_and_need_no_key(server, path):
     reply = server.ask(path)
     assert reply.status == 200
     assert b"pets" not in reply.body
@@ -89,11 +89,11 @@ def test_the_description_is_a_page_without_scripts(server):
     assert "default-src 'self';" in reply.headers["content-security-policy"]
     assert "<script" not in text
     assert "http://" not in text.replace("Tokendial", "")
-    for told in ("POST /v1/predict", "deadline_ms", "GET /metrics", "multipart/form-data"):
-        assert told in text
+    for part in ("POST /v1/predict", "deadline_ms", "GET /metrics", "multipart/form-data"):
+        assert part in text
 
 
-def test_a_key_file_that_all_can_read_is_noticed(tmp_path):
+def test_a_key_file_that_every_user_can_read_is_recognised(tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("key")
     for mode, readable in ((0o600, False), (0o640, False), (0o644, True)):

@@ -8,7 +8,7 @@ from examples import images, tiny_vit
 from PIL import Image
 
 import tokendial as td
-from tokendial.serve.workers.token_view import seen_image, token_view
+from tokendial.serve.workers.token_view import model_input_png, token_view
 from tokendial.show import token_maps
 
 
@@ -47,7 +47,7 @@ def test_the_picture_is_what_the_model_sees(model):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     mean, std = (torch.tensor(v)[:, None, None] for v in model.anatomy.statistics)
     image = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
-    seen = Image.open(io.BytesIO(b64decode(seen_image(model, image))))
+    seen = Image.open(io.BytesIO(b64decode(model_input_png(model, image))))
     assert (np.asarray(seen) == pixels).all()
 
 
@@ -60,7 +60,7 @@ def test_another_adapter_is_followed_and_the_model_left_as_it_was(model):
 
 
 @pytest.mark.parametrize("wrong", [{"degree": 9}, {"degree": 0, "adapter": "cars"}])
-def test_what_the_model_does_not_have_is_refused_and_changes_nothing(model, wrong):
+def test_an_unknown_degree_or_adapter_changes_nothing(model, wrong):
     model.set_degree(1)
     with pytest.raises(ValueError, match="must be"):
         token_view(model, images(1)[0], **wrong)

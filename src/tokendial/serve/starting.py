@@ -1,102 +1,129 @@
-"""From run folders and settings to models in memory and an engine that runs."""
+"""Start-up: from run folders and settings to loaded models and a running engine."""
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tokendial.runs.run import Run
-from tokendial.serve.scheduling.controller import Rules
-from tokendial.serve.scheduling.engine import Engine
+from tokendial.serve.scheduling.controller import ControllerRules
+from tokendial.serve.scheduling.cost_model import CostModel, measure_costs
+from tokendial.serve.scheduling.engine import Engine, WorkerLostError
 from tokendial.serve.scheduling.scheduler import Scheduler
 from tokendial.serve.settings import Settings
-from tokendial.serve.workers.served import Served
+from tokendial.serve.workers.served_runs import ServedRuns
+from tokendial.serve.workers.supervisor import Supervisor
 
 _log = logging.getLogger(__name__)
-_OBJECTIVE = 3.0
-"""Times what one image takes: that of who came before, one's own, and the rest."""
-_SLOWER = 10.0
-"""Times what a batch should take at most, after which its process is taken for stuck."""
-_SHORTEST_LIMIT_S = 2.0
+_OBJECTIVE_FACTOR = 3.0
+"""Shortest sensible objective as a multiple of the time of one image: a request waits for the
+batch before it, then for its own, and the rest is for HTTP and decoding."""
 
 
-def started(runs: Mapping[str, Path], settings: Settings) -> tuple[Served, Engine, Settings]:
-    """Load runs, measure what every degree costs on this machine, start the engine.
+def start_engine(
+    runs: Mapping[str, Path], settings: Settings
+) -> tuple[ServedRuns, Engine, Settings]:
+    """Load runs, measure each degree's time on this machine, and start the engine.
 
-    PyTorch computes with one thread in this process from then on. Whoever calls closes what is
-    served after the engine has ended.
+    From then on, PyTorch uses one thread in this process. The caller closes the served runs after
+    the engine has ended.
 
     Args:
-        runs: Folders by the names that they are served under; the first one is the default.
-        settings: The objective and the dial.
+        runs: Run folders by the names that they are served under. The first one is the default.
+        settings: Settings of the server.
 
     Returns:
-        What is served, the engine, and the settings with an objective: where none was set, the
-        default or `_OBJECTIVE` times what one image takes at the lowest degree, whichever is
-        longer.
+        The served runs, the engine, and the settings with an objective. If none was set, it is
+        the default or `_OBJECTIVE_FACTOR` times the time of one image at the lowest degree,
+        whichever is longer.
 
     Raises:
         ValueError: If a run cannot be served, or a setting does not fit it.
     """
-    # Models have their own process; here, images are prepared in many threads, each by itself.
+    # Models run in processes of their own. In this one, several threads handle tensors, and each
+    # is to stay on one core.
     torch.set_num_threads(1)
-    served = Served({name: Run(folder) for name, folder in runs.items()}, settings)
+    served = ServedRuns({name: Run(folder) for name, folder in runs.items()}, settings)
     try:
-        offered = _offered(served, settings)
-        settings = with_objective(served, settings, offered)
-        return served, _engine(served, settings, offered), settings
+        offered = _offered_degrees(served.supervisor, settings)
+        settings = choose_objective(served.supervisor, settings, offered)
+        return served, _start_engine(served.supervisor, settings, offered), settings
     except BaseException:
         served.close()
         raise
 
 
-def _offered(served: Served, settings: Settings) -> tuple[int, ...]:
-    offered = served.facts.ladder(settings.max_degree, settings.min_accuracy)
-    if settings.degree is not None and settings.degree not in offered:
-        told = ", ".join(map(str, offered))
-        raise ValueError(f"degree must be one of {told}, got {settings.degree}.")
-    return offered
-
-
-def with_objective(served: Served, settings: Settings, offered: Sequence[int]) -> Settings:
-    """Settings with an objective that this machine can keep, or was told to keep."""
-    degree = offered[0] if settings.degree is None else settings.degree
-    image_ms = 1000 * max(_one_image(served, name, degree) for name in served.facts.names)
-    least_ms = float(math.ceil(_OBJECTIVE * image_ms))
-    if least_ms <= settings.slo_ms:
+def choose_objective(
+    supervisor: Supervisor, settings: Settings, degrees: Sequence[int]
+) -> Settings:
+    """Return settings whose objective is the given one, or one that this machine can keep."""
+    degree = degrees[0] if settings.degree is None else settings.degree
+    image_ms = 1000 * max(_one_image_s(supervisor, n, degree) for n in supervisor.catalog.names)
+    shortest_ms = float(math.ceil(_OBJECTIVE_FACTOR * image_ms))
+    if shortest_ms <= settings.slo_ms:
         return settings
     if "slo_ms" not in settings.model_fields_set:
-        return settings.model_copy(update={"slo_ms": least_ms})
+        return settings.model_copy(update={"slo_ms": shortest_ms})
     _log.warning(
-        "slo_ms: %g ms are short: one image takes %.1f ms at degree %d here, so %g ms or more are "
+        "slo_ms: %g ms is short: one image takes %.1f ms at degree %d here, so %g ms or more is "
         "advised.",
-        *(settings.slo_ms, image_ms, degree, least_ms),
+        *(settings.slo_ms, image_ms, degree, shortest_ms),
     )
     return settings
 
 
-def _one_image(served: Served, name: str, degree: int) -> float:
-    """Seconds that it takes: the median of some, after one that warms up."""
-    return sorted(served.seconds(name, degree, 1) for _ in range(4))[1]
+def measure_supervised(
+    supervisor: Supervisor, rules: ControllerRules, degrees: Sequence[int]
+) -> CostModel:
+    """Time batches of all models at the given degrees, as large as the objective allows."""
+
+    def run(name: str, degree: int, images: int) -> float:
+        return _batch_seconds(supervisor, name, degree, images)
+
+    names, within_s = supervisor.catalog.names, rules.slo_s / 2
+    return measure_costs(run, names, degrees, max_batch=rules.max_batch, within_s=within_s)
 
 
-def _engine(served: Served, settings: Settings, offered: Sequence[int]) -> Engine:
-    rules = Rules(
+def _offered_degrees(supervisor: Supervisor, settings: Settings) -> tuple[int, ...]:
+    offered = supervisor.catalog.allowed_degrees(settings.max_degree, settings.min_accuracy)
+    if settings.degree is not None and settings.degree not in offered:
+        listed = ", ".join(map(str, offered))
+        raise ValueError(f"degree must be one of {listed}, got {settings.degree}.")
+    return offered
+
+
+def _one_image_s(supervisor: Supervisor, name: str, degree: int) -> float:
+    """Seconds of one image: the second fastest of four runs, as the first one warms up."""
+    return sorted(_batch_seconds(supervisor, name, degree, 1) for _ in range(4))[1]
+
+
+def _batch_seconds(supervisor: Supervisor, name: str, degree: int, images: int) -> float:
+    """Seconds of a batch of random images; a ValueError if the process is lost with it."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(supervisor.catalog.input_shape, generator=generator)
+    began = time.perf_counter()
+    try:
+        supervisor.run(name, degree, [image] * images)
+    except WorkerLostError as error:
+        raise ValueError(
+            f"{name}: {images} images at degree {degree} cannot be run: {error} If memory is "
+            "short, reduce max_batch."
+        ) from None
+    return time.perf_counter() - began
+
+
+def _start_engine(supervisor: Supervisor, settings: Settings, offered: Sequence[int]) -> Engine:
+    rules = ControllerRules(
         slo_s=settings.engine_slo_s,
         degrees=tuple(offered) if settings.degree is None else (settings.degree,),
         max_batch=settings.max_batch,
     )
-    costs = served.measured(rules, offered)
+    costs = measure_supervised(supervisor, rules, offered)
     wait_s = settings.max_wait_ms / 1000
     scheduler = Scheduler(costs, rules, max_queue=settings.max_queue, max_wait_s=wait_s)
-
-    def run(name: str, degree: int, images: Sequence[Tensor]) -> list[Tensor]:
-        limit_s = _SLOWER * costs.cautious(name, degree, len(images))
-        return served.run(name, degree, images, max(limit_s, _SHORTEST_LIMIT_S))
-
-    engine = Engine(run, scheduler, missing_s=lambda: served.missing_s)
+    engine = Engine(supervisor.run, scheduler, missing_s=lambda: supervisor.missing_s)
     engine.start()
     return engine

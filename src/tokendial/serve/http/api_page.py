@@ -1,4 +1,4 @@
-"""The description of the requests as a page that needs no scripts and no other server."""
+"""The API description as an HTML page that needs no scripts and no other server."""
 
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -10,7 +10,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{title}: requests</title>
+<title>{title}: API</title>
 <link rel="stylesheet" href="page/page.css">
 </head>
 <body class="text">
@@ -18,7 +18,7 @@ _PAGE = """<!doctype html>
 <main>
 <p>{description}</p>
 <p>For programs: <a href="openapi.json">openapi.json</a>. To try it: <a href="./">the page</a>.
-Where the server asks for an API key, requests bring it as <code>Authorization: Bearer KEY</code> or
+If the server asks for an API key, send it as <code>Authorization: Bearer KEY</code> or
 <code>X-API-Key: KEY</code>.</p>
 {paths}
 {schemas}
@@ -29,10 +29,10 @@ Where the server asks for an API key, requests bring it as <code>Authorization: 
 
 
 def api_page(openapi: Mapping[str, Any]) -> str:
-    """Write the page.
+    """Return the page as HTML.
 
     Args:
-        openapi: An OpenAPI document, as FastAPI makes it.
+        openapi: OpenAPI document that FastAPI has generated.
     """
     info = openapi["info"]
     operations = [
@@ -43,7 +43,7 @@ def api_page(openapi: Mapping[str, Any]) -> str:
     schemas = [
         _schema(name, schema)
         for name, schema in openapi["components"]["schemas"].items()
-        if "ValidationError" not in name  # FastAPI's own, which is never answered
+        if "ValidationError" not in name  # FastAPI's own error bodies are never sent
     ]
     return _PAGE.format(
         title=escape(info["title"]),
@@ -54,57 +54,64 @@ def api_page(openapi: Mapping[str, Any]) -> str:
 
 
 def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
-    told = [f"<h2><code>{method.upper()} {escape(path)}</code></h2>"]
-    told += [f"<p>{escape(part)}</p>" for part in operation["description"].split("\n\n")]
+    parts = [f"<h2><code>{method.upper()} {escape(path)}</code></h2>"]
+    parts += [f"<p>{escape(part)}</p>" for part in operation["description"].split("\n\n")]
     if operation.get("parameters"):
         rows = (
-            (parameter["name"], _kind(parameter["schema"]), _words(parameter, parameter["schema"]))
+            (
+                parameter["name"],
+                _type_name(parameter["schema"]),
+                _description(parameter, parameter["schema"]),
+            )
             for parameter in operation["parameters"]
         )
-        told += ["<h3>Query</h3>", _table(rows)]
+        parts += ["<h3>Query</h3>", _table(rows)]
     if "requestBody" in operation:
-        told.append("<h3>Body</h3>")
+        parts.append("<h3>Body</h3>")
         bodies = operation["requestBody"]["content"].items()
-        told.append(_table((kind, _kind(body["schema"]), "") for kind, body in bodies))
-        told += [
+        parts.append(_table((kind, _type_name(body["schema"]), "") for kind, body in bodies))
+        parts += [
             _schema(body["schema"]["title"], body["schema"])
             for _, body in bodies
             if "title" in body["schema"]
         ]
-    answers = (
-        (status, " ".join(map(_kind, _schemas(answer))), answer["description"])
-        for status, answer in operation["responses"].items()
+    responses = (
+        (status, " ".join(map(_type_name, _response_schemas(response))), response["description"])
+        for status, response in operation["responses"].items()
     )
-    return "\n".join([*told, "<h3>Answers</h3>", _table(answers)])
+    return "\n".join([*parts, "<h3>Answers</h3>", _table(responses)])
 
 
-def _schemas(answer: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    return (content["schema"] for content in answer.get("content", {}).values())
+def _response_schemas(response: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    return (content["schema"] for content in response.get("content", {}).values())
 
 
 def _schema(name: str, schema: Mapping[str, Any]) -> str:
-    rows = ((field, _kind(of), _words(of)) for field, of in schema.get("properties", {}).items())
+    rows = (
+        (field, _type_name(of), _description(of))
+        for field, of in schema.get("properties", {}).items()
+    )
     return f"<h3><code>{escape(name)}</code></h3>\n{_table(rows)}"
 
 
-def _kind(schema: Mapping[str, Any]) -> str:
-    """What a value is, in a few words."""
+def _type_name(schema: Mapping[str, Any]) -> str:
+    """Describe the type of a value in a few words."""
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
     if "anyOf" in schema:
-        return " or ".join(map(_kind, schema["anyOf"]))
+        return " or ".join(map(_type_name, schema["anyOf"]))
     if "enum" in schema or "const" in schema:
         return " or ".join(map(str, schema.get("enum", [schema.get("const")])))
     if schema.get("type") == "array":
-        return f"list of {_kind(schema.get('items', {}))}"
+        return f"list of {_type_name(schema.get('items', {}))}"
     return str(schema.get("title") if "properties" in schema else schema.get("type", "any"))
 
 
-def _words(*schemas: Mapping[str, Any]) -> str:
-    """What is said of it: the first description, and the default."""
-    told = next((schema["description"] for schema in schemas if "description" in schema), "")
+def _description(*schemas: Mapping[str, Any]) -> str:
+    """First description that the schemas have, and the default."""
+    parts = next((schema["description"] for schema in schemas if "description" in schema), "")
     default = next((schema["default"] for schema in schemas if "default" in schema), None)
-    return told if default is None else f"{told} Default: {default}."
+    return parts if default is None else f"{parts} Default: {default}."
 
 
 def _table(rows: Iterator[tuple[str, str, str]]) -> str:

@@ -1,4 +1,4 @@
-"""The page, and the tokens of an image for it."""
+"""Routes of the web page, and `/v1/tokens`, which shows the tokens of an image on it."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,19 +7,20 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from tokendial.serve.http.predicting import Predictor
-from tokendial.serve.http.problems import ProblemError, refusal, retry_after
-from tokendial.serve.http.routes import IMAGE_BODIES, failures
-from tokendial.serve.http.schemas import ClassesPrediction, MaskPrediction, Options
+from tokendial.serve.http.errors import refusal_error, retry_after_header
+from tokendial.serve.http.openapi import IMAGE_BODIES, error_responses
+from tokendial.serve.http.prediction import PredictionHandler
+from tokendial.serve.http.schemas import ClassesPrediction, MaskPrediction, PredictOptions
+from tokendial.serve.problems import ProblemError
 from tokendial.serve.scheduling.engine import Engine
-from tokendial.serve.scheduling.scheduler import Refused
-from tokendial.serve.workers.served import Served
+from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.workers.supervisor import Supervisor
 from tokendial.serve.workers.token_view import TokenView
 
-_MOST = 8
-"""Views at a time, from the first byte of the request; the page is not what the server is for."""
-_KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
-_HEADERS = {
+_MAX_VIEWS = 8
+"""Maximum number of concurrent requests for a view of tokens."""
+_CONTENT_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_SECURITY_HEADERS = {
     "content-security-policy": (
         "default-src 'self'; img-src 'self' blob: data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -31,24 +32,25 @@ _HEADERS = {
 
 
 class Tokens(TokenView):
-    """Answer of `/v1/tokens`."""
+    """Response of `/v1/tokens`."""
 
     model: str
+    """Name of the model."""
     revision: str
     """Short hash of the model's weights."""
     gmacs: float
     """Multiply-accumulates of the image, in 1e9."""
     image: str
-    """What the model sees: base64 of a PNG."""
+    """The image as the model sees it: base64 of a PNG."""
     prediction: ClassesPrediction | MaskPrediction
-    """As `/v1/predict` gives it; its degree is that of the view."""
+    """The prediction, as `/v1/predict` gives it. Its degree is that of the view."""
 
 
-def page(api_page: Callable[[], str]) -> APIRouter:
-    """`/`, `/docs` and `/page/*`: what a browser shows, from this server alone.
+def page_routes(api_page: Callable[[], str]) -> APIRouter:
+    """Routes `/`, `/docs` and `/page/*`, which need nothing but this server.
 
     Args:
-        api_page: Writes the page that describes the requests.
+        api_page: Returns the page that describes the API.
     """
     router = APIRouter(include_in_schema=False)
     contents = {
@@ -56,78 +58,81 @@ def page(api_page: Callable[[], str]) -> APIRouter:
     }
 
     @router.get("/page/{name}")
-    async def part(name: str) -> Response:
+    async def page_file(name: str) -> Response:
         if name not in contents:
             raise ProblemError(404, "not_found", "Not Found")
-        kind = _KINDS[name.rpartition(".")[2]]
-        return Response(contents[name], media_type=kind, headers=_HEADERS)
+        content_type = _CONTENT_TYPES[name.rpartition(".")[2]]
+        return Response(contents[name], media_type=content_type, headers=_SECURITY_HEADERS)
 
     @router.get("/")
     async def index() -> Response:
-        return await part("index.html")
+        return await page_file("index.html")
 
     @router.get("/docs")
     async def docs() -> Response:
-        return Response(api_page(), media_type="text/html", headers=_HEADERS)
+        return Response(api_page(), media_type="text/html", headers=_SECURITY_HEADERS)
 
     return router
 
 
-def tokens(engine: Engine, served: Served, predictor: Predictor) -> APIRouter:
-    """`/tokens`."""
+def token_routes(engine: Engine, supervisor: Supervisor, handler: PredictionHandler) -> APIRouter:
+    """Route `/tokens`."""
     router = APIRouter(tags=["predict"])
-    views = _Views(engine, served, predictor)
+    views = _TokenViewHandler(engine, supervisor, handler)
 
     @router.post(
         "/tokens",
         response_model=Tokens,
-        responses=failures(400, 401, 404, 408, 413, 415, 422, 429, 503),
+        responses=error_responses(400, 401, 404, 408, 413, 415, 422, 429, 503),
         openapi_extra={"requestBody": {"required": True, "content": IMAGE_BODIES}},
     )
-    async def tokens(request: Request, options: Annotated[Options, Query()]) -> Response:
-        """The prediction of one image, and which of its tokens each layer merged or dropped."""
-        answer = await views(request, options)
+    async def tokens(request: Request, options: Annotated[PredictOptions, Query()]) -> Response:
+        """Return the prediction of one image, and the tokens that each layer merged or dropped."""
+        answer = await views.view(request, options)
         return Response(answer.model_dump_json(), media_type="application/json")
 
     return router
 
 
-class _Views:
-    """Views of tokens, which come after predictions: few are made, one by one between batches."""
+class _TokenViewHandler:
+    """Answers requests for views of tokens.
 
-    def __init__(self, engine: Engine, served: Served, predictor: Predictor) -> None:
-        self._engine, self._served, self._predictor = engine, served, predictor
-        self._going = 0
-        self._turn = asyncio.Lock()
+    Predictions have priority: views are made one at a time, between two batches.
+    """
 
-    async def __call__(self, request: Request, options: Options) -> Tokens:
-        if self._going == _MOST:
-            message = f"At most {_MOST} views of tokens are made at a time."
-            raise ProblemError(429, "full", message, headers=retry_after(1.0))
-        self._going += 1
+    def __init__(self, engine: Engine, supervisor: Supervisor, handler: PredictionHandler) -> None:
+        self._engine, self._supervisor, self._handler = engine, supervisor, handler
+        self._running = 0
+        self._lock = asyncio.Lock()
+
+    async def view(self, request: Request, options: PredictOptions) -> Tokens:
+        if self._running == _MAX_VIEWS:
+            message = f"At most {_MAX_VIEWS} views of tokens are made at a time."
+            raise ProblemError(429, "full", message, headers=retry_after_header(1.0))
+        self._running += 1
         try:
             return await self._view(request, options)
         finally:
-            self._going -= 1
+            self._running -= 1
 
-    async def _view(self, request: Request, options: Options) -> Tokens:
-        # An image that is refused, or not answered in time, is not looked into either.
-        predictions, (image,) = await self._predictor.predicted(request, options, most=1)
-        name, (prediction,) = predictions.model, predictions.predictions
+    async def _view(self, request: Request, options: PredictOptions) -> Tokens:
+        # An image whose prediction is refused gets no view either.
+        answer, (image,) = await self._handler.predict(request, options, max_images=1)
+        name, (prediction,) = answer.model, answer.predictions
         try:
-            async with self._turn:
-                view, seen = await asyncio.wrap_future(
-                    self._engine.call(
-                        lambda: self._served.view(name, prediction.degree, image.tensor)
+            async with self._lock:
+                viewed = await asyncio.wrap_future(
+                    self._engine.call_between_batches(
+                        lambda: self._supervisor.view(name, prediction.degree, image.tensor)
                     )
                 )
-        except Refused as refused:
-            raise refusal(refused) from None
+        except RequestRefusedError as refused:
+            raise refusal_error(refused) from None
         return Tokens(
-            **dict(view),
+            **dict(viewed.view),
             model=name,
-            revision=predictions.revision,
-            gmacs=self._served.facts.gmacs(name, prediction.degree),
-            image=seen,
+            revision=answer.revision,
+            gmacs=self._supervisor.catalog.models[name].gmacs[prediction.degree],
+            image=viewed.image_png,
             prediction=prediction,
         )

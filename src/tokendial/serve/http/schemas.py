@@ -1,34 +1,37 @@
-"""Bodies of requests and answers, as the OpenAPI page shows them."""
+"""Bodies of requests and responses, as the OpenAPI description shows them."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from tokendial.serve.problems import Problem
 
-class OfModel(BaseModel):
-    """Which model it is about."""
+
+class ModelChoice(BaseModel):
+    """Which model a request is about."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     model: Annotated[str, Field(max_length=100)] | None = None
-    """Name of the model; none: the first of `/v1/models`."""
+    """Name of the model. Without it, the first one of `/v1/models`."""
 
 
-class Options(OfModel):
-    """What a client may ask for: query parameters, or fields of a JSON body."""
+class PredictOptions(ModelChoice):
+    """Options of a prediction: query parameters, or fields of a JSON body."""
 
     degree: Literal["auto", "best"] | Annotated[int, Field(ge=0)] = "auto"
-    """`auto`: as the load allows; `best`: the most accurate one; or a degree of the dial."""
+    """Degree of the dial. `auto` follows the load, `best` is the most accurate one, and a number
+    is that degree."""
     deadline_ms: Annotated[float, Field(gt=0)] | None = None
-    """From the first byte of the request to the answer; at most the server's `--timeout-s`. What
-    cannot be answered by then is refused at once. None: the objective of the server, from the last
-    byte of the request."""
+    """Milliseconds from the first byte of the request after which the answer has no use. At most
+    the server's `--timeout-s`. A request that cannot be answered by then is refused at once.
+    Without it, the server's objective counts, from the last byte of the request."""
     top: Annotated[int, Field(ge=1, le=100_000)] = 5
-    """Classes to tell, most probable first; all of them if the model has fewer."""
+    """Number of classes to return, most probable first; fewer if the model has fewer."""
 
 
-class PredictBody(Options):
-    """A request as JSON."""
+class PredictBody(PredictOptions):
+    """A prediction request as JSON."""
 
     model_config = ConfigDict(strict=True)
 
@@ -36,141 +39,155 @@ class PredictBody(Options):
     """Image files, each as base64."""
 
 
-class Answer(BaseModel):
-    """A body of ours: no field is ever invented by a client."""
+class ResponseBody(BaseModel):
+    """Base of all response bodies."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-class Class(Answer):
+class Class(ResponseBody):
     """A class and its probability."""
 
     name: str
+    """Name of the class."""
     probability: float
+    """Probability of the class, between 0 and 1."""
 
 
-class Computed(Answer):
+class Computed(ResponseBody):
     """How an image was computed."""
 
     degree: int
-    """Degree of the dial that it was run at."""
+    """Degree of the dial that the image was run at."""
     queue_ms: float
-    """Waiting for its turn."""
+    """Milliseconds that the image waited in the queue."""
     compute_ms: float
-    """Its batch in the model."""
+    """Milliseconds that its batch took in the model."""
     batch: int
-    """Images that went together."""
+    """Number of images in its batch."""
 
 
 class ClassesPrediction(Computed):
-    """Classes of an image."""
+    """The most probable classes of an image."""
 
     classes: list[Class]
+    """Classes, most probable first."""
 
 
 class MaskPrediction(Computed):
     """The mask of an image."""
 
     mask: str
-    """Base64 of a PNG of the image's size: grey levels of probability, or classes by a palette."""
+    """Base64 of a PNG that has the size of the image: probabilities as grey levels, or class
+    indices with a palette."""
     share: float
-    """Share of the pixels that lie inside, or are of any class but the first."""
+    """Share of the pixels that lie inside the mask, or have any class but the first."""
 
 
-class Predictions(Answer):
-    """Answer of `/v1/predict`."""
+class Predictions(ResponseBody):
+    """Response of `/v1/predict`."""
 
     model: str
+    """Name of the model."""
     revision: str
     """Short hash of the model's weights."""
     predictions: list[ClassesPrediction | MaskPrediction]
-    """In the order of the images."""
+    """One prediction per image, in the order of the images."""
 
 
-class Model(Answer):
-    """A model that is served."""
+class Model(ResponseBody):
+    """A served model."""
 
     name: str
+    """Name of the model."""
     kind: Literal["classes", "masks"]
+    """What the model gives for an image."""
     classes: list[str]
+    """Names of the model's classes."""
     revision: str
+    """Short hash of the model's weights."""
     default: bool
-    """Whether requests without a model's name go to it."""
+    """Whether the model answers requests that name no model."""
 
 
-class Models(Answer):
-    """Answer of `/v1/models`."""
+class Models(ResponseBody):
+    """Response of `/v1/models`."""
 
     models: list[Model]
+    """The served models."""
 
 
-class Degree(Answer):
-    """A position of the dial."""
+class Degree(ResponseBody):
+    """One degree of the dial."""
 
     degree: int
+    """The degree."""
     gmacs: float
+    """Multiply-accumulates of one image, in 1e9."""
     ms: float
-    """One image alone, as measured on this machine."""
+    """Expected milliseconds of one image alone on this machine."""
     accuracy: float | None
-    """Of `tokendial eval`, if that was run."""
+    """Accuracy measured by `tokendial eval`; null if that was not run."""
 
 
-class Degrees(Answer):
-    """Answer of `/v1/degrees`."""
+class Degrees(ResponseBody):
+    """Response of `/v1/degrees`."""
 
     model: str
+    """Name of the model."""
     degree: int
-    """Where the dial stands now."""
+    """Present degree of the dial."""
     degrees: list[Degree]
+    """The degrees that the server offers."""
 
 
-class Second(Answer):
-    """A second of the past."""
+class Second(ResponseBody):
+    """One second of the last minute."""
 
     t: float
-    """Seconds before now, so never positive."""
+    """End of this second relative to now, in seconds; never positive."""
     degree: int
+    """Degree of the dial."""
     load: float
-    """Images per second that were asked for."""
+    """Images per second that arrived, including refused ones."""
     p99_ms: float | None
+    """99th percentile of the latency in milliseconds; null if no image was answered."""
     queued: int
+    """Number of waiting images."""
     loop_lag_ms: float
-    """The longest time that the server's event loop was late: for so long it answered nobody."""
+    """Longest delay of the server's event loop in milliseconds. During it, nothing was answered."""
 
 
-class Live(Answer):
-    """Answer of `/v1/live`."""
+class Live(ResponseBody):
+    """Response of `/v1/live`."""
 
     now: float
-    """Seconds since 1970."""
+    """Time in seconds since 1970."""
     degree: int
+    """Present degree of the dial."""
     queued: int
-    """Images that wait."""
+    """Number of waiting images."""
     arrivals_per_s: float
+    """Images per second that arrived lately, including refused ones."""
     utilisation: float
+    """Fraction of the time that the arrivals need at this degree; above 1, the queue grows."""
     answered: int
-    """Images, since the start."""
+    """Number of answered images since the start."""
     refused: dict[str, int]
-    """Images by reason, since the start."""
+    """Number of refused images since the start, by reason."""
     p50_ms: float | None
+    """Median latency of the last seconds in milliseconds; null if no image was answered."""
     p99_ms: float | None
+    """99th percentile of the latency of the last seconds in milliseconds; null if no image was
+    answered."""
     slo_ms: float
+    """The latency objective in milliseconds."""
     history: list[Second]
-    """One a second, the last of them the latest."""
+    """The last minute by second; the latest second comes last."""
 
 
-class Problem(Answer):
-    """What went wrong."""
-
-    code: str
-    """One word for programs."""
-    message: str
-    """One line for people."""
-    field: str | None
-    """The parameter or image that it is about."""
-
-
-class Failure(Answer):
-    """Every answer that is not a success."""
+class Failure(ResponseBody):
+    """Body of every response that is not a success."""
 
     error: Problem
+    """What went wrong."""

@@ -1,10 +1,10 @@
-// Pictures of one answer: the tokens of a layer on a canvas, and a mask over its image.
+// Draws an answer: the tokens of a layer, or a mask over its image.
 
 const DROPPED = "#282828";
 const TINT = [255, 40, 40];
 
-/** An image that the server sent as base64, decoded. */
-export async function decoded(base64) {
+/** Decode an image that the server sent as base64. */
+export async function decodeImage(base64) {
   const image = new Image();
   image.src = `data:image/png;base64,${base64}`;
   await image.decode();
@@ -27,7 +27,7 @@ export function patchSums(picture, { rows, columns, width, height }) {
   return sums;
 }
 
-/** How a layer left the patches: which token holds which, in words that people use. */
+/** Count the patches that a layer kept, merged and dropped. */
 export function countPatches(origin) {
   const held = new Map();
   for (const token of origin) held.set(token, (held.get(token) ?? 0) + 1);
@@ -92,7 +92,7 @@ export function paintTokens(canvas, shown, layer, marked = null) {
   }
 }
 
-/** The token under a pointer on a canvas that `paintTokens` drew. */
+/** Return the token at a position of a canvas that `paintTokens` has drawn. */
 export function tokenAt(canvas, event, view, layer) {
   const box = canvas.getBoundingClientRect();
   const part = (at, from, size, count) =>

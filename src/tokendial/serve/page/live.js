@@ -2,7 +2,7 @@
 
 const [WIDTH, HEIGHT] = [60, 30];
 
-/** Show an answer of /v1/live; `degrees` are those that the dial offers. */
+/** Show a response of /v1/live; `degrees` are the offered degrees. */
 export function showLive(live, degrees) {
   const peak = Math.max(0, ...live.history.map((point) => point.load ?? 0));
   chart("load", points(live.history, "load"), peak * 1.15, {
@@ -25,7 +25,7 @@ export function showLive(live, degrees) {
     `${live.answered} answered, ${refused} refused, ${live.queued} waiting`;
 }
 
-/** A number as short as it can be read. */
+/** Format a number briefly. */
 export function number(value) {
   return value >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(value < 10 ? 2 : 3)));
 }

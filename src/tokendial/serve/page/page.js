@@ -1,11 +1,11 @@
-// The page of a Tokendial server: one image at the dial's degree beside degree 0, and the live panel.
+// The web page: the prediction of an image at the chosen degree beside degree 0, and the load.
 
-import { countPatches, decoded, paintMask, paintTokens, patchSums, tokenAt } from "./drawing.js";
+import { countPatches, decodeImage, paintMask, paintTokens, patchSums, tokenAt } from "./drawing.js";
 import { number, showLive } from "./live.js";
 
 const $ = (id) => document.getElementById(id);
 const main = document.querySelector("main");
-const sides = ["turned", "full"].map((name) => ({
+const sides = ["reduced", "full"].map((name) => ({
   name,
   figure: document.querySelector(`figure.${name}`),
   article: document.querySelector(`article.${name}`),
@@ -13,11 +13,11 @@ const sides = ["turned", "full"].map((name) => ({
 
 let key = sessionStorage.getItem("key");
 let models = [];
-let degrees = []; // of the model: {degree, gmacs, ms, accuracy}
+let degrees = []; // degrees of the model: {degree, gmacs, ms, accuracy}
 let live = null;
-let image = null; // a file or blob
-let photo = null; // it, decoded, if this browser can
-let answers = new Map(); // of this image and model, by degree
+let image = null; // the chosen image: a file or blob
+let photo = null; // the decoded image, or null if this browser cannot decode it
+let answers = new Map(); // answers for this image and model, by degree
 let shown = {}; // the answers on the two sides
 let asking = null;
 let timer = null;
@@ -39,7 +39,7 @@ async function api(path, options = {}) {
   throw new Error(body?.error?.message ?? `The server answered with status ${response.status}.`);
 }
 
-function say(error) {
+function showError(error) {
   if (error?.name === "AbortError") return;
   $("error").textContent = error?.message ?? "";
   $("error").hidden = !error;
@@ -51,10 +51,10 @@ async function start() {
     $("model").replaceChildren(...models.map((each) => new Option(each.name, each.name)));
     $("model").value = models.find((each) => each.default).name;
     $("key").hidden = true;
-    say(null);
+    showError(null);
     await chooseModel();
   } catch (error) {
-    say(error);
+    showError(error);
   }
 }
 
@@ -66,27 +66,27 @@ async function chooseModel() {
   const answer = await api(`v1/degrees?model=${encodeURIComponent(model().name)}`);
   degrees = answer.degrees;
   $("dial").max = degrees.length - 1;
-  turnTo($("auto").checked ? answer.degree : degree());
-  await look();
+  setDial($("auto").checked ? answer.degree : degree());
+  await predict();
 }
 
 // The dial
 
 const degree = () => degrees[$("dial").value]?.degree ?? 0;
 
-function turnTo(wanted) {
+function setDial(wanted) {
   const index = degrees.findIndex((each) => each.degree === wanted);
   if (index >= 0) $("dial").value = index;
   showOffer();
 }
 
 function showOffer() {
-  const now = degrees[$("dial").value], whole = degrees[0];
+  const now = degrees[$("dial").value], unreduced = degrees[0];
   if (!now) return;
   $("degree").textContent = now.degree;
   $("dial").setAttribute("aria-valuetext", `degree ${now.degree}`);
-  facts($("offer"), [
-    ["Cost", share(now.gmacs / whole.gmacs)],
+  fillList($("offer"), [
+    ["Cost", share(now.gmacs / unreduced.gmacs)],
     ["One image", `${number(now.ms)} ms`],
     ...(now.accuracy === null ? [] : [["Accuracy", share(now.accuracy, 1)]]),
   ]);
@@ -95,44 +95,44 @@ function showOffer() {
 $("dial").addEventListener("input", () => {
   $("auto").checked = false;
   showOffer();
-  lookSoon();
+  predictSoon();
 });
 $("auto").addEventListener("change", () => {
-  if ($("auto").checked && live) turnTo(live.degree);
-  lookSoon();
+  if ($("auto").checked && live) setDial(live.degree);
+  predictSoon();
 });
-$("model").addEventListener("change", () => chooseModel().catch(say));
+$("model").addEventListener("change", () => chooseModel().catch(showError));
 
-function lookSoon() {
+function predictSoon() {
   clearTimeout(timer);
-  timer = setTimeout(look, 150);
+  timer = setTimeout(predict, 150);
 }
 
-// One image
+// The prediction of one image
 
-function take(file) {
+function chooseImage(file) {
   if (!file) return;
   image = file;
   answers = new Map();
   photo = createImageBitmap(file).catch(() => null);
-  look();
+  predict();
 }
 
-async function look() {
+async function predict() {
   asking?.abort();
   if (!image || !degrees.length) return;
   asking = new AbortController();
   const { signal } = asking;
   $("result").ariaBusy = "true";
   try {
-    const turned = await answerAt($("auto").checked ? "auto" : degree(), signal);
+    const reduced = await answerAt($("auto").checked ? "auto" : degree(), signal);
     const full = await answerAt(0, signal);
     if (signal.aborted) return;
-    shown = { turned, full };
+    shown = { reduced, full };
     showAnswers();
-    say(null);
+    showError(null);
   } catch (error) {
-    say(error);
+    showError(error);
   } finally {
     if (!signal.aborted) $("result").ariaBusy = "false";
   }
@@ -149,18 +149,18 @@ async function answerAt(wanted, signal) {
     headers: { "Content-Type": image.type || "application/octet-stream" },
     signal,
   });
-  // Weights that were replaced meanwhile cannot be compared with the old ones.
+  // After a reload of weights, answers of the old ones cannot be compared with new ones.
   const others = known.values().next().value;
   if (others && others.view.revision !== view.revision) known.clear();
-  const picture = await decoded(view.image);
+  const picture = await decodeImage(view.image);
   const answer = { view, picture, sums: patchSums(picture, view) };
-  if (view.prediction.mask) answer.mask = await decoded(view.prediction.mask);
+  if (view.prediction.mask) answer.mask = await decodeImage(view.prediction.mask);
   known.set(view.degree, answer);
   return answer;
 }
 
 function showAnswers() {
-  const { view } = shown.turned, depth = view.layers.length;
+  const { view } = shown.reduced, depth = view.layers.length;
   const first = $("result").hidden || Number($("layer").max) !== depth;
   delete main.dataset.empty;
   document.querySelector(".drop strong").textContent = "Choose another image";
@@ -168,7 +168,7 @@ function showAnswers() {
   $("revision").textContent = view.revision;
   $("layer").max = depth;
   if (first) $("layer").value = depth;
-  if ($("auto").checked) turnTo(view.degree);
+  if ($("auto").checked) setDial(view.degree);
   showBars();
   showLayer();
   for (const side of sides) showPrediction(side, shown[side.name]);
@@ -187,7 +187,7 @@ function showPrediction({ figure, article }, { view, picture, mask }) {
   article.querySelector(".mask").hidden = !mask;
   if (mask) showMask(article.querySelector(".mask"), picture, mask, prediction.share);
   article.querySelector(".classes").replaceChildren(...(prediction.classes ?? []).map(classLine));
-  facts(article.querySelector("dl"), [
+  fillList(article.querySelector("dl"), [
     ["Latency", `${number(prediction.compute_ms)} ms`, `+ ${number(prediction.queue_ms)} queue`],
     ["Cost", `${Number(view.gmacs.toPrecision(3))} GMACs`, share(costOf(view))],
   ]);
@@ -211,25 +211,25 @@ function classLine({ name, probability }) {
   return line;
 }
 
-function facts(list, rows) {
+function fillList(list, rows) {
   list.replaceChildren(...rows.map(([name, value, note]) => {
     const row = document.createElement("div");
-    const [term, told, small] = ["dt", "dd", "small"].map((tag) => document.createElement(tag));
+    const [term, definition, small] = ["dt", "dd", "small"].map((tag) => document.createElement(tag));
     term.textContent = name;
-    told.textContent = value;
+    definition.textContent = value;
     small.textContent = note ? ` ${note}` : "";
-    told.append(small);
-    row.append(term, told);
+    definition.append(small);
+    row.append(term, definition);
     return row;
   }));
 }
 
 const share = (part, digits = 0) => `${(100 * part).toFixed(digits)} %`;
 
-// Its tokens by depth
+// The tokens of each layer
 
 function showBars() {
-  const { layers } = shown.turned.view;
+  const { layers } = shown.reduced.view;
   const most = shown.full.view.layers[0].tokens;
   $("bars").parentElement.style.setProperty("--layers", layers.length);
   $("bars").replaceChildren(...layers.map(({ layer, tokens }) => {
@@ -244,7 +244,7 @@ function showBars() {
 }
 
 function showLayer() {
-  const layer = Number($("layer").value), { layers } = shown.turned.view;
+  const layer = Number($("layer").value), { layers } = shown.reduced.view;
   const text = `after layer ${layer} of ${layers.length}`;
   $("layer-name").textContent = text;
   $("layer").setAttribute("aria-valuetext", `${text}: ${layers[layer - 1].tokens} tokens`);
@@ -271,7 +271,7 @@ $("bars").addEventListener("click", (event) => {
   $("layer").value = bar.dataset.layer;
   showLayer();
 });
-new ResizeObserver(() => shown.turned && showLayer()).observe($("result"));
+new ResizeObserver(() => shown.reduced && showLayer()).observe($("result"));
 for (const { name, figure } of sides) {
   const canvas = figure.querySelector("canvas");
   const layer = () => Number($("layer").value);
@@ -282,10 +282,10 @@ for (const { name, figure } of sides) {
   canvas.addEventListener("pointerleave", () => paintTokens(canvas, shown[name], layer()));
 }
 
-// Choosing, dropping, pasting
+// Choosing an image: file dialog, drag and drop, clipboard
 
 $("file").addEventListener("change", () => {
-  take($("file").files[0]);
+  chooseImage($("file").files[0]);
   $("file").value = ""; // the same file can be chosen again
 });
 addEventListener("dragover", (event) => {
@@ -293,14 +293,14 @@ addEventListener("dragover", (event) => {
   main.dataset.over = "";
 });
 addEventListener("dragleave", (event) => {
-  if (!event.relatedTarget) delete main.dataset.over; // it left the window
+  if (!event.relatedTarget) delete main.dataset.over; // the pointer left the window
 });
 addEventListener("drop", (event) => {
   event.preventDefault();
   delete main.dataset.over;
-  take(event.dataTransfer.files[0]);
+  chooseImage(event.dataTransfer.files[0]);
 });
-addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+addEventListener("paste", (event) => chooseImage(event.clipboardData.files[0]));
 
 $("key").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -321,8 +321,8 @@ async function poll() {
     showLive(live, degrees.map((each) => each.degree));
     if (!models.length) await start();
     if ($("auto").checked && before !== undefined && live.degree !== before) {
-      turnTo(live.degree);
-      lookSoon();
+      setDial(live.degree);
+      predictSoon();
     }
   } catch {
     $("state").dataset.is = "down";

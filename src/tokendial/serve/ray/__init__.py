@@ -1,1 +1,1 @@
-"""Replicas on a Ray cluster."""
+"""Serving on a Ray cluster."""

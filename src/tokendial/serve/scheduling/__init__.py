@@ -1,1 +1,1 @@
-"""Which image runs when, and at which degree; free of HTTP and of models."""
+"""Scheduling: which images run together, when, and at which degree."""

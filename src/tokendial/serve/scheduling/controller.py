@@ -1,36 +1,39 @@
-"""Which degree the dial should be at: a pure function of what was observed.
+"""The controller of the dial: a pure function from observed load to the degree.
 
-Requests have deadlines. What waits, and what is likely to come until then, has to fit into the time
-until then; the lowest degree at which it does is the most accurate one that can be afforded.
+Each request has a deadline. Images that wait, and images that are likely to arrive, must fit into
+the time until their deadlines. The controller takes the lowest, and so the most accurate, degree at
+which they fit.
 """
 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from tokendial.serve.scheduling.costs import Costs, Point
+from tokendial.serve.scheduling.cost_model import CostModel, ModelDegree
 
-_SHORTEST_S = 0.001
-Group = tuple[str, int | None]
-"""A model by its name, and the degree that requests ask for (None: the dial's)."""
+_MIN_TIME_LEFT_S = 0.001
+"""Smallest time to a deadline that the controller divides by."""
+RequestGroup = tuple[str, int | None]
+"""Requests that may share a batch: the model's name and the degree that they ask for. None means
+the degree of the dial."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """What the controller may do, and what for."""
+class ControllerRules:
+    """Settings of the controller."""
 
     slo_s: float
-    """Service-level objective: seconds from the arrival of a request to its answer."""
+    """Latency objective: seconds from the arrival of a request to its answer."""
     degrees: tuple[int, ...]
-    """Degrees that the dial may take, rising; the last one is the floor of accuracy."""
+    """Degrees that the dial may take, in rising order. The last one is the least accurate."""
     max_batch: int = 32
-    """Images in a batch, at most."""
-    turn_up_at: float = 0.9
-    """Pressure above which the dial goes up."""
-    turn_down_at: float = 0.75
-    """Pressure that a lower degree has to stay below for the dial to go down to it."""
-    calm_s: float = 2.0
-    """For how many seconds."""
+    """Maximum number of images in a batch."""
+    raise_above: float = 0.9
+    """The degree is raised when the pressure exceeds this value."""
+    lower_below: float = 0.75
+    """The degree is lowered only if the pressure at the lower degree stays below this value."""
+    lower_after_s: float = 2.0
+    """Seconds for which the lower degree must have been sufficient before the dial goes down."""
 
     def __post_init__(self) -> None:
         if self.slo_s <= 0:
@@ -39,121 +42,136 @@ class Rules:
             raise ValueError(f"degrees must rise, got {self.degrees}.")
         if self.max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {self.max_batch}.")
-        if not 0 < self.turn_down_at <= self.turn_up_at:
+        if not 0 < self.lower_below <= self.raise_above:
             raise ValueError(
-                f"turn_down_at must lie in (0, turn_up_at = {self.turn_up_at}], "
-                f"got {self.turn_down_at}."
+                f"lower_below must lie in (0, raise_above = {self.raise_above}], "
+                f"got {self.lower_below}."
             )
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """What the controller is told."""
+class Observation:
+    """The load at one moment, as the controller sees it."""
 
     now: float
-    """Seconds on any clock."""
-    arrivals_per_s: Mapping[Group, float]
-    """Images that were asked for lately, refused ones included."""
-    waiting: Sequence[tuple[Group, int, float]] = ()
-    """Images that wait, with the seconds that are left for them, rising."""
-    patient: Collection[Group] = ()
-    """Those of whom none had to be answered within the objective lately."""
+    """Time of the observation in seconds, on any clock."""
+    arrivals_per_s: Mapping[RequestGroup, float]
+    """Images that arrived per second lately, including refused ones."""
+    waiting: Sequence[tuple[RequestGroup, int, float]] = ()
+    """Waiting images: (group, number of images, seconds to their deadline), deadlines rising."""
+    patient: Collection[RequestGroup] = ()
+    """Groups whose recent requests all allowed more time than the latency objective."""
 
 
 @dataclass(frozen=True, slots=True)
-class Full:
-    """The largest batch of a model at a degree that goes with the objective."""
+class LargestBatch:
+    """The largest batch of one model at one degree that is compatible with the objective."""
 
     images: int
+    """Number of images in the batch."""
     seconds: float
-    """It takes, in the mean."""
-    cautious: float
-    """It takes at most, nearly always."""
+    """Expected seconds of the batch."""
+    upper_bound: float
+    """Seconds that the batch will almost certainly not exceed."""
     in_time: bool
-    """Whether at least one image is."""
+    """Whether a batch of one image meets the objective."""
 
     @property
-    def each(self) -> float:
-        """Seconds of an image."""
+    def seconds_per_image(self) -> float:
+        """Expected seconds per image in this batch."""
         return self.seconds / self.images
 
 
-Plan = Mapping[Point, Full]
+BatchPlan = Mapping[ModelDegree, LargestBatch]
+"""The largest batch for every model and degree."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dial:
-    """Where the dial is, and what the controller remembers."""
+class DialState:
+    """The position of the dial and the controller's memory."""
 
     degree: int
-    """Degree of requests that name none."""
-    needed: tuple[tuple[float, int], ...] = ()
-    """When which degree was the lowest that would do, falling; what lower ones followed is kept."""
+    """Degree of requests that ask for no degree."""
+    sufficient: tuple[tuple[float, int], ...] = ()
+    """(time, lowest sufficient degree) pairs of the last seconds, times rising, degrees strictly
+    falling: a monotonic queue for the sliding maximum, which is the first pair's degree."""
 
 
-def turned(dial: Dial, seen: Observed, plan: Plan, rules: Rules) -> Dial:
-    """The dial as it should be now.
+def next_dial(
+    dial: DialState, seen: Observation, plan: BatchPlan, rules: ControllerRules
+) -> DialState:
+    """Return the state of the dial after one observation.
 
-    It goes up at once, as far as needed, and down to the highest degree that was needed in the last
-    `rules.calm_s` seconds. For going down, more room is asked for than for staying
-    (`turn_down_at`), so that it does not flap.
+    The degree rises at once, as far as necessary. It falls to the highest degree that was
+    necessary during the last `rules.lower_after_s` seconds. Lowering demands more spare time
+    (`lower_below`) than staying (`raise_above`); the gap keeps the dial from oscillating.
     """
-    lowest = _lowest(rules.turn_down_at, seen, plan, rules)
-    since = seen.now - rules.calm_s
-    recent = [(at, degree) for at, degree in dial.needed if at > since and degree > lowest]
-    needed = (*recent, (seen.now, lowest))
-    degree = min(dial.degree, needed[0][1])
-    if pressure(degree, seen, plan, rules) > rules.turn_up_at:
-        degree = max(degree, _lowest(rules.turn_up_at, seen, plan, rules))
-    return Dial(degree, needed)
+    lowest = _lowest_sufficient(rules.lower_below, seen, plan, rules)
+    # Monotonic queue: pairs that are too old leave in front. Pairs whose degree is not above the
+    # new one leave at the back, because they can never be the maximum of the window again.
+    since = seen.now - rules.lower_after_s
+    recent = [(at, degree) for at, degree in dial.sufficient if at > since and degree > lowest]
+    sufficient = (*recent, (seen.now, lowest))
+    degree = min(dial.degree, sufficient[0][1])
+    if pressure(degree, seen, plan, rules) > rules.raise_above:
+        degree = max(degree, _lowest_sufficient(rules.raise_above, seen, plan, rules))
+    return DialState(degree, sufficient)
 
 
-def pressure(degree: int, seen: Observed, plan: Plan, rules: Rules) -> float:
-    """Share of the time that is needed, with the dial at `degree`; above 1: deadlines are missed.
+def pressure(degree: int, seen: Observation, plan: BatchPlan, rules: ControllerRules) -> float:
+    """Fraction of the available time that the load needs with the dial at `degree`.
 
-    The larger of two: what arrives, in the long run, and what waits, until its deadlines (the most
-    that the first so many of them ask for). What arrives from now on has later ones, so the two do
-    not add up. Infinite where one image alone takes longer than the objective and is not given
-    more time.
+    Above 1, deadlines are missed. It is the larger one of two fractions:
+
+    - long run: seconds of work that arrive per second;
+    - short run: for each waiting deadline, the work that is due by then, divided by the time left.
+
+    New arrivals have later deadlines than the waiting images, so the two do not add up. The result
+    is infinite where a single image takes longer than the objective and its requests allow no more
+    time.
     """
-    full = {
+    batches = {
         group: plan[group[0], degree if group[1] is None else group[1]]
         for group in (*seen.arrivals_per_s, *(group for group, _, _ in seen.waiting))
     }
-    hurried = full.keys() - set(seen.patient)
-    if any(group[1] is None and not full[group].in_time for group in hurried):
+    hurried = batches.keys() - set(seen.patient)
+    if any(group[1] is None and not batches[group].in_time for group in hurried):
         return math.inf
-    load = sum(full[group].each * rate for group, rate in seen.arrivals_per_s.items())
-    work = needed = 0.0
-    for group, images, left in seen.waiting:
-        work += full[group].each * images
-        needed = max(needed, work / max(left, _SHORTEST_S))
-    return max(load, needed)
+    long_run = sum(
+        batches[group].seconds_per_image * rate for group, rate in seen.arrivals_per_s.items()
+    )
+    work = short_run = 0.0
+    for group, images, time_left in seen.waiting:
+        work += batches[group].seconds_per_image * images
+        short_run = max(short_run, work / max(time_left, _MIN_TIME_LEFT_S))
+    return max(long_run, short_run)
 
 
-def planned(costs: Costs, rules: Rules) -> Plan:
-    """The full batch of every model at every degree that was measured.
+def plan_batches(costs: CostModel, rules: ControllerRules) -> BatchPlan:
+    """Choose the largest batch of every model at every measured degree.
 
-    Who comes just after a batch has begun waits for it and then for their own, so two of them have
-    to fit into the objective. Sizes grow by halves, up to the largest one allowed.
+    A request that arrives just after a batch has started waits for that batch and then for its
+    own. So two batches must fit into the objective. Sizes grow by one half, up to the maximum.
     """
     plan = {}
     for name, degree in costs.points:
         images = 1
         while images < rules.max_batch:
             larger = min(images + max(1, images // 2), rules.max_batch)
-            if 2 * costs.cautious(name, degree, larger) > rules.slo_s:
+            if 2 * costs.upper_bound(name, degree, larger) > rules.slo_s:
                 break
             images = larger
-        cautious = costs.cautious(name, degree, images)
-        plan[name, degree] = Full(
-            images, costs.seconds(name, degree, images), cautious, cautious <= rules.slo_s
+        upper_bound = costs.upper_bound(name, degree, images)
+        plan[name, degree] = LargestBatch(
+            images, costs.seconds(name, degree, images), upper_bound, upper_bound <= rules.slo_s
         )
     return plan
 
 
-def _lowest(limit: float, seen: Observed, plan: Plan, rules: Rules) -> int:
-    """The lowest degree with a pressure of at most `limit`; the one with least if none has."""
+def _lowest_sufficient(
+    limit: float, seen: Observation, plan: BatchPlan, rules: ControllerRules
+) -> int:
+    """Lowest degree with a pressure of at most `limit`; if there is none, the one with least."""
     pressures = {}
     for degree in rules.degrees:
         pressures[degree] = pressure(degree, seen, plan, rules)

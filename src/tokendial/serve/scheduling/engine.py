@@ -1,4 +1,4 @@
-"""The engine: one thread that runs a model for whoever asks, batch after batch; free of HTTP."""
+"""The engine: a thread that takes batches from the scheduler and runs them. It knows no HTTP."""
 
 import logging
 import queue
@@ -11,103 +11,122 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from tokendial.serve.scheduling.scheduler import Batch, Reason, Refused, Scheduler, Ticket
+from tokendial.serve.scheduling.scheduler import (
+    Batch,
+    QueuedRequest,
+    RefusalReason,
+    RequestRefusedError,
+    Scheduler,
+)
 
 _log = logging.getLogger(__name__)
-_IDLE_S = 0.1
-"""How often the dial is looked at while nothing comes."""
-
-_LOOK_S = 0.05
-"""How often a batch that should have ended is looked at."""
-_GRACE = 0.1
-"""Share of its time by which an answer may be late before its request is given up."""
-_TRIES = 2
-"""Of a batch: it may be the batch that kills what runs it."""
-_USELESS_S = 30.0
-"""After so long without anything to run batches, starting the whole server again may help."""
+_IDLE_WAIT_S = 0.1
+"""Longest pause of the idle engine between two decisions of the controller."""
+_DEADLINE_CHECK_S = 0.05
+"""Seconds between two looks at a batch that should have ended."""
+_LATE_TOLERANCE = 0.1
+"""Fraction of its allowed time by which an answer may be late before its request is given up."""
+_BATCH_ATTEMPTS = 2
+"""How often a batch is run if the model process is lost: the batch itself may be the cause."""
+_UNHEALTHY_AFTER_S = 30.0
+"""Seconds without a model process after which restarting the whole server may help."""
+_STUCK_FACTOR = 10.0
+"""A batch may take this multiple of its upper bound before its process counts as stuck."""
+_MIN_STUCK_S = 2.0
+"""Shortest time, in seconds, after which a process counts as stuck."""
 
 T = TypeVar("T")
-Run = Callable[[str, int, Sequence[Any]], Sequence[Any]]
-"""Runs a batch: told the model's name, the degree and the payloads; gives an output for each."""
+BatchFunction = Callable[[str, int, Sequence[Any], float], Sequence[Any]]
+"""Runs a batch: takes the model's name, the degree, the images, and the seconds after which the
+batch counts as stuck. Returns one output per image."""
 
 
-class LostError(RuntimeError):
-    """What runs batches was lost with the one that it had; another try may succeed."""
+class WorkerLostError(RuntimeError):
+    """The process that ran a batch was lost; running the batch again may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came of one image."""
+class ImageResult:
+    """Result of one image."""
 
     output: Any
-    """What `run` gave for it."""
+    """Output of the batch function for the image."""
     degree: int
-    """That it was run at."""
+    """Degree that the image was run at."""
     batch: int
-    """Images that ran together."""
+    """Number of images in its batch."""
     queue_s: float
-    """Seconds that it waited."""
+    """Seconds that the image waited in the queue."""
     compute_s: float
-    """Seconds of its batch."""
+    """Seconds that its batch ran."""
 
 
 @dataclass(frozen=True, slots=True)
-class BatchDone:
-    """A batch that has run, for those who watch."""
+class BatchReport:
+    """A batch that has run, as reported to `on_batch`."""
 
     name: str
+    """Name of the model."""
     degree: int
+    """Degree of the batch."""
     images: int
+    """Number of images in the batch."""
     waited_s: tuple[float, ...]
-    """Of each image."""
+    """Seconds that each image waited in the queue."""
     compute_s: float
+    """Seconds that the batch ran."""
     dial: int
-    """Where the dial is."""
+    """Degree of the dial after the batch."""
     queued: int
-    """Images that wait now."""
+    """Number of images that wait after the batch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
-    """What goes on at a moment."""
+class EngineStatus:
+    """State of the engine at one moment."""
 
     degree: int
-    """Where the dial is."""
+    """Degree of the dial."""
     queued: int
-    """Images that wait."""
+    """Number of waiting images."""
     running: int
-    """Images in the model."""
+    """Number of images in the running batch."""
     arrivals_per_s: float
-    """Images that were asked for lately, refused ones included."""
+    """Images that arrived per second lately, including refused ones."""
     utilisation: float
-    """Share of the time that is needed at this degree; above 1: the queue grows."""
+    """Fraction of the time that the arrivals need at this degree; above 1, the queue grows."""
     answered: int
-    """Images, since the start."""
-    refused: Mapping[Reason, int]
-    """Images, since the start."""
+    """Number of answered images since the start."""
+    refused: Mapping[RefusalReason, int]
+    """Number of refused images since the start, by reason."""
 
 
 class Engine:
-    """Takes requests from any thread, and runs them in its own."""
+    """Accepts requests from any thread and runs their batches in a thread of its own.
+
+    Invariant: the scheduler and `_running` are only touched while `_changed` is held. The batch
+    function runs without it, so that requests can be admitted while a batch runs.
+    """
 
     def __init__(
         self,
-        run: Run,
+        run: BatchFunction,
         scheduler: Scheduler,
         *,
-        on_batch: Callable[[BatchDone], None] | None = None,
+        on_batch: Callable[[BatchReport], None] | None = None,
         missing_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Make an engine; `start` starts it.
+        """Create an engine; `start` starts its threads.
 
         Args:
-            run: Called in the engine's thread only. After a `LostError` it is called once more.
-            scheduler: Belongs to the engine from now on.
-            on_batch: Called after each batch in the engine's thread; has to be quick.
-            missing_s: Seconds for which nothing has been there to run batches, 0: there is; for any
-                thread.
-            clock: Seconds, never going back.
+            run: Runs a batch; called in the engine's thread only. It is called a second time after
+                a `WorkerLostError`.
+            scheduler: The scheduler; it belongs to the engine from now on.
+            on_batch: Called after each batch in the engine's thread. It must return quickly.
+            missing_s: Returns for how many seconds there has been no model process, 0 if there is
+                one. It may be called from any thread.
+            clock: Returns the time in seconds; must never go back.
         """
         self._missing_s = missing_s
         self._run, self._scheduler, self._clock = run, scheduler, clock
@@ -115,155 +134,150 @@ class Engine:
         self._changed = threading.Condition()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="tokendial-engine", daemon=True)
-        self._running: Sequence[tuple[Ticket, int]] = ()
+        self._running: Sequence[tuple[QueuedRequest, int]] = ()
         self._answered = 0
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the engine's threads."""
         self._thread.start()
         threading.Thread(
-            target=self._keep_deadlines, name="tokendial-deadlines", daemon=True
+            target=self._enforce_deadlines, name="tokendial-deadlines", daemon=True
         ).start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the engine's thread runs."""
         return self._thread.is_alive()
 
     @property
     def ready(self) -> bool:
-        """Whether requests should come."""
+        """Whether requests should be sent to this server."""
         return self.alive and not self.draining and not self._missing_s()
 
     @property
-    def useful(self) -> bool:
-        """Whether it runs, and can be expected to go on."""
-        return (self.alive or self.draining) and self._missing_s() < _USELESS_S
+    def healthy(self) -> bool:
+        """Whether this server can be expected to go on; if not, it should be restarted."""
+        return (self.alive or self.draining) and self._missing_s() < _UNHEALTHY_AFTER_S
 
     @property
     def draining(self) -> bool:
-        """Whether new requests are refused."""
+        """Whether new requests are refused because the server is stopping."""
         return self._scheduler.draining
 
     def submit(
         self,
         name: str,
-        payloads: Sequence[Any],
+        images: Sequence[Any],
         *,
         degree: int | None = None,
         within_s: float | None = None,
-    ) -> Future[list[Answer]]:
-        """Ask for some images, which are answered together.
+    ) -> Future[list[ImageResult]]:
+        """Queue the images of one request.
 
         Args:
-            name: Of the model.
-            payloads: What `run` takes, at least one.
-            degree: Of the dial; None: the controller's, which is raised where only that makes the
-                deadline.
-            within_s: Seconds from now in which the answer is of use; None: the service-level
-                objective.
+            name: Name of the model.
+            images: Images as the batch function takes them, at least one.
+            degree: Degree to run at. None takes the degree of the dial, or a higher one where only
+                that meets the deadline.
+            within_s: Seconds from now until the deadline; None: the latency objective.
 
         Returns:
-            An answer for each image, in order. Cancelling it takes the images out of the queue. It
-            fails with `Refused` if the machine turns out to be slower than expected, and with what
-            `run` raised.
+            A future of one result per image, in order. Cancelling it removes the images from the
+            queue. It fails with `RequestRefusedError` if the machine turns out to be slower than
+            expected, and with the error of the batch function.
 
         Raises:
-            Refused: If too much waits, it could not be answered in time, or the engine drains.
+            RequestRefusedError: If too many images wait, the deadline cannot be met, or the engine
+                is stopping.
         """
-        if not payloads:
-            raise ValueError("payloads must hold at least one image.")
-        now = self._clock()
-        seconds = self._scheduler.rules.slo_s if within_s is None else within_s
-        asked = _Asked(len(payloads))
-        ticket = Ticket(name, payloads, degree, now, now + seconds, owner=asked)
+        if not images:
+            raise ValueError("images must hold at least one image.")
+        pending = _PendingResults(len(images))
+        request = self._request(name, images, degree, within_s, pending)
         with self._changed:
             if not self.alive:
-                raise Refused("draining", "the engine does not run.", 1.0)
-            self._scheduler.admit(ticket, now)
+                raise RequestRefusedError("draining", "the engine does not run.", 1.0)
+            self._scheduler.admit(request, request.arrived)
             self._changed.notify()
-        return asked.future
+        return pending.future
 
     def check(
         self,
         name: str,
-        images: int,
+        num_images: int,
         *,
         degree: int | None = None,
         within_s: float | None = None,
         ahead: int = 0,
     ) -> None:
-        """Raise what `submit` would, while preparing the images can still be spared.
+        """Raise the error that `submit` would raise, before images are decoded in vain.
 
         Args:
-            name: Of the model.
-            images: How many.
-            degree: Of the dial; None: the controller's.
-            within_s: Seconds from now in which the answer is of use; None: the service-level
-                objective.
-            ahead: Images that are being prepared, and will be submitted first.
+            name: Name of the model.
+            num_images: Number of images of the request.
+            degree: Degree to run at; None: the degree of the dial.
+            within_s: Seconds from now until the deadline; None: the latency objective.
+            ahead: Number of images that are being decoded and will be submitted first.
 
         Raises:
-            Refused: As `submit` does.
+            RequestRefusedError: As `submit` does.
         """
-        now = self._clock()
-        seconds = self._scheduler.rules.slo_s if within_s is None else within_s
-        ticket = Ticket(name, [None] * images, degree, now, now + seconds, owner=None)
+        request = self._request(name, [None] * num_images, degree, within_s, owner=None)
         with self._changed:
-            self._scheduler.check(ticket, now, ahead=ahead)
+            self._scheduler.check(request, request.arrived, ahead=ahead)
 
     def seconds(self, name: str, degree: int, images: int = 1) -> float:
-        """What a batch takes here, by what has been measured so far."""
+        """Expected seconds of a batch on this machine."""
         with self._changed:
             return self._scheduler.costs.seconds(name, degree, images)
 
-    def call(self, work: Callable[[], T]) -> Future[T]:
-        """Do something in the engine's thread between two batches; the future is its result.
+    def call_between_batches(self, function: Callable[[], T]) -> Future[T]:
+        """Call a function in the engine's thread while no batch runs; return its future result.
 
         Raises:
-            Refused: If the engine drains.
+            RequestRefusedError: If the engine is stopping.
         """
         future: Future[T] = Future()
 
-        def do() -> None:
+        def call() -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                future.set_result(work())
+                future.set_result(function())
             except Exception as error:
                 future.set_exception(error)
 
         with self._changed:
             if self.draining or not self.alive:
-                raise Refused("draining", "the server is stopping.", 1.0)
-            self._calls.put(do)
+                raise RequestRefusedError("draining", "the server is stopping.", 1.0)
+            self._calls.put(call)
             self._changed.notify()
         return future
 
-    def status(self) -> Status:
-        """What goes on now."""
+    def status(self) -> EngineStatus:
+        """Return the present state."""
         with self._changed:
             scheduler, now = self._scheduler, self._clock()
-            return Status(
+            return EngineStatus(
                 scheduler.dial.degree,
                 scheduler.queued,
                 len(self._running),
-                sum(scheduler.observed(now).arrivals_per_s.values()),
+                sum(scheduler.observe(now).arrivals_per_s.values()),
                 scheduler.utilisation(now),
                 self._answered,
                 Counter(scheduler.refused),
             )
 
     def utilisation(self, degree: int) -> float:
-        """Share of the time that arrivals would need with the dial at `degree`."""
+        """Fraction of the time that the arrivals would need with the dial at `degree`."""
         with self._changed:
             return self._scheduler.utilisation(self._clock(), degree)
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse what comes from now on, answer what was taken in, end the thread.
+        """Refuse new requests, answer the admitted ones, then end the thread.
 
         Returns:
-            Whether it has ended in time.
+            Whether the thread has ended within `timeout_s`.
         """
         with self._changed:
             self._scheduler.draining = True
@@ -271,112 +285,125 @@ class Engine:
         self._thread.join(timeout_s)
         return not self.alive
 
+    def _request(
+        self,
+        name: str,
+        images: Sequence[Any],
+        degree: int | None,
+        within_s: float | None,
+        owner: "_PendingResults | None",
+    ) -> QueuedRequest:
+        now = self._clock()
+        within_s = self._scheduler.rules.slo_s if within_s is None else within_s
+        return QueuedRequest(name, images, degree, now, now + within_s, owner)
+
     def _loop(self) -> None:
         while True:
-            self._do_calls()
+            while not self._calls.empty():
+                self._calls.get()()
             with self._changed:
                 found = self._scheduler.next(self._clock())
                 if not isinstance(found, Batch):
                     if self._calls.empty():
                         if self.draining and not self._scheduler.queued:
                             return
-                        self._changed.wait(min(found, _IDLE_S))
+                        self._changed.wait(min(found, _IDLE_WAIT_S))
                     continue
                 self._running = found.parts
-            self._work(found)
+                upper_bound_s = self._scheduler.costs.upper_bound(
+                    found.name, found.degree, len(found.parts)
+                )
+            self._run_batch(found, max(_STUCK_FACTOR * upper_bound_s, _MIN_STUCK_S))
 
-    def _keep_deadlines(self) -> None:
-        """Refuse in time what cannot be answered any more, whatever a batch takes."""
+    def _enforce_deadlines(self) -> None:
+        """Refuse what can no longer be answered in time, even while a batch does not end."""
         while self.alive:
-            time.sleep(_LOOK_S)
+            time.sleep(_DEADLINE_CHECK_S)
             with self._changed:
                 now, scheduler = self._clock(), self._scheduler
                 if not self._running or now <= scheduler.busy_until:
                     continue
-                scheduler.drop(now)
-                told = Refused("late", "the machine took longer than expected.", _LOOK_S)
-                for ticket in {ticket for ticket, _ in self._running}:
-                    late_s = now - ticket.deadline
-                    if late_s > _GRACE * (ticket.deadline - ticket.arrived):
-                        scheduler.give_up(ticket, told)
+                scheduler.drop_expired(now)
+                message = "the machine took longer than expected."
+                error = RequestRefusedError("late", message, _DEADLINE_CHECK_S)
+                for request in {request for request, _ in self._running}:
+                    late_s = now - request.deadline
+                    if late_s > _LATE_TOLERANCE * (request.deadline - request.arrived):
+                        scheduler.give_up(request, error)
 
-    def _do_calls(self) -> None:
-        while not self._calls.empty():
-            self._calls.get()()
-
-    def _work(self, batch: Batch) -> None:
-        payloads = [ticket.payloads[place] for ticket, place in batch.parts]
+    def _run_batch(self, batch: Batch, limit_s: float) -> None:
+        images = [request.images[index] for request, index in batch.parts]
         began = self._clock()
-        outputs, failed = self._outputs(batch, payloads)
+        outputs, error = self._try_batch(batch, images, limit_s)
         ended = self._clock()
         with self._changed:
             scheduler = self._scheduler
             self._running = ()
-            if failed:
-                scheduler.finished(batch, None, ended)
-                for ticket in {ticket for ticket, _ in batch.parts}:
-                    scheduler.give_up(ticket, failed)
+            if error:
+                scheduler.finish(batch, None, ended)
+                for request in {request for request, _ in batch.parts}:
+                    scheduler.give_up(request, error)
             else:
-                scheduler.finished(batch, ended - began, ended)
-                self._answered += len(payloads)
+                scheduler.finish(batch, ended - began, ended)
+                self._answered += len(images)
             queued, dial = scheduler.queued, scheduler.dial.degree
-        waited = tuple(began - ticket.arrived for ticket, _ in batch.parts)
-        if failed:
+        if error:
             return
-        for (ticket, place), output, seconds in zip(batch.parts, outputs, waited, strict=True):
-            answer = Answer(output, batch.degree, len(payloads), seconds, ended - began)
-            ticket.owner.answer(place, answer)
+        compute_s = ended - began
+        waited_s = tuple(began - request.arrived for request, _ in batch.parts)
+        for (request, index), output, queue_s in zip(batch.parts, outputs, waited_s, strict=True):
+            result = ImageResult(output, batch.degree, len(images), queue_s, compute_s)
+            request.owner.set_result(index, result)
         if self._on_batch:
             self._on_batch(
-                BatchDone(
-                    batch.name, batch.degree, len(payloads), waited, ended - began, dial, queued
+                BatchReport(
+                    batch.name, batch.degree, len(images), waited_s, compute_s, dial, queued
                 )
             )
 
-    def _outputs(
-        self, batch: Batch, payloads: Sequence[Any]
+    def _try_batch(
+        self, batch: Batch, images: Sequence[Any], limit_s: float
     ) -> tuple[Sequence[Any], Exception | None]:
-        """What a batch gives, or why it gives nothing."""
-        for _ in range(_TRIES):
+        """Run a batch, a second time if the process was lost; return the outputs or the error."""
+        for _ in range(_BATCH_ATTEMPTS):
             try:
-                return self._run(batch.name, batch.degree, payloads), None
-            except LostError as error:
-                _log.error("lost with a batch of %d images: %s", len(payloads), error)
-            except Refused as refused:
+                return self._run(batch.name, batch.degree, images, limit_s), None
+            except WorkerLostError as error:
+                _log.error(
+                    "the model process was lost with a batch of %d images: %s", len(images), error
+                )
+            except RequestRefusedError as refused:
                 return (), refused
             except Exception as error:
-                _log.exception("a batch of %d images failed", len(payloads))
+                _log.exception("a batch of %d images failed", len(images))
                 return (), error
-            if all(ticket.owner.ended() for ticket, _ in batch.parts):
+            if all(request.owner.done() for request, _ in batch.parts):
                 break
-        told = "the process of the models was lost with these images, and again with another try."
-        return (), Refused("lost", told, 1.0)
+        message = "the model process was lost with these images, and again at a second attempt."
+        return (), RequestRefusedError("lost", message, 1.0)
 
 
-class _Asked:
-    """The answers to a request, as they come."""
+class _PendingResults:
+    """Collects the results of one request until all of them are there."""
 
-    def __init__(self, images: int) -> None:
-        self.future: Future[list[Answer]] = Future()
-        self._answers: dict[int, Answer] = {}
-        self._images = images
+    def __init__(self, num_images: int) -> None:
+        self.future: Future[list[ImageResult]] = Future()
+        self._results: dict[int, ImageResult] = {}
+        self._num_images = num_images
 
-    def answer(self, place: int, answer: Answer) -> None:
-        self._answers[place] = answer
-        if len(self._answers) == self._images:
-            answers = [self._answers[each] for each in range(self._images)]
-            self._end(lambda: self.future.set_result(answers))
+    def set_result(self, index: int, result: ImageResult) -> None:
+        self._results[index] = result
+        if len(self._results) == self._num_images:
+            # The future may have been cancelled, or have failed with another batch.
+            with suppress(InvalidStateError):
+                self.future.set_result([self._results[each] for each in range(self._num_images)])
 
-    def gone(self) -> bool:
+    def cancelled(self) -> bool:
         return self.future.cancelled()
 
-    def ended(self) -> bool:
+    def done(self) -> bool:
         return self.future.done()
 
     def refuse(self, error: Exception) -> None:
-        self._end(lambda: self.future.set_exception(error))
-
-    def _end(self, end: Callable[[], None]) -> None:
-        # It may have been cancelled, or have failed with another of its batches.
         with suppress(InvalidStateError):
-            end()
+            self.future.set_exception(error)

@@ -1,6 +1,7 @@
-"""Which requests run next, together, at which degree; which are refused. No clock, no threads.
+"""The scheduler: which images run next, together, at which degree, and which are refused.
 
-Every method is told what time it is, so that the same code runs in the engine and in simulations.
+It has no clock and no threads. Every method gets the time as an argument, so that the same code
+runs in the engine and in simulations.
 """
 
 import math
@@ -11,74 +12,81 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tokendial.serve.scheduling.controller import (
-    Dial,
-    Group,
-    Observed,
-    Rules,
-    planned,
+    ControllerRules,
+    DialState,
+    Observation,
+    RequestGroup,
+    next_dial,
+    plan_batches,
     pressure,
-    turned,
 )
-from tokendial.serve.scheduling.costs import Costs
+from tokendial.serve.scheduling.cost_model import CostModel
 
-Reason = Literal["full", "late", "lost", "draining"]
+RefusalReason = Literal["full", "late", "lost", "draining"]
+"""Why a request is refused. "full": too many images wait. "late": its deadline cannot be met.
+"lost": the model process was lost. "draining": the server is stopping."""
 
-_RATE_S = 1.0
-"""Seconds over which arrivals are averaged."""
-_NONE_PER_S = 0.01
-"""Below, nothing comes any more."""
-_PATIENT = 2.0
-"""Objectives that a request has left which does not ask for the objective."""
-_TURN_EVERY_S = 0.02
-_SHORTEST_RETRY_S = 0.05
+_RATE_WINDOW_S = 1.0
+"""Time constant, in seconds, of the average of arrivals."""
+_MIN_RATE_PER_S = 0.01
+"""Arrival rates below count as zero."""
+_PATIENT_FACTOR = 2.0
+"""A request that allows at least this multiple of the objective does not ask for the objective."""
+_DIAL_INTERVAL_S = 0.02
+"""Seconds between two decisions of the controller."""
+_MIN_RETRY_S = 0.05
 
 
-class Refused(Exception):  # noqa: N818 -- an outcome, nobody's mistake
-    """A request that will not be answered; the message is one line for whoever asked."""
+class RequestRefusedError(Exception):
+    """A request that will not be answered. The message is one line for the client."""
 
-    def __init__(self, reason: Reason, message: str, retry_after_s: float) -> None:
+    def __init__(self, reason: RefusalReason, message: str, retry_after_s: float) -> None:
         super().__init__(message)
-        self.reason: Reason = reason
-        """"full": too many wait; "late": its deadline cannot be made; "lost": what should run it
-        was lost; "draining": at the end."""
+        self.reason: RefusalReason = reason
         self.retry_after_s = retry_after_s
-        """When it may be worth another try."""
+        """Seconds after which another try may succeed."""
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
-    """A request: some images for one model."""
+class QueuedRequest:
+    """A request in the queue: some images for one model."""
 
     name: str
-    payloads: Sequence[Any]
+    """Name of the model."""
+    images: Sequence[Any]
+    """The images; the scheduler only counts them."""
     degree: int | None
-    """Degree that it asked for; None: the dial's."""
+    """Degree that the request asks for; None: the degree of the dial."""
     arrived: float
+    """Time of arrival."""
     deadline: float
+    """Time by which the answer must be ready."""
     owner: Any
-    """Whoever asked: `gone()` says whether nobody waits for it any more, `ended()` whether that or
-    whether it was answered or refused; `refuse(error)` is called when it will not be answered."""
-    begun: int = 0
-    """Images that run or have run."""
-    begun_at: int | None = None
-    """Degree that they run at, and the others will: a request gets one."""
-    calm_at: int | None = None
-    """Where the dial was when it came, if nothing waited: its own images do not turn it up."""
+    """Object that waits for the answer. `cancelled()` says whether it no longer waits, `done()`
+    whether it was answered, refused or cancelled; `refuse(error)` tells it that there will be no
+    answer. None for a request that is only checked."""
+    num_started: int = 0
+    """Number of images that run or have run."""
+    started_degree: int | None = None
+    """Degree of its first batch. All images of a request run at the same degree."""
+    idle_degree: int | None = None
+    """Degree of the dial on arrival if nothing else waited. Such a request runs at this degree
+    even if its own images have raised the dial since."""
 
     @property
-    def left(self) -> int:
-        """Images that wait."""
-        return len(self.payloads) - self.begun
+    def num_waiting(self) -> int:
+        """Number of images that wait."""
+        return len(self.images) - self.num_started
 
     @property
-    def bound(self) -> int | None:
-        """Degree that it has to run at; None: the dial's."""
-        return self.degree if self.begun_at is None else self.begun_at
+    def fixed_degree(self) -> int | None:
+        """Degree that the request must run at; None if the scheduler may choose."""
+        return self.degree if self.started_degree is None else self.started_degree
 
     @property
-    def group(self) -> Group:
-        """What it may run together with."""
-        return self.name, self.bound
+    def group(self) -> RequestGroup:
+        """Group of requests that it may share a batch with."""
+        return self.name, self.fixed_degree
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,279 +94,321 @@ class Batch:
     """Images that run together."""
 
     name: str
+    """Name of the model."""
     degree: int
-    parts: tuple[tuple[Ticket, int], ...]
-    """The images: a ticket, and the place in its payloads."""
+    """Degree of the whole batch."""
+    parts: tuple[tuple[QueuedRequest, int], ...]
+    """The images, each as its request and the index in the request's images."""
 
 
 class Scheduler:
-    """A bounded queue, first the earliest deadline, and the dial."""
+    """A bounded queue, earliest deadline first, and the dial.
+
+    Invariants: `_waiting` is sorted by deadline and holds exactly the requests with waiting images.
+    A request is admitted only if it and all requests behind it can still meet their deadlines at
+    the fastest degree; so at the moment of admission every promise can be kept.
+    """
 
     def __init__(
-        self, costs: Costs, rules: Rules, *, max_queue: int = 512, max_wait_s: float = 0.002
+        self,
+        costs: CostModel,
+        rules: ControllerRules,
+        *,
+        max_queue: int = 512,
+        max_wait_s: float = 0.002,
     ) -> None:
-        """Begin at the lowest degree.
+        """Create a scheduler whose dial is at the lowest degree.
 
         Args:
-            costs: Of every batch; learns from those that run.
-            rules: Of the controller.
-            max_queue: Images that may wait.
-            max_wait_s: How long a batch that is not full may wait for others to come.
+            costs: Predicts the time of batches; it learns from the batches that run.
+            rules: Settings of the controller.
+            max_queue: Maximum number of waiting images.
+            max_wait_s: Seconds that an incomplete batch may wait for more images.
         """
         self.costs, self.rules = costs, rules
         self.max_queue, self.max_wait_s = max_queue, max_wait_s
-        self.dial = Dial(rules.degrees[0])
-        self.refused: Counter[Reason] = Counter()
-        """Images that were refused, by reason."""
+        self.dial = DialState(rules.degrees[0])
+        self.refused: Counter[RefusalReason] = Counter()
+        """Number of refused images by reason."""
         self.draining = False
+        """Whether new requests are refused because the server is stopping."""
         self.busy_until = -math.inf
-        """When the batch that runs should end."""
-        self._waiting: list[Ticket] = []
-        self._rates: dict[Group, _Rate] = {}
-        self._hurried: dict[Group, float] = {}
-        """When the last one came that had about the time of the objective, or less."""
-        self._turned = -math.inf
-        self._replan()
+        """Expected end of the running batch."""
+        self._waiting: list[QueuedRequest] = []
+        self._rates: dict[RequestGroup, _ArrivalRate] = {}
+        self._last_hurried: dict[RequestGroup, float] = {}
+        """Time at which the last request arrived that asks for about the objective, or less."""
+        self._last_decision = -math.inf
+        self._update_plan()
 
-    def admit(self, ticket: Ticket, now: float) -> None:
-        """Take a request in.
+    def admit(self, request: QueuedRequest, now: float) -> None:
+        """Put a request into the queue.
 
         Raises:
-            Refused: If too much waits, it cannot be answered before its deadline, or nothing is
-                taken in any more.
+            RequestRefusedError: If too many images wait, the deadline cannot be met, or the server
+                is stopping.
         """
-        self.check(ticket, now)
-        self._count(ticket, now)
+        self.check(request, now)
+        self._count_arrival(request, now)
         if not self._waiting:
-            ticket.calm_at = self.dial.degree
-        insort(self._waiting, ticket, key=lambda waiting: waiting.deadline)
+            request.idle_degree = self.dial.degree
+        insort(self._waiting, request, key=lambda waiting: waiting.deadline)
 
-    def check(self, ticket: Ticket, now: float, *, ahead: int = 0) -> None:
-        """Raise what `admit` would, if `ahead` images like these were still to come before it."""
+    def check(self, request: QueuedRequest, now: float, *, ahead: int = 0) -> None:
+        """Raise the error that `admit` would raise.
+
+        Args:
+            request: The request to check; it is not put into the queue.
+            now: The time.
+            ahead: Number of similar images that will be admitted first.
+        """
         try:
-            self._check(ticket, now, ahead)
-        except Refused as refused:
-            self._count(ticket, now)
-            self.refused[refused.reason] += len(ticket.payloads)
+            self._check(request, now, ahead)
+        except RequestRefusedError as refused:
+            self._count_arrival(request, now)
+            self.refused[refused.reason] += len(request.images)
             raise
 
-    def _count(self, ticket: Ticket, now: float) -> None:
-        self._rates.setdefault(ticket.group, _Rate(now)).add(len(ticket.payloads), now)
-        if ticket.deadline - now < _PATIENT * self.rules.slo_s:
-            self._hurried[ticket.group] = now
-
     def next(self, now: float) -> Batch | float:
-        """The batch to run now, or for how many seconds there is none unless requests come."""
-        self.drop(now)
-        self._turn(now)
+        """Return the batch to run now, or the seconds to wait unless new requests arrive."""
+        self.drop_expired(now)
+        self._update_dial(now)
         if not self._waiting:
             return math.inf
         head = self._waiting[0]
         degree = self._degree_for(head, now)
-        most = self._images_for(head, degree, now)
-        parts = tuple(self._together(head, degree, most))
-        if wait := self._worth_waiting(head, most - len(parts), now):
+        size = self._batch_size(head, degree, now)
+        parts = tuple(self._batch_parts(head, degree, size))
+        if wait := self._seconds_to_wait(head, size - len(parts), now):
             return wait
-        for ticket, _ in parts:
-            ticket.begun += 1
-            ticket.begun_at = degree
-        self._waiting = [ticket for ticket in self._waiting if ticket.left]
+        for request, _ in parts:
+            request.num_started += 1
+            request.started_degree = degree
+        self._waiting = [request for request in self._waiting if request.num_waiting]
         self.busy_until = now + self.costs.seconds(head.name, degree, len(parts))
         return Batch(head.name, degree, parts)
 
-    def finished(self, batch: Batch, seconds: float | None, now: float) -> None:
-        """A batch has run, for so many seconds; None: it has not come to its end."""
+    def finish(self, batch: Batch, seconds: float | None, now: float) -> None:
+        """Record that a batch has ended after `seconds`; None if it failed."""
         if seconds is not None:
             self.costs.observe(batch.name, batch.degree, len(batch.parts), seconds)
         self.busy_until = now
 
-    def drop(self, now: float) -> None:
-        """Take those out whom nobody waits for, or who can no longer be answered in time."""
-        kept: list[Ticket] = []
-        for ticket in self._waiting:
-            if ticket.owner.gone():
+    def drop_expired(self, now: float) -> None:
+        """Remove cancelled requests, and refuse those that can no longer be answered in time."""
+        remaining: list[QueuedRequest] = []
+        for request in self._waiting:
+            if request.owner.cancelled():
                 continue
-            # It has been promised an answer, so it is given up only when that is unlikely.
-            if now + self._seconds(ticket, self._fastest_of(ticket), sure=False) > ticket.deadline:
-                told = "the machine took longer than expected: the deadline cannot be made."
-                self._refuse(ticket, Refused("late", told, self._retry_s(kept)))
+            # An admitted request was promised an answer. So it is given up by the expected time,
+            # not already by the upper bound.
+            fastest = self._fastest_degree(request)
+            if now + self._seconds(request, fastest, cautious=False) > request.deadline:
+                message = "the machine took longer than expected: the deadline cannot be met."
+                error = RequestRefusedError("late", message, self._retry_s(remaining))
+                self._refuse(request, error)
                 continue
-            kept.append(ticket)
-        self._waiting = kept
+            remaining.append(request)
+        self._waiting = remaining
 
-    def give_up(self, ticket: Ticket, error: Exception) -> None:
+    def give_up(self, request: QueuedRequest, error: Exception) -> None:
         """Refuse a request of which some images run or have run."""
-        self._waiting = [waiting for waiting in self._waiting if waiting is not ticket]
-        if not ticket.owner.ended():
-            self._refuse(ticket, error)
+        self._waiting = [waiting for waiting in self._waiting if waiting is not request]
+        if not request.owner.done():
+            self._refuse(request, error)
 
-    def _refuse(self, ticket: Ticket, error: Exception) -> None:
-        if isinstance(error, Refused):
-            self.refused[error.reason] += len(ticket.payloads)
-        ticket.owner.refuse(error)
-
-    def observed(self, now: float) -> Observed:
-        """What the controller sees."""
+    def observe(self, now: float) -> Observation:
+        """Describe the load for the controller."""
         rates = {group: rate.at(now) for group, rate in self._rates.items()}
-        arrivals = {group: rate for group, rate in rates.items() if rate > _NONE_PER_S}
-        # Deadlines that lie close together count as one, so that a long queue is seen quickly.
-        grain = self.rules.slo_s / 10
-        waiting: Counter[tuple[int, Group]] = Counter()
-        for ticket in self._waiting:
-            waiting[int((ticket.deadline - now) / grain), ticket.group] += ticket.left
-        return Observed(
+        arrivals = {group: rate for group, rate in rates.items() if rate > _MIN_RATE_PER_S}
+        # Deadlines are rounded to tenths of the objective, so that a long queue is summed quickly.
+        step_s = self.rules.slo_s / 10
+        waiting: Counter[tuple[int, RequestGroup]] = Counter()
+        for request in self._waiting:
+            step = int((request.deadline - now) / step_s)
+            waiting[step, request.group] += request.num_waiting
+        return Observation(
             now,
             arrivals,
-            [(group, images, grain * (step + 0.5)) for (step, group), images in waiting.items()],
+            [(group, images, step_s * (step + 0.5)) for (step, group), images in waiting.items()],
             [
                 group
                 for group in rates
-                if now - self._hurried.get(group, -math.inf) > self.rules.calm_s
+                if now - self._last_hurried.get(group, -math.inf) > self.rules.lower_after_s
             ],
         )
 
     def utilisation(self, now: float, degree: int | None = None) -> float:
-        """Share of the time that arrivals need, with the dial at a degree.
+        """Fraction of the time that the arrivals need with the dial at `degree`.
 
-        Above 1 the queue grows. None: the degree that the dial is at.
+        Above 1, the queue grows. None takes the present degree.
         """
-        arrivals = replace(self.observed(now), waiting=())
+        arrivals = replace(self.observe(now), waiting=())
         degree = self.dial.degree if degree is None else degree
         return pressure(degree, arrivals, self._plan, self.rules)
 
     @property
     def queued(self) -> int:
-        """Images that wait."""
-        return sum(ticket.left for ticket in self._waiting)
+        """Number of waiting images."""
+        return sum(request.num_waiting for request in self._waiting)
 
-    def _check(self, ticket: Ticket, now: float, ahead: int) -> None:
+    def _count_arrival(self, request: QueuedRequest, now: float) -> None:
+        rate = self._rates.setdefault(request.group, _ArrivalRate(now))
+        rate.add(len(request.images), now)
+        if request.deadline - now < _PATIENT_FACTOR * self.rules.slo_s:
+            self._last_hurried[request.group] = now
+
+    def _refuse(self, request: QueuedRequest, error: Exception) -> None:
+        if isinstance(error, RequestRefusedError):
+            self.refused[error.reason] += len(request.images)
+        request.owner.refuse(error)
+
+    def _check(self, request: QueuedRequest, now: float, ahead: int) -> None:
         if self.draining:
-            raise Refused("draining", "the server is stopping.", 1.0)
-        images, queued = len(ticket.payloads), self.queued + ahead
+            raise RequestRefusedError("draining", "the server is stopping.", 1.0)
+        images, queued = len(request.images), self.queued + ahead
         if queued + images > self.max_queue:
-            told = f"{queued} images wait and {images} came, at most {self.max_queue} may wait."
-            raise Refused("full", told, self._retry_s(self._waiting))
-        sooner = [other for other in self._waiting if other.deadline <= ticket.deadline]
-        degree = self._fastest_of(ticket)
-        free = max(self.busy_until, now) + ahead * self._plan[ticket.name, degree].each
-        # With nothing ahead a wrong guess harms nobody, and running it is how to learn better.
-        idle = not queued and free == now
-        done = free + self._work(sooner) + self._seconds(ticket, degree, queued, sure=not idle)
-        if done > ticket.deadline:
-            told = (
-                f"the answer would take {1000 * (done - now):.0f} ms, "
-                f"{1000 * (ticket.deadline - now):.0f} ms are left."
+            message = (
+                f"{queued} images wait and {images} arrived, at most {self.max_queue} may wait."
             )
-            raise Refused("late", told, self._retry_s(sooner))
-        # Those behind it were promised an answer in time.
-        done = free + self._work([*sooner, ticket])
+            raise RequestRefusedError("full", message, self._retry_s(self._waiting))
+        sooner = [other for other in self._waiting if other.deadline <= request.deadline]
+        degree = self._fastest_degree(request)
+        free = (
+            max(self.busy_until, now) + ahead * self._plan[request.name, degree].seconds_per_image
+        )
+        # If nothing is ahead, a wrong estimate harms no other request, and running the batch is
+        # the only way to correct it. So the expected time is enough then.
+        idle = not queued and free == now
+        done = free + self._work(sooner) + self._seconds(request, degree, queued, cautious=not idle)
+        if done > request.deadline:
+            message = (
+                f"the answer would take {1000 * (done - now):.0f} ms, "
+                f"{1000 * (request.deadline - now):.0f} ms are left."
+            )
+            raise RequestRefusedError("late", message, self._retry_s(sooner))
+        # The requests behind the new one were promised an answer in time.
+        done = free + self._work([*sooner, request])
         for other in self._waiting[len(sooner) :]:
             done += self._work([other])
             if done > other.deadline:
-                told = "with a deadline this short, others that wait would miss theirs."
-                raise Refused("late", told, self._retry_s(self._waiting))
+                message = "with a deadline this short, other requests would miss theirs."
+                raise RequestRefusedError("late", message, self._retry_s(self._waiting))
 
-    def _turn(self, now: float) -> None:
-        if now - self._turned >= _TURN_EVERY_S:
+    def _update_dial(self, now: float) -> None:
+        if now - self._last_decision >= _DIAL_INTERVAL_S:
             if not self._waiting:
-                self.costs.fade(now - self._turned)
-            self._replan()
-            self.dial = turned(self.dial, self.observed(now), self._plan, self.rules)
-            self._turned = now
+                self.costs.decay(now - self._last_decision)
+            self._update_plan()
+            self.dial = next_dial(self.dial, self.observe(now), self._plan, self.rules)
+            self._last_decision = now
 
-    def _replan(self) -> None:
-        self._plan = planned(self.costs, self.rules)
+    def _update_plan(self) -> None:
+        self._plan = plan_batches(self.costs, self.rules)
         self._fastest = {
-            name: min(self.rules.degrees, key=lambda degree: self._plan[name, degree].each)
+            name: min(
+                self.rules.degrees, key=lambda degree: self._plan[name, degree].seconds_per_image
+            )
             for name, _ in self._plan
         }
 
-    def _degree_for(self, ticket: Ticket, now: float) -> int:
-        """The one it is bound to, or the dial's; a higher one if only that makes the deadline."""
-        if ticket.bound is not None:
-            return ticket.bound
+    def _degree_for(self, request: QueuedRequest, now: float) -> int:
+        """Fixed degree, else the dial's, or the lowest higher one that meets the deadline."""
+        if request.fixed_degree is not None:
+            return request.fixed_degree
         lowest = self.dial.degree
-        if ticket.calm_at is not None and len(self._waiting) == 1:
-            lowest = min(lowest, ticket.calm_at)
+        if request.idle_degree is not None and len(self._waiting) == 1:
+            lowest = min(lowest, request.idle_degree)
         for degree in self.rules.degrees:
-            late = now + self._seconds(ticket, degree) > ticket.deadline
+            late = now + self._seconds(request, degree) > request.deadline
             if degree >= lowest and not late:
                 return degree
-        return self._fastest_of(ticket)
+        return self._fastest_degree(request)
 
-    def _images_for(self, head: Ticket, degree: int, now: float) -> int:
-        """Images that can run together so that the first deadline is made."""
+    def _batch_size(self, head: QueuedRequest, degree: int, now: float) -> int:
+        """Number of images that can run together such that the first deadline is met."""
         images = self._plan[head.name, degree].images
-        left = head.deadline - now
-        while images > 1 and self.costs.cautious(head.name, degree, images) > left:
+        time_left = head.deadline - now
+        while images > 1 and self.costs.upper_bound(head.name, degree, images) > time_left:
             images //= 2
         return images
 
-    def _together(self, head: Ticket, degree: int, most: int) -> Iterator[tuple[Ticket, int]]:
+    def _batch_parts(
+        self, head: QueuedRequest, degree: int, size: int
+    ) -> Iterator[tuple[QueuedRequest, int]]:
         found = 0
-        for ticket in self._waiting:
-            # The first one's may be higher than the dial's, to make its deadline.
-            dial = degree if head.bound is None else self.dial.degree
-            asks = dial if ticket.bound is None else ticket.bound
-            if ticket.name != head.name or asks != degree:
+        # If the degree was raised above the dial to meet the head's deadline, requests without a
+        # fixed degree may join it; if the head has a fixed degree, they keep the dial's.
+        free_degree = degree if head.fixed_degree is None else self.dial.degree
+        for request in self._waiting:
+            fixed = request.fixed_degree
+            wanted = free_degree if fixed is None else fixed
+            if request.name != head.name or wanted != degree:
                 continue
-            for place in range(ticket.begun, len(ticket.payloads)):
-                if found == most:
+            for index in range(request.num_started, len(request.images)):
+                if found == size:
                     return
                 found += 1
-                yield ticket, place
+                yield request, index
 
-    def _worth_waiting(self, head: Ticket, room: int, now: float) -> float:
-        """Seconds to wait for others, while they are likely to come and none is late for it."""
+    def _seconds_to_wait(self, head: QueuedRequest, room: int, now: float) -> float:
+        """Seconds to wait for more images; 0 if none are likely, or a deadline would suffer."""
         if room <= 0 or self.draining:
             return 0.0
         wait = head.arrived + self.max_wait_s - now
         expected = self._rates[head.name, head.degree].at(now) * self.max_wait_s
-        spare = head.deadline - now - self._seconds(head, self._fastest_of(head))
+        spare = head.deadline - now - self._seconds(head, self._fastest_degree(head))
         return wait if expected >= 1 and 0 < wait < spare else 0.0
 
-    def _work(self, tickets: Iterable[Ticket]) -> float:
-        """Seconds for the images of these in full batches, each as fast as it may be."""
+    def _work(self, requests: Iterable[QueuedRequest]) -> float:
+        """Seconds for the waiting images of requests, in full batches at their fastest degrees."""
         return sum(
-            self._plan[ticket.name, self._fastest_of(ticket)].each * ticket.left
-            for ticket in tickets
+            self._plan[request.name, self._fastest_degree(request)].seconds_per_image
+            * request.num_waiting
+            for request in requests
         )
 
-    def _seconds(self, ticket: Ticket, degree: int, others: int = 0, *, sure: bool = True) -> float:
-        """Seconds for what is left of a request: in the mean, or nearly always (`sure`).
+    def _seconds(
+        self, request: QueuedRequest, degree: int, others: int = 0, *, cautious: bool = True
+    ) -> float:
+        """Seconds for the waiting images of a request.
 
-        Its batches may be filled up with `others`.
+        Args:
+            request: The request.
+            degree: Degree that it runs at.
+            others: Number of other images that may fill up its last batch.
+            cautious: Whether to take the upper bound instead of the expected time.
         """
-        full = self._plan[ticket.name, degree]
-        batches, rest = divmod(ticket.left, full.images)
-        rest = min(rest + others, full.images)
-        of = self.costs.cautious if sure else self.costs.seconds
-        seconds = batches * of(ticket.name, degree, full.images)
-        return seconds + (of(ticket.name, degree, rest) if rest else 0.0)
+        largest = self._plan[request.name, degree]
+        batches, rest = divmod(request.num_waiting, largest.images)
+        rest = min(rest + others, largest.images)
+        predict = self.costs.upper_bound if cautious else self.costs.seconds
+        seconds = batches * predict(request.name, degree, largest.images)
+        return seconds + (predict(request.name, degree, rest) if rest else 0.0)
 
-    def _fastest_of(self, ticket: Ticket) -> int:
-        """The degree it is bound to, or the fastest that the dial may take."""
-        if ticket.bound is not None:
-            return ticket.bound
-        return self._fastest[ticket.name]
+    def _fastest_degree(self, request: QueuedRequest) -> int:
+        """Fixed degree of the request, else the fastest degree that the dial may take."""
+        if request.fixed_degree is not None:
+            return request.fixed_degree
+        return self._fastest[request.name]
 
-    def _retry_s(self, tickets: Iterable[Ticket]) -> float:
-        """Seconds after which these will have been answered."""
-        return max(self._work(tickets), _SHORTEST_RETRY_S)
+    def _retry_s(self, requests: Iterable[QueuedRequest]) -> float:
+        """Seconds after which these requests will have been answered."""
+        return max(self._work(requests), _MIN_RETRY_S)
 
 
-class _Rate:
-    """Images a second, averaged with weights that fade."""
+class _ArrivalRate:
+    """Images per second, averaged with exponentially decaying weights."""
 
     def __init__(self, now: float) -> None:
         self._sum, self._now = 0.0, now
 
     def add(self, images: int, now: float) -> None:
-        self._sum = self._faded(now) + images
+        self._sum = self._decayed_sum(now) + images
         self._now = now
 
     def at(self, now: float) -> float:
-        return self._faded(now) / _RATE_S
+        return self._decayed_sum(now) / _RATE_WINDOW_S
 
-    def _faded(self, now: float) -> float:
-        return self._sum * math.exp(-(now - self._now) / _RATE_S)
+    def _decayed_sum(self, now: float) -> float:
+        return self._sum * math.exp(-(now - self._now) / _RATE_WINDOW_S)

@@ -1,1 +1,1 @@
-"""Processes: those that hold models and those that decode images."""
+"""Worker processes: those that hold and run models, and those that decode images."""

@@ -1,4 +1,4 @@
-"""Models with their weights: runs by name, on one backbone; the process that computes has them."""
+"""Models with their weights: one backbone, and an adapter and a head for each run."""
 
 import csv
 import dataclasses
@@ -15,138 +15,147 @@ from tokendial.model.files import read_files
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
-from tokendial.serve.workers.facts import Facts, ServedTask, TaskOf, revision_of
-from tokendial.serve.workers.token_view import TokenView, seen_image, token_view
+from tokendial.serve.workers.catalog import ModelCatalog, ServedModel, ServedTask, run_revision
+from tokendial.serve.workers.token_view import TokenView, model_input_png, token_view
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
 from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
 
 
 @dataclasses.dataclass(slots=True)
-class Models:
-    """One model in memory that is several: a run each, by adapters on one backbone."""
+class LoadedModels:
+    """The served models in the memory of one process."""
 
-    facts: Facts
+    catalog: ModelCatalog
+    """Description of the models."""
     model: DialViT
-    """With an adapter for each name."""
-    fast: DialViT | OptimizedViT
-    """What runs: the model, or its treated copy."""
+    """The wrapped backbone, with one adapter for each served model."""
+    fast_model: DialViT | OptimizedViT
+    """The model that runs batches: `model` itself, or its optimised copy."""
     bridge: tuple[Compensator, int] | None
-    """What is attached to the model, and the degree that this was trained at."""
+    """The compensator attached to `model`, and the degree that the model was trained at."""
     device: str = "cpu"
+    """Device that the models run on."""
 
     def prepare(
         self, speed: SpeedSettings | None = None, *, batch: int = 8, device: str | None = None
     ) -> None:
-        """Make them ready to run.
+        """Move the models to their device and optimise them.
 
         Args:
-            speed: What to do for speed; one run only.
-            batch: Images of the batches that it is done for.
-            device: Where to compute; None: the accelerator if there is one.
+            speed: How to optimise; possible for a single run only.
+            batch: Number of images of the batches to optimise for.
+            device: Device to run on; None: the accelerator if there is one, else the CPU.
 
         Raises:
-            ValueError: If speed is asked for and there are several runs.
+            ValueError: If optimisation is asked for and there are several runs.
         """
-        if speed and len(self.facts.tasks) > 1:
+        if speed and len(self.catalog.models) > 1:
             raise ValueError(
-                "optimize, compile and precision are for one run: several take turns in one model."
+                "optimize, compile and precision are for one run: several runs share one model."
             )
         self.device = device or default_device()
         if self.device != "cpu":
             self._move()
         if speed:
-            example = torch.zeros(batch, *self.facts.input_shape, device=self.device)
-            self.fast = apply_speed(self.model, example, speed, self.facts.degrees)
+            example = torch.zeros(batch, *self.catalog.input_shape, device=self.device)
+            self.fast_model = apply_speed(self.model, example, speed, self.catalog.degrees)
 
     def _move(self) -> None:
         if self.bridge:
-            self.bridge[0].detach(self.model)  # it keeps copies of weights where these were
+            # An attached compensator keeps copies of weights on the device where they were.
+            self.bridge[0].detach(self.model)
         self.model.to(self.device)
         if self.bridge:
-            plugin, source = self.bridge
-            plugin.to(self.device).attach(self.model, source)
+            compensator, source = self.bridge
+            compensator.to(self.device).attach(self.model, source)
 
     @torch.no_grad()
     def run(self, name: str, degree: int, images: Tensor) -> Tensor:
-        """Logits of images [B, 3, H, W], in float32 on the CPU."""
-        if len(self.facts.tasks) > 1:
-            self.model.set_adapter(self.facts.tasks[name].adapter)
-        if self.fast.degree != degree:
-            self.fast.set_degree(degree)
-        logits = self.facts.tasks[name].task.predict(self.fast, images.to(self.device))
-        return logits.float().cpu()
+        """Return the logits of images [B, 3, H, W], in float32 on the CPU."""
+        if len(self.catalog.models) > 1:
+            self.model.set_adapter(self.catalog.models[name].adapter)
+        if self.fast_model.degree != degree:
+            self.fast_model.set_degree(degree)
+        task = self.catalog.models[name].task
+        return task.predict(self.fast_model, images.to(self.device)).float().cpu()
 
     def view(self, name: str, degree: int, image: Tensor) -> tuple[TokenView, str]:
-        """The tokens of an image [3, H, W], and what the model sees of it: a PNG in base64."""
-        view = token_view(self.model, image, degree, adapter=self.facts.tasks[name].adapter)
-        return view, seen_image(self.model, image)
+        """Return the tokens of a normalised image [3, H, W], and the image as base64 of a PNG."""
+        view = token_view(self.model, image, degree, adapter=self.catalog.models[name].adapter)
+        return view, model_input_png(self.model, image)
 
 
-def load_models(runs: Mapping[str, Run], *, compensator: Path | None = None) -> Models:
-    """Put runs into the memory of the CPU, the backbone once.
+def load_models(runs: Mapping[str, Run], *, compensator: Path | None = None) -> LoadedModels:
+    """Load runs into the memory of the CPU, the backbone once.
 
     Args:
-        runs: By the names that they are served under.
-        compensator: Folder of a compensator, which turns with the dial.
+        runs: The runs by the names that they are served under.
+        compensator: Folder of a compensator, which adapts the model to each degree.
 
     Raises:
         ValueError: If a run has no model, cannot be read or served, or does not share the backbone
-            and the reduction of the first one.
+            and the reduction of the first run.
     """
     if not runs:
         raise ValueError("runs must name at least one run.")
     try:
-        return _loaded(runs, compensator)
+        return _load(runs, compensator)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # whatever a file may cause that says something else than it should
+    except Exception as error:  # a damaged file can cause any error
         folders = ", ".join(str(run.folder) for run in runs.values())
         raise ValueError(
             f"{folders} cannot be read: {type(error).__name__}: {error_message(error)}"
         ) from error
 
 
-def _loaded(runs: Mapping[str, Run], compensator: Path | None) -> Models:
-    tasks = {name: _task(run) for name, run in runs.items()}
-    # Read before the weights, so that weights that change meanwhile are seen by the next reload.
-    revisions = {name: revision_of(run) for name, run in runs.items()}
-    model, adapters, degrees, bridge = _model(runs, compensator)
-    served = {}
+def _load(runs: Mapping[str, Run], compensator: Path | None) -> LoadedModels:
+    tasks = {name: _served_task(run) for name, run in runs.items()}
+    # The revision is read before the weights. If weights change in between, the catalog has the
+    # old revision, and the next reload reads the new weights.
+    revisions = {name: run_revision(run) for name, run in runs.items()}
+    model, adapters, degrees, bridge = _build_model(runs, compensator)
+    models = {}
     for name, run in runs.items():
         model.set_adapter(adapters[name])
-        served[name] = TaskOf(
+        models[name] = ServedModel(
             tasks[name],
             run.classes(),
             tasks[name].image_transform(model.anatomy),
             adapters[name],
             revisions[name],
             {degree: model.cost(degree).gmacs for degree in degrees},
-            _accuracy(run, bridged=compensator is not None),
+            _measured_accuracy(run, bridged=compensator is not None),
             run.value_range(),
         )
-    return Models(Facts(served, degrees, model.anatomy.input_shape), model, model, bridge)
+    catalog = ModelCatalog(models, degrees, model.anatomy.input_shape)
+    return LoadedModels(catalog, model, model, bridge)
 
 
-def _task(run: Run) -> ServedTask:
-    """What a run learnt, if it can be served."""
+def _served_task(run: Run) -> ServedTask:
+    """The task of a run; a ValueError if it cannot be served."""
     task = run.task()
     if isinstance(task, VideoClassification):
-        raise ValueError(f"{run.folder} is a run on videos; what can be served are runs on images.")
+        raise ValueError(f"{run.folder} is a run on videos; only runs on images can be served.")
     if not isinstance(task, Classification | BinaryMasks | Segmentation):
         raise ValueError(f"{run.folder}: a {type(task).__name__} cannot be served.")
     if not isinstance(task, Classification) and task.augment.test != "whole":
         raise ValueError(
             f"{run.folder}: dense.augment.test must be whole to be served, it is "
-            f"{task.augment.test}: one request would be any number of windows."
+            f"{task.augment.test}: one request could need any number of windows."
         )
     return task
 
 
-def _model(
+def _build_model(
     runs: Mapping[str, Run], compensator: Path | None
 ) -> tuple[DialViT, dict[str, str], tuple[int, ...], tuple[Compensator, int] | None]:
-    """All runs in one model, the names of their adapters in it, the degrees it can be at, and what
-    is attached to it."""
+    """Load all runs into one model.
+
+    Returns:
+        The model, the name of each run's adapter in it, the degrees to offer, and the attached
+        compensator with its source degree.
+    """
     first = next(iter(runs.values()))
     plugin = Compensator.from_pretrained(compensator).eval() if compensator else None
     unreduced = plugin is not None and first.recipe().reduce is None
@@ -160,23 +169,23 @@ def _model(
         sources.add(config["degree"])
     if plugin:
         if len(sources) > 1:
-            told = ", ".join(map(str, sorted(sources)))
-            raise ValueError(f"compensator: runs were trained at different degrees ({told}).")
+            listed = ", ".join(map(str, sorted(sources)))
+            raise ValueError(f"compensator: runs were trained at different degrees ({listed}).")
         source = sources.pop()
         plugin.attach(model, source)
         offered = degrees_to_show(model, "all", model.degrees[: plugin.steps + 1])
         return model, adapters, tuple(offered), (plugin, source)
-    # Each degree is timed when the server starts, and neighbours on a long dial hardly differ.
+    # Each degree is timed at start-up, and neighbouring degrees of a long dial hardly differ.
     return model, adapters, tuple(degrees_to_show(model, "all")), None
 
 
-def _accuracy(run: Run, *, bridged: bool) -> dict[int, float]:
-    """By degree, as `tokendial eval` has written it."""
+def _measured_accuracy(run: Run, *, bridged: bool) -> dict[int, float]:
+    """Accuracy by degree, from the table that `tokendial eval` has written."""
     path = run.folder / "eval" / ("bridged.csv" if bridged else "degrees.csv")
     if not path.is_file():
         return {}
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    # What runs are judged by stands after the degree, or, with a compensator, under its own name.
-    judged = "accuracy" if bridged else list(rows[0])[1]
-    return {int(row["degree"]): float(row[judged]) for row in rows}
+    # The main metric is the column after the degree; with a compensator it is called accuracy.
+    metric = "accuracy" if bridged else list(rows[0])[1]
+    return {int(row["degree"]): float(row[metric]) for row in rows}

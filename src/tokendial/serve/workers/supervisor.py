@@ -1,144 +1,202 @@
-"""Sees to it that there is a process that computes: one that is lost or stuck is replaced."""
+"""The supervisor: runs batches in a model process, and replaces a process that is lost or stuck."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
 from tokendial.errors import error_message
-from tokendial.serve.scheduling.engine import LostError
-from tokendial.serve.scheduling.scheduler import Refused
-from tokendial.serve.workers.apart import LOOK_S, Apart, Loaded
+from tokendial.serve.scheduling.engine import WorkerLostError
+from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.workers.catalog import ModelCatalog
+from tokendial.serve.workers.messages import TokensViewed
+from tokendial.serve.workers.model_process import CHECK_S, ForkServer, ModelProcess
 
 _log = logging.getLogger(__name__)
-_PATIENCE_S = 2.0
-"""For a process that is being replaced."""
-_SHOWS_S = 0.4
-"""After so long without a sign of life a process is not counted on, though not yet given up."""
+_REPLACEMENT_WAIT_S = 2.0
+"""Longest wait for a process that is being replaced."""
+_SUSPICIOUS_SILENCE_S = 0.4
+"""Seconds without a heartbeat after which the server counts as not ready."""
 _FREE_LOSSES = 4
-"""Processes that may be lost in a row and are replaced at once; from then on waits double."""
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
-_FORGIVEN_S = 30.0
-"""After so long without a loss, the next one is the first."""
+"""Number of successive losses that are replaced at once. From then on the pause doubles."""
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0
+_LOSSES_FORGOTTEN_S = 30.0
+"""Seconds without a loss after which the count of losses starts again."""
+_VIEW_LIMIT_S = 20.0
+"""Seconds after which a process counts as stuck that makes a view of tokens."""
 
-Starting = TypeVar("Starting", Loaded, Apart)
+ProcessT = TypeVar("ProcessT", ForkServer, ModelProcess)
 
 
 class Supervisor:
-    """A process that computes, perhaps one to take its place, and the one they are forked from."""
+    """Owns the fork server, the model process that runs batches, and perhaps a spare one.
+
+    `run` and `view` are for one thread at a time, everything else for any thread. A watcher thread
+    checks the processes every `CHECK_S` and starts what is missing.
+
+    Invariants: all attributes are changed only while `_changed` is held. A process that is given
+    up is removed from its place at once and put on `_to_kill`; only the watcher kills it, because
+    waiting for its end may take a second.
+    """
+
+    catalog: ModelCatalog
+    """Description of the models."""
 
     def __init__(
-        self, load: Callable[[], Loaded], again: Callable[[], Loaded], *, spare: bool
+        self,
+        start: Callable[[], ForkServer],
+        restart: Callable[[], ForkServer],
+        *,
+        spare: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start them, and wait until one is ready to compute.
+        """Start the processes, and wait until one can run batches.
 
         Args:
-            load: Starts a process that loads models.
-            again: The same if that one is lost.
-            spare: Whether to keep a second process ready to compute.
+            start: Starts a fork server.
+            restart: Starts a fork server with the same models when the first one is lost.
+            spare: Whether to keep a second model process ready.
+            clock: Returns the time in seconds; must never go back.
 
         Raises:
             ValueError: If models cannot be loaded, or a setting does not fit them.
-            LostError: If a process ended meanwhile.
+            WorkerLostError: If a process ended meanwhile.
         """
-        self._again, self._with_spare = again, spare
+        self._restart, self._with_spare, self._clock = restart, spare, clock
         self._changed = threading.Condition()
-        self._look, self._closed = threading.Event(), False
-        self._starting: list[Loaded | Apart] = []
-        self._dead: list[tuple[Apart, str]] = []
-        """Processes to be ended, and why."""
-        self._loaded: Loaded | None = None
-        self._current: Apart | None = None
-        self._spare: Apart | None = None
+        self._check_now, self._closed = threading.Event(), False
+        self._starting: list[ForkServer | ModelProcess] = []
+        self._to_kill: list[tuple[ModelProcess, str]] = []
+        """Processes that were given up, and why."""
+        self._fork_server: ForkServer | None = None
+        self._current: ModelProcess | None = None
+        self._spare: ModelProcess | None = None
         self._missing_since: float | None = None
-        self._losses, self._lost_at, self._next_try = 0, 0.0, 0.0
-        self._filler: threading.Thread | None = None
-        loaded, self._current = self.start(load)
-        self._loaded, self.facts = loaded, loaded.facts
+        self._losses, self._last_loss, self._next_try = 0, 0.0, 0.0
+        self._starter: threading.Thread | None = None
+        fork_server, self._current = self.start_processes(start)
+        self._fork_server, self.catalog = fork_server, fork_server.catalog
         self._watcher = threading.Thread(target=self._watch, name="tokendial-watch", daemon=True)
         self._watcher.start()
 
     @property
     def missing_s(self) -> float:
-        """Seconds for which no process has been at hand that computes; 0: there is one."""
+        """Seconds for which no model process has answered; 0 if there is one."""
         with self._changed:
             if self._missing_since is not None:
-                return time.monotonic() - self._missing_since
-            still_s = self._current.still_s if self._current else 0.0
-            return still_s if still_s > _SHOWS_S else 0.0
+                return self._clock() - self._missing_since
+            silence_s = self._current.silence_s if self._current else 0.0
+            return silence_s if silence_s > _SUSPICIOUS_SILENCE_S else 0.0
 
-    def process(self) -> Apart:
-        """The one that computes.
+    def run(
+        self, name: str, degree: int, images: Sequence[Tensor], limit_s: float | None = None
+    ) -> list[Tensor]:
+        """Return the logits of each image.
+
+        Args:
+            name: Name of the model.
+            degree: Degree of the dial.
+            images: Normalised images, [3, H, W] each.
+            limit_s: Seconds after which the process counts as stuck; None: never.
 
         Raises:
-            Refused: If there is none, and will be none for a while.
+            WorkerLostError: If the process was lost; it is being replaced.
+            RequestRefusedError: If there is no process, and will be none for a while.
         """
-        with self._changed:
-            until = time.monotonic() + _PATIENCE_S
-            while self._current is None:
-                now = time.monotonic()
-                if self._closed or now >= until or self._next_try > now:
-                    told = "the process of the models was lost, another one is being started."
-                    raise Refused("lost", told, max(1.0, self._next_try - now))
-                self._changed.wait(until - now)
-            return self._current
+        process = self._wait_for_process()
+        try:
+            return process.run(name, degree, images, limit_s)
+        except WorkerLostError:
+            self._report_loss(process)
+            raise
 
-    def lost(self, process: Apart) -> None:
-        """Somebody has noticed that one was lost."""
-        with self._changed:
-            self._give_up(process, "was lost")
-        self._look.set()
+    def view(self, name: str, degree: int, image: Tensor) -> TokensViewed:
+        """Return the tokens of a normalised image [3, H, W]; raises a RequestRefusedError."""
+        process = self._wait_for_process()
+        try:
+            return process.view(name, degree, image, _VIEW_LIMIT_S)
+        except WorkerLostError as error:
+            self._report_loss(process)
+            raise RequestRefusedError("lost", str(error), 1.0) from None
 
-    def start(self, load: Callable[[], Loaded]) -> tuple[Loaded, Apart]:
-        """Other processes, to be exchanged for those that there are, or ended by whoever asks.
+    def start_processes(self, start: Callable[[], ForkServer]) -> tuple[ForkServer, ModelProcess]:
+        """Start a fork server and a model process beside the present ones.
+
+        The caller passes them to `replace_processes`, or ends them.
 
         Raises:
             ValueError: If models cannot be loaded, or a setting does not fit them.
-            LostError: If a process ended meanwhile.
+            WorkerLostError: If a process ended meanwhile.
         """
-        loaded = self._ready(load())
+        fork_server = self._wait_until_ready(start())
         try:
-            return loaded, self._ready(loaded.fork())
+            return fork_server, self._wait_until_ready(fork_server.fork())
         except BaseException:
-            loaded.close()
+            fork_server.close()
             raise
 
-    def exchange(self, again: Callable[[], Loaded], loaded: Loaded, process: Apart) -> None:
-        """Let others take the place of the processes that there are, which are ended.
+    def replace_processes(
+        self, restart: Callable[[], ForkServer], fork_server: ForkServer, process: ModelProcess
+    ) -> None:
+        """Use other processes from now on, and end the present ones.
 
         Args:
-            again: Starts a process that loads the same models.
-            loaded: Of `start`.
-            process: Of `start`.
+            restart: Starts a fork server with the new models when the new one is lost.
+            fork_server: The new fork server, from `start_processes`.
+            process: The new model process, from `start_processes`.
         """
         with self._changed:
-            old = (self._current, self._spare, self._loaded)
-            self._again, self._loaded, self.facts = again, loaded, loaded.facts
+            old = (self._current, self._spare, self._fork_server)
+            self._restart, self._fork_server = restart, fork_server
+            self.catalog = fork_server.catalog
             self._current, self._spare, self._missing_since = process, None, None
             self._changed.notify_all()
         _end(*old)
 
     def close(self) -> None:
-        """End them; nothing can be run any more."""
+        """End all processes."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._look.set()
-        # The one that is asked how others have ended first: it may stand still.
-        _end(self._loaded, *self._starting, self._current, self._spare)
+        self._check_now.set()
+        # The fork server comes first: it may stand still, and the end of the others would wait
+        # for it.
+        _end(self._fork_server, *self._starting, self._current, self._spare)
         self._watcher.join()
-        if self._filler:
-            self._filler.join()
+        if self._starter:
+            self._starter.join()
 
-    def _ready(self, process: Starting) -> Starting:
-        """It, when it is."""
+    def _wait_for_process(self) -> ModelProcess:
+        """Return the model process; wait for a moment if it is being replaced.
+
+        Raises:
+            RequestRefusedError: If there is none, and will be none for a while.
+        """
+        with self._changed:
+            until = self._clock() + _REPLACEMENT_WAIT_S
+            while self._current is None:
+                now = self._clock()
+                if self._closed or now >= until or self._next_try > now:
+                    message = "the model process was lost, another one is being started."
+                    raise RequestRefusedError("lost", message, max(1.0, self._next_try - now))
+                self._changed.wait(until - now)
+            return self._current
+
+    def _report_loss(self, process: ModelProcess) -> None:
+        with self._changed:
+            self._give_up(process, "was lost")
+        self._check_now.set()
+
+    def _wait_until_ready(self, process: ProcessT) -> ProcessT:
         with self._changed:
             closed = self._closed
             self._starting.append(process)
         try:
             if closed:
-                raise LostError("the server is stopping.")
+                raise WorkerLostError("the server is stopping.")
             process.wait()
         except BaseException:
             _end(process)
@@ -150,75 +208,76 @@ class Supervisor:
 
     def _watch(self) -> None:
         while not self._closed:
-            self._look.wait(LOOK_S)
-            self._look.clear()
+            self._check_now.wait(CHECK_S)
+            self._check_now.clear()
             with self._changed:
                 for process in (*self._starting, self._current, self._spare):
-                    if isinstance(process, Apart) and (why := process.trouble()):
+                    if isinstance(process, ModelProcess) and (why := process.failure()):
                         self._give_up(process, why)
-                dead, self._dead = self._dead, []
-            for process, why in dead:
+                to_kill, self._to_kill = self._to_kill, []
+            for process, why in to_kill:
                 code = process.kill()
-                _log.error("a process of the models %s (%s).", why, code)
+                _log.error("a model process %s (%s).", why, code)
             with self._changed:
-                if self._loaded and not self._loaded.alive:
-                    self._loaded = None
-                if self._lacks_one() and not (self._filler and self._filler.is_alive()):
-                    self._filler = threading.Thread(target=self._fill, daemon=True)
-                    self._filler.start()
+                if self._fork_server and not self._fork_server.alive:
+                    self._fork_server = None
+                if self._lacks_process() and not (self._starter and self._starter.is_alive()):
+                    self._starter = threading.Thread(target=self._start_missing, daemon=True)
+                    self._starter.start()
 
-    def _give_up(self, process: Apart, why: str) -> None:
-        """Let the spare one take its place, if there is one; the watcher ends it."""
+    def _give_up(self, process: ModelProcess, why: str) -> None:
+        """Remove a process from its place, which the spare one takes if there is one."""
         if process is self._current:
             self._current, self._spare = self._spare, None
             if self._current is None:
-                self._missing_since = time.monotonic()
+                self._missing_since = self._clock()
         elif process is self._spare:
             self._spare = None
         elif process not in self._starting:
             return  # it was given up before
-        self._dead.append((process, why))
+        self._to_kill.append((process, why))
         self._count_loss()
         self._changed.notify_all()
 
     def _count_loss(self) -> None:
-        now = time.monotonic()
-        self._losses = self._losses + 1 if now - self._lost_at < _FORGIVEN_S else 1
-        self._lost_at = self._next_try = now
+        now = self._clock()
+        recent = now - self._last_loss < _LOSSES_FORGOTTEN_S
+        self._losses = self._losses + 1 if recent else 1
+        self._last_loss = self._next_try = now
         if (more := self._losses - _FREE_LOSSES) > 0:
-            self._next_try += min(_FIRST_WAIT_S * 2 ** (more - 1), _LONGEST_WAIT_S)
+            self._next_try += min(_FIRST_PAUSE_S * 2 ** (more - 1), _MAX_PAUSE_S)
 
-    def _lacks_one(self) -> bool:
-        if self._closed or time.monotonic() < self._next_try:
+    def _lacks_process(self) -> bool:
+        if self._closed or self._clock() < self._next_try:
             return False
         spare = self._spare or not self._with_spare
-        return not (self._loaded and self._current and spare)
+        return not (self._fork_server and self._current and spare)
 
-    def _fill(self) -> None:
-        """Start one that is lacking."""
-        loaded = self._loaded
+    def _start_missing(self) -> None:
+        """Start one process that is missing: the fork server, else a model process."""
+        fork_server = self._fork_server
         try:
-            if loaded is None:
-                _log.error("the process that held the models was lost: they are loaded again.")
-                self._take_loaded(self._ready(self._again()))
+            if fork_server is None:
+                _log.error("the fork server was lost: the models are loaded again.")
+                self._take_fork_server(self._wait_until_ready(self._restart()))
             else:
-                self._take(loaded, self._ready(loaded.fork()))
+                self._take_process(fork_server, self._wait_until_ready(fork_server.fork()))
         except (ValueError, OSError, RuntimeError) as error:
             _log.error("no process could be started: %s", error_message(error))
             with self._changed:
                 self._count_loss()
 
-    def _take_loaded(self, loaded: Loaded) -> None:
+    def _take_fork_server(self, fork_server: ForkServer) -> None:
         with self._changed:
-            wanted = self._loaded is None and not self._closed
+            wanted = self._fork_server is None and not self._closed
             if wanted:
-                self._loaded, self.facts = loaded, loaded.facts
-        if not wanted:  # those of a reload came first
-            loaded.close()
+                self._fork_server, self.catalog = fork_server, fork_server.catalog
+        if not wanted:  # a reload has installed another one meanwhile
+            fork_server.close()
 
-    def _take(self, loaded: Loaded, process: Apart) -> None:
+    def _take_process(self, fork_server: ForkServer, process: ModelProcess) -> None:
         with self._changed:
-            wanted = loaded is self._loaded and not self._closed
+            wanted = fork_server is self._fork_server and not self._closed
             if wanted and self._current is None:
                 self._current, self._missing_since = process, None
             elif wanted:
@@ -228,9 +287,9 @@ class Supervisor:
             process.kill()
 
 
-def _end(*processes: Loaded | Apart | None) -> None:
+def _end(*processes: ForkServer | ModelProcess | None) -> None:
     for process in processes:
-        if isinstance(process, Apart):
+        if isinstance(process, ModelProcess):
             process.kill()
         elif process:
             process.close()

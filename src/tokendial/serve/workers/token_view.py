@@ -1,42 +1,48 @@
-"""Which tokens of one image were merged, kept or dropped at each depth, as plain data."""
+"""Which tokens of one image were merged, kept or dropped at each layer, as plain data."""
 
 from base64 import b64encode
 from io import BytesIO
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
-from tokendial.serve.http.schemas import Answer
 from tokendial.show.tokens import seen_pixels, token_maps
 
 
-class LayerTokens(Answer):
+class LayerTokens(BaseModel):
     """The tokens that leave one layer."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     layer: int
     """The layer, counted from 1."""
     tokens: int
-    """How many (prefix included), or how many its FFN processed."""
+    """Number of tokens, class and register tokens included. For methods that only skip the FFN:
+    the number of tokens that the FFN processed."""
     origin: list[int]
-    """For each patch, row by row: the token that holds it; -1: dropped, or skipped by the FFN."""
+    """For each patch, row by row: index of the token that holds it. -1 if the patch was dropped, or
+    skipped by the FFN."""
 
 
-class TokenView(Answer):
-    """Where the patches of one image went."""
+class TokenView(BaseModel):
+    """Where the patches of one image went, layer by layer."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     degree: int
-    """The degree of the dial."""
+    """Degree of the dial."""
     rows: int
-    """Rows of patches."""
+    """Number of rows of patches."""
     columns: int
-    """Columns of patches."""
+    """Number of columns of patches."""
     width: int
-    """Pixels of what the model sees."""
+    """Width of the image as the model sees it, in pixels."""
     height: int
-    """Pixels of what the model sees."""
+    """Height of the image as the model sees it, in pixels."""
     layers: list[LayerTokens]
-    """Every layer, the first one first."""
+    """The layers, in order."""
 
 
 def token_view(
@@ -44,27 +50,27 @@ def token_view(
 ) -> TokenView:
     """Follow the patches of one image through the layers.
 
-    The model is left at the degree and with the adapter that it had. Nothing else may run it
-    meanwhile.
+    Afterwards the model has the same degree and adapter as before, also if this fails. Nothing
+    else may run the model meanwhile.
 
     Args:
         model: A wrapped model of images.
-        image: [3, H, W], normalised.
+        image: Normalised image, [3, H, W].
         degree: Degree of the dial.
-        adapter: Name of the adapter that acts; None: the present one.
+        adapter: Name of the adapter to use; None: the active one.
 
     Raises:
         ValueError: If the model has no such degree or adapter.
     """
-    before = model.degree, model.active_adapter
+    degree_before, adapter_before = model.degree, model.active_adapter
     try:
         if adapter is not None:
             model.set_adapter(adapter)
         model.set_degree(degree)
         maps = token_maps(model, image.to(next(model.parameters()).device))
     finally:
-        model.set_adapter(before[1])
-        model.set_degree(before[0])
+        model.set_adapter(adapter_before)
+        model.set_degree(degree_before)
     rows, columns = maps.origin[0].shape
     return TokenView(
         degree=degree,
@@ -81,8 +87,8 @@ def token_view(
     )
 
 
-def seen_image(model: DialViT, image: Tensor) -> str:
-    """What the model sees of an image [3, H, W] that is normalised: a PNG in base64."""
+def model_input_png(model: DialViT, image: Tensor) -> str:
+    """The image that the model sees, from its normalised input [3, H, W]: base64 of a PNG."""
     file = BytesIO()
     Image.fromarray(seen_pixels(model, image)).save(file, format="PNG")
     return b64encode(file.getvalue()).decode()

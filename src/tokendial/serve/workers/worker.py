@@ -1,7 +1,7 @@
-"""The process that holds the models: `python -m tokendial.serve.workers.worker`.
+"""The fork server and model processes from inside: `python -m tokendial.serve.workers.worker`.
 
-Those that compute are forked from it. It has one thread at all times: what other threads hold at
-the moment of a fork, above all OpenMP's, would be held for ever in the new process.
+The fork server must have exactly one thread at all times. A lock that another thread holds at the
+moment of a fork (OpenMP's, above all) would stay locked for ever in the new process.
 """
 
 import gc
@@ -15,127 +15,154 @@ import warnings
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tokendial.serve.workers.apart import BEAT_S, Order, receive, send, shared_images
+from tokendial.serve.workers.messages import (
+    BatchLogits,
+    Failed,
+    LoadModels,
+    ModelsLoaded,
+    ProcessExited,
+    ProcessForked,
+    ProcessReady,
+    RunBatch,
+    TokensViewed,
+    ViewTokens,
+    WaitForExit,
+    receive,
+    receive_answer,
+    send,
+)
+from tokendial.serve.workers.model_process import HEARTBEAT_S, shared_images
 
 if TYPE_CHECKING:
-    from tokendial.serve.workers.models import Models
+    from tokendial.serve.workers.models import LoadedModels
 
 
 def main(pipe: Connection, memory: int) -> None:
-    """Load what the first message orders, then fork until the pipe ends.
+    """Load models, then fork model processes until the server closes the pipe.
 
     Args:
-        pipe: To the server. After the order comes None for each process to be forked, followed by
-            its two sockets, or the number of one that was killed.
-        memory: File in which the server puts images.
+        pipe: Connection to the server.
+        memory: File descriptor of the shared memory for images.
     """
-    # It may be sent to every process of a service; what the server has accepted is computed still.
+    # A service manager may send SIGTERM to every process of the service. The server obeys it, and
+    # needs the models until it has answered its last requests.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    usual = torch.get_num_threads()
+    default_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with suppress(EOFError, ConnectionError):  # the server is gone
-        order: Order = receive(pipe)
+    with suppress(EOFError, ConnectionError):  # the server has ended
+        order = receive_answer(pipe, LoadModels)
         try:
             models = order.load()
         except Exception as error:
-            send(pipe, (None, _told(error)))
+            send(pipe, Failed(_portable_error(error)))
             return
-        send(pipe, (models.facts, None))
-        images = shared_images(memory, order.most, models.facts.input_shape)
-        # What is there is used to the end. Not looked at for garbage, it stays shared.
+        send(pipe, ModelsLoaded(models.catalog))
+        images = shared_images(memory, order.max_batch, models.catalog.input_shape)
+        # Frozen objects are not touched by the garbage collector, so their memory stays shared.
         gc.collect()
         gc.freeze()
         while True:
-            ended: int | None = receive(pipe)
-            if ended is not None:
-                send(pipe, (_code(ended), None))
+            message = receive(pipe)
+            if isinstance(message, WaitForExit):
+                send(pipe, ProcessExited(_exit_code(message.pid)))
                 continue
-            asks, heart = (recv_handle(pipe) for _ in range(2))
+            requests, heartbeats = (recv_handle(pipe) for _ in range(2))
             if pid := _fork():
-                os.close(asks)
-                os.close(heart)
-                send(pipe, (pid, None))
+                os.close(requests)
+                os.close(heartbeats)
+                send(pipe, ProcessForked(pid))
                 continue
             try:
                 pipe.close()
-                torch.set_num_threads(order.threads or usual)
-                compute(Connection(asks), heart, models, order, images)
+                torch.set_num_threads(order.threads or default_threads)
+                run_model_process(Connection(requests), heartbeats, models, order, images)
             except BaseException:
                 traceback.print_exc()
             finally:
-                os._exit(0)  # what follows is for the process that was forked
+                os._exit(0)  # the cleanup that would follow belongs to the fork server
 
 
-def compute(pipe: Connection, heart: int, models: "Models", order: Order, images: Tensor) -> None:
-    """Make models ready, then run what is asked until the pipe ends.
+def run_model_process(
+    pipe: Connection, heartbeats: int, models: "LoadedModels", order: LoadModels, images: Tensor
+) -> None:
+    """Prepare the models, then answer messages until the server closes the pipe.
 
     Args:
-        pipe: To the server.
-        heart: Socket to show it that this process lives.
-        models: As they were loaded.
-        order: What else to do.
-        images: Those to run.
+        pipe: Connection to the server.
+        heartbeats: File descriptor of the socket for heartbeats.
+        models: The loaded models.
+        order: How to optimise them.
+        images: Shared memory with the images of a batch.
     """
-    threading.Thread(target=_beat, args=(heart,), daemon=True).start()
-    with suppress(EOFError, ConnectionError):  # the server is gone
+    threading.Thread(target=_send_heartbeats, args=(heartbeats,), daemon=True).start()
+    with suppress(EOFError, ConnectionError):  # the server has ended
         try:
             models.prepare(order.speed)
-            # The first pass allocates, which is better done before somebody waits for it.
-            models.run(models.facts.names[0], models.facts.degrees[0], torch.zeros_like(images[:1]))
+            # The first pass allocates memory, so it is made before a request waits for it.
+            catalog = models.catalog
+            models.run(catalog.names[0], catalog.degrees[0], torch.zeros_like(images[:1]))
         except Exception as error:
-            send(pipe, (None, _told(error)))
+            send(pipe, Failed(_portable_error(error)))
             return
-        send(pipe, (None, None))
+        send(pipe, ProcessReady())
         while True:
-            what, name, degree, argument = receive(pipe)
-            answer: Any = None
-            failed: Exception | None = None
+            message = receive(pipe)
             try:
-                if what == "run":
-                    answer = models.run(name, degree, images[:argument]).numpy()
-                else:
-                    answer = models.view(name, degree, argument)
+                answer = _carry_out(message, models, images)
             except Exception as error:
-                failed = _told(error)
-            send(pipe, (answer, failed))
+                send(pipe, Failed(_portable_error(error)))
+            else:
+                send(pipe, answer)
+
+
+def _carry_out(
+    message: object, models: "LoadedModels", images: Tensor
+) -> BatchLogits | TokensViewed:
+    match message:
+        case RunBatch(name, degree, num_images):
+            return BatchLogits(models.run(name, degree, images[:num_images]).numpy())
+        case ViewTokens(name, degree, image):
+            return TokensViewed(*models.view(name, degree, image))
+    raise TypeError(f"a model process does not know the message {type(message).__name__}.")
 
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        # Python warns of threads: OpenBLAS has started some for NumPy, and sees to them itself.
+        # Python warns about threads. The only ones are OpenBLAS's for NumPy, which registers
+        # fork handlers of its own.
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
 
-def _beat(heart: int) -> None:
-    os.set_blocking(heart, False)
+def _send_heartbeats(socket: int) -> None:
+    os.set_blocking(socket, False)
     while True:
         try:
-            os.write(heart, b".")
-        except BlockingIOError:  # the server has not looked for a while
+            os.write(socket, b".")
+        except BlockingIOError:  # the server has not read the last ones yet
             pass
-        except OSError:  # it is gone, whatever is computed here
+        except OSError:  # the server has ended, so nobody needs the running batch
             os._exit(1)
-        time.sleep(BEAT_S)
+        time.sleep(HEARTBEAT_S)
 
 
-def _code(pid: int) -> int | None:
-    """How a process has ended that was killed, as `subprocess` tells it; None: it has not yet."""
+def _exit_code(pid: int) -> int | None:
+    """Exit code of a killed process, as in `subprocess`; None if it has not ended yet."""
     for _ in range(50):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)  # a driver may hold it for longer
+        time.sleep(0.01)  # a driver may delay the end of a process for longer than this
     return None
 
 
-def _told(error: Exception) -> Exception:
-    """The same error, such that the server's process knows it."""
+def _portable_error(error: Exception) -> Exception:
+    """Convert an error to a type that the server can unpickle."""
     for kind in (ValueError, OSError):
         if isinstance(error, kind):
             return kind(str(error))
