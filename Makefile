@@ -11,7 +11,7 @@ space := $(empty) $(empty)
 # Tests start many processes; each would compile torch, three times as long as importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint setup browser
+.PHONY: demo test lint docs setup browser
 
 demo: .venv/ready
 	$(BIN)/tokendial demo
@@ -25,6 +25,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Without the advice of the theme to try its successor.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: .venv/ready
 
