@@ -2,8 +2,8 @@
 
 A model that was trained at one degree loses accuracy at others. A compensator is trained once for a
 backbone, without labels, and serves every model fine-tuned from it. This example attaches the one
-that Tokendial ships to the shipped model, which was trained at degree 0. Prints the accuracy at some
-degrees without and with it.
+that Tokendial ships to the shipped model, which was trained at degree 0. Prints the accuracy at
+some degrees without and with it.
 """
 
 import argparse

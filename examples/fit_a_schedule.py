@@ -29,9 +29,7 @@ def main() -> None:
     images = torch.stack([prepare(scenes[index][0]) for index in range(32)])
 
     whole = model.cost().gmacs
-    result = td.fit(
-        model, images, gmacs=(0.7 * whole, 0.5 * whole), multi_label=True, minutes=0.1
-    )
+    result = td.fit(model, images, gmacs=(0.7 * whole, 0.5 * whole), multi_label=True, minutes=0.1)
     for degree in result.degrees:
         print(f"degree {degree.degree}: at most {1000 * degree.budget:.0f} MMACs")
         print(f"  merged per layer {list(degree.found.removed)}")

@@ -71,7 +71,9 @@ def main() -> None:
         for degree in (0, 3, 6):
             model.set_degree(degree)
             accuracy = (model(images).argmax(dim=1) == labels).float().mean()
-            print(f"degree {degree}: accuracy {accuracy:.1%}, {1000 * model.cost().gmacs:.0f} MMACs")
+            print(
+                f"degree {degree}: accuracy {accuracy:.1%}, {1000 * model.cost().gmacs:.0f} MMACs"
+            )
 
         model.save_pretrained(arguments.out)
         loaded = td.load(arguments.out)

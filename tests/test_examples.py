@@ -1,7 +1,7 @@
 """Every file of examples/ runs as it stands, offline, on the shipped model.
 
-They run in this process, one after the other, because importing torch anew for each takes longer
-than most of them. The tests look at what an example prints: its lines are what a reader is promised.
+They run in this process, one after the other: importing torch anew takes longer than most of them.
+The tests look at what an example prints: its lines are what a reader is promised.
 """
 
 import re

@@ -3,8 +3,8 @@
     python tools/draw_method_tokens.py docs/img/methods      # about five minutes on one core
 
 Everything is the shipped small model on a shipped scene at 72 pixels (144 patches). ToMe, EViT and
-FFNMerge need no training. DynamicViT, DyT and DAR learn which tokens matter, so they are trained for
-a few epochs first: the first two count sneakers, DAR outlines items.
+FFNMerge need no training. DynamicViT, DyT and DAR learn which tokens matter, so they are trained
+for two epochs first: the first two count sneakers, DAR outlines items.
 """
 
 import io
@@ -21,7 +21,7 @@ from tokendial.runs import read_recipe
 from tokendial.show.tokens import seen_pixels, token_figure
 from tokendial.train import train
 
-SIDE, SCENE, COLOURS, DPI = 72, 3, 96, 80
+SIDE, COLOURS, DPI = 72, 96, 80
 UNTRAINED = {
     "tome": td.ToMe(r=10),
     "evit": td.EViT(keep_rate=0.6, layers=(4, 7, 10)),
@@ -36,17 +36,20 @@ TRAINED = {
 
 
 def scene(task: str) -> Image.Image:
-    """The image that is drawn."""
-    data = Scenes(img_size=SIDE) if task == "count" else SceneMasks(img_size=SIDE)
-    image: Image.Image = data.build(seed=0).val[SCENE][0]
-    return image
+    """The image that is drawn: one with a plain background."""
+    if task == "masks":
+        masks = SceneMasks(img_size=SIDE).build(seed=0).val
+        image: Image.Image = masks[5][0]
+        return image
+    return Scenes(img_size=SIDE).build(seed=0).val[0][0]  # type: ignore[no-any-return]
 
 
 def trained(name: str, folder: Path) -> td.DialViT:
     """A model that was trained for a few epochs."""
     recipe, overrides = TRAINED[name]
-    some = (f"model.img_size={SIDE}", "train.epochs=2", "data.val_size=20", "train.workers=0", f"output={folder / name}")
-    return train(read_recipe(recipe, [*overrides, *some])).model()
+    short = ("train.epochs=2", "train.workers=0", "data.val_size=20", f"model.img_size={SIDE}")
+    output = f"output={folder / name}"
+    return train(read_recipe(recipe, [*overrides, *short, output]), quiet=True).model()
 
 
 @torch.no_grad()
