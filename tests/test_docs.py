@@ -377,3 +377,4 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
         html = (tmp_path / name).read_text()
         assert not re.findall(r"<(?:script|img|link rel=.stylesheet)[^>]*=\"?https?://", html)
     assert "keep_rate" in (tmp_path / "methods/evit/index.html").read_text()  # from docstrings
+    assert "time_in_rounds" in (tmp_path / "examples/index.html").read_text()  # from its file
