@@ -57,7 +57,8 @@ class Counting(Dataset[dict[str, Any]]):
 
 def accuracy(outputs: EvalPrediction) -> dict[str, float]:
     """Share of right answers."""
-    return {"accuracy": float((outputs.predictions.argmax(-1) == outputs.label_ids).mean())}
+    found = torch.as_tensor(outputs.predictions).argmax(dim=-1)
+    return {"accuracy": float((found == torch.as_tensor(outputs.label_ids)).float().mean())}
 
 
 def main() -> None:
