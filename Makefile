@@ -11,7 +11,7 @@ space := $(empty) $(empty)
 # Tests start many processes; each would compile torch, three times as long as importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint setup browser installs lowest
+.PHONY: demo test lint docs setup browser installs lowest
 
 demo: .venv/ready
 	$(BIN)/tokendial demo
@@ -41,6 +41,10 @@ lowest: .venv/ready
 		--editable '.[$(LOWEST_EXTRAS)]' "coverage>=7.6" "hypothesis>=6.100" \
 		"pytest>=8.3" "scikit-learn>=1.5"
 	.venv-lowest/bin/python -m pytest -W default $(LOWEST_TESTS)
+
+# Without the advice of the theme to try its successor.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: .venv/ready
 
