@@ -29,7 +29,7 @@ class ScheduledModel:
         reduces = any(schedule)
         if reduces:
             # ToMe and EViT have neither weights nor state, so a new reducer is as good as any.
-            model.reducer = self.space.method([schedule]).build(self.space.shape).eval()
+            model.reducer = self.space.method_with([schedule]).build(self.space.shape).eval()
         model.set_degree(int(reduces))
         return model
 
