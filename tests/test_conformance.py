@@ -162,8 +162,8 @@ def test_gradients_reach_the_image(reduce):
 
 @each_reducer
 def test_the_gradient_is_the_slope_of_the_logits(reduce):
-    """Catches: an FFN, a fused token or its weights without gradient, which the gradient of the
-    residual hides from a test for zero.
+    """Catches: an FFN or merged features without gradient, which the gradient of the residual hides
+    from a test for zero.
     """
     model = td.wrap(small_vit(), reduce=reduce).double().eval()
     batch = pictures().double().requires_grad_()
