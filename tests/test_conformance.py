@@ -128,7 +128,7 @@ def test_an_image_alone_gives_what_it_gives_in_a_batch(reduce):
 @each_pair
 @torch.no_grad()
 def test_an_empty_batch_gives_the_logits_of_no_image(reduce, adapt):
-    """Catches: a shape that is inferred (-1) from no values."""
+    """Catches: a maximum over the values of all images, of which there are none."""
     model = td.wrap(small_vit(), reduce=reduce, adapt=adapt).eval()
     assert model(pictures(0)).shape == (0, 7)
     assert model.feature_map(pictures(0)).shape == (0, 48, 9, 7)
@@ -138,8 +138,8 @@ def test_an_empty_batch_gives_the_logits_of_no_image(reduce, adapt):
 @each_reducer
 @torch.no_grad()
 def test_every_token_stands_for_positions_and_prefix_tokens_for_themselves(reduce):
-    """Catches: merged prefix tokens; a map to tokens that is not updated, or shifted by one; sizes
-    that are not added up.
+    """Catches: merged prefix tokens; a map to tokens that is not updated; sizes that are not added
+    up.
     """
     model = td.wrap(small_vit(), reduce=reduce).eval()
     for step in model.steps(pictures(), track=True):
@@ -162,8 +162,8 @@ def test_gradients_reach_the_image(reduce):
 
 @each_reducer
 def test_the_gradient_is_the_slope_of_the_logits(reduce):
-    """Catches: an FFN, a fused token or its weights without gradient, which the gradient of the
-    residual hides from a test for zero.
+    """Catches: an FFN or merged features without gradient, which the gradient of the residual hides
+    from a test for zero.
     """
     model = td.wrap(small_vit(), reduce=reduce).double().eval()
     batch = pictures().double().requires_grad_()

@@ -68,7 +68,7 @@ def logits_at_degree_0(model, pictures):
 @pytest.mark.parametrize("name", EVERY)
 @torch.no_grad()
 def test_the_largest_degree_of_the_dial_runs(name):
-    """Catches: an offered degree at which more tokens should merge than there are."""
+    """Catches: a map from positions to tokens that is not updated."""
     model, pictures = model_of("tome", name, square=False)
     model.set_degree(model.degrees[-1])
     assert model(pictures).isfinite().all()
