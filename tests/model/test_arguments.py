@@ -12,7 +12,10 @@ import tokendial as td
     [
         ({"reduce": "tome"}, r"got the string 'tome': pass td\.ToMe\(\.\.\.\)\.$"),
         ({"adapt": "lora"}, r"got the string 'lora': pass td\.LoRA\(\.\.\.\)\.$"),
-        ({"reduce": "tomm"}, r"reduce must be a reduction method such as td\.ToMe\(r=8\), got 'tomm'"),
+        (
+            {"reduce": "tomm"},
+            r"reduce must be a reduction method such as .*, got 'tomm'",
+        ),
         ({"reduce": td.ToMe}, r"reduce must be an instance, got the class ToMe: pass td\.ToMe\("),
         ({"adapt": td.LoRA}, r"adapt must be an instance, got the class LoRA: pass td\.LoRA\("),
         ({"reduce": td.LoRA()}, r"LoRA is a fine-tuning method: pass it as adapt=\.$"),

@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 from examples import TINY, images, perturbed, tiny_vit
-from zoo import TIMM, backbone
 from torch import nn
+from zoo import TIMM, backbone
 
 import tokendial as td
 
@@ -106,7 +106,7 @@ def test_heads_that_cannot_be_had():
     with pytest.raises(ValueError, match="reset_classifier is for heads, but this model has a dec"):
         dense.reset_classifier(3)
     hugging, _ = backbone("hf vit")
-    with pytest.raises(ValueError, match="forward_head needs a model of timm, vit is a ViTForImage"):
+    with pytest.raises(ValueError, match="forward_head needs a model of timm, vit is a ViTFor"):
         td.wrap(hugging).forward_head(torch.zeros(1, 5, 48))
 
 
