@@ -54,7 +54,7 @@ class Anatomy(ABC):
 
     @property
     def time_steps(self) -> int:
-        """Number of feature maps: 1 for an image; the frames of a clip, or fewer if they are joined."""
+        """Feature maps of one input: 1 of an image, the (joined) frames of a clip."""
         return self.frames or 1
 
     @property
