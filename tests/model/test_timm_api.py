@@ -106,9 +106,7 @@ def test_heads_that_cannot_be_had():
     with pytest.raises(ValueError, match="reset_classifier is for heads, but this model has a dec"):
         dense.reset_classifier(3)
     hugging, _ = backbone("hf vit")
-    with pytest.raises(
-        ValueError, match="forward_head needs a model of timm, vit is a ViTForImage"
-    ):
+    with pytest.raises(ValueError, match="forward_head needs a model of timm, vit is a ViTFor"):
         td.wrap(hugging).forward_head(torch.zeros(1, 5, 48))
 
 

@@ -54,8 +54,7 @@ class Anatomy(ABC):
 
     @property
     def time_steps(self) -> int:
-        """Number of feature maps of a clip: its frames, or fewer where frames are joined; 1 for
-        an image."""
+        """Feature maps of one input: 1 of an image, the (joined) frames of a clip."""
         return self.frames or 1
 
     @property
@@ -81,7 +80,7 @@ class Anatomy(ABC):
 
     @abstractmethod
     def embed(self, images_B3HW: Tensor) -> Tokens:
-        """Tokens of images that enter the first block: patches with positions, prefix tokens.
+        """Tokens that enter the first block: patches with their positions, and prefix tokens.
 
         Video models take clips [B, T, 3, H, W].
 
