@@ -35,7 +35,7 @@ from benchmarks.workload import (
 )
 from tokendial.runs import Run
 from tokendial.tasks import BinaryMasks, Classification
-from tokendial.tasks.dense import best_class, resize_map
+from tokendial.tasks.dense_prediction import best_class, resize_maps
 
 PROBABILITY, GREY, PIXELS = 1e-4, 1 / 255, 1e-3
 """Largest allowed difference between an answer and the offline model, by kind of answer."""
@@ -82,7 +82,7 @@ class Offline:
             return self.task.probabilities(logits)[0].numpy()
         size = image.height, image.width
         if isinstance(self.task, BinaryMasks):
-            return resize_map(logits.sigmoid(), size)[0, 0].mul(255).round().byte().numpy()
+            return resize_maps(logits.sigmoid(), size)[0, 0].mul(255).round().byte().numpy()
         return best_class(logits[0], size).numpy()
 
     def apart(self, number: int, prediction: dict[str, Any]) -> float:

@@ -77,7 +77,7 @@ class Tuned:
         model, task = td.load(run.last), run.task()
         test = replace(run.recipe().data, val="test").build(self.seed).val
         loader = eval_loader(test, task.eval_transform(model.anatomy), batch_size=50)
-        meter = ShareMeter(model) if ShareMeter.fits(model) else None
+        meter = ShareMeter(model) if ShareMeter.supports(model) else None
         rows = []
         for degree in model.degrees:
             model.set_degree(degree)

@@ -29,7 +29,7 @@ from tokendial.data import Scenes
 from tokendial.data.transforms.image import Augment
 from tokendial.runs.loaders import eval_loader
 from tokendial.tasks import Classification
-from tokendial.tune.agreement import compared, two_way
+from tokendial.tune.agreement import binary_logits, compare_logits
 
 SEEDS = (0, 1, 2)
 # Scenes to compare on have another seed, and validation items that no training scene shows.
@@ -67,7 +67,7 @@ def judged(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[
     rows = []
     for model in models:
         logits = logits_of(model, images)
-        agreement = compared(two_way(logits), two_way(unreduced))
+        agreement = compare_logits(binary_logits(logits), binary_logits(unreduced))
         right = ((logits > 0) == (labels > 0)).float().mean()
         rows.append(
             {

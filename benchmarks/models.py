@@ -59,7 +59,7 @@ def reduced(vit: nn.Module, method: str, images: Tensor) -> td.DialViT:
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, got {method}.")
     model = td.wrap(vit, reduce=METHODS[method]).eval()
     model.to(images.device, images.dtype)
-    if ShareMeter.fits(model):
+    if ShareMeter.supports(model):
         centre(model, images[:8])
         calibrate(model, [images[:8]])
     return model

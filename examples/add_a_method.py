@@ -15,15 +15,11 @@ import torch
 
 import tokendial as td
 from tokendial.attention import ByProducts
-from tokendial.methods import register
-from tokendial.reduce.base import Reducer, ReducerConfig
-from tokendial.shape import ViTShape
-from tokendial.tokens import Grouping, Tokens
 
 
-@register("reduce", "every_nth")
+@td.register("reduce", "every_nth")
 @dataclass(frozen=True, kw_only=True)
-class EveryNth(ReducerConfig):
+class EveryNth(td.ReducerConfig):
     """Keep one patch token in `n`, in a few layers."""
 
     n: int = 2
@@ -36,12 +32,12 @@ class EveryNth(ReducerConfig):
         if type(self.n) is not int or self.n < 1:
             raise ValueError(f"n must be an integer of at least 1, got {self.n!r}.")
 
-    def build(self, vit: ViTShape) -> "EveryNthReducer":
+    def build(self, vit: td.ViTShape) -> "EveryNthReducer":
         """Make the module that runs."""
         return EveryNthReducer(self)
 
 
-class EveryNthReducer(Reducer):
+class EveryNthReducer(td.Reducer):
     """Degree d keeps one patch token in d + 1."""
 
     def __init__(self, config: EveryNth) -> None:
@@ -49,18 +45,18 @@ class EveryNthReducer(Reducer):
         self.config = config
         self.degrees, self.degree = (0, 1, 2, 3), config.n - 1
 
-    def acts(self, layer: int, degree: int) -> bool:
+    def reduces_in(self, layer: int, degree: int) -> bool:
         """In the layers of the settings."""
         return layer in self.config.layers
 
     def group(
-        self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
-    ) -> Grouping | None:
+        self, layer: int, degree: int, tokens: td.Tokens, attended: ByProducts
+    ) -> td.Grouping | None:
         """Name the tokens that stay; the model applies this to all that follows the tokens."""
         images, count, _ = tokens.x.shape
         kept = [*range(tokens.prefix), *range(tokens.prefix, count, degree + 1)]
         index = torch.tensor(kept, device=tokens.x.device).expand(images, -1)
-        return Grouping.keeping(index, count)
+        return td.Grouping.keeping(index, count)
 
 
 @torch.no_grad()

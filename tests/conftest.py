@@ -40,7 +40,7 @@ UNTRACED = {
     "test_cli.py",
 }
 UNTRACED |= {"test_compile.py", "test_demo.py", "test_docs.py", "test_export_files.py"}
-UNTRACED |= {"test_cli.py", "test_reproduce.py"}
+UNTRACED |= {"test_cli.py", "test_examples.py", "test_reproduce.py"}
 
 RECIPE = {
     "seed": 1,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokendial as td
-from tokendial.kernels import fused, launch
-from tokendial.reduce.tome import _most_similar
+from tokendial.kernels import launch, use_fused_kernels
+from tokendial.reduce.tome import find_most_similar
 from tokendial.tokens import Grouping
 from tokendial.tune import treatments
 
@@ -53,7 +53,7 @@ def reductions(draw: st.DrawFn) -> tuple[Grouping, Tensor, Tensor | None]:
 @torch.no_grad()
 def test_merging_equals_the_plain_path(example):
     grouping, x, weight = example
-    with fused():
+    with use_fused_kernels():
         merged = grouping.merge(x, weight)
     # Kernels sum in float32; plain half precision rounds in between.
     plain = grouping.merge(x.float(), weight)
@@ -66,7 +66,7 @@ def test_merging_equals_the_plain_path(example):
 def test_tokens_that_absorb_nothing_stay_as_they_are_in_a_mean(example):
     grouping, x, weight = example
     grouping.how = "mean"
-    with fused():
+    with use_fused_kernels():
         merged = grouping.merge(x, weight)
     for image in range(2):
         for group, kept in enumerate(grouping.keep[image]):
@@ -92,9 +92,9 @@ def test_the_first_of_the_most_similar_targets_is_found(
     metric = axes[torch.randint(len(axes), (2, num_tokens), generator=generator)].to(DEVICE)
     source = torch.arange(num_tokens, device=DEVICE)
     target = source[::stride]
-    best, partner = _most_similar(metric, source, target, num_excluded)
-    with fused():
-        fused_best, fused_partner = _most_similar(metric, source, target, num_excluded)
+    best, partner = find_most_similar(metric, source, target, num_excluded)
+    with use_fused_kernels():
+        fused_best, fused_partner = find_most_similar(metric, source, target, num_excluded)
     torch.testing.assert_close(fused_best, best, atol=0, rtol=0, equal_nan=True)
     assert torch.equal(fused_partner, partner)
 
@@ -107,9 +107,9 @@ def test_the_most_similar_target_is_found_among_any(num_tokens, width, seed):
     metric = torch.randn(2, num_tokens, width, generator=generator).to(DEVICE)
     order = torch.randperm(num_tokens, generator=generator).to(DEVICE)
     source, target = order.tensor_split(2)
-    best, _ = _most_similar(metric, source, target)
-    with fused():
-        fused_best, partner = _most_similar(metric, source, target)
+    best, _ = find_most_similar(metric, source, target)
+    with use_fused_kernels():
+        fused_best, partner = find_most_similar(metric, source, target)
     torch.testing.assert_close(fused_best, best)
     found = metric[torch.arange(2, device=DEVICE)[:, None], target[partner]]
     torch.testing.assert_close(torch.cosine_similarity(metric[:, source], found, dim=-1), best)
@@ -125,7 +125,7 @@ def tiny_model(reduce):
 def test_models_give_the_same_logits(reduce):
     model, x = tiny_model(reduce)
     plain = model(x)
-    with fused():
+    with use_fused_kernels():
         torch.testing.assert_close(model(x), plain, atol=1e-5, rtol=0)
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tokendial.cli import app, main
-from tokendial.data.transforms.dense import DenseAugment
 from tokendial.data.transforms.image import Augment
+from tokendial.data.transforms.masks import MaskAugment
 from tokendial.runs import Recipe, Run
 from tokendial.runs.loaders import eval_loader
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
@@ -184,8 +184,8 @@ def _metrics(size: int, rank: int, processes: int) -> dict[str, float]:
     for task, seen, targets in (
         (Classification(7, multi_label=False, augment=Augment()), logits, labels.argmin(1)),
         (Classification(7, multi_label=True, augment=Augment()), logits, labels),
-        (BinaryMasks(DenseAugment()), maps[:, :1], masks),
-        (Segmentation(3, DenseAugment()), maps, masks),
+        (BinaryMasks(MaskAugment()), maps[:, :1], masks),
+        (Segmentation(3, MaskAugment()), maps, masks),
     ):
         metrics = task.metrics()
         samples = list(zip(seen, targets, strict=True))

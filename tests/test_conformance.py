@@ -90,7 +90,7 @@ def test_skipping_what_the_head_does_not_read_changes_nothing(reduce, adapt):
     """Catches: patches that are no keys of the last block; patches skipped one block too early."""
     model = randomised(reduce, adapt)
     whole = model(pictures())
-    model.skips_unread = True
+    model.skip_unread_patches = True
     torch.testing.assert_close(model(pictures()), whole, atol=1e-5, rtol=0)
 
 

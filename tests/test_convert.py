@@ -15,7 +15,7 @@ from timm.layers.mlp import GluMlp
 
 import tokendial as td
 from tokendial.backbones import load_weights
-from tokendial.backbones.positions import resized_positions
+from tokendial.backbones.positions import resize_positions
 
 SIZES = {name: TINY[name] for name in ("img_size", "embed_dim", "depth", "num_heads")}
 PLAIN = td.Backbone(name="vit_tiny_patch16_224", weights=None, args=TINY)
@@ -469,10 +469,10 @@ def test_positions_are_resized_as_the_released_code_does(
     tmp_path, backbone, release, prefix, offset
 ):
     vit = perturbed(backbone.create())
-    converted = td.convert_weights(write(tmp_path, release(vit)), backbone).at((40, 24))
+    converted = td.convert_weights(write(tmp_path, release(vit)), backbone).resized_to((40, 24))
     path = converted.save(tmp_path / "resized.safetensors")
     larger = replace(backbone, weights=str(path), args=backbone.args | {"img_size": (40, 24)})
-    expected = resized_positions(vit.pos_embed, (10, 6), num_prefix_tokens=prefix, offset=offset)
+    expected = resize_positions(vit.pos_embed, (10, 6), num_prefix_tokens=prefix, offset=offset)
     assert torch.equal(larger.create().pos_embed, expected)
     assert larger.create()(images(1, 40, 24)).isfinite().all()
 

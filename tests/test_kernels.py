@@ -10,7 +10,14 @@ import torch
 from examples import images, tiny_vit
 
 import tokendial as td
-from tokendial.kernels import can_fuse, fused, fuses, launch, merge_fused, most_similar_fused
+from tokendial.kernels import (
+    find_most_similar_fused,
+    fused_kernels_available,
+    launch,
+    merge_fused,
+    should_fuse,
+    use_fused_kernels,
+)
 from tokendial.tokens import Grouping
 from tokendial.tune import optimized_vit
 
@@ -38,7 +45,7 @@ def test_kernels_give_what_pytorch_gives():
 def recorded(monkeypatch) -> list[str]:
     """Names of the kernels that would have started if this processor were a GPU."""
     names = []
-    monkeypatch.setattr(launch, "can_fuse", lambda device: True)
+    monkeypatch.setattr(launch, "fused_kernels_available", lambda device: True)
     monkeypatch.setattr(launch, "_start", lambda kernel, *_, **__: names.append(kernel.__name__))
     return names
 
@@ -47,18 +54,18 @@ def test_kernels_run_if_asked_and_in_inference_alone(recorded):
     model, x = td.wrap(tiny_vit(depth=1), reduce=td.ToMe(r=4)), images()
     with torch.no_grad():
         model(x)
-        with fused(), fused(False):
+        with use_fused_kernels(), use_fused_kernels(False):
             model(x)
         assert recorded == []
-        with fused():
-            assert not fuses(x.double())
+        with use_fused_kernels():
+            assert not should_fuse(x.double())
             model(x)
         assert recorded == ["most_similar_program", "merge_program", "merge_program"]
 
 
 def test_what_trains_is_merged_as_ever(recorded):
     grouping = Grouping(KEEP, SRC, DST, 3)
-    with fused():
+    with use_fused_kernels():
         grouping.merge(torch.randn(1, 3, 4, requires_grad=True)).sum().backward()
     assert recorded == []
 
@@ -68,7 +75,7 @@ def test_compiled_and_exported_models_are_plain(recorded):
     model, x = td.wrap(tiny_vit(depth=1), reduce=td.ToMe(r=4)).eval(), images()
     with torch.no_grad():
         plain = model(x)
-        with fused():
+        with use_fused_kernels():
             compiled = torch.compile(model, backend="eager", fullgraph=True)
             torch.testing.assert_close(compiled(x), plain)
             exported = torch.export.export(model, (x,)).module()
@@ -79,14 +86,14 @@ def test_compiled_and_exported_models_are_plain(recorded):
 def test_without_triton_everything_is_plain(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(launch, "_has_triton", launch._has_triton.__wrapped__)
-    assert not can_fuse(torch.device("cuda"))
-    assert not can_fuse(torch.device("cpu"))
+    assert not fused_kernels_available(torch.device("cuda"))
+    assert not fused_kernels_available(torch.device("cpu"))
 
 
 @torch.no_grad()
 def test_kernels_that_fail_are_left_out(monkeypatch):
     for module in (launch, optimized_vit):
-        monkeypatch.setattr(module, "can_fuse", lambda device: True)  # though it is a processor
+        monkeypatch.setattr(module, "fused_kernels_available", lambda device: True)
     model = td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=4)).eval()
     fast = td.optimize(model, images())
     assert str(fast.trials[-1]).startswith("fused reduction: not supported here (")
@@ -124,7 +131,7 @@ def test_merging_compiles_for_a_gpu(compiled, dtype, how):
 
 
 def test_matching_compiles_for_a_gpu(compiled):
-    most_similar_fused(torch.zeros(1, 3, 64), KEEP[0], SRC[0])
+    find_most_similar_fused(torch.zeros(1, 3, 64), KEEP[0], SRC[0])
     (ptx,) = compiled
     assert "fma.rn.f32" in ptx
     assert "mma" not in ptx  # which multiplies in TF32

@@ -14,7 +14,7 @@ from torch.nn.functional import multi_head_attention_forward
 import tokendial as td
 from tokendial.backbones import Backbone, load_weights
 from tokendial.backbones.pooling import QueryPooling
-from tokendial.reference import our_name
+from tokendial.reference import wrapped_name
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 TUBELETS = {
@@ -98,7 +98,7 @@ def reference_of_frames():
 @torch.no_grad()
 def test_the_per_frame_model_equals_the_reference():
     tensors, model = reference_of_frames()
-    outcome = model.eval().outcome(tensors["input"])
+    outcome = model.eval().forward_pass(tensors["input"])
     masks = torch.stack([tokens.selected[:, 1:] for tokens in outcome.tokens], dim=1)
     assert torch.equal(masks, tensors["output.eval.token_select"].squeeze(-1))
     torch.testing.assert_close(outcome.logits, tensors["output.eval.logits"], **CLOSE)
@@ -112,10 +112,10 @@ def test_a_training_step_of_the_per_frame_model_equals_the_reference(monkeypatch
     tensors, model = reference_of_frames()
     model.train()
     replay_noise(monkeypatch, tensors["input.train.logistic_noise"])
-    student = model.outcome(tensors["input"])
+    student = model.forward_pass(tensors["input"])
     torch.testing.assert_close(student.logits, tensors["output.train.logits"], **CLOSE)
     model.set_degree(0)
-    complete = model.outcome(tensors["input"])
+    complete = model.forward_pass(tensors["input"])
 
     def task_loss(logits):
         return F.cross_entropy(logits, tensors["input.labels"])
@@ -129,7 +129,7 @@ def test_a_training_step_of_the_per_frame_model_equals_the_reference(monkeypatch
     total.backward()
     ours = dict(model.named_parameters())
     for name, value in split(tensors, "output.train.grad.").items():
-        gradient = ours[our_name(name, "dyt_video")].grad
+        gradient = ours[wrapped_name(name, "dyt_video")].grad
         torch.testing.assert_close(gradient, value, rtol=1e-3, atol=5e-6)
 
 
@@ -185,7 +185,7 @@ def test_videomae_equals_the_reference(tmp_path):
     tuning = meta["settings"]["tuning_config"]
     adapt = td.AdaptFormer(dim=tuning["ffn_num"], scale=float(tuning["ffn_adapter_scalar"]))
     model = td.wrap(vit, adapt=adapt).eval()
-    adapters = {our_name(n, "dyt"): v for n, v in split(tensors, "extra.").items()}
+    adapters = {wrapped_name(n, "dyt"): v for n, v in split(tensors, "extra.").items()}
     assert not model.load_state_dict(adapters, strict=False).unexpected_keys
     patches = tensors["output.patch_tokens"]  # without positions
     torch.testing.assert_close(model.anatomy.embed(video).x, patches + positions, **CLOSE)

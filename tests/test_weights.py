@@ -168,7 +168,7 @@ def converted(vit, folder):
     square = tiny_vit()
     torch.save({"model": square.state_dict()}, folder / "square.pth")
     backbone = td.Backbone(name="vit_tiny_patch16_224", weights=None, args=TINY)
-    at = td.convert_weights(folder / "square.pth", backbone).at((16, 64))
+    at = td.convert_weights(folder / "square.pth", backbone).resized_to((16, 64))
     vit.load_state_dict(at.tensors)
     return at.save(folder / "wide.safetensors")
 

@@ -146,14 +146,14 @@ def _export(
     # With an example of one image, the exporter would treat the batch size as the constant 1.
     example = _images(model, batch or 2)
     any_number = {0: torch.export.Dim("batch", min=1, max=2**16)}
-    skipped = model.skips_unread
-    model.skips_unread = True  # a file gives nothing but logits
+    skipped = model.skip_unread_patches
+    model.skip_unread_patches = True  # a file gives nothing but logits
     try:
         program = torch.export.export(
             model, (example,), dynamic_shapes=None if batch else {"images": any_number}
         )
     finally:
-        model.skips_unread = skipped
+        model.skip_unread_patches = skipped
     contents = {**_image_facts(model), "degree": model.degree, **facts}
     tried = [_images(model, count) for count in ([batch] if batch else [1, 3])]
     with atomic_write(path) as temporary:

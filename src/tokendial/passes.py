@@ -33,10 +33,10 @@ class TrainingPasses:
     student: ForwardPass
     """The pass of the model that trains, at the degree that trains."""
     complete: ForwardPass | None
-    """The pass of the same model at degree 0, with gradients; None unless `Reducer.also_runs` names
-    it."""
+    """The pass of the same model at degree 0, with gradients; None unless "complete" is one of the
+    reducer's `extra_passes`."""
     teacher: ForwardPass | None
-    """The pass of a trained model; None unless `Reducer.also_runs` names it and the recipe has a
+    """The pass of a trained model; None unless `Reducer.extra_passes` names it and the recipe has a
     teacher."""
     task_loss: Callable[[Tensor], Tensor]
     """Computes the loss of the task from logits, against the targets of this step."""

@@ -113,7 +113,7 @@ def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
     own, names = model.state_dict(), SYSTEMS[system]
     only_in_training = [name for name in state_dict if name.startswith(names.only_in_training)]
     renamed: dict[str, Any] = {
-        our_name(name, system): value
+        wrapped_name(name, system): value
         for name, value in state_dict.items()
         if name not in only_in_training
     }
@@ -139,7 +139,7 @@ def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
     )
 
 
-def our_name(name: str, system: str) -> str:
+def wrapped_name(name: str, system: str) -> str:
     """Return the name in a wrapped model of a published implementation's parameter."""
     names = SYSTEMS[system]
     name = name.removeprefix(names.prefix)

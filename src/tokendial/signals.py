@@ -52,7 +52,7 @@ def _under_nohup(number: int) -> bool:
     return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
+def ignore_stop_signals(worker: int) -> None:
     """Ignore stop signals in a data loading process; its parent ends it.
 
     Signals often go to the whole process group. A run whose loading processes die could not finish

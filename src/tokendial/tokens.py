@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokendial.kernels import fuses, merge_fused
+from tokendial.kernels import merge_fused, should_fuse
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class Grouping:
             return [self.sum(x) for x in features]
         if self.how == "mean" and self.src.shape[1] == 0:
             return [take(x, self.keep) for x in features]
-        if fuses(features[0]):
+        if should_fuse(features[0]):
             return [
                 merge_fused(x, self.keep, self.src, self.dst, weight_BN, self.how) for x in features
             ]
@@ -94,7 +94,7 @@ class Grouping:
 
     def sum(self, x_BND: Tensor) -> Tensor:
         """Plain sum of each group's members, [B, G, D]."""
-        if fuses(x_BND):
+        if should_fuse(x_BND):
             return merge_fused(x_BND, self.keep, self.src, self.dst, None, "sum")
         return _Rows.of(self).merged(x_BND)
 
@@ -105,16 +105,16 @@ class Grouping:
             return take(y_BGD, index)
         return take(y_BGD, index.clamp(min=0)) * (index >= 0).unsqueeze(-1)
 
-    def follow(self, origin_BP: Tensor, *, fused_count: bool = True) -> Tensor:
+    def follow(self, origin_BP: Tensor, *, follow_fused: bool = True) -> Tensor:
         """Update the map from original positions to tokens. [B, P], -1 where dropped.
 
         Args:
             origin_BP: The token that held each original position before this reduction.
-            fused_count: If True, the members of a fused token are found in it. If False, they count
-                as dropped.
+            follow_fused: If True, the members of a fused token are found in it. If False, they are
+                counted as dropped.
         """
         index = self.index
-        if self.fused is not None and not fused_count:
+        if self.fused is not None and not follow_fused:
             fused = torch.zeros_like(self.keep).scatter(1, self.fused, 1)
             in_fused = (index >= 0) & (fused.gather(1, index.clamp(min=0)) > 0)
             index = index.masked_fill(in_fused, -1)
@@ -197,7 +197,7 @@ class Tokens:
     lost: Tensor | None = None
     """[B, P, D] features that dropped positions had when they were dropped; there if `origin` is.
     """
-    fused_count: bool = True
+    follow_fused: bool = True
     """Whether `origin` follows tokens into a fused token (see `Grouping.fused`). If False, they
     count as dropped."""
     carried: dict[str, Tensor] = field(default_factory=dict)
@@ -214,16 +214,16 @@ class Tokens:
     """[B, N] 1 for tokens that the last FFN processed, 0 for skipped ones; None: it processed all.
     """
 
-    def tracked(self, *, fused_count: bool = True) -> "Tokens":
+    def tracked(self, *, follow_fused: bool = True) -> "Tokens":
         """The same tokens, with `origin` and `lost` kept up to date from here on.
 
         Args:
-            fused_count: See the field of that name.
+            follow_fused: See the field of that name.
         """
         num_images, num_tokens = self.x.shape[:2]
         origin = torch.arange(num_tokens, device=self.x.device).expand(num_images, -1)
         lost = torch.zeros_like(self.x)
-        return dataclasses.replace(self, origin=origin, lost=lost, fused_count=fused_count)
+        return dataclasses.replace(self, origin=origin, lost=lost, follow_fused=follow_fused)
 
     def reduced(self, grouping: Grouping, *, track_size: bool = False) -> "Tokens":
         """The tokens after a reduction: features, sizes, positions and carried features.
@@ -238,7 +238,7 @@ class Tokens:
         weight = size if grouping.weight is None else grouping.weight
         origin, lost = self.origin, self.lost
         if origin is not None and lost is not None:
-            followed = grouping.follow(origin, fused_count=self.fused_count)
+            followed = grouping.follow(origin, follow_fused=self.follow_fused)
             dropped_now = ((followed < 0) & (origin >= 0)).unsqueeze(-1)
             lost = torch.where(dropped_now, take(self.x, origin.clamp(min=0)), lost)
             origin = followed
@@ -303,7 +303,7 @@ class Tokens:
         """Features at every original position, [B, P, D]: all reductions are undone.
 
         A merged token is copied back to each of its positions. A dropped position has the features
-        that it had when it was dropped. For members of a fused token, `fused_count` decides.
+        that it had when it was dropped. For members of a fused token, `follow_fused` decides.
 
         Raises:
             ValueError: If positions were not tracked.

@@ -7,14 +7,14 @@ from clips import encode, numbered, numbers, panned
 
 from tokendial.data import Augment, Clip, VideoFile, train_transform
 from tokendial.data.transforms.clip import ClipTestTransform, ClipTrainTransform
-from tokendial.runs.loaders import Prepared, seeded
+from tokendial.runs.loaders import TransformedDataset, temporary_seed
 
 PLAIN = ((0.0,) * 3, (1.0,) * 3)
 SIZE = (32, 32)
 
 
 def drawn(clip, count, length, times=200):
-    with seeded(0):
+    with temporary_seed(0):
         return [clip.train_indices(count, length) for _ in range(times)]
 
 
@@ -127,7 +127,7 @@ def test_all_frames_are_varied_alike_and_clips_differently():
     transform = ClipTrainTransform(Clip(), 4, train_transform(STRONG, SIZE, *PLAIN, clips=True))
     found = []
     for draw in range(6):
-        with seeded(draw):
+        with temporary_seed(draw):
             clip = transform(Still())
         assert (clip.shape, clip.dtype) == ((4, 3, *SIZE), torch.float32)
         assert all(torch.equal(clip[0], frame) for frame in clip)
@@ -140,7 +140,7 @@ def test_the_same_part_of_all_frames_is_erased():
     plain = train_transform(Augment(crop=False, flip=0.0), SIZE, *PLAIN, clips=True)
     erased = train_transform(augment, SIZE, *PLAIN, clips=True)
     frames = Still().frames(range(3))
-    with seeded(3):
+    with temporary_seed(3):
         changed = (erased(frames) != plain(frames)).all(dim=1)
     assert 0 < changed[0].sum() < changed[0].numel()
     assert all(torch.equal(changed[0], part) for part in changed)
@@ -154,7 +154,9 @@ def test_chance_depends_on_seed_epoch_and_number_alone(grey):
     made = ClipTrainTransform(Clip(sampling="dense", sampling_rate=2), 4, vary)
 
     def clip(seed, epoch, index):
-        return Prepared(source, lambda video, target: (made(video), target), seed)[epoch, index][0]
+        return TransformedDataset(source, lambda video, target: (made(video), target), seed)[
+            epoch, index
+        ][0]
 
     assert torch.equal(clip(1, 2, 0), clip(1, 2, 0))
     for other in ((2, 2, 0), (1, 3, 0), (1, 2, 1)):

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tokendial.data import DenseAugment
-from tokendial.data.transforms.dense import (
+from tokendial.data import MaskAugment
+from tokendial.data.transforms.masks import (
     InputFormat,
     MaskEvalTransform,
     MaskImageTransform,
@@ -29,7 +29,7 @@ def pair(height, width):
 @given(height=st.integers(1, 120), width=st.integers(1, 120), seed=st.integers(0, 2**16))
 def test_training_pairs_stay_together(keep_aspect, height, width, seed):
     torch.manual_seed(seed)
-    augment = DenseAugment(keep_aspect=keep_aspect, scale=(0.5, 2.0))
+    augment = MaskAugment(keep_aspect=keep_aspect, scale=(0.5, 2.0))
     image, target = MaskTrainTransform(augment, FRAME, 255)(*pair(height, width))
     assert image.shape == (3, 32, 32)
     assert target.shape == (32, 32)
@@ -40,7 +40,7 @@ def test_training_pairs_stay_together(keep_aspect, height, width, seed):
 
 
 def test_chance_is_that_of_the_global_generator():
-    transform = MaskTrainTransform(DenseAugment(color_jitter=0.4), FRAME, 0)
+    transform = MaskTrainTransform(MaskAugment(color_jitter=0.4), FRAME, 0)
     torch.manual_seed(3)
     first = transform(*pair(50, 60))
     torch.manual_seed(3)
@@ -50,7 +50,7 @@ def test_chance_is_that_of_the_global_generator():
 @pytest.mark.parametrize("size", [(1, 40), (33, 77), (400, 60)])
 @pytest.mark.parametrize("test", ["whole", "slide"])
 def test_masks_keep_their_size_in_tests(test, size):
-    augment = DenseAugment(test=test)
+    augment = MaskAugment(test=test)
     image, target = MaskEvalTransform(augment, FRAME, 255)(*pair(*size))
     assert target.shape == size
     assert torch.equal(image, MaskImageTransform(augment, FRAME)(pair(*size)[0]))
@@ -62,7 +62,7 @@ def test_masks_keep_their_size_in_tests(test, size):
 
 @pytest.mark.parametrize("size", [(20, 90), (90, 20), (64, 64)])
 def test_the_middle_of_test_images_as_in_the_authors_code(size):
-    image, target = MaskEvalTransform(DenseAugment(test="crop"), FRAME, 0)(*pair(*size))
+    image, target = MaskEvalTransform(MaskAugment(test="crop"), FRAME, 0)(*pair(*size))
     assert image.shape == (3, 32, 32)
     assert target.shape == (32, 32)
     assert ((image[0] > 0.99) & (target == 0)).float().mean() < 0.05
@@ -76,7 +76,7 @@ def test_a_long_test_image_is_padded_right_and_below_as_in_dars_code(turned):
     mask = wide.T if turned else wide
     image = Image.fromarray(mask * 200 + 50).convert("RGB")
     frame = InputFormat((518, 518), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    seen, target = MaskEvalTransform(DenseAugment(test="crop"), frame, 7)(image, mask)
+    seen, target = MaskEvalTransform(MaskAugment(test="crop"), frame, 7)(image, mask)
     if turned:
         seen, target = seen.mT, target.mT
     # 682 columns are cropped to 518, 82 from each side: 20 of 80 columns end at 170.5 - 82.
@@ -100,4 +100,4 @@ def test_a_long_test_image_is_padded_right_and_below_as_in_dars_code(turned):
 )
 def test_bad_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
-        DenseAugment(**settings)
+        MaskAugment(**settings)

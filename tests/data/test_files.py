@@ -3,7 +3,7 @@
 import pytest
 
 from tokendial.data import K400, HuggingFace, ImageFolder, Pairs, Unlabelled, WebDataset
-from tokendial.data.readers.files import found_from
+from tokendial.data.readers.files import resolve_paths
 
 
 @pytest.mark.parametrize(
@@ -25,5 +25,5 @@ def test_relative_paths_are_looked_up_where_something_is_there(tmp_path, make):
     (tmp_path / "set").mkdir()
     (tmp_path / "list.tar").write_bytes(b"")
     there = f"{tmp_path}/"
-    found = found_from(make("", "set", "list.tar"), tmp_path)
+    found = resolve_paths(make("", "set", "list.tar"), tmp_path)
     assert found == make(there, f"{there}set", f"{there}list.tar")

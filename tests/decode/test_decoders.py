@@ -49,7 +49,7 @@ def test_masks_of_the_mask_transformer_follow_the_definition():
 def test_an_empty_batch_gives_the_logit_maps_of_no_image(decode):
     model = dense(decode, td.ToMe(r=8))
     assert model(images()[:0]).shape == (0, *model(images()).shape[1:])
-    assert model.outcome(images()[:0]).logits.shape[0] == 0
+    assert model.forward_pass(images()[:0]).logits.shape[0] == 0
 
 
 @pytest.mark.parametrize("reduce", REDUCERS.values(), ids=REDUCERS)
@@ -59,7 +59,7 @@ def test_logits_are_the_decoder_on_the_restored_feature_map(decode, reduce):
     model = dense(decode, reduce)
     expected = model.decoder(model.feature_map(images()))
     torch.testing.assert_close(model(images()), expected)
-    torch.testing.assert_close(model.outcome(images()).logits, expected)
+    torch.testing.assert_close(model.forward_pass(images()).logits, expected)
     assert model.num_classes == 3
     side = 32 if isinstance(decode, td.DARDecoder) else 8
     assert expected.shape == (2, 3, side, side)

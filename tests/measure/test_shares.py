@@ -20,7 +20,7 @@ def share_at(model, degree, batch):
     """Share of the selected tokens, from the masks in `Tokens.selected`."""
     model.set_degree(degree)
     with torch.no_grad():
-        masks = [t.selected[:, t.prefix :] for t in model.outcome(batch).tokens]
+        masks = [t.selected[:, t.prefix :] for t in model.forward_pass(batch).tokens]
     return float(torch.stack(masks).mean())
 
 

@@ -50,7 +50,7 @@ def test_patch_tokens_that_the_head_does_not_read_can_be_skipped(name, r):
     vit, size = backbone(name)
     model = td.wrap(vit, reduce=td.ToMe(r=r)).eval()
     whole, all_tokens = last_ffn_tokens(model, images(2, *size))
-    model.skips_unread = True
+    model.skip_unread_patches = True
     lean, tokens = last_ffn_tokens(model, images(2, *size))
     torch.testing.assert_close(lean, whole, atol=1e-5, rtol=0)
     patches_are_read = name in POOLING_PATCHES

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from examples import golden, images, replay_noise, split, tiny_vit
 
 import tokendial as td
-from tokendial.backbones.positions import resized_positions
+from tokendial.backbones.positions import resize_positions
 from tokendial.reduce.dar import ada_loss
 
 MASKS = ("eval", "train")
@@ -60,7 +60,7 @@ def test_a_block_equals_the_reference_in_training(monkeypatch):
     torch.testing.assert_close(x.grad, gradients.pop("input"), atol=1e-4, rtol=1e-3)
     own = dict(model.named_parameters())
     for name, value in gradients.items():
-        ours = own[td.reference.our_name(f"blocks.0.{name}", "dar")]
+        ours = own[td.reference.wrapped_name(f"blocks.0.{name}", "dar")]
         torch.testing.assert_close(ours.grad, value, atol=1e-4, rtol=1e-3)
 
 
@@ -92,7 +92,7 @@ def reference_backbone():
 def test_a_batch_equals_the_reference_image_by_image(size):
     tensors, model = reference_backbone()
     pictures = tensors["input.other_size" if size else "input"]
-    outcome = model.eval().outcome(pictures)
+    outcome = model.eval().forward_pass(pictures)
     masks = torch.stack([tokens.selected[:, 1:] for tokens in outcome.tokens], dim=1)
     assert torch.equal(masks, tensors[f"output.eval.{size}token_select"].squeeze(-1))
     close = {"atol": 2e-4, "rtol": 0}
@@ -105,7 +105,7 @@ def test_a_batch_equals_the_reference_image_by_image(size):
 def test_training_equals_the_reference(monkeypatch):
     tensors, model = reference_backbone()
     replay_noise(monkeypatch, tensors["input.train.logistic_noise"])
-    outcome = model.train().outcome(tensors["input"])
+    outcome = model.train().forward_pass(tensors["input"])
     masks = torch.stack([tokens.selected[:, 1:] for tokens in outcome.tokens], dim=1)
     assert torch.equal(masks.round(), tensors["output.train.token_select"].squeeze(-1).round())
     expected = tensors["output.train.x_norm_patchtokens"]
@@ -120,7 +120,7 @@ def position_cases():
 def test_positions_are_resized_as_in_the_reference(case):
     _, tensors = golden("dar_pos_embed")
     grid = (case["grid_h"], case["grid_w"])
-    resized = resized_positions(tensors["input.pos_embed"], grid, offset=case["offset"])
+    resized = resize_positions(tensors["input.pos_embed"], grid, offset=case["offset"])
     torch.testing.assert_close(resized, tensors[case["key"]], atol=1e-5, rtol=0)
 
 
@@ -149,7 +149,7 @@ def test_the_adapter_needs_a_complete_grid(vit):
 
 def test_losses_name_the_share(vit):
     model = td.wrap(vit, reduce=td.DAR(target_ratio=0.25)).train()
-    student = model.outcome(images())
+    student = model.forward_pass(images())
     losses = model.reducer.losses(td.passes.TrainingPasses(student, None, None, torch.sum))
     share = torch.stack([t.selected[:, 1:] for t in student.tokens], 1).mean((1, 2))
     torch.testing.assert_close(losses["rate"], 2 * F.mse_loss(share, torch.full((2,), 0.25)))

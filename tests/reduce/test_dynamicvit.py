@@ -70,7 +70,7 @@ def train_pass(model, tensors, monkeypatch):
         return decided - soft.detach() + soft
 
     monkeypatch.setattr(F, "gumbel_softmax", replay)
-    return model.train().outcome(tensors["input"])
+    return model.train().forward_pass(tensors["input"])
 
 
 def losses_of(model, tensors, student):
@@ -142,7 +142,7 @@ def test_the_predictors_have_the_published_size():
 
 def test_without_a_teacher_only_the_ratio_is_trained(vit):
     model = td.wrap(vit, reduce=td.DynamicViT(layers=(2,))).train()
-    student = model.outcome(images())
+    student = model.forward_pass(images())
     losses = model.reducer.losses(td.passes.TrainingPasses(student, None, None, torch.sum))
     assert list(losses) == ["ratio"]
 
@@ -174,7 +174,7 @@ def test_an_image_that_keeps_no_patch_trains_like_others():
     for predictor in model.reducer.predictors:
         # Log-probabilities of keeping and dropping so far apart that no noise matters.
         predictor.outside[4].bias.data = torch.tensor([-1e4, 1e4])
-    outcome = model.outcome(images())
+    outcome = model.forward_pass(images())
     assert outcome.tokens[-1].policy.sum() == 2  # the class tokens
     loss = sum(model.reducer.losses(TrainingPasses(outcome, None, None, torch.sum)).values())
     (outcome.logits.sum() + loss).backward()

@@ -21,7 +21,7 @@ def reference_model(**settings):
 def test_inference_equals_the_reference():
     tensors, model = reference_model()
     model.eval()
-    student = model.outcome(tensors["input"])
+    student = model.forward_pass(tensors["input"])
     masks = torch.stack([tokens.selected[:, 1:] for tokens in student.tokens], dim=1)
     assert torch.equal(masks, tensors["output.eval.token_select"].squeeze(-1))
     close = {"atol": 1e-4, "rtol": 0}
@@ -43,12 +43,12 @@ def test_training_equals_the_reference(monkeypatch):
     tensors, model = reference_model()
     model.train()
     replay_noise(monkeypatch, tensors["input.train.logistic_noise"])
-    student = model.outcome(tensors["input"])
+    student = model.forward_pass(tensors["input"])
     masks = torch.stack([tokens.selected[:, 1:] for tokens in student.tokens], dim=1)
     assert torch.equal(masks.round(), tensors["output.train.token_select"].squeeze(-1).round())
     torch.testing.assert_close(student.logits, tensors["output.train.logits"], atol=1e-4, rtol=0)
     model.set_degree(0)
-    complete = model.outcome(tensors["input"])
+    complete = model.forward_pass(tensors["input"])
 
     def task_loss(logits):
         return F.cross_entropy(logits, tensors["input.labels"])
@@ -66,7 +66,7 @@ def test_training_equals_the_reference(monkeypatch):
         ours = (
             model.vit.get_parameter(name)
             if name.startswith("head")
-            else dict(model.named_parameters())[td.reference.our_name(name, "dyt")]
+            else dict(model.named_parameters())[td.reference.wrapped_name(name, "dyt")]
         )
         torch.testing.assert_close(ours.grad, value, rtol=1e-3, atol=1e-6)
 
@@ -92,7 +92,7 @@ def test_topk_processes_exactly_the_share_of_the_dial():
     model = td.wrap(tiny_vit(), reduce=td.DyT(target_ratio=0.5, selection="topk")).eval()
     for degree, share in ((5, 0.5), (7, 0.3)):
         model.set_degree(degree)
-        for tokens in model.outcome(images()).tokens:
+        for tokens in model.forward_pass(images()).tokens:
             assert tokens.selected[:, 1:].sum(1).tolist() == [-(-64 * share // 1)] * 2
 
 
@@ -113,7 +113,7 @@ def test_a_floor_under_the_decisions_adds_to_the_loss(vit):
 
     def rate(model):
         torch.manual_seed(0)
-        student = model.outcome(images())
+        student = model.forward_pass(images())
         return model.reducer.losses(td.passes.TrainingPasses(student, None, None, torch.sum))
 
     assert list(rate(plain)) == ["rate"]
@@ -128,7 +128,7 @@ def test_losses_at_degree_0_raise(vit):
         match="degree must be at least 1 in training, so that tokens are selected; got 0",
     ):
         model.reducer.losses(
-            td.passes.TrainingPasses(model.outcome(images()), None, None, torch.sum)
+            td.passes.TrainingPasses(model.forward_pass(images()), None, None, torch.sum)
         )
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import tokendial as td
 from tokendial.reduce import tome
-from tokendial.reduce.listed import patches_left
+from tokendial.reduce.schedules import patches_after_layers
 from tokendial.reduce.tome import bipartite_matching, random_matching
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
@@ -243,7 +243,7 @@ def test_a_list_of_r_can_be_turned_off(vit):
 def test_each_list_of_r_is_a_degree(method, lists):
     shape = ViTShape(4, 48, 1, num_patches=64, has_class_token=True)
     most = {td.ToMe: lambda patches: patches // 2, td.EViT: lambda patches: max(0, patches - 2)}
-    dial = [patches_left(64, some + [0] * (4 - len(some)), most[method]) for some in lists]
+    dial = [patches_after_layers(64, some + [0] * (4 - len(some)), most[method]) for some in lists]
     if any(sum(after) > sum(before) for before, after in pairwise(dial)):
         with pytest.raises(
             ValueError,
@@ -254,7 +254,7 @@ def test_each_list_of_r_is_a_degree(method, lists):
     reducer = method(r=lists).build(shape)
     assert (reducer.degrees, reducer.degree) == (tuple(range(len(lists) + 1)), 1)
     for degree, some in enumerate(lists, start=1):
-        acting = [layer for layer in range(1, 5) if reducer.acts(layer, degree)]
+        acting = [layer for layer in range(1, 5) if reducer.reduces_in(layer, degree)]
         assert acting == [layer for layer, r in enumerate(some, start=1) if r > 0]
 
 

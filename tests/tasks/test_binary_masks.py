@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from examples import golden, split
 
 import tokendial as td
-from tokendial.data import DenseAugment
+from tokendial.data import MaskAugment
 from tokendial.tasks import BinaryMasks, FeatureDistillation
 from tokendial.tasks.binary_masks import dice_loss
 from tokendial.tasks.metrics import MaskMetrics
@@ -65,7 +65,7 @@ def test_losses_equal_the_reference():
         0.5 * dice_loss(logits, inside), tensors["output.mask_loss_dice"], **close
     )
     expected = tensors["output.mask_loss_bce"] + tensors["output.mask_loss_dice"]
-    loss = BinaryMasks(DenseAugment()).loss(tensors["input.pred_logits"], inside.long())
+    loss = BinaryMasks(MaskAugment()).loss(tensors["input.pred_logits"], inside.long())
     torch.testing.assert_close(loss, expected, **close)
 
 
@@ -88,7 +88,7 @@ def test_gradients_into_the_teachers_head_can_be_stopped():
 
 @pytest.mark.parametrize("inside", [0, 1])
 def test_empty_and_full_masks_have_finite_losses_and_metrics(inside):
-    task = BinaryMasks(DenseAugment())
+    task = BinaryMasks(MaskAugment())
     targets = torch.full((2, 9, 11), inside)
     logits = torch.randn(2, 1, 4, 4, requires_grad=True)
     task.loss(logits, targets).backward()
@@ -96,13 +96,13 @@ def test_empty_and_full_masks_have_finite_losses_and_metrics(inside):
     metrics = task.metrics()
     metrics.update(logits.detach(), targets)
     assert all(torch.isfinite(value) for value in metrics.compute().values())
-    assert task.hits(torch.full((2, 1, 4, 4), 9.0), targets) == inside
+    assert task.batch_accuracy(torch.full((2, 1, 4, 4), 9.0), targets) == inside
 
 
 def test_the_loss_leaves_out_ignored_pixels():
     """Gradients are 0 at ignored pixels, and elsewhere as if only the other pixels existed."""
     torch.manual_seed(0)
-    task = BinaryMasks(DenseAugment())
+    task = BinaryMasks(MaskAugment())
     logits = torch.randn(2, 1, 8, 8, requires_grad=True)
     targets = torch.randint(2, (2, 8, 8))
     targets[..., 5:] = 255
@@ -113,7 +113,7 @@ def test_the_loss_leaves_out_ignored_pixels():
     assert logits.grad[..., 5:].abs().sum() == 0
     assert logits.grad[..., :5].abs().min() > 0
     right = torch.where(targets == 1, 9.0, -9.0)[:, None]
-    assert task.hits(right, targets) == 1.0
+    assert task.batch_accuracy(right, targets) == 1.0
     assert task.loss(logits, torch.full((2, 8, 8), 255)) == 0
 
 
@@ -152,7 +152,7 @@ def test_a_training_step_equals_the_reference(monkeypatch, case):
 
     tensors, model, state = reference_model(case)
     td.load_reference(model, state, "dar")
-    task, distillation = BinaryMasks(DenseAugment()), None
+    task, distillation = BinaryMasks(MaskAugment()), None
     if case == "dar_seg_distill":
         heads = FeatureDistillation(48, 32)
         own = {
@@ -182,11 +182,11 @@ def test_a_training_step_equals_the_reference(monkeypatch, case):
     gradients = split(tensors, "output.train.grad.")
     assert len(gradients) == sum(p.requires_grad for p in objective.parameters())
     for name, expected in gradients.items():
-        ours = parameters[td.reference.our_name(name, "dar")].grad
+        ours = parameters[td.reference.wrapped_name(name, "dar")].grad
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
     buffers = model.state_dict()
     for name, expected in split(tensors, "output.train.after.").items():
-        torch.testing.assert_close(buffers[td.reference.our_name(name, "dar")], expected)
+        torch.testing.assert_close(buffers[td.reference.wrapped_name(name, "dar")], expected)
 
 
 def test_probabilities_are_resized_not_logits():

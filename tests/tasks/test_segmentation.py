@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokendial as td
-from tokendial.data import DenseAugment
+from tokendial.data import MaskAugment
 from tokendial.tasks import Segmentation
-from tokendial.tasks.dense import _window_starts, best_class, slide
+from tokendial.tasks.dense_prediction import _window_starts, best_class, predict_windows
 
 
 def model(num_classes=3):
@@ -22,21 +22,21 @@ def model(num_classes=3):
 
 
 def test_the_loss_leaves_out_ignored_pixels():
-    task, logits = Segmentation(3, DenseAugment()), torch.randn(2, 3, 8, 8)
+    task, logits = Segmentation(3, MaskAugment()), torch.randn(2, 3, 8, 8)
     targets = torch.randint(3, (2, 8, 8))
     targets[0] = 255
     expected = F.cross_entropy(logits[1:], targets[1:])
     torch.testing.assert_close(task.loss(logits, targets), expected)
     assert task.loss(logits, torch.full((2, 8, 8), 255)) == 0
     right = F.one_hot(targets.clamp(max=2), 3).movedim(-1, 1).float()
-    assert task.hits(right, targets) == 1.0
+    assert task.batch_accuracy(right, targets) == 1.0
 
 
 @pytest.mark.parametrize("num_classes", [2, 150])
 @pytest.mark.parametrize("size", [(1, 40), (33, 77), (64, 64)])
 def test_metrics_follow_their_definitions(num_classes, size):
     torch.manual_seed(0)
-    task, logits = Segmentation(num_classes, DenseAugment()), torch.randn(1, num_classes, 8, 8)
+    task, logits = Segmentation(num_classes, MaskAugment()), torch.randn(1, num_classes, 8, 8)
     target = torch.randint(min(num_classes, 5), size)
     target[torch.rand(size) < 0.2] = 255
     metrics = task.metrics()
@@ -60,7 +60,7 @@ def test_metrics_follow_their_definitions(num_classes, size):
 def test_a_window_on_an_image_of_its_size_is_the_whole_image():
     wrapped = model()
     expected = F.interpolate(wrapped(images()), (32, 32), mode="bilinear")
-    torch.testing.assert_close(slide(wrapped, images(), (32, 32), 0.5), expected)
+    torch.testing.assert_close(predict_windows(wrapped, images(), (32, 32), 0.5), expected)
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def test_windows_are_averaged_where_they_overlap():
     parts = [
         F.interpolate(wrapped(large[..., x : x + 32]), (32, 32), mode="bilinear") for x in (0, 16)
     ]
-    found = slide(wrapped, large, (32, 32), 0.5, windows_per_pass=1)
+    found = predict_windows(wrapped, large, (32, 32), 0.5, windows_per_pass=1)
     torch.testing.assert_close(found[..., :16], parts[0][..., :16])
     torch.testing.assert_close(found[..., 16:32], (parts[0][..., 16:] + parts[1][..., :16]) / 2)
     torch.testing.assert_close(found[..., 32:], parts[1][..., 16:])
@@ -77,7 +77,7 @@ def test_windows_are_averaged_where_they_overlap():
 
 def test_an_image_smaller_than_a_window_is_refused():
     with pytest.raises(ValueError, match=r"images must be at least \(32, 32\), got \(16, 32\)"):
-        slide(model(), images(1, 16, 32), (32, 32), 0.5)
+        predict_windows(model(), images(1, 16, 32), (32, 32), 0.5)
 
 
 @given(st.integers(1, 300), st.integers(1, 100), st.floats(0.01, 1.0))

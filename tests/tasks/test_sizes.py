@@ -8,7 +8,7 @@ from PIL import Image
 
 import tokendial as td
 from tokendial.data.sets.pairs import Pairs
-from tokendial.data.transforms.dense import DenseAugment
+from tokendial.data.transforms.masks import MaskAugment
 from tokendial.tasks import BinaryMasks, Segmentation, collate
 
 SMALL, LARGE = ((1, 300), (300, 1), (333, 777)), (4000, 6000)
@@ -40,7 +40,7 @@ def half(value):
 def scored(root, classes, test="whole"):
     """Loss in training, and the metrics of the validation pair."""
     data = Pairs(root=str(root), classes=classes).build(0)
-    augment = DenseAugment(test=test)
+    augment = MaskAugment(test=test)
     task = Segmentation(classes, augment) if classes else BinaryMasks(augment)
     torch.manual_seed(0)
     decode = td.LinearDecoder(num_classes=classes or 1)
@@ -80,7 +80,7 @@ def test_other_ways_to_see_test_images_take_odd_sizes(tmp_path, size, test):
 
 
 def test_an_image_counts_only_for_measures_that_are_defined_on_it():
-    metrics, alone = BinaryMasks(DenseAugment()).metrics(), BinaryMasks(DenseAugment()).metrics()
+    metrics, alone = BinaryMasks(MaskAugment()).metrics(), BinaryMasks(MaskAugment()).metrics()
     logits, mask = torch.randn(1, 1, 8, 8), torch.zeros(1, 20, 30, dtype=torch.int64)
     mask[..., 10:] = 1
     for some in (metrics, alone):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tokendial.data import Augment, Clip
-from tokendial.runs.loaders import seeded
+from tokendial.runs.loaders import temporary_seed
 from tokendial.tasks import VideoClassification
 
 
@@ -23,15 +23,15 @@ def test_the_views_of_a_video_are_averaged_as_probabilities():
     each = views.mean(dim=(2, 4, 5)).softmax(-1)
     torch.testing.assert_close(logits.softmax(-1), each.mean(dim=1))
     torch.testing.assert_close(logits.exp(), each.mean(dim=1))
-    assert [task.eval_batch(size) for size in (64, 9, 1)] == [16, 2, 1]
+    assert [task.eval_batch_size(size) for size in (64, 9, 1)] == [16, 2, 1]
 
 
 def test_mixed_clips_are_mixed_frame_by_frame_alike():
     first, second = torch.zeros(1, 4, 3, 16, 16), torch.ones(1, 4, 3, 16, 16)
     for augment in (Augment(cutmix=1.0), Augment(mixup=1.0)):
         task = VideoClassification(2, augment=augment, clip=Clip())
-        with seeded(1):
-            mixed, targets = task.mixed(torch.cat([first, second]), torch.tensor([0, 1]))
+        with temporary_seed(1):
+            mixed, targets = task.mix_batch(torch.cat([first, second]), torch.tensor([0, 1]))
         assert (mixed.shape, targets.shape) == ((2, 4, 3, 16, 16), (2, 2))
         assert all(torch.equal(mixed[:, 0], mixed[:, frame]) for frame in range(4))
         # So much of each as the targets say.
@@ -42,7 +42,7 @@ def test_mixed_clips_are_mixed_frame_by_frame_alike():
 def test_without_mixing_targets_stay_indices():
     task = VideoClassification(2, augment=Augment(smoothing=0.1), clip=Clip())
     clips, targets = torch.rand(3, 2, 3, 8, 8), torch.tensor([0, 1, 1])
-    mixed, same = task.mixed(clips, targets)
+    mixed, same = task.mix_batch(clips, targets)
     assert torch.equal(mixed, clips)
     assert torch.equal(same, targets)
 

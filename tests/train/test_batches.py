@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokendial.runs.loaders import Prepared, seeded
+from tokendial.runs.loaders import TransformedDataset, temporary_seed
 from tokendial.train.batches import EpochSampler
 
 
@@ -72,7 +72,7 @@ def test_augmentation_depends_on_epoch_and_index_alone():
     def noise(image, target):
         return torch.rand(1) + random.random() + float(np.random.rand()), target  # noqa: NPY002
 
-    prepared = Prepared([(None, 0)] * 3, noise, seed=0)
+    prepared = TransformedDataset([(None, 0)] * 3, noise, seed=0)
     first = prepared[(0, 1, 0)][0]
     random.random()
     torch.rand(3)
@@ -86,7 +86,7 @@ def test_seeding_a_block_leaves_the_generators_as_they_were():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    with seeded(1, 2, 3):
+    with temporary_seed(1, 2, 3):
         torch.rand(5)
     assert torch.equal(torch.rand(1), expected)
 

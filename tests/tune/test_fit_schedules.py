@@ -8,7 +8,7 @@ from examples import images, tiny_vit
 
 import tokendial as td
 from tokendial.tune import FitResult
-from tokendial.tune.agreement import compared, two_way
+from tokendial.tune.agreement import binary_logits, compare_logits
 from tokendial.tune.fit_result import FitPoint, FittedDegree
 
 
@@ -53,7 +53,7 @@ def test_agreement_is_that_of_the_model_with_itself():
 
 def test_labels_that_do_not_exclude_each_other_are_compared_one_by_one():
     logits, unreduced = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 3.0]])
-    agreement = compared(two_way(logits), two_way(unreduced))
+    agreement = compare_logits(binary_logits(logits), binary_logits(unreduced))
     p, q = unreduced.sigmoid(), logits.sigmoid()
     expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     assert agreement.divergence == pytest.approx(float(expected.mean()))

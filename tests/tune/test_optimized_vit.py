@@ -139,7 +139,7 @@ def test_what_fails_or_is_slower_is_left_out(monkeypatch):
     fast = td.optimize(model, images())
     assert str(fast.trials[0]) == "packed weights: not supported here (not here)"
     assert str(fast.trials[1]).endswith("x, left out")
-    model.skips_unread = True  # the one thing that is always done
+    model.skip_unread_patches = True  # the one thing that is always done
     assert torch.equal(fast(images()), model(images()))
 
 

@@ -63,7 +63,7 @@ class AdaptFormerAdapter(Bottlenecks):
 class MixedAdaptFormer(Adapter):
     """Runs AdaptFormer with `experts` bottlenecks and one router per layer."""
 
-    needs_all = True
+    depends_on_other_tokens = True
 
     def __init__(self, vit: ViTShape, config: AdaptFormer) -> None:
         super().__init__()

@@ -36,16 +36,16 @@ class Adapter(nn.Module):
     needs_grid: ClassVar[bool] = False
     """Whether the adapter reads the patch tokens as a complete grid. Reductions that remove tokens
     are then refused."""
-    needs_all: ClassVar[bool] = False
+    depends_on_other_tokens: ClassVar[bool] = False
     """Whether the adapter's output for one token depends on the other tokens."""
     reads_ffn_input: ClassVar[bool] = False
     """Whether `beside_ffn` reads the normalised tokens that enter the FFN."""
-    matrices: tuple[str, ...] = ()
+    decayed_parameters: tuple[str, ...] = ()
     """Names of the adapter's parameters that weight decay treats like the weight of a layer. Other
     parameters that are no layer's weight have no weight decay."""
     in_backbone: ClassVar[bool] = False
     """Whether the adapter works by layers or hooks that it puts into the backbone."""
-    adds: bool = True
+    is_additive: bool = True
     """Whether the adapter only adds something to the outputs of the backbone's layers, and this
     does not depend on the weights of these layers. A merged compensator needs that."""
     merged: bool = False

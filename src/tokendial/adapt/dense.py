@@ -81,7 +81,7 @@ class DenseAdapters(Adapter):
         self.layers = nn.ModuleList()
         self._reads = tuple(_read_names(config, layer) for layer in range(1, vit.depth + 1))
         furthest = config.interval if "earlier" in config.reads else 1
-        self._names = tuple(_name(back) for back in range(furthest, 0, -1))
+        self._names = tuple(_carried_name(back) for back in range(furthest, 0, -1))
         for layer in range(1, vit.depth + 1):
             inputs = 1 + len(self._reads[layer - 1])
             downs = 1 if config.fusion == "input" else inputs
@@ -101,7 +101,7 @@ class DenseAdapters(Adapter):
         """Carry the embedded tokens to later layers, if the adapter of layer `start` reads them."""
         if layer > 1 or self.config.start > self.config.interval:
             return tokens
-        return replace(tokens, carried=tokens.carried | {_name(1): tokens.x})
+        return replace(tokens, carried=tokens.carried | {_carried_name(1): tokens.x})
 
     def beside_ffn(
         self, layer: int, tokens: Tokens, ffn_input: Tensor | None
@@ -136,12 +136,12 @@ def _read_names(config: DenseAdapter, layer: int) -> list[str]:
     """Names of the carried features that the adapter of `layer` reads."""
     names = []
     if layer > 1 and "previous" in config.reads:
-        names.append(_name(1))
+        names.append(_carried_name(1))
     if layer >= config.start and "earlier" in config.reads:
-        names.append(_name(config.interval))
+        names.append(_carried_name(config.interval))
     return names
 
 
-def _name(back: int) -> str:
+def _carried_name(back: int) -> str:
     """Name in `Tokens.carried` of the output of the adapter `back` layers before."""
     return f"dense_adapter-{back}"

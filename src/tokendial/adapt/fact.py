@@ -61,7 +61,7 @@ class Factors(HookedAdapter):
         nn.init.zeros_(self.right.weight)
         self.cores: nn.Parameter | None = None
         self.mix: nn.Parameter | None = None
-        self.matrices = ("cores",) if config.kind == "tt" else ("cores", "mix")
+        self.decayed_parameters = ("cores",) if config.kind == "tt" else ("cores", "mix")
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Act on all linear layers of the blocks, and make their cores.

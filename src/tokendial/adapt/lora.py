@@ -64,4 +64,4 @@ class LoRAAdapter(PEFTLayers):
 
     def __init__(self, config: LoRA) -> None:
         super().__init__(config.peft_config(), config.target_modules)
-        self.adds = True
+        self.is_additive = True

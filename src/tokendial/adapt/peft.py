@@ -73,7 +73,7 @@ class PEFTLayers(Adapter):
 
     def __init__(self, peft_config: Any, target_modules: tuple[str, ...]) -> None:
         super().__init__()
-        self.adds = peft_config.peft_type.value.lower() in _ADDITIVE_METHODS
+        self.is_additive = peft_config.peft_type.value.lower() in _ADDITIVE_METHODS
         self.peft_config, self.target_modules = peft_config, target_modules
         self._layers: list[Any] = []
         self._base_weights: list[dict[str, Tensor]] = []

@@ -59,7 +59,7 @@ class ScaleShift(OutputTransform):
 class ScalesAndShifts(HookedAdapter):
     """Runs SSF, with a scale and a shift for each output channel of each layer."""
 
-    adds = False
+    is_additive = False
 
     def __init__(self, config: SSF) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from tokendial.backbones.build import (
 )
 from tokendial.backbones.convert import Converted, convert_weights
 from tokendial.backbones.loading import load_weights
-from tokendial.backbones.pooling import fresh_head, video_vit
+from tokendial.backbones.pooling import new_head, video_vit
 
 __all__ = [
     "SHIPPED_NAME",
@@ -20,8 +20,8 @@ __all__ = [
     "anatomy_of",
     "convert_weights",
     "fingerprint",
-    "fresh_head",
     "load_weights",
+    "new_head",
     "same_backbone",
     "video_vit",
 ]

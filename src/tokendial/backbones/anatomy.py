@@ -69,7 +69,7 @@ class Anatomy(ABC):
         """The classification heads. They train with every fine-tuning method."""
 
     @property
-    def reads_prefix_alone(self) -> bool:
+    def head_reads_prefix_only(self) -> bool:
         """Whether `classify` reads prefix tokens only, such as the class token."""
         return False
 

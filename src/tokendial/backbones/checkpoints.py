@@ -110,7 +110,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             finite floats. The message says what was found.
     """
     file = _file_in(path) if path.is_dir() else path
-    state, wrapper, left_out = unwrapped(read_file(file), file)
+    state, wrapper, left_out = find_state_dict(read_file(file), file)
     kind, state = find_vit(state, file, left_out)
     grid = _grid(file, state.get(_TIMM)) if "pos_embed" in state else None
     if wrapper:
@@ -126,7 +126,9 @@ def _file_in(folder: Path) -> Path:
     raise ValueError(f"{folder} holds no weights: none of {', '.join(_IN_A_FOLDER)} is in it.")
 
 
-def unwrapped(content: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], str, Counter[str]]:
+def find_state_dict(
+    content: Mapping[str, Any], file: Path
+) -> tuple[dict[str, Any], str, Counter[str]]:
     """Find the state dict in the content of a file.
 
     Returns:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tokendial.atomic import atomic_write
 from tokendial.backbones.build import Backbone
-from tokendial.backbones.checkpoints import GRID, find_vit, unwrapped
+from tokendial.backbones.checkpoints import GRID, find_state_dict, find_vit
 from tokendial.backbones.loading import convert_to_timm_names, describe_counts
-from tokendial.backbones.positions import resized_positions
+from tokendial.backbones.positions import resize_positions
 from tokendial.backbones.timm_vit import HEADS
 from tokendial.weights import check_finite, read_file, unreadable
 
@@ -62,7 +62,7 @@ class Converted:
         left_out = f"; left out: {describe_counts(self.left_out)}" if self.left_out else ""
         return f"{self.kind} weights of {self.model}, {len(self.tensors)} tensors{head}{left_out}"
 
-    def at(self, img_size: tuple[int, int]) -> "Converted":
+    def resized_to(self, img_size: tuple[int, int]) -> "Converted":
         """Return a copy for another image size; positions are resized as the released code does.
 
         `load_weights` also resizes positions, but in the same way for all kinds of models.
@@ -86,7 +86,7 @@ class Converted:
         prefix = positions.shape[1] - math.isqrt(positions.shape[1]) ** 2
         plain_dinov2 = self.kind == "DINOv2" and "reg_token" not in self.tensors
         grid = img_size[0] // patch, img_size[1] // patch
-        resized = resized_positions(
+        resized = resize_positions(
             positions,
             grid,
             num_prefix_tokens=prefix,
@@ -146,7 +146,7 @@ def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Co
 
 
 def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
-    state, wrapper, left_out = unwrapped(read_file(path), path)
+    state, wrapper, left_out = find_state_dict(read_file(path), path)
     if any(map(_DAR_PARTS.fullmatch, state)):
         kind, state = "DAR", _dar_backbone(state, left_out)
         if not state:

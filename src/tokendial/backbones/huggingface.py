@@ -197,7 +197,7 @@ class HuggingFaceViT(Anatomy):
         return getattr(self.trunk, self.names.norm)(x_BND)  # type: ignore[no-any-return]
 
     @property
-    def reads_prefix_alone(self) -> bool:
+    def head_reads_prefix_only(self) -> bool:
         classifies = hasattr(self.vit, "classifier")
         # DINOv2's and CLIP's classifiers also read the mean of the patch tokens.
         return not classifies or not (self.names.scales or self.names is _CLIP)

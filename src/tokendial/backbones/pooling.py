@@ -100,7 +100,7 @@ def video_vit(vit: Any, *, frames: int = 8, num_classes: int) -> Any:
     return vit
 
 
-def fresh_head(head: nn.Module, num_classes: int) -> nn.Module:
+def new_head(head: nn.Module, num_classes: int) -> nn.Module:
     """Return a newly initialised classification head of the same kind for other classes."""
     if isinstance(head, QueryPooling):
         return head.fresh(num_classes)

@@ -8,7 +8,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 
-def resized_positions(
+def resize_positions(
     pos_embed: Tensor, grid: tuple[int, int], *, num_prefix_tokens: int = 1, offset: float = 0.0
 ) -> Tensor:
     """Resize the positions [1, N, D] of a square patch grid bicubically to another grid.

@@ -19,7 +19,7 @@ class TimmFrames(TimmViT):
         return int(self.vit.head.frames)
 
     @property
-    def reads_prefix_alone(self) -> bool:
+    def head_reads_prefix_only(self) -> bool:
         return False  # its head reads all tokens, whatever the image model's head did
 
     def embed(self, images_B3HW: Tensor) -> Tokens:

@@ -73,7 +73,7 @@ class TimmAnatomy(Anatomy):
         return [head for name in HEADS if (head := getattr(self.vit, name, None)) is not None]
 
     @property
-    def reads_prefix_alone(self) -> bool:
+    def head_reads_prefix_only(self) -> bool:
         return self.vit.attn_pool is None and self.vit.global_pool == "token"
 
     @property

@@ -123,6 +123,7 @@ def check_data(
         _check_class_folders(root, train, val, value_range)
         return
     from tokendial.data.check import check_pairs
+    from tokendial.data.readers.files import format_count
     from tokendial.runs.recipe import check_method
     from tokendial.runs.recipe_file import apply_overrides
 
@@ -139,13 +140,15 @@ def check_data(
         num_problems += 1
     for note in notes:
         print(f"{root}: {note}")
-    print(f"{root}: {count} pairs, {f'{num_problems} problems' if num_problems else 'no problems'}")
+    found = format_count(num_problems, "problem") if num_problems else "no problems"
+    print(f"{root}: {format_count(count, 'pair')}, {found}")
     if num_problems:
         raise typer.Exit(1)
 
 
 def _check_class_folders(root: Path, train: str, val: str, value_range: str) -> None:
     from tokendial.data.check import check_folders
+    from tokendial.data.readers.files import format_count
     from tokendial.runs.recipe import check_method
     from tokendial.runs.recipe_file import apply_overrides
 
@@ -157,7 +160,7 @@ def _check_class_folders(root: Path, train: str, val: str, value_range: str) -> 
     problems, summary = check_folders(root, *splits, parsed_range)
     for problem in problems:
         print(problem)
-    counted = f"{len(problems):,} problems" if problems else "no problems"
+    counted = format_count(len(problems), "problem") if problems else "no problems"
     print(f"{root}: {summary}; {counted}")
     if problems:
         raise typer.Exit(1)
@@ -260,7 +263,7 @@ def weights_convert(
         raise ValueError(f"settings of a recipe go with --recipe, got {overrides[0]}.")
     converted = convert_weights(file, model)
     if img_size is not None:
-        converted = converted.at(_size(img_size))
+        converted = converted.resized_to(_size(img_size))
     path = converted.save(out)
     print(f"wrote {path}: {converted.summary()}")
 

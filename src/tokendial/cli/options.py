@@ -65,7 +65,7 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-Faster = Annotated[
+PrecisionOption = Annotated[
     Precision,
     typer.Option(
         "--precision",
@@ -75,7 +75,7 @@ Faster = Annotated[
 ]
 
 
-def speed_of(optimize: bool, compile: bool, precision: Precision) -> "SpeedSettings":
+def speed_settings(optimize: bool, compile: bool, precision: Precision) -> "SpeedSettings":
     """The speed settings that --optimize, --compile and --precision stand for."""
     from tokendial.tune import SpeedSettings
 

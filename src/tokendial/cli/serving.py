@@ -17,7 +17,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from tokendial.cli.app import USE_PANEL, app
-from tokendial.cli.options import Compile, Faster, Optimize, Precision, speed_of
+from tokendial.cli.options import Compile, Optimize, Precision, PrecisionOption, speed_settings
 
 if TYPE_CHECKING:
     from tokendial.serve.scheduling.engine import Engine
@@ -80,7 +80,7 @@ def _serve_command(
     ],
     optimize: Optimize = False,
     compile: Compile = False,
-    precision: Faster = Precision.fp32,
+    precision: PrecisionOption = Precision.fp32,
     api_keys: Annotated[
         Path | None,
         typer.Option(
@@ -117,7 +117,7 @@ def _serve_command(
     folders = _folders_by_name(runs)
     # Settings that were not given keep their defaults; some of these depend on the machine.
     given = {name: value for name, value in options.items() if _is_given(context, name)}
-    speed = speed_of(optimize, compile, precision)
+    speed = speed_settings(optimize, compile, precision)
     settings = check_settings(given | {"speed": speed, "api_keys": read_api_keys(api_keys)})
     if api_keys is not None and readable_by_others(api_keys):
         print(f"api_keys: every user of this machine can read {api_keys}.", file=sys.stderr)

@@ -45,7 +45,7 @@ class Attachment:
         self.compensator, self.model, self.source, self.merge = compensator, model, source, merge
         self._projections: list[_Projection] = []
 
-    def on(self) -> None:
+    def start(self) -> None:
         """Take hold of the layers of the active adapter, and move to the model's degree."""
         self._projections = [
             _Projection(self, layer, part, outer, rows)
@@ -54,21 +54,21 @@ class Attachment:
         ]
         adapter = self.model.adapter
         # An adapter that scales a layer's output would scale a difference in its weights, too.
-        if self.merge and (adapter.adds or adapter.merged):
+        if self.merge and (adapter.is_additive or adapter.merged):
             for projection in self._projections:
                 projection.keep_weights()
         else:
             for projection in self._projections:
                 projection.add_hook()
-        self.turn(self.model.degree)
+        self.set_degree(self.model.degree)
 
-    def off(self) -> None:
+    def stop(self) -> None:
         """Restore the weights, and remove the hooks."""
         for projection in self._projections:
             projection.restore()
         self._projections = []
 
-    def turn(self, degree: int) -> None:
+    def set_degree(self, degree: int) -> None:
         """Write the difference for `degree` into the weights; hooks need no turning.
 
         Raises:

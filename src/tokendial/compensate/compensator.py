@@ -179,12 +179,12 @@ class Compensator(nn.Module):
         self.check_degrees(source, model.degree)
         attachment = Attachment(self, model, source, merge=merge)
         try:
-            attachment.on()
+            attachment.start()
         except BaseException:
-            attachment.off()
+            attachment.stop()
             raise
         model.compensation = attachment
-        model.note_hooks()
+        model.update_hook_version()
 
     def detach(self, model: DialViT) -> None:
         """Restore the model's own weights, bit for bit.
@@ -192,9 +192,9 @@ class Compensator(nn.Module):
         Raises:
             ValueError: If this compensator is not attached to the model.
         """
-        self._attachment(model).off()
+        self._attachment(model).stop()
         model.compensation = None
-        model.note_hooks()
+        model.update_hook_version()
 
     def _attachment(self, model: DialViT) -> Attachment:
         attachment = model.compensation

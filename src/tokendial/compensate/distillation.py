@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokendial.reduce.base import divergence
+from tokendial.reduce.base import kl_divergence
 
 
 def soft_distillation(
@@ -30,7 +30,7 @@ def soft_distillation(
         ToCom, equation 5; the authors' code for the normalisation.
     """
     student, teacher = student_BK.float() / temperature, teacher_BK.float() / temperature
-    loss = divergence(student, teacher) * temperature**2
+    loss = kl_divergence(student, teacher) * temperature**2
     return loss / student.shape[1] if mean_over == "batch_and_classes" else loss
 
 

@@ -18,8 +18,8 @@ from tokendial.data.sets.videos import VideoFolder, VideoLists
 from tokendial.data.sets.vtab import VTAB, VTAB_GROUPS, VTAB_TASKS
 from tokendial.data.splits import Splits
 from tokendial.data.transforms.clip import Clip
-from tokendial.data.transforms.dense import DenseAugment
 from tokendial.data.transforms.image import Augment, eval_transform, train_transform
+from tokendial.data.transforms.masks import MaskAugment
 
 __all__ = [
     "CIFAR100",
@@ -31,13 +31,13 @@ __all__ = [
     "VTAB_TASKS",
     "Augment",
     "Clip",
-    "DenseAugment",
     "Food101",
     "FrameFolder",
     "HuggingFace",
     "ImageError",
     "ImageFolder",
     "ImageNet",
+    "MaskAugment",
     "Pairs",
     "SSv2",
     "SceneMasks",

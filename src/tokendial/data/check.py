@@ -8,7 +8,7 @@ import numpy as np
 
 from tokendial.data.readers.binary_masks import inspect_mask
 from tokendial.data.readers.files import format_count
-from tokendial.data.readers.images import ImageError, images_in
+from tokendial.data.readers.images import ImageError, list_images
 from tokendial.data.readers.integrity import find_broken_images
 from tokendial.data.readers.mask_files import IGNORED
 from tokendial.data.readers.pixels import ValueRange, sample_files, warn_of_unused_range
@@ -43,7 +43,7 @@ def check_folders(
     except ValueError:
         # Without a validation folder, the checks are those of a run with some `holdout`.
         train_folder, val_folder = find_split_folders(root, train, val, holdout=0.5)
-    train_classes = read_class_folders(train_folder, images_in, "images")
+    train_classes = read_class_folders(train_folder, list_images, "images")
     val_classes: dict[str, list[Path]] = {}
     problems = [
         f"class folder {train_folder / name} holds no images"
@@ -51,7 +51,7 @@ def check_folders(
         if not files
     ]
     if val_folder is not None:
-        val_classes = read_class_folders(val_folder, images_in, "images")
+        val_classes = read_class_folders(val_folder, list_images, "images")
         problems += [
             f"class {name!r} of {val_folder} is not in {train_folder}"
             f"{suggest_class(name, train_classes)}"

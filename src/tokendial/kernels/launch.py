@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def fused(on: bool = True) -> Iterator[None]:
+def use_fused_kernels(on: bool = True) -> Iterator[None]:
     """Context manager: let token reduction use the fused kernels where they can run.
 
     Args:
@@ -43,18 +43,18 @@ def fused(on: bool = True) -> Iterator[None]:
         _is_on.reset(before)
 
 
-def fuses(x: Tensor) -> bool:
+def should_fuse(x: Tensor) -> bool:
     """Whether a fused kernel processes `x` now, instead of plain PyTorch."""
     return (
         not torch.compiler.is_compiling()  # first, because torch.compile cannot trace the rest
         and _is_on.get()
         and not torch.is_grad_enabled()
         and x.dtype in _DTYPES
-        and can_fuse(x.device)
+        and fused_kernels_available(x.device)
     )
 
 
-def can_fuse(device: torch.device) -> bool:
+def fused_kernels_available(device: torch.device) -> bool:
     """Whether the kernels can run on a device: a GPU, or a CPU by Triton's interpreter."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == ("cpu" if interpreted else "cuda") and _has_triton()
@@ -93,7 +93,7 @@ def merge_fused(
     return out_BGD
 
 
-def most_similar_fused(
+def find_most_similar_fused(
     unit_BNC: Tensor, source_A: Tensor, target_E: Tensor, num_excluded: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Find the most similar target of each source, without a matrix of all similarities.

@@ -62,10 +62,10 @@ def count_macs(module: nn.Module, run: Callable[[nn.Module], Any], *, products: 
         run(model)
         yield
 
-    return sum(count_parts(module, run_as_one_part, products=products))
+    return sum(count_macs_by_part(module, run_as_one_part, products=products))
 
 
-def count_parts(
+def count_macs_by_part(
     module: nn.Module, run: Callable[[nn.Module], Iterable[Any]], *, products: bool = True
 ) -> list[int]:
     """Count the multiply-accumulates of each part of a forward pass.

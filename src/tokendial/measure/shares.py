@@ -36,7 +36,7 @@ class ShareMeter:
         self._counts: list[tuple[int, float]] = []
 
     @staticmethod
-    def fits(model: Any) -> bool:
+    def supports(model: Any) -> bool:
         """Whether `model` selects tokens by threshold, so that it can be measured."""
         reducer = getattr(model, "reducer", None)
         return isinstance(reducer, Selector) and reducer.calibratable
@@ -132,7 +132,7 @@ def _thresholds(reducer: Selector, rising: Tensor) -> tuple[float, ...]:
 
 
 def _selector(model: Any) -> Selector:
-    if not ShareMeter.fits(model):
+    if not ShareMeter.supports(model):
         raise ValueError(
             "the model must select tokens by threshold: use DyT or DAR with selection=threshold "
             "and a target_ratio below 1."

@@ -10,7 +10,7 @@ import torch
 
 T = TypeVar("T")
 
-DISTURBED = 0.2
+DISTURBED_SPREAD = 0.2
 """Spread (see `Timing`) above which a time is unreliable. On an idle machine it is below 0.1."""
 
 
@@ -26,7 +26,7 @@ class Timing:
     @property
     def disturbed(self) -> bool:
         """Whether the times vary so much that another program probably used the machine."""
-        return self.spread > DISTURBED
+        return self.spread > DISTURBED_SPREAD
 
 
 def time_in_rounds(

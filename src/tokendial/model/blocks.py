@@ -69,7 +69,7 @@ class BlockRunner:
 
         # 2. Attention. Methods reduce patch tokens: of prefix tokens only, nothing can be reduced.
         acting = None
-        if reducer is not None and not prefix_only and reducer.acts(layer, degree):
+        if reducer is not None and not prefix_only and reducer.reduces_in(layer, degree):
             acting = reducer
             needs = needs | acting.needs
         tokens, attended = self._attention(layer, tokens, needs, prefix_only)

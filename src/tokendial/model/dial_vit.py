@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokendial.adapt.base import Adapter, AdapterConfig
 from tokendial.attention import PYTORCH_KERNEL, AttentionKernel
-from tokendial.backbones import Backbone, anatomy_of, fingerprint, fresh_head
+from tokendial.backbones import Backbone, anatomy_of, fingerprint, new_head
 from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.methods import to_json
@@ -88,13 +88,13 @@ class Compensation(Protocol):
     def in_weights(self) -> bool:
         """Whether the model's weights are changed now. If not, outputs of layers are."""
 
-    def on(self) -> None:
+    def start(self) -> None:
         """Start to compensate, at the present degree of the model."""
 
-    def off(self) -> None:
+    def stop(self) -> None:
         """Stop, and give the model its own weights back."""
 
-    def turn(self, degree: int) -> None:
+    def set_degree(self, degree: int) -> None:
         """Compensate for another degree."""
 
 
@@ -106,7 +106,7 @@ class DialViT(nn.Module):
     activations, which takes less memory and more time. See `set_grad_checkpointing`."""
     attention_kernel: AttentionKernel = PYTORCH_KERNEL
     """How attention is computed. `tokendial.optimize` chooses what is fastest on the machine."""
-    skips_unread: bool = False
+    skip_unread_patches: bool = False
     """Whether `forward` skips the patch outputs of the last block if the head ignores them. The
     patches still serve as keys and values, so the logits are the same."""
 
@@ -166,11 +166,11 @@ class DialViT(nn.Module):
             [B, num_classes]; with a decoder [B, num_classes, h, w], at the decoder's resolution.
         """
         run_block, depth = self._block_function(), len(self.anatomy.blocks)
-        skips = self.skips_unread and self._reads_prefix_only
+        skips = self.skip_unread_patches and self._reads_prefix_only
         tokens = self.anatomy.embed(images)
         if self.decoder is not None:
             # A decoder needs every position back.
-            tokens = tokens.tracked(fused_count=False)
+            tokens = tokens.tracked(follow_fused=False)
         for layer in range(1, depth + 1):
             tokens = run_block(layer, tokens, prefix_only=skips and layer == depth).tokens
         return self._logits(tokens)
@@ -199,7 +199,7 @@ class DialViT(nn.Module):
         run_block = self._block_function()
         tokens = self.anatomy.embed(images)
         if track:
-            tokens = tokens.tracked(fused_count=dropped == "fused")
+            tokens = tokens.tracked(follow_fused=dropped == "fused")
         for layer in range(1, len(self.anatomy.blocks) + 1):
             step = run_block(layer, tokens, needs)
             tokens = step.tokens
@@ -210,7 +210,7 @@ class DialViT(nn.Module):
         # The version is never negative. torch.compile notices changes of attributes that decide
         # something, but not changes of hooks: this statement makes it compile anew for other hooks.
         if self.hook_version < 0:
-            raise RuntimeError("hook_version is negative: it is set by note_hooks() only.")
+            raise RuntimeError("hook_version is negative: it is set by update_hook_version() only.")
         reducer = self.reducer if self.degree else None
         runner = BlockRunner(
             self.anatomy, reducer, self.degree, self.adapter, self.attention_kernel
@@ -222,9 +222,13 @@ class DialViT(nn.Module):
     @property
     def _reads_prefix_only(self) -> bool:
         """Whether nothing reads the patch tokens that leave the last block."""
-        if self.decoder is not None or self.adapter.needs_grid or self.adapter.needs_all:
+        if (
+            self.decoder is not None
+            or self.adapter.needs_grid
+            or self.adapter.depends_on_other_tokens
+        ):
             return False
-        return self.anatomy.reads_prefix_alone
+        return self.anatomy.head_reads_prefix_only
 
     def _logits(self, tokens: Tokens) -> Tensor:
         if self.decoder is None:
@@ -262,7 +266,7 @@ class DialViT(nn.Module):
         order = torch.tensor([i for some in rows.values() for i in some], device=images.device)
         return torch.cat(parts)[order.argsort()]
 
-    def outcome(self, images: Tensor) -> ForwardPass:
+    def forward_pass(self, images: Tensor) -> ForwardPass:
         """Logits, features and the tokens of every layer: what the losses of methods read."""
         steps = self.steps(images, track=self.decoder is not None, dropped="own")
         tokens = [step.tokens for step in steps]
@@ -525,7 +529,7 @@ class DialViT(nn.Module):
         check_degree(degree, self.degrees)
         degree = int(degree)
         if self.compensation:
-            self.compensation.turn(degree)
+            self.compensation.set_degree(degree)
         self._degree = degree
 
     def cost(self, degree: int | None = None) -> Cost:
@@ -624,9 +628,7 @@ class DialViT(nn.Module):
         slot = self._new_slot(adapt, decode or default.decode, size)
         with self.own_weights(), self._adapters.active_off(self.vit):
             check_sharing(self.vit, self, adapts=True)
-            heads = {
-                head: fresh_head(self.vit.get_submodule(head), size) for head in self.head_names
-            }
+            heads = {head: new_head(self.vit.get_submodule(head), size) for head in self.head_names}
             slot.install(self.vit, self.anatomy.blocks, heads, shared=True)
             slot.take_off(self.vit)
         self._adapters.slots[name] = slot
@@ -759,7 +761,7 @@ class DialViT(nn.Module):
         slot = self._adapters.active_slot
         self.adapt_config, self.decode_config = slot.config, slot.decode
         self.adapter, self.reducer, self.decoder = slot.adapter, slot.reducer, slot.decoder
-        self.note_hooks()
+        self.update_hook_version()
 
     def _check_unmerged(self) -> None:
         if self.adapter.merged:
@@ -837,16 +839,16 @@ class DialViT(nn.Module):
         """Run a block of code on the model's own weights, without an attached compensator."""
         compensation, self.compensation = self.compensation, None
         if compensation:
-            compensation.off()
+            compensation.stop()
         try:
             yield
         finally:
             self.compensation = compensation
             if compensation:
-                compensation.on()
-            self.note_hooks()
+                compensation.start()
+            self.update_hook_version()
 
-    def note_hooks(self) -> None:
+    def update_hook_version(self) -> None:
         """Record which hooks are in the backbone as a number, `hook_version`.
 
         `torch.compile` does not notice other hooks, but it notices another number.

@@ -59,7 +59,7 @@ class Reducer(nn.Module, ABC):
     """Whether each token counts the patches that it stands for (`Tokens.size`)."""
     keeps_grid: bool = False
     """Whether all tokens leave every block, so that adapters can read the complete patch grid."""
-    also_runs: frozenset[str] = frozenset()
+    extra_passes: frozenset[str] = frozenset()
     """Optional passes of `TrainingPasses` that `losses` reads: "complete", "teacher"."""
     proportional_attention: bool = False
     """Whether attention adds the logarithm of the token sizes to the logits of the keys."""
@@ -72,7 +72,7 @@ class Reducer(nn.Module, ABC):
     methods without thresholds."""
 
     @abstractmethod
-    def acts(self, layer: int, degree: int) -> bool:
+    def reduces_in(self, layer: int, degree: int) -> bool:
         """Whether `group` or `around_ffn` reduces tokens in `layer` (counted from 1)."""
 
     def before_block(self, layer: int, degree: int, tokens: Tokens) -> Tokens:
@@ -125,7 +125,7 @@ def init_linears(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Kullback-Leibler divergence KL(teacher || student) of softmax distributions, mean over rows.
 
     Args:

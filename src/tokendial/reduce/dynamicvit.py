@@ -30,8 +30,8 @@ from tokendial.reduce.base import (
     Reducer,
     ReducerConfig,
     best_tokens,
-    divergence,
     init_linears,
+    kl_divergence,
     make_rate_dial,
 )
 from tokendial.shape import ViTShape
@@ -105,7 +105,7 @@ class KeepPredictor(nn.Module):
 class DynamicViTReducer(Reducer):
     """Runs DynamicViT. The degree is the position in the list of keep rates of `make_rate_dial`."""
 
-    also_runs = frozenset({"teacher"})
+    extra_passes = frozenset({"teacher"})
 
     def __init__(self, config: DynamicViT, vit: ViTShape) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class DynamicViTReducer(Reducer):
         self.predictors = nn.ModuleList(KeepPredictor(vit.embed_dim) for _ in config.layers)
         init_linears(self)
 
-    def acts(self, layer: int, degree: int) -> bool:
+    def reduces_in(self, layer: int, degree: int) -> bool:
         """Return False: tokens are dropped before the block, by `before_block`."""
         return False
 
@@ -151,7 +151,7 @@ class DynamicViTReducer(Reducer):
         losses = {"ratio": config.ratio_weight * torch.stack(shares).square().mean()}
         if teacher is None or not config.distill_weight:
             return losses
-        logits = divergence(student.logits, teacher.logits)
+        logits = kl_divergence(student.logits, teacher.logits)
         prefix = student.tokens[-1].prefix
         kept = policies[-1].detach() > 0.5
         tokens = token_distillation(
@@ -189,4 +189,4 @@ def token_distillation(student_KD: Tensor, teacher_KD: Tensor, kind: str) -> Ten
     student_KD, teacher_KD = student_KD.float(), teacher_KD.float()
     if kind == "mse":
         return F.mse_loss(student_KD, teacher_KD)
-    return divergence(student_KD, teacher_KD)
+    return kl_divergence(student_KD, teacher_KD)

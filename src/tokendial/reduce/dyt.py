@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokendial.checks import check_fraction, check_not_negative
 from tokendial.methods import register
 from tokendial.passes import TrainingPasses
-from tokendial.reduce.base import divergence, init_linears
+from tokendial.reduce.base import init_linears, kl_divergence
 from tokendial.reduce.select import SelectConfig, Selector, selected_patches
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
@@ -54,7 +54,7 @@ class DyTReducer(Selector):
 
     def __init__(self, config: DyT, vit: ViTShape) -> None:
         super().__init__(config, vit)
-        self.also_runs = frozenset({"complete"} if config.complete else ())
+        self.extra_passes = frozenset({"complete"} if config.complete else ())
         self.dispatchers = nn.ModuleList(nn.Linear(vit.embed_dim, 1) for _ in range(vit.depth))
         init_linears(self)
 
@@ -75,7 +75,7 @@ class DyTReducer(Selector):
         losses = {"rate": config.ratio_weight * rate}
         if complete is not None:
             losses["complete"] = passes.task_loss(complete.logits)
-            losses["distilled"] = divergence(student.logits, complete.logits.detach())
+            losses["distilled"] = kl_divergence(student.logits, complete.logits.detach())
         return losses
 
 

@@ -38,7 +38,7 @@ from tokendial.reduce.base import (
     make_rate_dial,
     num_kept_tokens,
 )
-from tokendial.reduce.listed import freeze_removal, make_schedule_dial
+from tokendial.reduce.schedules import freeze_removal, make_schedule_dial
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
@@ -157,7 +157,7 @@ class EViTReducer(Reducer):
             if isinstance(r, int):
                 self.degrees, self.degree = tuple(range(vit.num_patches // 2 + 1)), r
             else:
-                self.lists = make_schedule_dial(r, vit, partial(most_removed, rest=config.rest))
+                self.lists = make_schedule_dial(r, vit, partial(max_removed, rest=config.rest))
                 self.degrees, self.degree = tuple(range(len(self.lists))), 1
             return
         if isinstance(config.keep_rate, Sequence):
@@ -199,7 +199,7 @@ class EViTReducer(Reducer):
         """Number of patch tokens that `layer` removes, if `r` is set."""
         return self.lists[degree][layer - 1] if self.lists else degree
 
-    def acts(self, layer: int, degree: int) -> bool:
+    def reduces_in(self, layer: int, degree: int) -> bool:
         """Whether `layer` has a keep rate below 1, or removes tokens by `r`."""
         if self.config.r is not None:
             return self.removed(layer, degree) > 0
@@ -264,7 +264,7 @@ def attentive_grouping(
     return Grouping(keep, src, dst, num_tokens, weight, "sum", fused)
 
 
-def most_removed(num_patches: int, rest: str) -> int:
+def max_removed(num_patches: int, rest: str) -> int:
     """Largest number of patch tokens that one layer can remove.
 
     One token is always kept, and one more for the others if `rest` is "merge" or "argmax".

@@ -16,7 +16,7 @@ from tokendial.attention import ByProducts
 from tokendial.checks import check_count
 from tokendial.methods import register
 from tokendial.reduce.base import Reducer, ReducerConfig
-from tokendial.reduce.tome import check_matching, matched, most_merged
+from tokendial.reduce.tome import check_matching, match_tokens, max_merged
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
@@ -61,11 +61,11 @@ class FFNMergeReducer(Reducer):
     def __init__(self, config: FFNMerge, vit: ViTShape) -> None:
         super().__init__()
         self.config = config
-        max_merged = most_merged(vit.num_patches, config.stride)
-        self.degrees = tuple(range(max_merged // config.step + 1))
+        limit = max_merged(vit.num_patches, config.stride)
+        self.degrees = tuple(range(limit // config.step + 1))
         self.degree = config.r // config.step
 
-    def acts(self, layer: int, degree: int) -> bool:
+    def reduces_in(self, layer: int, degree: int) -> bool:
         """Return True: tokens merge in every layer."""
         return True
 
@@ -80,7 +80,7 @@ class FFNMergeReducer(Reducer):
         """Merge tokens with similar keys, run the FFN, and copy its output to all merged tokens."""
         assert attended.mean_keys is not None
         config = self.config
-        grouping = matched(
+        grouping = match_tokens(
             attended.mean_keys,
             degree * config.step,
             tokens.prefix,

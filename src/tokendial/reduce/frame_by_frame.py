@@ -58,15 +58,15 @@ class FrameByFrameReducer(Reducer):
         super().__init__()
         step = replace(vit, num_patches=vit.num_patches // vit.num_grids, num_grids=1)
         self.inner: Reducer = config.reduce.build(step)
-        self.needs, self.also_runs = self.inner.needs, self.inner.also_runs
+        self.needs, self.extra_passes = self.inner.needs, self.inner.extra_passes
         self.tracks_size = self.inner.tracks_size
         self.keeps_grid = self.inner.keeps_grid
         self.proportional_attention = self.inner.proportional_attention
         self.degrees, self.degree = self.inner.degrees, self.inner.degree
 
-    def acts(self, layer: int, degree: int) -> bool:
+    def reduces_in(self, layer: int, degree: int) -> bool:
         """Whether the inner method reduces in `layer`."""
-        return self.inner.acts(layer, degree)
+        return self.inner.reduces_in(layer, degree)
 
     def before_block(self, layer: int, degree: int, tokens: Tokens) -> Tokens:
         """Let the inner method prepare the tokens of each time step."""

@@ -119,7 +119,7 @@ class Selector(Reducer):
     def logits(self, layer: int, tokens: Tokens) -> Tensor:
         """Return the logit of each patch token, [B, L]; high logits are selected."""
 
-    def acts(self, layer: int, degree: int) -> bool:
+    def reduces_in(self, layer: int, degree: int) -> bool:
         """Return True: every layer selects tokens."""
         return True
 

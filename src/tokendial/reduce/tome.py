@@ -24,10 +24,10 @@ from torch import Tensor
 
 from tokendial.attention import ByProducts
 from tokendial.checks import check_choice, check_count
-from tokendial.kernels import fuses, most_similar_fused
+from tokendial.kernels import find_most_similar_fused, should_fuse
 from tokendial.methods import register
 from tokendial.reduce.base import Reducer, ReducerConfig
-from tokendial.reduce.listed import freeze_removal, make_schedule_dial
+from tokendial.reduce.schedules import freeze_removal, make_schedule_dial
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
@@ -99,17 +99,17 @@ class ToMeReducer(Reducer):
         r = freeze_removal(config.r)
         if isinstance(r, int):
             # The dial ends where a larger r changes nothing: no more tokens can merge in a layer.
-            self.degrees = tuple(range(most_merged(vit.num_patches, config.stride) + 1))
+            self.degrees = tuple(range(max_merged(vit.num_patches, config.stride) + 1))
             self.degree = r
             self.schedules = [
                 merge_schedule(degree, vit.depth, config.inflection) for degree in self.degrees
             ]
         else:
-            most = partial(most_merged, stride=config.stride)
+            most = partial(max_merged, stride=config.stride)
             self.schedules = make_schedule_dial(r, vit, most)
             self.degrees, self.degree = tuple(range(len(self.schedules))), 1
 
-    def acts(self, layer: int, degree: int) -> bool:
+    def reduces_in(self, layer: int, degree: int) -> bool:
         """Whether the schedule merges tokens in `layer`."""
         return self.schedules[degree][layer - 1] > 0
 
@@ -119,7 +119,7 @@ class ToMeReducer(Reducer):
         """Match the tokens by the similarity of their keys in this layer."""
         assert attended.mean_keys is not None
         config = self.config
-        return matched(
+        return match_tokens(
             attended.mean_keys,
             self.schedules[degree][layer - 1],
             tokens.prefix,
@@ -146,7 +146,7 @@ def merge_schedule(r: int, depth: int, inflection: float = 0.0) -> list[int]:
     return [int(first + step * layer) for layer in range(depth)]
 
 
-def most_merged(num_patches: int, stride: int = 2) -> int:
+def max_merged(num_patches: int, stride: int = 2) -> int:
     """Largest number of tokens that one layer can merge.
 
     Args:
@@ -165,7 +165,7 @@ def check_matching(matching: str, stride: int, seed: int) -> None:
     check_count("seed", seed, at_least=0)
 
 
-def matched(
+def match_tokens(
     metric_BNC: Tensor,
     r: int,
     num_prefix_tokens: int,
@@ -190,7 +190,7 @@ def bipartite_matching(
 
     Args:
         metric_BNC: Features whose cosine is the similarity (keys, mean over heads).
-        r: Tokens to merge, at most `most_merged` of the unprotected ones.
+        r: Tokens to merge, at most `max_merged` of the unprotected ones.
         num_prefix_tokens: Leading tokens that neither absorb nor are absorbed.
         stride: The tokens at positions stride - 1, 2 * stride - 1, ... absorb others. 2 is ToMe's
             split into even and odd tokens. A larger stride with the largest r is k-th matching.
@@ -204,7 +204,7 @@ def bipartite_matching(
         there is a prefix token, and stand from most to least similar if there is none.
     """
     num_images, num_tokens, _ = metric_BNC.shape
-    r = min(r, most_merged(num_tokens - num_prefix_tokens, stride))
+    r = min(r, max_merged(num_tokens - num_prefix_tokens, stride))
     if r <= 0:
         return None
     device = metric_BNC.device
@@ -214,7 +214,7 @@ def bipartite_matching(
     source = number + number.div(stride - 1, rounding_mode="floor")
     targets_in_prefix = num_prefix_tokens // stride
     sources_in_prefix = num_prefix_tokens - targets_in_prefix
-    best_BA, partner_BA = _most_similar(metric_BNC, source, target, targets_in_prefix)
+    best_BA, partner_BA = find_most_similar(metric_BNC, source, target, targets_in_prefix)
     best_BA[:, :sources_in_prefix] = -torch.inf
     order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
     merged, left = order_BA[:, :r], order_BA[:, r:]
@@ -246,14 +246,14 @@ def random_matching(
     """
     num_images, num_tokens, _ = metric_BNC.shape
     num_free = num_tokens - num_prefix_tokens
-    r = min(r, most_merged(num_free))
+    r = min(r, max_merged(num_free))
     if r <= 0:
         return None
     metric_BNC = metric_BNC.detach()
     drawn = torch.tensor(_random_permutation(seed, num_free), device=metric_BNC.device)
     order = num_prefix_tokens + drawn
     source, target = order[:r], order[r:].sort().values
-    partner_Br = _most_similar(metric_BNC, source, target)[1]
+    partner_Br = find_most_similar(metric_BNC, source, target)[1]
     prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
     keep = torch.cat([prefix, target]).expand(num_images, -1)
     src = source.expand(num_images, -1)
@@ -266,7 +266,7 @@ def _random_permutation(seed: tuple[int, ...], count: int) -> list[int]:
     return random.Random(f"{seed} {count}").sample(range(count), count)
 
 
-def _most_similar(
+def find_most_similar(
     metric_BNC: Tensor, source: Tensor, target: Tensor, num_excluded: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Find the most similar target of each source.
@@ -288,11 +288,11 @@ def _most_similar(
     # device, on which costs are counted, has no autocast.
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _most_similar(metric_BNC, source, target, num_excluded)
+            return find_most_similar(metric_BNC, source, target, num_excluded)
     metric_BNC = metric_BNC.float()
     unit = metric_BNC / torch.linalg.vector_norm(metric_BNC, dim=-1, keepdim=True)
-    if fuses(unit):
-        return most_similar_fused(unit, source, target, num_excluded)
+    if should_fuse(unit):
+        return find_most_similar_fused(unit, source, target, num_excluded)
     sources, targets = unit[:, source], unit[:, target].transpose(-1, -2)
     found = []
     # All similarities of a large image would take more memory than its features, so they are

@@ -145,7 +145,7 @@ def evaluate(
     images = some_images(loader, model, batch_size)
     fast = apply_speed(model, images.to(next(model.parameters()).device), speed, wanted)
     dial_vit = fast.model if isinstance(fast, OptimizedViT) else fast
-    meter = ShareMeter(dial_vit) if ShareMeter.fits(dial_vit) else None
+    meter = ShareMeter(dial_vit) if ShareMeter.supports(dial_vit) else None
     counter = StepCounter(progress, len(wanted) * len(loader))
     scores, shares, confusions = [], [], []
     for degree in wanted:
@@ -215,7 +215,7 @@ def validation_set(run: Run, model: DialViT, batch_size: int) -> tuple[Task, Dat
     loader = eval_loader(
         run.data().val,
         task.eval_transform(model.anatomy),
-        batch_size=task.eval_batch(batch_size),
+        batch_size=task.eval_batch_size(batch_size),
         workers=recipe.train.workers,
     )
     return task, loader

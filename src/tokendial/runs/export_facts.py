@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from tokendial.data.transforms.image import CentreCropped
+from tokendial.data.transforms.image import ResizeAndCrop
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.run import Run
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
@@ -31,7 +31,7 @@ def run_facts(run: Run, model: DialViT) -> dict[str, Any]:
     if isinstance(task, Classification):
         transform: Any = task.image_transform(model.anatomy)
         resize = transform.transforms[0]
-        cropped = isinstance(resize, CentreCropped)
+        cropped = isinstance(resize, ResizeAndCrop)
         return facts | {
             "task": "multi_label" if task.multi_label else "classification",
             "interpolation": "bicubic",

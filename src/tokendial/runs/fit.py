@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokendial.atomic import atomic_write
-from tokendial.data.readers.images import images_in, read_image
+from tokendial.data.readers.images import list_images, read_image
 from tokendial.methods import from_json
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.device import default_device
@@ -100,7 +100,7 @@ def _sample_images(
     if folder is not None:
         if not folder.is_dir():
             raise ValueError(f"calibration: no such folder: {folder}.")
-        files = images_in(folder)
+        files = list_images(folder)
         if not files:
             raise ValueError(f"calibration: {folder} holds no images.")
         value_range = run.value_range()

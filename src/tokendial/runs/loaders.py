@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tokendial.data.transforms.image import PairTransform
-from tokendial.signals import leave_signals_to_the_parent
+from tokendial.signals import ignore_stop_signals
 from tokendial.tasks import collate
 
 
-class Prepared(Dataset[tuple[Tensor, Any]]):
+class TransformedDataset(Dataset[tuple[Tensor, Any]]):
     """A data set with a transform. Its random numbers depend on (seed, epoch, index, copy) alone.
 
     Items are indexed by (epoch, index, copy): the same key gives the same sample in any process.
@@ -31,12 +31,12 @@ class Prepared(Dataset[tuple[Tensor, Any]]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, Any]:
         image, target = self.source[key[1]]
-        with seeded(self.seed, *key):
+        with temporary_seed(self.seed, *key):
             return self.transform(image, target)
 
 
 @contextmanager
-def seeded(*key: int) -> Iterator[None]:
+def temporary_seed(*key: int) -> Iterator[None]:
     """Seed the generators of torch, NumPy and Python from `key`, and restore them after the block.
 
     Transforms and timm's mixup use all three.
@@ -81,7 +81,7 @@ def eval_loader(
         rank: Number of this process, counted from 0.
         processes: Number of processes that evaluate together.
     """
-    dataset = Prepared(source, transform, seed=0)
+    dataset = TransformedDataset(source, transform, seed=0)
     if len(dataset) < processes:
         rank, processes = 0, 1
     keys = [(0, index, 0) for index in range(rank, len(dataset), processes)]
@@ -91,6 +91,6 @@ def eval_loader(
         sampler=keys,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
     )

@@ -5,7 +5,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokendial.tasks import BinaryMasks, Segmentation
-from tokendial.tasks.dense import best_class, resize_map
+from tokendial.tasks.dense_prediction import best_class, resize_maps
 
 _OVERLAY_COLOR, _OVERLAY_OPACITY = np.array([255, 40, 40], np.float32), 0.6
 _BAND_ROWS = 256
@@ -31,7 +31,7 @@ def mask_image(
         the most probable class, with a palette.
     """
     if isinstance(task, BinaryMasks):
-        grey = resize_map(logits.sigmoid().unsqueeze(0), size)[0, 0].mul_(255).round_()
+        grey = resize_maps(logits.sigmoid().unsqueeze(0), size)[0, 0].mul_(255).round_()
         return Image.fromarray(grey.byte().cpu().numpy())
     mask = Image.fromarray(best_class(logits, size).cpu().numpy())
     mask.putpalette(_palette().flatten().tolist())

@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokendial.data.readers.images import ImageError, count_pictures, read_image, warn_of_several
+from tokendial.data.readers.images import (
+    ImageError,
+    count_pictures,
+    read_image,
+    warn_of_multi_picture_files,
+)
 from tokendial.data.readers.video import VideoError, VideoFile
 from tokendial.data.sets.shards import ShardImage
 from tokendial.model.dial_vit import DialViT
@@ -67,7 +72,7 @@ class ClassPredictor:
         if not 1 <= top <= len(self.classes):
             raise ValueError(f"top must lie in [1, {len(self.classes)}] (classes), got {top}.")
         self.task = task
-        self.batch_size = task.eval_batch(batch_size)
+        self.batch_size = task.eval_batch_size(batch_size)
         """Images, or videos, in one forward pass."""
         self._transform = task.image_transform(model.anatomy)
         self.model: DialViT | OptimizedViT = model
@@ -104,7 +109,7 @@ class ClassPredictor:
             if self._takes_videos:
                 return self._transform(VideoFile(source))
             image = read_image(source, self._value_range)
-            warn_of_several([(source, count_pictures(source))])
+            warn_of_multi_picture_files([(source, count_pictures(source))])
             return self._transform(image)
         except (ImageError, VideoError) as error:
             return error

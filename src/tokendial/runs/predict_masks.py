@@ -10,13 +10,18 @@ from PIL import Image
 from torch import Tensor
 
 from tokendial.atomic import atomic_write
-from tokendial.data.readers.images import ImageError, count_pictures, read_image, warn_of_several
+from tokendial.data.readers.images import (
+    ImageError,
+    count_pictures,
+    read_image,
+    warn_of_multi_picture_files,
+)
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.device import default_device
 from tokendial.runs.mask_images import mask_image, mask_share, overlay_mask
 from tokendial.runs.run import Run
 from tokendial.tasks import BinaryMasks, Segmentation
-from tokendial.tasks.dense import frame_of, slide
+from tokendial.tasks.dense_prediction import input_format, predict_windows
 
 _MAX_LOGIT_BYTES = 2**31
 
@@ -87,7 +92,7 @@ def predict_masks(
         except ImageError as error:
             yield error
             continue
-        warn_of_several([(path, count_pictures(path))])
+        warn_of_multi_picture_files([(path, count_pictures(path))])
         if tiles:
             logits = _logits_in_tiles(model, image, task.augment.stride, device)
         else:
@@ -114,8 +119,8 @@ def _logits_in_tiles(model: DialViT, image: Image.Image, stride: float, device: 
             f"{needed / 2**30:.1f} GiB, at most {_MAX_LOGIT_BYTES / 2**30:.0f} are allowed; "
             "predict without tiles."
         )
-    pixels = frame_of(model.anatomy).finish(image.resize((width, height)))
-    return slide(model, pixels.unsqueeze(0).to(device), window, stride)[0]
+    pixels = input_format(model.anatomy).normalise(image.resize((width, height)))
+    return predict_windows(model, pixels.unsqueeze(0).to(device), window, stride)[0]
 
 
 def _write_png(image: Image.Image, path: Path) -> None:

@@ -20,8 +20,8 @@ import tokendial.data  # noqa: F401  # registers the data sets
 from tokendial.backbones import Backbone
 from tokendial.compensate import ToCom
 from tokendial.data.transforms.clip import Clip
-from tokendial.data.transforms.dense import DenseAugment
 from tokendial.data.transforms.image import Augment
+from tokendial.data.transforms.masks import MaskAugment
 from tokendial.methods import method_class, method_names
 from tokendial.runs.method_field import method_field
 from tokendial.tune import Precision
@@ -211,7 +211,7 @@ class Recipe(BaseRecipe):
     """Fine-tuning method: its name and its settings."""
     decode: method_field("decode") = None  # type: ignore[valid-type]
     """Decoder for mask tasks: its name and its settings. null: classification, with a head."""
-    dense: DenseAugment = DenseAugment()
+    dense: MaskAugment = MaskAugment()
     """Mask tasks: augmentation of images with their masks, and how test images are processed."""
     clip: Clip = Clip()
     """Videos: which frames a clip consists of, and how many views of a test video are averaged."""
@@ -222,7 +222,7 @@ class Recipe(BaseRecipe):
     def _check_dense(self) -> Self:
         if self.decode is not None and self.augment != Augment():
             raise ValueError("augment is for classification: with a decoder, use dense instead")
-        if self.decode is None and self.dense != DenseAugment():
+        if self.decode is None and self.dense != MaskAugment():
             raise ValueError("dense goes with a decoder, but decode is null")
         if self.decode is None and self.distill is not None:
             raise ValueError("distill goes with a decoder, but decode is null")
@@ -354,7 +354,7 @@ def _all_fields() -> list[str]:
     }
     for section, model in sections.items():
         names += [f"{section}.{name}" for name in model.model_fields]
-    transforms = [("augment", Augment), ("clip", Clip), ("dense", DenseAugment)]
+    transforms = [("augment", Augment), ("clip", Clip), ("dense", MaskAugment)]
     methods = [(kind, method_class(kind, name)) for kind in KINDS for name in method_names(kind)]
     for section, cls in (*transforms, *methods):
         names += [f"{section}.{field.name}" for field in dataclasses.fields(cls)]

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, overload
 import yaml
 
 from tokendial.data.transforms.clip import Clip
-from tokendial.data.transforms.dense import DenseAugment
 from tokendial.data.transforms.image import Augment
+from tokendial.data.transforms.masks import MaskAugment
 from tokendial.runs.method_field import describe_fields
 from tokendial.runs.recipe import (
     KINDS,
@@ -100,7 +100,7 @@ def recipe_schema() -> dict[str, Any]:
     for schema in kinds:
         schema["properties"]["base"] = base
     definitions = {name: part for schema in kinds for name, part in schema.pop("$defs").items()}
-    for section in (Augment, Clip, DenseAugment):
+    for section in (Augment, Clip, MaskAugment):
         describe_fields(definitions[section.__name__], section)
     for part in (*kinds, *definitions.values()):
         # Required fields may stand in the base of a file, or on the command line.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tokendial.backbones.checkpoints import unwrapped
+from tokendial.backbones.checkpoints import find_state_dict
 from tokendial.reference import load_reference
 from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import Recipe
@@ -26,7 +26,7 @@ def released_run(file: Path, recipe: Recipe) -> Run:
         ValueError: If the file cannot be read, its tensors do not fit the recipe's model (the
             message lists them), or the folder holds another run.
     """
-    state, _, _ = unwrapped(read_file(file), file)
+    state, _, _ = find_state_dict(read_file(file), file)
     if any(name.startswith("backbone.patch_embed.") for name in state):
         section = recipe.model.model_copy(update={"weights": None})
         recipe = recipe.model_copy(update={"model": section})

@@ -14,7 +14,7 @@ from unicodedata import normalize
 import yaml
 
 from tokendial.atomic import atomic_write, leftover_files
-from tokendial.data.readers.files import found_from
+from tokendial.data.readers.files import resolve_paths
 from tokendial.data.readers.pixels import ValueRange
 from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.data.transforms.clip import Clip
@@ -166,7 +166,7 @@ class Run:
                     f"{old.get(name)}, not {new.get(name)}; choose another output."
                 )
         if (started := self._working_folder()) is not None:
-            theirs, ours = (found_from(recipe.data, folder) for folder in (started, Path.cwd()))
+            theirs, ours = (resolve_paths(recipe.data, folder) for folder in (started, Path.cwd()))
             if theirs != ours and recipe.data not in (theirs, ours):
                 raise ValueError(
                     f"output: {self.folder} holds another run: its data were looked up in "
@@ -191,7 +191,7 @@ class Run:
             ValueError: If the data set is missing, or its classes have changed since training.
         """
         recipe, started = self.recipe(), self._working_folder()
-        data = recipe.data if started is None else found_from(recipe.data, started)
+        data = recipe.data if started is None else resolve_paths(recipe.data, started)
         splits: Splits = data.build(recipe.seed)
         then, now = self.classes(), splits.classes
         if [normalize("NFC", name) for name in then] != [normalize("NFC", name) for name in now]:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tokendial.runs.run import Run
-from tokendial.tasks.dense import resize_map
+from tokendial.tasks.dense_prediction import resize_maps
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def run_mask_figure(
     for degree in degrees:
         model.set_degree(degree)
         probabilities = task.predict(model, pixels_1CHW).sigmoid()
-        resized = resize_map(probabilities, mask.shape)[0, 0]
+        resized = resize_maps(probabilities, mask.shape)[0, 0]
         panels.append((f"degree {degree}", resized.numpy()))
     figure = matplotlib.figure.Figure(figsize=(2.1 * len(panels), 2.4), layout="constrained")
     axes = figure.subplots(1, len(panels))

@@ -31,7 +31,7 @@ class Task(Protocol):
     num_classes: int
     """Number of classes, which is the number of logits or of logit maps."""
 
-    def eval_batch(self, batch_size: int) -> int:
+    def eval_batch_size(self, batch_size: int) -> int:
         """Return the number of samples in an evaluation batch, given that of a training batch."""
 
     def train_transform(self, anatomy: Anatomy) -> PairTransform:
@@ -43,13 +43,13 @@ class Task(Protocol):
     def image_transform(self, anatomy: Anatomy) -> Transform:
         """Return the transform, without randomness, of a sample that has no target."""
 
-    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return a training batch with its samples mixed (mixup, cutmix), if the task does so."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a batch."""
 
-    def hits(self, logits: Tensor, targets: Tensor) -> float:
+    def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
         """Return the fraction of correct predictions in a training batch."""
 
     def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.data.readers.mask_files import IGNORED
-from tokendial.data.transforms.dense import DenseAugment
+from tokendial.data.transforms.masks import MaskAugment
 from tokendial.tasks.base import Metrics
-from tokendial.tasks.dense import DensePrediction, resize_map
+from tokendial.tasks.dense_prediction import DensePrediction, resize_maps
 
 BCE_WEIGHT, DICE_WEIGHT = 1.0, 0.5
 _DICE_EPS = 1e-3
@@ -27,7 +27,7 @@ class BinaryMasks(DensePrediction):
 
     mask_padding = 0
 
-    def __init__(self, augment: DenseAugment) -> None:
+    def __init__(self, augment: MaskAugment) -> None:
         """Set up the task.
 
         Args:
@@ -52,15 +52,15 @@ class BinaryMasks(DensePrediction):
             logits: Logits [B, 1, h, w] at the decoder's resolution.
             targets: Masks [B, H, W] of 0, 1 and `IGNORED`.
         """
-        logits = resize_map(logits.float(), targets.shape[-2:]).squeeze(1)
+        logits = resize_maps(logits.float(), targets.shape[-2:]).squeeze(1)
         inside, counted = (targets == 1).float(), (targets != IGNORED).float()
         total = F.binary_cross_entropy_with_logits(logits, inside, counted, reduction="sum")
         cross_entropy = total / counted.sum().clamp(min=1)
         return BCE_WEIGHT * cross_entropy + DICE_WEIGHT * dice_loss(logits, inside, counted)
 
-    def hits(self, logits: Tensor, targets: Tensor) -> float:
+    def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
         """Return the fraction of correct pixels among those that are not ignored."""
-        predicted = resize_map(logits.float(), targets.shape[-2:]).squeeze(1) > 0
+        predicted = resize_maps(logits.float(), targets.shape[-2:]).squeeze(1) > 0
         counted = targets != IGNORED
         correct = (predicted == (targets == 1)) & counted
         return float(correct.sum() / counted.sum().clamp(min=1))

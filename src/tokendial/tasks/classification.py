@@ -60,7 +60,7 @@ class Classification:
         """Return the transform of an image that has no label."""
         return eval_transform(self.augment, anatomy.image_size, *anatomy.statistics)
 
-    def eval_batch(self, batch_size: int) -> int:
+    def eval_batch_size(self, batch_size: int) -> int:
         """Return the training batch size: all images have one size."""
         return batch_size
 
@@ -69,7 +69,7 @@ class Classification:
         logits: Tensor = model(images)
         return logits
 
-    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Apply mixup or cutmix to an even number of images; targets become [B, num_classes]."""
         if self.mix is None:
             return images, targets
@@ -95,7 +95,7 @@ class Classification:
         """Return probabilities [B, num_classes]: softmax, or sigmoid with several labels."""
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
-    def hits(self, logits: Tensor, targets: Tensor) -> float:
+    def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
         """Return the training accuracy; a mixed target counts as its class of largest weight."""
         if self.multi_label:
             return float(((logits > 0) == (targets > 0)).float().mean())

@@ -23,7 +23,7 @@ from torchmetrics.classification import (
 from torchmetrics.utilities import dim_zero_cat
 
 from tokendial.data.readers.mask_files import IGNORED
-from tokendial.tasks.dense import best_class, resize_map
+from tokendial.tasks.dense_prediction import best_class, resize_maps
 
 _THRESHOLDS = 256
 _LOG = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class MaskMetrics(Metric):
             if (mask != IGNORED).sum() <= 1:
                 continue
             probability = image_logits.unsqueeze(0).float().sigmoid()
-            resized = resize_map(probability, mask.shape)[0, 0]
+            resized = resize_maps(probability, mask.shape)[0, 0]
             grey = (resized * 255).round().byte().cpu().numpy()
             scalars, curves = _measures(grey, mask.cpu().numpy())
             values = torch.from_numpy(scalars).to(self.scalars)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tokendial.data.readers.mask_files import IGNORED
 from tokendial.tasks.base import Metrics
-from tokendial.tasks.dense import DensePrediction, resize_map
+from tokendial.tasks.dense_prediction import DensePrediction, resize_maps
 
 
 class Segmentation(DensePrediction):
@@ -22,14 +22,14 @@ class Segmentation(DensePrediction):
             logits: Logits [B, K, h, w] at the decoder's resolution.
             targets: Masks [B, H, W] of class indices and `IGNORED`.
         """
-        logits = resize_map(logits.float(), targets.shape[-2:])
+        logits = resize_maps(logits.float(), targets.shape[-2:])
         total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         return total / (targets != IGNORED).sum().clamp(min=1)
 
-    def hits(self, logits: Tensor, targets: Tensor) -> float:
+    def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
         """Return the fraction of correct pixels among those that are not ignored."""
         counted = targets != IGNORED
-        predicted = resize_map(logits.float(), targets.shape[-2:]).argmax(1)
+        predicted = resize_maps(logits.float(), targets.shape[-2:]).argmax(1)
         correct = (predicted == targets) & counted
         return float(correct.sum() / counted.sum().clamp(min=1))
 

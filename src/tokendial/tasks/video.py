@@ -55,7 +55,7 @@ class VideoClassification(Classification):
         size, statistics = anatomy.image_size, anatomy.statistics
         return ClipTestTransform(self.clip, _num_frames(anatomy), size, *statistics)
 
-    def eval_batch(self, batch_size: int) -> int:
+    def eval_batch_size(self, batch_size: int) -> int:
         """Return how many videos have together as many views as a training batch has clips."""
         return max(1, batch_size // self.clip.views)
 
@@ -65,10 +65,10 @@ class VideoClassification(Classification):
         each = torch.unflatten(logits.float().log_softmax(-1), 0, views_BVT3HW.shape[:2])
         return each.logsumexp(1) - math.log(each.shape[1])
 
-    def mixed(self, clips_BT3HW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_batch(self, clips_BT3HW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Apply mixup or cutmix to clips; all frames of a clip are mixed in the same way."""
         # timm's cutmix expects height and width on axes 2 and 3: frames are merged with channels.
-        images, targets = super().mixed(clips_BT3HW.flatten(1, 2), targets)
+        images, targets = super().mix_batch(clips_BT3HW.flatten(1, 2), targets)
         return torch.unflatten(images, 1, clips_BT3HW.shape[1:3]), targets
 
 

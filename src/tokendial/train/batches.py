@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from tokendial.runs.loaders import Prepared
-from tokendial.signals import leave_signals_to_the_parent
+from tokendial.runs.loaders import TransformedDataset
+from tokendial.signals import ignore_stop_signals
 
 
 class EpochSampler(Sampler[list[tuple[int, int, int]]]):
@@ -104,12 +104,14 @@ class TimedBatches(Iterator[Any]):
         return self._waited / self._elapsed()
 
 
-def train_loader(dataset: Prepared, sampler: EpochSampler, workers: int) -> DataLoader[Any]:
+def train_loader(
+    dataset: TransformedDataset, sampler: EpochSampler, workers: int
+) -> DataLoader[Any]:
     """A loader of the batches that `sampler` gives, with `workers` loading processes."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
     )

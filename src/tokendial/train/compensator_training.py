@@ -211,7 +211,7 @@ class CompensatorTraining:
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and cutmix, if the recipe asks for them."""
-        return self.task.mixed(images, targets)
+        return self.task.mix_batch(images, targets)
 
     def batch_score(self, outputs: Tensor, targets: Tensor) -> float:
         """Mean agreement of student and teacher; `outputs` holds that of each image."""

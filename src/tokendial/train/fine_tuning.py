@@ -99,11 +99,11 @@ class FineTuning:
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and cutmix, if the recipe asks for them."""
-        return self.task.mixed(images, targets)
+        return self.task.mix_batch(images, targets)
 
     def batch_score(self, outputs: Tensor, targets: Tensor) -> float:
         """Fraction of right answers in a training batch."""
-        return self.task.hits(outputs, targets)
+        return self.task.batch_accuracy(outputs, targets)
 
     def validation_scores(
         self, loader: DataLoader[Any], accelerator: Accelerator
@@ -123,7 +123,11 @@ class FineTuning:
         the threshold that it was trained with.
         """
         reducer = self.model.reducer
-        if not ShareMeter.fits(self.model) or not reducer or self.model.degree != reducer.degree:
+        if (
+            not ShareMeter.supports(self.model)
+            or not reducer
+            or self.model.degree != reducer.degree
+        ):
             return
         images = None
         for folder in (run.best, run.last):
@@ -142,7 +146,7 @@ class FineTuning:
         loader = eval_loader(
             subset,
             self.task.eval_transform(self.anatomy),
-            batch_size=self.task.eval_batch(self.settings.batch_size),
+            batch_size=self.task.eval_batch_size(self.settings.batch_size),
         )
         return some_images(loader, self.model, count)
 

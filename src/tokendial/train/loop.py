@@ -17,7 +17,7 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 
 from tokendial.runs.card import write_versions
-from tokendial.runs.loaders import Prepared, eval_loader, seed_all
+from tokendial.runs.loaders import TransformedDataset, eval_loader, seed_all
 from tokendial.runs.recipe import BaseRecipe
 from tokendial.runs.run import Run
 from tokendial.signals import StopRequest, stop_requests
@@ -122,7 +122,7 @@ class Trainer:
     def _make_loaders(self) -> None:
         recipe, settings, accelerator = self.recipe, self.settings, self.accelerator
         data, task, anatomy = self.job.data, self.job.task, self.job.anatomy
-        dataset = Prepared(data.train, task.train_transform(anatomy), recipe.seed)
+        dataset = TransformedDataset(data.train, task.train_transform(anatomy), recipe.seed)
         process = {"rank": accelerator.process_index, "processes": accelerator.num_processes}
         self.sampler = EpochSampler(
             len(dataset),
@@ -136,7 +136,7 @@ class Trainer:
         self.val_loader: DataLoader[Any] = eval_loader(
             data.val,
             task.eval_transform(anatomy),
-            batch_size=task.eval_batch(settings.batch_size),
+            batch_size=task.eval_batch_size(settings.batch_size),
             workers=settings.workers,
             **process,
         )

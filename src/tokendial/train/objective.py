@@ -38,7 +38,7 @@ class Objective(nn.Module):
         self.model, self.task, self.distillation = model, task, distillation
         reducer = model.reducer
         if teacher is not None:
-            if reducer is None or "teacher" not in reducer.also_runs:
+            if reducer is None or "teacher" not in reducer.extra_passes:
                 raise ValueError("train.teacher: only DynamicViT learns from a teacher.")
             _check_teacher(model, teacher)
             teacher.eval().requires_grad_(False)
@@ -55,7 +55,7 @@ class Objective(nn.Module):
         if reducer is None and self.distillation is None:
             logits = model(images).float()
             return self.task.loss(logits, targets), logits
-        student = model.outcome(images)
+        student = model.forward_pass(images)
         loss = self.task.loss(student.logits, targets)
         if self.distillation is not None:
             loss = loss + self.distillation(student.feature_map, images)
@@ -63,7 +63,7 @@ class Objective(nn.Module):
             return loss, student.logits
         passes = TrainingPasses(
             student,
-            complete=self._unreduced_pass(images) if "complete" in reducer.also_runs else None,
+            complete=self._unreduced_pass(images) if "complete" in reducer.extra_passes else None,
             teacher=self._teacher_pass(images),
             task_loss=lambda logits: self.task.loss(logits, targets),
         )
@@ -74,7 +74,7 @@ class Objective(nn.Module):
         degree = self.model.degree
         self.model.set_degree(0)
         try:
-            return self.model.outcome(images)
+            return self.model.forward_pass(images)
         finally:
             self.model.set_degree(degree)
 
@@ -84,7 +84,7 @@ class Objective(nn.Module):
         if teacher is None:
             return None
         with no_grad():
-            return teacher.to(images.device).outcome(images)
+            return teacher.to(images.device).forward_pass(images)
 
 
 class Distillation(nn.Module):

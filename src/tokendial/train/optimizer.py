@@ -56,9 +56,9 @@ def decay_groups(
     """Trainable parameters of a module, grouped by weight decay and learning rate.
 
     Weight matrices decay: those of linear layers and convolutions, those that PEFT adds to them,
-    and those that an adapter lists in `matrices`. Everything else consists of vectors, whatever its
-    shape, and does not decay: biases, norms, scales, tokens, prompts, queries, positions, class
-    embeddings.
+    and those that an adapter lists in `decayed_parameters`. Everything else consists of vectors,
+    whatever its shape, and does not decay: biases, norms, scales, tokens, prompts, queries,
+    positions, class embeddings.
 
     Args:
         module: The module.
@@ -85,7 +85,7 @@ def _matrices(module: nn.Module) -> Iterator[Tensor]:
             # PEFT keeps bare parameters here. Those that are a single row or column are vectors.
             yield from (p for p in part.values() if p.ndim > 1 and min(p.shape) > 1)
         elif isinstance(part, Adapter):
-            yield from (getattr(part, name) for name in part.matrices)
+            yield from (getattr(part, name) for name in part.decayed_parameters)
 
 
 def cosine_schedule(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokendial.reduce.base import divergence
+from tokendial.reduce.base import kl_divergence
 from tokendial.tune.cost_meters import ScheduledModel
 from tokendial.tune.schedules import Schedule
 
@@ -39,22 +39,22 @@ class AgreementMeter:
 
     def __call__(self, schedule: Schedule) -> Agreement:
         """Run all images by `schedule`, and compare."""
-        return compared(self._logits(schedule), self.logits)
+        return compare_logits(self._logits(schedule), self.logits)
 
     @torch.no_grad()
     def _logits(self, schedule: Schedule) -> Tensor:
         model = self.tried.use(schedule)
         logits = torch.cat([model(batch).float() for batch in self.images])
-        return two_way(logits) if self.multi_label else logits
+        return binary_logits(logits) if self.multi_label else logits
 
 
-def compared(logits_BK: Tensor, unreduced_BK: Tensor) -> Agreement:
+def compare_logits(logits_BK: Tensor, unreduced_BK: Tensor) -> Agreement:
     """Compare logits with those of the unreduced model."""
     same = logits_BK.argmax(dim=1) == unreduced_BK.argmax(dim=1)
-    return Agreement(float(divergence(logits_BK, unreduced_BK)), float(same.float().mean()))
+    return Agreement(float(kl_divergence(logits_BK, unreduced_BK)), float(same.float().mean()))
 
 
-def two_way(logits_BK: Tensor) -> Tensor:
+def binary_logits(logits_BK: Tensor) -> Tensor:
     """Turn multi-label logits into [B * K, 2], one row per label.
 
     The softmax of a row is the sigmoid of the label and its complement.

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tokendial.measure.cost import count_parts
+from tokendial.measure.cost import count_macs_by_part
 from tokendial.measure.timing import time_in_rounds
 from tokendial.model.blocks import Step
 from tokendial.model.dial_vit import DialViT
@@ -135,7 +135,7 @@ class MacCounter:
             images = torch.empty(1, *model.anatomy.input_shape, device="meta")
             return islice(model.steps(images), last)
 
-        return [float(macs) for macs in count_parts(model, run)[first - 1 :]]
+        return [float(macs) for macs in count_macs_by_part(model, run)[first - 1 :]]
 
     def single_cost(self, schedule: Schedule) -> float:
         """Multiply-accumulates, as `DialViT.cost` counts them."""

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from tokendial.measure.timing import DISTURBED
+from tokendial.measure.timing import DISTURBED_SPREAD
 from tokendial.methods import to_json
 from tokendial.reduce import EViT, ToMe
 from tokendial.tune.block_costs import CostTable
@@ -95,7 +95,7 @@ class FitResult:
                     f"{row.found.speedup:.2f} times the speed of degree 0: no schedule nearer to "
                     "the budget was found."
                 )
-        if self.spread > DISTURBED:
+        if self.spread > DISTURBED_SPREAD:
             lines.append(
                 f"times differed by {self.spread:.0%} between passes, so something else used the "
                 "machine: fit again when it is idle, or with more minutes."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.kernels import can_fuse, fused
+from tokendial.kernels import fused_kernels_available, use_fused_kernels
 from tokendial.model.dial_vit import DialViT
 from tokendial.tune.treatments import (
     TreatmentTrial,
@@ -116,7 +116,7 @@ class OptimizedViT(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the model, up to rounding."""
-        with fused(self.fused_reduction):
+        with use_fused_kernels(self.fused_reduction):
             return (self.run or self.model)(images.to(next(self.model.parameters()).dtype))
 
 
@@ -166,7 +166,7 @@ def optimize(
         dtype = _supported(dtype, example.device, notes)
     fast = OptimizedViT(_twin(model, dtype), sorted({*degrees, model.degree}))
     fast.notes = notes
-    fast.model.skips_unread = True
+    fast.model.skip_unread_patches = True
     example = example.to(next(fast.model.parameters()).dtype)
     fast(example)  # raises if the example does not fit the model
     if example.device.type == "cpu":
@@ -177,7 +177,7 @@ def optimize(
         try_a_core_each(fast, example)
     else:
         try_sizes_in_keys(fast, example)
-    if can_fuse(example.device):
+    if fused_kernels_available(example.device):
         try_fused_reduction(fast, example)
     if compile:
         try_compiled(fast, example)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tokendial.reduce import EViT, ToMe
-from tokendial.reduce.evit import most_removed
-from tokendial.reduce.listed import patches_left
-from tokendial.reduce.tome import merge_schedule, most_merged
+from tokendial.reduce.evit import max_removed
+from tokendial.reduce.schedules import patches_after_layers
+from tokendial.reduce.tome import max_merged, merge_schedule
 from tokendial.shape import ViTShape
 
 Schedule = tuple[int, ...]
@@ -27,12 +27,12 @@ class ScheduleSpace:
     def max_removed(self, patches: int) -> int:
         """Number of tokens that one layer can remove of `patches` patch tokens."""
         if isinstance(self.reduce, ToMe):
-            return most_merged(patches, self.reduce.stride)
-        return most_removed(patches, self.reduce.rest)
+            return max_merged(patches, self.reduce.stride)
+        return max_removed(patches, self.reduce.rest)
 
     def tokens_left(self, removed: Sequence[int]) -> tuple[int, ...]:
         """Number of patch tokens that leave each layer."""
-        return patches_left(self.shape.num_patches, removed, self.max_removed)
+        return patches_after_layers(self.shape.num_patches, removed, self.max_removed)
 
     def normalise(self, removed: Sequence[int]) -> Schedule:
         """Lower each number to what can be removed; the tokens left stay the same."""

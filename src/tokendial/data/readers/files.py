@@ -115,7 +115,7 @@ def format_more(number: int, noun: str) -> str:
     return f" (and {format_count(number, f'more {noun}')})" if number else ""
 
 
-def found_from(data: DataT, folder: Path) -> DataT:
+def resolve_paths(data: DataT, folder: Path) -> DataT:
     """Return a data set whose relative paths are joined to `folder` where that leads to a file.
 
     Args:

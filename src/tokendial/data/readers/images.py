@@ -163,7 +163,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return find_files(paths, IMAGE_SUFFIXES, "image", ImageError)
 
 
-def images_in(folder: Path, other_suffixes: Counter[str] | None = None) -> list[Path]:
+def list_images(folder: Path, other_suffixes: Counter[str] | None = None) -> list[Path]:
     """Return the image files below `folder`, sorted by path.
 
     Args:
@@ -203,7 +203,7 @@ def count_pictures(path: Path) -> int:
         return 1
 
 
-def warn_of_several(counts: Iterable[tuple[Path, int]]) -> None:
+def warn_of_multi_picture_files(counts: Iterable[tuple[Path, int]]) -> None:
     """Log in one line which files hold several pictures; only the first picture of a file is read.
 
     Args:

@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 import PIL
 
 from tokendial.atomic import atomic_write
-from tokendial.data.readers.images import ImageError, check_image, count_pictures, warn_of_several
+from tokendial.data.readers.images import (
+    ImageError,
+    check_image,
+    count_pictures,
+    warn_of_multi_picture_files,
+)
 from tokendial.data.readers.pixels import ValueRange
 
 _FILES_PER_ROUND = 1024
@@ -75,7 +80,9 @@ def find_broken_images(
             if new:
                 intact |= new
                 _save_cache(cache, intact)
-    warn_of_several((path, intact[names[path]][3]) for path in files if names[path] in intact)
+    warn_of_multi_picture_files(
+        (path, intact[names[path]][3]) for path in files if names[path] in intact
+    )
     return {path: result.problem for path, result in decoded.items() if result.problem is not None}
 
 

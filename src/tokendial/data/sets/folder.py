@@ -17,7 +17,7 @@ from tokendial.data.readers.files import (
     is_system_name,
     warn_of_other_files,
 )
-from tokendial.data.readers.images import images_in
+from tokendial.data.readers.images import list_images
 from tokendial.data.readers.pixels import (
     ValueRange,
     check_range,
@@ -119,7 +119,7 @@ class ImageFolder(ClassFolders):
                 training set lacks, an image cannot be read and `broken` is "error", or images need
                 `range` and it is null.
         """
-        train, val, classes = self.list_splits(images_in, "images", seed)
+        train, val, classes = self.list_splits(list_images, "images", seed)
         warn_of_unused_range(sample_files(path for path, _ in train), self.range, self.root)
         train, val = drop_broken_images(Path(self.root), [train, val], self.broken, self.range)
         if emptied := set(range(len(classes))) - {label for _, label in train}:

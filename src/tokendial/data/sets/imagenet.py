@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokendial.data.readers.files import PATH
-from tokendial.data.readers.images import images_in
+from tokendial.data.readers.images import list_images
 from tokendial.data.readers.lists import read_lines
 from tokendial.data.sets.folder import list_folders
 from tokendial.data.sets.labelled_images import ImageFiles, drop_broken_images
@@ -45,7 +45,7 @@ class ImageNet:
         root = Path(self.root)
         try:
             train_files, val_files, wnids = list_folders(
-                root / "train", root / "val", images_in, "images"
+                root / "train", root / "val", list_images, "images"
             )
         except ValueError as error:
             raise ValueError(f"{error} {_SOURCE}") from None

@@ -26,10 +26,10 @@ from tokendial.data.readers.files import PATH, format_more, format_path, warn_of
 from tokendial.data.readers.images import (
     ImageError,
     count_pictures,
-    images_in,
+    list_images,
     read_image,
     upright_size,
-    warn_of_several,
+    warn_of_multi_picture_files,
 )
 from tokendial.data.readers.pixels import (
     ValueRange,
@@ -256,7 +256,7 @@ class Pairs:
         for problem in problems:
             _LOG.warning("left out: %s", problem)
         intact = [pair for pair, problem in zip(pairs, by_pair, strict=True) if problem is None]
-        warn_of_several(
+        warn_of_multi_picture_files(
             (path, count_pictures(path)) for pair in intact for path in (pair.image, pair.mask)
         )
         return intact
@@ -325,7 +325,7 @@ def _images_by_name(folder: Path, other_suffixes: Counter[str] | None) -> dict[s
     if not folder.is_dir():
         raise ValueError(f"data: no such folder: {format_path(folder)}.")
     found: dict[str, list[Path]] = {}
-    for path in images_in(folder, other_suffixes):
+    for path in list_images(folder, other_suffixes):
         name = str(path.relative_to(folder).with_suffix(""))
         found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
     return found

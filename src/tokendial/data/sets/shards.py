@@ -36,7 +36,7 @@ from tokendial.data.readers.images import (
     ImageError,
     decode_image,
     find_images,
-    images_in,
+    list_images,
 )
 from tokendial.data.readers.lists import parse_number
 from tokendial.data.readers.pixels import (
@@ -275,7 +275,7 @@ def find_sources(paths: Iterable[str | Path]) -> list[Path | ShardImage]:
     for path in searched:
         if path.is_dir():
             shards = list_files(path, {".tar"})
-            found += images_in(path, other_suffixes)
+            found += list_images(path, other_suffixes)
         else:
             shards = [path] if path.suffix == ".tar" and path.is_file() else []
             found += [] if shards else find_images([path])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokendial.data.readers.files import PATH, format_path, warn_of_other_files
-from tokendial.data.readers.images import images_in
+from tokendial.data.readers.images import list_images
 from tokendial.data.readers.pixels import (
     ValueRange,
     check_range,
@@ -56,7 +56,7 @@ class Unlabelled:
         if not root.is_dir():
             raise ValueError(f"data.root: no such folder: {format_path(root)}.")
         other_suffixes: Counter[str] = Counter()
-        files = images_in(root, other_suffixes)
+        files = list_images(root, other_suffixes)
         warn_of_other_files(other_suffixes, "image", root)
         if len(files) < 2:
             raise ValueError(f"data.root: {root} must hold at least 2 images, got {len(files)}.")

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 _MAX_CROP_ASPECT, _MAX_RESIZE_ASPECT = 8, 100
-"""Aspect ratios above which `CentreCropped` and `ResizeImage` take a way that saves memory."""
+"""Aspect ratios above which `ResizeAndCrop` and `ResizeImage` take a way that saves memory."""
 _FILTER_REACH = 3
 """Pixels that bicubic interpolation reads on either side (2), and one more for rounding."""
 Transform = Callable[[Any], Tensor]
@@ -153,7 +153,7 @@ def eval_transform(
         steps: list[Callable[[Any], Any]] = [ResizeImage(img_size)]
     else:
         short = round(img_size[0] / augment.test_crop_ratio)
-        steps = [CentreCropped(short, img_size)]
+        steps = [ResizeAndCrop(short, img_size)]
     composed: Transform = v2.Compose(steps + to_tensor(mean, std))
     return composed
 
@@ -178,7 +178,7 @@ class ResizeImage:
         return self._resize(image)
 
 
-class CentreCropped:
+class ResizeAndCrop:
     """Resizes the short side of an image and crops the centre (`v2.Resize`, `v2.CenterCrop`).
 
     Of an image that is more than 8 times longer than wide, only the part in the crop is resized.

@@ -25,11 +25,11 @@ from tokendial.cli.options import (
     Compile,
     Degree,
     Degrees,
-    Faster,
     Optimize,
     Precision,
+    PrecisionOption,
     RunFolder,
-    speed_of,
+    speed_settings,
 )
 
 
@@ -61,7 +61,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     optimize: Optimize = False,
     compile: Compile = False,
-    precision: Faster = Precision.fp32,
+    precision: PrecisionOption = Precision.fp32,
 ) -> None:
     """Measure accuracy, cost and speed of a run at several degrees of the dial.
 
@@ -69,7 +69,7 @@ def evaluate(
     into RUN/eval. For classification also recall and precision of each class, and a confusion
     matrix.
     """
-    speed = speed_of(optimize, compile, precision)
+    speed = speed_settings(optimize, compile, precision)
     if compensator is not None:
         if speed:
             raise ValueError("optimize, compile and precision do not go with --compensator.")
@@ -166,7 +166,7 @@ def predict(
     ] = False,
     optimize: Optimize = False,
     compile: Compile = False,
-    precision: Faster = Precision.fp32,
+    precision: PrecisionOption = Precision.fp32,
 ) -> None:
     """Predict the class, or the mask, of images or videos.
 
@@ -184,7 +184,7 @@ def predict(
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
     if out is not None and ray:
         raise ValueError("ray is for classes: masks are written by one process.")
-    speed = speed_of(optimize, compile, precision)
+    speed = speed_settings(optimize, compile, precision)
     if speed and (out is not None or ray):
         raise ValueError(
             "optimize, compile and precision are for classes, predicted by one process."

@@ -20,7 +20,7 @@ _MAX_TEST_ASPECT = 682 / 518
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DenseAugment:
+class MaskAugment:
     """How images and masks are augmented in training, and how test images are prepared."""
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  # read by pydantic, not a field
@@ -67,7 +67,7 @@ class InputFormat:
     std: tuple[float, ...]
     """Standard deviation of each channel by which normalisation divides."""
 
-    def finish(self, image: Any) -> Tensor:
+    def normalise(self, image: Any) -> Tensor:
         """Return a PIL image as [3, H, W] float32, normalised; its size stays as it is."""
         tensor: Tensor = v2.Compose(to_tensor(self.mean, self.std))(image)
         return tensor
@@ -77,7 +77,7 @@ class InputFormat:
 class MaskTrainTransform:
     """Augments a PIL image and its mask: [3, H, W] float32, normalised, and [H, W] int64."""
 
-    augment: DenseAugment
+    augment: MaskAugment
     """How the pair is augmented."""
     input_format: InputFormat
     """Size and normalisation of the result."""
@@ -105,7 +105,7 @@ class MaskTrainTransform:
             ]
         )
         image, target = steps(image, tv_tensors.Mask(mask))
-        return self.input_format.finish(image), target.as_subclass(Tensor).long()
+        return self.input_format.normalise(image), target.as_subclass(Tensor).long()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class MaskImageTransform:
     The whole image is kept, also with `test: crop`, where it is stretched as with `test: whole`.
     """
 
-    augment: DenseAugment
+    augment: MaskAugment
     """How test images are prepared (`test`)."""
     input_format: InputFormat
     """Size and normalisation of the result."""
@@ -125,7 +125,7 @@ class MaskImageTransform:
         size = list(self.input_format.size)
         if self.augment.test == "slide":
             size = _covering_size(image, size)
-        return self.input_format.finish(v2.Resize(size, _BILINEAR)(image))
+        return self.input_format.normalise(v2.Resize(size, _BILINEAR)(image))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class MaskEvalTransform:
     The mask keeps its own size, except with `test: crop`, where both are cropped.
     """
 
-    augment: DenseAugment
+    augment: MaskAugment
     """How test images are prepared (`test`)."""
     input_format: InputFormat
     """Size and normalisation of the resulting image."""
@@ -156,7 +156,7 @@ class MaskEvalTransform:
         padding = [0, 0, columns, rows]
         image = tvf.center_crop(tvf.pad(image, padding), crop)
         target = tvf.center_crop(tvf.pad(target, padding, fill=self.mask_padding), crop)
-        return self.input_format.finish(image), target.as_subclass(Tensor).long()
+        return self.input_format.normalise(image), target.as_subclass(Tensor).long()
 
 
 def _covering_size(image: Image.Image, size: list[int]) -> list[int]:

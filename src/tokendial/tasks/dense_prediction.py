@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.data.transforms.dense import (
-    DenseAugment,
+from tokendial.data.transforms.masks import (
     InputFormat,
+    MaskAugment,
     MaskEvalTransform,
     MaskImageTransform,
     MaskTrainTransform,
@@ -24,7 +24,7 @@ class DensePrediction:
     mask_padding: int
     """Value of a mask where a small image is padded."""
 
-    def __init__(self, num_classes: int, augment: DenseAugment) -> None:
+    def __init__(self, num_classes: int, augment: MaskAugment) -> None:
         """Set up the task.
 
         Args:
@@ -33,23 +33,23 @@ class DensePrediction:
         """
         self.num_classes, self.augment = num_classes, augment
 
-    def eval_batch(self, batch_size: int) -> int:
+    def eval_batch_size(self, batch_size: int) -> int:
         """Return 1 if test images keep different sizes (`test: slide`), else `batch_size`."""
         return 1 if self.augment.test == "slide" else batch_size
 
     def train_transform(self, anatomy: Anatomy) -> MaskTrainTransform:
         """Return the random transform of a training image and its mask."""
-        return MaskTrainTransform(self.augment, frame_of(anatomy), self.mask_padding)
+        return MaskTrainTransform(self.augment, input_format(anatomy), self.mask_padding)
 
     def eval_transform(self, anatomy: Anatomy) -> MaskEvalTransform:
         """Return the transform of a test image; masks keep their size unless images are cropped."""
-        return MaskEvalTransform(self.augment, frame_of(anatomy), self.mask_padding)
+        return MaskEvalTransform(self.augment, input_format(anatomy), self.mask_padding)
 
     def image_transform(self, anatomy: Anatomy) -> MaskImageTransform:
         """Return the transform of an image that has no mask."""
-        return MaskImageTransform(self.augment, frame_of(anatomy))
+        return MaskImageTransform(self.augment, input_format(anatomy))
 
-    def mixed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch as it is."""
         return images, targets
 
@@ -63,10 +63,10 @@ class DensePrediction:
         if self.augment.test != "slide":
             logits: Tensor = model(images)
             return logits
-        return slide(model, images, model.anatomy.image_size, self.augment.stride)
+        return predict_windows(model, images, model.anatomy.image_size, self.augment.stride)
 
 
-def slide(
+def predict_windows(
     model: DialViT | OptimizedViT,
     images: Tensor,
     window: tuple[int, int],
@@ -115,7 +115,7 @@ def _window_starts(length: int, window: int, stride: float) -> list[int]:
     return sorted({min(start, length - window) for start in range(0, length - window + step, step)})
 
 
-def resize_map(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+def resize_maps(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Return maps [B, K, h, w] resized bilinearly to a height and width."""
     return F.interpolate(maps, tuple(size), mode="bilinear")
 
@@ -126,15 +126,15 @@ def best_class(logits_Khw: Tensor, size: torch.Size | tuple[int, int]) -> Tensor
     The maps are resized one by one, because all K at the size of a large photo might not fit in
     memory.
     """
-    best = resize_map(logits_Khw[None, :1], size)[0, 0]
+    best = resize_maps(logits_Khw[None, :1], size)[0, 0]
     index = torch.zeros_like(best, dtype=torch.uint8)
     for number in range(1, len(logits_Khw)):
-        other = resize_map(logits_Khw[None, number : number + 1], size)[0, 0]
+        other = resize_maps(logits_Khw[None, number : number + 1], size)[0, 0]
         index[other > best] = number
         best = torch.maximum(best, other, out=best)
     return index
 
 
-def frame_of(anatomy: Anatomy) -> InputFormat:
+def input_format(anatomy: Anatomy) -> InputFormat:
     """Return the size and normalisation of the images that a model takes."""
     return InputFormat(anatomy.image_size, *anatomy.statistics)

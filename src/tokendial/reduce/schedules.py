@@ -71,7 +71,7 @@ def make_schedule_dial(
         raise ValueError(f"r must have at most {vit.depth} entries (one per layer), got {longest}.")
     dial = [[0] * vit.depth]
     dial += [[*schedule, *[0] * (vit.depth - len(schedule))] for schedule in schedules]
-    kept = [sum(patches_left(vit.num_patches, schedule, max_removed)) for schedule in dial]
+    kept = [sum(patches_after_layers(vit.num_patches, schedule, max_removed)) for schedule in dial]
     for degree in range(2, len(dial)):
         if kept[degree] > kept[degree - 1]:
             raise ValueError(
@@ -82,7 +82,7 @@ def make_schedule_dial(
     return dial
 
 
-def patches_left(
+def patches_after_layers(
     num_patches: int, removed: Sequence[int], max_removed: Callable[[int], int]
 ) -> tuple[int, ...]:
     """Return the number of patch tokens after each layer.
