@@ -103,7 +103,9 @@ def test_without_the_hub_pre_trained_weights_are_one_line_after_one_try(monkeypa
     problem = f"{hub} does not answer" if hub else "HF_HUB_OFFLINE is set"
     weights = "google/vit" if name.startswith("transformers.") else "pretrained"
     named = weights if name.startswith("transformers.") else name
-    with pytest.raises(ValueError, match=rf"of {named} are not at hand: {problem}.*model.weights="):
+    with pytest.raises(
+        ValueError, match=rf"of {named} are not available: {problem}.*model.weights="
+    ):
         td.Backbone(name=name, weights=weights).create()
     assert not tries
 

@@ -71,8 +71,8 @@ def export(
         The file's path, degree and cost, and how far its logits differ.
 
     Raises:
-        ValueError: If `out` ends otherwise, `degree` is not offered, `batch` is below 1, a package
-            is missing, or the file gives other logits than the model (then it is not kept).
+        ValueError: If `out` has another ending, `degree` is not offered, `batch` is below 1, a
+            package is missing, or the file gives other logits than the model (then it is not kept).
 
     Example:
         >>> import pathlib, tempfile, timm, tokendial as td

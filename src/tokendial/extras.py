@@ -38,8 +38,8 @@ EXTRAS = {
 class MissingPackageError(ImportError, ValueError):
     """An optional package is not installed.
 
-    It is an `ImportError`, as Python users expect. It is a `ValueError` too, because whatever
-    reports a setting that cannot be used (the command line, the server) reports this as well.
+    It is an `ImportError`, as Python users expect. It is a `ValueError` too, because the command
+    line and the server report each ValueError in one line, without a traceback.
     """
 
 

@@ -1,4 +1,4 @@
-"""What the losses of methods read: the forward passes of one training step."""
+"""The forward passes of one training step, which the losses of methods read."""
 
 # Shape legend: B batch, N tokens, D embed_dim.
 

@@ -219,7 +219,7 @@ def _params_of(config: dict[str, Any], row: str) -> int:
 def published_params(config: dict[str, Any], counted: "Counted") -> int:
     """Parameters of a model as its row counts them.
 
-    Some rows include a head. None includes DyT's dispatchers.
+    Some rows include a head. No row includes DyT's dispatchers.
 
     Args:
         config: Configuration of the row.

@@ -36,8 +36,8 @@ class Grouping:
     how: Literal["mean", "sum"] = "mean"
     """Whether a new token is the weighted mean or the weighted sum of its group."""
     fused: Tensor | None = None
-    """[B, F] new tokens that stand for given-up tokens, as EViT's fused token does; None: there are
-    none. `follow` can treat the members of such a token as dropped."""
+    """[B, F] new tokens that summarise removed tokens, as EViT's fused token does; None: there are
+    none. `follow` can treat the members of a fused token as dropped."""
 
     @classmethod
     def keeping(cls, keep: Tensor, num_tokens: int) -> "Grouping":
@@ -67,7 +67,7 @@ class Grouping:
     def merge_each(
         self, features: Sequence[Tensor], weight_BN: Tensor | None = None
     ) -> list[Tensor]:
-        """Do as `merge` with several features [B, N, *] of the same tokens."""
+        """Apply `merge` to several features [B, N, *] of the same tokens."""
         weight_BN = self.weight if weight_BN is None else weight_BN
         if self.how == "sum" and weight_BN is None:
             return [self.sum(x) for x in features]
@@ -178,7 +178,7 @@ class _Rows:
 
 @dataclass(slots=True)
 class Tokens:
-    """The tokens of a batch, and what is known of them: the only thing that blocks pass on."""
+    """The tokens of a batch with their sizes, positions and masks: all that one block passes on."""
 
     x: Tensor
     """[B, N, D] features, prefix tokens (class, distillation, register) first."""
@@ -195,7 +195,7 @@ class Tokens:
     """[B, P] the token that holds each original position, -1 where it was dropped; None: positions
     are not tracked."""
     lost: Tensor | None = None
-    """[B, P, D] features that dropped positions had when they were dropped; there if `origin` is.
+    """[B, P, D] features that dropped positions had when they were dropped; None without `origin`.
     """
     follow_fused: bool = True
     """Whether `origin` follows tokens into a fused token (see `Grouping.fused`). If False, they

@@ -268,7 +268,7 @@ def test_a_printed_recipe_has_every_field_and_is_the_same_recipe(
     )
     named = {text.partition("=")[0] for text in open_field}
     assert fields.keys() | named >= expected.keys()
-    assert all(f"# {field} is left open: it has to be given." in printed for field in named)
+    assert all(f"# {field} is required; this recipe does not set it." in printed for field in named)
 
 
 def test_the_schema_accepts_every_shipped_recipe_and_no_mistake(cli):

@@ -159,7 +159,7 @@ def test_changed_runs_are_reloaded_and_accepted_requests_answered_at_the_end(ser
     good = weights.read_bytes()
     weights.write_bytes(b"broken")
     os.kill(process.pid, signal.SIGHUP)
-    wait_until(lambda: "not reloaded, the old models stay" in err.read_text(), process)
+    wait_until(lambda: "the runs could not be reloaded" in err.read_text(), process)
     assert ask(port, image) == (200, old)
     seen: set[int] = set()
     for number in range(25):  # the last signal comes after the last change

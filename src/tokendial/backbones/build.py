@@ -238,7 +238,7 @@ def _cached_weights(name: str) -> dict[str, Any]:
 
 def _unavailable(name: str, problem: str) -> ValueError:
     return ValueError(
-        f"the pre-trained weights of {name} are not at hand: {problem}; give them as a file or "
+        f"the pre-trained weights of {name} are not available: {problem}; give them as a file or "
         "folder (model.weights=...), or start from random ones (model.weights=null)."
     )
 

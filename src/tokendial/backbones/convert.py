@@ -102,7 +102,8 @@ class Converted:
                 it is written beside the released file.
 
         Raises:
-            ValueError: If `out` ends otherwise, is the released file, or its folder does not exist.
+            ValueError: If `out` has another ending, is the released file, or lies in a folder that
+                does not exist.
         """
         path = self.source.with_suffix(".safetensors") if out is None else Path(out)
         if path.exists() and path.samefile(self.source):
@@ -126,7 +127,7 @@ def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Co
     These are recognised by their tensors: DINOv2 (also with registers), DINO's training
     checkpoints, DeiT (also distilled), MAE (the encoder) and DAR's segmentation models (the
     backbone only) in torch's format, and AugReg in NumPy's. For other files, give `model`. Only
-    tensors are unpickled. No tensor is resized, see `Converted.at`.
+    tensors are unpickled. No tensor is resized, see `Converted.resized_to`.
 
     Args:
         path: The file to read. The suffix .npz means NumPy's format, any other torch's.

@@ -171,7 +171,7 @@ def predict(
     """Predict the class, or the mask, of images or videos.
 
     Prints path, class and probability of each file. Runs on masks write PNG files (--out) and print
-    their paths. Exit code 1 if some files could not be read; the others are predicted all the same.
+    their paths. Exit code 1 if some files could not be read; the other files are predicted.
     """
     from tokendial.data import ImageError, VideoError, find_images, find_sources, find_videos
     from tokendial.runs import Run
@@ -231,8 +231,8 @@ def show(
         bool,
         typer.Option(
             "--diversity",
-            help="Instead, plot how much the attention rows of each layer differ, with and without "
-            "reduction.",
+            help="Instead of the tokens, plot how much the attention rows of each layer differ, "
+            "with and without reduction.",
         ),
     ] = False,
 ) -> None:

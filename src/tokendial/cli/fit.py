@@ -26,7 +26,9 @@ def fit(
     ] = None,
     latency_ms: Annotated[
         str | None,
-        typer.Option(help="Budget: milliseconds per batch, one or several. Measured here."),
+        typer.Option(
+            help="Budget: milliseconds per batch, one or several. Measured on this machine."
+        ),
     ] = None,
     gmacs: Annotated[
         str | None,

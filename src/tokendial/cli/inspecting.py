@@ -98,18 +98,25 @@ def check_data(
     val: Annotated[str, typer.Option(help="Name of the validation folders.")] = "validation",
     mask: Annotated[
         str,
-        typer.Option(help="As data.mask of a recipe: which values are inside, such as nonzero."),
+        typer.Option(
+            help="Pixels that are inside a binary mask, such as nonzero (recipe field data.mask)."
+        ),
     ] = "auto",
     ignore: Annotated[
-        str, typer.Option(help="As data.ignore: the value that is not scored, such as 255.")
+        str,
+        typer.Option(
+            help="Mask value whose pixels are ignored, such as 255 (recipe field data.ignore)."
+        ),
     ] = "null",
     palette: Annotated[
-        str, typer.Option(help="As data.palette: the colours of the classes, such as voc.")
+        str, typer.Option(help="Colours of the classes, such as voc (recipe field data.palette).")
     ] = "null",
     value_range: Annotated[
         str,
         typer.Option(
-            "--range", help="As data.range: the values that are black and white, such as [0,4095]."
+            "--range",
+            help="Values of black and white in images of more than 8 bits, such as [0,4095] "
+            "(recipe field data.range).",
         ),
     ] = "null",
 ) -> None:

@@ -38,7 +38,8 @@ Degrees = Annotated[
     str,
     typer.Option(
         help="Degrees of the dial: a list 0,4,8, a range 0..16, a range with steps 0..16:4, "
-        "all (every degree; of a long dial about ten, evenly spaced in cost), or every."
+        "all (every degree; of a long dial about ten, evenly spaced in cost), or every (each "
+        "degree, also of a long dial)."
     ),
 ]
 Optimize = Annotated[

@@ -66,7 +66,7 @@ class _ServeCommand(TyperCommand):
 
 @app.command(cls=_ServeCommand, rich_help_panel=USE_PANEL)
 def serve() -> None:
-    """Serve runs over HTTP. The degree follows the load, so that answers keep coming in time."""
+    """Serve runs over HTTP. Under load, the degree rises to meet a latency objective."""
 
 
 def _serve_command(
@@ -122,7 +122,7 @@ def _serve_command(
     if api_keys is not None and readable_by_others(api_keys):
         print(f"api_keys: every user of this machine can read {api_keys}.", file=sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    # These two also log mistakes of clients, who are told anyway.
+    # These two also log mistakes of clients, which the error responses already explain.
     for name in ("uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if ray:

@@ -70,7 +70,7 @@ def vtab(
     ] = None,
     jobs: Jobs = None,
 ) -> None:
-    """Train a recipe on the tasks of VTAB-1k, as papers report it.
+    """Train a recipe on the tasks of VTAB-1k, by the protocol that papers use.
 
     Each final run trains on 1,000 images and is tested once. Writes tables with the means beside
     those of papers. Finished runs are not trained again. Exit code 1 if a run failed.

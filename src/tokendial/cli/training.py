@@ -21,7 +21,8 @@ ResultT = TypeVar("ResultT")
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Only try it: two updates, one batch of evaluation; nothing is kept."
+        "--dry-run",
+        help="Try the recipe: train two updates, evaluate one batch, and keep no files.",
     ),
 ]
 
@@ -149,7 +150,7 @@ def _all_fields(name: str) -> str:
         for parent in parents:
             section = section[parent]
         del section[last]
-    notes = "".join(f"# {field} is left open: it has to be given.\n" for field in missing)
+    notes = "".join(f"# {field} is required; this recipe does not set it.\n" for field in missing)
     return notes + yaml.safe_dump(fields, sort_keys=False)
 
 

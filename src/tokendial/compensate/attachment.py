@@ -17,7 +17,7 @@ PARTS: tuple[Part, Part] = ("query", "value")
 
 
 class WeightDifference(Protocol):
-    """What a compensator gives for two degrees: a low-rank difference of q and v weights."""
+    """The low-rank difference of q and v weights that a compensator has for two degrees."""
 
     depth: int
 
@@ -46,7 +46,7 @@ class Attachment:
         self._projections: list[_Projection] = []
 
     def start(self) -> None:
-        """Take hold of the layers of the active adapter, and move to the model's degree."""
+        """Find the layers of the active adapter, and apply the difference for the model's degree."""
         self._projections = [
             _Projection(self, layer, part, outer, rows)
             for layer in range(1, self.compensator.depth + 1)
@@ -69,7 +69,7 @@ class Attachment:
         self._projections = []
 
     def set_degree(self, degree: int) -> None:
-        """Write the difference for `degree` into the weights; hooks need no turning.
+        """Write the difference for `degree` into the weights; hooks read the degree themselves.
 
         Raises:
             ValueError: If the compensator does not bridge `degree`.

@@ -18,7 +18,8 @@ class ToCom:
     rank: int = 2
     """Rank of the low-rank pair that bridges one step of the dial."""
     scale: float = 0.1
-    """Factor on the weight difference in training, and the first one used at inference."""
+    """Factor on the weight difference in training; also at inference, until `search_scale` sets
+    another one."""
     dropout: float = 0.1
     """Dropout rate between the two matrices of a pair, in training, in [0, 1)."""
     shared: bool = False

@@ -49,7 +49,7 @@ def check_origin(origin: Origin, model: DialViT, *, strict: bool) -> None:
     if strict and not same_backbone(origin.fingerprint, model.fingerprint):
         raise ValueError(
             f"this compensator belongs to {origin.backbone} with other weights than those that "
-            "the model was fine-tuned from; strict=False attaches it all the same."
+            "the model was fine-tuned from; strict=False attaches it anyway."
         )
 
 

@@ -1,4 +1,4 @@
-"""What every data set provides: a training set, a validation set and the classes."""
+"""The result of opening a data set: a training set, a validation set and the classes."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Measurements: multiply-accumulates, times, and shares of processed tokens."""
+"""Measurements: multiply-accumulates, times, and fractions of processed tokens."""
 
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.measure.shares import ShareMeter, calibrate

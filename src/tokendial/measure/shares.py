@@ -1,4 +1,4 @@
-"""Measures the share of tokens that FFNs process with DyT and DAR, and calibrates their dial."""
+"""Measures the fraction of tokens that FFNs process with DyT and DAR, and calibrates their dial."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from tokendial.reduce.select import Selector
 
 
 class ShareMeter:
-    """Measures the share of the patch tokens that FFNs process, in a `with` block.
+    """Measures the fraction of the patch tokens that FFNs process, in a `with` block.
 
     Example:
         >>> import timm, torch, tokendial as td
@@ -57,7 +57,7 @@ class ShareMeter:
 
     @property
     def share(self) -> float:
-        """Share of the patch tokens that FFNs processed, over all layers and images of the block.
+        """Fraction of the patch tokens that FFNs processed, over all layers and measured images.
 
         It is 1 if no layer selected tokens (degree 0).
         """
@@ -67,13 +67,13 @@ class ShareMeter:
 
 @torch.no_grad()
 def calibrate(model: Any, batches: Iterable[Tensor]) -> Calibration:
-    """Find thresholds with which each degree of the dial processes about its share of the tokens.
+    """Find thresholds with which each degree of the dial processes about its fraction of tokens.
 
-    The trained degree keeps its threshold of 0. Its measured share may differ from its target; the
-    shares of the other degrees are then moved in proportion, so that the dial is even. Thresholds
-    are quantiles of the logits at the trained degree. As decisions in one layer change the tokens
-    of later layers, the shares at these thresholds are then measured at every degree. The result is
-    stored in `model.reducer.calibration` and saved with the model.
+    The trained degree keeps its threshold of 0. Its measured fraction may differ from its target;
+    then the fractions of the other degrees are moved in proportion, so that the dial is even.
+    Thresholds are quantiles of the logits at the trained degree. Decisions in one layer change the
+    tokens of later layers. So the fractions at these thresholds are then measured at every degree.
+    The result is stored in `model.reducer.calibration` and saved with the model.
 
     Args:
         model: A `DialViT` with DyT or DAR by threshold.

@@ -36,12 +36,12 @@ class ReducerConfig(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Thresholds that `tokendial.calibrate` found, and the shares that it measured with them."""
+    """Thresholds that `tokendial.calibrate` found, and the fractions that it measured with them."""
 
     thresholds: tuple[float, ...]
     """Threshold of the logits at degree 1, 2, ...; the FFN processes tokens with a logit above."""
     shares: tuple[float, ...]
-    """Share of the patch tokens that the FFN processed at degree 1, 2, ..., in [0, 1]."""
+    """Fraction of the patch tokens that the FFN processed at degree 1, 2, ..., in [0, 1]."""
 
 
 class Reducer(nn.Module, ABC):
@@ -138,11 +138,11 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 DIAL_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-"""Shares of the patch tokens that a dial of shares offers besides 1 and the configured one."""
+"""Keep rates that a dial of keep rates offers besides 1 and the configured rate."""
 
 
 def make_rate_dial(rate: float) -> tuple[tuple[float, ...], int]:
-    """Return the rate of each degree of a dial of shares, and the degree of `rate`.
+    """Return the keep rate of each degree of a dial, and the degree of `rate`.
 
     The rates are 1, 0.9, ..., 0.1 in falling order, with `rate` inserted if it is another one.
 

@@ -25,7 +25,7 @@ from tokendial.tokens import Tokens, patch_grid
 @register("reduce", "dar")
 @dataclass(frozen=True, kw_only=True)
 class DAR(SelectConfig):
-    """DAR: each FFN processes a share `target_ratio` of the patches; use with `DARAdapter`."""
+    """DAR: each FFN processes the fraction `target_ratio` of the patches; use with `DARAdapter`."""
 
     def build(self, vit: ViTShape) -> "DARReducer":
         """Make one convolution per layer."""
@@ -64,20 +64,20 @@ class DARReducer(Selector):
         return logits.reshape(-1, tokens.x.shape[1] - tokens.prefix)
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
-        """Return the loss on the share of processed tokens."""
+        """Return the loss on the fraction of processed tokens."""
         target = self.rates[passes.student.degree]
         rate = ada_loss(selected_patches(passes.student), target)
         return {"rate": self.config.ratio_weight * rate}
 
 
 def ada_loss(selected_BL: Tensor, target: float) -> Tensor:
-    """Squared difference of each image's share of selected tokens and the target, mean over images.
+    """Squared difference of the fraction of selected tokens and the target, mean over images.
 
     Args:
         selected_BL: Decisions [B, depth, L].
-        target: The share to reach, in (0, 1].
+        target: The fraction to reach, in (0, 1].
 
     Source:
-        DAR's code (AdaLoss). DyT's loss takes one share of the whole batch instead.
+        DAR's code (AdaLoss). DyT's loss takes one fraction of the whole batch instead.
     """
     return torch.mean((selected_BL.mean(dim=(1, 2)) - target) ** 2)

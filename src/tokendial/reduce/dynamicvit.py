@@ -41,15 +41,15 @@ from tokendial.tokens import Grouping, Tokens
 @register("reduce", "dynamicvit")
 @dataclass(frozen=True, kw_only=True)
 class DynamicViT(ReducerConfig):
-    """DynamicViT: before the i-th layer of `layers`, keep a share keep_rate ** i of all patches."""
+    """DynamicViT: before the i-th of `layers`, keep the fraction keep_rate ** i of all patches."""
 
     keep_rate: float = 0.7
-    """Share of the present patch tokens that each layer of `layers` keeps, in (0, 1]."""
+    """Fraction of the present patch tokens that each layer of `layers` keeps, in (0, 1]."""
     layers: tuple[int, ...] = (4, 7, 10)
     """Layers before which tokens are dropped, counted from 1, in rising order."""
     ratio_weight: float = 2.0
-    """Weight of the training loss that pulls the shares of kept tokens to their targets; at least
-    0."""
+    """Weight of the training loss that pulls the fractions of kept tokens to their targets; at
+    least 0."""
     distill_weight: float = 0.5
     """Weight of the distillation of logits and of tokens from `train.teacher`, at least 0. Without
     a teacher it has no effect."""
@@ -143,7 +143,7 @@ class DynamicViTReducer(Reducer):
         return tokens.reduced(Grouping.keeping(keep, tokens.x.shape[1]))
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
-        """Return the loss on the shares of tokens, and with a teacher the distillation losses."""
+        """Return the loss on the fractions of kept tokens; with a teacher also distillation."""
         config, student, teacher = self.config, passes.student, passes.teacher
         rate = self.rates[student.degree]
         policies = [self._policy(student.tokens[layer - 1]) for layer in config.layers]

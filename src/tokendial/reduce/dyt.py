@@ -25,7 +25,7 @@ from tokendial.tokens import Tokens
 @register("reduce", "dyt")
 @dataclass(frozen=True, kw_only=True)
 class DyT(SelectConfig):
-    """DyT: each FFN processes a share `target_ratio` of the patches; use with `AdaptFormer`."""
+    """DyT: each FFN processes the fraction `target_ratio` of patches; use with `AdaptFormer`."""
 
     minimal_ratio: float | None = None
     """Lower bound on the decision for each token, in (0, 1]; training penalises decisions below it,
@@ -64,7 +64,7 @@ class DyTReducer(Selector):
         return self.dispatchers[layer - 1](patches).squeeze(-1)  # type: ignore[no-any-return]
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
-        """Return the losses: share of tokens, task loss at degree 0, distillation from degree 0."""
+        """Return the losses: fraction of tokens; task loss at and distillation from degree 0."""
         config, student, complete = self.config, passes.student, passes.complete
         rate = rate_loss(
             selected_patches(student),
@@ -82,11 +82,11 @@ class DyTReducer(Selector):
 def rate_loss(
     selected_BL: Tensor, target: float, *, minimal: float = 0.0, minimal_weight: float = 0.0
 ) -> Tensor:
-    """Squared difference of the share of selected tokens in the batch and the target.
+    """Squared difference of the fraction of selected tokens in the batch and the target.
 
     Args:
         selected_BL: Decisions [B, depth, L].
-        target: The share to reach, in (0, 1].
+        target: The fraction to reach, in (0, 1].
         minimal: Lower bound on each decision.
         minimal_weight: Weight of the penalty max(0, minimal - decision), summed over all decisions
             as in the authors' code.

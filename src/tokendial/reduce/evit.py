@@ -48,11 +48,11 @@ _DEFAULT_KEEP_RATE = 0.7
 @register("reduce", "evit")
 @dataclass(frozen=True, kw_only=True)
 class EViT(ReducerConfig):
-    """EViT: keep a share of the patch tokens in a few layers, or remove `r` in each layer."""
+    """EViT: keep a fraction of the patch tokens in a few layers, or remove `r` in each layer."""
 
     keep_rate: float | Sequence[float] | None = _DEFAULT_KEEP_RATE
-    """Share of the patch tokens that each layer of `layers` keeps, in (0, 1], or a list with one
-    share per layer of `layers`. None if `r` is set."""
+    """Fraction of the patch tokens that each layer of `layers` keeps, in (0, 1], or a list with one
+    fraction per layer of `layers`. None if `r` is set."""
     layers: tuple[int, ...] = (4, 7, 10)
     """Layers that reduce, counted from 1. Not used if `r` is set: then all layers reduce."""
     r: int | Sequence[int] | Sequence[Sequence[int]] | None = None
@@ -183,7 +183,7 @@ class EViTReducer(Reducer):
             )
 
     def keep_rate(self, layer: int, degree: int) -> float:
-        """Share of the patch tokens that `layer` keeps; in training, at the present step."""
+        """Fraction of the patch tokens that `layer` keeps; in training, at the present step."""
         rate = self._rates[degree].get(layer, 1.0)
         return self._keep_rate_now(rate) if self.training and self._keep_rate_now else rate
 

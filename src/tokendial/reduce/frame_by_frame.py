@@ -101,7 +101,7 @@ class FrameByFrameReducer(Reducer):
         return _join_rows(x, tokens.grids, tokens.prefix), selected
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
-        """Return the inner method's losses; their shares of tokens are those of whole clips."""
+        """Return the inner method's losses; their fractions of tokens are those of whole clips."""
         return self.inner.losses(passes)
 
     def at_step(self, step: int, steps_per_epoch: int) -> None:

@@ -59,8 +59,8 @@ def make_schedule_dial(
     Args:
         r: One schedule, or one for each degree from 1 up. Missing last layers remove none.
         vit: The backbone.
-        max_removed: Gives the largest number of tokens that one layer can remove from so many
-            patch tokens.
+        max_removed: Takes a number of patch tokens; returns how many of them one layer can remove
+            at most.
 
     Raises:
         ValueError: If a schedule has more entries than the model has layers, or a degree keeps
@@ -90,11 +90,11 @@ def patches_after_layers(
     Args:
         num_patches: Patch tokens that enter the first layer.
         removed: Tokens to remove in each layer.
-        max_removed: Gives the largest number of tokens that one layer can remove from so many
-            patch tokens; a layer removes no more.
+        max_removed: Takes a number of patch tokens; returns how many of them one layer can remove
+            at most. Larger numbers in `removed` are lowered to it.
 
     Example:
-        >>> patches_left(16, [2, 0, 9], lambda num_patches: num_patches // 2)
+        >>> patches_after_layers(16, [2, 0, 9], lambda num_patches: num_patches // 2)
         (14, 14, 7)
     """
     left = []

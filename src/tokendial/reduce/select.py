@@ -40,14 +40,14 @@ class SelectConfig(ReducerConfig):
     """Settings that DyT and DAR share."""
 
     target_ratio: float = 0.5
-    """Share of the patch tokens that each FFN processes on average after training, in (0, 1]."""
+    """Fraction of the patch tokens that each FFN processes on average after training, in (0, 1]."""
     ratio_weight: float = 2.0
-    """Weight of the training loss that pulls the share of processed tokens to `target_ratio`; at
+    """Weight of the training loss that pulls the fraction of processed tokens to `target_ratio`; at
     least 0."""
     selection: Literal["threshold", "topk"] = "threshold"
     """How tokens are selected at inference. "threshold" (as published) takes the tokens whose logit
     is above a threshold, which is 0 at `target_ratio`; their number depends on the image. "topk"
-    takes the tokens with the highest logits, exactly the share of the degree in each image."""
+    takes the tokens with the highest logits, exactly the fraction of the degree in each image."""
 
     def __post_init__(self) -> None:
         check_fraction("target_ratio", self.target_ratio)
@@ -58,11 +58,11 @@ class SelectConfig(ReducerConfig):
 class Selector(Reducer):
     """Runs the FFN of every layer on the selected tokens.
 
-    The degree is the position in the list of shares of `make_rate_dial`. By top-k the share is
-    exact, and all shapes are known. By threshold the number of selected tokens depends on the
+    The degree is the position in the list of fractions of `make_rate_dial`. By top-k the fraction
+    is exact, and all shapes are known. By threshold the number of selected tokens depends on the
     images, and torch.compile traces it as an unknown size. `tokendial.calibrate` finds thresholds
-    that give about the shares of the dial, and measures these shares. Costs are computed from the
-    measured shares, or from those of the dial if nothing was measured.
+    that select about these fractions, and measures the selected fractions. Costs are computed from
+    the measured fractions, or from those of the dial if nothing was measured.
     """
 
     keeps_grid = True
@@ -86,7 +86,7 @@ class Selector(Reducer):
         """Threshold of the logits at `degree` (from 1 up); 0 at the target.
 
         Without calibration it is estimated: in training the noise selects a token with logit x with
-        a probability of sigmoid(x), so a share s corresponds to the threshold log(1 / s - 1).
+        a probability of sigmoid(x), so a fraction s corresponds to the threshold log(1 / s - 1).
         """
         if self.calibration:
             return self.calibration.thresholds[degree - 1]
@@ -96,7 +96,7 @@ class Selector(Reducer):
         return _threshold_of_share(self.rates[degree]) - at_target
 
     def share(self, degree: int) -> float:
-        """Share of the patch tokens that FFNs process at `degree`: measured, or nominal."""
+        """Fraction of the patch tokens that FFNs process at `degree`: measured, or nominal."""
         if self.calibration and degree:
             return self.calibration.shares[degree - 1]
         return self.rates[degree]
@@ -134,7 +134,7 @@ class Selector(Reducer):
         """Run the FFN on the selected patch tokens and on all prefix tokens."""
         logits_BL = self.logits(layer, tokens)
         # The meta device counts costs and has no values to compare with a threshold: there, the
-        # share of the degree decides.
+        # fraction of the degree decides.
         if not self.training and (self.config.selection == "topk" or logits_BL.is_meta):
             count = num_kept_tokens(logits_BL.shape[1], self.share(degree))
             return _run_ffn_on_best(ffn, tokens, logits_BL, count)

@@ -1,4 +1,4 @@
-"""What an exported file says about the model of a run."""
+"""Facts about the model of a run, which exported files hold."""
 
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +18,7 @@ def run_facts(run: Run, model: DialViT) -> dict[str, Any]:
         pixels that images are resized to, in their proportions; null: to height and width of
         `input`, whatever their shape. `interpolation`: Pillow's. `crop`: height and width of the
         part in the middle; null: all. `divide_by`: 8-bit values by this, before `mean` and `std`.
-        `range`: what is black and white in files of more than 8 bits; null: the ends of their
+        `range`: values of black and white in files of more than 8 bits; null: the ends of their
         type. Tasks that look at windows or views say so under `windows` and `clip`; then sides are
         resized until both cover `input`.
     """

@@ -36,7 +36,7 @@ class MaskFile:
     """Path of the mask: a PNG file of the image's size. It holds the probability as grey level, or
     class indices with a palette."""
     overlay: str | None
-    """Path of the PNG file that shows the image under its mask. None if it was not asked for."""
+    """Path of the PNG file that shows the image under its mask. None if it was not requested."""
     share: float
     """Fraction of the pixels inside the mask, or of any class but the first, in [0, 1]."""
 

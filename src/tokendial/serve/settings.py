@@ -14,7 +14,7 @@ from tokendial.tune import SpeedSettings
 KEYS_VARIABLE = "TOKENDIAL_API_KEYS"
 
 _ENGINE_SHARE = 0.9
-"""Share of the latency objective that the engine may use; the rest is for writing the answer."""
+"""Fraction of the latency objective that the engine may use; the rest is for writing the answer."""
 Count = Annotated[int, Field(ge=1)]
 
 

@@ -1,4 +1,4 @@
-"""Tasks: what a model learns; each has its transforms, loss, inference and metrics."""
+"""Tasks, such as classification: each has its transforms, loss, inference and metrics."""
 
 from tokendial.tasks.base import Task, collate
 from tokendial.tasks.binary_masks import BinaryMasks, FeatureDistillation

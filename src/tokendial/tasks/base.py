@@ -26,7 +26,7 @@ class Metrics(Protocol):
 
 
 class Task(Protocol):
-    """What a model learns: transforms, loss, inference and metrics."""
+    """A task that a model is trained for: transforms, loss, inference and metrics."""
 
     num_classes: int
     """Number of classes, which is the number of logits or of logit maps."""

@@ -1,4 +1,4 @@
-"""Checkpoints, from which an interrupted run continues to the same bits; and the weight average."""
+"""Checkpoints, from which a run continues with bit-identical results; and the weight average."""
 
 import logging
 import zipfile
@@ -115,7 +115,7 @@ def read_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is.
+    """The defect of a checkpoint; None if it is intact.
 
     torch writes a checksum of each tensor but does not verify it when it reads.
     """

@@ -1,4 +1,4 @@
-"""Training of compensators: a frozen model at one degree is the teacher of itself at another."""
+"""Training of compensators: one frozen model is teacher (at one degree) and student (at another)."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tokendial.train.loop import Trainer
 
 
 def compensate(recipe: CompensateRecipe, *, quiet: bool = False) -> Run:
-    """Train a compensator by a recipe. A run that was interrupted is resumed to the same bits.
+    """Train a compensator by a recipe. An interrupted run is resumed, with bit-identical results.
 
     Args:
         recipe: The recipe. Its `output` is the folder of the run.
@@ -99,7 +99,7 @@ class SelfDistillation(nn.Module):
         return self.mismatch(student, teacher), self.agreement(student, teacher)
 
     def mismatch(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The distillation loss: a distance between the outputs of student and teacher."""
+        """The distillation loss between the outputs of student and teacher."""
         recipe = self.recipe
         if self.compares_features:
             return F.l1_loss(student.float(), teacher.float())
@@ -135,7 +135,7 @@ class SelfDistillation(nn.Module):
         return logits
 
     def agreement(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """For each image, how far student and teacher agree, in [0, 1] (cosines in [-1, 1]).
+        """Agreement of student and teacher for each image, in [0, 1] (cosines in [-1, 1]).
 
         For softmax outputs: whether the most probable class is the same. For sigmoid outputs: the
         fraction of equal labels. For features: their cosine similarity.

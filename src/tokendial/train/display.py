@@ -1,4 +1,4 @@
-"""What a training run shows on the terminal."""
+"""The display of a training run on the terminal."""
 
 import time
 from collections.abc import Iterator

@@ -28,7 +28,7 @@ _CALIBRATION_IMAGES = 64
 
 
 def train(recipe: Recipe, *, quiet: bool = False) -> Run:
-    """Fine-tune a model by a recipe. A run that was interrupted is resumed to the same bits.
+    """Fine-tune a model by a recipe. An interrupted run is resumed, with bit-identical results.
 
     Args:
         recipe: The recipe. Its `output` is the folder of the run.
@@ -93,7 +93,7 @@ class FineTuning:
         return groups
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:
-        """Tell the reduction method how far the training is; some methods have a schedule."""
+        """Give the reduction method the number of finished steps; some methods have a schedule."""
         if self.model.reducer:
             self.model.reducer.at_step(update, updates_per_epoch)
 

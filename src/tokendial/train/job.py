@@ -1,4 +1,4 @@
-"""The interface between the training loop and what it trains."""
+"""The interface between the training loop and its jobs."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +38,7 @@ class Job(Protocol):
 
     @property
     def score_name(self) -> str:
-        """What `batch_score` measures, such as "accuracy". Records and the display show it."""
+        """Name of the quantity that `batch_score` returns, such as "accuracy"."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the optimizer."""

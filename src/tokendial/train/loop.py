@@ -59,7 +59,7 @@ class InterruptedRunError(Exception):
 
 @dataclass(slots=True)
 class _Position:
-    """How far a run has come. With weights, optimizer and buffers it determines all that follows.
+    """Progress of a run. Together with weights, optimizer and buffers it determines the rest.
 
     Checkpoints hold these fields by name.
     """
@@ -323,7 +323,9 @@ class Trainer:
             )
         elif not self.quiet:
             # Versions before 0.2 let more parameters decay, which gave other groups.
-            print("the checkpoint groups parameters otherwise: the optimizer's moments start anew")
+            print(
+                "the checkpoint has other parameter groups: the optimizer's moments start from zero"
+            )
         if self.ema:
             present = self.ema.average
             self.ema.average = {n: shard_like(v, present[n]) for n, v in state["ema"].items()}

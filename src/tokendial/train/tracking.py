@@ -1,4 +1,4 @@
-"""Experiment trackers: which of Accelerate's can be used, and what they are given."""
+"""Experiment trackers: check that they can be used, and list the recipe's fields for them."""
 
 import json
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ class Clip:
             start = int(torch.randint(self._last_start(count, length) + 1, ()))
             return self._frames_from(start, count, length)
         shares = torch.rand(length).tolist()
-        # (k + s) * count / length may be rounded up to `count` for a share s just below 1.
+        # (k + s) * count / length may be rounded up to `count` for a fraction s just below 1.
         return [min(count - 1, int((k + s) * count / length)) for k, s in enumerate(shares)]
 
     def test_indices(self, count: int, length: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What is checked and counted before a request reaches its handler.
+"""Checks and limits that apply before a request reaches its handler.
 
 Two middlewares, the first one outside of the second, and the dependency for API keys:
 

@@ -1,4 +1,4 @@
-"""Numbers about the server: for Prometheus since the start, for the page of the last minute."""
+"""Metrics of the server: since its start for Prometheus, of the last minute for the web page."""
 
 import asyncio
 import math
@@ -30,7 +30,7 @@ _MAX_UTILISATION = 1e6
 
 
 class Metrics(Collector):
-    """The numbers of one server. To be used in the thread of its event loop."""
+    """The metrics of one server. To be used in the thread of its event loop."""
 
     def __init__(self, engine: Engine, supervisor: Supervisor, slo_ms: float) -> None:
         self.last_minute = LastMinute(engine)
@@ -42,7 +42,7 @@ class Metrics(Collector):
             "tokendial_latency_seconds",
             "Seconds from the last byte of a request to its answer, for each image.",
             ["model", "degree"],
-            # The objective is a bucket, so that the share within it can be read off.
+            # The objective is a bucket, so that the fraction within it can be read off.
             buckets=sorted({*_BUCKETS_S, slo_ms / 1000}),
             registry=self._registry,
         )
@@ -67,11 +67,11 @@ class Metrics(Collector):
         return self.last_minute.summary(self._slo_ms, dict(self._refused))
 
     def text(self) -> bytes:
-        """All numbers in the format of Prometheus."""
+        """All metrics in the format of Prometheus."""
         return prometheus_client.generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the numbers that are not kept by prometheus_client."""
+        """Yield the metrics that prometheus_client does not count itself."""
         now = self._engine.status()
         for name, description, value in (
             ("degree", "Degree of the dial.", now.degree),
@@ -221,7 +221,7 @@ class LastMinute:
 
 
 def _percentile_ms(seconds: list[float], share: float) -> float | None:
-    """Smallest value that at least a share of the values does not exceed; None without values."""
+    """Percentile in milliseconds (`share` of 0.99 is the 99th); None without values."""
     if not seconds:
         return None
     return 1000 * sorted(seconds)[math.ceil(share * len(seconds)) - 1]

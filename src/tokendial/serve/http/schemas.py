@@ -81,7 +81,7 @@ class MaskPrediction(Computed):
     """Base64 of a PNG that has the size of the image: probabilities as grey levels, or class
     indices with a palette."""
     share: float
-    """Share of the pixels that lie inside the mask, or have any class but the first."""
+    """Fraction of the pixels that lie inside the mask, or have any class but the first."""
 
 
 class Predictions(ResponseBody):

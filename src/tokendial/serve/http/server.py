@@ -161,7 +161,10 @@ class Server(uvicorn.Server):
             try:
                 await asyncio.to_thread(self._reload)
             except Exception as error:
-                _log.error("not reloaded, the old models stay: %s", error_message(error))
+                _log.error(
+                    "the runs could not be reloaded, the old models stay in use: %s",
+                    error_message(error),
+                )
         self._reloading = False
 
 

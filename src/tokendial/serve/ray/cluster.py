@@ -81,7 +81,10 @@ def _reload() -> None:
     handle = serve.get_deployment_handle(Replica.__name__, _NAME)
     for changed in handle.broadcast("reload").results(return_exceptions=True):
         if isinstance(changed, Exception):
-            print(f"not reloaded, the old models stay: {error_message(changed)}", file=sys.stderr)
+            print(
+                f"the runs could not be reloaded, the old models stay in use: {error_message(changed)}",
+                file=sys.stderr,
+            )
         else:
             print(f"reloaded: {', '.join(changed) or 'nothing has changed'}", flush=True)
 

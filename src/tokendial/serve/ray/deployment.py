@@ -173,7 +173,7 @@ class Replica:
         return await asyncio.to_thread(self._served.reload, self._engine.call_between_batches)
 
     async def reconfigure(self, config: object) -> None:
-        """Reload. Ray calls this when the `user_config` changes, whatever its value is."""
+        """Reload the runs. Ray calls this when the `user_config` changes; its value is not used."""
         _log.info("%s: reloaded: %s", config, await self.reload())
 
     def check_health(self) -> None:
@@ -226,7 +226,7 @@ class Front:
             try:
                 status, headers, answer = await self._replicas.answer.remote(scope, body, held_s)
             except RayActorError:
-                _log.warning("a replica died with a request, another one is asked")
+                _log.warning("a replica died with a request; another replica gets the request")
             except (BackPressureError, DeploymentUnavailableError) as error:
                 return _failure(503, "unavailable", error.message)
             else:

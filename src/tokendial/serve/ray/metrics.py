@@ -11,14 +11,14 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 
 class JoinedMetrics(Collector):
-    """Numbers of several replicas, with the label `replica`."""
+    """Metrics of several replicas, with the label `replica`."""
 
     def __init__(self, texts: Mapping[str, str]) -> None:
         """Join the texts of `Metrics.text`, by the names of the replicas."""
         self._texts = texts
 
     def text(self) -> bytes:
-        """All numbers in the format of Prometheus."""
+        """All metrics in the format of Prometheus."""
         return prometheus_client.generate_latest(self)
 
     def collect(self) -> Iterable[Metric]:

@@ -124,7 +124,7 @@ def render_mask(model: ServedModel, logits: Tensor, size: tuple[int, int]) -> tu
         size: Height and width of the mask, in pixels.
 
     Returns:
-        A PNG file (probabilities as grey levels, or class indices with a palette), and the share
+        A PNG file (probabilities as grey levels, or class indices with a palette), and the fraction
         of the pixels that lie inside, or have any class but the first.
     """
     if isinstance(model.task, Classification):
@@ -160,7 +160,7 @@ def _fork_decoder(listener: socket.socket, memory: int) -> int:
 
 
 def _limit_memory(additional: int) -> None:
-    # Where the system does not tell the present size, only pixels are limited.
+    # Where the system does not report the present size, only pixels are limited.
     with suppress(OSError, ValueError):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + additional
@@ -223,7 +223,7 @@ def _pixels_in_header(file: bytes) -> int:
     try:
         with Image.open(BytesIO(file), formats=FORMATS) as image:
             return image.width * image.height
-    except Exception:  # Pillow raises many types; decoding will tell what is wrong
+    except Exception:  # Pillow raises many types; decoding reports the problem
         return 0
 
 

@@ -76,7 +76,7 @@ class MaskRendered:
     """Reply to `RenderMask`. The payload is base64 of a PNG."""
 
     share: float
-    """Share of the pixels that lie inside the mask, or have any class but the first."""
+    """Fraction of the pixels that lie inside the mask, or have any class but the first."""
 
 
 @dataclass(frozen=True, slots=True)

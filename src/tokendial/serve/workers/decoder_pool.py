@@ -79,7 +79,7 @@ class EncodedMask:
     png: bytes
     """Base64 of a PNG file."""
     share: float
-    """Share of the pixels that lie inside the mask, or have any class but the first."""
+    """Fraction of the pixels that lie inside the mask, or have any class but the first."""
 
 
 @dataclass(order=True, slots=True)

@@ -146,7 +146,7 @@ def _send_heartbeats(socket: int) -> None:
             os.write(socket, b".")
         except BlockingIOError:  # the server has not read the last ones yet
             pass
-        except OSError:  # the server has ended, so nobody needs the running batch
+        except OSError:  # the server has ended, so the result of the running batch has no receiver
             os._exit(1)
         time.sleep(HEARTBEAT_S)
 
