@@ -14,7 +14,7 @@ COMMANDS = {
     "dial": "time to change the degree with a compensator merged into the weights",
     "training": "time and memory of a training step",
     "input": "fraction of the time that training waits for images",
-    "serving": "a load on servers at fixed degrees, and on one that chooses degrees by the load",
+    "serving": "a load on servers at fixed degrees, and on one that sets its degree itself",
     "soak": "a server under more load than it can answer, for minutes",
     "hostile": "requests that are made to overload a server, while other clients use it",
     "outage": "what clients see when a server loses its model process or folder, or is reloaded",

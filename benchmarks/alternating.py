@@ -1,7 +1,7 @@
-"""Timing in rounds: everything that is compared runs once per round, and ratios are per round.
+"""Timing in rounds: all compared functions run once per round, and ratios are taken per round.
 
-When other programs slow the machine down, they slow everything in that round alike. So the median
-of the ratios within rounds is more reliable than the ratio of two medians.
+When other programs slow the machine down, they slow all functions of that round alike. So the
+median of the ratios within rounds is more reliable than the ratio of two medians.
 """
 
 import math
@@ -23,7 +23,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Something to time."""
+    """A function to time."""
 
     call: Callable[[], object]
     """Does one pass."""

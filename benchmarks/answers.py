@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.load import Exchange, closed
-from benchmarks.options import options, parsed
+from benchmarks.load import Exchange, play_closed
+from benchmarks.options import options, parse_options
 from benchmarks.played import REFUSED
-from benchmarks.plots import bars
+from benchmarks.plots import bar_figure
 from benchmarks.report import Column, Report, Row
-from benchmarks.server import add_server, served, server_options
+from benchmarks.server import add_server, serve, server_options
 from benchmarks.workload import (
     Workload,
-    encoded,
+    encode_image,
     mask_of,
     predictions,
     probabilities,
@@ -69,7 +69,7 @@ class Offline:
     def __init__(self, run: Run, images: Sequence[Image.Image]) -> None:
         self.model, self.task, self.classes = run.model(), run.task(), run.classes()
         self.transform = self.task.image_transform(self.model.anatomy)
-        self.images, self.encoded = images, [encoded(image) for image in images]
+        self.images, self.encoded = images, [encode_image(image) for image in images]
         self.expected = lru_cache(maxsize=None)(self._expected)
 
     @torch.inference_mode()
@@ -103,7 +103,7 @@ class Offline:
         return GREY if isinstance(self.task, BinaryMasks) else PIXELS
 
 
-def mixed(
+def random_requests(
     models: Sequence[str], degrees: Sequence[int], *, images: int, requests: int, seed: int
 ) -> list[Request]:
     """Random requests for one to four images. Half of them let the server choose the degree."""
@@ -121,7 +121,7 @@ def mixed(
     return found
 
 
-def answered(
+def send_all(
     url: str, requests: Sequence[Request], offline: Mapping[str, Offline], *, clients: int
 ) -> list[tuple[Request, Exchange]]:
     """Send all requests and return their answers. Refused requests are sent again.
@@ -137,7 +137,7 @@ def answered(
     """
     done, left = [], [(request, _body(request, offline[request.model])) for request in requests]
     for _ in range(ROUNDS):
-        exchanges = closed(url, [body for _, body in left], clients=clients, timeout=60)
+        exchanges = play_closed(url, [body for _, body in left], clients=clients, timeout=60)
         pairs = list(zip(left, exchanges, strict=True))
         for (request, _), exchange in pairs:
             if exchange.status not in (200, *REFUSED):
@@ -160,7 +160,9 @@ def _body(request: Request, model: Offline) -> bytes:
     )
 
 
-def compared(done: Sequence[tuple[Request, Exchange]], offline: Mapping[str, Offline]) -> list[Row]:
+def compare_answers(
+    done: Sequence[tuple[Request, Exchange]], offline: Mapping[str, Offline]
+) -> list[Row]:
     """One row per model and kind of degree: fixed, "auto" or "best"."""
     rows: dict[str, list[Row]] = {}
     for request, exchange in done:
@@ -188,18 +190,18 @@ def compared(done: Sequence[tuple[Request, Exchange]], offline: Mapping[str, Off
 
 def main(arguments: list[str]) -> None:
     """Send requests, compare the answers, write the results, and fail if an answer is wrong."""
-    asked = _asked(arguments)
+    asked = _parse_arguments(arguments)
     runs = [Run(_folder(text)) for text in asked.runs]
     images = Workload(runs[0], asked.images).images
-    with served(asked.runs, *server_options(asked)) as server:
+    with serve(asked.runs, *server_options(asked)) as server:
         models = [model["name"] for model in server.get("/v1/models")["models"]]
         offline = {name: Offline(run, images) for name, run in zip(models, runs, strict=True)}
-        requests = mixed(
+        requests = random_requests(
             models, server.degrees, images=len(images), requests=asked.requests, seed=asked.seed
         )
-        done = answered(server.predict, requests, offline, clients=asked.clients)
-    rows = compared(done, offline)
-    figure = bars(rows, "what", {"apart": "largest difference", "batch": "images in a batch"})
+        done = send_all(server.predict, requests, offline, clients=asked.clients)
+    rows = compare_answers(done, offline)
+    figure = bar_figure(rows, "what", {"apart": "largest difference", "batch": "images in a batch"})
     Report(f"answers_{runs[0].recipe().model.name}", COLUMNS, rows, figure).write(asked)
     if wrong := sum(row["wrong"] for row in rows):
         sys.exit(f"answers: {wrong} of {sum(row['images'] for row in rows)} are wrong")
@@ -210,10 +212,10 @@ def _folder(run: str) -> str:
     return run if Path(run).is_dir() else run.partition("=")[2] or run
 
 
-def _asked(arguments: list[str]) -> argparse.Namespace:
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = options("answers", __doc__, quick="100 requests")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or NAME=FOLDER")
     add_server(parser)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=48, help="requests sent at the same time")
-    return parsed(parser, arguments, requests=100, images=50)
+    return parse_options(parser, arguments, requests=100, images=50)

@@ -23,7 +23,7 @@ def steady(*, rate: float, seconds: float) -> Times:
 def poisson(*, rate: float, seconds: float, seed: int) -> Times:
     """Poisson arrivals at a constant rate."""
     _check(rate=rate, seconds=seconds)
-    return _thinned(lambda times: np.full_like(times, rate), rate, seconds, seed)
+    return _thin(lambda times: np.full_like(times, rate), rate, seconds, seed)
 
 
 def step(*, low: float, high: float, seconds: float, at: float, until: float, seed: int) -> Times:
@@ -35,7 +35,7 @@ def step(*, low: float, high: float, seconds: float, at: float, until: float, se
     def rates(times: Times) -> Times:
         return np.where((times >= at) & (times < until), high, low)
 
-    return _thinned(rates, max(low, high), seconds, seed)
+    return _thin(rates, max(low, high), seconds, seed)
 
 
 def bursts(
@@ -49,7 +49,7 @@ def bursts(
         seconds: Length of the trace. It starts between two bursts.
         lasting: Mean length of a burst, in seconds; lengths are exponential.
         apart: Mean time from the end of a burst to the next one; exponential, too.
-        seed: Of everything that is drawn.
+        seed: Seed of the bursts and the arrivals.
     """
     _check(low=low, high=high, seconds=seconds, lasting=lasting, apart=apart)
     draw = np.random.default_rng([seed, 1])  # not the stream that draws the arrivals
@@ -61,7 +61,7 @@ def bursts(
     def rates(times: Times) -> Times:
         return np.where(np.searchsorted(turns, times, side="right") % 2, high, low)
 
-    return _thinned(rates, max(low, high), seconds, seed)
+    return _thin(rates, max(low, high), seconds, seed)
 
 
 def diurnal(*, low: float, high: float, seconds: float, period: float, seed: int) -> Times:
@@ -71,17 +71,17 @@ def diurnal(*, low: float, high: float, seconds: float, period: float, seed: int
     def rates(times: Times) -> Times:
         return low + (high - low) * (1 - np.cos(2 * np.pi * times / period)) / 2
 
-    return _thinned(rates, max(low, high), seconds, seed)
+    return _thin(rates, max(low, high), seconds, seed)
 
 
-def recorded(path: str | Path, *, speed: float = 1.0) -> Times:
-    """Arrivals read from a file with one time per line, in seconds since whenever.
+def read_trace(path: str | Path, *, speed: float = 1.0) -> Times:
+    """Read arrivals from a file with one time per line, in seconds from any origin.
 
-    Lines may stand in any order. Empty ones and those that start with # are passed over.
+    Lines may stand in any order. Empty lines and lines that start with # are skipped.
 
     Args:
-        path: Of the file.
-        speed: 2 plays the trace in half of its time.
+        path: Path of the file.
+        speed: Factor on the speed of the trace; 2 plays it in half of its time.
     """
     _check(speed=speed)
     times = []
@@ -107,8 +107,8 @@ def per_second(times: Times, seconds: float) -> Times:
     return np.histogram(times, bins=edges)[0].astype(np.float64)
 
 
-def _thinned(rates: Rates, most: float, seconds: float, seed: int) -> Times:
-    """Poisson arrivals of a rate that changes: those of the highest one, each kept by chance.
+def _thin(rates: Rates, most: float, seconds: float, seed: int) -> Times:
+    """Poisson arrivals at a changing rate: arrivals at the highest rate, each kept at random.
 
     Lewis & Shedler, "Simulation of nonhomogeneous Poisson processes by thinning", 1979.
     """

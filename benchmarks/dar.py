@@ -13,8 +13,8 @@ from torch import Tensor
 import tokendial as td
 from benchmarks.alternating import Runner
 from benchmarks.models import backbone, centre, random_images
-from benchmarks.options import add_model, options, parsed
-from benchmarks.plots import against_cost
+from benchmarks.options import add_model, options, parse_options
+from benchmarks.plots import cost_figure
 from benchmarks.report import Column, Report
 from benchmarks.speed import MEASURES, Contender, compare
 from tokendial.measure import ShareMeter
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     add_model(parser, default="vit_base_patch14_dinov2")
     parser.set_defaults(img_size=518)
     parser.add_argument("--batch", type=int, default=8)
-    asked = parsed(parser, arguments, model="vit_small_patch14_dinov2", img_size=56, batch=2)
+    asked = parse_options(parser, arguments, model="vit_small_patch14_dinov2", img_size=56, batch=2)
     vit = backbone(asked.model, img_size=asked.img_size, device=asked.device)
     vit.reset_classifier(0)
     parts = {"adapt": td.DARAdapter(), "decode": td.DARDecoder()}
@@ -59,4 +59,4 @@ def main(arguments: list[str]) -> None:
         f"logits of the batch and of single images differ by {apart:.1e}",
     )
     columns = (Column("method", "method"), *MEASURES)
-    Report("dar", columns, rows, against_cost(rows, ()), notes).write(asked)
+    Report("dar", columns, rows, cost_figure(rows, ()), notes).write(asked)

@@ -11,8 +11,8 @@ import torch
 import tokendial as td
 from benchmarks.alternating import Runner, Spread, alternate, ratio
 from benchmarks.models import backbone, random_images
-from benchmarks.options import add_model, options, parsed
-from benchmarks.plots import bars
+from benchmarks.options import add_model, options, parse_options
+from benchmarks.plots import bar_figure
 from benchmarks.report import Column, Report
 
 COLUMNS = (
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     add_model(parser, default="deit_base_patch16_224")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rank", type=int, default=2)
-    asked = parsed(parser, arguments, steps=4)
+    asked = parse_options(parser, arguments, steps=4)
     vit = backbone(asked.model, img_size=asked.img_size, device=asked.device)
     model = td.wrap(vit, reduce=td.ToMe(r=asked.steps)).eval()
     ends = (0, asked.steps)
@@ -53,5 +53,5 @@ def main(arguments: list[str]) -> None:
         row = {"what": what, "slowest_ms": max(ms), "extra_macs": extra}
         rows.append(row | time.as_row("ms") | share.as_row("share"))
     notes = [f"the compensator adds {extra} multiply-accumulates"]
-    figure = bars(rows, "what", {"ms": "ms", "share": "of a forward pass"})
+    figure = bar_figure(rows, "what", {"ms": "ms", "share": "of a forward pass"})
     Report(f"dial_{asked.model}", COLUMNS, rows, figure, notes).write(asked)

@@ -49,7 +49,7 @@ MEASURES = ("mean_f", "s_measure", "weighted_f", "max_f", "mean_e", "mae")
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TrainingRun:
     """One run: a method and a seed."""
 
     method: str
@@ -99,24 +99,24 @@ def trained_degree(method: str) -> int:
     return 0 if "reduce=null" in METHODS[method] else 5
 
 
-def table(found: dict[Tuned, list[dict[str, float]]]) -> None:
+def table(found: dict[TrainingRun, list[dict[str, float]]]) -> None:
     """Print the scores of each method at the degree that it was trained at."""
     names = ("mean F", "S", "weighted F", "max F", "mean E", "MAE")
     print(f"\n| method | tokens in FFNs | MMACs | {' | '.join(names)} |")
     print("|---" * (len(names) + 3) + "|")
     for method in METHODS:
-        rows = [found[Tuned(method, seed)][trained_degree(method)] for seed in SEEDS]
+        rows = [found[TrainingRun(method, seed)][trained_degree(method)] for seed in SEEDS]
         scores = " | ".join(spread([row[name] for row in rows]) for name in MEASURES)
         macs = 1000 * statistics.mean(row["gmacs"] for row in rows)
         share = spread([row["share"] for row in rows])
         print(f"| {method} | {share} % | {macs:.0f} | {scores} |")
 
 
-def dial(found: dict[Tuned, list[dict[str, float]]], method: str) -> None:
+def dial(found: dict[TrainingRun, list[dict[str, float]]], method: str) -> None:
     """Print the scores of a method at every degree."""
     print(f"\n| {method}: degree | tokens in FFNs | MMACs | mean F | S |")
     print("|---" * 5 + "|")
-    runs = [found[Tuned(method, seed)] for seed in SEEDS]
+    runs = [found[TrainingRun(method, seed)] for seed in SEEDS]
     for degree, rows in enumerate(zip(*runs, strict=True)):
         share, f, s = (spread([row[n] for row in rows]) for n in ("share", "mean_f", "s_measure"))
         macs = 1000 * statistics.mean(row["gmacs"] for row in rows)
@@ -134,11 +134,11 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 
-    wanted = [Tuned(method, seed) for method in METHODS for seed in SEEDS]
+    wanted = [TrainingRun(method, seed) for method in METHODS for seed in SEEDS]
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(functools.partial(Tuned.train, options=options), wanted))
+        list(pool.map(functools.partial(TrainingRun.train, options=options), wanted))
     with ProcessPoolExecutor(options.jobs) as processes:
-        measured = processes.map(functools.partial(Tuned.measured, out=options.out), wanted)
+        measured = processes.map(functools.partial(TrainingRun.measured, out=options.out), wanted)
         found = dict(zip(wanted, measured, strict=True))
     table(found)
     for method in ("DAR", "DAR*"):

@@ -54,14 +54,16 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def times(models: Sequence[nn.Module], images: Tensor, repeats: int) -> list[float]:
+def relative_times(models: Sequence[nn.Module], images: Tensor, repeats: int) -> list[float]:
     """Time of each model as a fraction of the first model's."""
     runners = {n: Runner(functools.partial(model, images)) for n, model in enumerate(models)}
     turns = alternate(runners, repeats=repeats)
     return [1 / ratio(turns[0], turns[n]).median for n in runners]
 
 
-def judged(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[dict[str, float]]:
+def measure_agreement(
+    models: Sequence[nn.Module], images: Tensor, labels: Tensor
+) -> list[dict[str, float]]:
     """Agreement of each model with the first one, and its accuracy."""
     unreduced = logits_of(models[0], images)
     rows = []
@@ -79,7 +81,7 @@ def judged(models: Sequence[nn.Module], images: Tensor, labels: Tensor) -> list[
     return rows
 
 
-def at_time(curve: Sequence[dict[str, Any]], time: float, metric: str) -> float:
+def interpolate_at_time(curve: Sequence[dict[str, Any]], time: float, metric: str) -> float:
     """A metric of constant schedules at `time`, interpolated between the two nearest ones.
 
     If all of them are slower, this is the value of the fastest one.
@@ -89,7 +91,7 @@ def at_time(curve: Sequence[dict[str, Any]], time: float, metric: str) -> float:
     return float(np.interp(time, xs, ys))
 
 
-def of_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Fit, and measure all schedules side by side."""
     vit = Backbone(name="scenes_vit", weights="shipped").create().eval()
     unreduced = td.wrap(vit).eval()
@@ -110,10 +112,10 @@ def of_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     constant = [td.wrap(vit, reduce=td.ToMe(r=r)).eval() for r in CONSTANT]
     models = [unreduced, *found, *constant]
     held_out, labels = scenes("val", HELD_OUT_SEED, options.test, unreduced)
-    shares = times(models, held_out[: options.batch], options.repeats)
+    shares = relative_times(models, held_out[: options.batch], options.repeats)
     rows = [
         {"time": share} | row
-        for share, row in zip(shares, judged(models, held_out, labels), strict=True)
+        for share, row in zip(shares, measure_agreement(models, held_out, labels), strict=True)
     ]
     curve = [rows[0], *rows[1 + len(found) :]]
     return {
@@ -125,7 +127,9 @@ def of_seed(seed: int, options: argparse.Namespace) -> dict[str, Any]:
                 "speedup": degree.budget,
                 "removed": degree.found.removed,
                 "found": row,
-                "constant": {metric: at_time(curve, row["time"], metric) for metric in METRICS},
+                "constant": {
+                    metric: interpolate_at_time(curve, row["time"], metric) for metric in METRICS
+                },
             }
             for degree, row in zip(fitted.degrees, rows[1 : 1 + len(found)], strict=True)
         ],
@@ -167,7 +171,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=21, help="Number of rounds of timing.")
     parser.add_argument("--out", type=Path, help="Folder for the results.")
     options = parser.parse_args(arguments)
-    results = [of_seed(seed, options) for seed in SEEDS]
+    results = [measure_seed(seed, options) for seed in SEEDS]
     table(results)
     settings = {
         name: getattr(options, name) for name in ("images", "test", "batch", "minutes", "repeats")

@@ -73,7 +73,7 @@ def command(kind: str, recipe: str, settings: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class FineTunedModel:
     """A model fine-tuned for a task. Models trained at degree 0 have no dial."""
 
     task: str
@@ -107,15 +107,15 @@ class Tuned:
 class Question:
     """A measurement to make: the accuracy of a model at a degree, without or with a compensator."""
 
-    tuned: Tuned
+    fine_tuned_model: FineTunedModel
     dial: str
     target: int
     compensator: str | None = None
 
     def answer(self, out: Path) -> dict[str, float]:
         """Accuracy on the test scenes, and the scale chosen for the compensator."""
-        tuned = self.tuned
-        name = f"{tuned.folder(out).name}-at-{self.dial}-{self.target}-{self.compensator}.json"
+        run_name = self.tuned.folder(out).name
+        name = f"{run_name}-at-{self.dial}-{self.target}-{self.compensator}.json"
         path = out / "answers" / name.replace(" ", "_")
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -126,24 +126,24 @@ class Question:
 
     def _measured(self, out: Path) -> dict[str, float]:
         torch.set_num_threads(1)
-        tuned = self.tuned
-        run = Run(tuned.folder(out))
+        fine_tuned_model = self.tuned
+        run = Run(fine_tuned_model.folder(out))
         model = td.load(run.last, reduce=DIALS[self.dial])
         found = {}
         if self.compensator:
             folder = compensator_folder(out, self.dial, self.compensator)
             compensator = td.Compensator.from_pretrained(folder / "last")
-            model.set_degree(tuned.source)
-            compensator.attach(model, tuned.source)
+            model.set_degree(fine_tuned_model.source)
+            compensator.attach(model, fine_tuned_model.source)
             compensator.search_scale(
                 model,
-                batches(run.folder, SEARCH_SEED + tuned.seed, SEARCH),
+                batches(run.folder, SEARCH_SEED + fine_tuned_model.seed, SEARCH),
                 self.target,
                 [share * compensator.config.scale for share in SHARES],
             )
             found["scale"] = compensator.scale
         model.set_degree(self.target)
-        test = batches(run.folder, tuned.seed, TEST)
+        test = batches(run.folder, fine_tuned_model.seed, TEST)
         return found | {"accuracy": evaluate_loader(model, test, run.task())["accuracy"]}
 
 
@@ -185,9 +185,9 @@ def answers(
         return dict(zip(wanted, found, strict=True))
 
 
-def tuned(task: str, seed: int, dial: str, source: int) -> Tuned:
+def fine_tuned_model(task: str, seed: int, dial: str, source: int) -> FineTunedModel:
     """The model trained for a task at a source degree."""
-    return Tuned(task, seed, dial if source else None, source)
+    return FineTunedModel(task, seed, dial if source else None, source)
 
 
 def degrees(dial: str) -> tuple[int, int, int]:
@@ -201,14 +201,14 @@ def questions(dial: str, ablations: Sequence[str]) -> list[Question]:
     for task, seed in itertools.product(TASKS, SEEDS):
         for source, target in itertools.product(degrees(dial), repeat=2):
             names = [None] if source == target else [None, "ToCom"]
-            if (source, target) in ablated(dial):
+            if (source, target) in ablation_pairs(dial):
                 names += ablations
-            model = tuned(task, seed, dial, source)
+            model = fine_tuned_model(task, seed, dial, source)
             found += [Question(model, dial, target, name) for name in names]
     return found
 
 
-def ablated(dial: str) -> list[tuple[int, int]]:
+def ablation_pairs(dial: str) -> list[tuple[int, int]]:
     """The pairs of source and target that ablations are measured at."""
     none, _, top = degrees(dial)
     return [(none, top), (top, none)]
@@ -221,7 +221,9 @@ def accuracies(
     found: Answers, dial: str, task: str, source: int, target: int, name: str | None = None
 ) -> list[float]:
     """Accuracies of all seeds, in percent."""
-    asked = (Question(tuned(task, seed, dial, source), dial, target, name) for seed in SEEDS)
+    asked = (
+        Question(fine_tuned_model(task, seed, dial, source), dial, target, name) for seed in SEEDS
+    )
     return [100 * found[question]["accuracy"] for question in asked]
 
 
@@ -255,7 +257,7 @@ def table(dial: str, found: Answers) -> list[dict[str, Any]]:
 
 def ablation(dial: str, found: Answers) -> list[dict[str, Any]]:
     """Print and return the mean accuracy over tasks and seeds for each ablation."""
-    pairs = ablated(dial)
+    pairs = ablation_pairs(dial)
     print(f"\n| {dial} | {' | '.join(f'{source} → {target}' for source, target in pairs)} |")
     print("|---" * (len(pairs) + 1) + "|")
     rows = []

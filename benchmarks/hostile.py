@@ -1,9 +1,10 @@
-"""Requests that are made to cost a server much: what do others notice of them?
+"""Effect on other clients of requests that are made to cost a server much.
 
-One after another, each attack goes on for some seconds. Meanwhile an honest client asks for the
-prediction of one image, again and again, and another one asks `/healthz`. How long the event loop
-answered nobody is measured by the server itself (`loop_lag_ms` of `/v1/live`); memory is that of
-all its processes. Fails (exit code 1) if a server is lost, or an honest request has no answer.
+The attacks run one after another, for some seconds each. Meanwhile an honest client repeatedly
+requests the prediction of one image, and another client requests `/healthz`. The server itself
+measures the longest time for which its event loop was blocked (`loop_lag_ms` of `/v1/live`). Memory
+is that of all its processes. The command fails (exit code 1) if a server is lost, or an honest
+request has no answer.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from urllib.parse import urlsplit
 import psutil
 
 from benchmarks.attacks import ATTACKS, Attack
-from benchmarks.options import options, parsed
-from benchmarks.plots import withstood
+from benchmarks.options import options, parse_options
+from benchmarks.plots import attack_figure
 from benchmarks.report import Column, Report, Row
-from benchmarks.server import Server, add_server, served, server_options
-from benchmarks.soak import memory_of
+from benchmarks.server import Server, add_server, serve, server_options
+from benchmarks.soak import sample_memory
 from benchmarks.workload import Workload
 from tokendial.runs import Run
 
@@ -50,8 +51,11 @@ class Client:
     """Client that sends the same request again and again over one connection."""
 
     address: tuple[str, int]
+    """Host and port of the server."""
     ask: Callable[[http.client.HTTPConnection], None]
+    """Sends the request over a connection."""
     statuses: Counter[int] = field(default_factory=Counter)
+    """Number of answers by HTTP status."""
     seconds: list[float] = field(default_factory=list)
     """Seconds from each request to its answer with status 200."""
     lost: int = 0
@@ -94,16 +98,16 @@ class Client:
 
 def main(arguments: list[str]) -> None:
     """Run all attacks, write the results, and fail if a server did not withstand one."""
-    asked = _asked(arguments)
+    asked = _parse_arguments(arguments)
     workload, told = Workload(Run(asked.run), asked.images), server_options(asked)
     body = workload.body([0])
     left, rows = [each for each in ATTACKS if asked.only in each.name], list[Row]()
     if not left:
         raise ValueError(f"only: no attack is called {asked.only!r}")
     while left:  # a server that was lost is started again
-        with served([asked.run], "--slo-ms", str(asked.slo_ms), *told) as server:
+        with serve([asked.run], "--slo-ms", str(asked.slo_ms), *told) as server:
             while left:
-                row = attacked(server, left.pop(0), body, asked.seconds)
+                row = measure_attack(server, left.pop(0), body, asked.seconds)
                 rows.append(row)
                 print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
                 if not row["alive"]:
@@ -114,27 +118,27 @@ def main(arguments: list[str]) -> None:
         "clients, attackers and the server share the machine; the first row is without an attack",
     ]
     name = f"hostile_{Run(asked.run).recipe().model.name}"
-    Report(name, COLUMNS, rows, withstood(rows, TARGETS), notes).write(asked)
+    Report(name, COLUMNS, rows, attack_figure(rows, TARGETS), notes).write(asked)
     failed = [row["attack"] for row in rows if not row["alive"] or row["lost"]]
     if failed:
         sys.exit(f"hostile: the server or an honest request was lost under {'; '.join(failed)}")
 
 
-def attacked(server: Server, attack: Attack, body: bytes, seconds: float) -> Row:
-    """Measure what honest clients notice of an attack."""
+def measure_attack(server: Server, attack: Attack, body: bytes, seconds: float) -> Row:
+    """Measure the answers of honest clients during an attack."""
     url = urlsplit(server.url)
     address = (url.hostname or "", url.port or 80)
     kind = {"content-type": "application/json"}
     honest = Client(address, lambda to: to.request("POST", "/v1/predict", body, kind))
     prober = Client(address, lambda to: to.request("GET", "/healthz"))
     began = time.monotonic()
-    with memory_of(server.pid, every=0.1) as memory:
+    with sample_memory(server.pid, every=0.1) as memory:
         time.sleep(_SETTLE_S)
         before = len(memory)
         with honest.asking(), prober.asking():
             found = attack.run(address, seconds)
             time.sleep(max(0.0, began + _SETTLE_S + seconds - time.monotonic()))
-        time.sleep(_SETTLE_S)  # a stall is told when the second is over
+        time.sleep(_SETTLE_S)  # the server reports a stall when the second is over
     alive = psutil.pid_exists(server.pid)
     since = began + _SETTLE_S - time.monotonic()
     history = server.get("/v1/live")["history"] if alive else []
@@ -153,13 +157,18 @@ def attacked(server: Server, attack: Attack, body: bytes, seconds: float) -> Row
     }
 
 
-def _asked(arguments: list[str]) -> argparse.Namespace:
-    parser = options("hostile", __doc__, quick="two seconds of each")
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = options("hostile", __doc__, quick="two seconds of each attack")
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     add_server(parser)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each attack")
-    parser.add_argument("--slo-ms", type=float, default=1000.0, help="objective of the server")
+    parser.add_argument("--seconds", type=float, default=15.0, help="seconds of each attack")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="attacks with this in their name"
+        "--slo-ms",
+        type=float,
+        default=1000.0,
+        help="latency objective of the server in milliseconds",
     )
-    return parsed(parser, arguments, seconds=2.0, images=8)
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="run only the attacks whose names contain TEXT"
+    )
+    return parse_options(parser, arguments, seconds=2.0, images=8)

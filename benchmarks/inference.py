@@ -21,11 +21,11 @@ from benchmarks.models import (
     check_degrees,
     degrees_at,
     random_images,
-    reduced,
+    with_reduction,
 )
 from benchmarks.modes import MODES, at_degrees, plain
-from benchmarks.options import DTYPES, add_model, listed, options, parsed
-from benchmarks.plots import against_cost
+from benchmarks.options import DTYPES, add_model, comma_separated, options, parse_options
+from benchmarks.plots import cost_figure
 from benchmarks.report import Column, Report, Row
 from benchmarks.speed import MEASURES, Contender, compare
 
@@ -49,23 +49,23 @@ def run(
     """Run the command `name`, with `methods` and `costs` as defaults of its options."""
     parser = options(name, doc, repeats=5)
     add_model(parser)
-    parser.add_argument("--methods", type=listed(str), default=methods)
+    parser.add_argument("--methods", type=comma_separated(str), default=methods)
     parser.add_argument(
-        "--costs", type=listed(float), default=costs, help="costs as fractions of timm's"
+        "--costs", type=comma_separated(float), default=costs, help="costs as fractions of timm's"
     )
     parser.add_argument(
-        "--degrees", type=listed(int), help="degrees of the dial, instead of --costs"
+        "--degrees", type=comma_separated(int), help="degrees of the dial, instead of --costs"
     )
-    parser.add_argument("--batch", type=listed(int), default=[8])
-    parser.add_argument("--dtype", type=listed(str), default=["fp32"])
-    parser.add_argument("--mode", type=listed(str), default=["eager"])
-    asked = parsed(parser, arguments, batch=[2])
+    parser.add_argument("--batch", type=comma_separated(int), default=[8])
+    parser.add_argument("--dtype", type=comma_separated(str), default=["fp32"])
+    parser.add_argument("--mode", type=comma_separated(str), default=["eager"])
+    asked = parse_options(parser, arguments, batch=[2])
     for option, allowed in (("dtype", DTYPES), ("mode", MODES), ("methods", METHODS)):
         if wrong := [value for value in getattr(asked, option) if value not in allowed]:
             raise ValueError(f"{option} must be some of {', '.join(allowed)}, got {wrong[0]}.")
     rows = [row for model in asked.model.split(",") for row in _rows(model, asked)]
     file = f"{name}_{asked.model.replace(',', '_')}"
-    Report(file, COLUMNS, rows, against_cost(rows, SETTINGS)).write(asked)
+    Report(file, COLUMNS, rows, cost_figure(rows, SETTINGS)).write(asked)
 
 
 def _rows(model: str, asked: argparse.Namespace) -> Iterator[Row]:
@@ -103,7 +103,7 @@ def _contenders(
     whole = td.wrap(vit).eval()
     labels = settings | {"method": "timm", "degree": 0}
     yield Contender(labels, whole.cost().gmacs, plain(vit, images, mode))
-    models = {"none": whole} | {name: reduced(vit, name, images) for name in methods}
+    models = {"none": whole} | {name: with_reduction(vit, name, images) for name in methods}
     for method, model in models.items():
         degrees = [0] if method == "none" else _degrees(method, model, asked)
         for degree, runner in zip(degrees, at_degrees(model, images, mode, degrees), strict=True):

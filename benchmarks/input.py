@@ -14,8 +14,8 @@ import skimage.data
 from PIL import Image
 
 from benchmarks.alternating import Runner, alternate, seconds
-from benchmarks.options import add_model, listed, options, parsed
-from benchmarks.plots import bars
+from benchmarks.options import add_model, comma_separated, options, parse_options
+from benchmarks.plots import bar_figure
 from benchmarks.report import Column, Report, Row
 from tokendial.data.readers.images import read_image
 from tokendial.data.sets.folder import ImageFolder
@@ -48,7 +48,7 @@ def decoding(root: Path) -> None:
         transform(read_image(path))
 
 
-def trained(root: Path, folder: Path, workers: int, asked: argparse.Namespace) -> Run:
+def train_model(root: Path, folder: Path, workers: int, asked: argparse.Namespace) -> Run:
     """Train for two epochs, and return the run."""
     settings = {
         "data.root": root,
@@ -68,13 +68,13 @@ def trained(root: Path, folder: Path, workers: int, asked: argparse.Namespace) -
     return train(read_recipe("image_folder", overrides), quiet=True)
 
 
-def measured(root: Path, runs: Path, asked: argparse.Namespace) -> list[Row]:
+def measure(root: Path, runs: Path, asked: argparse.Namespace) -> list[Row]:
     """One row per number of workers: waiting in the second epoch, and speed of the whole run."""
     ran: dict[int, list[Run]] = {workers: [] for workers in asked.workers}
 
     def run(workers: int) -> None:
         folder = runs / f"{workers}-{len(ran[workers])}"
-        ran[workers].append(trained(root, folder, workers, asked))
+        ran[workers].append(train_model(root, folder, workers, asked))
 
     runners = {n: Runner(lambda n=n: run(n)) for n in asked.workers}
     turns = alternate(runners, repeats=asked.repeats, warm_up=0)
@@ -94,19 +94,21 @@ def main(arguments: list[str]) -> None:
     add_model(parser)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--images", type=int, default=48)
-    parser.add_argument("--workers", type=listed(int), default=[0, 1, 2])
-    asked = parsed(parser, arguments, batch=2, images=4, workers=[0])
+    parser.add_argument("--workers", type=comma_separated(int), default=[0, 1, 2])
+    asked = parse_options(parser, arguments, batch=2, images=4, workers=[0])
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "images"
         write_images(root, asked.images)
         turns = alternate({"decoding": Runner(lambda: decoding(root))}, repeats=3)
         decoded = asked.images / seconds(turns["decoding"])
-        rows = measured(root, Path(temporary), asked)
+        rows = measure(root, Path(temporary), asked)
     columns = (
         Column("workers", "loading processes"),
         Column("data_wait", "waits", "{:.1%}"),
         Column("images_per_s", "images/s", "{:.2f}"),
     )
     notes = [f"one core reads, crops and resizes {decoded:.0f} images/s"]
-    figure = bars(rows, "workers", {"data_wait": "fraction of waiting", "images_per_s": "images/s"})
+    figure = bar_figure(
+        rows, "workers", {"data_wait": "fraction of waiting", "images_per_s": "images/s"}
+    )
     Report(f"input_{asked.model}", columns, rows, figure, notes).write(asked)

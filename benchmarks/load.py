@@ -1,8 +1,8 @@
 """Load over HTTP, to a server on this machine.
 
-Open: requests go out at the times of a trace, whatever the server does, and latency counts from the
-time that was planned. Nothing that the server or the generator delays is left out of it. Closed:
-some clients, each of which sends its next request when the last one is answered.
+Open load (`play`): requests are sent at the times of a trace, even if the server is slow. Latency
+counts from the planned time, so it includes all delays of the server and of the load generator.
+Closed load (`play_closed`): each client sends its next request when the last one is answered.
 """
 
 import asyncio
@@ -27,7 +27,9 @@ class Exchange:
     number: int
     """Number of the request in the load."""
     planned: float
+    """Planned time of sending."""
     sent: float | None = None
+    """Time at which the request was sent; None if it was not sent."""
     answered: float | None = None
     """Time at which the whole answer had arrived."""
     status: int | None = None
@@ -43,22 +45,22 @@ class Exchange:
         return float("inf") if self.answered is None else self.answered - self.planned
 
     def within(self, slo: float) -> bool:
-        """Whether it was answered with 200 within `slo` seconds."""
+        """Whether the request was answered with status 200 within `slo` seconds."""
         return self.status == 200 and self.latency <= slo
 
 
 def play(
     url: str, times: Times, bodies: Sequence[bytes], *, in_flight: int, timeout: float
 ) -> list[Exchange]:
-    """Post at the times of a trace.
+    """Send POST requests at the times of a trace.
 
     Args:
-        url: On this machine, by its address.
-        times: Ascending, in seconds.
-        bodies: JSON; taken in turn.
-        in_flight: How many requests may be without an answer. One that would be more is not sent,
-            which its `error` tells.
-        timeout: Seconds after which an answer is given up.
+        url: URL to send to; its host must be a loopback address.
+        times: Times of the requests in seconds, ascending.
+        bodies: JSON bodies of the requests, used in turn.
+        in_flight: Maximum number of requests without an answer. A request beyond it is not sent;
+            its `error` says so.
+        timeout: Seconds to wait for an answer.
 
     Raises:
         ValueError: If the server is not on this machine.
@@ -67,29 +69,29 @@ def play(
     return asyncio.run(_play(url, times, bodies, in_flight, timeout))
 
 
-def closed(
+def play_closed(
     url: str, bodies: Iterable[bytes], *, clients: int, timeout: float, seconds: float | None = None
 ) -> list[Exchange]:
-    """Post each body once, or as many as can be in some seconds.
+    """Send POST requests by some clients, each of which waits for an answer before its next one.
 
-    A request is planned for when it is sent.
+    The planned time of a request is the time at which it is sent.
 
     Args:
-        url: On this machine, by its address.
-        bodies: JSON; without end only if `seconds` are given.
-        clients: Requests at a time.
-        timeout: Seconds after which an answer is given up.
-        seconds: After which no request is sent; None: all of them are.
+        url: URL to send to; its host must be a loopback address.
+        bodies: JSON bodies of the requests. They may be endless if `seconds` is given.
+        clients: Number of clients, and so of requests at the same time.
+        timeout: Seconds to wait for an answer.
+        seconds: Seconds after which no request is sent; None sends all bodies.
 
     Raises:
         ValueError: If the server is not on this machine.
     """
     check_loopback(url)
-    return asyncio.run(_closed(url, bodies, clients, timeout, seconds))
+    return asyncio.run(_play_closed(url, bodies, clients, timeout, seconds))
 
 
 def check_loopback(url: str) -> None:
-    """Refuse other machines; a name could be anybody's.
+    """Check that a URL has the address of this machine. A host name could be another machine's.
 
     Raises:
         ValueError: If the host is not a loopback address.
@@ -126,7 +128,7 @@ async def _play(
     return exchanges
 
 
-async def _closed(
+async def _play_closed(
     url: str, bodies: Iterable[bytes], clients: int, timeout: float, seconds: float | None
 ) -> list[Exchange]:
     async with _session(timeout) as session:
@@ -163,7 +165,7 @@ async def _post(
 
 @asynccontextmanager
 async def _session(timeout: float) -> AsyncIterator[aiohttp.ClientSession]:
-    """Reuse connections, but not for so long that the server closes them meanwhile."""
+    """A session that closes idle connections earlier than the server does."""
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
         timeout=aiohttp.ClientTimeout(total=timeout),

@@ -32,7 +32,7 @@ class Peak:
     whole: int
     """Peak of the whole pass: activations, and all else but weights."""
     reducing: int
-    """Peak within the reduction, above what was allocated when it began; see `marked`."""
+    """Peak within the reduction, above what was allocated when it began; see `mark_reduction`."""
 
 
 def peak_of(call: Callable[[], object], device: str = "cpu") -> Peak:
@@ -114,7 +114,7 @@ class _Held:
 
 
 @contextmanager
-def marked(model: td.DialViT) -> Iterator[None]:
+def mark_reduction(model: td.DialViT) -> Iterator[None]:
     """Mark the work of a model's reducer in the profile, for `peak_of`.
 
     Marked are: its hooks before a block and between attention and FFN, the merging of tokens, and
@@ -147,7 +147,7 @@ def marked(model: td.DialViT) -> Iterator[None]:
 
     runs_ffn = type(reducer).around_ffn is not td.reduce.Reducer.around_ffn
     with (
-        patch.object(Tokens, "reduced", marks(Tokens.reduced)),
+        patch.object(Tokens, "apply_grouping", marks(Tokens.apply_grouping)),
         patch.object(reducer, "before_block", marks(reducer.before_block)),
         patch.object(reducer, "group", marks(reducer.group)),
         patch.object(reducer, "around_ffn", around if runs_ffn else reducer.around_ffn),

@@ -48,7 +48,7 @@ def random_images(vit: nn.Module, batch: int) -> Tensor:
     return images.to(weight.device, weight.dtype)
 
 
-def reduced(vit: nn.Module, method: str, images: Tensor) -> td.DialViT:
+def with_reduction(vit: nn.Module, method: str, images: Tensor) -> td.DialViT:
     """A reduction method on the weights of `vit`.
 
     The dispatchers of DyT and DAR by threshold are centred and calibrated on the first images. So

@@ -32,6 +32,6 @@ def at_degrees(
     if mode != "eager":
         model.set_degree(degrees[0])  # treatments are tried there
         run = td.optimize(model, images, degrees=degrees, compile=mode == "compiled")
-        in_threads = any(trial.name == "a core each" and trial.kept for trial in run.trials)
+        in_threads = any(trial.name == "split batch" and trial.kept for trial in run.trials)
     for degree in degrees:
         yield Runner(lambda: run(images), lambda to=degree: run.set_degree(to), seen=not in_threads)

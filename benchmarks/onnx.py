@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import tokendial as td
 from benchmarks.alternating import Runner
-from benchmarks.models import backbone, degrees_at, random_images, reduced
-from benchmarks.options import add_model, listed, options, parsed
-from benchmarks.plots import against_cost
+from benchmarks.models import backbone, degrees_at, random_images, with_reduction
+from benchmarks.options import add_model, comma_separated, options, parse_options
+from benchmarks.plots import cost_figure
 from benchmarks.report import Column, Report
 from benchmarks.speed import MEASURES, Contender, compare
 from tokendial.export_files import export
@@ -32,16 +32,16 @@ def main(arguments: list[str]) -> None:
     """Measure and write the results."""
     parser = options("onnx", __doc__, repeats=5)
     add_model(parser, default="vit_small_patch16_224")
-    parser.add_argument("--methods", type=listed(str), default=["tome", "evit", "dar"])
-    parser.add_argument("--costs", type=listed(float), default=[0.85, 0.7, 0.55])
+    parser.add_argument("--methods", type=comma_separated(str), default=["tome", "evit", "dar"])
+    parser.add_argument("--costs", type=comma_separated(float), default=[0.85, 0.7, 0.55])
     parser.add_argument("--batch", type=int, default=1)
-    asked = parsed(parser, arguments, costs=[0.6])
+    asked = parse_options(parser, arguments, costs=[0.6])
     vit = backbone(asked.model, img_size=asked.img_size, device="cpu")
     images = random_images(vit, asked.batch)
     with tempfile.TemporaryDirectory() as folder:
         contenders = list(_contenders(vit, images, Path(folder), asked.methods, asked.costs))
         rows = compare(contenders, batch=asked.batch, repeats=asked.repeats, device="cpu")
-    figure = against_cost(rows, ())
+    figure = cost_figure(rows, ())
     Report(f"onnx_{asked.model}", COLUMNS, rows, figure).write(asked)
 
 
@@ -57,7 +57,7 @@ def _contenders(
         difference = float((runner.call() - vit(images)).abs().max())
     yield Contender(_labels("timm", 0, difference), gmacs, runner)
     for method in methods:
-        model = reduced(vit, method, images)
+        model = with_reduction(vit, method, images)
         for degree in degrees_at(model, costs):
             path = folder / f"{method}_{degree}.onnx"
             exported = export(model, path, degree=degree, batch=len(images))

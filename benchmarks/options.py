@@ -15,7 +15,7 @@ QUICK = {"model": "vit_tiny_patch16_224", "img_size": 64}
 """Defaults of --quick: a small model."""
 
 
-def listed(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
     """An argparse type for values separated by commas."""
 
     def values(text: str) -> list[Value]:
@@ -54,7 +54,7 @@ def add_model(parser: argparse.ArgumentParser, *, default: str = "vit_base_patch
     parser.add_argument("--img-size", type=int, help="image size in pixels (default: the model's)")
 
 
-def parsed(
+def parse_options(
     parser: argparse.ArgumentParser, arguments: list[str], **quick: object
 ) -> argparse.Namespace:
     """Parse the options. --quick sets one round and the values of `quick` as new defaults."""

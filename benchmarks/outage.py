@@ -1,12 +1,17 @@
-"""What clients see when a server loses its model process: for how long are there no answers?
+"""Time without answers when a server loses its model process, or reloads.
 
-Clients of one server send an image again and again, with a second to be answered, while: the
-process that computes is killed (kill -9); it is stopped (SIGSTOP); the one that holds the models is
-killed, then the one that computes; all are killed after the folder of the run was removed; 25
-SIGHUPs come while its weights change; at last, with the process stopped, SIGTERM. The outage is the
-longest time from one answer to the next. Fails (exit code 1) if the loss of the process that
-computes, or a reload, costs more than --most seconds, a request got no reply, the weights that are
-served are not the last ones, or the server did not end by itself.
+Clients of one server send an image repeatedly, with a deadline of one second. Meanwhile, one event
+after another happens:
+
+- the model process is killed (kill -9), and later stopped (SIGSTOP);
+- 25 SIGHUPs arrive while the weights change;
+- the fork server, which holds the models, is killed;
+- the run's folder is removed; then the model process, and later all processes, are killed;
+- at the end, SIGTERM arrives while the model process is stopped.
+
+The outage is the longest time from one answer to the next. The command fails (exit code 1) if the
+loss of the model process, or a reload, causes an outage of more than --most seconds, if a request
+got no reply, if the served weights are not the last ones, or if the server did not end by itself.
 """
 
 import argparse
@@ -29,12 +34,12 @@ import psutil
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from benchmarks.load import Exchange, closed
-from benchmarks.options import options, parsed
-from benchmarks.plots import bars
+from benchmarks.load import Exchange, play_closed
+from benchmarks.options import options, parse_options
+from benchmarks.plots import bar_figure
 from benchmarks.report import Column, Report, Row
-from benchmarks.server import Server, add_server, served, server_options
-from benchmarks.workload import encoded, request_body
+from benchmarks.server import Server, add_server, serve, server_options
+from benchmarks.workload import encode_image, request_body
 from tokendial.atomic import atomic_write
 from tokendial.model.files import WEIGHTS
 from tokendial.runs import Run
@@ -81,20 +86,21 @@ def ready(server: Server) -> bool:
     """Whether `/readyz` answers with 200."""
     try:
         server.get("/readyz")
-    except OSError:  # as which an answer of another status comes, too
+    except OSError:  # also raised for an answer with another status
         return False
     return True
 
 
 @dataclass
-class Watched:
-    """Observations beside the requests."""
+class Observations:
+    """Observations of a server while clients send requests."""
 
     unready_s: float = 0.0
-    """Seconds for which `/readyz` did not say 200."""
+    """Seconds for which `/readyz` did not answer with 200."""
     most: int = 0
-    """Largest number of model processes at a time."""
+    """Largest number of model processes at the same time."""
     ended: threading.Event = field(default_factory=threading.Event)
+    """Set to end the observation."""
 
     def watch(self, server: Server, processes: Processes) -> None:
         """Observe until `ended` is set."""
@@ -103,14 +109,14 @@ class Watched:
             well, now = ready(server), time.monotonic()
             self.unready_s += 0.0 if well else now - before
             before = now
-            with suppress(psutil.Error):  # one ended while it was looked at
+            with suppress(psutil.Error):  # a process ended while it was examined
                 self.most = max(self.most, len(processes.living()))
 
 
 @contextmanager
-def watched(server: Server, processes: Processes) -> Iterator[Watched]:
+def watch_server(server: Server, processes: Processes) -> Iterator[Observations]:
     """Observe a server while the block runs."""
-    seen = Watched()
+    seen = Observations()
     thread = threading.Thread(target=seen.watch, args=(server, processes))
     thread.start()
     try:
@@ -120,7 +126,7 @@ def watched(server: Server, processes: Processes) -> Iterator[Watched]:
         thread.join()
 
 
-def outage(exchanges: Sequence[Exchange], seconds: float) -> float:
+def longest_outage(exchanges: Sequence[Exchange], seconds: float) -> float:
     """Longest time between two answers, or from the last one to the end."""
     times = [one.answered for one in exchanges if one.status == 200 and one.answered is not None]
     return max(
@@ -128,7 +134,7 @@ def outage(exchanges: Sequence[Exchange], seconds: float) -> float:
     )
 
 
-def seen_by_clients(
+def observe_clients(
     what: str,
     server: Server,
     processes: Processes,
@@ -136,28 +142,28 @@ def seen_by_clients(
     seconds: float,
     happens: Callable[[], None],
 ) -> Row:
-    """Let something happen while clients ask.
+    """Cause an event while clients send requests, and describe the answers in a row.
 
     Args:
-        what: Happens.
-        server: That it happens to.
-        processes: Of it.
-        body: Of their requests.
-        seconds: For which they go on.
-        happens: Makes it happen.
+        what: Name of the event.
+        server: The server that the event happens to.
+        processes: The server's model processes.
+        body: Body of the requests.
+        seconds: Seconds for which the clients send requests.
+        happens: Causes the event.
     """
     print(what, flush=True)
     timer = threading.Timer(BEFORE_S, happens)
-    with watched(server, processes) as seen:
+    with watch_server(server, processes) as seen:
         timer.start()
-        exchanges = closed(
+        exchanges = play_closed(
             server.predict, itertools.repeat(body), clients=2, timeout=30.0, seconds=seconds
         )
         timer.join()
     by_status = Counter(one.status for one in exchanges)
     return {
         "what": what,
-        "outage_s": outage(exchanges, seconds),
+        "outage_s": longest_outage(exchanges, seconds),
         "answered": by_status[200],
         "refused": by_status[429] + by_status[503],
         "unanswered": len(exchanges) - by_status[200] - by_status[429] - by_status[503],
@@ -175,8 +181,8 @@ def change_weights(run: Run) -> None:
         save_file(changed, temporary)
 
 
-def storm(server: Server, run: Run) -> None:
-    """Send signals while the weights change, the last one after the last change."""
+def send_sighups(server: Server, run: Run) -> None:
+    """Send `SIGHUPS` SIGHUPs while the weights change; the last one follows the last change."""
     for number in range(SIGHUPS):
         if number % 10 == 0:
             change_weights(run)
@@ -193,18 +199,18 @@ def main(arguments: list[str]) -> None:
     """Cause all outages, write the results, and fail if a request was lost."""
     from tokendial.serve.workers.catalog import run_revision
 
-    asked = _asked(arguments)
+    asked = _parse_arguments(arguments)
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         run = Run(shutil.copytree(asked.run, Path(folder) / "run"))
         pixels = np.random.default_rng(asked.seed).integers(0, 256, (256, 256, 3), np.uint8)
-        body = request_body([encoded(Image.fromarray(pixels))], deadline_ms=DEADLINE_MS)
-        with served([str(run.folder)], *server_options(asked)) as server:
+        body = request_body([encode_image(Image.fromarray(pixels))], deadline_ms=DEADLINE_MS)
+        with serve([str(run.folder)], *server_options(asked)) as server:
             processes = Processes(server)
             idle = len(processes.living())
 
             def happens(what: str, seconds: float, work: Callable[[], None]) -> Row:
-                rows.append(seen_by_clients(what, server, processes, body, seconds, work))
+                rows.append(observe_clients(what, server, processes, body, seconds, work))
                 return rows[-1]
 
             def computing() -> psutil.Process:
@@ -214,11 +220,11 @@ def main(arguments: list[str]) -> None:
                 for process in processes.living():
                     process.kill()
 
-            closed(server.predict, [body] * 5, clients=1, timeout=10)
+            play_closed(server.predict, [body] * 5, clients=1, timeout=10)
             brief = [
                 happens("kill -9", asked.seconds, lambda: computing().kill()),
                 happens("SIGSTOP", asked.seconds, lambda: computing().suspend()),
-                happens(f"{SIGHUPS} SIGHUPs", asked.reload_s, lambda: storm(server, run)),
+                happens(f"{SIGHUPS} SIGHUPs", asked.reload_s, lambda: send_sighups(server, run)),
             ]
             if revision(server) != run_revision(run):
                 failed.append("the last weights are not those that are served")
@@ -243,20 +249,25 @@ def main(arguments: list[str]) -> None:
         f"SIGTERM with the process stopped: the server ended after {ended_s:.1f} s",
         f"{idle} model processes at rest; requests have {DEADLINE_MS:g} ms to be answered",
     ]
-    figure = bars(rows, "what", {"outage_s": "outage (s)", "slowest_ms": "slowest reply (ms)"})
+    figure = bar_figure(
+        rows, "what", {"outage_s": "outage (s)", "slowest_ms": "slowest reply (ms)"}
+    )
     name = f"outage_{Run(asked.run).recipe().model.name}"
     Report(name, COLUMNS, rows, figure, notes).write(asked)
     if failed:
         sys.exit(f"outage: {'; '.join(failed)}")
 
 
-def _asked(arguments: list[str]) -> argparse.Namespace:
-    parser = options("outage", __doc__, quick="shorter looks")
-    parser.add_argument("run", metavar="RUN", help="folder of a run; it stays as it is")
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = options("outage", __doc__, quick="shorter events")
+    parser.add_argument("run", metavar="RUN", help="folder of a run; a copy of it is used")
     add_server(parser)
-    parser.add_argument("--seconds", type=float, default=15.0, help="for each event")
+    parser.add_argument("--seconds", type=float, default=15.0, help="seconds of each event")
     parser.add_argument(
-        "--reload-s", type=float, default=60.0, help="for those in which models are loaded"
+        "--reload-s",
+        type=float,
+        default=60.0,
+        help="seconds of each event after which models are loaded",
     )
-    parser.add_argument("--most", type=float, default=2.0, help="seconds of outage allowed")
-    return parsed(parser, arguments, seconds=6.0, reload_s=30.0)
+    parser.add_argument("--most", type=float, default=2.0, help="largest allowed outage in seconds")
+    return parse_options(parser, arguments, seconds=6.0, reload_s=30.0)

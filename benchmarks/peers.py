@@ -19,8 +19,8 @@ import tokendial as td
 from benchmarks.alternating import Runner, alternate, ratio, seconds
 from benchmarks.models import backbone, random_images
 from benchmarks.modes import MODES, at_degrees, plain
-from benchmarks.options import DTYPES, add_model, listed, options, parsed
-from benchmarks.plots import against_cost
+from benchmarks.options import DTYPES, add_model, comma_separated, options, parse_options
+from benchmarks.plots import cost_figure
 from benchmarks.report import Column, Report, Row
 from benchmarks.speed import MEASURES, Contender, speed_row
 from tokendial.measure import count_macs
@@ -45,14 +45,14 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--mode", type=listed(str), default=list(MODES))
-    asked = parsed(parser, arguments, r=2, batch=2, mode=["eager"])
+    parser.add_argument("--mode", type=comma_separated(str), default=list(MODES))
+    asked = parse_options(parser, arguments, r=2, batch=2, mode=["eager"])
     if wrong := [mode for mode in asked.mode if mode not in MODES]:
         raise ValueError(f"mode must be some of {', '.join(MODES)}, got {wrong[0]}.")
     vit = backbone(asked.model, img_size=asked.img_size, device=asked.device)
     models, notes = peers(vit, asked)
-    rows = measured(models, asked)
-    figure = against_cost(rows, ["mode"])
+    rows = measure(models, asked)
+    figure = cost_figure(rows, ["mode"])
     Report(f"peers_{asked.model}", COLUMNS, rows, figure, notes).write(asked)
 
 
@@ -81,7 +81,7 @@ def peers(vit: nn.Module, asked: argparse.Namespace) -> tuple[dict[str, nn.Modul
     return models, notes
 
 
-def measured(models: dict[str, nn.Module], asked: argparse.Namespace) -> list[Row]:
+def measure(models: dict[str, nn.Module], asked: argparse.Namespace) -> list[Row]:
     """One row per peer and mode."""
     image = torch.empty(1, 3, *models["timm"].patch_embed.img_size, device="meta")
     gmacs = {name: count_macs(each, lambda m: m(image)) / 1e9 for name, each in models.items()}

@@ -29,11 +29,13 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """A request and one prediction for each image; none if it was not answered."""
+class RequestOutcome:
+    """A request and its predictions."""
 
     exchange: Exchange
+    """The request, its times and its status."""
     answer: Sequence[dict[str, Any]]
+    """One prediction for each image; empty if the request was not answered."""
 
     @property
     def at(self) -> float:
@@ -42,11 +44,12 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
-    """Outcome of a load."""
+class LoadOutcome:
+    """The outcome of a load."""
 
     load: Load
-    outcomes: Sequence[Outcome]
+    """The trace, and its evaluated part."""
+    outcomes: Sequence[RequestOutcome]
     """The requests, in the order of their planned times."""
     each: int
     """Number of images in a request."""
@@ -77,16 +80,17 @@ class Played:
         }
 
     def score(self, workload: Workload, groups: Sequence[Sequence[int]]) -> float | None:
-        """Accuracy, or what else runs are judged by, of the answers in the part that counts.
+        """The task's main metric, over the answers in the evaluated part.
 
-        All images weigh the same: of each, as many answers as of the one that has least, spread
-        over the time. Else chance would decide which images a policy is judged by.
+        All images have the same weight: each group of images is represented by the same number of
+        answers, that of the group with the fewest, spread evenly over time. Otherwise chance would
+        decide which images a policy is evaluated on.
 
         Args:
-            workload: Whose images were sent.
-            groups: The images of each request, taken in turn.
+            workload: The images that were sent, with their labels.
+            groups: The images of each request; requests used the groups in turn.
         """
-        found: dict[int, list[Outcome]] = {}
+        found: dict[int, list[RequestOutcome]] = {}
         for some in self._counts():
             if some.answer:
                 found.setdefault(some.exchange.number % len(groups), []).append(some)
@@ -101,9 +105,9 @@ class Played:
         )
 
     def back(self) -> float | None:
-        """Seconds from the fall of the load to the first answer after which all have degree 0.
+        """Seconds from the end of the evaluated part until all further answers have degree 0.
 
-        None if the load does not fall, or the last answer has another degree.
+        None if the trace ends with the evaluated part, or the last answer has another degree.
         """
         if self.load.end >= self.load.seconds:
             return None
@@ -115,7 +119,7 @@ class Played:
 
     def by_second(self) -> list[Row]:
         """Summarise each second of the trace."""
-        seconds: list[list[Outcome]] = [[] for _ in range(int(np.ceil(self.load.seconds)))]
+        seconds: list[list[RequestOutcome]] = [[] for _ in range(int(np.ceil(self.load.seconds)))]
         for some in self.outcomes:
             seconds[int(some.exchange.planned)].append(some)
         return [
@@ -134,28 +138,30 @@ class Played:
         late = [1000 * (one.sent - one.planned) for one in exchanges if one.sent is not None]
         return float(np.percentile(late, 99))
 
-    def _counts(self) -> list[Outcome]:
+    def _counts(self) -> list[RequestOutcome]:
         start, end = self.load.start, self.load.end
         return [some for some in self.outcomes if start <= some.exchange.planned < end]
 
-    def _good(self, some: Sequence[Outcome]) -> int:
+    def _good(self, some: Sequence[RequestOutcome]) -> int:
         """Number of requests that were answered in time."""
         return sum(one.exchange.within(self.slo) for one in some)
 
 
-def played(load: Load, exchanges: Sequence[Exchange], each: int, slo: float) -> Played:
+def parse_outcome(load: Load, exchanges: Sequence[Exchange], each: int, slo: float) -> LoadOutcome:
     """Parse the answers of a load."""
-    outcomes = [Outcome(one, predictions(one) if one.status == 200 else ()) for one in exchanges]
-    return Played(load, outcomes, each, slo)
+    outcomes = [
+        RequestOutcome(one, predictions(one) if one.status == 200 else ()) for one in exchanges
+    ]
+    return LoadOutcome(load, outcomes, each, slo)
 
 
-def _percentile(some: Sequence[Outcome], share: float) -> float | None:
+def _percentile(some: Sequence[RequestOutcome], share: float) -> float | None:
     """Percentile of the latency of answered requests, in milliseconds."""
     found = [1000 * one.exchange.latency for one in some if one.answer]
     return float(np.percentile(found, share)) if found else None
 
 
-def _mean(some: Sequence[Outcome], key: str) -> float | None:
+def _mean(some: Sequence[RequestOutcome], key: str) -> float | None:
     """Mean of a value that the server returned for each image."""
     found = [prediction[key] for one in some for prediction in one.answer]
     return float(np.mean(found)) if found else None

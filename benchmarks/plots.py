@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from benchmarks.report import Row
 
 
-def against_cost(rows: Sequence[Row], facets: Sequence[str]) -> Figure:
-    """Measured ratios over what multiply-accumulates promise; one plot for each setting.
+def cost_figure(rows: Sequence[Row], facets: Sequence[str]) -> Figure:
+    """Measured speed-up over the reduction of multiply-accumulates; one plot for each setting.
 
     Args:
-        rows: With `method`, `ratio` and its spread, and `mac_ratio`.
+        rows: Rows with `method`, `ratio`, `ratio_low`, `ratio_high` and `mac_ratio`.
         facets: Keys of the rows, a plot for each combination of their values.
     """
     groups: dict[str, list[Row]] = {}
@@ -40,12 +40,12 @@ def against_cost(rows: Sequence[Row], facets: Sequence[str]) -> Figure:
     return figure
 
 
-def bars(rows: Sequence[Row], label: str, measures: dict[str, str]) -> Figure:
+def bar_figure(rows: Sequence[Row], label: str, measures: dict[str, str]) -> Figure:
     """Horizontal bars, one row below the other.
 
     Args:
-        rows: From top to bottom.
-        label: Key of what names a row.
+        rows: Rows, drawn from top to bottom.
+        label: Key of the name of a row.
         measures: Key and title of each plot, side by side.
     """
     figure = Figure(figsize=(2 + 3.4 * len(measures), 1 + 0.35 * len(rows)), layout="constrained")
@@ -59,11 +59,11 @@ def bars(rows: Sequence[Row], label: str, measures: dict[str, str]) -> Figure:
     return figure
 
 
-def growth(rows: Sequence[Row], measures: dict[str, str], along: str) -> Figure:
+def growth_figure(rows: Sequence[Row], measures: dict[str, str], along: str) -> Figure:
     """Lines over `along`, on logarithmic axes; one plot for each method.
 
     Args:
-        rows: With `method`, `along` and the measures.
+        rows: Rows with `method`, the key `along`, and the measures.
         measures: Key and name of each line.
         along: Key of the horizontal axis.
     """
@@ -89,12 +89,12 @@ def growth(rows: Sequence[Row], measures: dict[str, str], along: str) -> Figure:
     return figure
 
 
-def policies(rows: Sequence[Row], slo_ms: float) -> Figure:
+def policy_figure(rows: Sequence[Row], slo_ms: float) -> Figure:
     """Load, degree and latency second by second, and the goodput of each policy.
 
     Args:
-        rows: With `policy`, `goodput` and `by_second`.
-        slo_ms: The objective.
+        rows: Rows with `policy`, `goodput`, `accuracy` and `by_second`.
+        slo_ms: Latency objective in milliseconds.
     """
     figure = Figure(figsize=(13, 8), layout="constrained")
     grid = figure.add_gridspec(3, 2, width_ratios=(3, 1))
@@ -126,12 +126,12 @@ def policies(rows: Sequence[Row], slo_ms: float) -> Figure:
     return figure
 
 
-def soaked(row: Row, slo_ms: float) -> Figure:
+def soak_figure(row: Row, slo_ms: float) -> Figure:
     """Memory, degree and latency of a server over time.
 
     Args:
-        row: With `memory` and `by_second`.
-        slo_ms: The objective.
+        row: A row with `memory` and `by_second`.
+        slo_ms: Latency objective in milliseconds.
     """
     figure = Figure(figsize=(10, 8), layout="constrained")
     memory, degree, latency = figure.subplots(3, 1)
@@ -147,12 +147,12 @@ def soaked(row: Row, slo_ms: float) -> Figure:
     return figure
 
 
-def withstood(rows: Sequence[Row], targets: Mapping[str, float]) -> Figure:
-    """What others noticed of each attack on a server.
+def attack_figure(rows: Sequence[Row], targets: Mapping[str, float]) -> Figure:
+    """Delays of honest clients during each attack on a server.
 
     Args:
-        rows: With `attack`, and a number for each of the targets.
-        targets: What is allowed, by key of the rows.
+        rows: Rows with `attack`, and a number for each of the targets.
+        targets: Largest allowed value, by key of the rows.
     """
     figure = Figure(figsize=(11, 1 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots(1, len(targets), sharey=True)

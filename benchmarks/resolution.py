@@ -13,10 +13,10 @@ import torch
 
 import tokendial as td
 from benchmarks.alternating import Runner, alternate, ratio
-from benchmarks.memory import marked, peak_of
-from benchmarks.models import backbone, degrees_at, random_images, reduced
-from benchmarks.options import listed, options, parsed
-from benchmarks.plots import growth
+from benchmarks.memory import mark_reduction, peak_of
+from benchmarks.models import backbone, degrees_at, random_images, with_reduction
+from benchmarks.options import comma_separated, options, parse_options
+from benchmarks.plots import growth_figure
 from benchmarks.report import Column, Report, Row
 from benchmarks.speed import MEASURES, Contender, speed_row
 
@@ -38,19 +38,19 @@ def main(arguments: list[str]) -> None:
     parser = options("resolution", __doc__, repeats=3)
     parser.add_argument("--model", default="vit_small_patch16_224", help="name of a timm model")
     parser.add_argument(
-        "--sizes", type=listed(int), default=[224, 448, 896], help="image sizes in pixels"
+        "--sizes", type=comma_separated(int), default=[224, 448, 896], help="image sizes in pixels"
     )
-    parser.add_argument("--methods", type=listed(str), default=["tome", "evit", "dar"])
+    parser.add_argument("--methods", type=comma_separated(str), default=["tome", "evit", "dar"])
     parser.add_argument("--cost", type=float, default=0.65, help="cost as a fraction of timm's")
     parser.add_argument("--batch", type=int, default=1)
-    asked = parsed(parser, arguments, sizes=[64, 96])
-    rows = measured(asked)
+    asked = parse_options(parser, arguments, sizes=[64, 96])
+    rows = measure(asked)
     measures = {"time_growth": "time", "mac_growth": "multiply-accumulates"}
-    figure = growth(rows, measures, "img_size")
+    figure = growth_figure(rows, measures, "img_size")
     Report(f"resolution_{asked.model}", COLUMNS, rows, figure).write(asked)
 
 
-def measured(asked: argparse.Namespace) -> list[Row]:
+def measure(asked: argparse.Namespace) -> list[Row]:
     """One row per method and size."""
     models: dict[tuple[str, int], tuple[Contender, td.DialViT]] = {}
     for size in asked.sizes:
@@ -72,7 +72,7 @@ def measured(asked: argparse.Namespace) -> list[Row]:
         activations = row["peak_mib"] if method == "timm" else activations
         time = ratio(turns[method, size], turns[first])
         cost = contender.gmacs / models[first][0].gmacs
-        with torch.no_grad(), marked(model):
+        with torch.no_grad(), mark_reduction(model):
             reducing = peak_of(contender.runner.call, asked.device).reducing / 2**20
         row |= {
             **time.as_row("time_growth"),
@@ -94,7 +94,7 @@ def _contenders(size: int, asked: argparse.Namespace) -> Iterator[tuple[Contende
     plain = Contender({"method": "timm"} | labels, whole.cost().gmacs, Runner(lambda: vit(images)))
     yield plain, whole
     for method in asked.methods:
-        model = reduced(vit, method, images)
+        model = with_reduction(vit, method, images)
         (degree,) = degrees_at(model, [asked.cost])
         model.set_degree(degree)
         labels = {"method": method, "img_size": size, "degree": degree}

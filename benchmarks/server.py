@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import check_loopback, closed
+from benchmarks.load import check_loopback, play_closed
 
 COMMAND = (sys.executable, "-m", "tokendial.cli", "serve")
 START_S, STOP_S = 120.0, 60.0
@@ -34,6 +34,7 @@ class Server:
     url: str
     """Address of the server, without a slash at the end."""
     pid: int
+    """Identifier of the server's main process."""
 
     @property
     def predict(self) -> str:
@@ -57,15 +58,15 @@ class Server:
 
 
 @contextmanager
-def served(runs: Sequence[str], *options: str) -> Iterator[Server]:
-    """A fresh server of some runs; it has to end by itself when it is output to.
+def serve(runs: Sequence[str], *options: str) -> Iterator[Server]:
+    """Run `tokendial serve` while the block runs. Afterwards the server must end by itself.
 
     Args:
-        runs: As `tokendial serve` takes them.
-        options: More of its options.
+        runs: Run folders, as `tokendial serve` takes them.
+        options: Further options of `tokendial serve`.
 
     Raises:
-        ValueError: If it does not start, or does not end well.
+        ValueError: If the server does not start, or ends with an error.
     """
     command = [*COMMAND, *runs, "--port", "0", *options]
     with tempfile.TemporaryDirectory() as folder:
@@ -99,20 +100,20 @@ def _tail(output: Path) -> str:
 
 
 def capacity(server: Server, bodies: Sequence[bytes], each: int, seconds: float) -> float:
-    """Images/s that are answered within the objective, at as many clients as give the most.
+    """The most images/s that a server answers within its objective, over numbers of clients.
 
     Args:
-        server: At the degree in question.
-        bodies: Requests, taken in turn.
-        each: Images in a request.
-        seconds: For each number of clients.
+        server: A server at a fixed degree.
+        bodies: Bodies of the requests, used in turn.
+        each: Number of images in a request.
+        seconds: Seconds to measure each number of clients.
 
     Raises:
-        ValueError: If none is.
+        ValueError: If no request is answered within the objective.
     """
     best, slo = 0.0, server.slo
     for clients in CLIENTS:
-        exchanges = closed(
+        exchanges = play_closed(
             server.predict, itertools.cycle(bodies), clients=clients, timeout=10, seconds=seconds
         )
         good = sum(exchange.within(slo) for exchange in exchanges)
@@ -121,7 +122,9 @@ def capacity(server: Server, bodies: Sequence[bytes], each: int, seconds: float)
         if rate < _GAIN * before:
             break
     if not best:
-        raise ValueError(f"{server.url} answers nobody within its objective of {1000 * slo:.0f} ms")
+        raise ValueError(
+            f"{server.url} answers no request within its objective of {1000 * slo:.0f} ms"
+        )
     return best
 
 
@@ -140,22 +143,26 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         metavar="OPTIONS",
         help="more options of `tokendial serve`, in quotes; the same for every server",
     )
-    parser.add_argument("--images", type=int, default=1000, help="of the validation set")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--images", type=int, default=1000, help="validation images to send")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random numbers")
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
     """Add arguments: the run, and how requests are sent at the times of a trace."""
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--images-per-request", type=int, default=8, metavar="N")
-    parser.add_argument("--in-flight", type=int, default=200, help="most requests at a time")
+    parser.add_argument(
+        "--in-flight", type=int, default=200, help="maximum requests without an answer"
+    )
     parser.add_argument(
         "--timeout",
         type=float,
         default=5.0,
-        help="seconds beyond the objective after which an answer is given up",
+        help="seconds to wait for an answer, beyond the objective",
     )
-    parser.add_argument("--probe", type=float, default=3.0, help="seconds of a try at the capacity")
+    parser.add_argument(
+        "--probe", type=float, default=3.0, help="seconds of each measurement of the capacity"
+    )
 
 
 def server_options(asked: argparse.Namespace) -> list[str]:

@@ -11,12 +11,12 @@ server does, and latency counts from these times.
 import argparse
 
 from benchmarks import arrivals
-from benchmarks.load import closed, play
-from benchmarks.options import listed, options, parsed
-from benchmarks.played import Load, Played, played
-from benchmarks.plots import policies
+from benchmarks.load import play, play_closed
+from benchmarks.options import comma_separated, options, parse_options
+from benchmarks.played import Load, LoadOutcome, parse_outcome
+from benchmarks.plots import policy_figure
 from benchmarks.report import Column, Report, Row
-from benchmarks.server import add_load, add_server, capacity, served, server_options
+from benchmarks.server import add_load, add_server, capacity, serve, server_options
 from benchmarks.workload import Workload
 from tokendial.runs import Run
 
@@ -39,10 +39,10 @@ COLUMNS = (
 
 
 def load_of(asked: argparse.Namespace, rate: float) -> Load:
-    """The trace that was asked for.
+    """The trace that the options describe.
 
     Args:
-        asked: Options.
+        asked: The parsed options.
         rate: Requests/s at the capacity of degree 0.
     """
     before, during, after = asked.seconds
@@ -61,7 +61,7 @@ def load_of(asked: argparse.Namespace, rate: float) -> Load:
     elif asked.trace == "diurnal":
         times = arrivals.diurnal(low=low, high=high, seconds=seconds, period=seconds, seed=seed)
     else:
-        times = arrivals.recorded(asked.trace)
+        times = arrivals.read_trace(asked.trace)
         seconds = float(times[-1]) + 1
     return Load(times, seconds, 0.0, seconds)
 
@@ -74,21 +74,23 @@ def dials(degrees: tuple[int, ...]) -> dict[str, list[str]]:
 
 def main(arguments: list[str]) -> None:
     """Measure and write the results."""
-    asked = _asked(arguments)
+    asked = _parse_arguments(arguments)
     run, each, told = Run(asked.run), asked.images_per_request, server_options(asked)
     workload = Workload(run, asked.images)
     groups = workload.groups(each)
     bodies = [workload.body(group, top=workload.top) for group in groups]
-    with served([asked.run], *told, "--degree", "0") as server:
+    with serve([asked.run], *told, "--degree", "0") as server:
         slo, degrees = server.slo, server.degrees
         found = capacity(server, bodies, each, asked.probe)
     print(f"degree 0 answers {found:.0f} images/s", flush=True)
     load = load_of(asked, found / each)
-    results: dict[str, Played] = {}
+    results: dict[str, LoadOutcome] = {}
     for policy, dial in dials(degrees).items():
         print(f"{policy}: {len(load.times)} requests in {load.seconds:.0f} s", flush=True)
-        with served([asked.run], *told, *dial) as server:
-            closed(server.predict, bodies[:3], clients=1, timeout=10)  # its first ones are slow
+        with serve([asked.run], *told, *dial) as server:
+            play_closed(
+                server.predict, bodies[:3], clients=1, timeout=10
+            )  # its first ones are slow
             exchanges = play(
                 server.predict,
                 load.times,
@@ -96,7 +98,7 @@ def main(arguments: list[str]) -> None:
                 in_flight=asked.in_flight,
                 timeout=slo + asked.timeout,
             )
-        results[policy] = played(load, exchanges, each, slo)
+        results[policy] = parse_outcome(load, exchanges, each, slo)
     rows: list[Row] = [
         {"policy": policy, "accuracy": one.score(workload, groups)} | one.row()
         for policy, one in results.items()
@@ -113,10 +115,10 @@ def main(arguments: list[str]) -> None:
     ]
     trace = asked.trace if asked.trace in TRACES else "recorded"
     name = f"serving_{run.recipe().model.name}_{trace}"
-    Report(name, COLUMNS, rows, policies(rows, 1000 * slo), notes).write(asked)
+    Report(name, COLUMNS, rows, policy_figure(rows, 1000 * slo), notes).write(asked)
 
 
-def _asked(arguments: list[str]) -> argparse.Namespace:
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = options("serving", __doc__, quick="a short trace")
     add_load(parser)
     add_server(parser)
@@ -131,8 +133,8 @@ def _asked(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--load", type=float, default=3.0, help="rate in the step, in capacities")
     parser.add_argument(
         "--seconds",
-        type=listed(float),
+        type=comma_separated(float),
         default=[10.0, 60.0, 20.0],
         help="before, in and after the step; other traces are as long as the three together",
     )
-    return parsed(parser, arguments, seconds=[2.0, 8.0, 4.0], probe=1.0, images=200)
+    return parse_options(parser, arguments, seconds=[2.0, 8.0, 4.0], probe=1.0, images=200)

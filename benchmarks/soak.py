@@ -1,8 +1,8 @@
-"""Minutes of more load than a server can answer at degree 0: does it stay well?
+"""Load for minutes that is higher than a server can answer at degree 0: errors and memory growth.
 
-The server turns the dial by itself. Fails (exit code 1) if a request got another answer than one of
-200, 429 and 503, or none at all; or if the server's memory grew by more than --growth after its
-first minute.
+The server sets the degree by the load. The command fails (exit code 1) if a request got no answer,
+or an answer with another status than 200, 429 and 503; or if the server's memory grew by more than
+--growth after its first minute.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import numpy as np
 import psutil
 
 from benchmarks import arrivals
-from benchmarks.load import Exchange, closed, play
-from benchmarks.options import options, parsed
-from benchmarks.played import REFUSED, Load, played
-from benchmarks.plots import soaked
+from benchmarks.load import Exchange, play, play_closed
+from benchmarks.options import options, parse_options
+from benchmarks.played import REFUSED, Load, parse_outcome
+from benchmarks.plots import soak_figure
 from benchmarks.report import Column, Report
-from benchmarks.server import add_load, add_server, capacity, served, server_options
+from benchmarks.server import add_load, add_server, capacity, serve, server_options
 from benchmarks.workload import Workload
 from tokendial.runs import Run
 
@@ -35,12 +35,12 @@ COLUMNS = (
     Column("within", "within the objective", "{:.2%}"),
     Column("slowest_ms", "slowest (ms)", "{:.0f}"),
     Column("memory_mib", "memory at the end (MiB)", "{:.0f}"),
-    Column("growth", "growth", "{:+.2%}"),
+    Column("growth", "memory_growth", "{:+.2%}"),
 )
 
 
 @contextmanager
-def memory_of(pid: int, every: float = 1.0) -> Iterator[list[float]]:
+def sample_memory(pid: int, every: float = 1.0) -> Iterator[list[float]]:
     """Sample the resident memory of a process and its children in MiB while the block runs."""
     process, ended = psutil.Process(pid), threading.Event()
     found: list[float] = []
@@ -60,20 +60,20 @@ def memory_of(pid: int, every: float = 1.0) -> Iterator[list[float]]:
         thread.join()
 
 
-def growth(memory: Sequence[float], settle: int) -> float:
-    """From the first to the last tenth of what was measured, as a share; medians.
+def memory_growth(memory: Sequence[float], settle: int) -> float:
+    """Relative growth of memory: the median of the last tenth of the samples over the first tenth.
 
     Args:
-        memory: Again and again.
-        settle: How many of the first ones do not count.
+        memory: Samples at equal intervals.
+        settle: Number of samples at the start to leave out.
     """
     counts = memory[settle:]
     tenth = -(-len(counts) // 10)
     return float(np.median(counts[-tenth:]) / np.median(counts[:tenth]) - 1)
 
 
-def wrong(exchanges: Sequence[Exchange]) -> Counter[str]:
-    """Count what came in place of an answer or a refusal."""
+def unexpected_answers(exchanges: Sequence[Exchange]) -> Counter[str]:
+    """Count the errors and the unexpected statuses, by their texts."""
     return Counter(
         one.error or f"status {one.status}"
         for one in exchanges
@@ -83,18 +83,18 @@ def wrong(exchanges: Sequence[Exchange]) -> Counter[str]:
 
 def main(arguments: list[str]) -> None:
     """Run the soak test, write the results, and fail if a request was lost."""
-    asked = _asked(arguments)
+    asked = _parse_arguments(arguments)
     each, told, seconds = asked.images_per_request, server_options(asked), 60 * asked.minutes
     workload = Workload(Run(asked.run), asked.images)
     bodies = [workload.body(group, top=workload.top) for group in workload.groups(each)]
-    with served([asked.run], *told, "--degree", "0") as server:
+    with serve([asked.run], *told, "--degree", "0") as server:
         slo = server.slo
         found = capacity(server, bodies, each, asked.probe)
     times = arrivals.poisson(rate=asked.load * found / each, seconds=seconds, seed=asked.seed)
-    print(f"degree 0 answers {found:.0f} images/s; {len(times)} requests come", flush=True)
-    with served([asked.run], *told) as server:
-        closed(server.predict, bodies[:3], clients=1, timeout=10)
-        with memory_of(server.pid) as memory:
+    print(f"degree 0 answers {found:.0f} images/s; {len(times)} requests will be sent", flush=True)
+    with serve([asked.run], *told) as server:
+        play_closed(server.predict, bodies[:3], clients=1, timeout=10)
+        with sample_memory(server.pid) as memory:
             exchanges = play(
                 server.predict,
                 times,
@@ -102,19 +102,19 @@ def main(arguments: list[str]) -> None:
                 in_flight=asked.in_flight,
                 timeout=slo + asked.timeout,
             )
-    result = played(Load(times, seconds, 0.0, seconds), exchanges, each, slo)
-    errors = wrong(exchanges)
+    result = parse_outcome(Load(times, seconds, 0.0, seconds), exchanges, each, slo)
+    errors = unexpected_answers(exchanges)
     row = result.row() | {
         "minutes": asked.minutes,
         "slowest_ms": 1000 * max(one.latency for one in exchanges if one.status),
         "memory_mib": memory[-1],
-        "growth": growth(memory, round(min(SETTLE_S, seconds / 5))),
+        "memory_growth": memory_growth(memory, round(min(SETTLE_S, seconds / 5))),
         "memory": memory,
         "what": dict(errors),
     }
-    notes = [f"degree 0 answers {found:.0f} images/s; {asked.load:g} times as much was asked for"]
+    notes = [f"degree 0 answers {found:.0f} images/s; {asked.load:g} times as much was requested"]
     name = f"soak_{Run(asked.run).recipe().model.name}"
-    Report(name, COLUMNS, [row], soaked(row, 1000 * slo), notes).write(asked)
+    Report(name, COLUMNS, [row], soak_figure(row, 1000 * slo), notes).write(asked)
     failed = [f"{count} x {error}" for error, count in errors.items()]
     if row["growth"] > asked.growth:
         failed.append(f"memory grew by {row['growth']:.1%}, {asked.growth:.0%} are allowed")
@@ -122,11 +122,18 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"soak: {'; '.join(failed)}")
 
 
-def _asked(arguments: list[str]) -> argparse.Namespace:
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = options("soak", __doc__, quick="a quarter of a minute")
     add_load(parser)
     add_server(parser)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--load", type=float, default=2.0, help="rate, in capacities of degree 0")
-    parser.add_argument("--growth", type=float, default=0.03, help="of memory that is allowed")
-    return parsed(parser, arguments, minutes=0.25, probe=1.0, images=200)
+    parser.add_argument(
+        "--load",
+        type=float,
+        default=2.0,
+        help="rate of requests, as a multiple of the capacity of degree 0",
+    )
+    parser.add_argument(
+        "--growth", type=float, default=0.03, help="largest allowed growth of memory, as a fraction"
+    )
+    return parse_options(parser, arguments, minutes=0.25, probe=1.0, images=200)

@@ -13,8 +13,8 @@ import torch
 import tokendial as td
 from benchmarks.alternating import Runner, alternate, page_faults, ratio, seconds
 from benchmarks.memory import peak_of
-from benchmarks.options import add_model, listed, options, parsed
-from benchmarks.plots import bars
+from benchmarks.options import add_model, comma_separated, options, parse_options
+from benchmarks.plots import bar_figure
 from benchmarks.report import Column, Report, Row
 from tokendial.data.transforms.image import Augment
 from tokendial.tasks.classification import Classification
@@ -71,16 +71,16 @@ def main(arguments: list[str]) -> None:
     parser = options("training", __doc__, repeats=3)
     add_model(parser)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--methods", type=listed(str), default=list(METHODS))
-    asked = parsed(parser, arguments, batch=2)
+    parser.add_argument("--methods", type=comma_separated(str), default=list(METHODS))
+    asked = parse_options(parser, arguments, batch=2)
     if wrong := [name for name in asked.methods if name not in METHODS]:
         raise ValueError(f"methods must be some of {', '.join(METHODS)}, got {wrong[0]}.")
-    rows = measured(list(dict.fromkeys(["full", *asked.methods])), asked)
-    figure = bars(rows, "method", {"time": "time of full", "memory": "memory of full"})
+    rows = measure(list(dict.fromkeys(["full", *asked.methods])), asked)
+    figure = bar_figure(rows, "method", {"time": "time of full", "memory": "memory of full"})
     Report(f"training_{asked.model}", COLUMNS, rows, figure).write(asked)
 
 
-def measured(methods: list[str], asked: argparse.Namespace) -> list[Row]:
+def measure(methods: list[str], asked: argparse.Namespace) -> list[Row]:
     """One row per method, compared with the first method."""
     trainings: dict[str, Training] = {}
     mib = {}

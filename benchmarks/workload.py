@@ -28,8 +28,8 @@ class Workload:
         """Read and encode the first images.
 
         Args:
-            run: It; not of videos.
-            images: How many; fewer if the set has not as many.
+            run: A run on images.
+            images: Number of images, at most. A smaller validation set is used whole.
         """
         recipe = run.recipe()
         validation: Any = recipe.data.build(recipe.seed).val
@@ -37,14 +37,14 @@ class Workload:
         self.images: list[Image.Image] = [image for image, _ in samples]
         self.targets = [torch.as_tensor(target).long() for _, target in samples]
         self.task, self.classes = run.task(), run.classes()
-        self._encoded = [encoded(image) for image in self.images]
+        self._encoded = [encode_image(image) for image in self.images]
 
     def body(self, images: Sequence[int], **fields: object) -> bytes:
-        """A request.
+        """The body of a prediction request.
 
         Args:
-            images: By their numbers.
-            fields: Of the request besides `images`.
+            images: Indices of the images to send.
+            fields: Further fields of the request, such as `degree`.
         """
         return request_body([self._encoded[number] for number in images], **fields)
 
@@ -54,11 +54,11 @@ class Workload:
 
     @property
     def top(self) -> int:
-        """Number of classes that an answer must name so that it can be evaluated."""
+        """Number of classes to request in each answer, so that the metric can be computed."""
         return len(self.classes) if getattr(self.task, "multi_label", False) else 1
 
     def score(self, answers: Iterable[tuple[int, dict[str, Any]]]) -> float | None:
-        """What runs of this task are judged by, over images by number and their predictions.
+        """The task's main metric over pairs of an image's index and its prediction.
 
         None if there are no answers.
         """
@@ -83,11 +83,11 @@ class Workload:
 
 
 def request_body(images: Sequence[str], **fields: object) -> bytes:
-    """JSON body of a request for encoded images, with more fields."""
+    """JSON body of a prediction request, with encoded images and further fields."""
     return json.dumps({"images": images, **fields}).encode()
 
 
-def encoded(image: Image.Image) -> str:
+def encode_image(image: Image.Image) -> str:
     """Encode an image as base64 of a PNG."""
     file = io.BytesIO()
     image.save(file, format="PNG")
@@ -102,8 +102,8 @@ def predictions(exchange: Exchange) -> list[dict[str, Any]]:
 
 def probabilities(prediction: dict[str, Any], classes: Sequence[str]) -> "np.ndarray":
     """Probability of each class [K]; 0 for classes that the answer does not name."""
-    told = {row["name"]: row["probability"] for row in prediction["classes"]}
-    return np.array([told.get(name, 0.0) for name in classes])
+    by_name = {row["name"]: row["probability"] for row in prediction["classes"]}
+    return np.array([by_name.get(name, 0.0) for name in classes])
 
 
 def mask_of(prediction: dict[str, Any]) -> "np.ndarray":

@@ -56,7 +56,7 @@ class EveryNthReducer(td.Reducer):
         images, count, _ = tokens.x.shape
         kept = [*range(tokens.prefix), *range(tokens.prefix, count, degree + 1)]
         index = torch.tensor(kept, device=tokens.x.device).expand(images, -1)
-        return td.Grouping.keeping(index, count)
+        return td.Grouping.keep_only(index, count)
 
 
 @torch.no_grad()

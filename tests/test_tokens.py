@@ -53,15 +53,15 @@ def test_follow_keeps_dropped_positions_dropped():
 
 
 def test_a_dropped_position_is_restored_to_its_value_when_it_was_dropped():
-    tokens = Tokens(column(10, 2, 99, 6, 7), prefix=1, grid=(2, 2)).tracked()
-    tokens = tokens.reduced(worked_example())
+    tokens = Tokens(column(10, 2, 99, 6, 7), prefix=1, grid=(2, 2)).with_tracking()
+    tokens = tokens.apply_grouping(worked_example())
     tokens.x = tokens.x + 1000
-    assert tokens.restored().flatten().tolist() == [1010, 1004, 99, 1004, 1007]
+    assert tokens.restore_positions().flatten().tolist() == [1010, 1004, 99, 1004, 1007]
 
 
 def test_restoring_untracked_tokens_raises():
     with pytest.raises(ValueError, match="positions are not tracked"):
-        Tokens(column(1, 2), prefix=1, grid=(1, 1)).restored()
+        Tokens(column(1, 2), prefix=1, grid=(1, 1)).restore_positions()
 
 
 def test_carried_features_follow_with_the_weights_of_the_tokens():
@@ -72,7 +72,7 @@ def test_carried_features_follow_with_the_weights_of_the_tokens():
         size=torch.tensor([[1.0, 1.0, 1.0, 3.0, 1.0]]),
         carried={"z": column(0, 4, 5, 8, 9)},
     )
-    carried = tokens.reduced(worked_example()).carried["z"]
+    carried = tokens.apply_grouping(worked_example()).carried["z"]
     torch.testing.assert_close(carried, column(0, (4 + 3 * 8) / 4, 9))
 
 
@@ -86,7 +86,7 @@ def test_prompts_come_and_go_in_everything_that_has_a_row_for_each_token():
         policy=row,
         selected=row,
         carried={"z": column(0, 4, 5, 8, 9)},
-    ).tracked()
+    ).with_tracking()
     prompted = tokens.with_prompts(torch.tensor([[20.0], [30.0]]))
     assert prompted.x.flatten().tolist() == [10, 20, 30, 2, 99, 6, 7]
     assert prompted.origin.tolist() == [[0, 3, 4, 5, 6]]
@@ -120,9 +120,9 @@ def matched(draw: st.DrawFn) -> tuple[Grouping, int]:
 def test_sizes_sum_to_the_number_of_tokens_over_two_reductions(example):
     grouping, prefix = example
     tokens = Tokens(torch.randn(3, grouping.num_tokens, 4), prefix, (1, 1))
-    tokens = tokens.reduced(grouping, track_size=True)
+    tokens = tokens.apply_grouping(grouping, track_size=True)
     again = bipartite_matching(tokens.x, 3, num_prefix_tokens=prefix)
-    tokens = tokens.reduced(again) if again else tokens
+    tokens = tokens.apply_grouping(again) if again else tokens
     assert tokens.size is not None
     assert tokens.size.sum(dim=1).tolist() == [grouping.num_tokens] * 3
 

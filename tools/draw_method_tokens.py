@@ -18,7 +18,7 @@ from PIL import Image
 import tokendial as td
 from tokendial.data import SceneMasks, Scenes
 from tokendial.runs import read_recipe
-from tokendial.show.tokens import seen_pixels, token_figure
+from tokendial.show.tokens import input_pixels, token_figure
 from tokendial.train import train
 
 SIDE, COLOURS, DPI = 72, 96, 80
@@ -58,7 +58,7 @@ def draw(model: td.DialViT, image: Image.Image, file: Path) -> None:
     mean, std = (torch.tensor(values)[:, None, None] for values in model.anatomy.statistics)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     tensor = (pixels.reshape(SIDE, SIDE, 3).permute(2, 0, 1) / 255 - mean) / std
-    figure = token_figure(model.eval(), tensor, seen_pixels(model, tensor))
+    figure = token_figure(model.eval(), tensor, input_pixels(model, tensor))
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DPI)
     Image.open(picture).convert("RGB").quantize(COLOURS).save(file, optimize=True)

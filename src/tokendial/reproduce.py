@@ -85,7 +85,7 @@ class CostRow:
 def cost_rows() -> Iterator[CostRow]:
     """Compute the rows of all tables, one after the other."""
     for entry in read_tables():
-        params, cost = _row_of(entry)
+        params, cost = _our_values(entry)
         params_paper, cost_paper = entry["params_m"], entry["gflops"]
         yield CostRow(
             paper=entry["paper"],
@@ -187,23 +187,23 @@ def _number(value: float | None, digits: int, *, sign: str = "") -> str:
 _COUNTED_WITH = {("IV", "AdaptFormer + EViT"): {"dim": 8}}
 
 
-def _row_of(entry: dict[str, Any]) -> tuple[float | None, float | None]:
+def _our_values(entry: dict[str, Any]) -> tuple[float | None, float | None]:
     """Parameters (in millions) and cost (in 1e9) of a row; None where nothing can be counted."""
     config = entry["config"]
     params = cost = None
     if entry["params_m_computed"] is not None:
         other = _COUNTED_WITH.get((entry["table"], entry["row"]), {})
-        params = _params_of(config | other, entry["row"]) / 1e6
+        params = _our_params(config | other, entry["row"]) / 1e6
     if entry["gflops_computed"] is not None:
         use = "video" if "video" in config else "segmenter" if "decoder" in config else "image"
         adapt = _adapter(config, entry["row"])
-        cost = _counted(config["backbone"], _reducer(config), adapt, use).macs / 1e9
+        cost = _count_model(config["backbone"], _reducer(config), adapt, use).macs / 1e9
     return params, cost
 
 
-def _params_of(config: dict[str, Any], row: str) -> int:
+def _our_params(config: dict[str, Any], row: str) -> int:
     if "groups" in config:
-        shape = _wrapped(config["backbone"], None, td.LinearProbe()).anatomy.shape
+        shape = _wrap_model(config["backbone"], None, td.LinearProbe()).anatomy.shape
         with torch.device("meta"):
             compensator = td.Compensator(
                 td.ToCom(rank=config["rank"]), shape.depth, shape.embed_dim, config["groups"]
@@ -211,12 +211,12 @@ def _params_of(config: dict[str, Any], row: str) -> int:
         return sum(p.numel() for p in compensator.parameters())
     if "adapter_dim" in config:
         adapt = td.DARAdapter(dims=(config["adapter_dim"], config["compensator_dim"]))
-        return _counted("DINOv2 ViT-B/14", td.DAR(), adapt, "image").params
-    counted = _counted(config["backbone"], _reducer(config), _adapter(config, row), "image")
+        return _count_model("DINOv2 ViT-B/14", td.DAR(), adapt, "image").params
+    counted = _count_model(config["backbone"], _reducer(config), _adapter(config, row), "image")
     return published_params(config, counted)
 
 
-def published_params(config: dict[str, Any], counted: "Counted") -> int:
+def published_params(config: dict[str, Any], counted: "ModelCounts") -> int:
     """Parameters of a model as its row counts them.
 
     Some rows include a head. No row includes DyT's dispatchers.
@@ -234,7 +234,7 @@ def published_params(config: dict[str, Any], counted: "Counted") -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class ModelCounts:
     """Parameters and cost of a model."""
 
     embed_dim: int
@@ -248,23 +248,23 @@ class Counted:
 
 
 @cache
-def _counted(
+def _count_model(
     backbone: str, reduce: ReducerConfig | None, adapt: AdapterConfig, use: str
-) -> Counted:
+) -> ModelCounts:
     """Parameters and cost of the model of a row. Rows with the same model are counted once."""
     decode = td.MaskTransformer(num_classes=_SEGMENTED_CLASSES) if use == "segmenter" else None
-    model = _wrapped(backbone, reduce, adapt, decode, video=use == "video")
-    counted = count(model)
+    model = _wrap_model(backbone, reduce, adapt, decode, video=use == "video")
+    counted = count_model(model)
     return replace(counted, macs=_macs_of_segmenter(model)) if decode else counted
 
 
-def count(model: td.DialViT) -> Counted:
+def count_model(model: td.DialViT) -> ModelCounts:
     """Count a model as the papers do: layers that can be merged for inference are merged first."""
     if isinstance(model.adapt_config, td.LoRA | td.SSF | td.FacT):
         model.merge_adapters()
     cost = model.cost()
     dispatcher = model.reducer if isinstance(model.reduce_config, td.DyT) else None
-    return Counted(
+    return ModelCounts(
         embed_dim=model.anatomy.shape.embed_dim,
         params=cost.trainable_params,
         dispatchers=sum(p.numel() for p in dispatcher.parameters()) if dispatcher else 0,
@@ -272,7 +272,7 @@ def count(model: td.DialViT) -> Counted:
     )
 
 
-def _wrapped(
+def _wrap_model(
     backbone: str,
     reduce: ReducerConfig | None,
     adapt: AdapterConfig,

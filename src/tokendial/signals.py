@@ -17,11 +17,11 @@ _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 class StopRequest:
     """Says whether this process has been asked to stop."""
 
-    asked: bool = False
+    requested: bool = False
     """Whether a signal has arrived."""
 
 
-_open: list[StopRequest] = []
+_open_requests: list[StopRequest] = []
 
 
 @contextmanager
@@ -31,13 +31,13 @@ def stop_requests() -> Iterator[StopRequest]:
     A signal reaches all nested blocks, such as a run in a sweep, and blocks that begin later inside
     of them. Under `nohup`, closing the terminal is ignored.
     """
-    request = StopRequest(asked=any(outer.asked for outer in _open))
+    request = StopRequest(requested=any(outer.requested for outer in _open_requests))
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        for each in _open:
-            each.asked = True
+        for each in _open_requests:
+            each.requested = True
 
-    _open.append(request)
+    _open_requests.append(request)
     handled = [number for number in _SIGNALS if not _under_nohup(number)]
     before = {number: signal.signal(number, ask) for number in handled}
     try:
@@ -45,7 +45,7 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _open.remove(request)
+        _open_requests.remove(request)
 
 
 def _under_nohup(number: int) -> bool:

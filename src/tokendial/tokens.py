@@ -40,7 +40,7 @@ class Grouping:
     none. `follow` can treat the members of a fused token as dropped."""
 
     @classmethod
-    def keeping(cls, keep: Tensor, num_tokens: int) -> "Grouping":
+    def keep_only(cls, keep: Tensor, num_tokens: int) -> "Grouping":
         """A reduction that keeps the old tokens `keep` [B, G] and drops all others."""
         return cls(keep, keep[:, :0], keep[:, :0], num_tokens)
 
@@ -84,19 +84,19 @@ class Grouping:
         # which are much larger, are passed over only once.
         kept_BG, absorbed_BS = weight_BN.gather(1, self.keep), weight_BN.gather(1, self.src)
         if self.how == "mean":
-            total_BG = rows.merged(weight_BN.unsqueeze(-1)).squeeze(-1)
+            total_BG = rows.merge(weight_BN.unsqueeze(-1)).squeeze(-1)
             kept_BG = kept_BG / total_BG
             absorbed_BS = absorbed_BS / total_BG.gather(1, self.dst)
         merged = []
         for x in features:
-            merged.append(rows.merged(x, kept_BG, absorbed_BS))
+            merged.append(rows.merge(x, kept_BG, absorbed_BS))
         return merged
 
     def sum(self, x_BND: Tensor) -> Tensor:
         """Plain sum of each group's members, [B, G, D]."""
         if should_fuse(x_BND):
             return merge_fused(x_BND, self.keep, self.src, self.dst, None, "sum")
-        return _Rows.of(self).merged(x_BND)
+        return _Rows.of(self).merge(x_BND)
 
     def unmerge(self, y_BGD: Tensor) -> Tensor:
         """Give every old token its group's features; dropped tokens get zeros. [B, N, D]."""
@@ -141,14 +141,14 @@ class _Rows:
     def of(cls, grouping: Grouping) -> "_Rows":
         num_tokens, num_groups = grouping.num_tokens, grouping.keep.shape[1]
         return cls(
-            _flat(grouping.keep, num_tokens),
-            _flat(grouping.src, num_tokens),
-            _flat(grouping.dst, num_groups),
+            _flat_indices(grouping.keep, num_tokens),
+            _flat_indices(grouping.src, num_tokens),
+            _flat_indices(grouping.dst, num_groups),
             grouping.dst,
             num_groups,
         )
 
-    def merged(
+    def merge(
         self,
         x_BND: Tensor,
         kept_share_BG: Tensor | None = None,
@@ -214,7 +214,7 @@ class Tokens:
     """[B, N] 1 for tokens that the last FFN processed, 0 for skipped ones; None: it processed all.
     """
 
-    def tracked(self, *, follow_fused: bool = True) -> "Tokens":
+    def with_tracking(self, *, follow_fused: bool = True) -> "Tokens":
         """The same tokens, with `origin` and `lost` kept up to date from here on.
 
         Args:
@@ -225,7 +225,7 @@ class Tokens:
         lost = torch.zeros_like(self.x)
         return dataclasses.replace(self, origin=origin, lost=lost, follow_fused=follow_fused)
 
-    def reduced(self, grouping: Grouping, *, track_size: bool = False) -> "Tokens":
+    def apply_grouping(self, grouping: Grouping, *, track_size: bool = False) -> "Tokens":
         """The tokens after a reduction: features, sizes, positions and carried features.
 
         Args:
@@ -260,7 +260,7 @@ class Tokens:
     def prefix_only(self) -> "Tokens":
         """The prefix tokens, without any patch token."""
         prefix = torch.arange(self.prefix, device=self.x.device).expand(self.x.shape[0], -1)
-        return self.reduced(Grouping.keeping(prefix, self.x.shape[1]))
+        return self.apply_grouping(Grouping.keep_only(prefix, self.x.shape[1]))
 
     def with_prompts(self, prompts_PD: Tensor) -> "Tokens":
         """The same tokens, with prompts (equal for all images) as the last prefix tokens."""
@@ -277,7 +277,7 @@ class Tokens:
             size=None if self.size is None else insert(self.size, 1.0),
             policy=None if self.policy is None else insert(self.policy, 1.0),
             selected=None if self.selected is None else insert(self.selected, 1.0),
-            origin=_moved(self.origin, at, count),
+            origin=_shift_origin(self.origin, at, count),
             carried={name: insert(y, 0.0) for name, y in self.carried.items()},
         )
 
@@ -295,11 +295,11 @@ class Tokens:
             size=None if self.size is None else remove(self.size),
             policy=None if self.policy is None else remove(self.policy),
             selected=None if self.selected is None else remove(self.selected),
-            origin=_moved(self.origin, self.prefix, -count),
+            origin=_shift_origin(self.origin, self.prefix, -count),
             carried={name: remove(y) for name, y in self.carried.items()},
         )
 
-    def restored(self) -> Tensor:
+    def restore_positions(self) -> Tensor:
         """Features at every original position, [B, P, D]: all reductions are undone.
 
         A merged token is copied back to each of its positions. A dropped position has the features
@@ -309,7 +309,7 @@ class Tokens:
             ValueError: If positions were not tracked.
         """
         if self.origin is None or self.lost is None:
-            raise ValueError("positions are not tracked: start from Tokens.tracked().")
+            raise ValueError("positions are not tracked: start from Tokens.with_tracking().")
         held = take(self.x, self.origin.clamp(min=0))
         return torch.where((self.origin < 0).unsqueeze(-1), self.lost, held)
 
@@ -317,16 +317,16 @@ class Tokens:
 def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:
     """Rows of each image's tokens, in the order of `index_BK`. [B, K, D]."""
     # index_select copies whole rows; gather looks up every feature, and is seven times slower.
-    rows = x_BND.flatten(0, 1).index_select(0, _flat(index_BK, x_BND.shape[1]))
+    rows = x_BND.flatten(0, 1).index_select(0, _flat_indices(index_BK, x_BND.shape[1]))
     return rows.view(*index_BK.shape, x_BND.shape[2])
 
 
-def _moved(origin_BP: Tensor | None, first: int, by: int) -> Tensor | None:
+def _shift_origin(origin_BP: Tensor | None, first: int, by: int) -> Tensor | None:
     """`origin` after the tokens from `first` on have moved by `by` places."""
     return None if origin_BP is None else origin_BP + by * (origin_BP >= first)
 
 
-def _flat(index_BK: Tensor, num_tokens: int) -> Tensor:
+def _flat_indices(index_BK: Tensor, num_tokens: int) -> Tensor:
     """Indices into each image's tokens as rows of all images laid end to end. [B * K]."""
     first = num_tokens * torch.arange(index_BK.shape[0], device=index_BK.device)
     return (index_BK + first.unsqueeze(1)).flatten()

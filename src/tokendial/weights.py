@@ -45,7 +45,7 @@ def read_file(path: Path) -> dict[str, Any]:
         try:
             return load_file(path)
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise unreadable(path, "safetensors", error) from None
+            raise unreadable_error(path, "safetensors", error) from None
     return _read_torch(path)
 
 
@@ -65,13 +65,13 @@ def _read_torch(path: Path) -> dict[str, Any]:
             ) from None
         if "Weights only load failed" in str(error):
             raise ValueError(f"{path} is damaged or not a weight file of torch.") from None
-        raise unreadable(path, "torch", error) from None
+        raise unreadable_error(path, "torch", error) from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} is not a weight file: it does not hold tensors by name.")
     return loaded
 
 
-def unreadable(path: Path, whose: str, error: Exception) -> ValueError:
+def unreadable_error(path: Path, whose: str, error: Exception) -> ValueError:
     """Make the error for a file that is not in the format `whose`, or is cut off."""
     reason = (str(error).splitlines() or [""])[0][:80]
     return ValueError(

@@ -62,8 +62,8 @@ def test_a_day_has_its_noon_in_the_middle():
 def test_recorded_times_start_at_nought_and_keep_their_gaps(tmp_path):
     path = tmp_path / "times.txt"
     path.write_text("# seconds since 1970\n1700000002.5\n\n1700000000\n1700000001\n")
-    assert np.allclose(arrivals.recorded(path), [0, 1, 2.5])
-    assert np.allclose(arrivals.recorded(path, speed=5), [0, 0.2, 0.5])
+    assert np.allclose(arrivals.read_trace(path), [0, 1, 2.5])
+    assert np.allclose(arrivals.read_trace(path, speed=5), [0, 0.2, 0.5])
 
 
 @pytest.mark.parametrize("text", ["1.0\nnoon\n", "1.0\nnan\n"])
@@ -71,13 +71,13 @@ def test_a_recorded_line_that_is_no_time_is_named(tmp_path, text):
     path = tmp_path / "times.txt"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"times\.txt, line 2: 'n.+' is no number of seconds"):
-        arrivals.recorded(path)
+        arrivals.read_trace(path)
 
 
 def test_an_empty_recording_is_refused(tmp_path):
     (tmp_path / "times.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="holds no times"):
-        arrivals.recorded(tmp_path / "times.txt")
+        arrivals.read_trace(tmp_path / "times.txt")
 
 
 def test_what_makes_no_trace_is_refused():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from local_server import local_server
 
-from benchmarks.load import Exchange, check_loopback, closed, play
+from benchmarks.load import Exchange, check_loopback, play, play_closed
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_latency_counts_from_the_planned_time():
 def test_clients_keep_their_connections(serve):
     server = serve(lambda body: (200, body))
     bodies = [str(number).encode() for number in range(30)]
-    exchanges = closed(server.url, bodies, clients=2, timeout=10)
+    exchanges = play_closed(server.url, bodies, clients=2, timeout=10)
     assert sorted(int(exchange.body) for exchange in exchanges) == list(range(30))
     assert server.connections == 2
 
@@ -69,14 +69,16 @@ def test_clients_end_with_the_time(serve):
         time.sleep(0.01)
         return 200, body
 
-    exchanges = closed(serve(behave).url, itertools.repeat(b"1"), clients=3, timeout=9, seconds=0.2)
+    exchanges = play_closed(
+        serve(behave).url, itertools.repeat(b"1"), clients=3, timeout=9, seconds=0.2
+    )
     assert len(exchanges) > 3
     assert all(exchange.status == 200 for exchange in exchanges)
 
 
 def test_refusals_and_redirections_are_answers(serve):
     statuses = itertools.cycle([429, 503, 307])
-    exchanges = closed(
+    exchanges = play_closed(
         serve(lambda _: (next(statuses), b"{}")).url, [b"1"] * 3, clients=1, timeout=10
     )
     assert [exchange.status for exchange in exchanges] == [429, 503, 307]
@@ -89,7 +91,7 @@ def test_an_answer_that_does_not_come_is_given_up(serve):
         late.wait(10)
         return 200, body
 
-    [exchange] = closed(serve(behave).url, [b"1"], clients=1, timeout=0.2)
+    [exchange] = play_closed(serve(behave).url, [b"1"], clients=1, timeout=0.2)
     late.set()
     assert exchange.status is None
     assert exchange.error.startswith("TimeoutError")
@@ -117,7 +119,7 @@ def test_other_machines_are_left_alone(url):
     with pytest.raises(ValueError, match="must name a loopback address"):
         play(url, np.zeros(1), [b"1"], in_flight=1, timeout=1)
     with pytest.raises(ValueError, match="must name a loopback address"):
-        closed(url, [b"1"], clients=1, timeout=1)
+        play_closed(url, [b"1"], clients=1, timeout=1)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000/", "http://127.8.0.1/", "http://[::1]:80/"])

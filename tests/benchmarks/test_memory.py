@@ -2,7 +2,7 @@ import torch
 from examples import images
 
 import tokendial as td
-from benchmarks.memory import marked, peak_of
+from benchmarks.memory import mark_reduction, peak_of
 
 
 def test_the_peak_is_what_is_held_at_a_time():
@@ -24,7 +24,7 @@ def test_the_memory_of_a_reduction_is_its_own(vit):
     whole, tome = td.wrap(vit), td.wrap(vit, reduce=td.ToMe(r=16))
 
     def own(model: td.DialViT) -> int:
-        with marked(model):
+        with mark_reduction(model):
             return peak_of(lambda: model(x)).reducing
 
     assert own(whole) == 0
@@ -38,7 +38,7 @@ def test_the_memory_of_a_reduction_is_its_own(vit):
 def test_the_ffn_that_a_reducer_runs_is_not_its_own_memory(vit):
     x = images(8)
     model = td.wrap(vit, reduce=td.DyT(selection="topk")).eval()
-    with marked(model):
+    with mark_reduction(model):
         reducing = peak_of(lambda: model(x)).reducing
     hidden = 8 * 33 * 4 * 48 * 4
     chosen = 8 * 33 * 48 * 4
@@ -47,8 +47,9 @@ def test_the_ffn_that_a_reducer_runs_is_not_its_own_memory(vit):
 
 def test_a_model_is_as_before_after_its_work_was_marked(vit):
     model = td.wrap(vit, reduce=td.DyT()).eval()
-    before, reduced = dict(vars(model.reducer)), td.tokens.Tokens.reduced
-    with marked(model):
+    before = dict(vars(model.reducer))
+    apply_grouping = td.tokens.Tokens.apply_grouping
+    with mark_reduction(model):
         pass
     assert vars(model.reducer) == before
-    assert td.tokens.Tokens.reduced is reduced
+    assert td.tokens.Tokens.apply_grouping is apply_grouping

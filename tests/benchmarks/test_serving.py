@@ -13,8 +13,8 @@ from local_server import local_server
 
 from benchmarks import answers, serving, soak
 from benchmarks.load import Exchange
-from benchmarks.outage import outage
-from benchmarks.server import Server, capacity, served
+from benchmarks.outage import longest_outage
+from benchmarks.server import Server, capacity, serve
 from benchmarks.workload import Workload
 from tokendial.runs import Run
 
@@ -79,7 +79,7 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setattr("benchmarks.server.CLIENTS", (2,))
 
     def call(module, stand_in, run, *options):
-        monkeypatch.setattr(module, "served", stand_in.served)
+        monkeypatch.setattr(module, "serve", stand_in.served)
         out = tmp_path / "out"
         told = [str(run.folder), "--out", str(out), *options]
         try:
@@ -129,7 +129,7 @@ def test_a_server_without_capacity_is_told(scenes):
 
 @pytest.mark.parametrize("trace", ["poisson", "bursts", "diurnal"])
 def test_traces_are_as_long_as_asked(trace):
-    asked = serving._asked(["RUN", "--trace", trace, "--seconds", "5,30,15"])
+    asked = serving._parse_arguments(["RUN", "--trace", trace, "--seconds", "5,30,15"])
     load = serving.load_of(asked, 100.0)
     assert (load.start, load.end, load.seconds) == (0, 50, 50)
     assert 0.5 * 100 * 40 < len(load.times) < 3 * 100 * 60
@@ -137,13 +137,15 @@ def test_traces_are_as_long_as_asked(trace):
 
 def test_a_recorded_trace_is_played_as_it_is(tmp_path):
     (tmp_path / "times.txt").write_text("7\n5\n5.5\n")
-    load = serving.load_of(serving._asked(["RUN", "--trace", str(tmp_path / "times.txt")]), 100.0)
+    load = serving.load_of(
+        serving._parse_arguments(["RUN", "--trace", str(tmp_path / "times.txt")]), 100.0
+    )
     assert load.times.tolist() == [0, 0.5, 2]
     assert (load.start, load.end, load.seconds) == (0, 3, 3)
 
 
 def test_quick_is_short_but_for_what_is_given():
-    asked = serving._asked(["RUN", "--quick", "--probe", "9"])
+    asked = serving._parse_arguments(["RUN", "--quick", "--probe", "9"])
     assert (sum(asked.seconds), asked.probe) == (14, 9)
 
 
@@ -167,7 +169,7 @@ def test_another_status_fails_a_soak(command, scenes):
 
 def test_growth_counts_after_the_first_part():
     memory = [*np.linspace(100, 200, 60), *[200.0] * 50, *[204.0] * 60]
-    assert soak.growth(memory, settle=60) == pytest.approx(0.02)
+    assert soak.memory_growth(memory, settle=60) == pytest.approx(0.02)
 
 
 def test_right_answers_are_found_right(command, scenes):
@@ -216,19 +218,19 @@ def in_place_of_serve(monkeypatch):
 
 def test_a_server_is_ready_when_it_tells_its_address(in_place_of_serve):
     in_place_of_serve(TALKS.format(code=0))
-    with served(["RUN"]) as server:
+    with serve(["RUN"]) as server:
         assert server.predict == "http://127.0.0.1:4321/v1/predict"
 
 
 def test_a_server_that_does_not_end_well_fails(in_place_of_serve):
     in_place_of_serve(TALKS.format(code=3))
-    with pytest.raises(ValueError, match="the server ended with 3:\nserving at"), served(["RUN"]):
+    with pytest.raises(ValueError, match="the server ended with 3:\nserving at"), serve(["RUN"]):
         pass
 
 
 def test_a_server_that_does_not_start_tells_why(in_place_of_serve):
     in_place_of_serve("import sys; sys.exit(f'no such run: {sys.argv[1]}')")
-    with pytest.raises(ValueError, match="did not start:\nno such run: RUN"), served(["RUN"]):
+    with pytest.raises(ValueError, match="did not start:\nno such run: RUN"), serve(["RUN"]):
         pass
 
 
@@ -237,5 +239,5 @@ def test_an_outage_lasts_from_the_last_answer_to_the_next():
         return Exchange(0, answered - 0.5, answered=answered, status=status)
 
     told = [at(1.0), at(2.0), at(2.5, status=503), at(4.5), at(5.0), Exchange(0, 5.0)]
-    assert outage(told, seconds=6.0) == 2.5
-    assert outage(told, seconds=9.0) == 4.0
+    assert longest_outage(told, seconds=6.0) == 2.5
+    assert longest_outage(told, seconds=9.0) == 4.0

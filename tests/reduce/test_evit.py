@@ -57,7 +57,7 @@ def test_one_block_equals_the_reference(rest):
     grouping = attentive_grouping(scores, num_kept, rest=REST[rest])
     assert torch.equal(grouping.keep[:, 1 : 1 + num_kept] - 1, tensors["output.rate.kept_idx"])
     after = x + anatomy.attention_branch(1, out, normed)
-    tokens = Tokens(after, 1, (4, 8)).reduced(grouping)
+    tokens = Tokens(after, 1, (4, 8)).apply_grouping(grouping)
     before = tensors[f"output.rate_{rest}.tokens_before_mlp"]
     torch.testing.assert_close(tokens.x, before, atol=1e-5, rtol=0)
     out = tokens.x + anatomy.ffn_branch(1, anatomy.ffn_input(1, tokens.x))

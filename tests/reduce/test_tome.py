@@ -65,7 +65,7 @@ def test_merging_equals_the_reference(case):
     torch.testing.assert_close(grouping.merge(x), tensors["output.merge_mean"], **CLOSE)
     torch.testing.assert_close(grouping.sum(x), tensors["output.merge_sum"], **CLOSE)
     torch.testing.assert_close(grouping.merge(x), tensors["output.wavg_size_none.x"], **CLOSE)
-    tokens = Tokens(x, 0, (1, 1), size=size.squeeze(-1)).reduced(grouping)
+    tokens = Tokens(x, 0, (1, 1), size=size.squeeze(-1)).apply_grouping(grouping)
     torch.testing.assert_close(tokens.x, tensors["output.wavg.x"], **CLOSE)
     torch.testing.assert_close(tokens.size, tensors["output.wavg.size"].squeeze(-1), **CLOSE)
     assert torch.equal(source_of(grouping), tensors["output.source_none"])
@@ -83,12 +83,12 @@ def test_unmerging_equals_the_reference(case):
 def test_a_second_step_equals_the_reference(case):
     settings, tensors, grouping, prefix = matching(case)
     size = tensors["input.size"].squeeze(-1)
-    tokens = Tokens(tensors["input.x"], prefix, (1, 1), size=size).reduced(grouping)
+    tokens = Tokens(tensors["input.x"], prefix, (1, 1), size=size).apply_grouping(grouping)
     second = bipartite_matching(
         tensors["input.metric2"], settings["r_second"], num_prefix_tokens=prefix
     )
     assert second is not None
-    tokens = tokens.reduced(second)
+    tokens = tokens.apply_grouping(second)
     torch.testing.assert_close(tokens.x, tensors["output.second.x"], **CLOSE)
     torch.testing.assert_close(tokens.size, tensors["output.second.size"].squeeze(-1), **CLOSE)
     source = source_of(second) @ source_of(grouping)
@@ -107,7 +107,7 @@ def test_kth_matching_equals_the_reference(k):
     torch.testing.assert_close(grouping.sum(x), tensors["output.merge_sum"], **CLOSE)
     restored = grouping.unmerge(grouping.merge(x))
     torch.testing.assert_close(restored, tensors["output.unmerge_of_merge_mean"], **CLOSE)
-    tokens = Tokens(x, 0, (1, 1)).reduced(grouping, track_size=True)
+    tokens = Tokens(x, 0, (1, 1)).apply_grouping(grouping, track_size=True)
     torch.testing.assert_close(tokens.x, tensors["output.wavg_size_none.x"], **CLOSE)
     assert torch.equal(tokens.size, tensors["output.wavg_size_none.size"].squeeze(-1))
     assert torch.equal(source_of(grouping), tensors["output.source_none"])
@@ -292,7 +292,7 @@ def test_pooling_counts_merged_tokens_by_their_size(pool):
     with torch.no_grad():
         for step in model.steps(images(), track=True):
             tokens = step.tokens
-        restored = model.vit.norm(tokens.restored())
+        restored = model.vit.norm(tokens.restore_positions())
         torch.testing.assert_close(model(images()), model.vit.forward_head(restored))
 
 

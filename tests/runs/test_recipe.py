@@ -13,7 +13,7 @@ from tokendial.methods import to_json
 from tokendial.runs import CompensateRecipe, Recipe, read_recipe
 from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import check_recipe
-from tokendial.runs.recipe_file import resolved_recipe
+from tokendial.runs.recipe_file import explicit_fields
 from tokendial.runs.run import dotted_fields
 
 MINIMAL = {
@@ -86,7 +86,7 @@ SHIPPED = Path(__file__).parents[2] / "recipes"
     "name", [str(file.relative_to(SHIPPED).with_suffix("")) for file in SHIPPED.rglob("*.yaml")]
 )
 def test_every_shipped_recipe_reads_and_names_its_runs(name):
-    kind = CompensateRecipe if "compensate" in resolved_recipe(name) else Recipe
+    kind = CompensateRecipe if "compensate" in explicit_fields(name) else Recipe
     recipe = read_recipe(name, ["data.root=images"] if name == "image_folder" else [], kind=kind)
     assert recipe.output == f"runs/{name}"
 

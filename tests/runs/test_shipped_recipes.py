@@ -27,13 +27,20 @@ from safetensors.torch import save_file
 
 from tokendial import wrap
 from tokendial.compensate import Compensator
-from tokendial.reproduce import AGREES, Counted, agreement, count, published_params, read_tables
+from tokendial.reproduce import (
+    AGREES,
+    ModelCounts,
+    agreement,
+    count_model,
+    published_params,
+    read_tables,
+)
 from tokendial.runs import CompensateRecipe, read_recipe
 from tokendial.runs.new_model import build_model
-from tokendial.runs.recipe_file import resolved_recipe, shipped_recipes
+from tokendial.runs.recipe_file import explicit_fields, shipped_recipes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
-RECIPES = {name: resolved_recipe(name) for name in shipped_recipes()}
+RECIPES = {name: explicit_fields(name) for name in shipped_recipes()}
 COMPENSATORS = [name for name, fields in RECIPES.items() if "compensate" in fields]
 
 
@@ -80,17 +87,17 @@ def entry(row: Row) -> dict:
     return found
 
 
-COUNTED: dict[str, Counted] = {}
+COUNTED: dict[str, ModelCounts] = {}
 
 
-def counted(name: str) -> Counted:
+def counted(name: str) -> ModelCounts:
     """Parameters and cost at full size; recipes of the same model are counted once."""
     model = json.dumps([RECIPES[name].get(f) for f in ("model", "reduce", "adapt", "decode")])
     if model not in COUNTED:
         recipe = read_recipe(name, ["model.weights=null"])
         with torch.device("meta"):
             classes = recipe.decode.num_classes if recipe.decode else 100
-            COUNTED[model] = count(build_model(recipe, classes))
+            COUNTED[model] = count_model(build_model(recipe, classes))
     return COUNTED[model]
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serving import picture, serving
 
-from benchmarks.answers import Offline, answered, compared, mixed
+from benchmarks.answers import Offline, compare_answers, random_requests, send_all
 
 
 @pytest.mark.parametrize("names", [("pets", "cars"), ("masks",)], ids=" and ".join)
@@ -17,13 +17,13 @@ def test_mixed_requests_get_the_answers_of_the_offline_model(names, request):
     with serving(runs, own_process=True, max_batch=16) as server, ThreadPoolExecutor(1) as client:
         url = f"http://127.0.0.1:{server.port}/v1/predict"
         degrees = [row["degree"] for row in server.ask("/v1/degrees").json["degrees"]]
-        requests = mixed(list(runs), degrees, images=len(images), requests=48, seed=0)
+        requests = random_requests(list(runs), degrees, images=len(images), requests=48, seed=0)
         with server.busy():  # until all of them wait, so that batches mix
-            done = client.submit(answered, url, requests, offline, clients=len(requests))
+            done = client.submit(send_all, url, requests, offline, clients=len(requests))
             while server.engine.status().queued < sum(len(some.images) for some in requests):
                 assert not done.done(), done.result()
                 time.sleep(0.01)
-        rows = compared(done.result(), offline)
+        rows = compare_answers(done.result(), offline)
     assert {row["what"].partition(", ")[0] for row in rows} == set(runs)
     assert sum(row["images"] for row in rows) == sum(len(some.images) for some in requests)
     assert sum(row["wrong"] for row in rows) == 0

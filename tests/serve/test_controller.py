@@ -173,7 +173,7 @@ def test_answers_are_in_time_and_the_dial_returns(times):
 def test_a_recorded_trace_is_answered(tmp_path):
     path = tmp_path / "arrivals.txt"
     path.write_text("\n".join(str(1700000000 + number / 50) for number in range(500)))
-    played = simulate(scheduler(SLO), asked(arrivals.recorded(path)))
+    played = simulate(scheduler(SLO), asked(arrivals.read_trace(path)))
     assert len(played.answered) == 500
 
 

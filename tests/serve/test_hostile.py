@@ -193,7 +193,9 @@ def test_the_hostile_benchmark_measures_honest_clients(server, monkeypatch):
     monkeypatch.setattr(hostile, "_SETTLE_S", 1.1)
     attack = next(each for each in ATTACKS if "numbers" in each.name)
     body, _ = text(file(picture()))
-    row = hostile.attacked(Server(f"http://127.0.0.1:{server.port}", os.getpid()), attack, body, 1)
+    row = hostile.measure_attack(
+        Server(f"http://127.0.0.1:{server.port}", os.getpid()), attack, body, 1
+    )
     assert set(row["answers"].split()) >= {"x", "413"}
     assert row["honest"] >= 1
     assert row["lost"] == 0

@@ -20,7 +20,7 @@ from tokendial.serve.scheduling.controller import ControllerRules
 from tokendial.serve.scheduling.engine import WorkerLostError
 from tokendial.serve.scheduling.scheduler import RequestRefusedError
 from tokendial.serve.settings import Settings
-from tokendial.serve.starting import measure_supervised
+from tokendial.serve.starting import measure_batch_times
 from tokendial.serve.workers.served_runs import ServedRuns
 
 # With more threads than one: what is forked has to make its own.
@@ -102,7 +102,7 @@ def test_images_come_back_as_the_logits_they_have_alone(served, runs):
 
 def test_every_degree_and_size_is_measured(served):
     degrees = served.supervisor.catalog.degrees[:2]
-    costs = measure_supervised(
+    costs = measure_batch_times(
         served.supervisor, ControllerRules(60.0, degrees, max_batch=2), degrees
     )
     assert set(costs.points) == {(name, d) for name in ("pets", "cars") for d in degrees}

@@ -11,4 +11,4 @@ def test_a_block_takes_few_calls(capsys):
 def test_the_script_counts_the_whole_block():
     """A count that misses parts of the block would pass any limit."""
     names = {function for _, function in count_calls()}
-    assert {"attend", "Tokens.reduced", "DenseAdapters.beside_ffn", "Mlp.forward"} <= names
+    assert {"attend", "Tokens.apply_grouping", "DenseAdapters.beside_ffn", "Mlp.forward"} <= names

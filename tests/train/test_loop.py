@@ -146,10 +146,10 @@ def test_blocks_inside_each_other_are_all_asked_to_stop(name):
     with stop_requests() as outer:
         with stop_requests() as inner:
             os.kill(os.getpid(), getattr(signal, name))
-            assert inner.asked
-        assert outer.asked
+            assert inner.requested
+        assert outer.requested
         with stop_requests() as later:
-            assert later.asked
+            assert later.requested
     with stop_requests() as fresh:
         assert not fresh.asked
 

@@ -47,7 +47,7 @@ def test_every_method_gives_the_logits_of_the_model(reduce, keep_everything):
         "packed weights",
         "unfused attention",
         "padded keys",
-        "a core each",
+        "split batch",
     ]
     same_logits(fast, model, degrees)
 

@@ -57,17 +57,17 @@ def test_what_is_found_fits_and_no_constant_schedule_that_fits_is_better(
 ):
     space = space_of(name)
     table = table_of(space, odd)
-    search = ScheduleSearch(space, table, judge_of(space, weights), over=lambda: False)
-    least = table.of(space.strongest)
+    search = ScheduleSearch(space, table, judge_of(space, weights), time_is_up=lambda: False)
+    least = table.schedule_cost(space.strongest)
     found = []
     harder = None
     for share in sorted(shares):
-        most = least + share * (table.of(space.none) - least)
+        most = least + share * (table.schedule_cost(space.none) - least)
         harder = search.run(most, harder)
         found.append(harder)
-        assert table.of(harder) <= most + 1e-9
+        assert table.schedule_cost(harder) <= most + 1e-9
         assert space.normalise(harder) == harder
-        fitting = [s for s in space.all_linear() if table.of(s) <= most]
+        fitting = [s for s in space.all_linear() if table.schedule_cost(s) <= most]
         # The mildest that fits is the best of them where a token less never costs more.
         if odd == 0.0 and fitting:
             assert search.divergence(harder) <= min(map(search.divergence, fitting)) + 1e-9
@@ -83,10 +83,10 @@ def test_layers_that_harm_less_remove_more():
     space = space_of("tome")
     table = table_of(space, 0.0)
     weights = [4.0, 4.0, 0.1, 4.0, 4.0]
-    search = ScheduleSearch(space, table, judge_of(space, weights), over=lambda: False)
-    most = 0.7 * table.of(space.none)
+    search = ScheduleSearch(space, table, judge_of(space, weights), time_is_up=lambda: False)
+    most = 0.7 * table.schedule_cost(space.none)
     found = search.run(most)
-    constant = next(s for s in space.all_linear() if table.of(s) <= most)
+    constant = next(s for s in space.all_linear() if table.schedule_cost(s) <= most)
     assert max(found) == found[2]
     assert search.divergence(found) < 0.7 * search.divergence(constant)
 
@@ -94,9 +94,9 @@ def test_layers_that_harm_less_remove_more():
 def test_without_time_the_best_start_is_found():
     space = space_of("tome")
     table = table_of(space, 0.0)
-    search = ScheduleSearch(space, table, judge_of(space, [1.0] * DEPTH), over=lambda: True)
-    found = search.run(0.8 * table.of(space.none))
-    assert table.of(found) <= 0.8 * table.of(space.none)
+    search = ScheduleSearch(space, table, judge_of(space, [1.0] * DEPTH), time_is_up=lambda: True)
+    found = search.run(0.8 * table.schedule_cost(space.none))
+    assert table.schedule_cost(found) <= 0.8 * table.schedule_cost(space.none)
 
 
 class Known:
@@ -131,7 +131,7 @@ def test_the_table_takes_blocks_apart(name):
         known = 7.0 + sum(
             meter.cost(n, m) for n, m in pairwise((PATCHES, *space.tokens_left(schedule)))
         )
-        assert table.of(schedule) == pytest.approx(known / unit, rel=0.02)
+        assert table.schedule_cost(schedule) == pytest.approx(known / unit, rel=0.02)
 
 
 def test_counts_that_no_schedule_leaves_in_time_are_passed_by():

@@ -2,8 +2,8 @@
 
 Source: Lian et al., "Scaling & Shifting Your Features", NeurIPS 2022,
 https://arxiv.org/abs/2210.08823, section 3.2: scale and shift act after each norm, each linear
-layer and the patch embedding. Departure: scales start at 1 and shifts at 0, so that the model starts unchanged
-(the authors' code draws both with a deviation of 0.02).
+layer and the patch embedding. Departure: scales start at 1 and shifts at 0, so that the model
+starts unchanged (the authors' code draws both with a standard deviation of 0.02).
 """
 
 from collections.abc import Sequence

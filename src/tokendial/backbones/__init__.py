@@ -8,7 +8,7 @@ from tokendial.backbones.build import (
     fingerprint,
     same_backbone,
 )
-from tokendial.backbones.convert import Converted, convert_weights
+from tokendial.backbones.convert import ConvertedWeights, convert_weights
 from tokendial.backbones.loading import load_weights
 from tokendial.backbones.pooling import new_head, video_vit
 
@@ -16,7 +16,7 @@ __all__ = [
     "SHIPPED_NAME",
     "Anatomy",
     "Backbone",
-    "Converted",
+    "ConvertedWeights",
     "anatomy_of",
     "convert_weights",
     "fingerprint",

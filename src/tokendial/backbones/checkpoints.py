@@ -190,7 +190,7 @@ def find_vit(
         inner: str | None = name.removeprefix(root)
         if whose == "transformers":
             inside = name.startswith(root)
-            inner = _renamed(name.removeprefix(root), _FROM_TRANSFORMERS if inside else _BESIDE)
+            inner = _rename(name.removeprefix(root), _FROM_TRANSFORMERS if inside else _BESIDE)
             inner = inner if inside or inner.startswith(_HEADS) else None
         elif not name.startswith(root) or not (alone or name.startswith(f"{root}visual.")):
             inner = None
@@ -218,7 +218,7 @@ def _roots(state: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
+def _rename(name: str, table: Iterable[tuple[str, str]]) -> str:
     """Apply all matching patterns of a table to a name, one after another."""
     for pattern, ours in table:
         name = re.sub(f"^{pattern}$", ours, name)

@@ -21,7 +21,7 @@ from tokendial.backbones.checkpoints import GRID, find_state_dict, find_vit
 from tokendial.backbones.loading import convert_to_timm_names, describe_counts
 from tokendial.backbones.positions import resize_positions
 from tokendial.backbones.timm_vit import HEADS
-from tokendial.weights import check_finite, read_file, unreadable
+from tokendial.weights import check_finite, read_file, unreadable_error
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,7 +35,7 @@ _DAR_PARTS = re.compile(
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConvertedWeights:
     """A released weight file with timm's names; `save` writes it."""
 
     source: Path
@@ -62,7 +62,7 @@ class Converted:
         left_out = f"; left out: {describe_counts(self.left_out)}" if self.left_out else ""
         return f"{self.kind} weights of {self.model}, {len(self.tensors)} tensors{head}{left_out}"
 
-    def resized_to(self, img_size: tuple[int, int]) -> "Converted":
+    def resized_to(self, img_size: tuple[int, int]) -> "ConvertedWeights":
         """Return a copy for another image size; positions are resized as the released code does.
 
         `load_weights` also resizes positions, but in the same way for all kinds of models.
@@ -121,13 +121,13 @@ class Converted:
         return path
 
 
-def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Converted:
+def convert_weights(path: str | Path, model: str | Backbone | None = None) -> ConvertedWeights:
     """Read a released weight file and give its tensors timm's names.
 
     These are recognised by their tensors: DINOv2 (also with registers), DINO's training
     checkpoints, DeiT (also distilled), MAE (the encoder) and DAR's segmentation models (the
     backbone only) in torch's format, and AugReg in NumPy's. For other files, give `model`. Only
-    tensors are unpickled. No tensor is resized, see `Converted.resized_to`.
+    tensors are unpickled. No tensor is resized, see `ConvertedWeights.resized_to`.
 
     Args:
         path: The file to read. The suffix .npz means NumPy's format, any other torch's.
@@ -146,7 +146,7 @@ def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Co
     return _from_numpy(path, backbone) if path.suffix == ".npz" else _from_torch(path, backbone)
 
 
-def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
+def _from_torch(path: Path, backbone: Backbone | None) -> ConvertedWeights:
     state, wrapper, left_out = find_state_dict(read_file(path), path)
     if any(map(_DAR_PARTS.fullmatch, state)):
         kind, state = "DAR", _dar_backbone(state, left_out)
@@ -170,10 +170,10 @@ def _from_torch(path: Path, backbone: Backbone | None) -> Converted:
     vit = _build(backbone, classes, device="meta")
     _check(path, f"{kind} file of {backbone.name}", _torch_shapes(vit, kind), shapes)
     tensors, _ = convert_to_timm_names(state, vit, left_out)
-    return Converted(path, kind, backbone.name, tensors, dict(left_out))
+    return ConvertedWeights(path, kind, backbone.name, tensors, dict(left_out))
 
 
-def _from_numpy(path: Path, backbone: Backbone | None) -> Converted:
+def _from_numpy(path: Path, backbone: Backbone | None) -> ConvertedWeights:
     shapes = _read_numpy_shapes(path)
     backbone = backbone or _matching_backbone(path, "AugReg", shapes)
     classes = next((shapes[n][-1] for n in ("head/kernel", "head/bias") if shapes.get(n)), 0)
@@ -188,7 +188,7 @@ def _from_numpy(path: Path, backbone: Backbone | None) -> Converted:
             f"{path}: AugReg files do not hold all of {backbone.name}; "
             f"{len(absent)} missing: {_some(absent)}."
         )
-    return Converted(path, "AugReg", backbone.name, tensors, {})
+    return ConvertedWeights(path, "AugReg", backbone.name, tensors, {})
 
 
 def _read_numpy_shapes(path: Path) -> Shapes:
@@ -201,7 +201,7 @@ def _read_numpy_shapes(path: Path) -> Shapes:
     except Exception as error:
         if "Object arrays" in str(error):
             raise ValueError(f"{path} needs pickled objects, which are not loaded.") from None
-        raise unreadable(path, "NumPy", error) from None
+        raise unreadable_error(path, "NumPy", error) from None
     if odd := [name for name, array in arrays.items() if array.dtype.kind != "f"]:
         raise ValueError(f"{path}: {odd[0]} must be of a float type, got {arrays[odd[0]].dtype}.")
     if odd := [name for name, array in arrays.items() if not np.isfinite(array).all()]:

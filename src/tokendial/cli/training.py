@@ -131,9 +131,9 @@ def _all_fields(name: str) -> str:
     from pydantic import ValidationError
 
     from tokendial.runs.recipe import CompensateRecipe, Recipe, check_section
-    from tokendial.runs.recipe_file import apply_overrides, find_recipe, resolved_recipe
+    from tokendial.runs.recipe_file import apply_overrides, explicit_fields, find_recipe
 
-    data = resolved_recipe(name)
+    data = explicit_fields(name)
     data.setdefault("output", f"runs/{find_recipe(name)[1]}")
     kind = Recipe if "adapt" in data else CompensateRecipe
     try:

@@ -46,7 +46,7 @@ class Attachment:
         self._projections: list[_Projection] = []
 
     def start(self) -> None:
-        """Find the layers of the active adapter, and apply the difference for the model's degree."""
+        """Find the layers of the active adapter; apply the difference for the present degree."""
         self._projections = [
             _Projection(self, layer, part, outer, rows)
             for layer in range(1, self.compensator.depth + 1)

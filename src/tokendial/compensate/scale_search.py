@@ -12,7 +12,7 @@ SCALES = (0.01, 0.02, 0.05, 0.08, 0.1, 0.12, 0.15)
 """Factors that the ToCom paper tries at inference."""
 
 
-class Scaled(Protocol):
+class HasScale(Protocol):
     """A compensator whose factor can be changed."""
 
     scale: float
@@ -20,7 +20,7 @@ class Scaled(Protocol):
 
 @torch.no_grad()
 def search_scale(
-    compensator: Scaled,
+    compensator: HasScale,
     model: DialViT,
     loader: Iterable[tuple[Tensor, Tensor]],
     degree: int,

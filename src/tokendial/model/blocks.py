@@ -78,7 +78,7 @@ class BlockRunner:
         if acting is not None:
             grouping = acting.group(layer, degree, tokens, attended)
             if grouping is not None:
-                tokens = tokens.reduced(grouping, track_size=acting.tracks_size)
+                tokens = tokens.apply_grouping(grouping, track_size=acting.tracks_size)
 
         # 4. The FFN, on all tokens or on those that the reducer chooses (DyT, DAR, FFNMerge).
         tokens = self._ffn(layer, tokens, attended, acting)

@@ -170,7 +170,7 @@ class DialViT(nn.Module):
         tokens = self.anatomy.embed(images)
         if self.decoder is not None:
             # A decoder needs every position back.
-            tokens = tokens.tracked(follow_fused=False)
+            tokens = tokens.with_tracking(follow_fused=False)
         for layer in range(1, depth + 1):
             tokens = run_block(layer, tokens, prefix_only=skips and layer == depth).tokens
         return self._logits(tokens)
@@ -199,7 +199,7 @@ class DialViT(nn.Module):
         run_block = self._block_function()
         tokens = self.anatomy.embed(images)
         if track:
-            tokens = tokens.tracked(follow_fused=dropped == "fused")
+            tokens = tokens.with_tracking(follow_fused=dropped == "fused")
         for layer in range(1, len(self.anatomy.blocks) + 1):
             step = run_block(layer, tokens, needs)
             tokens = step.tokens
@@ -351,7 +351,7 @@ class DialViT(nn.Module):
     def _restored_map(self, tokens: Tokens, *, norm: bool) -> Tensor:
         """The feature map [B * grids, D, rows, columns] of tracked tokens, reductions undone."""
         rows, columns = tokens.grid
-        x = tokens.restored()[:, -tokens.grids * rows * columns :]
+        x = tokens.restore_positions()[:, -tokens.grids * rows * columns :]
         return to_grid(self.anatomy.norm(x) if norm else x, tokens.grid)
 
     # What timm's models have.
@@ -395,7 +395,7 @@ class DialViT(nn.Module):
             [B * T, N, D].
         """
         *_, last = self.steps(images, track=True, dropped="own")
-        return self.anatomy.norm(last.tokens.restored())
+        return self.anatomy.norm(last.tokens.restore_positions())
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of the features that `forward_features` returns.
@@ -452,7 +452,7 @@ class DialViT(nn.Module):
         for step in self.steps(images, track=True, dropped="own"):
             if step.layer - 1 in blocks:
                 rows, columns = step.tokens.grid
-                x = step.tokens.restored()
+                x = step.tokens.restore_positions()
                 x = self.anatomy.norm(x) if norm else x
                 prefix, patches = x.tensor_split([-step.tokens.grids * rows * columns], dim=1)
                 part = patches if output_fmt == "NLC" else to_grid(patches, step.tokens.grid)
@@ -461,7 +461,7 @@ class DialViT(nn.Module):
                 break
         if intermediates_only:
             return found
-        return self.anatomy.norm(step.tokens.restored()), found
+        return self.anatomy.norm(step.tokens.restore_positions()), found
 
     def get_classifier(self) -> Any:
         """The head as timm's `get_classifier` returns it; the decoder if there is one."""

@@ -140,7 +140,7 @@ class DynamicViTReducer(Reducer):
         patches_at_first = tokens.grids * rows * columns
         count = max(1, int(patches_at_first * self.rates[degree] ** (stage + 1)))
         keep = best_tokens(scores, count, tokens.prefix)
-        return tokens.reduced(Grouping.keeping(keep, tokens.x.shape[1]))
+        return tokens.apply_grouping(Grouping.keep_only(keep, tokens.x.shape[1]))
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """Return the loss on the fractions of kept tokens; with a teacher also distillation."""

@@ -252,7 +252,7 @@ def attentive_grouping(
     order = best_tokens(scores_BL, num_patches, num_prefix_tokens)
     keep, src = order[:, :num_stay], order[:, num_stay:]
     if rest != "merge":
-        return Grouping.keeping(keep, num_tokens)
+        return Grouping.keep_only(keep, num_tokens)
     kept = keep[:, num_prefix_tokens:-1] - num_prefix_tokens
     weight = scores_BL
     if fuse_weights == "normalised":

@@ -189,7 +189,7 @@ def _run_ffn_on_best(
 ) -> tuple[Tensor, Tensor]:
     """Run `ffn` on the prefix tokens and the `count` best patch tokens of each image."""
     num_tokens = tokens.x.shape[1]
-    grouping = Grouping.keeping(best_tokens(logits_BL, count, tokens.prefix), num_tokens)
+    grouping = Grouping.keep_only(best_tokens(logits_BL, count, tokens.prefix), num_tokens)
     out_BND = grouping.unmerge(ffn(grouping.merge(tokens.x)))
     return tokens.x + out_BND, (grouping.index >= 0).to(tokens.x.dtype)
 

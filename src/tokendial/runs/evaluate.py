@@ -142,7 +142,7 @@ def evaluate(
     model = run.model().to(device or default_device())
     wanted = degrees_to_show(model, degrees)
     task, loader = validation_set(run, model, batch_size)
-    images = some_images(loader, model, batch_size)
+    images = first_images(loader, model, batch_size)
     fast = apply_speed(model, images.to(next(model.parameters()).device), speed, wanted)
     dial_vit = fast.model if isinstance(fast, OptimizedViT) else fast
     meter = ShareMeter(dial_vit) if ShareMeter.supports(dial_vit) else None
@@ -221,7 +221,7 @@ def validation_set(run: Run, model: DialViT, batch_size: int) -> tuple[Task, Dat
     return task, loader
 
 
-def some_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Tensor:
+def first_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Tensor:
     """The first images of a loader, cropped to the model's image size.
 
     Returns:

@@ -12,9 +12,9 @@ from tokendial.runs.evaluate import (
     ProgressCallback,
     StepCounter,
     evaluate_loader,
+    first_images,
     main_score,
     no_progress,
-    some_images,
     time_degrees,
     validation_set,
 )
@@ -116,7 +116,7 @@ def _rows_of_run(
 ) -> list[CompensatedRow]:
     """The rows of one run: all degrees run without the compensator first, then all with it."""
     task, loader = validation_set(run, model, batch_size)
-    images = some_images(loader, model, batch_size)
+    images = first_images(loader, model, batch_size)
     counter = StepCounter(progress, 2 * len(degrees) * len(loader))
 
     def accuracy(degree: int) -> float:

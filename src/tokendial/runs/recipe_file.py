@@ -50,7 +50,7 @@ def read_recipe(
         ValueError: In one line: which field is wrong, its value, and what is allowed.
     """
     path, name = find_recipe(path)
-    data = _resolved(path)
+    data = _resolve_base(path)
     for field, command, other_kind in (
         ("compensate", "compensate", Recipe),
         ("adapt", "train", CompensateRecipe),
@@ -124,12 +124,12 @@ def summary(path: Path) -> str:
     return describe(path).replace("\n", " ").partition(". ")[0].rstrip(".")
 
 
-def resolved_recipe(name: str | Path) -> dict[str, Any]:
+def explicit_fields(name: str | Path) -> dict[str, Any]:
     """The fields that a recipe and its bases write out, without defaults."""
-    return _resolved(find_recipe(name)[0])
+    return _resolve_base(find_recipe(name)[0])
 
 
-def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _resolve_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The fields of a file over those of its base; `above` are the files that lead here."""
     path = path.resolve()
     if path in above:
@@ -147,17 +147,17 @@ def _resolved(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         base_file = base_file or find_recipe(base)[0]
     except ValueError:
         raise ValueError(f"recipe {path}: base: no such recipe: {base}.") from None
-    return _merged(_resolved(base_file, (*above, path)), data)
+    return _merge_fields(_resolve_base(base_file, (*above, path)), data)
 
 
-def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def _merge_fields(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """Fields of `data` over those of `base`. Another method drops the settings of the base's."""
     merged = dict(base)
     for field, value in data.items():
         present = merged.get(field)
         if isinstance(value, dict) and isinstance(present, dict):
             same_method = value.get("name", present.get("name")) == present.get("name")
-            merged[field] = _merged(present, value) if same_method else value
+            merged[field] = _merge_fields(present, value) if same_method else value
         else:
             merged[field] = value
     return merged
@@ -180,7 +180,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     before it, as in files. Settings among the overrides belong to the new method, even if they
     stand before its name.
     """
-    parsed = [_parsed(override) for override in overrides]
+    parsed = [_parse_override(override) for override in overrides]
     for index, (name, value) in enumerate(parsed):
         section, _, field = name.partition(".")
         present = data.get(section)
@@ -212,7 +212,7 @@ def find_recipe(path: str | Path) -> tuple[Path, str]:
     raise ValueError(f"no such recipe: {path}.")
 
 
-def _parsed(override: str) -> tuple[str, Any]:
+def _parse_override(override: str) -> tuple[str, Any]:
     """The dotted field of an override, and its parsed value."""
     name, equals, text = override.partition("=")
     if not equals or not name:

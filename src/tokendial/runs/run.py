@@ -153,7 +153,7 @@ class Run:
             return False
         # Reading it as a recipe gives fields that were added since then their defaults.
         try:
-            present = check_section(type(recipe), _parsed(self.recipe_file, yaml.safe_load))
+            present = check_section(type(recipe), _parse_file(self.recipe_file, yaml.safe_load))
         except ValueError as error:
             raise ValueError(
                 f"output: {self.folder} holds another run ({error}); choose another output."
@@ -216,11 +216,11 @@ class Run:
     def recipe(self) -> Recipe:
         """Read the recipe of the run. Raises a ValueError if the folder holds no run."""
         self._check()
-        return check_recipe(_parsed(self.recipe_file, yaml.safe_load))
+        return check_recipe(_parse_file(self.recipe_file, yaml.safe_load))
 
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the logits."""
-        return tuple(_parsed(self.classes_file, json.loads)["classes"])
+        return tuple(_parse_file(self.classes_file, json.loads)["classes"])
 
     def value_range(self) -> ValueRange:
         """Pixel values that are black and white in images of more than 8 bits (`data.range`)."""
@@ -231,11 +231,11 @@ class Run:
         """Whether the run is on videos. Raises a ValueError if the folder holds no run."""
         self._check()
         # Runs that are older than videos do not record it.
-        return bool(_parsed(self.classes_file, json.loads).get("video", False))
+        return bool(_parse_file(self.classes_file, json.loads).get("video", False))
 
     def task(self) -> Task:
         """The task of the run. Raises a ValueError if the folder holds no run."""
-        recipe, kind = self.recipe(), _parsed(self.classes_file, json.loads)
+        recipe, kind = self.recipe(), _parse_file(self.classes_file, json.loads)
         return task_of(
             recipe,
             len(kind["classes"]),
@@ -267,7 +267,7 @@ class Run:
         """The records of the finished epochs: losses and scores by name."""
         if not self.metrics_file.exists():
             return []
-        lines: list[dict[str, Any]] = _parsed(
+        lines: list[dict[str, Any]] = _parse_file(
             self.metrics_file, lambda text: [json.loads(line) for line in text.splitlines()]
         )
         return lines
@@ -282,7 +282,7 @@ class Run:
         """The cost of the best model at the degree that it was trained at."""
         if not self.cost_file.exists():
             return self.model().cost()
-        cost = _parsed(self.cost_file, json.loads)
+        cost = _parse_file(self.cost_file, json.loads)
         return Cost(**cost | {"tokens_per_layer": tuple(cost["tokens_per_layer"])})
 
     def record(self, metrics: dict[str, Any]) -> None:
@@ -292,7 +292,7 @@ class Run:
             path.write_text("".join(json.dumps(line) + "\n" for line in [*kept, metrics]))
 
 
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+def _parse_file(path: Path, parse: Callable[[str], Any]) -> Any:
     """Read and parse a file of a run. Raises a ValueError in one line if it is damaged."""
     try:
         return parse(path.read_text())

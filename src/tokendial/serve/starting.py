@@ -75,7 +75,7 @@ def choose_objective(
     return settings
 
 
-def measure_supervised(
+def measure_batch_times(
     supervisor: Supervisor, rules: ControllerRules, degrees: Sequence[int]
 ) -> CostModel:
     """Time batches of all models at the given degrees, as large as the objective allows."""
@@ -121,7 +121,7 @@ def _start_engine(supervisor: Supervisor, settings: Settings, offered: Sequence[
         degrees=tuple(offered) if settings.degree is None else (settings.degree,),
         max_batch=settings.max_batch,
     )
-    costs = measure_supervised(supervisor, rules, offered)
+    costs = measure_batch_times(supervisor, rules, offered)
     wait_s = settings.max_wait_ms / 1000
     scheduler = Scheduler(costs, rules, max_queue=settings.max_queue, max_wait_s=wait_s)
     engine = Engine(supervisor.run, scheduler, missing_s=lambda: supervisor.missing_s)

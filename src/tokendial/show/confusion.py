@@ -48,7 +48,7 @@ def _draw_matrix(axis: Axes, matrix: np.ndarray, classes: Sequence[str]) -> None
     axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     step = -(-len(classes) // _MAX_NAMES)
     shown = range(0, len(classes), step)
-    names = [_shortened(classes[number]) for number in shown]
+    names = [_shorten(classes[number]) for number in shown]
     axis.set_xticks(list(shown), names, rotation=90, fontsize=8)
     axis.set_yticks(list(shown), names, fontsize=8)
     if len(classes) > _MAX_CLASSES_WITH_COUNTS:
@@ -61,5 +61,5 @@ def _draw_matrix(axis: Axes, matrix: np.ndarray, classes: Sequence[str]) -> None
             )
 
 
-def _shortened(name: str) -> str:
+def _shorten(name: str) -> str:
     return name if len(name) <= _MAX_NAME_LENGTH else name[: _MAX_NAME_LENGTH - 1] + "…"

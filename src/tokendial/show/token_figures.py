@@ -9,7 +9,7 @@ from tokendial.measure.diversity import attention_diversity
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.run import Run
 from tokendial.show.plots import diversity_figure
-from tokendial.show.tokens import TokenMaps, paint_tokens, seen_pixels, token_maps
+from tokendial.show.tokens import TokenMaps, input_pixels, paint_tokens, token_maps
 
 
 def token_figure(
@@ -81,7 +81,7 @@ def run_figure(
         title: Start of the line above the panels; the degree follows.
     """
     model, tensor = _model_and_image(run, image, degree)
-    pixels = seen_pixels(model, tensor)
+    pixels = input_pixels(model, tensor)
     return token_figure(model, tensor, pixels, title=f"{title}, degree {model.degree}")
 
 

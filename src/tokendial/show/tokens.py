@@ -90,7 +90,7 @@ def _per_patch(attention_N: Tensor, origin_P: Tensor) -> Tensor:
     return (attention_N / patches_N.clamp(min=1))[origin_P.clamp(min=0)] * kept
 
 
-def seen_pixels(model: DialViT, image: Tensor) -> np.ndarray:
+def input_pixels(model: DialViT, image: Tensor) -> np.ndarray:
     """Undo the normalisation of a model's input, to look at it.
 
     Args:

@@ -152,7 +152,7 @@ def run_all(
                     if process.ended():
                         del running[slot]
                         _record_end(process.planned, process.error(), errors, quiet=quiet)
-                if stop.asked:
+                if stop.requested:
                     raise InterruptedRunError
                 free = [slot for slot in range(jobs) if slot not in running]
                 claimed = _claim_next(remaining, errors) if free else None

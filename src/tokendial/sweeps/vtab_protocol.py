@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from tokendial.data import VTAB_TASKS
-from tokendial.runs.recipe_file import resolved_recipe
+from tokendial.runs.recipe_file import explicit_fields
 from tokendial.signals import stop_requests
 from tokendial.sweeps.combinations import (
     combinations,
@@ -106,7 +106,7 @@ def _common_overrides(
         raise ValueError(
             "over: seed cannot be chosen; --seeds trains final runs with several seeds."
         )
-    data = resolved_recipe(recipe).get("data") or {}
+    data = explicit_fields(recipe).get("data") or {}
     other = ["data={name: vtab}"] if data.get("name") != "vtab" else []
     return [*other, *overrides, "train.evaluate=last"]
 

@@ -17,7 +17,7 @@ from tokendial.train.loop import NOT_FINITE
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedResult:
     """Accuracies that a paper prints for a method, in percent. None: not printed."""
 
     method: str
@@ -36,11 +36,11 @@ class Published:
     """Mean over the 19 tasks."""
 
 
-def read_published() -> tuple[dict[str, str], list[Published]]:
+def read_published() -> tuple[dict[str, str], list[PublishedResult]]:
     """Read the sources by their keys, and the printed accuracies; both are shipped."""
     text = (files("tokendial") / "assets" / "vtab_published.json").read_text(encoding="utf-8")
     data = json.loads(text)
-    return data["sources"], [Published(**row) for row in data["rows"]]
+    return data["sources"], [PublishedResult(**row) for row in data["rows"]]
 
 
 def means(accuracies: Mapping[str, float]) -> dict[str, float]:
@@ -147,7 +147,9 @@ class VTABResult:
         note += ". Means of papers are over the same tasks."
         return Table("VTAB-1k", note, [*header, *(p.method for p in papers)], rows)
 
-    def _task_row(self, task: str, fields: Sequence[str], papers: Sequence[Published]) -> list[str]:
+    def _task_row(
+        self, task: str, fields: Sequence[str], papers: Sequence[PublishedResult]
+    ) -> list[str]:
         chosen, results = self.chosen.get(task, {}), self.results.get(task)
         row = [task, mean_and_std([r.main_score for r in results]) if results else ""]
         row += [plain_text(chosen[field]) if field in chosen else "" for field in fields]
@@ -156,7 +158,7 @@ class VTABResult:
         return row + [f"{paper.tasks[task]:.1f}" for paper in papers if paper.tasks]
 
     def _mean_row(
-        self, name: str, title: str, fields: Sequence[str], papers: Sequence[Published]
+        self, name: str, title: str, fields: Sequence[str], papers: Sequence[PublishedResult]
     ) -> list[str]:
         row = [
             title + self._coverage(name),
@@ -224,7 +226,7 @@ class VTABResult:
                     yield row | trained | {"gmacs": result.cost.gmacs}
 
 
-def _paper_row(paper: Published, mark: str) -> list[str]:
+def _paper_row(paper: PublishedResult, mark: str) -> list[str]:
     of_tasks = means(paper.tasks) if paper.tasks else {}
     of_groups = paper.groups or of_tasks
     over_groups = paper.mean_of_groups or of_tasks.get("groups")

@@ -1,4 +1,4 @@
-"""Training of compensators: one frozen model is teacher (at one degree) and student (at another)."""
+"""Training of compensators: one frozen model is teacher at one degree and student at another."""
 
 from collections.abc import Iterable
 from dataclasses import replace

@@ -14,7 +14,7 @@ from tokendial.measure import ShareMeter, calibrate
 from tokendial.model.dial_vit import DialViT, wrap
 from tokendial.model.loading import load
 from tokendial.runs.card import write_card
-from tokendial.runs.evaluate import evaluate_loader, some_images
+from tokendial.runs.evaluate import evaluate_loader, first_images
 from tokendial.runs.loaders import eval_loader
 from tokendial.runs.new_model import build_model
 from tokendial.runs.recipe import Recipe
@@ -148,7 +148,7 @@ class FineTuning:
             self.task.eval_transform(self.anatomy),
             batch_size=self.task.eval_batch_size(self.settings.batch_size),
         )
-        return some_images(loader, self.model, count)
+        return first_images(loader, self.model, count)
 
 
 def _check_frames(data: Splits, frames: int | None) -> None:

@@ -251,7 +251,9 @@ class Trainer:
 
         Every process gets the same result, so that all of them stop, or fail, at the same update.
         """
-        own = torch.tensor([loss, score, float(self.stop.asked)], device=self.accelerator.device)
+        own = torch.tensor(
+            [loss, score, float(self.stop.requested)], device=self.accelerator.device
+        )
         loss, score, stop = self.accelerator.reduce(own, "mean").tolist()
         if not math.isfinite(loss):
             raise ValueError(

@@ -25,17 +25,21 @@ class AgreementMeter:
     """Measures the agreement of schedules on some images."""
 
     def __init__(
-        self, tried: ScheduledModel, images: Sequence[Tensor], *, multi_label: bool = False
+        self,
+        scheduled_model: ScheduledModel,
+        images: Sequence[Tensor],
+        *,
+        multi_label: bool = False,
     ) -> None:
         """Compute the logits of the unreduced model, to compare with.
 
         Args:
-            tried: The model to run by different schedules.
+            scheduled_model: The model to run by different schedules.
             images: Batches [B, 3, H, W] on the device of the model.
             multi_label: Whether an image can have several labels; each is compared by itself.
         """
-        self.tried, self.images, self.multi_label = tried, images, multi_label
-        self.logits = self._logits(tried.space.none)
+        self.scheduled_model, self.images, self.multi_label = scheduled_model, images, multi_label
+        self.logits = self._logits(scheduled_model.space.none)
 
     def __call__(self, schedule: Schedule) -> Agreement:
         """Run all images by `schedule`, and compare."""
@@ -43,7 +47,7 @@ class AgreementMeter:
 
     @torch.no_grad()
     def _logits(self, schedule: Schedule) -> Tensor:
-        model = self.tried.use(schedule)
+        model = self.scheduled_model.use(schedule)
         logits = torch.cat([model(batch).float() for batch in self.images])
         return binary_logits(logits) if self.multi_label else logits
 

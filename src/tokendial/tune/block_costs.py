@@ -44,17 +44,17 @@ class CostTable:
         self._block: list[float] = []
         self._step: list[float] = []
 
-    def of_block(self, entering: int, leaving: int) -> float:
+    def block_cost(self, entering: int, leaving: int) -> float:
         """Cost of one block that `entering` tokens enter and `leaving` tokens leave."""
         if leaving == entering:
             return self._block[entering]
         cost = self._block[entering] + self._step[entering] - self.ffn * (entering - leaving)
         return max(cost, 0.0)
 
-    def of(self, schedule: Schedule) -> float:
+    def schedule_cost(self, schedule: Schedule) -> float:
         """Cost of a forward pass by `schedule`."""
         counts = (self.space.shape.num_patches, *self.space.tokens_left(schedule))
-        return self.base + sum(self.of_block(*pair) for pair in pairwise(counts))
+        return self.base + sum(self.block_cost(*pair) for pair in pairwise(counts))
 
     def add(self, block: Mapping[int, float], step: Mapping[int, float], ffn: float) -> None:
         """Add measured costs to the table."""

@@ -69,21 +69,21 @@ class Stopwatch:
 
     exact = False
 
-    def __init__(self, tried: ScheduledModel, images: Tensor, seconds: float) -> None:
+    def __init__(self, scheduled_model: ScheduledModel, images: Tensor, seconds: float) -> None:
         """Set up measurements.
 
         Args:
-            tried: The model to run by different schedules.
+            scheduled_model: The model to run by different schedules.
             images: A batch [B, 3, H, W] on the device of the model.
             seconds: Time to spend on each schedule in `compare`, if a few passes take less.
         """
-        self.tried, self.images, self.seconds = tried, images, seconds
+        self.scheduled_model, self.images, self.seconds = scheduled_model, images, seconds
         self.spread = 0.0
 
     @torch.no_grad()
     def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
         """Costs of the layers `first` to `last` in one run."""
-        model = self.tried.use(schedule)
+        model = self.scheduled_model.use(schedule)
         times = [self._now()]
         for _ in islice(model.steps(self.images), last):
             times.append(self._now())
@@ -94,8 +94,8 @@ class Stopwatch:
         """Times of forward passes that take turns, so a busy machine slows all of them alike."""
         timings = time_in_rounds(
             schedules,
-            self.tried.use,
-            lambda: self.tried.model(self.images),
+            self.scheduled_model.use,
+            lambda: self.scheduled_model.model(self.images),
             device=self.images.device,
             seconds=self.seconds,
             least_rounds=MIN_ROUNDS,
@@ -107,7 +107,7 @@ class Stopwatch:
     @torch.no_grad()
     def single_cost(self, schedule: Schedule) -> float:
         """Seconds of one forward pass."""
-        model = self.tried.use(schedule)
+        model = self.scheduled_model.use(schedule)
         before = self._now()
         model(self.images)
         return self._now() - before
@@ -124,12 +124,12 @@ class MacCounter:
     exact = True
     spread = 0.0
 
-    def __init__(self, tried: ScheduledModel) -> None:
-        self.tried = tried
+    def __init__(self, scheduled_model: ScheduledModel) -> None:
+        self.scheduled_model = scheduled_model
 
     def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
         """Costs of the layers `first` to `last` in one run."""
-        model = self.tried.use(schedule)
+        model = self.scheduled_model.use(schedule)
 
         def run(call: nn.Module) -> Iterator[Step]:
             images = torch.empty(1, *model.anatomy.input_shape, device="meta")
@@ -139,7 +139,7 @@ class MacCounter:
 
     def single_cost(self, schedule: Schedule) -> float:
         """Multiply-accumulates, as `DialViT.cost` counts them."""
-        return self.tried.use(schedule).cost().macs
+        return self.scheduled_model.use(schedule).cost().macs
 
     def compare(self, schedules: Sequence[Schedule]) -> list[float]:
         """Multiply-accumulates of each schedule."""

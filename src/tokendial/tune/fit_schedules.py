@@ -87,17 +87,17 @@ def fit(
     check_model(model, images, batch_size, minutes)
     like = next(model.parameters())
     images = images.to(like.device, like.dtype)
-    with try_schedules(model, space) as tried:
+    with try_schedules(model, space) as scheduled_model:
         batch = images[torch.arange(batch_size) % len(images)]
-        stopwatch = Stopwatch(tried, batch, seconds=_COMPARING_SHARE * 60 * minutes)
-        meter = MacCounter(tried) if kind == "gmacs" else stopwatch
+        stopwatch = Stopwatch(scheduled_model, batch, seconds=_COMPARING_SHARE * 60 * minutes)
+        meter = MacCounter(scheduled_model) if kind == "gmacs" else stopwatch
         fitting = _BudgetFit(space, meter, kind, budgets, minutes, note)
         some = fitting.affordable(stopwatch, len(images))
         note(f"searching on {some} of {len(images)} images")
-        judge = AgreementMeter(
-            tried, torch.split(images[:some], batch_size), multi_label=multi_label
+        agreement_meter = AgreementMeter(
+            scheduled_model, torch.split(images[:some], batch_size), multi_label=multi_label
         )
-        return fitting.run(judge, batch_size, some)
+        return fitting.run(agreement_meter, batch_size, some)
 
 
 class _BudgetFit:
@@ -162,10 +162,10 @@ class _BudgetFit:
         left = self.end - self._elapsed()
         return min(images, max(_FEWEST_IMAGES, int(left / wanted / per_image)))
 
-    def run(self, judge: AgreementMeter, batch_size: int, images: int) -> FitResult:
+    def run(self, agreement_meter: AgreementMeter, batch_size: int, images: int) -> FitResult:
         """Find a schedule for each budget, and compare all of them end to end."""
         search = ScheduleSearch(
-            self.space, self.table, judge, over=lambda: self._elapsed() > self.until
+            self.space, self.table, agreement_meter, time_is_up=lambda: self._elapsed() > self.until
         )
         found: dict[float, Schedule] = {}
         last = None
@@ -178,7 +178,7 @@ class _BudgetFit:
             seconds = max(0.0, self.end - self._elapsed()) / left
             found[budget] = last = self._search_within(search, limit, last, seconds)
             self.note(
-                f"{self.kind} {budget:g}: {len(search.known)} schedules judged, divergence "
+                f"{self.kind} {budget:g}: {len(search.known)} schedules compared, divergence "
                 f"{search.divergence(last):.4f}"
             )
         return self._compare(search, found, batch_size, images)
@@ -195,7 +195,9 @@ class _BudgetFit:
         factor, above = 1.0, 1.0 if self.meter.exact else _ABOVE
         kept: list[Schedule] = []
         for attempt in range(_CORRECTIONS):
-            most = limit / factor * (1 - _MARGIN * attempt) * self.table.of(self.space.none)
+            most = (
+                limit / factor * (1 - _MARGIN * attempt) * self.table.schedule_cost(self.space.none)
+            )
             # The first search may take half of the time, each correction half of the remainder.
             self.until = (self._elapsed() + end) / 2
             best = search.run(most, harder)
@@ -223,7 +225,7 @@ class _BudgetFit:
 
     def _share(self, schedule: Schedule) -> float:
         """Estimated cost of a schedule as a fraction of the unreduced cost."""
-        return self.table.of(schedule) / self.table.of(self.space.none)
+        return self.table.schedule_cost(schedule) / self.table.schedule_cost(self.space.none)
 
     def _compare(
         self, search: ScheduleSearch, found: dict[float, Schedule], batch_size: int, images: int
@@ -231,9 +233,9 @@ class _BudgetFit:
         """Compare the found schedules with constant ones end to end, and choose the better ones."""
         lines = self.space.all_linear()
         near = {s for item in found.items() for s in self._near(lines, *item)}
-        tried = list(dict.fromkeys([self.space.none, *found.values(), *near]))
-        costs, spread = self.meter.compare(tried), self.meter.spread
-        shares = {schedule: cost / costs[0] for schedule, cost in zip(tried, costs, strict=True)}
+        compared = list(dict.fromkeys([self.space.none, *found.values(), *near]))
+        costs, spread = self.meter.compare(compared), self.meter.spread
+        shares = {schedule: cost / costs[0] for schedule, cost in zip(compared, costs, strict=True)}
 
         def point(schedule: Schedule, share: float) -> FitPoint:
             search.divergence(schedule)

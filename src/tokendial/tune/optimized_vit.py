@@ -20,13 +20,13 @@ from tokendial.model.dial_vit import DialViT
 from tokendial.tune.treatments import (
     TreatmentTrial,
     keep_freed_memory,
-    try_a_core_each,
-    try_compiled,
+    try_compilation,
     try_fused_reduction,
-    try_packed,
-    try_padded,
+    try_packed_weights,
+    try_padded_keys,
     try_sizes_in_keys,
-    try_unfused,
+    try_split_batch,
+    try_unfused_attention,
 )
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -67,7 +67,7 @@ class OptimizedViT(nn.Module):
         sizes in keys: Attention gets the sizes of merged tokens as channels of the keys instead of
             a mask, which the fastest kernels of GPUs do not take.
         padded keys: Attention gets keys for a multiple of 32 tokens, the surplus masked.
-        a core each: The batch is split, and every core runs its images through the whole model,
+        split batch: The batch is split, and every core runs its images through the whole model,
             instead of all cores sharing every operation.
         fused reduction: On a GPU, one kernel finds each token's most similar one, and one merges
             tokens, in place of many small ones. What is compiled runs without.
@@ -171,16 +171,16 @@ def optimize(
     fast(example)  # raises if the example does not fit the model
     if example.device.type == "cpu":
         keep_freed_memory()
-        try_packed(fast, example)
-        try_unfused(fast, example)
-        try_padded(fast, example)
-        try_a_core_each(fast, example)
+        try_packed_weights(fast, example)
+        try_unfused_attention(fast, example)
+        try_padded_keys(fast, example)
+        try_split_batch(fast, example)
     else:
         try_sizes_in_keys(fast, example)
     if fused_kernels_available(example.device):
         try_fused_reduction(fast, example)
     if compile:
-        try_compiled(fast, example)
+        try_compilation(fast, example)
     return fast
 
 

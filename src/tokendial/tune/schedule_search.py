@@ -40,9 +40,9 @@ class ScheduleSearch:
     """The schedules to search."""
     table: CostTable
     """Costs of the schedules."""
-    judge: Callable[[Schedule], Agreement]
+    measure_agreement: Callable[[Schedule], Agreement]
     """Measures the agreement of a schedule with the unreduced model."""
-    over: Callable[[], bool]
+    time_is_up: Callable[[], bool]
     """Whether the time for the search is over."""
     known: dict[Schedule, Agreement] = field(default_factory=dict)
     """Agreement of every schedule that was measured."""
@@ -50,7 +50,7 @@ class ScheduleSearch:
     def divergence(self, schedule: Schedule) -> float:
         """Divergence of a schedule, measured the first time it is asked for."""
         if schedule not in self.known:
-            self.known[schedule] = self.judge(schedule)
+            self.known[schedule] = self.measure_agreement(schedule)
         return self.known[schedule].divergence
 
     def run(self, most: float, milder_than: Schedule | None = None) -> Schedule:
@@ -65,13 +65,16 @@ class ScheduleSearch:
         kept = sum(self.space.tokens_left(last))
 
         def fits(schedule: Schedule) -> bool:
-            return self.table.of(schedule) <= most and sum(self.space.tokens_left(schedule)) >= kept
+            return (
+                self.table.schedule_cost(schedule) <= most
+                and sum(self.space.tokens_left(schedule)) >= kept
+            )
 
         for start in (last, *self.starts(fits)):
             self.divergence(start)
         best = min((s for s in self.known if s == last or fits(s)), key=self.divergence)
         amount = max(1, self.space.shape.num_patches // 16)
-        while amount and not self.over():
+        while amount and not self.time_is_up():
             better = self.exchange(best, amount, fits)
             if better == best:
                 amount //= 2
@@ -83,7 +86,7 @@ class ScheduleSearch:
         for slope in _SLOPES:
             if mildest := next((s for s in self.space.all_linear(slope) if fits(s)), None):
                 yield mildest
-        if not self.over():
+        if not self.time_is_up():
             yield from self.by_layers(fits)
 
     def exchange(self, best: Schedule, amount: int, fits: Fits) -> Schedule:
@@ -95,7 +98,7 @@ class ScheduleSearch:
             key=lambda pair: (rates[pair[1]] == math.inf, rates[pair[1]] - rates[pair[0]]),
         )
         for fewer, more in pairs[: _PAIRS_PER_LAYER * len(best)]:
-            while not self.over() and (other := self._move(best, fewer, more, amount, fits)):
+            while not self.time_is_up() and (other := self._move(best, fewer, more, amount, fits)):
                 if self.divergence(other) >= self.divergence(best):
                     break
                 best = other
@@ -104,8 +107,8 @@ class ScheduleSearch:
     def _harm_rate(self, schedule: Schedule, layer: int, amount: int) -> float:
         """Divergence per saved cost if `layer` removes `amount` more; infinite if none is saved."""
         more = self.space.normalise(_change(schedule, layer, amount))
-        saved = self.table.of(schedule) - self.table.of(more)
-        if saved <= 0 or self.over():
+        saved = self.table.schedule_cost(schedule) - self.table.schedule_cost(more)
+        if saved <= 0 or self.time_is_up():
             return math.inf
         return (self.divergence(more) - self.divergence(schedule)) / saved
 
@@ -157,10 +160,10 @@ class ScheduleSearch:
         """The schedule that minimises divergence plus `price` times its fraction of the cost."""
         patches, most = self.space.shape.num_patches, self.space.max_removed
         counts = range(patches, 0, -max(1, patches // _GRID))
-        whole = self.table.of(self.space.none)
+        whole = self.table.schedule_cost(self.space.none)
         steps = {
             n: [
-                (n - m, price * self.table.of_block(n, m) / whole)
+                (n - m, price * self.table.block_cost(n, m) / whole)
                 for m in counts
                 if 0 <= n - m <= most(n)
             ]

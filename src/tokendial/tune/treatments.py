@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokendial.measure.timing import time_in_rounds
 from tokendial.model.dial_vit import DialViT
 
-_EARNED = 1.02
+_MIN_SPEEDUP = 1.02
 """Speed-up from which a treatment is kept; a smaller one could be chance."""
 _TURNS = 3
 _ROUNDING = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.06}
@@ -45,7 +45,7 @@ class TreatmentTrial:
         return f"{self.name}: {self.speedup:.2f}x, {'kept' if self.kept else 'left out'}"
 
 
-class Treated(Protocol):
+class TreatableModel(Protocol):
     """The parts of an `OptimizedViT` that treatments change."""
 
     model: DialViT
@@ -61,7 +61,7 @@ class Treated(Protocol):
         """Return the logits."""
 
 
-def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None]) -> None:
+def _try(name: str, fast: TreatableModel, example: Tensor, use: Callable[[bool], None]) -> None:
     """Measure the model with and without a treatment, and keep the treatment if it is faster.
 
     `use` switches the treatment on and off.
@@ -84,8 +84,8 @@ def _try(name: str, fast: Treated, example: Tensor, use: Callable[[bool], None])
         least_rounds=_TURNS,
     )
     speedup = without.seconds / treated.seconds
-    use(speedup >= _EARNED)
-    fast.trials.append(TreatmentTrial(name, speedup, kept=speedup >= _EARNED))
+    use(speedup >= _MIN_SPEEDUP)
+    fast.trials.append(TreatmentTrial(name, speedup, kept=speedup >= _MIN_SPEEDUP))
 
 
 def _check_same(given: Tensor, wanted: Tensor, rounding: float) -> None:
@@ -134,7 +134,7 @@ class PackedLinear(nn.Linear):
         return out
 
 
-def try_packed(fast: Treated, example: Tensor) -> None:
+def try_packed_weights(fast: TreatableModel, example: Tensor) -> None:
     """Try linear layers with weights in the order that the CPU reads."""
     vit = fast.model.vit
     linears = {
@@ -162,7 +162,7 @@ def try_packed(fast: Treated, example: Tensor) -> None:
     _try("packed weights", fast, example, use)
 
 
-def try_unfused(fast: Treated, example: Tensor) -> None:
+def try_unfused_attention(fast: TreatableModel, example: Tensor) -> None:
     """Try attention by plain matrix products."""
 
     def use(on: bool) -> None:
@@ -171,7 +171,7 @@ def try_unfused(fast: Treated, example: Tensor) -> None:
     _try("unfused attention", fast, example, use)
 
 
-def try_sizes_in_keys(fast: Treated, example: Tensor) -> None:
+def try_sizes_in_keys(fast: TreatableModel, example: Tensor) -> None:
     """Try passing the sizes of merged tokens in the keys instead of a mask."""
     reducer = fast.model.reducer
     if reducer is None or not reducer.proportional_attention:
@@ -183,7 +183,7 @@ def try_sizes_in_keys(fast: Treated, example: Tensor) -> None:
     _try("sizes in keys", fast, example, use)
 
 
-def try_padded(fast: Treated, example: Tensor) -> None:
+def try_padded_keys(fast: TreatableModel, example: Tensor) -> None:
     """Try padding the keys to a multiple of 32 tokens."""
 
     def use(on: bool) -> None:
@@ -193,7 +193,7 @@ def try_padded(fast: Treated, example: Tensor) -> None:
     _try("padded keys", fast, example, use)
 
 
-def try_a_core_each(fast: Treated, example: Tensor) -> None:
+def try_split_batch(fast: TreatableModel, example: Tensor) -> None:
     """Try splitting the batch over the cores."""
     cores = torch.get_num_threads()
     if cores == 1 or example.shape[0] == 1:
@@ -212,13 +212,13 @@ def try_a_core_each(fast: Treated, example: Tensor) -> None:
     def use(on: bool) -> None:
         fast.run = run if on else None
 
-    _try("a core each", fast, example, use)
+    _try("split batch", fast, example, use)
     torch.set_num_threads(cores)  # the pool's threads set it to 1 for new threads
     if not fast.trials[-1].kept:
         pool.shutdown()
 
 
-def try_fused_reduction(fast: Treated, example: Tensor) -> None:
+def try_fused_reduction(fast: TreatableModel, example: Tensor) -> None:
     """Try fused kernels for the reduction."""
 
     def use(on: bool) -> None:
@@ -227,7 +227,7 @@ def try_fused_reduction(fast: Treated, example: Tensor) -> None:
     _try("fused reduction", fast, example, use)
 
 
-def try_compiled(fast: Treated, example: Tensor) -> None:
+def try_compilation(fast: TreatableModel, example: Tensor) -> None:
     """Try compiling every degree."""
     plain, before = fast.run, fast.model.degree
     # On GPUs this mode replays the kernels of a pass in one call (CUDA graphs).

@@ -82,7 +82,8 @@ def _reload() -> None:
     for changed in handle.broadcast("reload").results(return_exceptions=True):
         if isinstance(changed, Exception):
             print(
-                f"the runs could not be reloaded, the old models stay in use: {error_message(changed)}",
+                "the runs could not be reloaded, the old models stay in use: "
+                f"{error_message(changed)}",
                 file=sys.stderr,
             )
         else:

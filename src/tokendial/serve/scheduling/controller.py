@@ -98,7 +98,7 @@ class DialState:
 
 
 def next_dial(
-    dial: DialState, seen: Observation, plan: BatchPlan, rules: ControllerRules
+    dial: DialState, load: Observation, plan: BatchPlan, rules: ControllerRules
 ) -> DialState:
     """Return the state of the dial after one observation.
 
@@ -106,19 +106,19 @@ def next_dial(
     necessary during the last `rules.lower_after_s` seconds. Lowering demands more spare time
     (`lower_below`) than staying (`raise_above`); the gap keeps the dial from oscillating.
     """
-    lowest = _lowest_sufficient(rules.lower_below, seen, plan, rules)
+    lowest = _lowest_sufficient(rules.lower_below, load, plan, rules)
     # Monotonic queue: pairs that are too old leave in front. Pairs whose degree is not above the
     # new one leave at the back, because they can never be the maximum of the window again.
-    since = seen.now - rules.lower_after_s
+    since = load.now - rules.lower_after_s
     recent = [(at, degree) for at, degree in dial.sufficient if at > since and degree > lowest]
-    sufficient = (*recent, (seen.now, lowest))
+    sufficient = (*recent, (load.now, lowest))
     degree = min(dial.degree, sufficient[0][1])
-    if pressure(degree, seen, plan, rules) > rules.raise_above:
-        degree = max(degree, _lowest_sufficient(rules.raise_above, seen, plan, rules))
+    if pressure(degree, load, plan, rules) > rules.raise_above:
+        degree = max(degree, _lowest_sufficient(rules.raise_above, load, plan, rules))
     return DialState(degree, sufficient)
 
 
-def pressure(degree: int, seen: Observation, plan: BatchPlan, rules: ControllerRules) -> float:
+def pressure(degree: int, load: Observation, plan: BatchPlan, rules: ControllerRules) -> float:
     """Fraction of the available time that the load needs with the dial at `degree`.
 
     Above 1, deadlines are missed. It is the larger one of two fractions:
@@ -132,16 +132,16 @@ def pressure(degree: int, seen: Observation, plan: BatchPlan, rules: ControllerR
     """
     batches = {
         group: plan[group[0], degree if group[1] is None else group[1]]
-        for group in (*seen.arrivals_per_s, *(group for group, _, _ in seen.waiting))
+        for group in (*load.arrivals_per_s, *(group for group, _, _ in load.waiting))
     }
-    hurried = batches.keys() - set(seen.patient)
+    hurried = batches.keys() - set(load.patient)
     if any(group[1] is None and not batches[group].in_time for group in hurried):
         return math.inf
     long_run = sum(
-        batches[group].seconds_per_image * rate for group, rate in seen.arrivals_per_s.items()
+        batches[group].seconds_per_image * rate for group, rate in load.arrivals_per_s.items()
     )
     work = short_run = 0.0
-    for group, images, time_left in seen.waiting:
+    for group, images, time_left in load.waiting:
         work += batches[group].seconds_per_image * images
         short_run = max(short_run, work / max(time_left, _MIN_TIME_LEFT_S))
     return max(long_run, short_run)
@@ -169,12 +169,12 @@ def plan_batches(costs: CostModel, rules: ControllerRules) -> BatchPlan:
 
 
 def _lowest_sufficient(
-    limit: float, seen: Observation, plan: BatchPlan, rules: ControllerRules
+    limit: float, load: Observation, plan: BatchPlan, rules: ControllerRules
 ) -> int:
     """Lowest degree with a pressure of at most `limit`; if there is none, the one with least."""
     pressures = {}
     for degree in rules.degrees:
-        pressures[degree] = pressure(degree, seen, plan, rules)
+        pressures[degree] = pressure(degree, load, plan, rules)
         if pressures[degree] <= limit:
             return degree
     return min(pressures, key=lambda degree: (pressures[degree], -degree))

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
-from tokendial.show.tokens import seen_pixels, token_maps
+from tokendial.show.tokens import input_pixels, token_maps
 
 
 class LayerTokens(BaseModel):
@@ -90,5 +90,5 @@ def token_view(
 def model_input_png(model: DialViT, image: Tensor) -> str:
     """The image that the model sees, from its normalised input [3, H, W]: base64 of a PNG."""
     file = BytesIO()
-    Image.fromarray(seen_pixels(model, image)).save(file, format="PNG")
+    Image.fromarray(input_pixels(model, image)).save(file, format="PNG")
     return b64encode(file.getvalue()).decode()
