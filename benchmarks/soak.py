@@ -35,7 +35,7 @@ COLUMNS = (
     Column("within", "within the objective", "{:.2%}"),
     Column("slowest_ms", "slowest (ms)", "{:.0f}"),
     Column("memory_mib", "memory at the end (MiB)", "{:.0f}"),
-    Column("growth", "memory_growth", "{:+.2%}"),
+    Column("growth", "growth", "{:+.2%}"),
 )
 
 
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
         "minutes": asked.minutes,
         "slowest_ms": 1000 * max(one.latency for one in exchanges if one.status),
         "memory_mib": memory[-1],
-        "memory_growth": memory_growth(memory, round(min(SETTLE_S, seconds / 5))),
+        "growth": memory_growth(memory, round(min(SETTLE_S, seconds / 5))),
         "memory": memory,
         "what": dict(errors),
     }

@@ -1,4 +1,4 @@
-"""What tests work on: tiny models, golden cases, one example of every method."""
+"""Test inputs: tiny models, golden cases, one example of every method."""
 
 import json
 from pathlib import Path

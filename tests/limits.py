@@ -1,4 +1,4 @@
-"""Limits of the system that stand in for a disk that is full."""
+"""Limits of the operating system that simulate a full disk."""
 
 import resource
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Let the system refuse to write further, as on a full disk.
+    """Limit the size of files while the block runs, so that writing fails as on a full disk.
 
-    It cannot show what a disk does that takes writes at first and refuses them later.
+    A disk that accepts writes and fails later (at fsync or close) is not simulated.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

@@ -1,4 +1,4 @@
-"""A loader for fork servers that reports the loaded modules. It imports next to nothing."""
+"""A loader for fork servers that reports the loaded modules. It imports few modules itself."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A small HTTP server in a thread, for tests of what sends requests."""
+"""A small HTTP server in a thread, for tests of HTTP clients."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def local_server(behave: Callable[[str, bytes], tuple[int, bytes]]) -> Iterator[LocalServer]:
-    """A server that ends with the block."""
+    """Run a `LocalServer` while the block runs."""
     server = LocalServer(behave)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:

@@ -1,4 +1,4 @@
-"""What tests of sweeps share: a tiny recipe, what the command line says and leaves."""
+"""Helpers for tests of sweeps: a tiny recipe, and readers of printed lines and written files."""
 
 import csv
 from pathlib import Path
@@ -22,7 +22,7 @@ def trained(output: str) -> list[str]:
 
 
 def marks(folder: Path) -> dict[Path, tuple[int, int]]:
-    """Which file stands where, and since when."""
+    """Modification times of the files below a folder, by path."""
     return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 

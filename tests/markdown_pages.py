@@ -20,7 +20,7 @@ class Block:
 
     page: Path
     language: str
-    """What follows the fence, such as python; empty for blocks that are indented."""
+    """Language after the fence, such as python; empty for indented blocks."""
     code: str
     line: int
     """Line of the page at which the code begins, counted from 1."""
@@ -51,7 +51,7 @@ def links_of(page: Path) -> list[str]:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """What links may name after a #: headings as Markdown's toc extension and GitHub spell them."""
+    """Anchors that links may name after a #: those of Markdown's toc extension and of GitHub."""
     text = _FENCE.sub("", page.read_text())
     return {name or _slug(heading) for heading, name in _HEADING.findall(text)}
 

@@ -1,6 +1,6 @@
-"""Processes of their own, as a shell or `accelerate launch` would start them, but quickly.
+"""Start processes as a shell or `accelerate launch` does, but faster.
 
-They are forked from a process that has imported everything: that takes seconds, and is done once.
+They are forked from one process that has already imported all packages, which takes seconds.
 """
 
 import json
@@ -96,7 +96,7 @@ def _lead(folder: Path, arguments: list[str]) -> None:
 
 
 def start_to_hold(run: Run) -> BaseProcess:
-    """Start a process that has a run, and keeps it until it is killed."""
+    """Start a process that locks a run, and holds the lock until it is killed."""
     process = _context.Process(target=_hold, args=(run.folder,))
     process.start()
     wait_until(lambda: run.lock_file.exists() and run.lock_file.read_text(), process)
@@ -111,7 +111,7 @@ def _hold(folder: Path) -> None:
 
 
 def wait_until(happened: Callable[[], object], process: BaseProcess) -> None:
-    """Wait for what a process does; an error if it ends, or takes two minutes."""
+    """Wait until `happened()`; raise an error if the process ends first, or after two minutes."""
     deadline = time.monotonic() + 120
     while not happened():
         assert process.is_alive()
@@ -120,7 +120,7 @@ def wait_until(happened: Callable[[], object], process: BaseProcess) -> None:
 
 
 def model_processes(pid: int) -> list[psutil.Process]:
-    """Of a server: those that hold models, then those that compute."""
+    """Processes of a server that hold models: the fork servers, then the model processes."""
     found = [each for each in psutil.Process(pid).children(recursive=True) if _serves(each)]
     return sorted(found, key=lambda each: each.ppid() != pid)
 
@@ -138,7 +138,7 @@ def ended(process: BaseProcess) -> int | None:
 
 
 def command(out: Path, *arguments: str) -> None:
-    """Run the command line; what it prints goes to `out/RANK.txt`."""
+    """Run the command line, and write its output to `out/RANK.txt`."""
     sys.argv = ["tokendial", *arguments]
     with (out / f"{os.environ['RANK']}.txt").open("w") as file:
         sys.stdout = file
@@ -146,7 +146,7 @@ def command(out: Path, *arguments: str) -> None:
 
 
 def command_in(most_bytes: float, *arguments: str) -> None:
-    """Run the command line in that much memory."""
+    """Run the command line with at most `most_bytes` of memory."""
     app(list(arguments), standalone_mode=False)
     # Not ru_maxrss: that begins with the memory of the process which started this one.
     peak_kb = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
@@ -154,7 +154,7 @@ def command_in(most_bytes: float, *arguments: str) -> None:
 
 
 def train_spread(recipe: Recipe, last: int | None) -> None:
-    """Train with weights that are spread, as is checked; die before update `last`."""
+    """Train with sharded weights, check that they are sharded, and exit before update `last`."""
 
     class Watched(FineTuning):
         def before_update(self, update: int, updates_per_epoch: int) -> None:
@@ -167,7 +167,7 @@ def train_spread(recipe: Recipe, last: int | None) -> None:
 
 
 def evaluate_every_task(out: Path, sizes: list[int]) -> None:
-    """Write the metrics of all tasks, on sets of those sizes, to `out/RANK of COUNT.json`."""
+    """Write the metrics of all tasks, on sets of these sizes, to `out/RANK of COUNT.json`."""
     accelerator = Accelerator()
     rank, processes = accelerator.process_index, accelerator.num_processes
     found = [_metrics(size, rank, processes) for size in sizes]

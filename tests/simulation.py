@@ -1,6 +1,6 @@
-"""A simulated server: the real scheduler and controller, and batches that only take time.
+"""A simulated server: the real scheduler and controller, with batches that compute nothing.
 
-The time is a number, so simulations are exact and fast.
+The clock is simulated too, so simulations are exact and fast.
 """
 
 import heapq
@@ -26,7 +26,7 @@ NAME = "pets"
 
 
 def true_seconds(name: str, degree: int, images: int) -> float:
-    """Seconds of a batch: 2 ms, and 8 ms per image at degree 0, half of that at degree 16."""
+    """Seconds of a batch: 2 ms, plus 8 ms per image at degree 0 and 4 ms per image at degree 16."""
     return 0.002 + 0.008 * images * (1 - degree / 32)
 
 
@@ -92,7 +92,7 @@ class Simulation:
         return [each for each in self.asked if each.answered_at is not None]
 
     def within(self, slo_s: float) -> float:
-        """Share of the answered requests that were answered within `slo_s` seconds."""
+        """Fraction of the answered requests that were answered within `slo_s` seconds."""
         return float(np.mean([each.seconds <= slo_s for each in self.answered]))
 
     def turns(self) -> int:

@@ -1,17 +1,17 @@
-"""Transforms for decoders, which load this file: it imports next to nothing."""
+"""Transforms for decoders, which load this file: it imports few modules."""
 
 import os
 import time
 
 
 def after(seconds, transform, image):
-    """Take some time, but not that of a processor."""
+    """Sleep for some seconds, then transform: slow, but without processor time."""
     time.sleep(seconds)
     return transform(image)
 
 
 def wait_if_large(path, transform, image):
-    """Hold a large image until a file exists; another file says that it is held."""
+    """Wait with a large image until a file exists; another file shows that this waits."""
     if image.width * image.height > 1_000_000:
         held = path.with_name(f"held-{os.getpid()}")
         held.touch()

@@ -70,7 +70,7 @@ class SelfDistillation(nn.Module):
         self.independent_labels = recipe.loss == "binary_distillation" or (
             recipe.loss == "classification" and task.multi_label
         )
-        """Whether each output of the head is a yes or no of its own (sigmoid, not softmax)."""
+        """Whether the head is multi-label: each output is an independent sigmoid, no softmax."""
         self.compares_features = recipe.loss in ("features", "feature_map")
         """Whether student and teacher are compared by features instead of logits."""
         self.pair = (0, compensator.steps)
