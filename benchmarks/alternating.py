@@ -30,7 +30,7 @@ class Runner:
     prepare: Callable[[], object] = _nothing
     """Called before each turn, without being timed, for example to set the degree."""
     seen: bool = True
-    """Whether torch allocates the memory of a pass in this thread, so that its peak is visible."""
+    """Whether torch allocates the memory of a pass in this thread, so that its peak is measured."""
 
 
 @dataclass(frozen=True, slots=True)

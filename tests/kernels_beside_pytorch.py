@@ -131,7 +131,7 @@ def test_models_give_the_same_logits(reduce):
 
 @torch.no_grad()
 def test_optimising_tries_the_kernels(monkeypatch):
-    monkeypatch.setattr(treatments, "_EARNED", 0.0)
+    monkeypatch.setattr(treatments, "_MIN_SPEEDUP", 0.0)
     monkeypatch.setattr(treatments, "_TURNS", 1)
     started = []
     start = launch._start

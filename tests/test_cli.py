@@ -50,7 +50,7 @@ def test_a_signal_to_the_whole_group_stops_a_run_cleanly(tmp_path, number):
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert err == "stopped; the same command goes on from here\n"
+    assert err == "stopped; the same command continues from here\n"
 
 
 # Sends Ctrl-C when a module is first imported.

@@ -375,7 +375,7 @@ def test_a_compensator_is_detached_when_the_evaluation_with_it_fails(monkeypatch
         return {"top1": 1.0}
 
     monkeypatch.setattr(evaluation, "validation_set", lambda *args: (None, []))
-    monkeypatch.setattr(evaluation, "some_images", lambda *args: images())
+    monkeypatch.setattr(evaluation, "first_images", lambda *args: images())
     monkeypatch.setattr(evaluation, "evaluate_loader", scores)
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate_compensator([run], plugin, "2", device="cpu")

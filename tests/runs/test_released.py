@@ -88,7 +88,7 @@ def test_a_wrong_or_partial_file_is_one_line_that_lists_what_is_missing(tmp_path
     code, _, err = cli("weights", "convert", path, "model.weights=x.pth")
     assert (code, err) == (
         2,
-        "error: settings of a recipe go with --recipe, got model.weights=x.pth.\n",
+        "error: fields of a recipe need --recipe, got model.weights=x.pth.\n",
     )
     code, _, err = cli("weights", "convert", path, *options, "--model", "vit_base_patch14_dinov2")
     assert (code, err) == (2, "error: model and img_size are the recipe's own: leave them out.\n")

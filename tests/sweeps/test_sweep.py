@@ -182,12 +182,12 @@ def test_a_sweep_stops_on_a_signal_and_continues_later(recipe, tmp_path, cli):
     runs = [Run(tmp_path / "out" / f"seed={seed}") for seed in (0, 1)]
     ask_to_stop(signal.SIGINT, lambda: all(run.metrics() for run in runs))
     code, _, err = cli(*command, "--jobs", 2)
-    assert (code, err) == (130, "stopped; the same command goes on from here\n")
+    assert (code, err) == (130, "stopped; the same command continues from here\n")
     before = [run.metrics() for run in runs]
     # No other process holds a lock any more, so this one resumes the first run.
     ask_to_stop(signal.SIGTERM, lambda: len(runs[0].metrics()) > len(before[0]))
     code, out, err = cli(*command)
-    assert (code, err) == (130, "stopped; the same command goes on from here\n")
+    assert (code, err) == (130, "stopped; the same command continues from here\n")
     assert trained(out) == ["seed=0"]
     assert "resuming at update" in out
     assert runs[0].metrics()[: len(before[0])] == before[0]

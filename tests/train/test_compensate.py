@@ -279,4 +279,4 @@ def test_options_that_do_not_go_together_raise(bridged, options, message):
 def test_several_runs_need_a_compensator(bridged):
     folder, _ = bridged
     done = invoke(folder / "0", folder / "6")
-    assert "go with --compensator only" in str(done.exception)
+    assert "need --compensator" in str(done.exception)

@@ -210,7 +210,7 @@ def test_masks_need_a_folder(binary, pictures, cli, options, message):
     [
         (["decode=null", "distill=null"], "decode must be a decoder for the data SceneMasks"),
         (["data={name: scenes}"], "decode must be null for the data Scenes, which have no masks"),
-        (["decode=null"], "distill goes with a decoder, but decode is null"),
+        (["decode=null"], "distill needs a decoder, but decode is null"),
         (["augment.flip=0.1"], "augment is for classification: with a decoder, use dense"),
         (["decode.num_classes=7"], "decode.num_classes must be 1, the number in the data, got 7"),
         (["data.img_size=20"], r"img_size must lie in \[48, 160\], got 20"),

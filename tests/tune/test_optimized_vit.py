@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture
 def keep_everything(monkeypatch):
     """Treatments stay if they work, faster or not."""
-    monkeypatch.setattr(treatments, "_EARNED", 0.0)
+    monkeypatch.setattr(treatments, "_MIN_SPEEDUP", 0.0)
     monkeypatch.setattr(treatments, "_TURNS", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -135,7 +135,7 @@ def test_what_fails_or_is_slower_is_left_out(monkeypatch):
             raise RuntimeError("not here\nin many lines")
 
     monkeypatch.setattr(treatments, "PackedLinear", Broken)
-    monkeypatch.setattr(treatments, "_EARNED", float("inf"))
+    monkeypatch.setattr(treatments, "_MIN_SPEEDUP", float("inf"))
     fast = td.optimize(model, images())
     assert str(fast.trials[0]) == "packed weights: not supported here (not here)"
     assert str(fast.trials[1]).endswith("x, left out")

@@ -52,7 +52,7 @@ def class_table(rows: "Sequence[DegreeRow]", classes: Sequence[str]) -> Table:
         *[f"at {rows[-1].degree}"] * several,
         f"precision at {rows[0].degree}",
         *[f"at {rows[-1].degree}"] * several,
-        "most often taken for",
+        "most often mistaken for",
         title=f"the {_SHOWN_CLASSES} classes of lowest recall" * (len(classes) > _SHOWN_CLASSES),
     )
     worst = sorted(zip(first, last, strict=True), key=lambda pair: pair[0].recall)
@@ -93,7 +93,9 @@ def compensator_table(rows: "Sequence[CompensatedRow]") -> Table:
 def warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]") -> None:
     """Print a line if times are not to be trusted; tables mark such rows with a question mark."""
     if any(row.disturbed for row in rows):
-        print("speed: times differed widely, so something else used this machine: measure again")
+        print(
+            "speed: times vary widely, probably because another program used this machine: measure again"
+        )
 
 
 def write_evaluation(

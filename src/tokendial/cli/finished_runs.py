@@ -72,11 +72,13 @@ def evaluate(
     speed = speed_settings(optimize, compile, precision)
     if compensator is not None:
         if speed:
-            raise ValueError("optimize, compile and precision do not go with --compensator.")
+            raise ValueError(
+                "optimize, compile and precision cannot be combined with --compensator."
+            )
         _evaluate_compensator(runs, degrees, compensator, sources, batch_size)
         return
     if len(runs) > 1 or sources is not None:
-        raise ValueError("several runs and sources go with --compensator only.")
+        raise ValueError("several runs, and --sources, need --compensator.")
     (run,) = runs
     from tokendial.runs import Run
     from tokendial.runs.evaluate import evaluate as run_evaluation

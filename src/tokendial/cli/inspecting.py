@@ -267,7 +267,7 @@ def weights_convert(
         print(f"wrote {run.folder}: DAR's model of {recipe}")
         return
     if overrides:
-        raise ValueError(f"settings of a recipe go with --recipe, got {overrides[0]}.")
+        raise ValueError(f"fields of a recipe need --recipe, got {overrides[0]}.")
     converted = convert_weights(file, model)
     if img_size is not None:
         converted = converted.resized_to(_size(img_size))

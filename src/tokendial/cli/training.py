@@ -84,7 +84,7 @@ def run_until_stopped(training: Callable[[], ResultT]) -> ResultT:
     try:
         return training()
     except InterruptedRunError:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -223,9 +223,9 @@ class Recipe(BaseRecipe):
         if self.decode is not None and self.augment != Augment():
             raise ValueError("augment is for classification: with a decoder, use dense instead")
         if self.decode is None and self.dense != MaskAugment():
-            raise ValueError("dense goes with a decoder, but decode is null")
+            raise ValueError("dense needs a decoder, but decode is null")
         if self.decode is None and self.distill is not None:
-            raise ValueError("distill goes with a decoder, but decode is null")
+            raise ValueError("distill needs a decoder, but decode is null")
         return self
 
     @model_validator(mode="after")

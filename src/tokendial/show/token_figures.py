@@ -1,4 +1,4 @@
-"""Figures of what the dial does to the tokens of one image."""
+"""Figures of the tokens of one image: merged, dropped or skipped at each layer."""
 
 import matplotlib.figure
 import numpy as np
@@ -66,7 +66,7 @@ def _legend(maps: TokenMaps) -> str:
     dark = any((o < 0).any() for o in maps.origin)
     parts = ["coloured: patches merged into one token"] * merged
     parts += ["dark: patches that were dropped or that the FFN skipped"] * dark
-    return " \u00b7 ".join([*parts, "as in the image: a token of its own"])
+    return " \u00b7 ".join([*parts, "unchanged: a patch that is one token"])
 
 
 def run_figure(

@@ -1,6 +1,6 @@
 """Where the patches of one image go: token maps, and images painted by them.
 
-This module does without matplotlib, so that servers can use it.
+This module does not import matplotlib, so that servers can use it.
 """
 
 # Shape legend: N tokens, P patches, H and W pixels.
@@ -91,7 +91,7 @@ def _per_patch(attention_N: Tensor, origin_P: Tensor) -> Tensor:
 
 
 def input_pixels(model: DialViT, image: Tensor) -> np.ndarray:
-    """Undo the normalisation of a model's input, to look at it.
+    """Undo the normalisation of a model's input, so that it can be shown.
 
     Args:
         model: The model that the image was prepared for.

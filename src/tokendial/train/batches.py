@@ -1,4 +1,4 @@
-"""Training batches that depend on the seed alone: not on workers, processes or interruptions."""
+"""Training batches that depend only on the seed, not on workers, processes or interruptions."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Read the MATLAB files that several data sets are published as."""
+"""Read MATLAB files, in which several data sets are published."""
 
 import zlib
 from pathlib import Path
