@@ -151,7 +151,7 @@ def test_blocks_inside_each_other_are_all_asked_to_stop(name):
         with stop_requests() as later:
             assert later.requested
     with stop_requests() as fresh:
-        assert not fresh.asked
+        assert not fresh.requested
 
 
 def test_a_closed_terminal_does_not_stop_a_process_under_nohup():
@@ -159,7 +159,7 @@ def test_a_closed_terminal_does_not_stop_a_process_under_nohup():
     try:
         with stop_requests() as request:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not request.asked
+            assert not request.requested
     finally:
         signal.signal(signal.SIGHUP, before)
 

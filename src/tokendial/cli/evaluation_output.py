@@ -94,7 +94,8 @@ def warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]") ->
     """Print a line if times are not to be trusted; tables mark such rows with a question mark."""
     if any(row.disturbed for row in rows):
         print(
-            "speed: times vary widely, probably because another program used this machine: measure again"
+            "speed: times vary widely, probably because another program used this machine: "
+            "measure again"
         )
 
 
