@@ -32,7 +32,7 @@ def use_fused_kernels(on: bool = True) -> Iterator[None]:
 
     Example:
         >>> from tokendial.kernels import fused
-        >>> with fused(), torch.no_grad():
+        >>> with use_fused_kernels(), torch.no_grad():
         ...     fuses(torch.zeros(2, 5, 8))  # not on a GPU
         False
     """

@@ -94,7 +94,7 @@ def patches_after_layers(
             patch tokens; a layer removes no more.
 
     Example:
-        >>> patches_left(16, [2, 0, 9], lambda num_patches: num_patches // 2)
+        >>> patches_after_layers(16, [2, 0, 9], lambda num_patches: num_patches // 2)
         (14, 14, 7)
     """
     left = []
