@@ -31,9 +31,9 @@ def use_fused_kernels(on: bool = True) -> Iterator[None]:
         on: Whether to use them. False turns them off inside of a block that turned them on.
 
     Example:
-        >>> from tokendial.kernels import fused
+        >>> from tokendial.kernels import should_fuse, use_fused_kernels
         >>> with use_fused_kernels(), torch.no_grad():
-        ...     fuses(torch.zeros(2, 5, 8))  # not on a GPU
+        ...     should_fuse(torch.zeros(2, 5, 8))  # not on a GPU
         False
     """
     before = _is_on.set(on)
