@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.tune import fit as fit
     from tokendial.tune import optimize as optimize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _NAMES = {
     "adapt": (
         "PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit ConvPass DARAdapter DenseAdapter "
