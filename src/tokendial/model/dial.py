@@ -31,16 +31,32 @@ def check_degree(degree: int, degrees: Sequence[int]) -> None:
 
 
 def run_by_degree(
-    run: Callable[[Tensor, int], Tensor], images: Tensor, degrees: Sequence[int]
+    model: Callable[[Tensor], Tensor],
+    set_degree: Callable[[int], None],
+    images: Tensor,
+    degrees: Sequence[int],
 ) -> Tensor:
     """Run the images of each degree together, and return the outputs in the order of the images.
 
     Args:
-        run: Computes the outputs of some images at one degree.
-        images: At least one image.
+        model: Computes the outputs of images at the present degree.
+        set_degree: Turns the model's dial, which is left at the last degree.
+        images: [B, ...].
         degrees: The degree of each image.
+
+    Raises:
+        ValueError: If there are not as many degrees as images.
     """
+    if len(degrees) != len(images):
+        raise ValueError(
+            f"degrees must be one for each of the {len(images)} images, got {len(degrees)}."
+        )
+    if not degrees:
+        return model(images)
     rows = {d: [i for i, own in enumerate(degrees) if own == d] for d in sorted(set(degrees))}
-    parts = [run(images[some], degree) for degree, some in rows.items()]
+    parts = []
+    for degree, some in rows.items():
+        set_degree(degree)
+        parts.append(model(images[some]))
     order = torch.tensor([i for some in rows.values() for i in some], device=images.device)
     return torch.cat(parts)[order.argsort()]

@@ -32,7 +32,7 @@ from tokendial.model.heads import check_headless, head_names, head_size, reset_h
 from tokendial.model.hub import push_files
 from tokendial.model.intermediates import collect_intermediates
 from tokendial.model.model_cost import model_cost
-from tokendial.model.saved_model import SavedModel
+from tokendial.model.saved_model import SavedModel, trained_tensors
 from tokendial.model.sharing import add_user, check_sharing, remove_user
 from tokendial.passes import ForwardPass
 from tokendial.reduce.base import ReducerConfig
@@ -84,11 +84,8 @@ class DialViT(nn.Module):
 
     def extra_repr(self) -> str:
         """The methods with their settings, and the degree, for `repr(model)`."""
-        methods = (
-            ("reduce", self.reduce_config),
-            ("adapt", self.adapt_config),
-            ("decode", self.decode_config),
-        )
+        configs = (self.reduce_config, self.adapt_config, self.decode_config)
+        methods = zip(("reduce", "adapt", "decode"), configs, strict=True)
         lines = [f"{kind}={method}," for kind, method in methods if method is not None]
         return "\n".join([*lines, f"degree={self.degree} of 0 to {self.degrees[-1]}"])
 
@@ -132,7 +129,7 @@ class DialViT(nn.Module):
             The state after each block, before the final norm.
 
         Raises:
-            ValueError: If `dropped` is another word.
+            ValueError: If `dropped` is neither "own" nor "fused".
         """
         if dropped not in ("own", "fused"):
             raise ValueError(f"dropped must be one of own, fused, got {dropped!r}.")
@@ -162,13 +159,9 @@ class DialViT(nn.Module):
     @property
     def _reads_prefix_only(self) -> bool:
         """Whether nothing reads the patch tokens that leave the last block."""
-        if (
-            self.decoder is not None
-            or self.adapter.needs_grid
-            or self.adapter.depends_on_other_tokens
-        ):
+        if self.adapter.needs_grid or self.adapter.depends_on_other_tokens:
             return False
-        return self.anatomy.head_reads_prefix_only
+        return self.decoder is None and self.anatomy.head_reads_prefix_only
 
     def _logits(self, tokens: Tokens) -> Tensor:
         if self.decoder is None:
@@ -188,20 +181,9 @@ class DialViT(nn.Module):
         Raises:
             ValueError: If there are not as many degrees as images, or one is not in `degrees`.
         """
-        if len(degrees) != len(images):
-            raise ValueError(
-                f"degrees must be one for each of the {len(images)} images, got {len(degrees)}."
-            )
-        if not degrees:
-            return self(images)  # type: ignore[no-any-return]
         before = self.degree
-
-        def run(some: Tensor, degree: int) -> Tensor:
-            self.set_degree(degree)
-            return self(some)  # type: ignore[no-any-return]
-
         try:
-            return run_by_degree(run, images, degrees)
+            return run_by_degree(self, self.set_degree, images, degrees)
         finally:
             self.set_degree(before)
 
@@ -223,9 +205,7 @@ class DialViT(nn.Module):
         *,
         dropped: Literal["own", "fused"] = "own",
     ) -> Tensor:
-        """Features at every patch, with all reductions undone.
-
-        Merged tokens are copied back to all their positions.
+        """Features at every patch; merged tokens are copied back to all their positions.
 
         Args:
             images: [B, 3, H, W], normalised.
@@ -253,9 +233,7 @@ class DialViT(nn.Module):
         dropped: Literal["own", "fused"] = "own",
         norm: bool = False,
     ) -> list[Tensor]:
-        """Feature maps after several blocks in one run.
-
-        `forward_intermediates` does the same with timm's arguments.
+        """Feature maps after several blocks in one run; `forward_intermediates` is timm's form.
 
         Args:
             images: [B, 3, H, W], normalised.
@@ -264,8 +242,7 @@ class DialViT(nn.Module):
             norm: Apply the final norm to each.
 
         Returns:
-            [B, D, rows, columns] for each layer, in the order of `layers`; of clips as
-            `feature_map` says.
+            For each layer, in the order of `layers`, a map as `feature_map` returns it.
 
         Raises:
             ValueError: If there is no such layer.
@@ -292,9 +269,9 @@ class DialViT(nn.Module):
 
     @property
     def pretrained_cfg(self) -> Any:
-        """timm's facts of the backbone, such as mean and deviation of its images.
+        """timm's facts of the backbone, which `timm.data.resolve_model_data_config(model)` reads.
 
-        `timm.data.resolve_model_data_config(model)` reads them. Models of transformers have none.
+        Among them are mean and deviation of its images. Models of transformers have none.
         """
         return self.vit.pretrained_cfg
 
@@ -358,8 +335,8 @@ class DialViT(nn.Module):
             intermediates_only: Return the list alone.
 
         Returns:
-            The features that `forward_features` returns, and a list with an entry for each block,
-            in the order of the blocks.
+            The features that `forward_features` returns, and a list of the blocks' outputs in the
+            order of the blocks.
 
         Raises:
             ValueError: If there is no such block, or `output_fmt` is another one.
@@ -444,24 +421,20 @@ class DialViT(nn.Module):
             ValueError: If `degree` is not one of `degrees`.
         """
         before = self.degree
+        if degree is not None:
+            check_degree(degree, self.degrees)
+            # Not set_degree: a compensator's weights need not change to be counted.
+            self._degree = int(degree)
 
         def run(images: Tensor) -> list[int]:
             steps = list(self.steps(images, track=self.decoder is not None, dropped="own"))
             self._logits(steps[-1].tokens)
             return [step.tokens.x.shape[1] for step in steps]
 
+        heads = [*self.anatomy.heads, *([self.decoder] if self.decoder else [])]
+        shape = self.anatomy.input_shape
         try:
-            if degree is not None:
-                check_degree(degree, self.degrees)
-                # Not set_degree: a compensator's weights need not change to be counted.
-                self._degree = int(degree)
-            return model_cost(
-                self,
-                run,
-                degree=self.degree,
-                input_shape=self.anatomy.input_shape,
-                heads=[*self.anatomy.heads, *([self.decoder] if self.decoder else [])],
-            )
+            return model_cost(self, run, degree=self.degree, input_shape=shape, heads=heads)
         finally:
             self._degree = before
 
@@ -679,7 +652,20 @@ class DialViT(nn.Module):
             raise ValueError("merged adapters cannot be saved: call unmerge_adapters() first.")
         check_headless(self.anatomy, self.decode_config)
         with self.own_weights():
-            self._as_saved(Path(directory)).write()
+            tensors = self.saved_tensors()
+            calibration = self.reducer.calibration if self.reducer else None
+            SavedModel(
+                folder=Path(directory),
+                backbone=self.backbone,
+                whole=all(f"vit.{name}" in tensors for name, _ in self.vit.named_parameters()),
+                fingerprint=self.fingerprint,
+                degree=self.degree,
+                calibration=dataclasses.asdict(calibration) if calibration else None,
+                reduce=self.reduce_config,
+                adapt=self.adapt_config,
+                decode=self.decode_config,
+                tensors=tensors,
+            ).write()
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None
@@ -720,15 +706,11 @@ class DialViT(nn.Module):
         adapt = saved.check_adapter(self.reduce_config, self.fingerprint)
         active = self.active_adapter
         with config_errors(saved.folder), self.own_weights():
-            self.add_adapter(
-                name,
-                adapt,
-                num_classes=saved.head_size(self.head_names),
-                decode=saved.decode,
-            )
+            num_classes = saved.head_size(self.head_names)
+            self.add_adapter(name, adapt, num_classes=num_classes, decode=saved.decode)
             try:
                 self.set_adapter(name)
-                saved.load_trained(self, self._trained_tensors())
+                saved.load_trained(self, trained_tensors(self, self.adapter, self.decoder))
                 saved.calibrate(self.reducer)
             except BaseException:
                 self.set_adapter(active)
@@ -738,31 +720,9 @@ class DialViT(nn.Module):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """Tensors that a saved model holds: what was trained, or all if weights are random."""
+        trained = trained_tensors(self, self.adapter, self.decoder)
         random = self.backbone.weights is None
-        return (dict(self.named_parameters()) if random else {}) | self._trained_tensors()
-
-    def _trained_tensors(self) -> dict[str, Tensor]:
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        trained |= {f"adapter.{name}": t for name, t in self.adapter.state_dict().items()}
-        decoder = self.decoder.state_dict() if self.decoder else {}
-        return trained | {f"decoder.{name}": t for name, t in decoder.items()}
-
-    def _as_saved(self, folder: Path) -> SavedModel:
-        """What the files of this model in a folder hold."""
-        tensors = self.saved_tensors()
-        calibration = self.reducer.calibration if self.reducer else None
-        return SavedModel(
-            folder=folder,
-            backbone=self.backbone,
-            whole=all(f"vit.{name}" in tensors for name, _ in self.vit.named_parameters()),
-            fingerprint=self.fingerprint,
-            degree=self.degree,
-            calibration=dataclasses.asdict(calibration) if calibration else None,
-            reduce=self.reduce_config,
-            adapt=self.adapt_config,
-            decode=self.decode_config,
-            tensors=tensors,
-        )
+        return dict(self.named_parameters()) | trained if random else trained
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # Merged weights are replaced when the kept ones come back: what is loaded would be lost.

@@ -87,7 +87,7 @@ class SavedModel:
     def write(self) -> None:
         """Write the files into `folder`, which is made if it does not exist."""
         methods = {"reduce": self.reduce, "adapt": self.adapt, "decode": self.decode}
-        config = {
+        config: dict[str, Any] = {
             "kind": "model",
             "backbone": dataclasses.asdict(self.backbone),
             "whole": self.whole,
@@ -210,3 +210,19 @@ class SavedModel:
             if len(values) != wanted:
                 raise ValueError(f"calibration.{name} must be {wanted} numbers, got {len(values)}.")
         reducer.calibration = calibration
+
+
+def trained_tensors(
+    model: nn.Module, adapter: nn.Module, decoder: nn.Module | None
+) -> dict[str, Tensor]:
+    """Tensors of a model that its training changes, by their names in its `state_dict()`.
+
+    Args:
+        model: A `DialViT`, of which those parameters count that train.
+        adapter: Its active adapter, which counts as a whole.
+        decoder: Its decoder, which counts as a whole; None: there is none.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained |= {f"adapter.{name}": value for name, value in adapter.state_dict().items()}
+    decoder_state = decoder.state_dict() if decoder else {}
+    return trained | {f"decoder.{name}": value for name, value in decoder_state.items()}
