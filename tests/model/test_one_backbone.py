@@ -234,3 +234,11 @@ def test_a_copied_model_can_be_unwrapped_without_the_original():
     logits = model(images())
     torch.testing.assert_close(copied.unwrap()(images()), logits)
     assert torch.equal(model(images()), logits)
+
+
+def test_a_replaced_backbone_is_free_after_its_model_is_unwrapped():
+    first = tiny_vit()
+    model = td.wrap(first)
+    model.vit = tiny_vit()
+    model.unwrap()
+    assert td.wrap(first, adapt=td.LoRA(rank=2)).vit is first

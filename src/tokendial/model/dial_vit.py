@@ -399,8 +399,7 @@ class DialViT(nn.Module):
         """Turn the dial.
 
         Raises:
-            ValueError: If `degree` is not one of `degrees`, or an attached compensator does not
-                reach it.
+            ValueError: If it is not one of `degrees`, or an attached compensator does not reach it.
         """
         check_degree(degree, self.degrees)
         degree = int(degree)
@@ -409,10 +408,10 @@ class DialViT(nn.Module):
         self._degree = degree
 
     def cost(self, degree: int | None = None) -> Cost:
-        """Parameters, multiply-accumulates and tokens of one image of the configured size.
+        """Parameters, multiply-accumulates and tokens of one image or clip of the configured size.
 
-        For a video model, of one clip; tokens are then those of one sequence, which is a frame
-        where frames run by themselves.
+        Tokens are those of one sequence. For video models whose frames run by themselves, it is a
+        frame.
 
         Args:
             degree: Degree to count at; None: the present one.
@@ -472,10 +471,9 @@ class DialViT(nn.Module):
             decode: Its decoder; None: a fresh one like that given to `wrap`, if one was.
 
         Raises:
-            ValueError: If the name is taken, the method does not fit, the model has no head to
-                replace, a decoder would stand beside a head, adapters are merged, the method
-                given to `wrap` trains the shared weights, or another wrapped model has the
-                backbone.
+            ValueError: If the name is taken, the method does not fit, there is no head to replace,
+                a decoder would stand beside a head, adapters are merged, the method given to `wrap`
+                trains the shared weights, or another wrapped model has the backbone.
         """
         check_method("adapt", adapt)
         check_method("decode", decode)
@@ -521,8 +519,7 @@ class DialViT(nn.Module):
     def merge_adapters(self) -> None:
         """Add a linear adapter (LoRA, SSF, FacT) to the backbone's weights, so that it is free.
 
-        Outputs stay the same up to rounding. The original weights are kept in memory, so that
-        `unmerge_adapters` restores their bits.
+        Outputs stay the same up to rounding. The original weights stay in memory.
 
         Raises:
             ValueError: If the adapter is not linear, or is merged already.
@@ -533,7 +530,7 @@ class DialViT(nn.Module):
             self.adapter.merge()
 
     def unmerge_adapters(self) -> None:
-        """Undo `merge_adapters`, to the bit.
+        """Undo `merge_adapters`; the weights are then the original ones, to the bit.
 
         Raises:
             ValueError: If nothing is merged.
@@ -611,6 +608,7 @@ class DialViT(nn.Module):
         check_sharing(vit, self, adapts=self._adapters.changes_backbone)
         self._adapters.replace_backbone(anatomy)
         self.anatomy, self.fingerprint = anatomy, fingerprint(vit)
+        remove_user(self.vit, self)
         add_user(vit, self)
 
     # Weights and hooks that a compensator changes.
@@ -640,10 +638,9 @@ class DialViT(nn.Module):
     # Saving and loading.
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the trained weights, the configuration and the backbone's name; see `load`.
+        """Write the weights that train, those of the adapter, and the configuration; see `load`.
 
-        Saved are the weights that train and the adapter's own. A frozen backbone is saved by its
-        name only, unless its weights are random and could not be had again.
+        A frozen backbone is saved by its name only, unless its weights are random.
 
         Raises:
             ValueError: If adapters are merged, or a head stands beside the decoder.
