@@ -1,8 +1,8 @@
 """Write, register and use a reduction method of your own.
 
-The method keeps every second patch token in two layers: the simplest thing that removes tokens, and
-a baseline that learnt methods should beat. Prints the tokens per layer at some degrees, and shows
-that saving, loading and restored feature maps work without another line of code.
+The method keeps every second patch token in two layers. It is the simplest reduction, and a
+baseline that learnt methods should beat. The program prints the tokens per layer at each degree,
+and shows that saving, loading and feature maps work without more code.
 
 The guide docs/add-a-method.md explains each part.
 """
@@ -29,11 +29,12 @@ class EveryNth(td.ReducerConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists
-        if type(self.n) is not int or self.n < 1:
-            raise ValueError(f"n must be an integer of at least 1, got {self.n!r}.")
+        td.checks.check_layers(self.layers)
+        td.checks.check_count("n", self.n)
 
     def build(self, vit: td.ViTShape) -> "EveryNthReducer":
-        """Make the module that runs."""
+        """Make the module that runs the method in a backbone of this shape."""
+        td.checks.check_layers_exist(self.layers, vit.depth)
         return EveryNthReducer(self)
 
 
@@ -46,13 +47,13 @@ class EveryNthReducer(td.Reducer):
         self.degrees, self.degree = (0, 1, 2, 3), config.n - 1
 
     def reduces_in(self, layer: int, degree: int) -> bool:
-        """In the layers of the settings."""
+        """Whether `group` is called in this layer."""
         return layer in self.config.layers
 
     def group(
         self, layer: int, degree: int, tokens: td.Tokens, attended: ByProducts
     ) -> td.Grouping | None:
-        """Name the tokens that stay; the model applies this to all that follows the tokens."""
+        """Return the tokens that stay; the model applies it to features, sizes and positions."""
         images, count, _ = tokens.x.shape
         kept = [*range(tokens.prefix), *range(tokens.prefix, count, degree + 1)]
         index = torch.tensor(kept, device=tokens.x.device).expand(images, -1)

@@ -1,9 +1,9 @@
-"""Win back accuracy at high degrees with a compensator (ToCom).
+"""Restore accuracy at high degrees with a compensator (ToCom).
 
 A model that was trained at one degree loses accuracy at others. A compensator is trained once for a
-backbone, without labels, and serves every model fine-tuned from it. This example attaches the one
-that Tokendial ships to the shipped model, which was trained at degree 0. Prints the accuracy at
-some degrees without and with it.
+backbone, without labels, and works for every model that is fine-tuned from it. This example
+attaches the shipped compensator to the shipped model, which was trained at degree 0. It prints the
+accuracy at some degrees, without and with the compensator.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """Predict masks: DAR on a small model, in your own loop.
 
-Attention sees every token; each FFN processes about half of them; a decoder in place of the head
-gives one logit map. Learns to outline items in a scene. Prints the loss as it falls, the share of
-tokens that the FFNs processed, and the overlap (IoU) with the true masks at two degrees.
+Attention sees every token, and each FFN processes about half of them. A decoder replaces the head
+and gives one logit map. The model learns to outline the items in a scene. The program prints the
+loss, and at two degrees the share of tokens that the FFNs processed and the overlap (IoU) with the
+true masks.
 """
 
 import argparse

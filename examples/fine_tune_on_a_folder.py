@@ -1,10 +1,10 @@
 """Fine-tune on a folder of images, evaluate along the dial, and predict.
 
-Does in Python what `tokendial train`, `tokendial eval` and `tokendial predict` do on the command
-line. Images lie in FOLDER/train/CLASS/ and FOLDER/val/CLASS/. Without --data, a small folder is
-written first: pictures of single items of clothing.
+This program does in Python what `tokendial train`, `tokendial eval` and `tokendial predict` do on
+the command line. Images lie in FOLDER/train/CLASS/ and FOLDER/val/CLASS/. Without --data, it writes
+a small folder first: pictures of single items of clothing.
 
-Prints the accuracy of each epoch, then accuracy, cost and speed at some degrees, then the class
+It prints the accuracy of each epoch, then accuracy, cost and speed at some degrees, then the class
 of one image.
 """
 

@@ -1,9 +1,9 @@
 """Find how many tokens each layer should merge, for a compute budget.
 
 `td.fit` needs images, but no labels and no training. Here the budgets are multiply-accumulates,
-which are counted; `speedup=(1.5, 2)` or `latency_ms=40` would measure time on this machine. Prints
-the schedule of each budget, and how often it gives the same answers as the whole model, beside the
-best constant schedule of the same cost.
+which are counted; `speedup=(1.5, 2)` or `latency_ms=40` would measure time on this machine. The
+program prints the schedule for each budget, and how often it gives the same answers as the
+unreduced model, beside the best constant schedule of the same cost.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Fine-tune with the Trainer of transformers (pip install 'tokendial[transformers]').
 
-The Trainer wants a model that takes a batch by keyword and returns its loss; a module of a few
-lines around the wrapped model does that. LoRA learns, ToMe merges tokens. Prints the evaluation
-loss and accuracy, before and after training.
+The Trainer needs a model that takes a batch by keyword and returns its loss. A module of a few
+lines around the wrapped model does that. LoRA is trained, and ToMe merges tokens. The program
+prints the evaluation loss and accuracy before and after training.
 """
 
 import argparse

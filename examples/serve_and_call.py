@@ -1,7 +1,7 @@
 """Start the server and send it an image (pip install 'tokendial[serve]').
 
-Trains a tiny run first, or serves the one that --run names. Prints the server's own lines, then the
-answers to one image at two degrees, and what the load would cost at each degree.
+The program trains a tiny run first, or serves the one that --run names. It prints the server's own
+lines, then the answers to one image at two degrees, and the cost of each degree.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def trained_run(folder: Path) -> Run:
 
 
 def address(lines: IO[str]) -> str:
-    """Wait until the server says where it listens."""
+    """Wait until the server prints its URL, and return it."""
     for line in lines:
         print(line, end="")
         if line.startswith("serving"):
@@ -36,7 +36,7 @@ def address(lines: IO[str]) -> str:
 
 
 def call(url: str, body: bytes | None = None) -> Any:
-    """Ask the server: an image's bytes are posted, other things are got."""
+    """Return the JSON answer of the server: POST with an image, GET without."""
     request = urllib.request.Request(url, data=body, headers={"content-type": "image/png"})
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)

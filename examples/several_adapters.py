@@ -1,7 +1,8 @@
 """Two tasks on one backbone, which is in memory once.
 
-Each adapter has a name and a head of its own; switching takes no time and leaves no rounding
-errors. Prints the parameters of the backbone and of each adapter, and the logits' shape per task.
+Each adapter has a name and a head of its own. Switching exchanges layers, takes almost no time, and
+leaves no rounding errors. The program prints the parameters of the backbone and of each adapter,
+and the shape of the logits of each task.
 """
 
 import torch
@@ -11,7 +12,7 @@ import tokendial as td
 
 @torch.no_grad()
 def main() -> None:
-    """Add two adapters and let them act in turn."""
+    """Add two adapters and switch between them."""
     vit = td.Backbone(name="scenes_vit", weights="shipped").create()
     model = td.wrap(vit, reduce=td.ToMe(r=4)).eval()
     print(f"backbone: {model.cost().params:,} parameters")
@@ -20,7 +21,7 @@ def main() -> None:
     model.add_adapter("cars", td.LoRA(rank=4), num_classes=196)
     images = torch.randn(2, 3, 48, 48)
     for name in ("pets", "cars", "pets"):
-        model.set_adapter(name)  # its layers and its head act; parameters() are its own
+        model.set_adapter(name)  # its layers and its head are active now
         trained = model.cost().trainable_params
         print(f"{name}: {trained:,} trained parameters, logits {list(model(images).shape)}")
 

@@ -1,10 +1,10 @@
 """Make a trained Vision Transformer faster, without training.
 
-Wraps the model with ToMe, which merges similar tokens, and turns the dial. Prints one line per
-degree: the multiply-accumulates of an image, the accuracy, and the measured speed.
+The program wraps the model with ToMe, which merges similar tokens, and turns the dial. It prints
+one line per degree: multiply-accumulates per image, accuracy, and measured speed.
 
-The shipped model says which of ten kinds of items are in an image. With a timm model of yours, only
-`load_vit` and the images change.
+The shipped model says which of ten kinds of items are in an image. To use a timm model of yours,
+change `load_vit` and the images.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tokendial.measure import time_in_rounds
 
 
 def load_vit() -> nn.Module:
-    """The model that you already have: here the shipped one, elsewhere timm.create_model(...)."""
+    """Return the trained model: here the shipped one; use timm.create_model(...) for yours."""
     return td.Backbone(name="scenes_vit", weights="shipped").create()
 
 

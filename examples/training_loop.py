@@ -1,9 +1,9 @@
 """Fine-tune in your own PyTorch loop.
 
-A wrapped model is an ordinary nn.Module: the optimizer gets its trainable parameters, the loss is
-yours. This is Sparse-Tuning: EViT drops tokens, Dense Adapters learn, the backbone is frozen.
-Prints the number of trained parameters, the loss as it falls, and the accuracy at some degrees;
-saves the adapters and the head, and loads them again.
+A wrapped model is an ordinary nn.Module: the optimizer gets its trainable parameters, and the loss
+is yours. This is Sparse-Tuning: EViT removes tokens, Dense Adapters are trained, and the backbone
+is frozen. The program prints the number of trained parameters, the loss, and the accuracy at some
+degrees. Then it saves the adapters and the head, and loads them again.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
 
-    # timm models know their names; of other weights, `backbone` says how td.load finds them again.
+    # A timm model knows its name. For other weights, `backbone` tells td.load how to find them.
     backbone = td.Backbone(name="scenes_vit", weights="shipped", args={"num_classes": 5})
     model = td.wrap(
         backbone.create(),

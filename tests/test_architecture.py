@@ -93,7 +93,7 @@ PUBLIC = {
     "optimize": "tune.optimized_vit",
     "register": "methods",
     "video_vit": "backbones.pooling",
-    "wrap": "model.dial_vit",
+    "wrap": "model.wrap",
 }
 
 

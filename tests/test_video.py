@@ -120,7 +120,7 @@ def test_a_training_step_of_the_per_frame_model_equals_the_reference(monkeypatch
     def task_loss(logits):
         return F.cross_entropy(logits, tensors["input.labels"])
 
-    losses = model.reducer.losses(td.reduce.Passes(student, complete, None, task_loss))
+    losses = model.reducer.losses(td.passes.TrainingPasses(student, complete, None, task_loss))
     expected = split(tensors, "output.train.loss.")
     close = {"rtol": 1e-4, "atol": 1e-7}
     torch.testing.assert_close(losses["rate"], expected["token_weighted"], **close)

@@ -35,8 +35,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.measure import calibrate as calibrate
     from tokendial.methods import register as register
     from tokendial.model.dial_vit import DialViT as DialViT
-    from tokendial.model.dial_vit import wrap as wrap
     from tokendial.model.loading import load as load
+    from tokendial.model.wrap import wrap as wrap
     from tokendial.reduce import DAR as DAR
     from tokendial.reduce import DynamicViT as DynamicViT
     from tokendial.reduce import DyT as DyT
@@ -67,8 +67,9 @@ _NAMES = {
     "export_files": "ExportedFile export",
     "measure": "calibrate",
     "methods": "register",
-    "model.dial_vit": "DialViT wrap",
+    "model.dial_vit": "DialViT",
     "model.loading": "load",
+    "model.wrap": "wrap",
     "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame Reducer ReducerConfig ToMe",
     "reference": "load_reference",
     "shape": "ViTShape",

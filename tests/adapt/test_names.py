@@ -168,7 +168,7 @@ def test_deleting():
     model.add_adapter("pets", td.SSF())
     model.set_adapter("pets")
     for name in ("pets", "default"):
-        with pytest.raises(ValueError, match=f"'{name}' acts or is the default"):
+        with pytest.raises(ValueError, match=f"'{name}' is active or the default"):
             model.delete_adapter(name)
     model.set_adapter("default")
     model.delete_adapter("pets")
@@ -204,7 +204,7 @@ def test_bad_requests_leave_the_model_as_it_was(call, message):
 
 def test_a_method_that_trained_the_shared_backbone_is_refused():
     model = shared(adapt=td.BitFit())
-    with pytest.raises(ValueError, match="BitFit trains the backbone that adapters share"):
+    with pytest.raises(ValueError, match="BitFit trains the backbone that all adapters share"):
         model.add_adapter("pets", td.SSF())
 
 

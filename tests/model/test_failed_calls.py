@@ -135,7 +135,7 @@ def test_loading_an_adapter(tmp_path, unchanged, monkeypatch, merge):
     ("adapt", "last", "name"),
     [
         (td.LoRA(rank=2), lambda model: model.vit.blocks[-1].attn.qkv, "merge"),
-        (td.SSF(), lambda model: model.adapter.layers["norm"], "merged"),
+        (td.SSF(), lambda model: model.adapter.layers["norm"], "merged_parameters"),
     ],
 )
 def test_merging(unchanged, monkeypatch, adapt, last, name):

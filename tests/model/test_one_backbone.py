@@ -226,3 +226,19 @@ def test_a_head_beside_a_decoder_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"a decoder needs a backbone without .* 9 classes"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_copied_model_can_be_unwrapped_without_the_original():
+    model = td.wrap(tiny_vit(), adapt=td.LoRA(rank=2)).eval()
+    copied = copy.deepcopy(model)
+    logits = model(images())
+    torch.testing.assert_close(copied.unwrap()(images()), logits)
+    assert torch.equal(model(images()), logits)
+
+
+def test_a_replaced_backbone_is_free_after_its_model_is_unwrapped():
+    first = tiny_vit()
+    model = td.wrap(first)
+    model.vit = tiny_vit()
+    model.unwrap()
+    assert td.wrap(first, adapt=td.LoRA(rank=2)).vit is first

@@ -210,7 +210,7 @@ def test_what_cannot_be_unwrapped_stays_as_it_is():
     compensated = td.wrap(tiny_vit(), reduce=td.ToMe(r=4), backbone=described).eval()
     td.Compensator.for_model(compensated, td.ToCom()).attach(compensated)
     for model, message in (
-        (dense, r"DenseAdapters cannot be merged: .*; unwrap\(merge=False\) gives the backbone"),
+        (dense, r"DenseAdapters cannot be merged .*; unwrap\(merge=False\) gives the backbone"),
         (decoding, r"cannot hold the decoder: use unwrap\(merge=False\)"),
         (compensated, "a compensator is attached: detach it first"),
     ):

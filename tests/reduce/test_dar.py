@@ -6,7 +6,9 @@ from examples import golden, images, replay_noise, split, tiny_vit
 
 import tokendial as td
 from tokendial.backbones.positions import resize_positions
+from tokendial.model.blocks import BlockRunner
 from tokendial.reduce.dar import ada_loss
+from tokendial.tokens import Tokens
 
 MASKS = ("eval", "train")
 
@@ -32,9 +34,10 @@ def wrapped(**sizes):
 
 
 def run_block(model, x):
-    from tokendial.tokens import Tokens
-
-    return model._block(1, model.degree, Tokens(x, 1, (6, 6)), frozenset()).tokens
+    runner = BlockRunner(
+        model.anatomy, model.reducer, model.degree, model.adapter, model.attention_kernel
+    )
+    return runner.run(1, Tokens(x, 1, (6, 6))).tokens
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """DialViT: a ViT with token reduction, adapters and a dial. It behaves like a timm model.
 
-The class is long because it has one short method for each thing that users ask of a model. The work
-is done elsewhere: `blocks.py` runs a block, `adapter_set.py` lets adapters take turns, `files.py`
-and `saved_model.py` write and read.
+The class has one short method for each thing that users ask of a model; the blocks run here, the
+rest is done elsewhere: `blocks.py` runs one block, `features.py` and `intermediates.py` undo
+reductions, `heads.py` knows the classification head, `adapter_set.py` lets adapters take turns,
+`saved_model.py` and `files.py` write and read.
 """
 
 import dataclasses
@@ -10,92 +11,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.adapt.base import AdapterConfig
 from tokendial.attention import PYTORCH_KERNEL, AttentionKernel
-from tokendial.backbones import Backbone, anatomy_of, fingerprint, new_head
+from tokendial.backbones import Backbone, anatomy_of, fingerprint
 from tokendial.decode import DecoderConfig
-from tokendial.measure.cost import Cost, count_macs
-from tokendial.methods import to_json
+from tokendial.measure.cost import Cost
 from tokendial.model.adapter_set import AdapterSet
-from tokendial.model.arguments import check_bare, check_method
+from tokendial.model.arguments import check_method
+from tokendial.model.backbone_source import BackboneSource
 from tokendial.model.blocks import BlockRunner, Step
-from tokendial.model.files import config_errors, write_files
+from tokendial.model.dial import Compensation, check_degree, run_by_degree
+from tokendial.model.features import collect_maps, restored_map
+from tokendial.model.files import config_errors
+from tokendial.model.heads import check_headless, head_names, head_size, reset_head, timm_method
 from tokendial.model.hub import push_files
-from tokendial.model.intermediates import select_blocks
-from tokendial.model.saved_model import SavedModel
+from tokendial.model.intermediates import collect_intermediates
+from tokendial.model.model_cost import model_cost
+from tokendial.model.saved_model import SavedModel, trained_tensors
 from tokendial.model.sharing import add_user, check_sharing, remove_user
-from tokendial.model.slot import AdapterSlot
 from tokendial.passes import ForwardPass
 from tokendial.reduce.base import ReducerConfig
-from tokendial.tokens import Tokens, to_grid
-
-
-def wrap(
-    vit: nn.Module,
-    *,
-    reduce: ReducerConfig | None = None,
-    adapt: AdapterConfig | None = None,
-    decode: DecoderConfig | None = None,
-    backbone: Backbone | None = None,
-) -> "DialViT":
-    """Give a ViT token reduction, an adapter and the dial.
-
-    Args:
-        vit: A model of timm (VisionTransformer, Eva; for clips those of `video_vit` and videomae_*)
-            or of transformers (ViT, DeiT, Dinov2, CLIPVisionModel). It stays `model.vit`. With an
-            adapter its weights are frozen as the fine-tuning method says.
-        reduce: Reduction method, such as `ToMe(r=8)`; None: no tokens are removed.
-        adapt: Fine-tuning method, such as `DenseAdapter(dim=32)`; None: no adapter, and which
-            weights train stays as it is.
-        decode: Decoder for dense tasks, such as `DARDecoder()`, on a `vit` without a head; None:
-            the head of `vit` gives the logits.
-        backbone: How to build `vit` again, written into saved models; None: read from `vit`.
-
-    Returns:
-        A module with the logits of `vit` at degree 0. Without a head it returns the pooled
-        features of `vit`, with a decoder the decoder's logit maps.
-
-    Raises:
-        ValueError: If the model is not supported, a method does not fit it, or another wrapped
-            model has it and one of the two brings adapters. `vit` is then as it was.
-
-    Example:
-        >>> import timm, torch
-        >>> from tokendial import ToMe
-        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2)
-        >>> model = wrap(vit, reduce=ToMe(r=8))
-        >>> model(torch.zeros(1, 3, 224, 224)).shape
-        torch.Size([1, 1000])
-        >>> model.cost().tokens_per_layer
-        (189, 181)
-    """
-    check_bare(vit, DialViT)
-    for kind, method in (("reduce", reduce), ("adapt", adapt), ("decode", decode)):
-        check_method(kind, method)
-    return DialViT(vit, reduce=reduce, adapt=adapt, decode=decode, backbone=backbone)
-
-
-class Compensation(Protocol):
-    """Changes weights of the model whenever the dial turns; see `tokendial.compensate`."""
-
-    @property
-    def in_weights(self) -> bool:
-        """Whether the model's weights are changed now. If not, outputs of layers are."""
-
-    def start(self) -> None:
-        """Start to compensate, at the present degree of the model."""
-
-    def stop(self) -> None:
-        """Stop, and give the model its own weights back."""
-
-    def set_degree(self, degree: int) -> None:
-        """Compensate for another degree."""
+from tokendial.tokens import Tokens
 
 
 class DialViT(nn.Module):
@@ -130,30 +71,21 @@ class DialViT(nn.Module):
         """The backbone, an ordinary timm or transformers model."""
         self.compensation: Compensation | None = None
         """The attached compensator, which follows the dial; None: there is none."""
-        self._given_backbone = backbone or Backbone.of(vit)
-        self._args_when_wrapped = Backbone.of(vit).args
-        self._head_size_when_wrapped = self._head_size
-        self.check_headless(decode)
-        slot = self._new_slot(adapt, decode, self._head_size)
+        self._source = BackboneSource(self.anatomy, backbone)
+        self._adapters = AdapterSet(self.anatomy, reduce, adapt, decode)
         self._degree = 0
-        if slot.reducer:
-            check_degree(slot.reducer.degree, slot.reducer.degrees)
-            self._degree = slot.reducer.degree
-        self._adapters = AdapterSet(slot)
+        if reducer := self._adapters.active_slot.reducer:
+            check_degree(reducer.degree, reducer.degrees)
+            self._degree = reducer.degree
         check_sharing(vit, self, adapts=adapt is not None)
-        if adapt:
-            heads = {name: vit.get_submodule(name) for name in self.head_names}
-            slot.install(vit, self.anatomy.blocks, heads, shared=False)
+        self._adapters.install_default()
         self._use_active_slot()
         add_user(vit, self)
 
     def extra_repr(self) -> str:
         """The methods with their settings, and the degree, for `repr(model)`."""
-        methods = (
-            ("reduce", self.reduce_config),
-            ("adapt", self.adapt_config),
-            ("decode", self.decode_config),
-        )
+        configs = (self.reduce_config, self.adapt_config, self.decode_config)
+        methods = zip(("reduce", "adapt", "decode"), configs, strict=True)
         lines = [f"{kind}={method}," for kind, method in methods if method is not None]
         return "\n".join([*lines, f"degree={self.degree} of 0 to {self.degrees[-1]}"])
 
@@ -195,7 +127,12 @@ class DialViT(nn.Module):
 
         Yields:
             The state after each block, before the final norm.
+
+        Raises:
+            ValueError: If `dropped` is neither "own" nor "fused".
         """
+        if dropped not in ("own", "fused"):
+            raise ValueError(f"dropped must be one of own, fused, got {dropped!r}.")
         run_block = self._block_function()
         tokens = self.anatomy.embed(images)
         if track:
@@ -222,18 +159,14 @@ class DialViT(nn.Module):
     @property
     def _reads_prefix_only(self) -> bool:
         """Whether nothing reads the patch tokens that leave the last block."""
-        if (
-            self.decoder is not None
-            or self.adapter.needs_grid
-            or self.adapter.depends_on_other_tokens
-        ):
+        if self.adapter.needs_grid or self.adapter.depends_on_other_tokens:
             return False
-        return self.anatomy.head_reads_prefix_only
+        return self.decoder is None and self.anatomy.head_reads_prefix_only
 
     def _logits(self, tokens: Tokens) -> Tensor:
         if self.decoder is None:
             return self.anatomy.classify(tokens)
-        logits: Tensor = self.decoder(self._restored_map(tokens, norm=True))
+        logits: Tensor = self.decoder(restored_map(self.anatomy, tokens, norm=True))
         return logits
 
     def forward_at(self, images: Tensor, degrees: Sequence[int]) -> Tensor:
@@ -248,30 +181,18 @@ class DialViT(nn.Module):
         Raises:
             ValueError: If there are not as many degrees as images, or one is not in `degrees`.
         """
-        if len(degrees) != len(images):
-            raise ValueError(
-                f"degrees must be one for each of the {len(images)} images, got {len(degrees)}."
-            )
-        if not degrees:
-            return self(images)  # type: ignore[no-any-return]
         before = self.degree
-        rows = {d: [i for i, own in enumerate(degrees) if own == d] for d in sorted(set(degrees))}
-        parts = []
         try:
-            for degree, some in rows.items():
-                self.set_degree(degree)
-                parts.append(self(images[some]))
+            return run_by_degree(self, self.set_degree, images, degrees)
         finally:
             self.set_degree(before)
-        order = torch.tensor([i for some in rows.values() for i in some], device=images.device)
-        return torch.cat(parts)[order.argsort()]
 
     def forward_pass(self, images: Tensor) -> ForwardPass:
         """Logits, features and the tokens of every layer: what the losses of methods read."""
         steps = self.steps(images, track=self.decoder is not None, dropped="own")
         tokens = [step.tokens for step in steps]
         last = tokens[-1]
-        read = self._restored_map(last, norm=True) if self.decoder else None
+        read = restored_map(self.anatomy, last, norm=True) if self.decoder else None
         logits = self.decoder(read) if self.decoder else self.anatomy.classify(last)
         return ForwardPass(self.degree, logits.float(), self.anatomy.norm(last.x), tokens, read)
 
@@ -284,9 +205,7 @@ class DialViT(nn.Module):
         *,
         dropped: Literal["own", "fused"] = "own",
     ) -> Tensor:
-        """Features at every patch, with all reductions undone.
-
-        Merged tokens are copied back to all their positions.
+        """Features at every patch; merged tokens are copied back to all their positions.
 
         Args:
             images: [B, 3, H, W], normalised.
@@ -314,9 +233,7 @@ class DialViT(nn.Module):
         dropped: Literal["own", "fused"] = "own",
         norm: bool = False,
     ) -> list[Tensor]:
-        """Feature maps after several blocks in one run.
-
-        `forward_intermediates` does the same with timm's arguments.
+        """Feature maps after several blocks in one run; `forward_intermediates` is timm's form.
 
         Args:
             images: [B, 3, H, W], normalised.
@@ -325,34 +242,13 @@ class DialViT(nn.Module):
             norm: Apply the final norm to each.
 
         Returns:
-            [B, D, rows, columns] for each layer, in the order of `layers`; of clips as
-            `feature_map` says.
+            For each layer, in the order of `layers`, a map as `feature_map` returns it.
 
         Raises:
             ValueError: If there is no such layer.
         """
-        depth = len(self.anatomy.blocks)
-        layers = [depth] if layers is None else list(layers)
-        if bad := [layer for layer in layers if not 1 <= layer <= depth]:
-            raise ValueError(f"layer must lie in [1, {depth}] (counted from 1), got {bad[0]}.")
-        if dropped not in ("own", "fused"):
-            raise ValueError(f"dropped must be one of own, fused, got {dropped!r}.")
-        maps: dict[int, Tensor] = {}
-        for step in self.steps(images, track=True, dropped=dropped):
-            if step.layer in layers:
-                maps[step.layer] = self._restored_map(step.tokens, norm=norm)
-            if step.layer == max(layers):
-                break
-        found = [maps[layer] for layer in layers]
-        if self.anatomy.frames is None:
-            return found
-        return [each.reshape(-1, self.anatomy.time_steps, *each.shape[1:]) for each in found]
-
-    def _restored_map(self, tokens: Tokens, *, norm: bool) -> Tensor:
-        """The feature map [B * grids, D, rows, columns] of tracked tokens, reductions undone."""
-        rows, columns = tokens.grid
-        x = tokens.restore_positions()[:, -tokens.grids * rows * columns :]
-        return to_grid(self.anatomy.norm(x) if norm else x, tokens.grid)
+        steps = self.steps(images, track=True, dropped=dropped)
+        return collect_maps(self.anatomy, steps, layers, norm=norm)
 
     # What timm's models have.
 
@@ -369,13 +265,13 @@ class DialViT(nn.Module):
     @property
     def num_classes(self) -> int:
         """Width of the logits; 0 without a head or decoder."""
-        return self.decode_config.num_classes if self.decode_config else self._head_size
+        return self.decode_config.num_classes if self.decode_config else head_size(self.anatomy)
 
     @property
     def pretrained_cfg(self) -> Any:
-        """timm's facts of the backbone, such as mean and deviation of its images.
+        """timm's facts of the backbone, which `timm.data.resolve_model_data_config(model)` reads.
 
-        `timm.data.resolve_model_data_config(model)` reads them. Models of transformers have none.
+        Among them are mean and deviation of its images. Models of transformers have none.
         """
         return self.vit.pretrained_cfg
 
@@ -407,7 +303,8 @@ class DialViT(nn.Module):
         Raises:
             ValueError: If the backbone is not of timm, or the model has a decoder.
         """
-        logits: Tensor = self._timm_method("forward_head")(features, pre_logits=pre_logits)
+        method = timm_method(self.vit, "forward_head", self.decoder)
+        logits: Tensor = method(features, pre_logits=pre_logits)
         return logits
 
     def forward_intermediates(
@@ -438,36 +335,28 @@ class DialViT(nn.Module):
             intermediates_only: Return the list alone.
 
         Returns:
-            The features that `forward_features` returns, and a list with an entry for each block,
-            in the order of the blocks.
+            The features that `forward_features` returns, and a list of the blocks' outputs in the
+            order of the blocks.
 
         Raises:
             ValueError: If there is no such block, or `output_fmt` is another one.
         """
-        depth = len(self.anatomy.blocks)
-        blocks = select_blocks(indices, depth)
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be NCHW or NLC, got {output_fmt!r}.")
-        found: list[Any] = []
-        for step in self.steps(images, track=True, dropped="own"):
-            if step.layer - 1 in blocks:
-                rows, columns = step.tokens.grid
-                x = step.tokens.restore_positions()
-                x = self.anatomy.norm(x) if norm else x
-                prefix, patches = x.tensor_split([-step.tokens.grids * rows * columns], dim=1)
-                part = patches if output_fmt == "NLC" else to_grid(patches, step.tokens.grid)
-                found.append((part, prefix) if return_prefix_tokens else part)
-            if stop_early and step.layer - 1 == max(blocks):
-                break
-        if intermediates_only:
-            return found
-        return self.anatomy.norm(step.tokens.restore_positions()), found
+        return collect_intermediates(
+            self.anatomy,
+            self.steps(images, track=True, dropped="own"),
+            indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=stop_early,
+            output_fmt=output_fmt,
+            intermediates_only=intermediates_only,
+        )
 
     def get_classifier(self) -> Any:
         """The head as timm's `get_classifier` returns it; the decoder if there is one."""
         if self.decoder is not None:
             return self.decoder
-        return self._timm_method("get_classifier")()
+        return timm_method(self.vit, "get_classifier", None)()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the active adapter a new head, which trains; see timm's `reset_classifier`.
@@ -479,20 +368,7 @@ class DialViT(nn.Module):
         Raises:
             ValueError: If the backbone is not of timm, takes clips, or the model has a decoder.
         """
-        if self.anatomy.frames is not None:
-            raise ValueError(
-                "the head of a video model cannot be reset: add_adapter(..., num_classes=...) "
-                "makes a new one."
-            )
-        self._timm_method("reset_classifier")(num_classes, global_pool)
-
-    def _timm_method(self, name: str) -> Callable[..., Any]:
-        if self.decoder is not None:
-            raise ValueError(f"{name} is for heads, but this model has a decoder.")
-        method: Callable[..., Any] | None = getattr(self.vit, name, None)
-        if method is None:
-            raise ValueError(f"{name} needs a model of timm, vit is a {type(self.vit).__name__}.")
-        return method
+        reset_head(self.anatomy, self.decoder, num_classes, global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""
@@ -523,8 +399,7 @@ class DialViT(nn.Module):
         """Turn the dial.
 
         Raises:
-            ValueError: If `degree` is not one of `degrees`, or an attached compensator does not
-                reach it.
+            ValueError: If it is not one of `degrees`, or an attached compensator does not reach it.
         """
         check_degree(degree, self.degrees)
         degree = int(degree)
@@ -533,10 +408,10 @@ class DialViT(nn.Module):
         self._degree = degree
 
     def cost(self, degree: int | None = None) -> Cost:
-        """Parameters, multiply-accumulates and tokens of one image of the configured size.
+        """Parameters, multiply-accumulates and tokens of one image or clip of the configured size.
 
-        For a video model, of one clip; tokens are then those of one sequence, which is a frame
-        where frames run by themselves.
+        Tokens are those of one sequence. For video models whose frames run by themselves, it is a
+        frame.
 
         Args:
             degree: Degree to count at; None: the present one.
@@ -545,35 +420,22 @@ class DialViT(nn.Module):
             ValueError: If `degree` is not one of `degrees`.
         """
         before = self.degree
-        tokens_per_layer: list[int] = []
+        if degree is not None:
+            check_degree(degree, self.degrees)
+            # Not set_degree: a compensator's weights need not change to be counted.
+            self._degree = int(degree)
 
-        def run(call: nn.Module) -> None:
-            dtype = next(self.parameters()).dtype
-            images = torch.empty(1, *self.anatomy.input_shape, device="meta", dtype=dtype)
-            for step in self.steps(images, track=self.decoder is not None, dropped="own"):
-                tokens_per_layer.append(step.tokens.x.shape[1])
-            self._logits(step.tokens)
+        def run(images: Tensor) -> list[int]:
+            steps = list(self.steps(images, track=self.decoder is not None, dropped="own"))
+            self._logits(steps[-1].tokens)
+            return [step.tokens.x.shape[1] for step in steps]
 
+        heads = [*self.anatomy.heads, *([self.decoder] if self.decoder else [])]
+        shape = self.anatomy.input_shape
         try:
-            if degree is not None:
-                check_degree(degree, self.degrees)
-                # Not set_degree: a compensator's weights need not change to be counted.
-                self._degree = int(degree)
-            macs = count_macs(self, run)
-            counted = self.degree
+            return model_cost(self, run, degree=self.degree, input_shape=shape, heads=heads)
         finally:
             self._degree = before
-        readouts = [*self.anatomy.heads, *([self.decoder] if self.decoder else [])]
-        heads = {id(p) for readout in readouts for p in readout.parameters()}
-        return Cost(
-            degree=counted,
-            params=sum(p.numel() for p in self.parameters()),
-            trainable_params=sum(
-                p.numel() for p in self.trainable_parameters() if id(p) not in heads
-            ),
-            macs=macs,
-            tokens_per_layer=tuple(tokens_per_layer),
-        )
 
     # Adapters.
 
@@ -609,29 +471,15 @@ class DialViT(nn.Module):
             decode: Its decoder; None: a fresh one like that given to `wrap`, if one was.
 
         Raises:
-            ValueError: If the name is taken, the method does not fit, the model has no head to
-                replace, a decoder would stand beside a head, adapters are merged, the method
-                given to `wrap` trains the shared weights, or another wrapped model has the
-                backbone.
+            ValueError: If the name is taken, the method does not fit, there is no head to replace,
+                a decoder would stand beside a head, adapters are merged, the method given to `wrap`
+                trains the shared weights, or another wrapped model has the backbone.
         """
         check_method("adapt", adapt)
         check_method("decode", decode)
-        self._record_head_size()
-        self._adapters.check_new(name)
-        default = self._adapters.default_slot
-        size = default.head_size if num_classes is None else num_classes
-        if type(size) is not int or size < 0 or bool(size) != bool(default.head_size):
-            allowed = "at least 1" if default.head_size else "None: this model has no head"
-            raise ValueError(f"num_classes must be {allowed}, got {num_classes}.")
-        self._check_unmerged()
-        self.check_headless(decode)
-        slot = self._new_slot(adapt, decode or default.decode, size)
-        with self.own_weights(), self._adapters.active_off(self.vit):
-            check_sharing(self.vit, self, adapts=True)
-            heads = {head: new_head(self.vit.get_submodule(head), size) for head in self.head_names}
-            slot.install(self.vit, self.anatomy.blocks, heads, shared=True)
-            slot.take_off(self.vit)
-        self._adapters.slots[name] = slot
+        slot = self._adapters.new_slot(name, adapt, num_classes, decode)
+        with self.own_weights():
+            self._adapters.add(name, slot, user=self)
 
     def set_adapter(self, name: str) -> None:
         """Make an adapter active, with its head or decoder.
@@ -642,10 +490,9 @@ class DialViT(nn.Module):
         self._adapters.check_known(name)
         if name == self.active_adapter:
             return
-        self._check_unmerged()
-        self._record_head_size()
+        self._adapters.check_unmerged()
         with self.own_weights():
-            self._adapters.activate(name, self.vit)
+            self._adapters.activate(name)
             self._use_active_slot()
 
     def delete_adapter(self, name: str) -> None:
@@ -672,8 +519,7 @@ class DialViT(nn.Module):
     def merge_adapters(self) -> None:
         """Add a linear adapter (LoRA, SSF, FacT) to the backbone's weights, so that it is free.
 
-        Outputs stay the same up to rounding. The original weights are kept in memory, so that
-        `unmerge_adapters` restores their bits.
+        Outputs stay the same up to rounding. The original weights stay in memory.
 
         Raises:
             ValueError: If the adapter is not linear, or is merged already.
@@ -684,7 +530,7 @@ class DialViT(nn.Module):
             self.adapter.merge()
 
     def unmerge_adapters(self) -> None:
-        """Undo `merge_adapters`, to the bit.
+        """Undo `merge_adapters`; the weights are then the original ones, to the bit.
 
         Raises:
             ValueError: If nothing is merged.
@@ -713,25 +559,10 @@ class DialViT(nn.Module):
         """
         if self.compensation:
             raise ValueError("a compensator is attached: detach it first.")
-        if merge and self.decoder is not None:
-            raise ValueError("the backbone cannot hold the decoder: use unwrap(merge=False).")
-        if self.adapter.merged and not merge:
-            self.unmerge_adapters()
-        if merge and not self.adapter.merged and _has_own_weights(self.adapter):
-            try:
-                self.merge_adapters()
-            except ValueError as error:
-                raise ValueError(
-                    f"{str(error).rstrip('.')}; unwrap(merge=False) gives the backbone without it."
-                ) from None
+        self._adapters.leave_backbone(merge=merge)
         vit: nn.Module = self.vit
-        slot = self._adapters.active_slot
-        if merge:
-            slot.dissolve(vit, self.head_names)
-        else:
-            slot.remove(vit)
         remove_user(vit, self)
-        del self.vit, self.anatomy
+        del self.vit, self.anatomy, self._adapters
         return vit
 
     def release_backbone(self) -> None:
@@ -741,21 +572,6 @@ class DialViT(nn.Module):
             slot.remove(self.vit)
         remove_user(self.vit, self)
 
-    def _new_slot(
-        self, adapt: AdapterConfig | None, decode: DecoderConfig | None, head_size: int
-    ) -> AdapterSlot:
-        """An adapter that is not yet in the backbone, with its own reducer and decoder."""
-        shape, reduce = self.anatomy.shape, self.reduce_config
-        reducer = reduce.build(shape) if reduce else None
-        adapter = adapt.build(shape) if adapt else Adapter()
-        if adapter.needs_grid and reducer and not reducer.keeps_grid:
-            raise ValueError(
-                f"{type(adapt).__name__} needs the tokens of all patches in every layer, but "
-                f"{type(reduce).__name__} takes some away; use it with DAR, DyT or FFNMerge."
-            )
-        decoder = decode.build(shape) if decode else None
-        return AdapterSlot(adapt, adapter, reducer, head_size, decode, decoder)
-
     def _use_active_slot(self) -> None:
         """Make the modules of the active adapter those of the model."""
         slot = self._adapters.active_slot
@@ -763,48 +579,17 @@ class DialViT(nn.Module):
         self.adapter, self.reducer, self.decoder = slot.adapter, slot.reducer, slot.decoder
         self.update_hook_version()
 
-    def _check_unmerged(self) -> None:
-        if self.adapter.merged:
-            raise ValueError("the adapters are merged: call unmerge_adapters() first.")
-
     # The backbone and its head.
 
     @property
     def backbone(self) -> Backbone:
         """How to build the backbone again, with its present head and settings."""
-        now = Backbone.of(self.vit).args
-        before = self._args_when_wrapped
-        changed = {name: now[name] for name in now if now[name] != before.get(name)}
-        changed.pop("num_classes", None)  # a model may say one number and have another head
-        args = {**self._given_backbone.args, **changed}
-        backbone = dataclasses.replace(self._given_backbone, args=args)
-        size = self._head_size
-        return backbone if size == self._head_size_when_wrapped else backbone.with_head(size)
+        return self._source.describe(self.anatomy)
 
     @property
     def head_names(self) -> tuple[str, ...]:
         """Names of the classification heads in `vit`; none if it has no head."""
-        heads = {id(head) for head in self.anatomy.heads if self._head_size}
-        return tuple(name for name, part in self.vit.named_modules() if id(part) in heads)
-
-    @property
-    def _head_size(self) -> int:
-        heads = self.anatomy.heads
-        return int(getattr(heads[0], "out_features", 0)) if heads else 0
-
-    def _record_head_size(self) -> None:
-        """Note the active adapter's head size: its head may have been replaced."""
-        self._adapters.active_slot.head_size = self._head_size
-
-    def check_headless(self, decode: DecoderConfig | None) -> None:
-        """Raise a ValueError if there is a decoder, and this model cannot have one."""
-        if decode and self.anatomy.frames is not None:
-            raise ValueError("a decoder reads images, but this model takes clips.")
-        if decode and self._head_size:
-            raise ValueError(
-                "a decoder needs a backbone without a classification head (num_classes=0), this "
-                f"one has {self._head_size} classes."
-            )
+        return head_names(self.anatomy)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "vit" and "vit" in self.__dict__.get("_modules", ()):
@@ -816,20 +601,14 @@ class DialViT(nn.Module):
         if getattr(self, "_is_replica", False):  # torch.nn.DataParallel sets the replica's part
             self.anatomy = type(self.anatomy)(vit)
             return
-        anatomy, present = anatomy_of(vit), self.vit
+        anatomy = anatomy_of(vit)
         if self.compensation:
             raise ValueError("a compensator is attached: detach it before vit is replaced.")
-        if self._adapters.has_layers_in_backbone:
-            raise ValueError(
-                "vit cannot be replaced: an adapter has put layers into it; wrap the other one."
-            )
-        if type(anatomy) is not type(self.anatomy) or _shapes(vit) != _shapes(present):
-            raise ValueError("vit must be a model of the same kind and shape as the present one.")
+        self._adapters.check_replaceable(anatomy)
         check_sharing(vit, self, adapts=self._adapters.changes_backbone)
-        if self._adapters.changes_backbone:
-            for own, theirs in zip(vit.parameters(), present.parameters(), strict=True):
-                own.requires_grad_(theirs.requires_grad)
+        self._adapters.replace_backbone(anatomy)
         self.anatomy, self.fingerprint = anatomy, fingerprint(vit)
+        remove_user(self.vit, self)
         add_user(vit, self)
 
     # Weights and hooks that a compensator changes.
@@ -859,19 +638,31 @@ class DialViT(nn.Module):
     # Saving and loading.
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the trained weights, the configuration and the backbone's name; see `load`.
+        """Write the weights that train, those of the adapter, and the configuration; see `load`.
 
-        Saved are the weights that train and the adapter's own. A frozen backbone is saved by its
-        name only, unless its weights are random and could not be had again.
+        A frozen backbone is saved by its name only, unless its weights are random.
 
         Raises:
             ValueError: If adapters are merged, or a head stands beside the decoder.
         """
         if self.adapter.merged:
             raise ValueError("merged adapters cannot be saved: call unmerge_adapters() first.")
-        self.check_headless(self.decode_config)
+        check_headless(self.anatomy, self.decode_config)
         with self.own_weights():
-            write_files(Path(directory), self._saved_config(), self.saved_tensors())
+            tensors = self.saved_tensors()
+            calibration = self.reducer.calibration if self.reducer else None
+            SavedModel(
+                folder=Path(directory),
+                backbone=self.backbone,
+                whole=all(f"vit.{name}" in tensors for name, _ in self.vit.named_parameters()),
+                fingerprint=self.fingerprint,
+                degree=self.degree,
+                calibration=dataclasses.asdict(calibration) if calibration else None,
+                reduce=self.reduce_config,
+                adapt=self.adapt_config,
+                decode=self.decode_config,
+                tensors=tensors,
+            ).write()
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None
@@ -909,31 +700,14 @@ class DialViT(nn.Module):
                 method. The model is then as it was.
         """
         saved = SavedModel.read(directory, revision=revision, token=token)
-        if saved.adapt is None:
-            raise ValueError(f"{saved.folder} holds a model without an adapter.")
-        if saved.reduce != self.reduce_config:
-            raise ValueError(
-                f"{saved.folder} was trained with another reduction ({saved.reduce}) than this "
-                f"model's ({self.reduce_config})."
-            )
-        saved.check_backbone(self.fingerprint)
+        adapt = saved.check_adapter(self.reduce_config, self.fingerprint)
         active = self.active_adapter
         with config_errors(saved.folder), self.own_weights():
-            self.add_adapter(
-                name,
-                saved.adapt,
-                num_classes=saved.head_size(self.head_names),
-                decode=saved.decode,
-            )
+            num_classes = saved.head_size(self.head_names)
+            self.add_adapter(name, adapt, num_classes=num_classes, decode=saved.decode)
             try:
                 self.set_adapter(name)
-                # The file may hold the frozen backbone, too, whose weights the model has.
-                own = self._trained_tensors()
-                frozen = self.state_dict().keys() - own.keys()
-                tensors = {n: value for n, value in saved.tensors.items() if n not in frozen}
-                saved.check_shapes(own, tensors)
-                saved.check_values(tensors, own)
-                self.load_state_dict(tensors, strict=False)
+                saved.load_trained(self, trained_tensors(self, self.adapter, self.decoder))
                 saved.calibrate(self.reducer)
             except BaseException:
                 self.set_adapter(active)
@@ -943,50 +717,13 @@ class DialViT(nn.Module):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """Tensors that a saved model holds: what was trained, or all if weights are random."""
+        trained = trained_tensors(self, self.adapter, self.decoder)
         random = self.backbone.weights is None
-        return (dict(self.named_parameters()) if random else {}) | self._trained_tensors()
-
-    def _trained_tensors(self) -> dict[str, Tensor]:
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        trained |= {f"adapter.{name}": t for name, t in self.adapter.state_dict().items()}
-        decoder = self.decoder.state_dict() if self.decoder else {}
-        return trained | {f"decoder.{name}": t for name, t in decoder.items()}
-
-    def _saved_config(self) -> dict[str, Any]:
-        saved = self.saved_tensors()
-        calibration = self.reducer.calibration if self.reducer else None
-        methods = {
-            "reduce": self.reduce_config,
-            "adapt": self.adapt_config,
-            "decode": self.decode_config,
-        }
-        return {
-            "kind": "model",
-            "backbone": dataclasses.asdict(self.backbone),
-            "whole": all(f"vit.{name}" in saved for name, _ in self.vit.named_parameters()),
-            "fingerprint": self.fingerprint,
-            "degree": self.degree,
-            "calibration": dataclasses.asdict(calibration) if calibration else None,
-        } | {kind: to_json(kind, method) if method else None for kind, method in methods.items()}
+        return dict(self.named_parameters()) | trained if random else trained
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # Merged weights are replaced when the kept ones come back: what is loaded would be lost.
-        self._check_unmerged()
+        self._adapters.check_unmerged()
         if self.compensation and self.compensation.in_weights:
             raise ValueError("a compensator is in the weights: detach it before others are loaded.")
         super()._load_from_state_dict(*args)
-
-
-def check_degree(degree: int, degrees: Sequence[int]) -> None:
-    """Raise a ValueError unless `degree` is one of those that a dial offers."""
-    if isinstance(degree, bool) or degree not in degrees:
-        raise ValueError(f"degree must be an integer in [0, {degrees[-1]}], got {degree!r}.")
-
-
-def _has_own_weights(adapter: Adapter) -> bool:
-    """Whether an adapter acts by more than weights of the backbone."""
-    return adapter.in_backbone or next(adapter.parameters(), None) is not None
-
-
-def _shapes(vit: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in vit.named_parameters()}

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokendial.model.dial_vit import DialViT, wrap
+from tokendial.model.dial_vit import DialViT
 from tokendial.model.files import CONFIG, config_errors
 from tokendial.model.saved_model import SavedModel
+from tokendial.model.wrap import wrap
 from tokendial.reduce.base import ReducerConfig
 
 _MAX_PARAMETERS = 20_000_000_000

@@ -1,16 +1,17 @@
-"""A saved model as it was read from its files: checked, but not yet built."""
+"""A saved model as its two files hold it: checked when it is read, but not yet built."""
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendial.adapt.base import AdapterConfig
 from tokendial.backbones import Backbone, same_backbone
 from tokendial.decode import DecoderConfig
-from tokendial.methods import from_fields, from_json
+from tokendial.methods import from_fields, from_json, to_json
 from tokendial.model.files import (
     CONFIG,
     WEIGHTS,
@@ -18,6 +19,7 @@ from tokendial.model.files import (
     check_numbers,
     check_sizes,
     read_files,
+    write_files,
 )
 from tokendial.reduce.base import Calibration, Reducer, ReducerConfig
 from tokendial.weights import check_finite
@@ -28,7 +30,7 @@ class SavedModel:
     """What the two files of a saved model hold."""
 
     folder: Path
-    """Where the files lie on this machine."""
+    """Where the files lie, or are to be written, on this machine."""
     backbone: Backbone
     """How to build the backbone."""
     whole: bool
@@ -82,6 +84,22 @@ class SavedModel:
             **methods,
         )
 
+    def write(self) -> None:
+        """Write the files into `folder`, which is made if it does not exist."""
+        methods = {"reduce": self.reduce, "adapt": self.adapt, "decode": self.decode}
+        config: dict[str, Any] = {
+            "kind": "model",
+            "backbone": dataclasses.asdict(self.backbone),
+            "whole": self.whole,
+            "fingerprint": self.fingerprint,
+            "degree": self.degree,
+            "calibration": self.calibration,
+        }
+        config |= {
+            kind: to_json(kind, method) if method else None for kind, method in methods.items()
+        }
+        write_files(self.folder, config, self.tensors)
+
     def check_backbone(self, fingerprint: list[float]) -> None:
         """Raise a ValueError unless the model was trained on the backbone of that fingerprint."""
         if not same_backbone(self.fingerprint, fingerprint):
@@ -122,6 +140,48 @@ class SavedModel:
         """Raise a ValueError unless all tensors hold finite floats."""
         check_finite(tensors, self.folder / WEIGHTS, expected)
 
+    def check_adapter(
+        self, reduce: ReducerConfig | None, fingerprint: list[float]
+    ) -> AdapterConfig:
+        """Check that a model can take the saved adapter over.
+
+        Args:
+            reduce: The reduction method of the model.
+            fingerprint: That of its backbone.
+
+        Returns:
+            The adapter's fine-tuning method.
+
+        Raises:
+            ValueError: If the saved model has no adapter, another backbone or another reduction.
+        """
+        if self.adapt is None:
+            raise ValueError(f"{self.folder} holds a model without an adapter.")
+        if self.reduce != reduce:
+            raise ValueError(
+                f"{self.folder} was trained with another reduction ({self.reduce}) than this "
+                f"model's ({reduce})."
+            )
+        self.check_backbone(fingerprint)
+        return self.adapt
+
+    def load_trained(self, model: nn.Module, trained: dict[str, Tensor]) -> None:
+        """Load the saved weights of an adapter, and leave the frozen backbone as it is.
+
+        Args:
+            model: A model in which the adapter is active.
+            trained: The tensors of the model that the adapter and its head consist of.
+
+        Raises:
+            ValueError: If the saved tensors have other names or shapes, or are not finite.
+        """
+        # The file may hold the frozen backbone, too, whose weights the model has.
+        frozen = model.state_dict().keys() - trained.keys()
+        tensors = {name: value for name, value in self.tensors.items() if name not in frozen}
+        self.check_shapes(trained, tensors)
+        self.check_values(tensors, trained)
+        model.load_state_dict(tensors, strict=False)
+
     def head_size(self, head_names: Collection[str]) -> int | None:
         """Number of classes of the saved head; None: no head was saved.
 
@@ -150,3 +210,19 @@ class SavedModel:
             if len(values) != wanted:
                 raise ValueError(f"calibration.{name} must be {wanted} numbers, got {len(values)}.")
         reducer.calibration = calibration
+
+
+def trained_tensors(
+    model: nn.Module, adapter: nn.Module, decoder: nn.Module | None
+) -> dict[str, Tensor]:
+    """Tensors of a model that its training changes, by their names in its `state_dict()`.
+
+    Args:
+        model: A `DialViT`, of which those parameters count that train.
+        adapter: Its active adapter, which counts as a whole.
+        decoder: Its decoder, which counts as a whole; None: there is none.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained |= {f"adapter.{name}": value for name, value in adapter.state_dict().items()}
+    decoder_state = decoder.state_dict() if decoder else {}
+    return trained | {f"decoder.{name}": value for name, value in decoder_state.items()}

@@ -29,8 +29,8 @@ def add_user(vit: nn.Module, model: BackboneUser) -> None:
 
 
 def remove_user(vit: nn.Module, model: BackboneUser) -> None:
-    """Note that a model does not use a backbone any more."""
-    _USERS[vit].discard(model)
+    """Note that a model does not use a backbone any more; a copied model was never noted."""
+    _USERS.get(vit, WeakSet()).discard(model)
 
 
 def check_sharing(vit: nn.Module, model: BackboneUser, *, adapts: bool) -> None:

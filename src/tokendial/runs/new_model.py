@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from tokendial.model.dial_vit import DialViT, wrap
+from tokendial.model.dial_vit import DialViT
+from tokendial.model.wrap import wrap
 from tokendial.runs.loaders import seed_all
 from tokendial.runs.recipe import Recipe
 

@@ -3,7 +3,7 @@
 import torch
 
 from tokendial.measure.cost import Cost
-from tokendial.model.dial_vit import wrap
+from tokendial.model.wrap import wrap
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.recipe import ModelSection, check_method, check_section
 from tokendial.runs.recipe_file import apply_overrides

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tokendial.compensate import Attachment, Compensator
 from tokendial.compensate.distillation import binary_distillation, soft_distillation
 from tokendial.data.splits import Splits
-from tokendial.model.dial_vit import DialViT, wrap
+from tokendial.model.dial_vit import DialViT
+from tokendial.model.wrap import wrap
 from tokendial.runs.loaders import seed_all
 from tokendial.runs.recipe import CompensateRecipe
 from tokendial.runs.run import Run

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Subset
 
 from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.measure import ShareMeter, calibrate
-from tokendial.model.dial_vit import DialViT, wrap
+from tokendial.model.dial_vit import DialViT
 from tokendial.model.loading import load
+from tokendial.model.wrap import wrap
 from tokendial.runs.card import write_card
 from tokendial.runs.evaluate import evaluate_loader, first_images
 from tokendial.runs.loaders import eval_loader
