@@ -117,9 +117,9 @@ def test_a_bundle_holds_the_weights_once_and_says_how_to_call_it(tmp_path):
     model = td.wrap(tiny_vit(depth=1), reduce=td.ToMe(r=8)).eval()
     one = export(model, tmp_path / "one.onnx", degree=0).path.stat().st_size
     export_bundle(model, tmp_path / "bundle", (0, 8), batch=2)
-    told = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
-    assert told["input"] == [3, 32, 32]
-    for degree, name in told["files"].items():
+    facts = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    assert facts["input"] == [3, 32, 32]
+    for degree, name in facts["files"].items():
         model.set_degree(int(degree))
         path = tmp_path / "bundle" / name
         torch.testing.assert_close(run(path, images()), model(images()), atol=1e-4, rtol=0)
@@ -138,14 +138,14 @@ def test_the_program_of_the_page_predicts_without_tokendial(untrained, tmp_path,
     code, named = code_of_the_page(0), {}
     exec(code, named)
     (ours,) = predict(untrained, [tmp_path / "image.png"], degree=1, top=3)
-    theirs = dict(zip(named["told"]["classes"], named["probabilities"].tolist(), strict=True))
+    theirs = dict(zip(named["facts"]["classes"], named["probabilities"].tolist(), strict=True))
     expected = dict(zip(ours.classes, ours.probabilities, strict=True))
     assert theirs == pytest.approx(expected, abs=1e-6)
     # Without the resize rule the answer is another one.
-    exec(code.replace('told["short_side"]', "None"), named)
+    exec(code.replace('facts["short_side"]', "None"), named)
     assert abs(named["probabilities"].max() - ours.probabilities[0]) > 1e-5
-    assert named["told"]["degree"] == 1
-    assert named["told"]["crop"] == [28, 28]
+    assert named["facts"]["degree"] == 1
+    assert named["facts"]["crop"] == [28, 28]
 
 
 def test_a_pt2_file_and_a_bundle_say_the_same(untrained, tmp_path, monkeypatch, cli):
@@ -153,12 +153,12 @@ def test_a_pt2_file_and_a_bundle_say_the_same(untrained, tmp_path, monkeypatch, 
     assert cli("export", untrained.folder, "--to", "pt2", "--out", "model.pt2")[0] == 0
     named = {}
     exec(code_of_the_page(1), named)
-    told = json.loads(named["extra"][FACTS])
-    assert told["classes"] == ["ant", "bee", "crab"]
-    assert (told["short_side"], told["interpolation"], told["divide_by"]) == (32, "bicubic", 255)
+    facts = json.loads(named["extra"][FACTS])
+    assert facts["classes"] == ["ant", "bee", "crab"]
+    assert (facts["short_side"], facts["interpolation"], facts["divide_by"]) == (32, "bicubic", 255)
     assert cli("export", untrained.folder, "--degrees", "2", "--out", "bundle")[0] == 0
     bundle = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
-    assert bundle.items() >= {n: v for n, v in told.items() if n != "degree"}.items()
+    assert bundle.items() >= {n: v for n, v in facts.items() if n != "degree"}.items()
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])

@@ -7,7 +7,7 @@ from tokendial.model.heads import head_size
 
 
 class BackboneSource:
-    """The description of a backbone when it was wrapped, from which changes are told."""
+    """The description of a backbone when it was wrapped, against which later changes are compared."""
 
     def __init__(self, anatomy: Anatomy, given: Backbone | None) -> None:
         """Record a backbone.
