@@ -7,7 +7,7 @@ from tokendial.model.heads import head_size
 
 
 class BackboneSource:
-    """The description of a backbone when it was wrapped, against which later changes are compared."""
+    """The description of a backbone when it was wrapped. Later changes are found against it."""
 
     def __init__(self, anatomy: Anatomy, given: Backbone | None) -> None:
         """Record a backbone.
