@@ -34,7 +34,8 @@ def main() -> int:
     if unknown := set(names) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the project's own environment: there is room for one, and uv can link its files.
+    with tempfile.TemporaryDirectory(prefix=".venv-", dir=ROOT) as folder:
         wheel = build_wheel(Path(folder))
         for name in names:
             start = time.monotonic()
