@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.backbones.loading import warn_of_unused_weights
+from tokendial.checks import check_count
 from tokendial.compensate.attachment import PARTS, Attachment, Part
 from tokendial.compensate.authors_format import STEPS, read_authors_format, to_authors_format
 from tokendial.compensate.config import ToCom
@@ -49,8 +50,7 @@ class Compensator(nn.Module):
 
     def __init__(self, config: ToCom, depth: int, embed_dim: int, steps: int) -> None:
         super().__init__()
-        if type(steps) is not int or steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {steps!r}.")
+        check_count("steps", steps)
         self.config, self.depth, self.embed_dim, self.steps = config, depth, embed_dim, steps
         self.scale = config.scale
         """Factor on the weight difference; the paper searches it for each model. A new value acts

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from tokendial.checks import check_count
 from tokendial.methods import register
 
 
@@ -29,8 +30,7 @@ class ToCom:
     pairs of their own."""
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, got {self.rank}.")
+        check_count("rank", self.rank)
         if not self.scale > 0:
             raise ValueError(f"scale must be above 0, got {self.scale}.")
         if not 0.0 <= self.dropout < 1.0:
