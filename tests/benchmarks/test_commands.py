@@ -18,7 +18,13 @@ CASES = {
     "dar": SPEED,
     "input": {"workers", "data_wait", "images_per_s"},
     "dial": {"what", "ms", "slowest_ms", "share", "extra_macs"},
-    "training --methods linear": {"trained_m", "step_s", "time", "memory_mib", "memory"},
+    "training --methods linear,adaptformer_fused --dtype bf16": {
+        "trained_m",
+        "step_s",
+        "time",
+        "memory_mib",
+        "memory",
+    },
 }
 
 
