@@ -138,7 +138,9 @@ def test_transposed_convolutions_follow_the_definition():
     normed = (expected - stage.norm.running_mean[:, None, None]) / deviation[:, None, None]
     scaled = normed * stage.norm.weight[:, None, None] + stage.norm.bias[:, None, None]
     weight = decoder.predict.weight[:, :, 0, 0]
-    masks = torch.einsum("bchw,kc->bkhw", scaled.relu(), weight) + decoder.predict.bias[:, None, None]
+    masks = (
+        torch.einsum("bchw,kc->bkhw", scaled.relu(), weight) + decoder.predict.bias[:, None, None]
+    )
     torch.testing.assert_close(decoder.eval()(features), masks)
 
 

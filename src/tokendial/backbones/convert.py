@@ -201,6 +201,11 @@ def _from_onnx(path: Path, backbone: Backbone | None) -> ConvertedWeights:
     _, state = find_vit(found.tensors, path, left_out)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     backbone = backbone or _matching_backbone(path, kind, shapes)
+    *_, patch = _of_rank(4, shapes.get("patch_embed.proj.weight"))
+    side = math.isqrt(_of_rank(3, shapes.get("pos_embed"))[1])
+    if side and patch:
+        # Positions have the size of the file's own images. They are resized later.
+        backbone = replace(backbone, args=backbone.args | {"img_size": side * patch})
     vit = _build(backbone, 0, device="meta")
     wanted = dict(_torch_shapes(vit, kind))
     del wanted["mask_token"]  # only pre-training uses it, so no exported graph does
