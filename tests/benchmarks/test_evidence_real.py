@@ -75,6 +75,18 @@ def test_the_interval_widens_with_the_spread_of_seeds(rng):
     assert apart.high - apart.low > 2 * (alike.high - alike.low)
 
 
+def test_images_of_one_object_count_as_one(rng):
+    objects, labels = np.repeat(np.arange(40), 5), np.zeros(200, int)
+    values = [np.repeat(rng.normal(size=40), 5)]
+    single, grouped = (
+        interval(Resampling(200, 1, groups=groups).scores(mean, values, labels))
+        for groups in (None, objects)
+    )
+    assert grouped.value == pytest.approx(single.value)
+    ratio = (grouped.high - grouped.low) / (single.high - single.low)
+    assert ratio == pytest.approx(5**0.5, rel=0.15)
+
+
 @pytest.mark.parametrize("name", ["numbers.json", "arrays.npz"])
 def test_a_result_is_computed_once_and_a_failure_leaves_nothing(tmp_path, name):
     path = tmp_path / "results" / name
