@@ -19,8 +19,8 @@ from tokendial.runs.recipe import check_method
 
 SEEDS = (0, 1, 2)
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6)}
-"""Dials of six degrees: at degree r, each of the twelve blocks removes r of 64 patches, until half of
-what is left is as much as it may remove."""
+"""Dials of six degrees: at degree r, each of the twelve blocks removes r of 64 patches, as long as
+twice as many are left."""
 EPOCHS = {"elpv": 6, "stamps": 4}
 RECIPES = {"dense_adapter": "sparse_tuning"}
 """Recipe of a method that has none of its own: Sparse-Tuning without its reduction."""
