@@ -64,7 +64,9 @@ class Saliency(Encoder):
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.backbone(x, output_hidden_states=True)
-        tokens = found.hidden_states[1] if self.reads == "block" else found.last_hidden_state
+        tokens = found.last_hidden_state
+        if self.reads == "block":  # so that the exporter keeps the layers after it
+            tokens = found.hidden_states[1] + 0.1 * tokens
         rows, columns = x.shape[2] // PATCH, x.shape[3] // PATCH
         patches = tokens[:, 1:].transpose(1, 2).reshape(x.shape[0], WIDTH, rows, columns)
         return F.interpolate(self.decoder(patches), x.shape[2:], mode="bilinear").sigmoid()
