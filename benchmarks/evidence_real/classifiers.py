@@ -25,8 +25,8 @@ EPOCHS = {"elpv": 8, "stamps": 4}
 RECIPES = {"dense_adapter": "sparse_tuning"}
 """Recipe of a method that has none of its own: Sparse-Tuning without its reduction."""
 HOLDOUT = 0.15
-"""Fraction of ELPV's training cells on which no model of 112 pixels is trained: scales of compensators
-are searched on them."""
+"""Fraction of ELPV's training cells that models of 112 pixels are not trained on: scales of
+compensators are searched on them."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Classifier:
             "model.weights": str(options.weights.resolve()),
             "model.img_size": self.img_size,
             "data": data_settings(self.data, options, HOLDOUT if self.img_size == 112 else 0.0),
-            "train.epochs": EPOCHS[self.data],
             "train.evaluate": "last",
         }
+        if self.method != "linear":  # its recipe has more epochs, which cost little
+            settings["train.epochs"] = EPOCHS[self.data]
         if self.method in RECIPES:
             settings["reduce"] = None
         if self.dial:
