@@ -216,7 +216,8 @@ def weights_convert(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A released weight file: DINOv2, DINO, DeiT, MAE, DAR (.pth) or AugReg (.npz)."
+            help="A released weight file: DINOv2, DINO, DeiT, MAE, DAR (.pth), AugReg (.npz), or "
+            "transformers' Dinov2 (.onnx)."
         ),
     ],
     overrides: Annotated[
@@ -233,7 +234,8 @@ def weights_convert(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="For fine-tuned files of DAR: their recipe, such as dar/duts. A run is written."
+            help="For fine-tuned models of masks: their recipe, such as dar/duts for files of DAR, "
+            "or real/focus for an ONNX file with a decoder. A run is written."
         ),
     ] = None,
     img_size: Annotated[
@@ -264,7 +266,8 @@ def weights_convert(
 
         settings = [*(overrides or []), *([f"output={out}"] if out else [])]
         run = released_run(file, read_recipe(recipe, settings))
-        print(f"wrote {run.folder}: DAR's model of {recipe}")
+        what = "the exported model" if file.suffix == ".onnx" else "DAR's model"
+        print(f"wrote {run.folder}: {what} of {recipe}")
         return
     if overrides:
         raise ValueError(f"fields of a recipe need --recipe, got {overrides[0]}.")
