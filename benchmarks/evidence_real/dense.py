@@ -50,9 +50,13 @@ HEADER = ("method", "cost", "IoU with degree 0", "IoU, photographs", "S", "minus
 def focus_run(options: Options) -> Path:
     """Folder of the run with the saliency model, which is converted if it is missing."""
     folder = options.out / "runs" / "focus"
-    if not Run(folder).last.exists():
+    if not Run(folder).best.exists():
         words = [sys.executable, "-m", "tokendial.cli", "weights", "convert", str(options.onnx)]
-        words += [str(folder), "--recipe", "real/focus"]
+        words += ["--recipe", "real/focus", "--out", str(folder)]
+        words += [
+            f"model.weights={options.weights.resolve()}",
+            f"data.root={options.cutouts.resolve()}",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
     return folder
@@ -69,10 +73,10 @@ def predict(reduction: Reduction, pictures: str, options: Options) -> dict[str, 
 
 def _predict(reduction: Reduction, pictures: str, options: Options) -> dict[str, np.ndarray]:
     run = Run(focus_run(options))
-    model, task = td.load(run.last), run.task()
+    model, task = td.load(run.best), run.task()
     decode = model.decode_config
     config, share = reduce_config(reduction, model.unwrap(merge=False), decode)
-    model = td.load(run.last, reduce=config)
+    model = td.load(run.best, reduce=config)
     samples = test_pairs(options) if pictures == "cutouts" else ((s, None) for s in squares())
     return predict_masks(model, task, samples) | {"share": np.array(share)}
 
