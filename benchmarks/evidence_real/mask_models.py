@@ -1,10 +1,12 @@
 """Models that are trained for masks on Cutouts: DAR, DAR*, and what they are compared with."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import tokendial as td
 from benchmarks.evidence_real.common import BACKBONE, Options, cached, train
@@ -15,7 +17,7 @@ from tokendial.runs import Run
 SEEDS = (0, 1, 2)
 CHEAP = 0.6
 """Cost at which models with DAR run, too, as a share of the cost of `LINEAR`."""
-RECIPE = "real/saliency/dar"
+RECIPE = "dar/duts"
 EPOCHS = 2
 LR = 1e-3
 LINEAR = "linear decoder, frozen"
@@ -82,7 +84,7 @@ class MaskModel:
         return td.load(Run(self.folder(options)).last).eval()
 
     def predict(self, degree: int, options: Options) -> dict[str, np.ndarray]:
-        """Scores and masks of the test pictures at a degree, with its cost.
+        """Scores and masks of the test pictures at a degree, in bfloat16 as in training.
 
         Returns:
             What `predict_masks` returns, and macs: multiply-accumulates of a picture; share:
@@ -94,13 +96,10 @@ class MaskModel:
     def _predict(self, degree: int, options: Options) -> dict[str, np.ndarray]:
         model, task = self.load(options), Run(self.folder(options)).task()
         model.set_degree(degree)
-        share = 1.0
-        if ShareMeter.supports(model):
-            with ShareMeter(model) as meter:
-                found = predict_masks(model, task, test_pairs(options))
-            share = meter.share
-        else:
+        meter = ShareMeter(model) if ShareMeter.supports(model) else None
+        with torch.autocast("cpu", torch.bfloat16), meter or nullcontext():
             found = predict_masks(model, task, test_pairs(options))
+        share = meter.share if meter else 1.0
         return found | {"macs": np.array(model.cost().macs), "share": np.array(share)}
 
 

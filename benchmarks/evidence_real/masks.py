@@ -1,5 +1,6 @@
 """Masks of single pictures: how good they are, and how much they overlap with other masks."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ IMG_SIZE = 224
 SQUARES = 3
 """Pictures that are cut from each photograph."""
 MEASURES = ("s_measure", "mean_f", "weighted_f", "mae")
+_BATCH = 16
 _SCENERY = (
     "/usr/share/backgrounds/mate/nature/*.jpg",
     "/usr/share/backgrounds/mate/abstract/Elephants.jpg",
@@ -58,7 +60,7 @@ def test_pairs(options: Options) -> Any:
 def predict_masks(
     model: td.DialViT, task: BinaryMasks, samples: Iterable[tuple[Image.Image, np.ndarray | None]]
 ) -> dict[str, np.ndarray]:
-    """Predict masks in float32, one picture at a time.
+    """Predict masks.
 
     Args:
         model: The model, at the degree to predict at.
@@ -70,14 +72,15 @@ def predict_masks(
         pixel of the model's input.
     """
     model.eval()
-    scores, masks = [], []
-    for image, target in samples:
-        images = task.image_transform(model.anatomy)(image)[None]
-        logits = task.predict(model, images)
-        scores.append(_scores(logits, target))
-        inside = resize_maps(logits, images.shape[-2:])[0, 0] > 0
-        masks.append(np.packbits(inside.numpy()))
-    return {"scores": np.array(scores), "masks": np.stack(masks)}
+    transform = task.image_transform(model.anatomy)
+    scores, masks, left = [], [], iter(samples)
+    while batch := list(itertools.islice(left, _BATCH)):
+        images = torch.stack([transform(image) for image, _ in batch])
+        logits = task.predict(model, images).float()
+        scores += [_scores(logits[i : i + 1], target) for i, (_, target) in enumerate(batch)]
+        inside = resize_maps(logits, images.shape[-2:])[:, 0] > 0
+        masks.append(np.packbits(inside.flatten(1).numpy(), axis=1))
+    return {"scores": np.array(scores), "masks": np.concatenate(masks)}
 
 
 def _scores(logits: Tensor, target: np.ndarray | None) -> list[float]:
