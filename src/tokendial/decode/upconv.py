@@ -23,7 +23,7 @@ KERNEL, STRIDE, PADDING = 4, 2, 1
 @register("decode", "upconv")
 @dataclass(frozen=True, kw_only=True)
 class UpConvDecoder(DecoderConfig):
-    """Transposed convolutions: with three of them, logits at 8 times the patch grid's resolution."""
+    """Transposed convolutions: three of them give logits at 8 times the patch grid's resolution."""
 
     num_classes: int = 1
     """Number of logit maps: the number of classes, or 1 for a binary mask."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -175,6 +175,19 @@ class StampPart:
     """Photographs for the background."""
 
 
+class StampPicture(NamedTuple):
+    """A composed picture."""
+
+    image: Image.Image
+    """The picture, RGB."""
+    label: int
+    """Class index of its object."""
+    mask: np.ndarray
+    """Pixels of all its objects: [H, W] uint8 of 0 and 1."""
+    name: str
+    """Name of the object of the class, such as animals/birds/owl."""
+
+
 class StampPictures:
     """Pictures of a part, each composed when it is requested."""
 
@@ -208,23 +221,16 @@ class StampPictures:
         """Return the class of the object in picture `index`."""
         return self._draw_label(self._rng(index))
 
-    def compose(self, index: int) -> tuple[Image.Image, int, np.ndarray]:
-        """Return picture `index`, its class, and the mask of all its objects.
-
-        The object of the class is drawn last, so nothing covers it.
-
-        Returns:
-            An RGB image of side `img_size`, a class index, and a mask [img_size, img_size] uint8 of
-            0 and 1.
-        """
+    def compose(self, index: int) -> StampPicture:
+        """Compose picture `index`. The object of the class is drawn last, so nothing covers it."""
         rng = self._rng(index)
         label = self._draw_label(rng)
         scene = crop_photograph(self.part.backgrounds, self.img_size, rng)
         mask = np.zeros((self.img_size, self.img_size), np.uint8)
         for cutouts in (*[self.part.others] * self.clutter, self.part.by_class[label]):
-            _, sprite = random_sprite(cutouts, self.img_size, self.share, rng)
+            cutout, sprite = random_sprite(cutouts, self.img_size, self.share, rng)
             paste_sprite(scene, mask, sprite, freest_place(sprite, mask, rng), 1)
-        return scene, label, mask
+        return StampPicture(scene, label, mask, cutout.name)
 
     def _rng(self, index: int) -> np.random.Generator:
         if not 0 <= index < self.num_pictures:
@@ -246,8 +252,8 @@ class StampCategorySet(Dataset[tuple[Image.Image, int]]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label, _ = self.pictures.compose(index)
-        return image, label
+        picture = self.pictures.compose(index)
+        return picture.image, picture.label
 
     @property
     def labels(self) -> list[int]:
@@ -265,8 +271,8 @@ class StampMaskSet(Dataset[tuple[Image.Image, np.ndarray]]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        image, _, mask = self.pictures.compose(index)
-        return image, mask
+        picture = self.pictures.compose(index)
+        return picture.image, picture.mask
 
 
 def _deal_at_random(items: Sequence[T], what: str, rng: np.random.Generator) -> dict[str, list[T]]:
