@@ -41,6 +41,8 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Folder of Debian's package dataset-fashion-mnist."""
 FASHION_SIZES = {"train": 400, "t10k": 200}
 """Images of each of the ten classes."""
+STAMPS = {"name": "stamps", "task": "category", "train_size": 2000, "val_size": 1000,
+          "img_size": 128}  # fmt: skip
 DATA = ("elpv", "stamps", "fashion")
 PRECISION_CHECK = (Reduction(), Reduction("ToMe", 0.6), Reduction("EViT in 3 layers, drop", 0.6))
 """Reductions that also run in float32, on ELPV, to see whether bfloat16 decides anything."""
@@ -78,11 +80,19 @@ def load_data(data: str, options: Options) -> dict[str, tuple[Tensor, Tensor]]:
     settings: dict[str, Any] = {"name": "elpv", "task": "defect"}
     if data == "elpv" and options.elpv:
         settings["root"] = str(Path(options.elpv).resolve())
-    if data == "stamps":
-        settings = {"name": "stamps", "task": "category"}
-        settings |= {"train_size": 2000, "val_size": 1000, "val": "test", "img_size": 128}
-    splits = check_method("data", settings).build(0)
+    splits = check_method("data", STAMPS if data == "stamps" else settings).build(0)
     return {"train": pixels(splits.train), "test": pixels(splits.val)}
+
+
+def resampling(data: str, options: Options) -> Resampling:
+    """Draws of a data set's test images; of stamps all pictures of an object are drawn together."""
+    size = len(features(data, Reduction(), options)["test labels"])
+    if data != "stamps":
+        return Resampling(size, 1)
+    pictures = check_method("data", STAMPS).build(0).val.pictures
+    path = options.out / "zero_training" / data / "objects.json"
+    objects = cached(path, lambda: {"names": [pictures.compose(i).name for i in range(size)]})
+    return Resampling(size, 1, groups=objects["names"])
 
 
 @functools.lru_cache(maxsize=1)
@@ -161,7 +171,7 @@ def per_image(found: dict[str, np.ndarray], full: dict[str, np.ndarray]) -> dict
 def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
     """The rows of a data set."""
     full = features(data, Reduction(), options)
-    draws = Resampling(len(full["test labels"]), 1)
+    draws = resampling(data, options)
     unreduced = per_image(full, full)
     vit, rows = backbone(options), []
     for reduction in reductions(list(FAMILIES)):
