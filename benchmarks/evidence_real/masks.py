@@ -1,5 +1,6 @@
 """Masks of single pictures: how good they are, and how much they overlap with other masks."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -106,8 +107,11 @@ def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def over_pictures(by_seed: Sequence[np.ndarray]) -> Interval:
     """Mean of a value for each seed and picture, with its interval; values of NaN are left out."""
-    draws = Resampling(len(by_seed[0]), len(by_seed))
+    draws = _resampling(len(by_seed[0]), len(by_seed))
     return interval(draws.scores(_mean, by_seed, np.zeros(len(by_seed[0]))))
+
+
+_resampling = functools.cache(Resampling)
 
 
 def _mean(values: np.ndarray, _labels: np.ndarray) -> float:

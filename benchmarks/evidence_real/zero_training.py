@@ -54,7 +54,7 @@ HEADER = ("data", "method", "cost", "same degree", "minus degree 0", "stored", "
 def pixels(source: Dataset[tuple[Image.Image, int]]) -> tuple[Tensor, Tensor]:
     """Images [N, 3, side, side] uint8, and their classes [N]."""
     resize = ResizeImage((IMG_SIZE, IMG_SIZE))
-    pairs = (source[index] for index in range(len(source)))  # type: ignore[arg-type]  # it has one
+    pairs = (source[index] for index in range(len(source)))
     images, labels = zip(*((resize(image), int(label)) for image, label in pairs), strict=True)
     return torch.stack([tvf.pil_to_tensor(image) for image in images]), torch.tensor(labels)
 
@@ -65,7 +65,7 @@ def fashion(part: str) -> tuple[Tensor, Tensor]:
     labels = _read_idx(f"{part}-labels-idx1-ubyte.gz", header=8)
     first = [np.flatnonzero(labels == number)[: FASHION_SIZES[part]] for number in range(10)]
     pairs = [(Image.fromarray(grey[i]).convert("RGB"), labels[i]) for i in np.concatenate(first)]
-    return pixels(pairs)  # type: ignore[arg-type]  # a list does as a data set
+    return pixels(pairs)
 
 
 def _read_idx(name: str, header: int) -> np.ndarray:

@@ -5,15 +5,18 @@ import torch
 from PIL import Image
 
 import tokendial as td
-from benchmarks.evidence_real import masks
+from benchmarks.evidence_real import diversity, masks
+from benchmarks.evidence_real.mask_models import trained_models
 from benchmarks.evidence_real.matched_costs import (
     COSTS,
     FAMILIES,
     Reduction,
     nearest,
     reduce_config,
+    reductions,
 )
 from benchmarks.evidence_real.neighbours import predict_classes
+from benchmarks.evidence_real.zero_training import per_image
 from tokendial.data.transforms.masks import MaskAugment
 from tokendial.tasks import BinaryMasks
 
@@ -136,3 +139,44 @@ def test_differences_of_scores_are_paired():
 
 def test_missing_values_are_left_out_of_a_mean():
     assert masks.over_pictures([np.array([0.5, np.nan, 0.7] * 20)]).value == pytest.approx(0.6)
+
+
+def features(rng: np.random.Generator, shift: float) -> dict[str, np.ndarray]:
+    """Features of 3 classes; `shift` turns them away from those of other calls."""
+    found = {}
+    for part, size in (("train", 60), ("test", 30)):
+        labels = np.arange(size) % 3
+        noise = rng.normal(scale=0.1, size=(size, 8)).astype(np.float32)
+        found[part] = np.roll(np.eye(8, dtype=np.float32)[labels], round(shift), axis=1) + noise
+        found[f"{part} labels"] = labels
+    return found
+
+
+def test_the_unreduced_model_agrees_with_itself():
+    full = features(np.random.default_rng(0), 0)
+    values = per_image(full, full)
+    np.testing.assert_allclose(values["cosine"], 1, rtol=1e-6)
+    np.testing.assert_array_equal(values["agreement"], 1)
+    np.testing.assert_array_equal(values["same degree"], values["stored"])
+
+
+def test_features_of_another_degree_may_fit_only_their_own_training_images():
+    rng = np.random.default_rng(0)
+    full, turned = features(rng, 0), features(rng, 1)
+    values = per_image(turned, full)
+    assert values["same degree"].mean() == 1
+    assert values["stored"].mean() < 0.5
+    # Answers are compared, not features: with its own training images the model is right, too.
+    assert values["agreement"].mean() == 1
+    assert values["cosine"].mean() < 0.5
+
+
+def test_results_of_two_models_never_share_a_file():
+    variants = [variant for group in diversity.groups().values() for variant in group]
+    for names in (
+        [variant.name for variant in variants],
+        [model.name for model in trained_models()],
+        [reduction.name for reduction in reductions(list(FAMILIES))],
+    ):
+        assert len(set(names)) == len(names)
+        assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for name in names)
