@@ -110,11 +110,14 @@ def trained_models() -> list[MaskModel]:
 
 
 def degrees_to_run(model: MaskModel, options: Options) -> list[int]:
-    """The degree that a model was trained at, and for DAR the one nearest to the cost `CHEAP`."""
+    """The degree that a model was trained at, and for DAR the one nearest to the cost `CHEAP`.
+
+    The two may be the same.
+    """
     trained = model.load(options)
     if trained.degree == 0:
         return [0]
     linear = MaskModel(LINEAR, model.seed).load(options).cost().macs
     wanted = CHEAP * linear
     cheap = min(trained.degrees, key=lambda degree: abs(trained.cost(degree).macs - wanted))
-    return list(dict.fromkeys([trained.degree, cheap]))
+    return [trained.degree, cheap]
