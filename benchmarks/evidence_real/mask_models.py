@@ -9,17 +9,16 @@ import numpy as np
 import torch
 
 import tokendial as td
-from benchmarks.evidence_real.common import BACKBONE, Options, cached, train
-from benchmarks.evidence_real.masks import IMG_SIZE, predict_masks, test_pairs
+from benchmarks.evidence_real.common import Options, cached, train
+from benchmarks.evidence_real.masks import predict_masks, test_pairs
 from tokendial.measure import ShareMeter
 from tokendial.runs import Run
 
 SEEDS = (0, 1, 2)
 CHEAP = 0.6
 """Cost at which models with DAR run, too, as a share of the cost of `LINEAR`."""
-RECIPE = "dar/duts"
+RECIPE = "real/saliency/dar"
 EPOCHS = 2
-LR = 1e-3
 LINEAR = "linear decoder, frozen"
 FULL = "all tokens, DAR's adapters"
 KINDS: dict[str, dict[str, Any]] = {
@@ -64,16 +63,10 @@ class MaskModel:
         """Train the model, unless that is done. Returns the folder of its run."""
         settings: dict[str, Any] = {
             "seed": self.seed,
-            "model": {
-                "name": BACKBONE,
-                "weights": str(options.weights.resolve()),
-                "img_size": IMG_SIZE,
-            },
+            "model.weights": str(options.weights.resolve()),
             "data.root": str(options.cutouts.resolve()),
             "train.epochs": EPOCHS,
             "train.warmup_epochs": 0.2,
-            "train.lr": LR,
-            "train.precision": "bf16",
             # So no model is chosen by pictures that it is then judged by.
             "train.evaluate": "last",
         }
