@@ -79,7 +79,7 @@ def test_the_cost_of_a_decoder_counts():
 
 
 def test_neighbours_vote_by_the_direction_of_features():
-    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 5.0]])
+    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 50.0]])
     test = torch.tensor([[9.0, 1.0], [0.1, 0.2]])
     found = predict_classes(train, torch.tensor([0, 0, 1]), test, neighbours=1)
     assert found.tolist() == [0, 1]
