@@ -16,7 +16,8 @@ from benchmarks.evidence_real.matched_costs import (
     reductions,
 )
 from benchmarks.evidence_real.neighbours import predict_classes
-from benchmarks.evidence_real.zero_training import per_image
+from benchmarks.evidence_real.statistics import Interval
+from benchmarks.evidence_real.zero_training import HEADER, cells, per_image
 from tokendial.data.transforms.masks import MaskAugment
 from tokendial.tasks import BinaryMasks
 
@@ -180,3 +181,22 @@ def test_results_of_two_models_never_share_a_file():
     ):
         assert len(set(names)) == len(names)
         assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for name in names)
+
+
+def test_a_line_of_the_table_shows_one_method_along_the_dial():
+    value = Interval(0.5, 0.4, 0.6)
+
+    def row(method: str, difference: float) -> dict[str, object]:
+        change = Interval(difference, difference, difference)
+        names = ("same degree, minus degree 0", "stored, minus degree 0")
+        row = {"data": "elpv", "method": method, "same degree": value, "agreement": value}
+        return row | {"cosine": value} | dict.fromkeys(names, change)
+
+    falling = [row(method, -cost) for method in ("ToMe", "EViT") for cost in (0.1, 0.2, 0.3, 0.4)]
+    lines = cells([row("none", 0.0), *falling])
+    assert [line[1] for line in lines[1:]] == ["ToMe", "EViT"]
+    assert [text.split()[0] for text in lines[1][2:7]] == [
+        *("-10.0", "-20.0", "-30.0", "-40.0", "-40.0")
+    ]
+    assert "50.0 (40.0, 60.0)" in lines[0][1]
+    assert {len(line) for line in lines} == {len(HEADER)}
