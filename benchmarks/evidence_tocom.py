@@ -114,7 +114,7 @@ class Question:
 
     def answer(self, out: Path) -> dict[str, float]:
         """Accuracy on the test scenes, and the scale chosen for the compensator."""
-        run_name = self.tuned.folder(out).name
+        run_name = self.fine_tuned_model.folder(out).name
         name = f"{run_name}-at-{self.dial}-{self.target}-{self.compensator}.json"
         path = out / "answers" / name.replace(" ", "_")
         if not path.exists():
@@ -126,7 +126,7 @@ class Question:
 
     def _measured(self, out: Path) -> dict[str, float]:
         torch.set_num_threads(1)
-        fine_tuned_model = self.tuned
+        fine_tuned_model = self.fine_tuned_model
         run = Run(fine_tuned_model.folder(out))
         model = td.load(run.last, reduce=DIALS[self.dial])
         found = {}
@@ -296,7 +296,7 @@ def main(arguments: list[str]) -> None:
             for dial in DIALS
             for name, settings in ({"ToCom": {}} | ablations[dial]).items()
         ]
-        models = dict.fromkeys(question.tuned for question in wanted)
+        models = dict.fromkeys(question.fine_tuned_model for question in wanted)
         runs += [pool.submit(model.train, options) for model in models]
         for run in runs:
             run.result()

@@ -8,6 +8,7 @@ processes trains the same updates.
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -44,7 +45,8 @@ def write_images(root: Path, count: int) -> None:
 def decoding(root: Path) -> None:
     """Read, randomly crop and resize every image."""
     transform = train_transform(Augment(), (224, 224), (0.5,) * 3, (0.5,) * 3)
-    for path, _ in ImageFolder(root=str(root)).build(0).train.files:
+    train: Any = ImageFolder(root=str(root)).build(0).train
+    for path, _ in train.files:
         transform(read_image(path))
 
 

@@ -13,11 +13,12 @@ import torch
 import tokendial as td
 from benchmarks.alternating import Runner, alternate, page_faults, ratio, seconds
 from benchmarks.memory import peak_of
-from benchmarks.options import add_model, comma_separated, options, parse_options
+from benchmarks.options import DTYPES, add_model, comma_separated, options, parse_options
 from benchmarks.plots import bar_figure
 from benchmarks.report import Column, Report, Row
 from tokendial.data.transforms.image import Augment
 from tokendial.tasks.classification import Classification
+from tokendial.train.attention import choose_attention
 from tokendial.train.objective import Objective
 
 DENSE, PLAIN = td.DenseAdapter(dim=32), td.AdaptFormer(dim=64, scale=0.1)
@@ -26,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full_recomputing": {"adapt": td.FullFineTuning()},
     "linear": {"adapt": td.LinearProbe()},
     "adaptformer": {"adapt": PLAIN},
+    "adaptformer_fused": {"adapt": PLAIN},
     "lora": {"adapt": td.LoRA(rank=8)},
     "dyt": {"adapt": PLAIN, "reduce": td.DyT()},
     "sparse_tuning_evit": {"adapt": DENSE, "reduce": td.EViT()},
@@ -53,6 +55,9 @@ class Training:
         self.model.checkpoint_activations = "recomputing" in method
         task = Classification(100, multi_label=False, augment=Augment())
         self.objective = Objective(self.model, task).to(asked.device).train()
+        self.device, self.dtype = torch.device(asked.device), DTYPES[asked.dtype]
+        if "fused" not in method:
+            choose_attention(self.objective, self.device, asked.dtype)
         self.optimizer = torch.optim.AdamW(self.model.trainable_parameters(), lr=1e-4)
         height, width = self.model.anatomy.image_size
         self.images = torch.randn(asked.batch, 3, height, width, device=asked.device)
@@ -60,7 +65,9 @@ class Training:
 
     def step(self) -> None:
         """Do one update."""
-        loss, _ = self.objective(self.images, self.targets)
+        mixed = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=mixed):
+            loss, _ = self.objective(self.images, self.targets)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -71,6 +78,9 @@ def main(arguments: list[str]) -> None:
     parser = options("training", __doc__, repeats=3)
     add_model(parser)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="autocast of the forward pass"
+    )
     parser.add_argument("--methods", type=comma_separated(str), default=list(METHODS))
     asked = parse_options(parser, arguments, batch=2)
     if wrong := [name for name in asked.methods if name not in METHODS]:

@@ -96,6 +96,13 @@ def write_food101(
     return root
 
 
+def write_elpv(root: Path, pieces: np.ndarray, lines: Sequence[str]) -> Path:
+    """Write ELPV with lines such as "images/cell0001.png 1.0 mono"."""
+    write_images(root, pieces, (line.split()[0] for line in lines))
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
 def write_vtab(root: Path, pieces: np.ndarray, task: str, lists: dict[str, list[str]]) -> Path:
     """Write a task of VTAB-1k with lists of lines such as "images/a.jpg 0"."""
     names = dict.fromkeys(line.rsplit(maxsplit=1)[0] for lines in lists.values() for line in lines)

@@ -4,6 +4,7 @@ from examples import ADAPTERS, REDUCERS
 import tokendial as td
 from tokendial.data import (
     CIFAR100,
+    ELPV,
     FGVC,
     SVHN,
     VTAB,
@@ -30,6 +31,7 @@ OTHERS = [
     ("data", CIFAR100(root="cifar", check=False)),
     ("data", SVHN(root="svhn", extra=True)),
     ("data", Food101(root="food")),
+    ("data", ELPV(task="grade", val="val", holdout=0.2, split_seed=3)),
     ("data", ImageNet(root="imagenet", classes="names.txt")),
     ("data", HuggingFace(path="someone/pets", subset="small")),
     ("data", WebDataset(train="a-{0..3}.tar", val="b.tar", classes=["cat", "dog"])),

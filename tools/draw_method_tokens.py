@@ -18,7 +18,8 @@ from PIL import Image
 import tokendial as td
 from tokendial.data import SceneMasks, Scenes
 from tokendial.runs import read_recipe
-from tokendial.show.tokens import input_pixels, token_figure
+from tokendial.show.token_figures import token_figure
+from tokendial.show.tokens import input_pixels
 from tokendial.train import train
 
 SIDE, COLOURS, DPI = 72, 96, 80

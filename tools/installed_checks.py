@@ -215,6 +215,13 @@ def check_masks(fixtures: Path) -> None:
     assert all(value.isfinite() for value in metrics.compute().values())
 
 
+def check_real(fixtures: Path) -> None:
+    """Read the solar cells of the installed package, whose list and pictures are checked."""
+    splits = data_set({"name": "elpv"})
+    assert (len(splits.train) + len(splits.val), splits.train[0][0].size) == (2624, (300, 300))
+    assert find_spec("onnx")
+
+
 def check_ray(fixtures: Path) -> None:
     """Predict on a Ray cluster of this machine."""
     from PIL import Image

@@ -6,6 +6,7 @@ EXTRAS = {
     "accelerate": ("accelerate", "runs"),
     "av": ("av", "video"),
     "datasets": ("datasets", "hf"),
+    "elpv_dataset": ("elpv-dataset", "real"),
     "fastapi": ("fastapi", "serve"),
     "h11": ("h11", "serve"),
     "matplotlib": ("matplotlib", "runs"),

@@ -4,6 +4,7 @@ from tokendial.data.readers.images import ImageError, find_images, read_image
 from tokendial.data.readers.video import FrameFolder, Video, VideoError, VideoFile, find_videos
 from tokendial.data.sets.actions import K400, SSv2
 from tokendial.data.sets.cifar import CIFAR100
+from tokendial.data.sets.elpv import ELPV
 from tokendial.data.sets.fgvc import FGVC
 from tokendial.data.sets.folder import ImageFolder
 from tokendial.data.sets.food import Food101
@@ -23,6 +24,7 @@ from tokendial.data.transforms.masks import MaskAugment
 
 __all__ = [
     "CIFAR100",
+    "ELPV",
     "FGVC",
     "K400",
     "SVHN",

@@ -21,6 +21,7 @@ from tokendial.runs.loaders import TransformedDataset, eval_loader, seed_all
 from tokendial.runs.recipe import BaseRecipe
 from tokendial.runs.run import Run
 from tokendial.signals import StopRequest, stop_requests
+from tokendial.train.attention import choose_attention
 from tokendial.train.batches import EpochSampler, TimedBatches, train_loader
 from tokendial.train.checkpoint import (
     Ema,
@@ -113,6 +114,7 @@ class Trainer:
         self._make_loaders()
         self.updates = self.sampler.updates * settings.epochs
         optimizer = torch.optim.AdamW(job.parameter_groups())
+        choose_attention(job.objective, self.accelerator.device, settings.precision)
         self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine_schedule(optimizer, settings, self.sampler.updates)
         self.ema = Ema(job.module, settings.ema) if settings.ema else None

@@ -1,0 +1,142 @@
+"""Fine-tuned classifiers of the tables, and their predictions on images that they never saw."""
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tokendial as td
+from benchmarks.evidence_real.common import Options, cached, train
+from tokendial.methods import to_json
+from tokendial.runs import Run
+from tokendial.runs.loaders import eval_loader
+
+SEEDS = (0, 1, 2)
+DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=8), "evit": td.EViT(r=8)}
+"""Dials of eight degrees: at degree r, each of the twelve blocks removes r of 64 patches."""
+EPOCHS = {"elpv": 6, "stamps": 4}
+RECIPES = {"dense_adapter": "sparse_tuning"}
+"""Recipe of a method that has none of its own: Sparse-Tuning without its reduction."""
+HOLDOUT = 0.15
+"""Fraction of ELPV's training cells that no model is trained on: scales are searched on them."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """DINOv2-S fine-tuned on a data set."""
+
+    data: str
+    """"elpv" (defective or sound) or "stamps" (kind of object)."""
+    method: str
+    """Name of a recipe in recipes/real/elpv, or "dense_adapter"."""
+    seed: int
+    """Seed of new weights, order and augmentation."""
+    dial: str | None = None
+    """Reduction in training: a key of `DIALS`. None: no reduction, or the one of the recipe."""
+    degree: int = 0
+    """Degree in training, if there is a dial."""
+    img_size: int = 112
+    """Side of the images in pixels."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        dial = f"{self.dial}{self.degree}" if self.dial else "plain"
+        return f"{self.data}-{self.method}-{dial}-{self.img_size}-{self.seed}"
+
+    def train(self, options: Options) -> Path:
+        """Train the classifier, unless that is done. Returns the folder of its run."""
+        settings: dict[str, Any] = {
+            "seed": self.seed,
+            "model.weights": str(options.weights.resolve()),
+            "model.img_size": self.img_size,
+            "data": data_settings(self.data, options),
+            "train.epochs": EPOCHS[self.data],
+            "train.evaluate": "last",
+        }
+        if self.method in RECIPES:
+            settings["reduce"] = None
+        if self.dial:
+            settings["reduce"] = to_json("reduce", DIALS[self.dial])
+            settings["train.degree"] = self.degree
+        if self.data != "elpv":  # cells have no top; photographs do
+            settings["augment.vertical_flip"] = 0.0
+        recipe = RECIPES.get(self.method, self.method)
+        return train(self.name, f"real/elpv/{recipe}", settings, options)
+
+
+def data_settings(data: str, options: Options) -> dict[str, Any]:
+    """The data section of a recipe."""
+    if data == "elpv":
+        root = {"root": str(Path(options.elpv).resolve())} if options.elpv else {}
+        return {"name": "elpv", "task": "defect", "holdout": HOLDOUT} | root
+    return {"name": "stamps", "task": "category", "train_size": 1600, "val_size": 800,
+            "img_size": 128}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a classifier runs: at which degree of which dial, with which compensator."""
+
+    dial: str | None = None
+    """A key of `DIALS`; None: as in training."""
+    degree: int = 0
+    """Degree of the dial."""
+    compensator: str | None = None
+    """Folder of a compensator; None: without."""
+    scale: float = 1.0
+    """Factor of the compensator."""
+
+    @property
+    def name(self) -> str:
+        """Name for files."""
+        compensator = f"-{Path(self.compensator).name}-{self.scale:g}" if self.compensator else ""
+        return f"{self.dial or 'trained'}{self.degree}{compensator}"
+
+
+def predict(
+    classifier: Classifier, setting: Setting, options: Options, part: str = "test"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N, classes] and labels [N] of the test set ("test") or of the search set ("val")."""
+    path = options.out / "predictions" / classifier.name / f"{setting.name}-{part}.npz"
+    found = cached(path, lambda: _predict(classifier, setting, options, part))
+    return found["logits"], found["labels"]
+
+
+@torch.inference_mode()
+def _predict(
+    classifier: Classifier, setting: Setting, options: Options, part: str
+) -> dict[str, np.ndarray]:
+    run = Run(options.out / "runs" / classifier.name)
+    model = _model(run.folder, setting.dial).eval()
+    if model.reducer is not None:
+        model.set_degree(classifier.degree if setting.dial is None else setting.degree)
+    if setting.compensator:
+        compensator = td.Compensator.from_pretrained(setting.compensator)
+        compensator.scale = setting.scale
+        model.set_degree(classifier.degree)
+        compensator.attach(model, classifier.degree)
+        model.set_degree(setting.degree)
+    images, labels = _images(run.folder, part)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = [model(batch).float() for batch in images.split(64)]
+    return {"logits": torch.cat(logits).numpy(), "labels": labels.numpy()}
+
+
+def _model(folder: Path, dial: str | None) -> td.DialViT:
+    run = Run(folder)
+    return td.load(run.last, reduce=DIALS[dial]) if dial else td.load(run.last)
+
+
+@functools.lru_cache(maxsize=4)
+def _images(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+    """Images and labels of a part of the run's data set. The seeds of runs share the test set."""
+    run = Run(folder)
+    data = replace(run.recipe().data, val=part).build(0)
+    transform = run.task().eval_transform(run.model().anatomy)
+    images, labels = zip(*eval_loader(data.val, transform, batch_size=64), strict=True)
+    return torch.cat(images), torch.cat(labels)

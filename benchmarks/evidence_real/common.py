@@ -1,0 +1,127 @@
+"""What the tables share: options, trainings that resume, results that are computed once."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from tokendial.atomic import atomic_write
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+BACKBONE = "vit_small_patch14_dinov2"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where data lie and results go."""
+
+    out: Path = Path("runs/evidence_real")
+    """Folder for runs and results; the same folder continues an interrupted command."""
+    jobs: int = 2
+    """Processes at the same time, each with one thread."""
+    weights: Path = Path("weights/dinov2_small.safetensors")
+    """Weights of DINOv2-S, from `tokendial weights fetch dinov2_small`."""
+    onnx: Path = Path("weights/vit_s_focus.onnx")
+    """The file that these weights come from. It holds a saliency decoder, too."""
+    elpv: str = ""
+    """Folder of ELPV; empty for the installed package."""
+    cutouts: Path = Path("cutouts/saliency")
+    """Folder that tools/build_cutouts.py built."""
+    pictures: Path = Path("real_pictures")
+    """Folder that tools/build_real_pictures.py built."""
+
+    @classmethod
+    def parse(cls, command: str, doc: str, arguments: Sequence[str]) -> "Options":
+        """Read the options from a command line."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m benchmarks evidence_real {command}", description=doc
+        )
+        for field in fields(cls):
+            kind = type(field.default)
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
+        return cls(**vars(parser.parse_args(list(arguments))))
+
+
+def train(
+    name: str, recipe: str, settings: Mapping[str, Any], options: Options, command: str = "train"
+) -> Path:
+    """Run `tokendial train` (or `compensate`) with one thread; an interrupted run is resumed.
+
+    Args:
+        name: Name of the run: its folder below `options.out / "runs"`.
+        recipe: Name of the recipe.
+        settings: Fields of the recipe to change, by dotted name.
+        options: The options.
+        command: The command.
+
+    Returns:
+        The folder of the run.
+    """
+    folder = options.out / "runs" / name
+    done = folder / "finished"
+    if not done.exists():
+        words = [sys.executable, "-m", "tokendial.cli", command, recipe, f"output={folder}"]
+        words += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        words += ["train.trackers=[]"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise ValueError(f"{name}: {ended.stderr.strip() or ended.stdout.strip()}")
+        done.touch()
+        print(name, flush=True)
+    return folder
+
+
+def cached(path: Path, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the values in a file, which is computed and written first if it is missing.
+
+    Args:
+        path: A .json file (numbers and text), or a .npz file (arrays).
+        compute: Makes the values by name.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = compute()
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            if path.suffix == ".npz":
+                np.savez_compressed(file, **found)
+            else:
+                file.write(json.dumps(dict(found)).encode())
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    return dict(json.loads(path.read_text()))
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], options: Options
+) -> list[Result]:
+    """Results in order, `options.jobs` at a time; for functions that start processes (`train`)."""
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return list(pool.map(function, items))
+
+
+def in_processes(
+    function: Callable[[Item], Result], items: Iterable[Item], options: Options
+) -> list[Result]:
+    """Results in order, in `options.jobs` processes of one thread each; for functions of torch."""
+    with ProcessPoolExecutor(
+        options.jobs, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        return list(pool.map(function, items))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

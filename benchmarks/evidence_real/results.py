@@ -1,0 +1,26 @@
+"""Writing a table of the evidence: JSON that says how it was made, and Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.evidence_real.common import markdown
+from benchmarks.report import write_json
+from tokendial.atomic import atomic_write
+
+
+def write_table(
+    name: str, header: Sequence[str], rows: Iterable[Sequence[str]], results: Mapping[str, Any]
+) -> None:
+    """Print a table, and write evidence_real_NAME_HARDWARE_DATE.json and .md.
+
+    Args:
+        name: Name of the table.
+        header: Titles of its columns.
+        rows: Its cells.
+        results: The numbers behind it, for the JSON file.
+    """
+    text = markdown(header, rows)
+    print(text)
+    path = write_json(f"evidence_real_{name}", results)
+    with atomic_write(path.with_suffix(".md")) as temporary:
+        temporary.write_text(text + "\n")

@@ -1,0 +1,169 @@
+"""Table: Sparse-Tuning against other fine-tuning on ELPV: scores, cost of training, speed."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokendial as td
+from benchmarks.evidence_real.classifiers import SEEDS, Classifier, Setting, predict
+from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads
+from benchmarks.evidence_real.results import write_table
+from benchmarks.evidence_real.statistics import (
+    Resampling,
+    accuracy,
+    auroc,
+    balanced_accuracy,
+    interval,
+)
+from benchmarks.memory import peak_of
+from tokendial.measure import Timing, time_in_rounds
+from tokendial.runs import Run
+from tokendial.train.attention import choose_attention
+from tokendial.train.objective import Objective
+
+METHODS = ("linear", "lora", "adaptformer", "sparse_tuning", "full")
+AT_224 = ("sparse_tuning",)
+"""Methods that are also trained at 224 pixels."""
+BATCH = 32
+HEADER = (
+    "method",
+    "side",
+    "trained (M)",
+    "GMACs",
+    "accuracy",
+    "balanced accuracy",
+    "AUROC",
+    "minus adaptformer",
+    "s / training step",
+    "MiB",
+    "images/s",
+)
+
+
+def trainings() -> list[Classifier]:
+    """The classifiers of the table."""
+    small = [Classifier("elpv", method, seed) for seed, method in itertools.product(SEEDS, METHODS)]
+    return small + [
+        Classifier("elpv", method, seed, img_size=224)
+        for seed, method in itertools.product(SEEDS, AT_224)
+    ]
+
+
+def main(options: Options) -> None:
+    """Train, predict, time, and write the table."""
+    in_threads(lambda one: one.train(options), trainings(), options)
+    in_processes(functools.partial(_predict, options=options), trainings(), options)
+    rows = []
+    for side, methods in ((112, METHODS), (224, AT_224)):
+        speeds = cached(
+            options.out / f"sparse_tuning-speed-{side}.json",
+            functools.partial(speed, methods, side, options),
+        )
+        rows += [row(method, side, speeds[method], options) for method in methods]
+    write_table("sparse_tuning", HEADER, [each["cells"] for each in rows], {"rows": rows})
+
+
+def _predict(one: Classifier, options: Options) -> None:
+    predict(one, Setting(), options)
+
+
+def row(method: str, side: int, speeds: dict[str, float], options: Options) -> dict[str, Any]:
+    """A row of the table."""
+
+    def outputs(name: str) -> tuple[list[Any], Any]:
+        found = [
+            predict(Classifier("elpv", name, seed, img_size=side), Setting(), options)
+            for seed in SEEDS
+        ]
+        return [logits for logits, _ in found], found[0][1]
+
+    logits, labels = outputs(method)
+    draws = Resampling(len(labels), len(SEEDS))
+    scores = [
+        interval(draws.scores(metric, logits, labels))
+        for metric in (accuracy, balanced_accuracy, auroc)
+    ]
+    cells = [method, str(side), f"{speeds['trained'] / 1e6:.2f}", f"{speeds['gmacs']:.2f}"]
+    cells += [score.percent() for score in scores]
+    if side == 112 and method != "adaptformer":
+        other, _ = outputs("adaptformer")
+        difference = draws.scores(accuracy, logits, labels) - draws.scores(accuracy, other, labels)
+        cells.append(interval(difference).percent(sign=True))
+    else:
+        cells.append("-")
+    cells += [f"{speeds['step_s']:.2f}", f"{speeds['mib']:.0f}", f"{speeds['images_per_s']:.0f}"]
+    return {"cells": cells, "accuracy": scores[0].value} | speeds
+
+
+class Measured:
+    """A trained classifier whose training step and prediction are timed."""
+
+    def __init__(self, folder: Path) -> None:
+        run = Run(folder)
+        self.model = td.load(run.last)
+        self.model.set_degree(self.model.reducer.degree if self.model.reducer else 0)
+        side = self.model.anatomy.image_size
+        self.images = torch.randn(BATCH, 3, *side, generator=torch.Generator().manual_seed(0))
+        self.targets = torch.arange(BATCH) % self.model.num_classes
+        self.objective = Objective(self.model, run.task())
+        choose_attention(self.objective, torch.device("cpu"), "bf16")
+        self.optimizer = torch.optim.AdamW(self.model.trainable_parameters(), lr=1e-6)
+
+    def train(self) -> None:
+        """Do one update in bfloat16."""
+        self.model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = self.objective(self.images, self.targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def predict(self) -> None:
+        """Compute the logits of a batch in bfloat16."""
+        self.model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            self.model(self.images)
+
+
+def speed(methods: Sequence[str], side: int, options: Options) -> dict[str, dict[str, float]]:
+    """Time and memory of a training step and images/s afterwards; the methods take turns."""
+    torch.set_num_threads(1)
+    models = [
+        Measured(options.out / "runs" / Classifier("elpv", method, 0, img_size=side).name)
+        for method in methods
+    ]
+    for model in models:  # the first update creates the state of the optimizer
+        model.train()
+    mib = [peak_of(model.train).whole / 2**20 for model in models]
+    steps = _times(models, Measured.train)
+    passes = _times(models, Measured.predict)
+    return {
+        method: {
+            "trained": model.model.cost().trainable_params,
+            "gmacs": model.model.cost().gmacs,
+            "step_s": step.seconds,
+            "mib": memory,
+            "images_per_s": BATCH / one_pass.seconds,
+            "spread": max(step.spread, one_pass.spread),
+        }
+        for method, model, memory, step, one_pass in zip(
+            methods, models, mib, steps, passes, strict=True
+        )
+    }
+
+
+def _times(models: Sequence[Measured], work: Callable[[Measured], None]) -> list[Timing]:
+    """Times of the same work of all models, in turns."""
+    turn = models[0]
+
+    def give_turn(model: Measured) -> None:
+        nonlocal turn
+        turn = model
+
+    cpu = torch.device("cpu")
+    return time_in_rounds(models, give_turn, lambda: work(turn), device=cpu, seconds=10.0)
