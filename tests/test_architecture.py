@@ -81,6 +81,7 @@ PUBLIC = {
     "ToCom": "compensate.config",
     "ToMe": "reduce.tome",
     "Tokens": "tokens",
+    "UpConvDecoder": "decode.upconv",
     "VPT": "adapt.vpt",
     "ViTShape": "shape",
     "calibrate": "measure.shares",

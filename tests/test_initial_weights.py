@@ -101,6 +101,15 @@ DECODERS = {
         },
     ),
     "linear": (td.LinearDecoder(num_classes=4), {"weight": 0.02, "bias": 0.0}),
+    "upconv": (
+        td.UpConvDecoder(channels=(64, 32), num_classes=4),
+        {
+            r"stages\.0\.up\.weight": (2 / (4 * D)) ** 0.5,
+            r"stages\.1\.up\.weight": (2 / (4 * 64)) ** 0.5,
+            r".*norm.*|.*up\.bias": 0.0,
+            r"predict.*": inputs(32),
+        },
+    ),
     "mask transformer": (
         td.MaskTransformer(num_classes=4, depth=1),
         {

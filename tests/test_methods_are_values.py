@@ -116,6 +116,7 @@ SETTINGS = {
         "num_heads": counts | st.none(),
         "dropout": dropouts,
     },
+    td.UpConvDecoder: {"num_classes": counts, "channels": st.lists(counts, min_size=1)},
 }
 REQUIRED = {"reduce", "method"}  # of FrameByFrame and PEFT, which have no default
 

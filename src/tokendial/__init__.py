@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.decode import DecoderConfig as DecoderConfig
     from tokendial.decode import LinearDecoder as LinearDecoder
     from tokendial.decode import MaskTransformer as MaskTransformer
+    from tokendial.decode import UpConvDecoder as UpConvDecoder
     from tokendial.export_files import ExportedFile as ExportedFile
     from tokendial.export_files import export as export
     from tokendial.measure import calibrate as calibrate
@@ -63,7 +64,7 @@ _NAMES = {
     ),
     "backbones": "Backbone convert_weights video_vit",
     "compensate": "Compensator ToCom",
-    "decode": "DARDecoder DecoderConfig LinearDecoder MaskTransformer",
+    "decode": "DARDecoder DecoderConfig LinearDecoder MaskTransformer UpConvDecoder",
     "export_files": "ExportedFile export",
     "measure": "calibrate",
     "methods": "register",

@@ -13,6 +13,7 @@ DECODERS = {
     "linear": td.LinearDecoder(num_classes=3),
     "dar": td.DARDecoder(num_classes=3, channels=16),
     "mask_transformer": td.MaskTransformer(num_classes=3, num_heads=3),
+    "upconv": td.UpConvDecoder(num_classes=3, channels=(16, 8)),
 }
 REDUCERS = {"none": None, "tome": td.ToMe(r=8), "evit": td.EViT(r=4), "ffn_merge": td.FFNMerge(r=8)}
 SHAPE = ViTShape(depth=4, embed_dim=48, num_prefix_tokens=1, num_patches=64, has_class_token=True)
@@ -61,7 +62,7 @@ def test_logits_are_the_decoder_on_the_restored_feature_map(decode, reduce):
     torch.testing.assert_close(model(images()), expected)
     torch.testing.assert_close(model.forward_pass(images()).logits, expected)
     assert model.num_classes == 3
-    side = 32 if isinstance(decode, td.DARDecoder) else 8
+    side = 32 if isinstance(decode, td.DARDecoder | td.UpConvDecoder) else 8
     assert expected.shape == (2, 3, side, side)
 
 
@@ -114,6 +115,35 @@ def test_the_cost_counts_the_decoder_but_not_among_what_adapters_train():
     assert cost.macs - plain.macs == own
 
 
+def test_the_cost_of_transposed_convolutions_counts_four_weights_for_each_output():
+    plain = td.wrap(tiny_vit(num_classes=0)).cost().macs
+    # 8 x 8 patches of 48 channels to 16 x 16 of 16, to 32 x 32 of 8, to 3 logit maps.
+    own = 16 * 16 * 4 * 48 * 16 + 32 * 32 * (4 * 16 * 8 + 8 * 3)
+    own -= 5 * 48  # the class token is not normalised
+    assert dense(DECODERS["upconv"]).cost().macs - plain == own
+
+
+@torch.no_grad()
+def test_transposed_convolutions_follow_the_definition():
+    decoder = perturbed(td.UpConvDecoder(num_classes=2, channels=(6,)).build(SHAPE), std=0.2)
+    stage, features = decoder.stages[0], torch.randn(2, 48, 3, 4)
+    stage.norm.running_var.uniform_(0.5, 2)
+    expected = torch.zeros(2, 6, 8, 10) + stage.up.bias[:, None, None]
+    for row in range(3):
+        for column in range(4):
+            spread = torch.einsum("bd,dckl->bckl", features[:, :, row, column], stage.up.weight)
+            expected[:, :, 2 * row : 2 * row + 4, 2 * column : 2 * column + 4] += spread
+    expected = expected[:, :, 1:-1, 1:-1]
+    deviation = (stage.norm.running_var + 1e-5).sqrt()
+    normed = (expected - stage.norm.running_mean[:, None, None]) / deviation[:, None, None]
+    scaled = normed * stage.norm.weight[:, None, None] + stage.norm.bias[:, None, None]
+    weight = decoder.predict.weight[:, :, 0, 0]
+    masks = (
+        torch.einsum("bchw,kc->bkhw", scaled.relu(), weight) + decoder.predict.bias[:, None, None]
+    )
+    torch.testing.assert_close(decoder.eval()(features), masks)
+
+
 def test_a_compensator_bridges_dense_models_too():
     model = dense(DECODERS["linear"], td.ToMe(r=8))
     plugin = perturbed(td.Compensator.for_model(model, td.ToCom()))
@@ -132,6 +162,8 @@ def test_a_compensator_bridges_dense_models_too():
     [
         (lambda: td.DARDecoder(num_classes=0), "num_classes must be an integer of at least 1"),
         (lambda: td.DARDecoder(dropout=1.0), r"dropout must lie in \[0, 1\), got 1.0"),
+        (lambda: td.UpConvDecoder(channels=()), r"channels must hold at least one .*, got \(\)"),
+        (lambda: td.UpConvDecoder(channels=(8, 0)), "channels must be an integer of at least 1"),
         (lambda: dense(td.MaskTransformer(num_classes=2, num_heads=5)), "num_heads must divide"),
         (lambda: td.wrap(tiny_vit(), decode=td.DARDecoder()), "needs a backbone without a class"),
     ],

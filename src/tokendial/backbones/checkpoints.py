@@ -22,6 +22,10 @@ from tokendial.weights import check_finite, read_file
 
 GRID = "grid"
 """Key in the metadata of a safetensors file: rows and columns of the position grid, e.g. 14x10."""
+RESIZING = "position_resizing"
+"""Key in the metadata of a safetensors file: how its positions are resized to other grids."""
+WITHOUT_ANTIALIASING = "without_antialiasing"
+"""Value of the key `RESIZING`: bicubically, as transformers' Dinov2 does it."""
 _IN_A_FOLDER = (
     "model.safetensors",
     "best/model.safetensors",
@@ -96,6 +100,8 @@ class Checkpoint:
     """Number of tensors in the file that do not belong to the ViT, by group."""
     grid: tuple[int, int] | None
     """Rows and columns of the position grid; None if the file does not say."""
+    antialias: bool = True
+    """Whether positions are resized with antialiasing. False only for files that ask for it."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -115,7 +121,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     grid = _grid(file, state.get(_TIMM)) if "pos_embed" in state else None
     if wrapper:
         kind = f"{kind} in {wrapper!r}"
-    return Checkpoint(file, kind, state, dict(left_out), grid)
+    antialias = _metadata(file).get(RESIZING) != WITHOUT_ANTIALIASING
+    return Checkpoint(file, kind, state, dict(left_out), grid, antialias)
 
 
 def _file_in(folder: Path) -> Path:
@@ -275,11 +282,8 @@ def _what_else(state: Mapping[str, Any], roots: list[str]) -> str:
 def _grid(file: Path, patch_weight: Tensor | None) -> tuple[int, int] | None:
     """Read the position grid from the file's metadata or from the configuration beside it."""
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                grid = (opened.metadata() or {}).get(GRID, "")
-            if match := re.fullmatch(r"(\d+)x(\d+)", grid):
-                return int(match[1]), int(match[2])
+        if match := re.fullmatch(r"(\d+)x(\d+)", _metadata(file).get(GRID, "")):
+            return int(match[1]), int(match[2])
         config = json.loads((file.parent / "config.json").read_text())
         size = config["backbone"]["args"]["img_size"]
         height, width = (size, size) if isinstance(size, int) else size
@@ -287,6 +291,14 @@ def _grid(file: Path, patch_weight: Tensor | None) -> tuple[int, int] | None:
         return height // patch_weight.shape[-2], width // patch_weight.shape[-1]
     except (OSError, ValueError, LookupError, TypeError, AssertionError, RecursionError):
         return None  # neither of them says it
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for files in other formats."""
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
 
 
 def _some(names: Iterable[str]) -> str:

@@ -17,8 +17,16 @@ from torch import Tensor
 
 from tokendial.atomic import atomic_write
 from tokendial.backbones.build import Backbone
-from tokendial.backbones.checkpoints import GRID, find_state_dict, find_vit
+from tokendial.backbones.checkpoints import (
+    GRID,
+    RESIZING,
+    WITHOUT_ANTIALIASING,
+    find_state_dict,
+    find_vit,
+)
 from tokendial.backbones.loading import convert_to_timm_names, describe_counts
+from tokendial.backbones.onnx_dinov2 import read_dinov2
+from tokendial.backbones.onnx_file import OnnxFile
 from tokendial.backbones.positions import resize_positions
 from tokendial.backbones.timm_vit import HEADS
 from tokendial.weights import check_finite, read_file, unreadable_error
@@ -50,6 +58,9 @@ class ConvertedWeights:
     """Number of tensors of the file that were left out, by group."""
     grid: tuple[int, int] | None = None
     """Rows and columns that the positions were resized to; None if they were not resized."""
+    from_transformers: bool = False
+    """Whether positions are resized without antialiasing, as transformers' Dinov2 does it: the
+    weights come from an export of that library. The written file says so to `load_weights`."""
 
     @property
     def has_head(self) -> bool:
@@ -65,7 +76,9 @@ class ConvertedWeights:
     def resized_to(self, img_size: tuple[int, int]) -> "ConvertedWeights":
         """Return a copy for another image size; positions are resized as the released code does.
 
-        `load_weights` also resizes positions, but in the same way for all kinds of models.
+        `load_weights` also resizes positions. For files that were converted from ONNX it does so in
+        the same way, so that these need no resizing here; for all others it resizes with
+        antialiasing, whatever the kind of model.
 
         Args:
             img_size: Height and width of the images in pixels.
@@ -84,13 +97,15 @@ class ConvertedWeights:
         positions = self.tensors["pos_embed"]
         # With registers, DINOv2 adds the class token's position to the token itself.
         prefix = positions.shape[1] - math.isqrt(positions.shape[1]) ** 2
-        plain_dinov2 = self.kind == "DINOv2" and "reg_token" not in self.tensors
+        of_facebook = self.kind == "DINOv2" and not self.from_transformers
+        plain_dinov2 = of_facebook and "reg_token" not in self.tensors
         grid = img_size[0] // patch, img_size[1] // patch
         resized = resize_positions(
             positions,
             grid,
             num_prefix_tokens=prefix,
             offset=_DINOV2_OFFSET if plain_dinov2 else 0.0,
+            antialias=not self.from_transformers,
         )
         return replace(self, tensors=self.tensors | {"pos_embed": resized}, grid=grid)
 
@@ -115,9 +130,13 @@ class ConvertedWeights:
         # Copies, because safetensors takes no tensors that share memory.
         whole = torch.contiguous_format
         tensors = {n: value.clone(memory_format=whole) for n, value in self.tensors.items()}
-        grid = {GRID: f"{self.grid[0]}x{self.grid[1]}"} if self.grid else {}
+        metadata = {"format": "pt"}
+        if self.grid:
+            metadata[GRID] = f"{self.grid[0]}x{self.grid[1]}"
+        if self.from_transformers:
+            metadata[RESIZING] = WITHOUT_ANTIALIASING
         with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"} | grid)
+            save_file(tensors, temporary, metadata=metadata)
         return path
 
 
@@ -126,11 +145,13 @@ def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Co
 
     These are recognised by their tensors: DINOv2 (also with registers), DINO's training
     checkpoints, DeiT (also distilled), MAE (the encoder) and DAR's segmentation models (the
-    backbone only) in torch's format, and AugReg in NumPy's. For other files, give `model`. Only
-    tensors are unpickled. No tensor is resized, see `ConvertedWeights.resized_to`.
+    backbone only) in torch's format, AugReg in NumPy's, and transformers' Dinov2 in ONNX files of
+    torch's exporter. For other files, give `model`. Only tensors are unpickled. No tensor is
+    resized, see `ConvertedWeights.resized_to`.
 
     Args:
-        path: The file to read. The suffix .npz means NumPy's format, any other torch's.
+        path: The file to read. The suffix .npz means NumPy's format, .onnx means ONNX, any other
+            torch's.
         model: The timm model that the file belongs to, as a name or a `Backbone` (whose weights and
             head size are ignored). By default it is recognised by the tensors.
 
@@ -143,7 +164,8 @@ def convert_weights(path: str | Path, model: str | Backbone | None = None) -> Co
     if not path.is_file():
         raise ValueError(f"no such file: {path}.")
     backbone = Backbone(name=model) if isinstance(model, str) else model
-    return _from_numpy(path, backbone) if path.suffix == ".npz" else _from_torch(path, backbone)
+    readers = {".npz": _from_numpy, ".onnx": _from_onnx}
+    return readers.get(path.suffix, _from_torch)(path, backbone)
 
 
 def _from_torch(path: Path, backbone: Backbone | None) -> ConvertedWeights:
@@ -171,6 +193,33 @@ def _from_torch(path: Path, backbone: Backbone | None) -> ConvertedWeights:
     _check(path, f"{kind} file of {backbone.name}", _torch_shapes(vit, kind), shapes)
     tensors, _ = convert_to_timm_names(state, vit, left_out)
     return ConvertedWeights(path, kind, backbone.name, tensors, dict(left_out))
+
+
+def _from_onnx(path: Path, backbone: Backbone | None) -> ConvertedWeights:
+    kind, left_out = "DINOv2", Counter[str]()
+    found = read_dinov2(OnnxFile(path))
+    _, state = find_vit(found.tensors, path, left_out)
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    backbone = backbone or _matching_backbone(path, kind, shapes)
+    *_, patch = _of_rank(4, shapes.get("patch_embed.proj.weight"))
+    side = math.isqrt(_of_rank(3, shapes.get("pos_embed"))[1])
+    if side and patch:
+        # Positions have the size of the file's own images. They are resized later.
+        backbone = replace(backbone, args=backbone.args | {"img_size": side * patch})
+    vit = _build(backbone, 0, device="meta")
+    wanted = dict(_torch_shapes(vit, kind))
+    del wanted["mask_token"]  # only pre-training uses it, so no exported graph does
+    _check(path, f"{kind} file of {backbone.name}", wanted, shapes)
+    heads = vit.blocks[0].attn.num_heads
+    if found.head_dim not in (None, vit.embed_dim // heads):
+        raise ValueError(
+            f"{path} has attention heads of width {found.head_dim}, but {backbone.name} has "
+            f"{heads} heads of width {vit.embed_dim // heads}."
+        )
+    tensors, _ = convert_to_timm_names(state, vit, left_out)
+    return ConvertedWeights(
+        path, kind, backbone.name, tensors, dict(left_out), from_transformers=True
+    )
 
 
 def _from_numpy(path: Path, backbone: Backbone | None) -> ConvertedWeights:

@@ -195,6 +195,9 @@ def _resize_positions(positions: Tensor, vit: Any, found: Checkpoint) -> Tensor:
     # timm's own function returns positions unchanged if another grid has as many patches.
     own, patches = positions.tensor_split([prefix], dim=1)
     moved = F.interpolate(
-        patches.transpose(1, 2).reshape(1, -1, *grid), size=new, mode="bicubic", antialias=True
+        patches.transpose(1, 2).reshape(1, -1, *grid),
+        size=new,
+        mode="bicubic",
+        antialias=found.antialias,
     )
     return torch.cat([own, moved.flatten(2).transpose(1, 2)], dim=1)

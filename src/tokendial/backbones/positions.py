@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 def resize_positions(
-    pos_embed: Tensor, grid: tuple[int, int], *, num_prefix_tokens: int = 1, offset: float = 0.0
+    pos_embed: Tensor,
+    grid: tuple[int, int],
+    *,
+    num_prefix_tokens: int = 1,
+    offset: float = 0.0,
+    antialias: bool = True,
 ) -> Tensor:
     """Resize the positions [1, N, D] of a square patch grid bicubically to another grid.
 
@@ -17,11 +22,13 @@ def resize_positions(
         pos_embed: Positions, those of the prefix tokens first.
         grid: New rows and columns of patches.
         num_prefix_tokens: Number of prefix tokens, whose positions are kept.
-        offset: 0 resizes with antialiasing, as timm, DINOv2 with registers and DAR do. DINOv2
-            without registers adds 0.1 to the new number of patches when it computes the scale, and
-            uses no antialiasing; its published features need the same offset.
+        offset: 0 resizes to the size of the grid. DINOv2 without registers adds 0.1 to the new
+            number of patches when it computes the scale, and uses no antialiasing; its published
+            features need the same offset.
+        antialias: Whether to resize with antialiasing, as timm, DINOv2 with registers and DAR do.
+            False resizes without, as transformers' Dinov2 does. An offset implies False.
     """
-    if not offset:
+    if antialias and not offset:
         resized: Tensor = resample_abs_pos_embed(
             pos_embed, list(grid), num_prefix_tokens=num_prefix_tokens
         )
@@ -31,6 +38,9 @@ def resize_positions(
     if grid == (side, side):
         return pos_embed
     square = patches.float().transpose(1, 2).reshape(1, -1, side, side)
-    factors = [(length + offset) / side for length in grid]
-    moved = F.interpolate(square, scale_factor=factors, mode="bicubic")
+    if offset:
+        factors = [(length + offset) / side for length in grid]
+        moved = F.interpolate(square, scale_factor=factors, mode="bicubic")
+    else:
+        moved = F.interpolate(square, size=grid, mode="bicubic")
     return torch.cat([prefix, moved.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

@@ -59,7 +59,7 @@ reproduce = typer.Typer(
 app.add_typer(reproduce, name="reproduce", rich_help_panel=INSPECT_PANEL)
 data = typer.Typer(no_args_is_help=True, help="Check folders of training images.")
 app.add_typer(data, name="data", rich_help_panel=INSPECT_PANEL)
-weights = typer.Typer(no_args_is_help=True, help="Convert released weight files.")
+weights = typer.Typer(no_args_is_help=True, help="Fetch and convert released weight files.")
 app.add_typer(weights, name="weights", rich_help_panel=INSPECT_PANEL)
 
 

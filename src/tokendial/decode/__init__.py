@@ -4,5 +4,6 @@ from tokendial.decode.base import DecoderConfig
 from tokendial.decode.dar import DARDecoder
 from tokendial.decode.linear import LinearDecoder
 from tokendial.decode.segmenter import MaskTransformer
+from tokendial.decode.upconv import UpConvDecoder
 
-__all__ = ["DARDecoder", "DecoderConfig", "LinearDecoder", "MaskTransformer"]
+__all__ = ["DARDecoder", "DecoderConfig", "LinearDecoder", "MaskTransformer", "UpConvDecoder"]
