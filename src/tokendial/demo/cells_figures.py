@@ -67,12 +67,15 @@ def merged_areas_figure(
         for axis, row in zip(line, rows, strict=True):
             model.set_degree(row.degree)
             axis.imshow(paint_tokens(pixels, token_maps(model, image).origin[-1]))
-            axis.set_axis_off()
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
             axis.set_title(
                 f"degree {row.degree}: {row.tokens} areas\n"
                 f"{float(row.probability[number]):.0%} defective",
                 fontsize=8,
             )
+        line[0].set_ylabel(GRADES[int(cells.grades[number])], fontsize=9)
     return figure
 
 

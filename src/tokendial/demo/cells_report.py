@@ -67,15 +67,16 @@ class CellsResults:
 
 def report_sections(results: CellsResults) -> tuple[list[Section], dict[str, Figure]]:
     """The sections of the report, and its figures by the names of their PNG files."""
-    figures = _figures(results)
+    gains = _compensator_gains(results)
+    figures = _figures(results, gains)
     sections = [
-        _summary(results),
+        _summary(results, gains),
         _task(results, figures),
         _learned(results),
         _dial(results, figures),
         _errors(results, figures),
         _fitted(results, figures),
-        _compensator(results, figures),
+        _compensator(results, gains, figures),
         _limits(results),
         Section(title="Pictures, weights and licences", text=f"{_ELPV}\n\n{_WEIGHTS}"),
         _again(results),
@@ -88,10 +89,8 @@ def dial_table(rows: Sequence[CellRow]) -> tuple[tuple[str, ...], list[tuple[str
     header = (
         "degree",
         "compute",
-        "right answers",
-        "95 % interval",
-        "balanced",
-        "95 % interval",
+        "right (95 % interval)",
+        "balanced (95 % interval)",
         "pictures/s",
         "speed",
     )
@@ -100,10 +99,8 @@ def dial_table(rows: Sequence[CellRow]) -> tuple[tuple[str, ...], list[tuple[str
         (
             str(row.degree),
             f"{row.gmacs / first.gmacs:.0%}",
-            f"{row.accuracy.value:.1%}",
-            _range(row.accuracy),
-            f"{row.balanced_accuracy.value:.1%}",
-            _range(row.balanced_accuracy),
+            f"{row.accuracy.value:.1%} ({_range(row.accuracy)})",
+            f"{row.balanced_accuracy.value:.1%} ({_range(row.balanced_accuracy)})",
             f"{row.images_per_s:.0f}",
             f"{row.images_per_s / first.images_per_s:.2f}x",
         )
@@ -136,7 +133,7 @@ def _middle(results: CellsResults) -> CellRow:
     return next(row for row in results.rows if row.degree == trained)
 
 
-def _summary(results: CellsResults) -> Section:
+def _summary(results: CellsResults, gains: Sequence[Interval]) -> Section:
     full, middle, last = results.rows[0], _middle(results), results.rows[-1]
     num = len(results.cells)
 
@@ -156,7 +153,9 @@ def _summary(results: CellsResults) -> Section:
             f"of its compute.\n\n"
             f"The same model has a dial: a higher degree computes less and answers sooner. "
             f"{turn(middle)} {turn(last)} Nothing has to be trained again to turn the dial; it can "
-            f"be set anew for each picture."
+            f"be set anew for each picture.\n\n"
+            f"Two ways to lose less at a high degree were tried. {_fitted_in_short(results)} "
+            f"{_compensator_in_short(results, gains)}"
         ),
     )
 
@@ -321,12 +320,27 @@ def _fitted(results: CellsResults, figures: dict[str, Figure]) -> Section:
     )
 
 
+def _fitted_in_short(results: CellsResults) -> str:
+    fitted = results.fitted
+    if isinstance(fitted, str) or fitted.constant_right is None:
+        return "A schedule fitted to this machine: there is nothing to compare it with here."
+    difference = gain(fitted.constant_right, fitted.right)
+    return f"A schedule fitted to this machine: {_verdict(difference, len(results.cells))}."
+
+
+def _compensator_in_short(results: CellsResults, gains: Sequence[Interval]) -> str:
+    verdict = _verdict(gains[-1], len(results.cells))
+    return f"A compensator, at degree {results.rows[-1].degree}: {verdict}."
+
+
 def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _compensator(results: CellsResults, figures: dict[str, Figure]) -> Section:
-    gains, num = _compensator_gains(results), len(results.cells)
+def _compensator(
+    results: CellsResults, gains: Sequence[Interval], figures: dict[str, Figure]
+) -> Section:
+    num = len(results.cells)
     trained = results.run.cost().degree
     others = [(row, gained) for row, gained in zip(results.rows, gains, strict=True)]
     helps = [str(row.degree) for row, gained in others if gained.low > 0]
@@ -360,6 +374,7 @@ def _compensator(results: CellsResults, figures: dict[str, Figure]) -> Section:
 
 
 def _compensator_gains(results: CellsResults) -> list[Interval]:
+    """What the compensator changes in accuracy at each degree."""
     return [
         gain(row.right, right) for row, right in zip(results.rows, results.compensated, strict=True)
     ]
@@ -397,16 +412,14 @@ def _again(results: CellsResults) -> Section:
     )
 
 
-def _figures(results: CellsResults) -> dict[str, Figure]:
+def _figures(results: CellsResults, gains: Sequence[Interval]) -> dict[str, Figure]:
     cells, rows = results.cells, results.rows
     model = results.run.model()
     figures = {
         "dial": dial_with_intervals_figure(rows),
         "task": _task_figure(cells),
         "areas": merged_areas_figure(model, cells, _cells_to_merge(results), _five(rows)),
-        "compensator": compensator_gain_figure(
-            [row.degree for row in rows], _compensator_gains(results)
-        ),
+        "compensator": compensator_gain_figure([row.degree for row in rows], gains),
     }
     figures |= _error_figures(results)
     fitted = results.fitted
