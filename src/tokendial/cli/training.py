@@ -189,7 +189,7 @@ def demo(
         bool,
         typer.Option(
             "--full",
-            help="With --task cells: train at 224 pixels instead of 112. It takes five times as long.",
+            help="With --task cells: train at 224 pixels instead of 112, several times as long.",
         ),
     ] = False,
 ) -> None:

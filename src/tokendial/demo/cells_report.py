@@ -342,11 +342,11 @@ def _compensator(
 ) -> Section:
     num = len(results.cells)
     trained = results.run.cost().degree
-    others = [(row, gained) for row, gained in zip(results.rows, gains, strict=True)]
-    helps = [str(row.degree) for row, gained in others if gained.low > 0]
-    hurts = [str(row.degree) for row, gained in others if gained.high < 0]
+    degrees = [row.degree for row in results.rows]
+    helps = [str(degree) for degree, gained in zip(degrees, gains, strict=True) if gained.low > 0]
+    harms = [str(degree) for degree, gained in zip(degrees, gains, strict=True) if gained.high < 0]
     parts = [f"it helps at degree {', '.join(helps)}"] if helps else []
-    parts += [f"it harms at degree {', '.join(hurts)}"] if hurts else []
+    parts += [f"it harms at degree {', '.join(harms)}"] if harms else []
     conclusion = " and ".join(parts) or f"it makes no difference that {num} cells could show"
     return Section(
         title="A compensator",
