@@ -32,21 +32,24 @@ def cell_grid(
         title: Line above the grid.
     """
     rows = -(-len(numbers) // columns)
-    figure = Figure(figsize=(_SIDE * columns, (_SIDE + 0.5) * rows + 0.4), layout="constrained")
+    lines = max(caption.count("\n") for caption in captions) + 1
+    height = (_SIDE + 0.18 * lines) * rows + (0.25 if title else 0.0)
+    figure = Figure(figsize=(_SIDE * columns, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
     for axis, number, caption in zip(axes, numbers, captions, strict=False):
         axis.imshow(np.asarray(cells.pictures[number][0]))
         axis.set_title(caption, fontsize=8)
-    figure.suptitle(title, fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=10)
     return figure
 
 
 def merged_areas_figure(
     model: DialViT, cells: Cells, numbers: Sequence[int], rows: Sequence[CellRow]
 ) -> Figure:
-    """Draw cells with the areas that the model treats as one at the end, at some degrees.
+    """Draw cells with the areas that the model treats as one after half of its layers.
 
     Args:
         model: The model; its degree is changed.
@@ -55,7 +58,7 @@ def merged_areas_figure(
         rows: The degrees to draw, a column for each. The first one merges nothing.
     """
     figure = Figure(
-        figsize=(_SIDE * len(rows), (_SIDE + 0.35) * len(numbers) + 0.3), layout="constrained"
+        figsize=(_SIDE * len(rows) + 0.2, (_SIDE + 0.28) * len(numbers)), layout="constrained"
     )
     axes = figure.subplots(len(numbers), len(rows), squeeze=False)
     for line, number in zip(axes, numbers, strict=True):
@@ -66,17 +69,23 @@ def merged_areas_figure(
         pixels = pixels.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
         for axis, row in zip(line, rows, strict=True):
             model.set_degree(row.degree)
-            axis.imshow(paint_tokens(pixels, token_maps(model, image).origin[-1]))
+            origin = token_maps(model, image).origin[half_way(model) - 1]
+            axis.imshow(paint_tokens(pixels, origin))
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
             axis.set_title(
-                f"degree {row.degree}: {row.tokens} areas\n"
+                f"degree {row.degree}: {len(np.unique(origin))} areas\n"
                 f"{float(row.probability[number]):.0%} defective",
                 fontsize=8,
             )
         line[0].set_ylabel(GRADES[int(cells.grades[number])], fontsize=9)
     return figure
+
+
+def half_way(model: DialViT) -> int:
+    """The layer after which merged areas are drawn. After the last one, few areas are left."""
+    return model.anatomy.shape.depth // 2
 
 
 def dial_with_intervals_figure(rows: Sequence[CellRow]) -> Figure:
@@ -85,14 +94,15 @@ def dial_with_intervals_figure(rows: Sequence[CellRow]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     full = rows[0]
     for axis, xs, label in (
-        (left, [100 * row.gmacs / full.gmacs for row in rows], "compute, % of degree 0"),
+        (left, [100 * row.gmacs / full.gmacs for row in rows], "compute (% of degree 0)"),
         (right, [row.images_per_s for row in rows], "pictures per second, measured"),
     ):
-        for name, color, scores in (
-            ("accuracy", _ACCURACY, [row.accuracy for row in rows]),
-            ("balanced accuracy", _BALANCED, [row.balanced_accuracy for row in rows]),
+        shift = 0.006 * (max(xs) - min(xs))  # so that the bars stand side by side
+        for name, color, scores, side in (
+            ("of all cells", _ACCURACY, [row.accuracy for row in rows], -shift),
+            ("balanced", _BALANCED, [row.balanced_accuracy for row in rows], shift),
         ):
-            _draw_intervals(axis, xs, scores, name, color)
+            _draw_intervals(axis, [x + side for x in xs], scores, name, color)
         for x, row in zip(xs, rows, strict=True):
             axis.annotate(
                 str(row.degree),
@@ -107,10 +117,10 @@ def dial_with_intervals_figure(rows: Sequence[CellRow]) -> Figure:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     left.invert_xaxis()  # so that cheaper and faster are both to the right
-    left.set_ylabel("right answers on test cells (%)")
+    left.set_ylabel("right answers (%)")
     left.legend(fontsize=8, loc="lower left")
     figure.suptitle(
-        "small numbers: degrees of the dial; bars: 95 % intervals", fontsize=9, color=_GREY
+        "small numbers: degrees of the dial; bars: 95% intervals", fontsize=9, color=_GREY
     )
     return figure
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -89,8 +90,8 @@ def dial_table(rows: Sequence[CellRow]) -> tuple[tuple[str, ...], list[tuple[str
     header = (
         "degree",
         "compute",
-        "right (95 % interval)",
-        "balanced (95 % interval)",
+        "right (95% interval)",
+        "balanced (95% interval)",
         "pictures/s",
         "speed",
     )
@@ -115,7 +116,7 @@ def _range(interval: Interval) -> str:
 def _points(interval: Interval) -> str:
     """A difference and its interval in words."""
     value, low, high = (100 * end for end in (interval.value, interval.low, interval.high))
-    return f"{value:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+    return f"{value:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}"
 
 
 def _verdict(interval: Interval, cells: int) -> str:
@@ -149,7 +150,7 @@ def _summary(results: CellsResults, gains: Sequence[Interval]) -> Section:
         text=(
             f"A model that had only learned from photographs was taught to tell defective solar "
             f"cells from sound ones. On {num} cells that it had never seen it is right in "
-            f"{full.accuracy.value:.1%} (95 % interval {_range(full.accuracy)}) when it uses all "
+            f"{full.accuracy.value:.1%} (95% interval {_range(full.accuracy)}) when it uses all "
             f"of its compute.\n\n"
             f"The same model has a dial: a higher degree computes less and answers sooner. "
             f"{turn(middle)} {turn(last)} Nothing has to be trained again to turn the dial; it can "
@@ -199,7 +200,7 @@ def _learned(results: CellsResults) -> Section:
             f"calls {alarms} of the {num_sound} sound ones defective by mistake. That makes "
             f"{full.accuracy.value:.1%} right answers. To call every cell sound would make "
             f"{num_sound / len(cells):.1%}, so the table below also has the balanced rate: the "
-            f"mean of the rates on defective and on sound cells, which is 50 % for such an answer."
+            f"mean of the rates on defective and on sound cells, which is 50% for such an answer."
         ),
     )
 
@@ -217,14 +218,14 @@ def _dial(results: CellsResults, figures: dict[str, Figure]) -> Section:
             f"alike to the model are treated as one from then on. Degree {middle.degree} joins "
             f"{middle.degree} pairs of areas in each layer, so that {middle.tokens} are left at "
             f"the end, and computes {1 - middle.gmacs / full.gmacs:.0%} less than degree 0, which "
-            f"joins none. The model was trained at degree {middle.degree}; the other degrees are "
-            f"the same model.\n\n"
+            f"joins none. The model was trained at degree {middle.degree}; at the other degrees, "
+            f"the same trained model runs.\n\n"
             f"In the table, compute is counted, and pictures per second are measured on this "
             f"machine, all degrees in turns. An interval says how much a rate could differ if "
             f"other cells had been in the test (2,000 random redraws of the cells).\n\n"
-            f"The pictures show which areas were joined: the areas of one colour are one area to "
-            f"the model. Uncoloured areas are still seen by themselves. Above each picture is the "
-            f"probability of a defect that the model gives."
+            f"The pictures show which areas are joined after layer {depth // 2}: what has one "
+            f"colour and one outline is one area to the model. Uncoloured areas are still seen by "
+            f"themselves. Above each picture is the probability of a defect that the model gives."
         ),
         header=header,
         rows=rows,
@@ -239,7 +240,7 @@ def _errors(results: CellsResults, figures: dict[str, Figure]) -> Section:
     won = last.called_defective & cells.defective & ~full.called_defective
     doubtful = int((lost & (cells.grades == 2)).sum())
     shown = [name for name in ("errors", "missed") if name in figures]
-    degrees = [f"degree {row.degree}" for row in _three(results)]
+    degrees = [f"degree {row.degree}" for row in _five(results.rows)]
     return Section(
         title="Where it errs",
         text=(
@@ -248,8 +249,8 @@ def _errors(results: CellsResults, figures: dict[str, Figure]) -> Section:
             f"finds at degree 0; of these, {doubtful} are cells that the experts were not sure of, "
             f"either. It also finds {int(won.sum())} that it misses at degree 0.\n\n"
             f"The first pictures are the wrong answers that the model is surest of at degree 0. "
-            f"The second ones are defects that it finds at degree 0 and misses first as the degree "
-            f"rises, with the probability of a defect at both degrees."
+            f"The second ones are the defects that it finds at degree 0 and misses first "
+            f"as the degree rises, with the probability of a defect at both degrees."
         ),
         header=(
             "what the experts said",
@@ -259,11 +260,6 @@ def _errors(results: CellsResults, figures: dict[str, Figure]) -> Section:
         rows=_calls_by_kind(results),
         figures=[figures[name] for name in shown],
     )
-
-
-def _three(results: CellsResults) -> list[CellRow]:
-    """The rows of degree 0, the trained degree and the highest degree."""
-    return [results.rows[0], _middle(results), results.rows[-1]]
 
 
 def _calls_by_kind(results: CellsResults) -> list[tuple[str, ...]]:
@@ -277,7 +273,7 @@ def _calls_by_kind(results: CellsResults) -> list[tuple[str, ...]]:
         (
             name,
             str(int(kind.sum())),
-            *(f"{int((kind & row.called_defective).sum())}" for row in _three(results)),
+            *(f"{int((kind & row.called_defective).sum())}" for row in _five(results.rows)),
         )
         for name, kind in kinds
         if kind.any()
@@ -358,7 +354,7 @@ def _compensator(
             f"is. It costs no time when the model runs.\n\n"
             f"Here {conclusion}. The table has the right answers without and with it."
         ),
-        header=("degree", "without", "with", "difference in points", "95 % interval"),
+        header=("degree", "without", "with", "difference in points", "95% interval"),
         rows=[
             (
                 str(row.degree),
@@ -428,7 +424,7 @@ def _figures(results: CellsResults, gains: Sequence[Interval]) -> dict[str, Figu
         figures["schedules"] = schedules_figure(
             [
                 ("fitted", _areas_left(start, fitted.fitted.found.removed)),
-                ("constant", _areas_left(start, fitted.fitted.constant.removed)),
+                ("the same in each layer", _areas_left(start, fitted.fitted.constant.removed)),
             ]
         )
     return figures
@@ -454,7 +450,8 @@ def _task_figure(cells: Cells) -> Figure:
             kind = (cells.grades == grade) & (cells.poly == poly)
             numbers += kind.nonzero().flatten()[: _SHOWN // 2].tolist()
     captions = [
-        f"{GRADES[int(cells.grades[n])]}, {'poly' if cells.poly[n] else 'mono'}" for n in numbers
+        f"{GRADES[int(cells.grades[n])]}\n{'poly' if cells.poly[n] else 'mono'}crystalline"
+        for n in numbers
     ]
     return cell_grid(cells, numbers, captions, columns=_SHOWN)
 
@@ -495,8 +492,8 @@ def _error_figures(results: CellsResults) -> dict[str, Figure]:
             cells,
             [number for number, _ in first],
             [
-                f"{GRADES[int(cells.grades[n])]}\ndegree 0: {float(full.probability[n]):.0%}, "
-                f"{row.degree}: {float(row.probability[n]):.0%}"
+                f"missed from degree {row.degree} on\n{float(full.probability[n]):.0%} at 0, "
+                f"{float(row.probability[n]):.0%} at {row.degree}"
                 for n, row in first
             ],
             columns=_SHOWN,
@@ -506,12 +503,16 @@ def _error_figures(results: CellsResults) -> dict[str, Figure]:
 
 
 def _first_missed(results: CellsResults) -> list[tuple[int, CellRow]]:
-    """Defects that are found at degree 0, and the first degree that misses them."""
-    cells, full = results.cells, results.rows[0]
-    remaining = full.called_defective & cells.defective
+    """Defects that are found at degree 0, and the degree from which on they are missed.
+
+    Those that are missed from a low degree on come first.
+    """
+    cells, rows = results.cells, results.rows
+    found = rows[0].called_defective & cells.defective
     missed: list[tuple[int, CellRow]] = []
-    for row in results.rows[1:]:
-        lost = remaining & ~row.called_defective
+    for index, row in enumerate(rows[1:], start=1):
+        later = torch.stack([other.called_defective for other in rows[index:]]).any(dim=0)
+        lost = found & ~later
         missed += [(n, row) for n in most_doubtful(row.probability, lost, _SHOWN, highest=False)]
-        remaining &= row.called_defective
+        found &= ~lost
     return missed[:_SHOWN]

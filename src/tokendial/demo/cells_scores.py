@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from tokendial.atomic import atomic_write
-from tokendial.data import Splits
 from tokendial.measure import Interval, Timing, bootstrap_interval
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.evaluate import time_degrees, validation_set
@@ -53,8 +52,8 @@ def read_cells(run: Run, model: DialViT) -> Cells:
 
     def labels_of(task: str) -> Tensor:
         # Each task has the same test cells in the same order.
-        splits: Splits = replace(data, task=task).build(run.recipe().seed)
-        return torch.tensor(splits.val.labels)
+        val: Any = replace(data, task=task).build(run.recipe().seed).val
+        return torch.tensor(val.labels)
 
     return Cells(
         pictures=run.data().val,
