@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from scipy.io import savemat
+
+from tokendial.data.sets.scene_items import load_items
 
 BACKGROUNDS = Path(__file__).parent.parent / "src" / "tokendial" / "assets" / "backgrounds"
 SIDE = 32
@@ -120,3 +122,19 @@ def write_fgvc(root: Path, pieces: np.ndarray, images: str, train: int, test: in
         listed = {name: int(name.split("/")[0]) for name in part}
         (root / f"{split}.json").write_text(json.dumps(listed))
     return root
+
+
+def garments(kind: int) -> np.ndarray:
+    """Shipped items of one of the ten kinds [N, 28, 28] uint8, bright on black."""
+    items, kinds = load_items("shipped", "train")
+    return items[kinds == kind]
+
+
+def write_stamp(path: Path, item: np.ndarray) -> None:
+    """Write an item as a PNG file with alpha, as a cut-out photograph is one."""
+    grey = Image.fromarray(item).resize((112, 112), Image.Resampling.BICUBIC)
+    # Widened, because what is thinner than a pixel when shrunk tints the ground without a mask.
+    alpha = grey.filter(ImageFilter.MaxFilter(15)).point(lambda level: 255 if level > 40 else 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Red and blue, as no shipped background is all over.
+    Image.merge("RGBA", (grey, Image.new("L", grey.size), grey, alpha)).save(path)

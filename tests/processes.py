@@ -181,8 +181,12 @@ def _metrics(size: int, rank: int, processes: int) -> dict[str, float]:
     labels[0] = 1  # each one occurs
     masks = [torch.randint(0, 2, (4 + i % 3, 5), generator=draw) for i in range(size)]
     found = {}
+    # auroc needs images of two classes.
+    names = ["f1", "balanced_accuracy", *["auroc"] * (size > 1)]
+    chosen = Classification(7, multi_label=False, augment=Augment(), metrics=names)
     for task, seen, targets in (
         (Classification(7, multi_label=False, augment=Augment()), logits, labels.argmin(1)),
+        (chosen, logits, labels.argmin(1)),
         (Classification(7, multi_label=True, augment=Augment()), logits, labels),
         (BinaryMasks(MaskAugment()), maps[:, :1], masks),
         (Segmentation(3, MaskAugment()), maps, masks),

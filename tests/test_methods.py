@@ -13,6 +13,7 @@ from tokendial.data import (
     ImageFolder,
     ImageNet,
     Scenes,
+    Stamps,
     WebDataset,
 )
 from tokendial.methods import from_json, method_class, method_names, to_json
@@ -26,6 +27,7 @@ OTHERS = [
     ("reduce", td.EViT(keep_rate=[0.9, 0.5], layers=(2, 3), fuse_weights="normalised")),
     ("data", ImageFolder(root="somewhere")),
     ("data", Scenes(task="where")),
+    ("data", Stamps(task="mask", val="val", clutter=2, backgrounds=["a.jpg", "b"])),
     ("data", VTAB(root="vtab", task="dtd", split="search")),
     ("data", FGVC(root="cub", task="cub", val="val", holdout=0.1)),
     ("data", CIFAR100(root="cifar", check=False)),

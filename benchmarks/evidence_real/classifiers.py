@@ -11,13 +11,16 @@ from torch import Tensor
 
 import tokendial as td
 from benchmarks.evidence_real.common import Options, cached, train
+from benchmarks.evidence_real.statistics import Resampling
 from tokendial.methods import to_json
 from tokendial.runs import Run
 from tokendial.runs.loaders import eval_loader
+from tokendial.runs.recipe import check_method
 
 SEEDS = (0, 1, 2)
-DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=8), "evit": td.EViT(r=8)}
-"""Dials of eight degrees: at degree r, each of the twelve blocks removes r of 64 patches."""
+DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6)}
+"""Dials of six degrees: at degree r, each of the twelve blocks removes r of 64 patches, as long as
+twice as many are left."""
 EPOCHS = {"elpv": 6, "stamps": 4}
 RECIPES = {"dense_adapter": "sparse_tuning"}
 """Recipe of a method that has none of its own: Sparse-Tuning without its reduction."""
@@ -125,6 +128,18 @@ def _predict(
     with torch.autocast("cpu", torch.bfloat16):
         logits = [model(batch).float() for batch in images.split(64)]
     return {"logits": torch.cat(logits).numpy(), "labels": labels.numpy()}
+
+
+@functools.cache
+def resampling(data: str, options: Options) -> Resampling:
+    """Draws of a data set's test images (of stamps: of its objects) and of seeds."""
+    if data == "elpv":
+        one = Classifier(data, "adaptformer", SEEDS[0])
+        _, labels = predict(one, Setting(), options)
+        return Resampling(len(labels), len(SEEDS))
+    pictures: Any = check_method("data", data_settings(data, options)).build(0).val
+    names = [pictures.pictures.compose(index).name for index in range(len(pictures))]
+    return Resampling(len(names), len(SEEDS), groups=names)
 
 
 def _model(folder: Path, dial: str | None) -> td.DialViT:

@@ -13,12 +13,12 @@ from benchmarks.evidence_real.classifiers import (
     Classifier,
     Setting,
     predict,
+    resampling,
 )
 from benchmarks.evidence_real.common import Options, in_processes, in_threads
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import (
     Metric,
-    Resampling,
     auroc,
     balanced_accuracy,
     interval,
@@ -97,5 +97,5 @@ def replicates(
         for seed in SEEDS
     ]
     logits, labels = [logits for logits, _ in found], found[0][1]
-    draws = Resampling(len(labels), len(SEEDS))
+    draws = resampling(data, options)
     return {name: draws.scores(metric, logits, labels) for name, metric in METRICS.items()}

@@ -9,11 +9,16 @@ from typing import Any
 import torch
 
 import tokendial as td
-from benchmarks.evidence_real.classifiers import SEEDS, Classifier, Setting, predict
+from benchmarks.evidence_real.classifiers import (
+    SEEDS,
+    Classifier,
+    Setting,
+    predict,
+    resampling,
+)
 from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import (
-    Resampling,
     accuracy,
     auroc,
     balanced_accuracy,
@@ -82,7 +87,7 @@ def row(method: str, side: int, speeds: dict[str, float], options: Options) -> d
         return [logits for logits, _ in found], found[0][1]
 
     logits, labels = outputs(method)
-    draws = Resampling(len(labels), len(SEEDS))
+    draws = resampling("elpv", options)
     scores = [
         interval(draws.scores(metric, logits, labels))
         for metric in (accuracy, balanced_accuracy, auroc)

@@ -32,18 +32,30 @@ class Resampling:
     """
 
     def __init__(
-        self, num_images: int, num_seeds: int, *, replicates: int = 1000, seed: int = 0
+        self,
+        num_images: int,
+        num_seeds: int,
+        *,
+        groups: Sequence[str] | None = None,
+        replicates: int = 1000,
+        seed: int = 0,
     ) -> None:
         """Draw the images and seeds of each replicate.
 
         Args:
             num_images: Images in the test set.
             num_seeds: Seeds that models were trained with; 1 if nothing was trained.
+            groups: For each image, what it shares with others, such as the object that it shows.
+                Whole groups are drawn then, because images of one object are no independent
+                evidence. None: each image is drawn alone.
             replicates: Number of draws.
             seed: Seed of the draws.
         """
         rng = np.random.default_rng(seed)
-        self.images = rng.integers(num_images, size=(replicates, num_images))
+        names = np.arange(num_images) if groups is None else np.asarray(groups)
+        members = [np.flatnonzero(names == name) for name in np.unique(names)]
+        drawn = rng.integers(len(members), size=(replicates, len(members)))
+        self.images = [np.concatenate([members[group] for group in row]) for row in drawn]
         self.seeds = rng.integers(num_seeds, size=(replicates, num_seeds))
 
     def scores(

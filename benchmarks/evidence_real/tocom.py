@@ -22,6 +22,7 @@ from benchmarks.evidence_real.classifiers import (
     Classifier,
     Setting,
     predict,
+    resampling,
 )
 from benchmarks.evidence_real.common import BACKBONE, Options, in_processes, in_threads, train
 from benchmarks.evidence_real.mismatch import (
@@ -32,7 +33,7 @@ from benchmarks.evidence_real.mismatch import (
     trainings,
 )
 from benchmarks.evidence_real.results import write_table
-from benchmarks.evidence_real.statistics import Resampling, balanced_accuracy, interval
+from benchmarks.evidence_real.statistics import balanced_accuracy, interval
 from tokendial.atomic import atomic_write
 from tokendial.backbones import Backbone
 from tokendial.data import Augment, Unlabelled
@@ -201,5 +202,5 @@ def scores(
         for found, (one, setting) in zip(outputs, settings, strict=True):
             logits, labels = predict(one, setting, options)
             found.append(logits)
-    draws = Resampling(len(labels), len(SEEDS))
+    draws = resampling(data, options)
     return [draws.scores(balanced_accuracy, each, labels) for each in outputs]

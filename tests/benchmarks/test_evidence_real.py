@@ -1,4 +1,10 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +75,18 @@ def test_the_interval_widens_with_the_spread_of_seeds(rng):
     assert apart.high - apart.low > 2 * (alike.high - alike.low)
 
 
+def test_images_of_one_object_count_as_one(rng):
+    objects, labels = np.repeat(np.arange(40), 5), np.zeros(200, int)
+    values = [np.repeat(rng.normal(size=40), 5)]
+    single, grouped = (
+        interval(Resampling(200, 1, groups=groups).scores(mean, values, labels))
+        for groups in (None, objects)
+    )
+    assert grouped.value == pytest.approx(single.value)
+    ratio = (grouped.high - grouped.low) / (single.high - single.low)
+    assert ratio == pytest.approx(5**0.5, rel=0.15)
+
+
 @pytest.mark.parametrize("name", ["numbers.json", "arrays.npz"])
 def test_a_result_is_computed_once_and_a_failure_leaves_nothing(tmp_path, name):
     path = tmp_path / "results" / name
@@ -90,3 +108,45 @@ def test_options_are_those_of_the_dataclass(capsys):
     with pytest.raises(SystemExit):
         Options.parse("tocom", "", ["--help"])
     assert "--cutouts" in capsys.readouterr().out
+
+
+TABLE = """
+import sys, time
+from pathlib import Path
+from benchmarks.evidence_real.common import Options, cached, in_processes
+
+def answer(number):
+    def compute():
+        with (folder / "computed").open("a") as file:
+            print(number, file=file)
+        time.sleep(60 * (number == stuck))
+        return {"square": number**2}
+    return cached(folder / f"{number}.json", compute)["square"]
+
+folder, stuck = Path(sys.argv[1]), int(sys.argv[2])
+if __name__ == "__main__":
+    print(in_processes(answer, range(4), Options(jobs=1)))
+"""
+
+
+def test_a_killed_table_goes_on_where_it_was(tmp_path):
+    def start(stuck: int) -> subprocess.Popen[str]:
+        words = [sys.executable, str(script), str(tmp_path), str(stuck)]
+        return subprocess.Popen(
+            words, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
+        )
+
+    script = tmp_path / "table.py"
+    script.write_text(TABLE)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = start(stuck=2)
+    for _ in range(600):
+        if (tmp_path / "computed").exists() and "2" in (tmp_path / "computed").read_text():
+            break
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert {path.name for path in tmp_path.glob("*.json")} == {"0.json", "1.json"}
+    printed, _ = start(stuck=-1).communicate()
+    assert printed == "[0, 1, 4, 9]\n"
+    assert (tmp_path / "computed").read_text().split() == ["0", "1", "2", "2", "3"]

@@ -4,9 +4,13 @@ from pathlib import Path
 import build_cutouts
 import numpy as np
 import pytest
-from build_cutouts import CATEGORIES, SPLITS, TASKS, compose, item_paths, item_rng
+from build_cutouts import CATEGORIES, PARTS, TASKS, compose, item_paths, item_rng, label_of
+from layouts import garments, write_stamp
 from PIL import Image, ImageFilter
 from recolour import from_lab, recoloured, to_lab
+
+from tokendial.data.readers.stamps import deal, load_backgrounds, load_cutouts
+from tokendial.data.sets.stamp_scenes import crop_photograph
 
 ASSETS = Path(__file__).parents[2] / "src" / "tokendial" / "assets"
 SIZE = 64
@@ -17,35 +21,23 @@ COUNTS = {"training": 2, "validation": 1, "test": 1}
 def stamps(tmp_path_factory):
     """Five garments for each category, and two files to be left out: a drawing and a copy."""
     folder = tmp_path_factory.mktemp("stamps")
-    labels = np.array(json.loads((ASSETS / "items_train.json").read_text()))
-    sheet = np.asarray(Image.open(ASSETS / "items_train.png"))
-    items = sheet.reshape(-1, 28, 50, 28).swapaxes(1, 2).reshape(-1, 28, 28)
     for kind, folders in enumerate(CATEGORIES.values()):
-        for number, item in enumerate(items[labels == kind][:5]):
-            save_stamp(folder / folders[0] / f"{number}.png", item)
-    save_stamp(folder / "animals/birds/cartoon/drawn.png", items[0])
-    save_stamp(folder / "people/copy.png", items[labels == 0][0])
+        for number, item in enumerate(garments(kind)[:5]):
+            write_stamp(folder / folders[0] / f"{number}.png", item)
+    write_stamp(folder / "animals/birds/cartoon/drawn.png", garments(0)[0])
+    write_stamp(folder / "people/copy.png", garments(0)[0])
     return folder
-
-
-def save_stamp(path, item):
-    grey = Image.fromarray(item).resize((112, 112), Image.Resampling.BICUBIC)
-    # Widened, because what is thinner than a pixel when shrunk tints the ground without a mask.
-    alpha = grey.filter(ImageFilter.MaxFilter(15)).point(lambda level: 255 if level > 40 else 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Red and blue, as no shipped background is all over.
-    Image.merge("RGBA", (grey, Image.new("L", grey.size), grey, alpha)).save(path)
 
 
 @pytest.fixture(scope="module")
 def cutouts(stamps):
-    return build_cutouts.deal_cutouts(build_cutouts.load_cutouts(stamps, SIZE))
+    return build_cutouts.deal_cutouts(load_cutouts(stamps, SIZE, setting="--stamps"))
 
 
 @pytest.fixture(scope="module")
 def backgrounds():
-    found = build_cutouts.load_backgrounds([ASSETS / "backgrounds"], SIZE)
-    return build_cutouts.shares(found, "photographs")
+    found = load_backgrounds([ASSETS / "backgrounds"], SIZE, setting="--backgrounds")
+    return deal(found, "photographs")
 
 
 def composed(task, cutouts, backgrounds, index, *, seed=0, split="training"):
@@ -57,7 +49,7 @@ def composed(task, cutouts, backgrounds, index, *, seed=0, split="training"):
 def bare(task, backgrounds, index):
     """The background of a picture before objects are placed on it."""
     rng = item_rng(0, task, "training", index)
-    return np.asarray(build_cutouts._ground(rng, backgrounds["training"], SIZE))
+    return np.asarray(crop_photograph(backgrounds["training"], SIZE, rng))
 
 
 def grown(mask, pixels):
@@ -65,22 +57,12 @@ def grown(mask, pixels):
 
 
 def test_photographs_are_taken_once_and_drawings_left_out(stamps):
-    assert len(build_cutouts.load_cutouts(stamps, SIZE)) == 5 * len(CATEGORIES)
-
-
-def test_only_solid_stamps_have_an_outline():
-    solid, line, speck = (np.zeros((300, 300), np.uint8) for _ in range(3))
-    solid[100:130, 100:130] = 255
-    line[100:103] = 255
-    speck[100:128, 100:128] = 255
-    flame = np.where(solid > 0, 200, 0)
-    outlined = [build_cutouts._has_outline(alpha) for alpha in (solid, line, speck, flame)]
-    assert outlined == [True, False, False, False]
+    assert len(load_cutouts(stamps, SIZE, setting="--stamps")) == 5 * len(CATEGORIES)
 
 
 def test_each_object_and_each_photograph_is_in_one_split(stamps, cutouts, backgrounds):
     for parts in (cutouts, backgrounds):
-        digests = [item.digest for split in SPLITS for item in parts[split]]
+        digests = [item.digest for split in PARTS for item in parts[split]]
         assert len(digests) == len(set(digests))
     assert sum(map(len, cutouts.values())) == 5 * len(CATEGORIES)
     assert {split: len(part) for split, part in backgrounds.items()} == {
@@ -92,26 +74,8 @@ def test_each_object_and_each_photograph_is_in_one_split(stamps, cutouts, backgr
 
 def test_each_category_is_in_each_split(cutouts):
     for split, number in (("training", 3), ("validation", 1), ("test", 1)):
-        labels = np.bincount([cutout.label for cutout in cutouts[split]], minlength=11)
+        labels = np.bincount([label_of(cutout.name) for cutout in cutouts[split]], minlength=11)
         assert labels.tolist() == [0] + [number] * len(CATEGORIES)
-
-
-def test_mask_is_where_at_least_half_is_the_object():
-    scene = Image.new("RGB", (7, 3), (10, 20, 30))
-    sprite = Image.new("RGBA", (5, 1), (200, 100, 50))
-    sprite.putalpha(Image.fromarray(np.array([[0, 1, 127, 128, 255]], np.uint8)))
-    annotation = np.zeros((3, 7), np.uint8)
-
-    build_cutouts._put(scene, annotation, sprite, (1, 1), 255)
-
-    expected = np.zeros((3, 7), np.uint8)
-    expected[1, 4:6] = 255
-    np.testing.assert_array_equal(annotation, expected)
-    pixels = np.asarray(scene).reshape(-1, 3)
-    assert pixels[7 + 5].tolist() == [200, 100, 50]
-    assert pixels[7 + 3].tolist() == pytest.approx([105, 60, 40], abs=1)
-    untouched = np.delete(pixels, [7 + 2, 7 + 3, 7 + 4, 7 + 5], axis=0)
-    assert np.unique(untouched, axis=0).tolist() == [[10, 20, 30]]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -246,4 +210,4 @@ def test_a_broken_stamp_is_named(tmp_path):
     (tmp_path / "food").mkdir()
     (tmp_path / "food" / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"--stamps: .*broken.png cannot be decoded"):
-        build_cutouts.load_cutouts(tmp_path, SIZE)
+        load_cutouts(tmp_path, SIZE, setting="--stamps")

@@ -1,11 +1,13 @@
-"""The warning about classes that have no samples to train on or to validate on."""
+"""Classes without samples to train on or to validate on, and balanced class weights."""
 
+import numpy as np
 import pytest
+from sklearn.utils.class_weight import compute_class_weight
 from torch.utils.data import Subset
 
 from tokendial.data import Splits
 from tokendial.data.sets.labelled_images import ImageFiles
-from tokendial.data.splits import warn_of_absent_classes
+from tokendial.data.splits import balanced_weights, warn_of_absent_classes
 
 
 def files(*labels):
@@ -42,3 +44,29 @@ def test_classes_without_samples_are_logged(caplog, train, val, lines):
 def test_sets_without_known_labels_are_skipped(caplog):
     warn_of_absent_classes(Splits(train=[], val=Subset([], []), classes=("a", "b")))
     assert caplog.messages == []
+
+
+def splits(train, **kind):
+    return Splits(train=train, val=files(), classes=("a", "b", "c"), **kind)
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3, 4, 5], [5, 3, 2, 0]])
+def test_balanced_weights_are_those_of_scikit_learn(indices):
+    labels = np.array([0, 0, 1, 2, 2, 2])
+    train = Subset(files(*labels.tolist()), indices)
+    wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels[indices])
+    assert balanced_weights(splits(train)) == pytest.approx(tuple(wanted))
+
+
+@pytest.mark.parametrize(
+    ("train", "kind", "message"),
+    [
+        (files(0, 2, 2), {}, "training images of each class, but 'b' has none"),
+        ([], {}, "labels are known before all of it is read; give the 3 weights as numbers"),
+        (files(0, 1, 2), {"multi_label": True}, "data with one label per image"),
+        (files(0, 1, 2), {"dense": True}, "data with one label per image"),
+    ],
+)
+def test_balanced_weights_need_labels_of_every_class(train, kind, message):
+    with pytest.raises(ValueError, match=f"train.class_weights=balanced .*{message}"):
+        balanced_weights(splits(train, **kind))

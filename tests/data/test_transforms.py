@@ -86,10 +86,20 @@ assert transform(image).shape == (3, 224, 224)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("field", ["flip", "vertical_flip"])
+def test_flips_mirror_one_axis(field):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    augment = Augment(crop=False, **{"flip": 0.0, field: 1.0})
+    found = train_transform(augment, (16, 16), (0, 0, 0), (1, 1, 1))(Image.fromarray(pixels))
+    expected = pixels[:, ::-1] if field == "flip" else pixels[::-1]
+    assert np.array_equal((255 * found).round().byte().permute(1, 2, 0), expected)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"flip": 1.5}, r"flip must lie in \[0, 1\], got 1.5"),
+        ({"vertical_flip": 1.5}, r"vertical_flip must lie in \[0, 1\], got 1.5"),
         ({"mixup": -1.0}, "mixup must be at least 0, got -1.0"),
         ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\), got 1.0"),
         ({"test_crop_ratio": 0.0}, r"test_crop_ratio must lie in \(0, 1\], got 0.0"),

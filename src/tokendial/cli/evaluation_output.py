@@ -13,16 +13,21 @@ if TYPE_CHECKING:
     from tokendial.runs.evaluate import DegreeRow
     from tokendial.runs.evaluate_compensator import CompensatedRow
 
-_SHOWN_SCORES = 3
-"""Metrics in the printed table. Tasks can have one metric per class; the CSV file has all."""
+_MAX_SCORES, _SHOWN_SCORES = 5, 3
+"""Up to 5 metrics are all printed; of more, 3 are. Tasks can have one metric per class; the CSV
+file has all."""
 _SHOWN_CLASSES = 20
 """Classes in the printed table, those of lowest recall. The CSV file has all."""
 
 
 def dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
     """Scores, cost and speed at each degree."""
-    shown = list(rows[0].scores)[:_SHOWN_SCORES]
-    names = [name.replace("_", " ") for name in shown]
+    from tokendial.tasks.metric_titles import metric_title
+
+    shown = list(rows[0].scores)
+    if len(shown) > _MAX_SCORES:
+        shown = shown[:_SHOWN_SCORES]
+    names = [metric_title(name) for name in shown]
     # Methods that select tokens by threshold skip FFNs only: all tokens leave the last layer.
     tokens = "tokens left" if rows[0].share is None else "tokens processed"
     table = Table("degree", *names, "GMACs", "cost", f"{unit}s/s", "speed", tokens)

@@ -86,6 +86,7 @@ def evaluate(
     from tokendial.runs.progress import progress_bar
     from tokendial.show.confusion import confusion_figure
     from tokendial.show.plots import dial_figure
+    from tokendial.tasks.metric_titles import metric_title
 
     opened, console = Run(run), Console(stderr=True)
     with progress_bar(console) as shown:
@@ -96,7 +97,8 @@ def evaluate(
     Console().print(dial_table(rows, unit))
     warn_if_disturbed(rows)
     stem = run / "eval" / "degrees"
-    write_evaluation(rows, dial_figure(rows, title=str(run), unit=unit), stem)
+    main = metric_title(next(iter(rows[0].scores)))
+    write_evaluation(rows, dial_figure(rows, metric=main, title=str(run), unit=unit), stem)
     matrices = [(row.degree, row.confusion.numpy()) for row in rows if row.confusion is not None]
     if matrices:
         classes = opened.classes()

@@ -67,13 +67,14 @@ def compensate(recipe: RecipeName, overrides: Overrides = None, dry_run: DryRun 
 
 
 def _run_dry(recipe: "BaseRecipe", make_job: Callable[..., object]) -> None:
+    from tokendial.tasks.metric_titles import metric_title
     from tokendial.train.dry_run import dry_run
 
     result = dry_run(recipe, make_job)
     if result is None:  # in processes other than the main one
         return
     numbers = {name: value for name, value in result.metrics.items() if isinstance(value, float)}
-    listed = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items())
+    listed = ", ".join(f"{metric_title(name)} {value:.4f}" for name, value in numbers.items())
     print(f"dry run in {result.seconds:.1f} s, nothing kept: {listed}")
 
 

@@ -13,6 +13,7 @@ from tokendial.data.sets.imagenet import ImageNet
 from tokendial.data.sets.pairs import Pairs
 from tokendial.data.sets.scenes import SceneMasks, Scenes
 from tokendial.data.sets.shards import ShardImage, WebDataset, find_sources
+from tokendial.data.sets.stamps import Stamps
 from tokendial.data.sets.svhn import SVHN
 from tokendial.data.sets.unlabelled import Unlabelled
 from tokendial.data.sets.videos import VideoFolder, VideoLists
@@ -46,6 +47,7 @@ __all__ = [
     "Scenes",
     "ShardImage",
     "Splits",
+    "Stamps",
     "Unlabelled",
     "Video",
     "VideoError",

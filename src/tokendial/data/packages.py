@@ -21,6 +21,9 @@ from tokendial.backbones import convert_weights
 from tokendial.checks import check_choice
 from tokendial.extras import check_installed
 
+_MAX_REASON = 400
+"""Characters of an installer's message that an error repeats."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PinnedPackage:
@@ -110,9 +113,7 @@ def check_sha256(file: Path, expected: str) -> None:
     if not file.is_file():
         raise ValueError(f"no such file: {file}.")
     if (found := _sha256(file)) != expected:
-        raise ValueError(
-            f"{file} is not the expected file: its SHA-256 is {found}, not {expected}."
-        )
+        raise ValueError(f"{file} must have the SHA-256 {expected}, got {found}.")
 
 
 def _sha256(file: Path) -> str:
@@ -180,15 +181,14 @@ def _install_by_uv(package: PinnedPackage, folder: Path) -> None:
 
 
 def _run(package: PinnedPackage, command: Sequence[str]) -> None:
-    """Run an installer. Raises a ValueError with its last line if it fails."""
+    """Run an installer. Raises a ValueError with what it said if it fails."""
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
-        lines = finished.stderr.split("\n")
-        said = [line.strip() for line in lines if line.strip()] or ["no message"]
-        reason = next((line for line in said if "rror" in line), said[-1])
+        lines = [line for line in finished.stderr.splitlines() if not line.startswith("WARNING")]
+        said = " ".join(" ".join(lines).split())[:_MAX_REASON]
         raise ValueError(
-            f"{package.project}=={package.version} could not be downloaded ({reason[:200]}); "
-            "without a network, give its wheel (--wheel FILE)."
+            f"{package.project}=={package.version} could not be downloaded: {said}. Without a "
+            "network, give its wheel (--wheel FILE)."
         )
 
 

@@ -59,6 +59,30 @@ def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int],
     return kept.tolist(), sorted(held)
 
 
+def balanced_weights(splits: Splits) -> tuple[float, ...]:
+    """Return the weight N / (C n) of each class with n of the N training samples, for C classes.
+
+    Raises:
+        ValueError: If samples do not have one label each, the labels are not known without reading
+            all samples, or a class has no training sample.
+    """
+    field = "train.class_weights=balanced"
+    if splits.multi_label or splits.dense:
+        raise ValueError(f"{field} needs data with one label per image.")
+    labels = _labels(splits.train)
+    if labels is None:
+        raise ValueError(
+            f"{field} needs data whose labels are known before all of it is read; give the "
+            f"{len(splits.classes)} weights as numbers."
+        )
+    counts = np.bincount(labels, minlength=len(splits.classes))
+    if not counts.all():
+        absent = splits.classes[int(counts.argmin())]
+        raise ValueError(f"{field} needs training images of each class, but {absent!r} has none.")
+    weights: list[float] = (len(labels) / (len(counts) * counts)).tolist()
+    return tuple(weights)
+
+
 def warn_of_absent_classes(splits: Splits) -> None:
     """Log, one line each, which classes have no sample to train on and none to validate on.
 

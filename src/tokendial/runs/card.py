@@ -14,6 +14,7 @@ from tokendial.measure import Cost
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.degrees import spread_degrees
 from tokendial.runs.run import Run
+from tokendial.tasks.metric_titles import metric_title
 
 _PACKAGES = ("tokendial", "torch", "torchvision", "timm", "accelerate")
 _DEGREES = 5
@@ -77,7 +78,7 @@ def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
         f"- {kind}: `{method!r}`" for kind, method in methods.items() if method
     )
     metrics = "\n".join(
-        f"| {name.removeprefix('val_').replace('_', ' ')} | {100 * value:.2f} |"
+        f"| {metric_title(name.removeprefix('val_'))} | {100 * value:.2f} |"
         for name, value in best.items()
         if name.startswith("val_")
     )

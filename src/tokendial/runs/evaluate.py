@@ -69,7 +69,8 @@ class DegreeRow:
 
     @property
     def accuracy(self) -> float:
-        """Value of the task's main metric: top-1, mean over labels, S-measure or mean IoU."""
+        """Value of the task's main metric, the first one: accuracy unless the recipe's `metrics`
+        name another, S-measure for binary masks, mean IoU for masks of classes."""
         return main_score(self.scores)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -12,6 +13,7 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -24,6 +26,7 @@ from tokendial.data.transforms.image import Augment
 from tokendial.data.transforms.masks import MaskAugment
 from tokendial.methods import method_class, method_names
 from tokendial.runs.method_field import method_field
+from tokendial.tasks.classification import ClassMetric
 from tokendial.tune import Precision
 
 KINDS = ("reduce", "adapt", "decode", "data", "compensate")
@@ -126,6 +129,10 @@ class TrainSection(_Section):
     degree: int | None = Field(None, ge=0)
     """Degree of the dial to train at; 0 trains without reduction. null: the degree that the
     settings of the reduction method stand for."""
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = None
+    """Weight of each class in the cross-entropy of images with one label. A list: one number above
+    0 per class, in the order of the classes. balanced: N / (C x n) for a class with n of the N
+    training images, which gives all C classes the same share of the loss. null: weights of 1."""
     teacher: str | None = None
     """Folder of a saved model of the same shape: the teacher whose logits and tokens DynamicViT
     distils. null: no teacher."""
@@ -146,6 +153,15 @@ class TrainSection(_Section):
     """Recompute the activations of the blocks in the backward pass: less memory, more time."""
     checkpoint_every: int = Field(500, ge=1)
     """Updates between two checkpoints. A checkpoint is also written at the end of each epoch."""
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _check_weights(cls, value: object) -> object:
+        weights = value if isinstance(value, (list, tuple)) else []
+        numbers = [w for w in weights if isinstance(w, (int, float)) and 0 < w < math.inf]
+        if value not in (None, "balanced") and (not weights or len(numbers) < len(weights)):
+            raise ValueError(f"must be balanced or a list of numbers above 0, got {value!r}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -217,6 +233,13 @@ class Recipe(BaseRecipe):
     """Videos: which frames a clip consists of, and how many views of a test video are averaged."""
     distill: DistillSection | None = None
     """Mask tasks: feature distillation from the frozen pre-trained backbone (DAR*). null: none."""
+    metrics: list[ClassMetric] | None = Field(None, min_length=1)
+    """Metrics of the evaluation of images (or videos) with one label; the first one selects the
+    best epoch. accuracy; accuracy_top5: one of the five most probable classes is right;
+    balanced_accuracy: mean recall of the classes; f1: F1 score of the second class if there are
+    two, the mean over classes otherwise; auroc: area under the ROC curve of the second of two
+    classes, otherwise the mean over classes, each against the rest. null: accuracy, and
+    accuracy_top5 with more than 5 classes."""
 
     @model_validator(mode="after")
     def _check_dense(self) -> Self:
@@ -226,6 +249,18 @@ class Recipe(BaseRecipe):
             raise ValueError("dense needs a decoder, but decode is null")
         if self.decode is None and self.distill is not None:
             raise ValueError("distill needs a decoder, but decode is null")
+        return self
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        if self.metrics is not None and len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics must name each metric once, got {self.metrics}")
+        for name, value in (
+            ("metrics", self.metrics),
+            ("train.class_weights", self.train.class_weights),
+        ):
+            if self.decode is not None and value is not None:
+                raise ValueError(f"{name} must be null with a decoder, got {value!r}")
         return self
 
     @model_validator(mode="after")
@@ -264,7 +299,7 @@ class CompensateRecipe(BaseRecipe):
             raise ValueError("reduce must be a reduction method, got null")
         if self.model.weights is None:
             raise ValueError("model.weights must name pre-trained weights, got null")
-        for name in ("degree", "teacher", "layer_decay"):
+        for name in ("degree", "teacher", "layer_decay", "class_weights"):
             if (value := getattr(self.train, name)) is not None:
                 raise ValueError(f"train.{name} has no meaning for a compensator, got {value}")
         return self

@@ -62,6 +62,7 @@ class Run:
         multi_label: bool = False,
         dense: bool = False,
         video: bool = False,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         """Write the recipe and the classes into the folder, unless this run is there already.
 
@@ -71,6 +72,8 @@ class Run:
             multi_label: Whether an image can have several classes.
             dense: Whether the targets are masks.
             video: Whether the data are videos.
+            class_weights: Weight of each class in the loss, so that the task can be built without
+                the data. None weighs all classes alike.
 
         Raises:
             ValueError: If the folder holds another run, or files that belong to no run.
@@ -80,8 +83,11 @@ class Run:
         self._check_free()
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.classes_file) as path:
-            kind = {"multi_label": multi_label, "dense": dense, "video": video}
-            content = {"classes": list(classes)} | kind | {"working_folder": str(Path.cwd())}
+            content: dict[str, Any] = {"classes": list(classes)}
+            content |= {"multi_label": multi_label, "dense": dense, "video": video}
+            content["working_folder"] = str(Path.cwd())
+            if class_weights is not None:
+                content["class_weights"] = list(class_weights)
             path.write_text(json.dumps(content) + "\n")
         with atomic_write(self.recipe_file) as path:
             path.write_text(recipe.to_yaml())
@@ -243,6 +249,7 @@ class Run:
             # Runs that are older than mask tasks do not record it.
             dense=kind.get("dense", False),
             video=self.has_videos(),
+            class_weights=kind.get("class_weights"),
         )
 
     def model(self, reduce: ReducerConfig | None = None) -> DialViT:
@@ -328,7 +335,13 @@ def _lock(file: TextIO) -> bool:
 
 
 def task_of(
-    recipe: Recipe, num_classes: int, *, multi_label: bool, dense: bool, video: bool
+    recipe: Recipe,
+    num_classes: int,
+    *,
+    multi_label: bool,
+    dense: bool,
+    video: bool,
+    class_weights: Sequence[float] | None = None,
 ) -> Task:
     """The task of a recipe.
 
@@ -338,6 +351,7 @@ def task_of(
         multi_label: Whether an image can have several classes.
         dense: Whether the targets are masks.
         video: Whether the data are videos.
+        class_weights: Weight of each class in the loss. None weighs all classes alike.
 
     Raises:
         ValueError: If the recipe does not fit the data.
@@ -349,11 +363,23 @@ def task_of(
             f"which have {have}masks."
         )
     if video:
-        return VideoClassification(num_classes, augment=recipe.augment, clip=recipe.clip)
+        return VideoClassification(
+            num_classes,
+            augment=recipe.augment,
+            clip=recipe.clip,
+            metrics=recipe.metrics,
+            class_weights=class_weights,
+        )
     if recipe.clip != Clip():
         raise ValueError(f"clip is for videos, but the data {type(recipe.data).__name__} are not.")
     if not dense:
-        return Classification(num_classes, multi_label=multi_label, augment=recipe.augment)
+        return Classification(
+            num_classes,
+            multi_label=multi_label,
+            augment=recipe.augment,
+            metrics=recipe.metrics,
+            class_weights=class_weights,
+        )
     if num_classes == 1:
         return BinaryMasks(recipe.dense)
     return Segmentation(num_classes, recipe.dense)

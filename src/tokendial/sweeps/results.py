@@ -10,6 +10,7 @@ from typing import Any
 from tokendial.measure import Cost
 from tokendial.sweeps.parallel_runs import PlannedRun
 from tokendial.sweeps.tables import Table, mean_and_std, plain_text, write_csv, write_text
+from tokendial.tasks.metric_titles import metric_title
 
 _SHOWN_SCORES = 3
 """Metrics in the tables. Tasks can have one metric per class; the CSV file has all."""
@@ -96,9 +97,7 @@ class SweepResult:
 
     def _titles(self) -> list[str]:
         return [
-            f"{n.replace('_', ' ')}, {epoch}"
-            for n in self._table_scores
-            for epoch in ("best", "last")
+            f"{metric_title(n)}, {epoch}" for n in self._table_scores for epoch in ("best", "last")
         ]
 
     def _header(self) -> list[str]:

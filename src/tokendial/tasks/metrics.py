@@ -6,8 +6,8 @@ torch.
 
 import logging
 import warnings
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,17 @@ _THRESHOLDS = 256
 _LOG = logging.getLogger(__name__)
 
 
-def class_metrics(num_classes: int, *, multi_label: bool) -> MetricCollection:
+def class_metrics(
+    num_classes: int, *, multi_label: bool, names: Sequence[str] | None = None
+) -> MetricCollection:
     """Return the metrics of a classification task on logits [B, num_classes].
 
-    They are accuracy, and top-5 accuracy (with more than 5 classes) or mean average precision (with
-    several labels for an image).
+    Args:
+        num_classes: Number of classes.
+        multi_label: Whether an image can have several labels.
+        names: Metrics to compute, in this order: those of `CLASS_METRICS`. None means accuracy, and
+            top-5 accuracy (with more than 5 classes) or mean average precision (with several labels
+            for an image).
     """
     metrics: dict[str, Metric | MetricCollection]
     if multi_label:
@@ -41,11 +47,109 @@ def class_metrics(num_classes: int, *, multi_label: bool) -> MetricCollection:
             "accuracy": MultilabelAccuracy(num_classes, average="micro"),
             "mean_average_precision": MeanAveragePrecision(num_classes),
         }
-    else:
-        metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
-        if num_classes > 5:
-            metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
-    return MetricCollection(metrics)
+        return MetricCollection(metrics)
+    if names is None:
+        names = ("accuracy", "accuracy_top5") if num_classes > 5 else ("accuracy",)
+    # A mapping would be sorted by name. The first metric selects the best epoch, so order matters.
+    collection = MetricCollection({}, compute_groups=False)
+    for name in names:
+        collection.add_metrics({name: CLASS_METRICS[name](num_classes)})
+    return collection
+
+
+class BalancedAccuracy(MulticlassConfusionMatrix):
+    """Mean recall over the classes that at least one image has."""
+
+    def compute(self) -> Tensor:
+        """Return the mean in [0, 1]."""
+        confusion = super().compute().double()
+        recall = confusion.diagonal() / confusion.sum(dim=1)
+        _log_class_share("balanced_accuracy", ~recall.isnan(), "no image has the other classes")
+        return recall.nanmean()
+
+
+class F1(MulticlassConfusionMatrix):
+    """F1 score of the second class, if there are two classes; otherwise the mean over classes.
+
+    Classes that no image has and that are never predicted are not part of the mean.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the score in [0, 1]; 0 if the second of two classes never occurs."""
+        confusion = super().compute().double()
+        f1 = 2 * confusion.diagonal() / (confusion.sum(dim=0) + confusion.sum(dim=1))
+        if len(f1) == 2:
+            return f1[1].nan_to_num()
+        reason = "no image has the other classes, and none are predicted"
+        _log_class_share("f1", ~f1.isnan(), reason)
+        return f1.nanmean()
+
+
+class AUROC(Metric):
+    """Area under the ROC curve of the second class, if there are two classes.
+
+    With more classes it is the mean over the classes, each against the rest. Classes that no image
+    has are not part of the mean.
+    """
+
+    logits: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.add_state("logits", default=[], dist_reduce_fx="cat")
+        self.add_state("target", default=[], dist_reduce_fx="cat")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add logits [B, K] and class indices [B]."""
+        self.logits.append(logits.detach())
+        self.target.append(targets)
+
+    def compute(self) -> Tensor:
+        """Return the area in [0, 1].
+
+        Raises:
+            ValueError: If all images have the same class.
+        """
+        # In double precision: in single precision, confident probabilities round to 1 and tie.
+        # Computed on the CPU, because some accelerators lack double precision.
+        probabilities = dim_zero_cat(self.logits).cpu().double().softmax(dim=1)
+        target = dim_zero_cat(self.target).cpu()
+        present = torch.bincount(target, minlength=self.num_classes) > 0
+        if present.sum() < 2:
+            raise ValueError(
+                f"metrics: auroc needs images of at least two classes, but all {len(target):,} "
+                f"images have class {int(target[0])}."
+            )
+        if self.num_classes == 2:
+            return _area_under_roc(probabilities[:, 1], target == 1)
+        _log_class_share("auroc", present, "no image has the other classes")
+        areas = [
+            _area_under_roc(probabilities[:, label], target == label)
+            for label in present.nonzero().flatten().tolist()
+        ]
+        return torch.stack(areas).mean()
+
+
+def _area_under_roc(scores: Tensor, positive: Tensor) -> Tensor:
+    """Return the probability that a positive's score [N] is above a negative's; ties count half."""
+    # Equal scores share the mean of their ranks (Mann-Whitney U).
+    _, group, sizes = torch.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (sizes.cumsum(0) - (sizes - 1) / 2)[group].double()
+    num_positive = int(positive.sum())
+    wins: Tensor = ranks[positive].sum() - num_positive * (num_positive + 1) / 2
+    return wins / (num_positive * (len(scores) - num_positive))
+
+
+CLASS_METRICS: dict[str, Callable[[int], Metric]] = {
+    "accuracy": partial(MulticlassAccuracy, average="micro"),
+    "accuracy_top5": partial(MulticlassAccuracy, average="micro", top_k=5),
+    "balanced_accuracy": BalancedAccuracy,
+    "f1": F1,
+    "auroc": AUROC,
+}
+"""Makes each metric for images with one label, given the number of classes."""
 
 
 class MeanAveragePrecision(MultilabelAveragePrecision):

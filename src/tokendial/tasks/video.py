@@ -3,6 +3,7 @@
 # Shape legend: B videos, V views, T frames, H and W pixels.
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +18,22 @@ from tokendial.data.transforms.image import (
     train_transform,
 )
 from tokendial.model.dial_vit import DialViT
-from tokendial.tasks.classification import Classification
+from tokendial.tasks.classification import Classification, ClassMetric
 from tokendial.tune import OptimizedViT
 
 
 class VideoClassification(Classification):
     """Classification of videos with one label each."""
 
-    def __init__(self, num_classes: int, *, augment: Augment, clip: Clip) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        augment: Augment,
+        clip: Clip,
+        metrics: Sequence[ClassMetric] | None = None,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
         """Set up the task.
 
         Args:
@@ -32,11 +41,20 @@ class VideoClassification(Classification):
             augment: How clips are augmented, all frames of a clip in the same way, and mixed.
                 `test_crop_ratio` is not used.
             clip: Which frames form a clip, and how many views of a video a test averages.
+            metrics: Metrics of an evaluation; see `Classification`.
+            class_weights: Weight of each class in the loss; see `Classification`.
 
         Raises:
-            ValueError: If `augment.test_crop_ratio` is set; `clip.test_crops` replaces it.
+            ValueError: If `augment.test_crop_ratio` is set, which `clip.test_crops` replaces, or
+                metrics or class weights do not fit the number of classes.
         """
-        super().__init__(num_classes, multi_label=False, augment=augment)
+        super().__init__(
+            num_classes,
+            multi_label=False,
+            augment=augment,
+            metrics=metrics,
+            class_weights=class_weights,
+        )
         if augment.test_crop_ratio != Augment().test_crop_ratio:
             raise ValueError(
                 "augment.test_crop_ratio is for images: for videos set clip.test_crops instead, "

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from tokendial.data.splits import Splits, warn_of_absent_classes
+from tokendial.data.splits import Splits, balanced_weights, warn_of_absent_classes
 from tokendial.measure import ShareMeter, calibrate
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.loading import load
@@ -69,12 +69,14 @@ class FineTuning:
                 f"{self.data.classes[0]!r}."
             )
         warn_of_absent_classes(self.data)
+        weights = self.settings.class_weights
         self.task = task_of(
             recipe,
             len(self.data.classes),
             multi_label=self.data.multi_label,
             dense=self.data.dense,
             video=self.data.video,
+            class_weights=balanced_weights(self.data) if weights == "balanced" else weights,
         )
         self.model = build_model(recipe, len(self.data.classes))
         self.anatomy = self.model.anatomy

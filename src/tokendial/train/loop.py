@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 
 from tokendial.runs.card import write_versions
 from tokendial.runs.loaders import TransformedDataset, eval_loader, seed_all
-from tokendial.runs.recipe import BaseRecipe
+from tokendial.runs.recipe import BaseRecipe, Recipe
 from tokendial.runs.run import Run
 from tokendial.signals import StopRequest, stop_requests
+from tokendial.tasks import Classification
+from tokendial.tasks.metric_titles import metric_title
 from tokendial.train.attention import choose_attention
 from tokendial.train.batches import EpochSampler, TimedBatches, train_loader
 from tokendial.train.checkpoint import (
@@ -165,13 +167,14 @@ class Trainer:
         return self.run
 
     def _claim_folder(self) -> None:
-        data = self.job.data
+        data, task = self.job.data, self.job.task
         self.run.claim(
             self.recipe,
             data.classes,
             multi_label=data.multi_label,
             dense=data.dense,
             video=data.video,
+            class_weights=task.class_weights if isinstance(task, Classification) else None,
         )
 
     def _train(self, lock: TextIO | None) -> None:
@@ -290,7 +293,9 @@ class Trainer:
         self._checkpoint()
         numbers = {key: value for key, value in record.items() if key != "epoch"}
         self.accelerator.log(numbers, step=position.update)
-        val = f", val {name.replace('_', ' ')} {main_score:.2%}" if scores else ""
+        chosen = self.recipe.metrics if isinstance(self.recipe, Recipe) else None
+        shown = list(scores.items())[: len(chosen or [name])]
+        val = "".join(f", val {metric_title(name)} {value:.2%}" for name, value in shown)
         display.print(f"epoch {epoch + 1}: train loss {record['train_loss']:.4f}{val}")
         if wait_fraction > _MAX_WAIT_FRACTION:
             display.print(

@@ -39,6 +39,8 @@ class Augment:
     """Smallest and largest fraction of the image area that a random crop covers."""
     flip: float = 0.5
     """Probability of a horizontal flip in training."""
+    vertical_flip: float = 0.0
+    """Probability of a vertical flip in training, for pictures without an up and a down."""
     randaugment: str | None = None
     """RandAugment policy in timm's notation, such as "rand-m9-mstd0.5-inc1"; null is none."""
     color_jitter: float = 0.0
@@ -57,7 +59,7 @@ class Augment:
     resizes the whole image without a crop."""
 
     def __post_init__(self) -> None:
-        for name in ("flip", "erasing"):
+        for name in ("flip", "vertical_flip", "erasing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
         for name in ("color_jitter", "mixup", "cutmix"):
@@ -103,6 +105,8 @@ def train_transform(
         else ResizeImage(img_size),
         v2.RandomHorizontalFlip(augment.flip),
     ]
+    if augment.vertical_flip:
+        steps.append(v2.RandomVerticalFlip(augment.vertical_flip))
     if augment.randaugment:
         fill = tuple(round(255 * channel) for channel in mean)
         hparams = {"translate_const": int(min(img_size) * 0.45), "img_mean": fill}
