@@ -79,7 +79,7 @@ def run_cells_demo(out: Path, overrides: tuple[str, ...] = (), *, full: bool = F
     cells = read_cells(run, model)
     degrees = _degrees(model.degree, model.degrees[-1])
     rows = rows_of_dial(model, cells, degrees)
-    print_table(console, *dial_table(rows))
+    print_table(console, *dial_table(rows, balanced=False))
     write_cells_csv(rows, out / "degrees.csv")
     console.print("4/5 Training a compensator on cells without their labels")
     compensated = _compensated_answers(run, out, cells, degrees)

@@ -85,28 +85,39 @@ def report_sections(results: CellsResults) -> tuple[list[Section], dict[str, Fig
     return sections, figures
 
 
-def dial_table(rows: Sequence[CellRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the table of all degrees."""
+def dial_table(
+    rows: Sequence[CellRow], *, balanced: bool = True
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the table of all degrees.
+
+    Args:
+        rows: The degrees.
+        balanced: Whether the table has a column of balanced rates.
+    """
+    first = rows[0]
     header = (
         "degree",
         "compute",
         "right (95% interval)",
-        "balanced (95% interval)",
+        *(["balanced (95% interval)"] * balanced),
         "pictures/s",
         "speed",
     )
-    first = rows[0]
     return header, [
         (
             str(row.degree),
             f"{row.gmacs / first.gmacs:.0%}",
-            f"{row.accuracy.value:.1%} ({_range(row.accuracy)})",
-            f"{row.balanced_accuracy.value:.1%} ({_range(row.balanced_accuracy)})",
+            _rate(row.accuracy),
+            *([_rate(row.balanced_accuracy)] * balanced),
             f"{row.images_per_s:.0f}",
             f"{row.images_per_s / first.images_per_s:.2f}x",
         )
         for row in rows
     ]
+
+
+def _rate(interval: Interval) -> str:
+    return f"{interval.value:.1%} ({_range(interval)})"
 
 
 def _range(interval: Interval) -> str:

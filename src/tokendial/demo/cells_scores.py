@@ -124,7 +124,8 @@ def defect_probability(model: DialViT, cells: Cells, degree: int) -> Tensor:
     """[N]: the probability that each cell is defective, at a degree."""
     model.set_degree(degree)
     model.eval()
-    logits = torch.cat([model(batch).float() for batch in cells.batches])
+    device = next(model.parameters()).device
+    logits = torch.cat([model(batch.to(device)).float().cpu() for batch in cells.batches])
     return logits.softmax(dim=-1)[:, cells.column]
 
 
