@@ -14,6 +14,16 @@ from tokendial.data.sets.scene_items import load_items
 
 BACKGROUNDS = Path(__file__).parent.parent / "src" / "tokendial" / "assets" / "backgrounds"
 SIDE = 32
+STAMP_FOLDERS = {
+    "animals/birds": 7,
+    "animals/fish": 5,
+    "animals/insects": 2,
+    "food": 3,
+    "food/nuts": 3,
+    "people": 3,
+}
+"""Objects by folder. Three folders become classes (food with those of food/nuts); of the others,
+five objects are of no class."""
 CIFAR_NAMES = [f"thing {number}" for number in range(100)]
 
 
@@ -138,3 +148,12 @@ def write_stamp(path: Path, item: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Red and blue, as no shipped background is all over.
     Image.merge("RGBA", (grey, Image.new("L", grey.size), grey, alpha)).save(path)
+
+
+def write_stamps(root: Path) -> Path:
+    """Write stamps into `STAMP_FOLDERS`, and a drawing that is left out; return the folder."""
+    for kind, (name, count) in enumerate(STAMP_FOLDERS.items()):
+        for number, item in enumerate(garments(kind)[:count]):
+            write_stamp(root / name / f"{number}.png", item)
+    write_stamp(root / "animals" / "cartoon" / "drawn.png", garments(9)[0])
+    return root

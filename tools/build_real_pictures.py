@@ -206,9 +206,10 @@ def build(root: Path, sources: dict[str, Source], *, number: int, size: int, see
     return num_built
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Build real pictures without labels.")
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    built = argparse.ArgumentParser(description="Build real pictures without labels.")
+    add = built.add_argument
     add("--out", type=Path, required=True, help="a folder for each kind of picture is made here")
     add("--number", type=at_least(1), default=6000, help="pictures in all")
     add("--size", type=at_least(32, 1024), default=224, help="side in pixels, 32 to 1024")
@@ -218,12 +219,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--wallpapers", type=Path, nargs="+", default=WALLPAPERS, help="photographs or folders")
     add("--folder", type=Path, nargs="+", help="further photographs, or folders of them")
     add("--elpv", type=Path, help="folder of the package elpv-dataset, for solar cells")
-    return parser
+    return built
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         sources = sources_of(options)
         num_built = build(

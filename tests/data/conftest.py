@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import pieces_of_photographs, write_images
+from layouts import pieces_of_photographs, write_images, write_stamps
 from PIL import Image
 
 
@@ -31,3 +31,9 @@ def shows(pieces) -> Callable[[Image.Image, int], bool]:
         return bool(errors.argmin() == number)
 
     return same
+
+
+@pytest.fixture(scope="session")
+def stamp_folder(tmp_path_factory) -> Path:
+    """Folder of objects with alpha, as Debian's stamps are."""
+    return write_stamps(tmp_path_factory.mktemp("stamps"))

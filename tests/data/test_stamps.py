@@ -1,11 +1,10 @@
 """Objects with outlines in folders, and the pictures that are composed of them."""
 
-from pathlib import Path
 from shutil import copytree
 
 import numpy as np
 import pytest
-from layouts import BACKGROUNDS, garments, write_stamp
+from layouts import BACKGROUNDS, STAMP_FOLDERS
 from PIL import Image, ImageFilter
 
 from tokendial.data import Stamps
@@ -21,35 +20,16 @@ from tokendial.data.sets.stamp_scenes import crop_photograph, paste_sprite
 from tokendial.data.sets.stamps import StampPart, StampPictures
 
 SIZE = 64
-# Objects by folder: three folders become classes (food with those of food/nuts), five objects none.
-FOLDERS = {
-    "animals/birds": 7,
-    "animals/fish": 5,
-    "animals/insects": 2,
-    "food": 3,
-    "food/nuts": 3,
-    "people": 3,
-}
 CLASSES = ("animals/birds", "animals/fish", "food")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("stamps")
-    for kind, (name, count) in enumerate(FOLDERS.items()):
-        for number, item in enumerate(garments(kind)[:count]):
-            write_stamp(root / name / f"{number}.png", item)
-    write_stamp(root / "animals" / "cartoon" / "drawn.png", garments(9)[0])
-    return root
-
-
-@pytest.fixture(scope="module")
-def stamps(folder):
+def stamps(stamp_folder):
     """Function that makes the data set of small pictures with some fields changed."""
 
     def make(**fields) -> Stamps:
         sizes = {"train_size": 60, "val_size": 20, "img_size": SIZE}
-        places = {"stamps": str(folder), "backgrounds": [str(BACKGROUNDS)]}
+        places = {"stamps": str(stamp_folder), "backgrounds": [str(BACKGROUNDS)]}
         return Stamps(**sizes | places | fields)
 
     return make
@@ -92,7 +72,7 @@ def test_no_object_and_no_photograph_is_in_two_parts(stamps, split_seed):
     val = stamps(split_seed=split_seed, clutter=1, val="val").build(0)
     parts = [part_of(dataset) for dataset in (data.train, data.val, val.val)]
     found = [digests(part) for part in parts]
-    assert sum(map(len, found)) == len(set().union(*found)) == sum(FOLDERS.values()) + 8
+    assert sum(map(len, found)) == len(set().union(*found)) == sum(STAMP_FOLDERS.values()) + 8
     assert digests(part_of(val.train)) == found[0]
     assert all(all(part.by_class) and part.others and part.backgrounds for part in parts)
 
@@ -236,7 +216,7 @@ def test_impossible_settings_raise_when_they_are_written(stamps, fields, message
         stamps(**fields)
 
 
-def test_missing_packages_and_poor_folders_are_named(stamps, folder, tmp_path):
+def test_missing_packages_and_poor_folders_are_named(stamps, stamp_folder, tmp_path):
     nowhere = str(tmp_path / "nowhere")
     for fields, message in (
         ({"stamps": nowhere}, "^data.stamps: .*install the Debian package tuxpaint-stamps-default"),
@@ -245,7 +225,7 @@ def test_missing_packages_and_poor_folders_are_named(stamps, folder, tmp_path):
             "^data.backgrounds: .*/nowhere is missing; install the Debian packages mate-backgr",
         ),
         (
-            {"stamps": str(folder / "animals" / "birds")},
+            {"stamps": str(stamp_folder / "animals" / "birds")},
             "at least 2 folders of 5 or more photographed objects, got 0",
         ),
         ({"backgrounds": [str(BACKGROUNDS / "grass.jpg")]}, "3 at least, got 1"),
@@ -254,8 +234,8 @@ def test_missing_packages_and_poor_folders_are_named(stamps, folder, tmp_path):
             stamps(**fields).build(0)
 
 
-def test_clutter_needs_objects_of_no_class(stamps, folder, tmp_path):
+def test_clutter_needs_objects_of_no_class(stamps, stamp_folder, tmp_path):
     for name in ("animals/birds", "food"):
-        copytree(folder / name, tmp_path / name)
+        copytree(stamp_folder / name, tmp_path / name)
     with pytest.raises(ValueError, match=r"data\.clutter, objects of no class: .* got 0"):
         stamps(stamps=str(tmp_path), clutter=1).build(0)

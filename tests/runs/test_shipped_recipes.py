@@ -203,8 +203,12 @@ def write_pairs(root: Path, pieces: np.ndarray) -> None:
 def weights(tmp_path_factory) -> dict[str, Path]:
     """Files of small models with and without a head, for recipes that need weights."""
     folder = tmp_path_factory.mktemp("weights")
-    for name, classes in (("head", CLASSES), ("none", 0)):
-        vit = timm.create_model("vit_tiny_patch16_224", num_classes=classes, img_size=32, **SMALL)
+    for name, model, classes in (
+        ("head", "vit_tiny_patch16_224", CLASSES),
+        ("none", "vit_tiny_patch16_224", 0),
+        ("dinov2", "vit_small_patch14_dinov2", 0),
+    ):
+        vit = timm.create_model(model, num_classes=classes, img_size=32, **SMALL)
         save_file(vit.state_dict(), folder / f"{name}.safetensors")
     return {path.stem: path for path in folder.iterdir()}
 
@@ -227,7 +231,8 @@ def shrunk(name: str, roots: dict[str, Path], weights: dict[str, Path]) -> list[
         out.append("data.lists=json")
     if data not in ("image_folder", "unlabelled", "pairs"):
         out.append("data.check=false")
-    file = weights["none" if fields.get("loss") == "features" else "head"]
+    headless = "dinov2" if "dinov2" in fields["model"]["name"] else "none"
+    file = weights[headless if fields.get("loss") == "features" else "head"]
     out.append(f"model.weights={file if compensates else 'null'}")
     out += ["model.img_size=32", *(f"model.args.{key}={value}" for key, value in SMALL.items())]
     if fields["reduce"] and fields["reduce"]["name"] == "ffn_merge":

@@ -207,9 +207,10 @@ def _from_onnx(path: Path, backbone: Backbone | None) -> ConvertedWeights:
         # Positions have the size of the file's own images. They are resized later.
         backbone = replace(backbone, args=backbone.args | {"img_size": side * patch})
     vit = _build(backbone, 0, device="meta")
-    wanted = dict(_torch_shapes(vit, kind))
-    del wanted["mask_token"]  # only pre-training uses it, so no exported graph does
-    _check(path, f"{kind} file of {backbone.name}", wanted, shapes)
+    # timm recognises DINOv2 by the mask token. Exported graphs lack it: only pre-training uses it.
+    state["mask_token"] = torch.zeros(1, vit.embed_dim)
+    shapes["mask_token"] = (1, vit.embed_dim)
+    _check(path, f"{kind} file of {backbone.name}", _torch_shapes(vit, kind), shapes)
     heads = vit.blocks[0].attn.num_heads
     if found.head_dim not in (None, vit.embed_dim // heads):
         raise ValueError(

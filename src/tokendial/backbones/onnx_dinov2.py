@@ -80,7 +80,8 @@ def _factor(file: OnnxFile, bias: str) -> str | None:
 
 
 def _positions(file: OnnxFile) -> Tensor | None:
-    """Positions [1, 1 + N, D] that the graph resizes; None if it resizes no stored ones.
+    """Positions [1, 1 + N, D] that the graph resizes; None if they bear their own name, or if the
+    graph resizes no stored ones.
 
     Raises:
         ValueError: If the graph resizes them in another way than transformers' Dinov2.
@@ -88,7 +89,11 @@ def _positions(file: OnnxFile) -> Tensor | None:
     for resize in file.nodes:
         if resize.op_type != "Resize" or attributes(resize).get("mode") != b"cubic":
             continue
-        if (patches := _stored_grid(file, resize.input[0])) is None:
+        source, passed = resize.input[0], list[str]()
+        while node := file.maker(source, *_RESHAPES, "Slice"):
+            source = node.input[0]
+            passed.append(node.op_type)
+        if not file.is_stored(source):
             continue
         settings = attributes(resize)
         to_a_size = len(resize.input) > 3 and resize.input[3]
@@ -97,23 +102,15 @@ def _positions(file: OnnxFile) -> Tensor | None:
                 f"{file.path}: its positions must be resized as transformers' Dinov2 does it "
                 "(bicubic, to a given size, without antialiasing); the graph does it differently."
             )
-        if (of_class := _class_position(file, resize)) is not None:
-            return torch.cat([of_class, patches], dim=1)
+        of_class = _class_position(file, resize)
+        if of_class is None or "Slice" in passed:
+            return None  # both are cut out of one named tensor
+        patches = file.tensor(source)
+        if patches.ndim == 4:  # [1, rows, columns, D] or [1, D, rows, columns]
+            last = "Transpose" in passed
+            patches = patches.flatten(1, 2) if last else patches.flatten(2).transpose(1, 2)
+        return torch.cat([of_class, patches], dim=1)
     return None
-
-
-def _stored_grid(file: OnnxFile, name: str) -> Tensor | None:
-    """Positions [1, N, D] that a value [1, D, rows, columns] was made of; None if not stored."""
-    channels_last = False
-    while not file.is_stored(name):
-        if (node := file.maker(name, *_RESHAPES)) is None:
-            return None
-        channels_last |= node.op_type == "Transpose"
-        name = node.input[0]
-    stored = file.tensor(name)
-    if stored.ndim == 4:
-        stored = stored.flatten(1, 2) if channels_last else stored.flatten(2).transpose(1, 2)
-    return stored if stored.ndim == 3 else None
 
 
 def _class_position(file: OnnxFile, resize: Any) -> Tensor | None:
