@@ -185,7 +185,7 @@ def test_the_compensator_is_judged_at_each_degree(finished, right, said):
     results = finished.results
     before, after = (torch.full((16,), value) for value in right)
     rows = [*results.rows[:2], replace(results.rows[2], right=before)]
-    compensated = [rows[0].right, rows[1].right, after]
+    compensated = {0: rows[0].right, 2: after}
     assert said in page_of(replace(results, rows=rows, compensated=compensated))
 
 

@@ -13,7 +13,13 @@ from rich.console import Console
 
 from tokendial.compensate import Compensator
 from tokendial.demo.cells_data import find_or_fetch
-from tokendial.demo.cells_report import CellsResults, FittedSchedule, dial_table, report_sections
+from tokendial.demo.cells_report import (
+    CellsResults,
+    FittedSchedule,
+    dial_table,
+    five_rows,
+    report_sections,
+)
 from tokendial.demo.cells_scores import (
     BATCH_SIZE,
     CellRow,
@@ -77,12 +83,11 @@ def run_cells_demo(out: Path, overrides: tuple[str, ...] = (), *, full: bool = F
     console.print("3/5 Running it on test cells at each degree of the dial")
     model = run.model().to(default_device())
     cells = read_cells(run, model)
-    degrees = _degrees(model.degree, model.degrees[-1])
-    rows = rows_of_dial(model, cells, degrees)
+    rows = rows_of_dial(model, cells, _degrees(model.degree, model.degrees[-1]))
     print_table(console, *dial_table(rows, balanced=False))
     write_cells_csv(rows, out / "degrees.csv")
     console.print("4/5 Training a compensator on cells without their labels")
-    compensated = _compensated_answers(run, out, cells, degrees)
+    compensated = _compensated_answers(run, out, cells, rows)
     console.print("5/5 Fitting a schedule to the speed of the highest degree")
     fitted = _fit(run, out, cells, rows, _FULL_FIT_MINUTES if full else _FIT_MINUTES)
     sections, figures = report_sections(CellsResults(run, cells, rows, compensated, fitted))
@@ -117,14 +122,15 @@ def _degrees(trained: int, highest: int) -> list[int]:
 
 
 def _compensated_answers(
-    run: Run, out: Path, cells: Cells, degrees: Sequence[int]
-) -> list[torch.Tensor]:
-    """Whether the model is right on each test cell at each degree, with a compensator."""
-    trained = compensate(_compensator_recipe(run.recipe(), out, degrees[-1]))
+    run: Run, out: Path, cells: Cells, rows: Sequence[CellRow]
+) -> dict[int, torch.Tensor]:
+    """Whether the model is right on each test cell with a compensator, at some degrees."""
+    trained = compensate(_compensator_recipe(run.recipe(), out, rows[-1].degree))
     compensator = Compensator.from_pretrained(trained.best).to(default_device())
     model = run.model().to(default_device())
     compensator.attach(model, source=model.degree)
-    return [answers(defect_probability(model, cells, degree), cells) for degree in degrees]
+    degrees = [row.degree for row in five_rows(rows)]
+    return {at: answers(defect_probability(model, cells, at), cells) for at in degrees}
 
 
 def _compensator_recipe(recipe: Recipe, out: Path, steps: int) -> CompensateRecipe:

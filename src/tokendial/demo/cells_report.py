@@ -1,6 +1,6 @@
 """The report of the solar-cell demo, for readers who do not know what a token is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,15 +60,19 @@ class CellsResults:
     """The test cells."""
     rows: list[CellRow]
     """The degrees of the dial. The first one is degree 0."""
-    compensated: list[Tensor]
-    """For each row, [N] float, 0 or 1: whether the model is right with the compensator."""
+    compensated: dict[int, Tensor]
+    """For some degrees, [N] float, 0 or 1: whether the model is right with the compensator."""
     fitted: FittedSchedule | str
     """The fitted schedule, or a sentence that says why there is none."""
 
 
 def report_sections(results: CellsResults) -> tuple[list[Section], dict[str, Figure]]:
     """The sections of the report, and its figures by the names of their PNG files."""
-    gains = _compensator_gains(results)
+    gains = {
+        row.degree: gain(row.right, results.compensated[row.degree])
+        for row in results.rows
+        if row.degree in results.compensated
+    }
     figures = _figures(results, gains)
     sections = [
         _summary(results, gains),
@@ -145,7 +149,7 @@ def _middle(results: CellsResults) -> CellRow:
     return next(row for row in results.rows if row.degree == trained)
 
 
-def _summary(results: CellsResults, gains: Sequence[Interval]) -> Section:
+def _summary(results: CellsResults, gains: Mapping[int, Interval]) -> Section:
     full, middle, last = results.rows[0], _middle(results), results.rows[-1]
     num = len(results.cells)
 
@@ -251,7 +255,7 @@ def _errors(results: CellsResults, figures: dict[str, Figure]) -> Section:
     won = last.called_defective & cells.defective & ~full.called_defective
     doubtful = int((lost & (cells.grades == 2)).sum())
     shown = [name for name in ("errors", "missed") if name in figures]
-    degrees = [f"degree {row.degree}" for row in _five(results.rows)]
+    degrees = [f"degree {row.degree}" for row in five_rows(results.rows)]
     return Section(
         title="Where it errs",
         text=(
@@ -284,7 +288,7 @@ def _calls_by_kind(results: CellsResults) -> list[tuple[str, ...]]:
         (
             name,
             str(int(kind.sum())),
-            *(f"{int((kind & row.called_defective).sum())}" for row in _five(results.rows)),
+            *(f"{int((kind & row.called_defective).sum())}" for row in five_rows(results.rows)),
         )
         for name, kind in kinds
         if kind.any()
@@ -335,9 +339,9 @@ def _fitted_in_short(results: CellsResults) -> str:
     return f"A schedule fitted to this machine: {_verdict(difference, len(results.cells))}."
 
 
-def _compensator_in_short(results: CellsResults, gains: Sequence[Interval]) -> str:
-    verdict = _verdict(gains[-1], len(results.cells))
-    return f"A compensator, at degree {results.rows[-1].degree}: {verdict}."
+def _compensator_in_short(results: CellsResults, gains: Mapping[int, Interval]) -> str:
+    degree = max(gains)
+    return f"A compensator, at degree {degree}: {_verdict(gains[degree], len(results.cells))}."
 
 
 def _list(numbers: Sequence[int]) -> str:
@@ -345,13 +349,12 @@ def _list(numbers: Sequence[int]) -> str:
 
 
 def _compensator(
-    results: CellsResults, gains: Sequence[Interval], figures: dict[str, Figure]
+    results: CellsResults, gains: Mapping[int, Interval], figures: dict[str, Figure]
 ) -> Section:
     num = len(results.cells)
     trained = results.run.cost().degree
-    degrees = [row.degree for row in results.rows]
-    helps = [str(degree) for degree, gained in zip(degrees, gains, strict=True) if gained.low > 0]
-    harms = [str(degree) for degree, gained in zip(degrees, gains, strict=True) if gained.high < 0]
+    helps = [str(degree) for degree, gained in gains.items() if gained.low > 0]
+    harms = [str(degree) for degree, gained in gains.items() if gained.high < 0]
     parts = [f"it helps at degree {', '.join(helps)}"] if helps else []
     parts += [f"it harms at degree {', '.join(harms)}"] if harms else []
     conclusion = " and ".join(parts) or f"it makes no difference that {num} cells could show"
@@ -370,21 +373,15 @@ def _compensator(
             (
                 str(row.degree),
                 f"{row.accuracy.value:.1%}",
-                f"{float(right.mean()):.1%}",
-                f"{100 * gained.value:+.1f}",
-                f"{100 * gained.low:+.1f} to {100 * gained.high:+.1f}",
+                f"{float(results.compensated[row.degree].mean()):.1%}",
+                f"{100 * gains[row.degree].value:+.1f}",
+                f"{100 * gains[row.degree].low:+.1f} to {100 * gains[row.degree].high:+.1f}",
             )
-            for row, right, gained in zip(results.rows, results.compensated, gains, strict=True)
+            for row in results.rows
+            if row.degree in gains
         ],
         figures=[figures["compensator"]],
     )
-
-
-def _compensator_gains(results: CellsResults) -> list[Interval]:
-    """What the compensator changes in accuracy at each degree."""
-    return [
-        gain(row.right, right) for row, right in zip(results.rows, results.compensated, strict=True)
-    ]
 
 
 def _limits(results: CellsResults) -> Section:
@@ -419,14 +416,14 @@ def _again(results: CellsResults) -> Section:
     )
 
 
-def _figures(results: CellsResults, gains: Sequence[Interval]) -> dict[str, Figure]:
+def _figures(results: CellsResults, gains: Mapping[int, Interval]) -> dict[str, Figure]:
     cells, rows = results.cells, results.rows
     model = results.run.model()
     figures = {
         "dial": dial_with_intervals_figure(rows),
         "task": _task_figure(cells),
-        "areas": merged_areas_figure(model, cells, _cells_to_merge(results), _five(rows)),
-        "compensator": compensator_gain_figure([row.degree for row in rows], gains),
+        "areas": merged_areas_figure(model, cells, _cells_to_merge(results), five_rows(rows)),
+        "compensator": compensator_gain_figure(list(gains), list(gains.values())),
     }
     figures |= _error_figures(results)
     fitted = results.fitted
@@ -441,7 +438,7 @@ def _figures(results: CellsResults, gains: Sequence[Interval]) -> dict[str, Figu
     return figures
 
 
-def _five(rows: Sequence[CellRow]) -> list[CellRow]:
+def five_rows(rows: Sequence[CellRow]) -> list[CellRow]:
     """At most five rows, evenly spread, the first and the last among them."""
     count = min(5, len(rows))
     return [rows[round(number * (len(rows) - 1) / (count - 1))] for number in range(count)]
