@@ -1,5 +1,7 @@
 """Runs made from exported ONNX files of whole models: an encoder with a decoder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from exported_dinov2 import BACKBONE, DECODER, Encoder, Saliency, change, export
 from onnx import helper
 from PIL import Image
 
+import tokendial as td
+from tokendial.backbones import fingerprint
 from tokendial.runs import Run
 
 SIZE = (32, 20)
@@ -54,6 +58,15 @@ def test_the_run_gives_the_probabilities_of_the_file(exported, recipe, cli):
     expected = run(exported, images(2, *SIZE))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert expected.std() > 0.01
+
+
+def test_the_run_recognises_adapters_that_were_trained_on_the_converted_weights(
+    exported, recipe, cli, tmp_path
+):
+    out = convert(cli, exported, recipe)[-1]
+    weights = td.convert_weights(exported, BACKBONE).save(tmp_path / "weights.safetensors")
+    vit = replace(BACKBONE, weights=str(weights), args=BACKBONE.args | {"img_size": SIZE})
+    assert Run(out).model().fingerprint == fingerprint(vit.with_head(0).create())
 
 
 def test_the_run_predicts_at_any_degree(exported, recipe, cli, tmp_path):

@@ -16,6 +16,7 @@ from clips import encode, panned
 from layouts import (
     pieces_of_photographs,
     write_cifar100,
+    write_elpv,
     write_fgvc,
     write_food101,
     write_images,
@@ -146,6 +147,19 @@ def test_compensators_have_the_parameters_of_the_page(name):
     assert line.endswith(f" {sum(p.numel() for p in plugin.parameters()):,} |")
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("real/elpv/")])
+def test_models_of_the_solar_cells_have_the_weights_and_the_cost_of_the_page(name):
+    with torch.device("meta"):
+        cost = build_model(read_recipe(name, ["model.weights=null"]), 2).cost()
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
+    _, trained, gmacs, *_ = line.strip("| ").split(" | ")
+    fixed = {"real/elpv/linear": "the head", "real/elpv/full": "all"}
+    share = cost.trainable_params / cost.params
+    assert trained == fixed.get(name, f"{share:.2%}".replace("%", " %"))
+    assert gmacs == f"{cost.gmacs:.2f}"
+    assert share < 0.02 or name == "real/elpv/full"
+
+
 CLASSES = 4
 BATCH, TEST = 4, 2
 TRAIN = 2 * BATCH
@@ -161,6 +175,10 @@ def roots(tmp_path_factory) -> dict[str, Path]:
     write_cifar100(folder / "cifar100", pieces, train, test)
     write_svhn(folder / "svhn", "train", pieces[:TRAIN], [label + 1 for label in train])
     write_svhn(folder / "svhn", "test", pieces[TRAIN:][:TEST], [label + 1 for label in test])
+    # One cell of each kind is drawn as a test image.
+    kinds = ["0.0 mono", "1.0 poly"] * (TRAIN // 2 + TEST // 2)
+    cells = [f"images/{number}.png {kind}" for number, kind in enumerate(kinds)]
+    write_elpv(folder / "elpv", pieces, cells)
     dishes = [f"dish {label}/{number}" for number, label in enumerate(LABELS)]
     write_food101(folder / "food101", pieces, dishes[:TRAIN], dishes[TRAIN:])
     lines = [f"images/{number}.jpg {label}" for number, label in enumerate(LABELS)]

@@ -211,11 +211,12 @@ def _from_onnx(path: Path, backbone: Backbone | None) -> ConvertedWeights:
     state["mask_token"] = torch.zeros(1, vit.embed_dim)
     shapes["mask_token"] = (1, vit.embed_dim)
     _check(path, f"{kind} file of {backbone.name}", _torch_shapes(vit, kind), shapes)
-    heads = vit.blocks[0].attn.num_heads
-    if found.head_dim not in (None, vit.embed_dim // heads):
+    first: Any = vit.blocks[0]
+    heads, head_dim = first.attn.num_heads, first.attn.head_dim
+    if found.head_dim not in (None, head_dim):
         raise ValueError(
             f"{path} has attention heads of width {found.head_dim}, but {backbone.name} has "
-            f"{heads} heads of width {vit.embed_dim // heads}."
+            f"{heads} heads of width {head_dim}."
         )
     tensors, _ = convert_to_timm_names(state, vit, left_out)
     return ConvertedWeights(

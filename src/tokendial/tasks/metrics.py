@@ -51,7 +51,7 @@ def class_metrics(
     if names is None:
         names = ("accuracy", "accuracy_top5") if num_classes > 5 else ("accuracy",)
     # A mapping would be sorted by name. The first metric selects the best epoch, so order matters.
-    collection = MetricCollection({}, compute_groups=False)
+    collection = MetricCollection({})
     for name in names:
         collection.add_metrics({name: CLASS_METRICS[name](num_classes)})
     return collection
