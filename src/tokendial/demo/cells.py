@@ -45,7 +45,7 @@ _DEGREES = 9
 """Number of degrees to show: 0, the trained one in the middle, and others up to its double."""
 _MIN_SPEEDUP = 1.05
 """A dial that does not reach this speed on a machine leaves nothing to fit."""
-_FIT_MINUTES, _FULL_FIT_MINUTES = 1.0, 4.0
+_FIT_MINUTES, _FULL_FIT_MINUTES = 1.5, 5.0
 
 
 def run_cells_demo(out: Path, overrides: tuple[str, ...] = (), *, full: bool = False) -> Path:
