@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from tokendial.demo import cells as demo
 from tokendial.demo import cells_data, run_cells_demo
-from tokendial.demo.cells_report import CellsResults, FittedSchedule, report_sections
+from tokendial.demo.cells_report import CellsResults, report_sections
 from tokendial.demo.cells_scores import answers, balanced_accuracy, gain
 from tokendial.runs import Run, evaluate
-from tokendial.tune.fit_result import FitPoint, FittedDegree
+from tokendial.tune.fit_result import FitPoint
 
 SHAPE = {"patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2}
 LINES = [
@@ -135,42 +135,33 @@ def test_a_finished_demo_is_measured_again_without_training(finished, monkeypatc
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
-def fitted(results: CellsResults, right: torch.Tensor, removed: tuple[int, ...]) -> CellsResults:
-    """The results with a schedule that was compared with the constant one of 2."""
-    found, constant = FitPoint(removed, 0.5, 0.1, 0.9), FitPoint((2, 2, 2, 2), 0.5, 0.2, 0.8)
-    schedule = FittedDegree(degree=1, budget=2.0, found=found, constant=constant)
-    zeros = torch.zeros(len(results.cells))
-    return replace(results, fitted=FittedSchedule(schedule, right, zeros))
-
-
 @pytest.mark.parametrize(
-    ("right", "removed", "said"),
+    ("right", "used", "said"),
     [
-        (1.0, (0, 1, 3, 4), "the fitted schedule is a gain (+100.0 points"),
-        (0.0, (0, 1, 3, 4), "is no difference that 16 cells could show (+0.0 points"),
-        (0.0, (2, 2, 2, 2), "That is the constant schedule"),
+        ((0.0, 1.0), 1.0, "to the fitted schedule there is a gain (+100.0 points"),
+        ((1.0, 0.0), 1.0, "to the fitted schedule there is a loss (-100.0 points"),
+        ((1.0, 1.0), 1.0, "there is no difference that 16 cells could show (+0.0 points"),
+        ((1.0, 1.0), 0.8, "That leaves 20% of the budget unused"),
     ],
 )
-def test_a_fitted_schedule_is_judged_by_test_cells(finished, right, removed, said):
-    page = page_of(fitted(finished.results, torch.full((16,), right), removed))
-    assert said in page
-    assert f"it found {', '.join(map(str, removed))}, which is 2.00 times as fast" in page
-
-
-def test_a_fit_that_cannot_be_made_is_told(finished, monkeypatch):
-    def refuse(*arguments, **settings):
-        raise ValueError("speedup must lie in [1, 1.2] here, got 3.")
-
+def test_a_fitted_schedule_is_compared_with_the_highest_degree(finished, right, used, said):
     results = finished.results
-    fast = replace(results.rows[0].timing, seconds=results.rows[-1].timing.seconds * 3)
-    rows = [replace(results.rows[0], timing=fast), *results.rows[1:]]
-    monkeypatch.setattr(demo, "fit_run", refuse)
-    said = demo._fit(results.run, finished.out, results.cells, rows, 1.0)
-    assert said == "No schedule was found: speedup must lie in [1, 1.2] here, got 3."
-    assert said in page_of(replace(results, fitted=said))
-    slow = replace(fast, seconds=results.rows[-1].timing.seconds)
-    rows[0] = replace(rows[0], timing=slow)
-    assert "1.00 times as fast" in demo._fit(results.run, finished.out, results.cells, rows, 1.0)
+    before, after = (torch.full((16,), value) for value in right)
+    rows = [*results.rows[:2], replace(results.rows[2], right=before)]
+    cost = used * rows[2].gmacs / rows[0].gmacs
+    fitted = replace(results.fitted, found=FitPoint((0, 1, 3, 4), cost, 0.1, 0.9), right=after)
+    page = page_of(replace(results, rows=rows, fitted=fitted))
+    assert said in page
+    assert "it found 0, 1, 3, 4." in page
+    assert ("unused" in page) == (used < 0.9)
+
+
+def test_the_schedule_is_fitted_to_the_compute_of_the_highest_degree(finished):
+    results = finished.results
+    found, last = results.fitted.found, results.rows[-1]
+    assert found.cost <= 1.001 * last.gmacs / results.rows[0].gmacs
+    fitted = Run(finished.out / "fitted").model()
+    assert fitted.cost(1).gmacs == pytest.approx(found.cost * results.rows[0].gmacs)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,13 @@ from tokendial.demo.cells_figures import (
 )
 from tokendial.demo.cells_scores import CellRow, Cells, gain
 from tokendial.measure import Interval
+from tokendial.model.dial_vit import DialViT
 from tokendial.runs.run import Run
 from tokendial.show.report import Section
-from tokendial.tune.fit_result import FittedDegree
+from tokendial.tune.fit_result import FitPoint
 
+_UNUSED = 0.1
+"""A schedule that leaves more than this fraction of its budget was not searched to the end."""
 _SHOWN, _SHOWN_MERGED = 6, 3
 """Most cells in a row of pictures, and cells whose merged areas are drawn."""
 _ELPV = (
@@ -40,14 +43,14 @@ _WEIGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class FittedSchedule:
-    """A schedule that was fitted to a budget, and how right the model is with it."""
+    """A schedule that was fitted to the compute of the highest degree."""
 
-    fitted: FittedDegree
-    """The schedule, the mildest constant one of the same cost, and their measured costs."""
+    images: int
+    """Training cells that schedules were compared on."""
+    found: FitPoint
+    """The schedule."""
     right: Tensor
-    """[N] float, 0 or 1: whether the model is right on each test cell with the fitted schedule."""
-    constant_right: Tensor | None
-    """The same with the constant schedule. None if there is none of this cost."""
+    """[N] float, 0 or 1: whether the model is right on each test cell with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,8 @@ class CellsResults:
     """The degrees of the dial. The first one is degree 0."""
     compensated: dict[int, Tensor]
     """For some degrees, [N] float, 0 or 1: whether the model is right with the compensator."""
-    fitted: FittedSchedule | str
-    """The fitted schedule, or a sentence that says why there is none."""
+    fitted: FittedSchedule
+    """The fitted schedule."""
 
 
 def report_sections(results: CellsResults) -> tuple[list[Section], dict[str, Figure]]:
@@ -296,56 +299,46 @@ def _calls_by_kind(results: CellsResults) -> list[tuple[str, ...]]:
 
 
 def _fitted(results: CellsResults, figures: dict[str, Figure]) -> Section:
-    title, fitted = "A schedule that is fitted to a speed", results.fitted
-    if isinstance(fitted, str):
-        return Section(title=title, text=fitted)
-    found, constant, num = fitted.fitted.found, fitted.fitted.constant, len(results.cells)
-    intro = (
+    fitted, first, last = results.fitted, results.rows[0], results.rows[-1]
+    text = (
         f"A degree joins the same number of pairs in each layer. It need not be so: Tokendial can "
-        f"search how many each layer should join, for a speed that is measured on this machine. It "
-        f"needs no labels: it looks for the schedule that changes the model's answers least on "
-        f"training cells. Asked for {fitted.fitted.budget:.2f} times the speed of degree 0, it "
-        f"found {_list(found.removed)}, which is {found.speedup:.2f} times as fast."
+        f"search how many each layer should join, for a budget of compute or of measured time. It "
+        f"needs no labels: it looks for the schedule that changes the model's answers least, here "
+        f"on {fitted.images} training cells. Allowed the compute of degree {last.degree}, it found "
+        f"{', '.join(map(str, fitted.found.removed))}."
     )
-    rate = float(fitted.right.mean())
-    if constant is None or fitted.constant_right is None:
-        outcome = (
-            f"With it the model is right in {rate:.1%} of the test cells. No constant schedule is "
-            f"as fast, so there is nothing to compare it with."
-        )
-    elif constant.removed == found.removed:
-        outcome = "That is the constant schedule: the search found none that is better."
-    else:
-        difference = gain(fitted.constant_right, fitted.right)
-        outcome = (
-            f"With it the model is right in {rate:.1%} of the test cells. The same number in each "
-            f"layer ({constant.removed[0]}) is {constant.speedup:.2f} times as fast and is right "
-            f"in {float(fitted.constant_right.mean()):.1%}. So the fitted schedule is "
-            f"{_verdict(difference, num)}. On the training cells that it was fitted on, it gives "
-            f"the answer of degree 0 in {found.top1:.1%}, the constant one in {constant.top1:.1%}."
+    unused = 1 - fitted.found.cost * first.gmacs / last.gmacs
+    if unused > _UNUSED:
+        text += (
+            f" That leaves {unused:.0%} of the budget unused: the search had too little time on "
+            f"this machine. tokendial fit --minutes gives it more."
         )
     return Section(
-        title=title,
-        text=f"{intro}\n\n{outcome}",
-        figures=[figures["schedules"]] if "schedules" in figures else [],
+        title="A schedule that is fitted to a budget",
+        text=(
+            f"{text}\n\nWith it the model is right in {float(fitted.right.mean()):.1%} of the "
+            f"test cells, at degree {last.degree} in {last.accuracy.value:.1%}. From degree "
+            f"{last.degree} to the fitted schedule there is {_fitted_verdict(results)}."
+        ),
+        figures=[figures["schedules"]],
     )
+
+
+def _fitted_verdict(results: CellsResults) -> str:
+    difference = gain(results.rows[-1].right, results.fitted.right)
+    return _verdict(difference, len(results.cells))
 
 
 def _fitted_in_short(results: CellsResults) -> str:
-    fitted = results.fitted
-    if isinstance(fitted, str) or fitted.constant_right is None:
-        return "A schedule fitted to this machine: there is nothing to compare it with here."
-    difference = gain(fitted.constant_right, fitted.right)
-    return f"A schedule fitted to this machine: {_verdict(difference, len(results.cells))}."
+    return (
+        f"To choose how much each layer joins, with the compute of degree "
+        f"{results.rows[-1].degree}: {_fitted_verdict(results)}."
+    )
 
 
 def _compensator_in_short(results: CellsResults, gains: Mapping[int, Interval]) -> str:
     degree = max(gains)
     return f"A compensator, at degree {degree}: {_verdict(gains[degree], len(results.cells))}."
-
-
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _compensator(
@@ -426,15 +419,12 @@ def _figures(results: CellsResults, gains: Mapping[int, Interval]) -> dict[str, 
         "compensator": compensator_gain_figure(list(gains), list(gains.values())),
     }
     figures |= _error_figures(results)
-    fitted = results.fitted
-    if isinstance(fitted, FittedSchedule) and fitted.fitted.constant is not None:
-        start = rows[0].tokens
-        figures["schedules"] = schedules_figure(
-            [
-                ("fitted", _areas_left(start, fitted.fitted.found.removed)),
-                ("the same in each layer", _areas_left(start, fitted.fitted.constant.removed)),
-            ]
-        )
+    figures["schedules"] = schedules_figure(
+        [
+            ("fitted", _areas_left(rows[0].tokens, results.fitted.found.removed)),
+            (f"degree {rows[-1].degree}", _areas_of_degree(model, rows[-1].degree)),
+        ]
+    )
     return figures
 
 
@@ -442,6 +432,13 @@ def five_rows(rows: Sequence[CellRow]) -> list[CellRow]:
     """At most five rows, evenly spread, the first and the last among them."""
     count = min(5, len(rows))
     return [rows[round(number * (len(rows) - 1) / (count - 1))] for number in range(count)]
+
+
+def _areas_of_degree(model: DialViT, degree: int) -> list[int]:
+    """Areas that enter the first layer, and those that are left after each layer."""
+    shape = model.anatomy.shape
+    left = model.cost(degree).tokens_per_layer
+    return [shape.num_patches, *(count - shape.num_prefix_tokens for count in left)]
 
 
 def _areas_left(start: int, removed: Sequence[int]) -> list[int]:
