@@ -223,9 +223,21 @@ def other_type(graph):
     bias.CopyFrom(helper.make_tensor(bias.name, TensorProto.BFLOAT16, [WIDTH], [0.0] * WIDTH))
 
 
+def cut_off(graph):
+    bias = initializer(graph, "layernorm.bias")
+    bias.raw_data = bias.raw_data[:-4]
+
+
+def of_another_width(graph):
+    of_class = initializer(graph, r"::Concat_\d+")
+    of_class.CopyFrom(numpy_helper.from_array(torch.zeros(1, 1, 3).numpy(), of_class.name))
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (cut_off, "is damaged or not a weight file of ONNX: backbone.layernorm.bias "),
+        (of_another_width, "1 missing: pos_embed"),
         (remove("layer.0.layer_scale1.lambda1"), "expected one Dinov2 encoder .*, found none"),
         (second_encoder, "expected one Dinov2 encoder of transformers .*, found 2 of them"),
         (add("backbone.embeddings.register_tokens"), "with registers is not read from ONNX"),

@@ -21,11 +21,13 @@ SEEDS = (0, 1, 2)
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6)}
 """Dials of six degrees: at degree r, each of the twelve blocks removes r of 64 patches, as long as
 twice as many are left."""
-EPOCHS = {"elpv": 6, "stamps": 4}
+EPOCHS = {("elpv", 112): 6, ("elpv", 224): 8, ("stamps", 112): 4}
+"""Epochs by data set and image size."""
 RECIPES = {"dense_adapter": "sparse_tuning"}
 """Recipe of a method that has none of its own: Sparse-Tuning without its reduction."""
 HOLDOUT = 0.15
-"""Fraction of ELPV's training cells that no model is trained on: scales are searched on them."""
+"""Fraction of ELPV's training cells that models of 112 pixels are not trained on: scales of
+compensators are searched on them."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class Classifier:
             "seed": self.seed,
             "model.weights": str(options.weights.resolve()),
             "model.img_size": self.img_size,
-            "data": data_settings(self.data, options),
-            "train.epochs": EPOCHS[self.data],
+            "data": data_settings(self.data, options, HOLDOUT if self.img_size == 112 else 0.0),
             "train.evaluate": "last",
         }
+        if self.method != "linear":  # its recipe has more epochs, which cost little
+            settings["train.epochs"] = EPOCHS[self.data, self.img_size]
         if self.method in RECIPES:
             settings["reduce"] = None
         if self.dial:
@@ -72,11 +75,11 @@ class Classifier:
         return train(self.name, f"real/elpv/{recipe}", settings, options)
 
 
-def data_settings(data: str, options: Options) -> dict[str, Any]:
+def data_settings(data: str, options: Options, holdout: float = HOLDOUT) -> dict[str, Any]:
     """The data section of a recipe."""
     if data == "elpv":
         root = {"root": str(Path(options.elpv).resolve())} if options.elpv else {}
-        return {"name": "elpv", "task": "defect", "holdout": HOLDOUT} | root
+        return {"name": "elpv", "task": "defect", "holdout": holdout} | root
     return {"name": "stamps", "task": "category", "train_size": 1600, "val_size": 800,
             "img_size": 128}  # fmt: skip
 

@@ -1,9 +1,11 @@
 """Writing a table of the evidence: JSON that says how it was made, and Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.evidence_real.common import markdown
+from benchmarks.evidence_real.statistics import Interval
 from benchmarks.report import write_json
 from tokendial.atomic import atomic_write
 
@@ -24,3 +26,14 @@ def write_table(
     path = write_json(f"evidence_real_{name}", results)
     with atomic_write(path.with_suffix(".md")) as temporary:
         temporary.write_text(text + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Intervals, and lists and mappings that hold them, as JSON can store them."""
+    if isinstance(value, Interval):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value

@@ -43,7 +43,7 @@ from tokendial.runs.loaders import eval_loader
 
 LOSSES = ("features", "distillation")
 """L1 between features, and KL between probabilities of clusters that take the place of classes."""
-SHARES = (0.1, 0.3, 0.6, 1.0, 1.3)
+SHARES = (0.3, 0.6, 1.0)
 """Scales that are tried, as fractions of the scale in training."""
 CLUSTERS, CLUSTERED = 256, 3000
 HEADER = (

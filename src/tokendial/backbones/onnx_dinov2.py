@@ -80,8 +80,7 @@ def _factor(file: OnnxFile, bias: str) -> str | None:
 
 
 def _positions(file: OnnxFile) -> Tensor | None:
-    """Positions [1, 1 + N, D] that the graph resizes; None if they bear their own name, or if the
-    graph resizes no stored ones.
+    """Positions [1, 1 + N, D] that the graph resizes; None if they have a name, or there are none.
 
     Raises:
         ValueError: If the graph resizes them in another way than transformers' Dinov2.
@@ -109,6 +108,8 @@ def _positions(file: OnnxFile) -> Tensor | None:
         if patches.ndim == 4:  # [1, rows, columns, D] or [1, D, rows, columns]
             last = "Transpose" in passed
             patches = patches.flatten(1, 2) if last else patches.flatten(2).transpose(1, 2)
+        if of_class.shape[::2] != patches.shape[::2]:
+            return None  # not one position of the same width
         return torch.cat([of_class, patches], dim=1)
     return None
 
@@ -131,6 +132,6 @@ def _head_dim(file: OnnxFile, bias: str) -> int | None:
             shape = reshape.input[1]
             if join := file.maker(shape, "Concat"):
                 shape = join.input[-1]
-            if file.is_stored(shape):
+            if file.is_stored(shape) and file.tensor(shape).numel():
                 return int(file.tensor(shape).flatten()[-1])
     return None

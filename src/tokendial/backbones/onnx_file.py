@@ -40,11 +40,14 @@ class OnnxFile:
         for node in self.nodes:
             for name in node.input:
                 self._readers[name].append(node)
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self._constants[node.output[0]] = node.attribute[0].t
+            if node.op_type == "Constant":
+                values = [a.t for a in node.attribute if a.name == "value"]
+                self._constants |= dict(zip(node.output, values, strict=False))
             # torch's exporter stores equal tensors once; copies bear the names of the others.
-            if node.op_type == "Identity" and node.input[0] in self._weights:
-                self._weights[node.output[0]] = self._weights[node.input[0]]
+            if node.op_type == "Identity":
+                for source, copy in zip(node.input, node.output, strict=False):
+                    if source in self._weights:
+                        self._weights[copy] = self._weights[source]
 
     def weight_names(self) -> list[str]:
         """Names of the stored weights, without those that torch's exporter has numbered."""
@@ -55,11 +58,14 @@ class OnnxFile:
         return name in self._weights or name in self._constants
 
     def tensor(self, name: str) -> Tensor:
-        """A stored value. Raises a ValueError if torch has no numbers of its type."""
+        """A stored value. Raises a ValueError if it is damaged, or torch has no such numbers."""
         from onnx import numpy_helper
 
         stored = self._weights[name] if name in self._weights else self._constants[name]
-        array = numpy_helper.to_array(stored)
+        try:
+            array = numpy_helper.to_array(stored)
+        except Exception as error:  # fewer numbers than its shape says, unknown types
+            raise unreadable_error(self.path, f"ONNX: {name}", error) from None
         try:
             return torch.from_numpy(array.copy())
         except TypeError:

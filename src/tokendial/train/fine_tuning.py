@@ -132,12 +132,17 @@ class FineTuning:
             or self.model.degree != reducer.degree
         ):
             return
-        images = None
+        images, found = None, None
         for folder in (run.best, run.last):
             model = load(folder).to(device)
             if model.reducer and model.reducer.calibration is None:
-                images = self._training_images() if images is None else images
-                calibrate(model, torch.split(images.to(device), self.settings.batch_size))
+                # With one evaluation, the best model is the last one: it has the same thresholds.
+                if found is None or self.settings.evaluate != "last":
+                    images = self._training_images() if images is None else images
+                    found = calibrate(
+                        model, torch.split(images.to(device), self.settings.batch_size)
+                    )
+                model.reducer.calibration = found
                 model.save_pretrained(folder)
 
     def _training_images(self) -> Tensor:

@@ -1,0 +1,240 @@
+"""Table: reduction methods on the frozen model, without training, judged by nearest neighbours.
+
+Every method runs at about 90, 80, 70 and 60 % of the cost of the unreduced model. The class of a
+test image is voted by the training images with the most similar class token. Their features come
+from the same degree ("same degree"), or from degree 0, as if they had been stored before the dial
+was turned ("stored"). The table shows differences of accuracy to degree 0, which are paired: both
+models see the same images. Features are computed in bfloat16; "precision" in the JSON file tells
+what float32 would change.
+"""
+
+import functools
+import gzip
+import itertools
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as tvf
+
+import tokendial as td
+from benchmarks.evidence_real.common import BACKBONE, Options, cached, in_processes
+from benchmarks.evidence_real.matched_costs import (
+    COSTS,
+    FAMILIES,
+    Reduction,
+    reduce_config,
+    reductions,
+)
+from benchmarks.evidence_real.neighbours import predict_classes
+from benchmarks.evidence_real.results import plain, write_table
+from benchmarks.evidence_real.statistics import Interval, Resampling, interval, mean
+from tokendial.backbones import Backbone
+from tokendial.data.transforms.image import ResizeImage
+from tokendial.methods import to_json
+from tokendial.runs.recipe import check_method
+
+IMG_SIZE = 112
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Folder of Debian's package dataset-fashion-mnist."""
+FASHION_SIZES = {"train": 400, "t10k": 200}
+"""Images of each of the ten classes."""
+STAMPS = {"name": "stamps", "task": "category", "train_size": 2000, "val_size": 1000,
+          "img_size": 128}  # fmt: skip
+DATA = ("elpv", "stamps", "fashion")
+PRECISION_CHECK = (Reduction(), Reduction("ToMe", 0.6), Reduction("EViT in 3 layers, drop", 0.6))
+"""Reductions that also run in float32, on ELPV, to see whether bfloat16 decides anything."""
+MEASURES = ("same degree", "stored", "agreement", "cosine")
+HEADER = ("data", "method", *(f"{100 * cost:.0f} % of the cost" for cost in COSTS),
+          "stored, 60 %", "agreement, 60 %", "cosine, 60 %")  # fmt: skip
+
+
+def pixels(source: Dataset[tuple[Image.Image, int]]) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, side, side] uint8, and their classes [N]."""
+    resize = ResizeImage((IMG_SIZE, IMG_SIZE))
+    pairs = (source[index] for index in range(len(source)))
+    images, labels = zip(*((resize(image), int(label)) for image, label in pairs), strict=True)
+    return torch.stack([tvf.pil_to_tensor(image) for image in images]), torch.tensor(labels)
+
+
+def fashion(part: str) -> tuple[Tensor, Tensor]:
+    """The first images of each class of Fashion-MNIST, as `pixels` returns them."""
+    grey = _read_idx(f"{part}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
+    labels = _read_idx(f"{part}-labels-idx1-ubyte.gz", header=8)
+    first = [np.flatnonzero(labels == number)[: FASHION_SIZES[part]] for number in range(10)]
+    pairs = [(Image.fromarray(grey[i]).convert("RGB"), labels[i]) for i in np.concatenate(first)]
+    return pixels(pairs)
+
+
+def _read_idx(name: str, header: int) -> np.ndarray:
+    return np.frombuffer(gzip.decompress((FASHION / name).read_bytes()), np.uint8, offset=header)
+
+
+@functools.lru_cache(maxsize=1)
+def load_data(data: str, options: Options) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images and classes of the parts "train" and "test"."""
+    if data == "fashion":
+        return {"train": fashion("train"), "test": fashion("t10k")}
+    settings: dict[str, Any] = {"name": "elpv", "task": "defect"}
+    if data == "elpv" and options.elpv:
+        settings["root"] = str(Path(options.elpv).resolve())
+    splits = check_method("data", STAMPS if data == "stamps" else settings).build(0)
+    return {"train": pixels(splits.train), "test": pixels(splits.val)}
+
+
+def resampling(data: str, options: Options) -> Resampling:
+    """Draws of a data set's test images; of stamps all pictures of an object are drawn together."""
+    size = len(features(data, Reduction(), options)["test labels"])
+    if data != "stamps":
+        return Resampling(size, 1)
+    pictures = check_method("data", STAMPS).build(0).val.pictures
+    path = options.out / "zero_training" / data / "objects.json"
+    objects = cached(path, lambda: {"names": [pictures.compose(i).name for i in range(size)]})
+    return Resampling(size, 1, groups=objects["names"])
+
+
+@functools.lru_cache(maxsize=1)
+def backbone(options: Options) -> torch.nn.Module:
+    """The frozen model, without a head."""
+    args = {"img_size": IMG_SIZE, "num_classes": 0}
+    return Backbone(name=BACKBONE, weights=str(options.weights.resolve()), args=args).create()
+
+
+@torch.inference_mode()
+def compute_features(
+    data: str, reduction: Reduction, options: Options, *, precision: str
+) -> dict[str, np.ndarray]:
+    """Class tokens after the final norm of training and test images."""
+    vit = backbone(options)
+    config, share = reduce_config(reduction, vit)
+    model = td.wrap(vit, reduce=config).eval()
+    model.skip_unread_patches = True
+    mean_, std = (torch.tensor(v).view(3, 1, 1) for v in model.anatomy.statistics)
+    autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+    found: dict[str, np.ndarray] = {"share": np.array(share)}
+    for part, (images, labels) in load_data(data, options).items():
+        features = []
+        for batch in images.split(64):
+            with autocast:
+                features.append(model((batch / 255 - mean_) / std).float())
+        found[part], found[f"{part} labels"] = torch.cat(features).numpy(), labels.numpy()
+    return found
+
+
+def features(
+    data: str, reduction: Reduction, options: Options, *, precision: str = "bf16"
+) -> dict[str, np.ndarray]:
+    """What `compute_features` returns, from its file if it was computed before."""
+    path = options.out / "zero_training" / data / f"{reduction.name}-{precision}.npz"
+    return cached(path, lambda: compute_features(data, reduction, options, precision=precision))
+
+
+def compute(data: str, options: Options) -> None:
+    """Compute all features of a data set."""
+    for reduction in reductions(list(FAMILIES)):
+        features(data, reduction, options)
+    if data == "elpv":
+        for reduction in PRECISION_CHECK:
+            features(data, reduction, options, precision="fp32")
+
+
+def predictions(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> np.ndarray:
+    """Classes of test images, by the neighbours among training images."""
+    known, labels, asked = (
+        torch.from_numpy(a) for a in (train["train"], train["train labels"], test["test"])
+    )
+    return predict_classes(known, labels, asked).numpy()
+
+
+def per_image(found: dict[str, np.ndarray], full: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values of `MEASURES` for each test image.
+
+    Args:
+        found: Features at a degree.
+        full: Features at degree 0.
+    """
+    labels = found["test labels"]
+    same, stored = predictions(found, found), predictions(full, found)
+    answers = predictions(full, full)
+    lengths = np.linalg.norm(found["test"], axis=1) * np.linalg.norm(full["test"], axis=1)
+    values = (
+        same == labels,
+        stored == labels,
+        same == answers,
+        (found["test"] * full["test"]).sum(1) / lengths,
+    )
+    return {n: v.astype(np.float64) for n, v in zip(MEASURES, values, strict=True)}
+
+
+def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
+    """The rows of a data set."""
+    full = features(data, Reduction(), options)
+    draws = resampling(data, options)
+    unreduced = per_image(full, full)
+    vit, rows = backbone(options), []
+    for reduction in reductions(list(FAMILIES)):
+        found = features(data, reduction, options)
+        values = per_image(found, full)
+        row: dict[str, Any] = {"data": data, "method": reduction.family, "wanted": reduction.wanted}
+        row["cost"] = float(found["share"])
+        for name in MEASURES:
+            row[name] = _interval(draws, values[name])
+        for name in ("same degree", "stored"):
+            row[f"{name}, minus degree 0"] = _interval(draws, values[name] - unreduced[name])
+        config, _ = reduce_config(reduction, vit)
+        row["reduce"] = to_json("reduce", config) if config else None
+        rows.append(row)
+    return rows
+
+
+def _interval(draws: Resampling, values: np.ndarray) -> Interval:
+    return interval(draws.scores(mean, [values], np.zeros(len(values))))
+
+
+def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The accuracy at degree 0, and for each method its differences to it along the dial.
+
+    Args:
+        rows: The rows of one data set, those of a method in falling order of their cost.
+    """
+    accuracy = f"accuracy at degree 0: {rows[0]['same degree'].percent()}"
+    lines = [(rows[0]["data"], accuracy, *[""] * (len(HEADER) - 2))]
+    for family, of_method in itertools.groupby(rows[1:], key=lambda row: row["method"]):
+        along = list(of_method)
+        differences = [row["same degree, minus degree 0"].percent(sign=True) for row in along]
+        last = along[-1]
+        stored = last["stored, minus degree 0"].percent(sign=True)
+        agreement, cosine = last["agreement"].percent(), f"{last['cosine'].value:.3f}"
+        lines.append((last["data"], family, *differences, stored, agreement, cosine))
+    return lines
+
+
+def precision_rows(options: Options) -> list[dict[str, Any]]:
+    """For some reductions on ELPV: what changes from float32 to bfloat16."""
+    rows = []
+    whole = {p: features("elpv", Reduction(), options, precision=p) for p in ("bf16", "fp32")}
+    for reduction in PRECISION_CHECK:
+        found = {p: features("elpv", reduction, options, precision=p) for p in ("bf16", "fp32")}
+        answers = {p: predictions(each, each) for p, each in found.items()}
+        row: dict[str, Any] = {"method": reduction.family, "cost": float(found["bf16"]["share"])}
+        row["same answers"] = float((answers["bf16"] == answers["fp32"]).mean())
+        for precision, each in found.items():
+            values = per_image(each, whole[precision])
+            row |= {f"{name}, {precision}": float(values[name].mean()) for name in MEASURES}
+        rows.append(row)
+    return rows
+
+
+def main(options: Options) -> None:
+    """Compute the features, and write the table."""
+    in_processes(functools.partial(compute, options=options), DATA, options)
+    by_data = [rows_of(data, options) for data in DATA]
+    rows = list(itertools.chain.from_iterable(by_data))
+    lines = itertools.chain.from_iterable(map(cells, by_data))
+    result = {"costs": COSTS, "rows": plain(rows), "precision": precision_rows(options)}
+    write_table("zero_training", HEADER, lines, result)
