@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 
 from tokendial.demo import cells as demo
 from tokendial.demo import cells_data, run_cells_demo
-from tokendial.demo.cells_report import CellsResults, report_sections
+from tokendial.demo.cells_pictures import _first_missed
+from tokendial.demo.cells_report import report_sections
+from tokendial.demo.cells_results import CellsResults
 from tokendial.demo.cells_scores import answers, balanced_accuracy, gain
 from tokendial.runs import Run, evaluate
 from tokendial.tune.fit_result import FitPoint
@@ -181,8 +183,6 @@ def test_the_compensator_is_judged_at_each_degree(finished, right, said):
 
 
 def test_defects_that_are_missed_first_come_first(finished):
-    from tokendial.demo.cells_report import _first_missed
-
     results = finished.results
     defective = results.cells.defective.nonzero().flatten()
     early, late, never, once = defective[:4]

@@ -12,13 +12,8 @@ from rich.console import Console
 
 from tokendial.compensate import Compensator
 from tokendial.demo.cells_data import find_or_fetch
-from tokendial.demo.cells_report import (
-    CellsResults,
-    FittedSchedule,
-    dial_table,
-    five_rows,
-    report_sections,
-)
+from tokendial.demo.cells_report import dial_table, report_sections
+from tokendial.demo.cells_results import CellsResults, FittedSchedule, five_rows
 from tokendial.demo.cells_scores import (
     CellRow,
     Cells,
@@ -41,7 +36,7 @@ from tokendial.tune import Precision
 
 _DEGREES = 9
 """Number of degrees to show: 0, the trained one in the middle, and others up to its double."""
-_FIT_MINUTES, _FULL_FIT_MINUTES = 1.5, 5.0
+_FIT_MINUTES, _FULL_FIT_MINUTES = 2.0, 5.0
 
 
 def run_cells_demo(out: Path, overrides: tuple[str, ...] = (), *, full: bool = False) -> Path:

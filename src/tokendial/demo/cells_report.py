@@ -1,32 +1,18 @@
 """The report of the solar-cell demo, for readers who do not know what a token is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from tokendial.demo.cells_figures import (
-    GRADES,
-    cell_grid,
-    compensator_gain_figure,
-    dial_with_intervals_figure,
-    merged_areas_figure,
-    most_doubtful,
-    schedules_figure,
-)
-from tokendial.demo.cells_scores import CellRow, Cells, gain
+from tokendial.demo.cells_figures import GRADES
+from tokendial.demo.cells_pictures import draw_figures
+from tokendial.demo.cells_results import CellsResults, five_rows
+from tokendial.demo.cells_scores import CellRow, gain
 from tokendial.measure import Interval
-from tokendial.model.dial_vit import DialViT
-from tokendial.runs.run import Run
 from tokendial.show.report import Section
-from tokendial.tune.fit_result import FitPoint
 
 _UNUSED = 0.1
 """A schedule that leaves more than this fraction of its budget was not searched to the end."""
-_SHOWN, _SHOWN_MERGED = 6, 3
-"""Most cells in a row of pictures, and cells whose merged areas are drawn."""
 _ELPV = (
     "The pictures are ELPV, a benchmark for the visual identification of defective solar cells in "
     "electroluminescence imagery, licence CC BY-NC-SA 4.0: do not use them commercially, and pass "
@@ -41,34 +27,6 @@ _WEIGHTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class FittedSchedule:
-    """A schedule that was fitted to the compute of the highest degree."""
-
-    images: int
-    """Training cells that schedules were compared on."""
-    found: FitPoint
-    """The schedule."""
-    right: Tensor
-    """[N] float, 0 or 1: whether the model is right on each test cell with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class CellsResults:
-    """What the demo found."""
-
-    run: Run
-    """The run of the fine-tuned model."""
-    cells: Cells
-    """The test cells."""
-    rows: list[CellRow]
-    """The degrees of the dial. The first one is degree 0."""
-    compensated: dict[int, Tensor]
-    """For some degrees, [N] float, 0 or 1: whether the model is right with the compensator."""
-    fitted: FittedSchedule
-    """The fitted schedule."""
-
-
 def report_sections(results: CellsResults) -> tuple[list[Section], dict[str, Figure]]:
     """The sections of the report, and its figures by the names of their PNG files."""
     gains = {
@@ -76,7 +34,7 @@ def report_sections(results: CellsResults) -> tuple[list[Section], dict[str, Fig
         for row in results.rows
         if row.degree in results.compensated
     }
-    figures = _figures(results, gains)
+    figures = draw_figures(results, gains)
     sections = [
         _summary(results, gains),
         _task(results, figures),
@@ -407,117 +365,3 @@ def _again(results: CellsResults) -> Section:
             f"{results.run.recipe().to_yaml()}"
         ),
     )
-
-
-def _figures(results: CellsResults, gains: Mapping[int, Interval]) -> dict[str, Figure]:
-    cells, rows = results.cells, results.rows
-    model = results.run.model()
-    figures = {
-        "dial": dial_with_intervals_figure(rows),
-        "task": _task_figure(cells),
-        "areas": merged_areas_figure(model, cells, _cells_to_merge(results), five_rows(rows)),
-        "compensator": compensator_gain_figure(list(gains), list(gains.values())),
-    }
-    figures |= _error_figures(results)
-    figures["schedules"] = schedules_figure(
-        [
-            ("fitted", _areas_left(rows[0].tokens, results.fitted.found.removed)),
-            (f"degree {rows[-1].degree}", _areas_of_degree(model, rows[-1].degree)),
-        ]
-    )
-    return figures
-
-
-def five_rows(rows: Sequence[CellRow]) -> list[CellRow]:
-    """At most five rows, evenly spread, the first and the last among them."""
-    count = min(5, len(rows))
-    return [rows[round(number * (len(rows) - 1) / (count - 1))] for number in range(count)]
-
-
-def _areas_of_degree(model: DialViT, degree: int) -> list[int]:
-    """Areas that enter the first layer, and those that are left after each layer."""
-    shape = model.anatomy.shape
-    left = model.cost(degree).tokens_per_layer
-    return [shape.num_patches, *(count - shape.num_prefix_tokens for count in left)]
-
-
-def _areas_left(start: int, removed: Sequence[int]) -> list[int]:
-    left = [start]
-    for number in removed:
-        left.append(left[-1] - number)
-    return left
-
-
-def _task_figure(cells: Cells) -> Figure:
-    numbers, captions = [], []
-    for grade in (0, 3):
-        for poly in (False, True):
-            kind = (cells.grades == grade) & (cells.poly == poly)
-            numbers += kind.nonzero().flatten()[: _SHOWN // 2].tolist()
-    captions = [
-        f"{GRADES[int(cells.grades[n])]}\n{'poly' if cells.poly[n] else 'mono'}crystalline"
-        for n in numbers
-    ]
-    return cell_grid(cells, numbers, captions, columns=_SHOWN)
-
-
-def _cells_to_merge(results: CellsResults) -> list[int]:
-    """A sound and two defective cells that the model is sure of: what it sees is typical there."""
-    cells, probability = results.cells, results.rows[0].probability
-    sound = most_doubtful(probability, cells.grades == 0, 1, highest=False)
-    defective = most_doubtful(probability, cells.grades == 3, 2, highest=True)
-    return (sound + defective)[:_SHOWN_MERGED]
-
-
-def _error_figures(results: CellsResults) -> dict[str, Figure]:
-    """Pictures of wrong answers; without those of which there are none."""
-    cells, rows = results.cells, results.rows
-    full = rows[0]
-    figures = {}
-    missed = most_doubtful(
-        full.probability, cells.defective & ~full.called_defective, _SHOWN // 2, highest=False
-    )
-    alarms = most_doubtful(
-        full.probability, ~cells.defective & full.called_defective, _SHOWN // 2, highest=True
-    )
-    if missed or alarms:
-        figures["errors"] = cell_grid(
-            cells,
-            missed + alarms,
-            [
-                f"{GRADES[int(cells.grades[n])]}\nmodel: {float(full.probability[n]):.0%} defective"
-                for n in missed + alarms
-            ],
-            columns=_SHOWN,
-            title="Wrong at full compute: defects that are missed, and false alarms",
-        )
-    first = _first_missed(results)
-    if first:
-        figures["missed"] = cell_grid(
-            cells,
-            [number for number, _ in first],
-            [
-                f"missed from degree {row.degree} on\n{float(full.probability[n]):.0%} at 0, "
-                f"{float(row.probability[n]):.0%} at {row.degree}"
-                for n, row in first
-            ],
-            columns=_SHOWN,
-            title="Found at full compute, and missed first as the degree rises",
-        )
-    return figures
-
-
-def _first_missed(results: CellsResults) -> list[tuple[int, CellRow]]:
-    """Defects that are found at degree 0, and the degree from which on they are missed.
-
-    Those that are missed from a low degree on come first.
-    """
-    cells, rows = results.cells, results.rows
-    found = rows[0].called_defective & cells.defective
-    missed: list[tuple[int, CellRow]] = []
-    for index, row in enumerate(rows[1:], start=1):
-        later = torch.stack([other.called_defective for other in rows[index:]]).any(dim=0)
-        lost = found & ~later
-        missed += [(n, row) for n in most_doubtful(row.probability, lost, _SHOWN, highest=False)]
-        found &= ~lost
-    return missed[:_SHOWN]
