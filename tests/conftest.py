@@ -31,6 +31,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 UNTRACED = {
     "benchmarks",
     "data",
+    "demo",
     "serve",
     "show",
     "sweeps",

@@ -31,3 +31,9 @@ def test_the_page_needs_nothing_but_itself():
     assert "a < b" in page.words
     assert len(page.loaded) == 1
     assert page.loaded[0].startswith("data:image/png;base64,")
+
+
+def test_an_empty_line_separates_paragraphs():
+    page = Page(report_html("Report", [Section(title="x", text="one\nline\n\nanother")]))
+    assert page.tags.count("p") == 2
+    assert "another" in page.words

@@ -1,14 +1,17 @@
-"""Measurements: multiply-accumulates, times, and fractions of processed tokens."""
+"""Measurements: multiply-accumulates, times, processed tokens, and confidence intervals."""
 
 from tokendial.measure.cost import Cost, count_macs
+from tokendial.measure.intervals import Interval, bootstrap_interval
 from tokendial.measure.shares import ShareMeter, calibrate
 from tokendial.measure.timing import DISTURBED_SPREAD, Timing, time_in_rounds
 
 __all__ = [
     "DISTURBED_SPREAD",
     "Cost",
+    "Interval",
     "ShareMeter",
     "Timing",
+    "bootstrap_interval",
     "calibrate",
     "count_macs",
     "time_in_rounds",

@@ -28,7 +28,7 @@ class Section:
     title: str
     """Heading of the section."""
     text: str = ""
-    """Paragraph below the heading, as plain text."""
+    """Text below the heading, without markup. An empty line separates paragraphs."""
     header: tuple[str, ...] = ()
     """Column names of the table. Empty: no table."""
     rows: Sequence[Sequence[str]] = ()
@@ -60,7 +60,7 @@ def png(figure: matplotlib.figure.Figure, dpi: int = 110) -> bytes:
 def _section(section: Section) -> str:
     parts = [f"<h2>{html.escape(section.title)}</h2>"]
     if section.text:
-        parts.append(f"<p>{html.escape(section.text)}</p>")
+        parts += [f"<p>{html.escape(text)}</p>" for text in section.text.split("\n\n")]
     if section.header:
         rows = [_row(section.header, "th"), *(_row(row, "td") for row in section.rows)]
         parts.append(f"<table>{''.join(rows)}</table>")
