@@ -11,13 +11,14 @@ from torch import Tensor
 
 import tokendial as td
 from benchmarks.evidence_real.common import Options, cached, train
-from benchmarks.evidence_real.statistics import Resampling
+from tokendial.measure import Resampling
 from tokendial.methods import to_json
 from tokendial.runs import Run
 from tokendial.runs.loaders import eval_loader
 from tokendial.runs.recipe import check_method
 
 SEEDS = (0, 1, 2)
+RESAMPLES = 1000
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6)}
 """Dials of six degrees: at degree r, each of the twelve blocks removes r of 64 patches, as long as
 twice as many are left."""
@@ -139,10 +140,10 @@ def resampling(data: str, options: Options) -> Resampling:
     if data == "elpv":
         one = Classifier(data, "adaptformer", SEEDS[0])
         _, labels = predict(one, Setting(), options)
-        return Resampling(len(labels), len(SEEDS))
+        return Resampling(len(labels), len(SEEDS), resamples=RESAMPLES)
     pictures: Any = check_method("data", data_settings(data, options)).build(0).val
     names = [pictures.pictures.compose(index).name for index in range(len(pictures))]
-    return Resampling(len(names), len(SEEDS), groups=names)
+    return Resampling(len(names), len(SEEDS), groups=names, resamples=RESAMPLES)
 
 
 def _model(folder: Path, dial: str | None) -> td.DialViT:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import tokendial as td
 from benchmarks.evidence_real.common import Options
-from benchmarks.evidence_real.statistics import Interval, Resampling, interval
+from benchmarks.evidence_real.statistics import interval, resampled_scores
 from tokendial.data.readers.images import read_image
+from tokendial.measure import Interval, Resampling
 from tokendial.runs.recipe import check_method
 from tokendial.tasks import BinaryMasks
 from tokendial.tasks.dense_prediction import resize_maps
@@ -108,7 +109,7 @@ def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def over_pictures(by_seed: Sequence[np.ndarray]) -> Interval:
     """Mean of a value for each seed and picture, with its interval; values of NaN are left out."""
     draws = _resampling(len(by_seed[0]), len(by_seed))
-    return interval(draws.scores(_mean, by_seed, np.zeros(len(by_seed[0]))))
+    return interval(resampled_scores(draws, _mean, by_seed, np.zeros(len(by_seed[0]))))
 
 
 _resampling = functools.cache(Resampling)

@@ -22,6 +22,7 @@ from benchmarks.evidence_real.statistics import (
     auroc,
     balanced_accuracy,
     interval,
+    resampled_scores,
 )
 
 DATA = ("elpv", "stamps")
@@ -98,4 +99,6 @@ def replicates(
     ]
     logits, labels = [logits for logits, _ in found], found[0][1]
     draws = resampling(data, options)
-    return {name: draws.scores(metric, logits, labels) for name, metric in METRICS.items()}
+    return {
+        name: resampled_scores(draws, metric, logits, labels) for name, metric in METRICS.items()
+    }

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.evidence_real.common import markdown
-from benchmarks.evidence_real.statistics import Interval
 from benchmarks.report import write_json
 from tokendial.atomic import atomic_write
+from tokendial.measure import Interval
 
 
 def write_table(

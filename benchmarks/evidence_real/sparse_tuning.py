@@ -23,6 +23,7 @@ from benchmarks.evidence_real.statistics import (
     auroc,
     balanced_accuracy,
     interval,
+    resampled_scores,
 )
 from benchmarks.memory import peak_of
 from tokendial.measure import Timing, time_in_rounds
@@ -89,14 +90,16 @@ def row(method: str, side: int, speeds: dict[str, float], options: Options) -> d
     logits, labels = outputs(method)
     draws = resampling("elpv", options)
     scores = [
-        interval(draws.scores(metric, logits, labels))
+        interval(resampled_scores(draws, metric, logits, labels))
         for metric in (accuracy, balanced_accuracy, auroc)
     ]
     cells = [method, str(side), f"{speeds['trained'] / 1e6:.2f}", f"{speeds['gmacs']:.2f}"]
     cells += [score.percent() for score in scores]
     if side == 112 and method != "adaptformer":
         other, _ = outputs("adaptformer")
-        difference = draws.scores(accuracy, logits, labels) - draws.scores(accuracy, other, labels)
+        difference = resampled_scores(draws, accuracy, logits, labels) - resampled_scores(
+            draws, accuracy, other, labels
+        )
         cells.append(interval(difference).percent(sign=True))
     else:
         cells.append("-")

@@ -1,88 +1,40 @@
 """Scores with intervals: bootstrap over images and seeds, paired where models share images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+
+from tokendial.measure import Interval, Resampling, percentile_interval
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 """Score of logits [N, classes] (or per-image values [N]) with labels [N]."""
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A value with the 95 % interval of its bootstrap replicates."""
+def resampled_scores(
+    draws: Resampling, metric: Metric, by_seed: Sequence[np.ndarray], labels: np.ndarray
+) -> np.ndarray:
+    """Mean score over seeds: first of all images and seeds, then of each draw.
 
-    value: float
-    low: float
-    high: float
+    Args:
+        draws: The draws of images and of seeds.
+        metric: The score.
+        by_seed: For each seed the logits (or values) of all test images.
+        labels: Labels of the test images.
 
-    def percent(self, *, sign: bool = False) -> str:
-        """The value and its interval in percent, such as "85.1 (82.0, 87.9)"."""
-        plus = "+" if sign else ""
-        value, low, high = (100 * number for number in (self.value, self.low, self.high))
-        return f"{value:{plus}.1f} ({low:{plus}.1f}, {high:{plus}.1f})"
-
-
-class Resampling:
-    """Random draws, with replacement, of test images and of seeds.
-
-    Two scores that the same `Resampling` computed belong to the same draws. Their difference is a
-    paired comparison: it varies less than each of the two.
+    Returns:
+        [1 + number of draws].
     """
-
-    def __init__(
-        self,
-        num_images: int,
-        num_seeds: int,
-        *,
-        groups: Sequence[str] | None = None,
-        replicates: int = 1000,
-        seed: int = 0,
-    ) -> None:
-        """Draw the images and seeds of each replicate.
-
-        Args:
-            num_images: Images in the test set.
-            num_seeds: Seeds that models were trained with; 1 if nothing was trained.
-            groups: For each image, what it shares with others, such as the object that it shows.
-                Whole groups are drawn then, because images of one object are no independent
-                evidence. None: each image is drawn alone.
-            replicates: Number of draws.
-            seed: Seed of the draws.
-        """
-        rng = np.random.default_rng(seed)
-        names = np.arange(num_images) if groups is None else np.asarray(groups)
-        members = [np.flatnonzero(names == name) for name in np.unique(names)]
-        drawn = rng.integers(len(members), size=(replicates, len(members)))
-        self.images = [np.concatenate([members[group] for group in row]) for row in drawn]
-        self.seeds = rng.integers(num_seeds, size=(replicates, num_seeds))
-
-    def scores(
-        self, metric: Metric, by_seed: Sequence[np.ndarray], labels: np.ndarray
-    ) -> np.ndarray:
-        """Mean score over seeds: first of all images and seeds, then of each draw.
-
-        Args:
-            metric: The score.
-            by_seed: For each seed the logits (or values) of all test images.
-            labels: Labels of the test images.
-
-        Returns:
-            [1 + replicates].
-        """
-        scores = [np.mean([metric(outputs, labels) for outputs in by_seed])]
-        for images, seeds in zip(self.images, self.seeds, strict=True):
-            drawn = labels[images]
-            of_seed = {s: metric(by_seed[s][images], drawn) for s in set(seeds.tolist())}
-            scores.append(np.mean([of_seed[seed] for seed in seeds.tolist()]))
-        return np.array(scores)
+    found = [np.mean([metric(outputs, labels) for outputs in by_seed])]
+    for seeds, images in ((some.tolist(), chosen.numpy()) for some, chosen in draws):
+        drawn = labels[images]
+        of_seed = {seed: metric(by_seed[seed][images], drawn) for seed in set(seeds)}
+        found.append(np.mean([of_seed[seed] for seed in seeds]))
+    return np.array(found)
 
 
-def interval(scores: np.ndarray) -> Interval:
-    """The first score, and the 2.5 % and 97.5 % quantiles of the others, without NaN."""
-    low, high = np.nanquantile(scores[1:], (0.025, 0.975))
-    return Interval(float(scores[0]), float(low), float(high))
+def interval(found: np.ndarray) -> Interval:
+    """The first score, with the 95 % interval of the others."""
+    return percentile_interval(found[0], found[1:].tolist())
 
 
 def mean(values: np.ndarray, _labels: np.ndarray) -> float:

@@ -33,7 +33,7 @@ from benchmarks.evidence_real.mismatch import (
     trainings,
 )
 from benchmarks.evidence_real.results import write_table
-from benchmarks.evidence_real.statistics import balanced_accuracy, interval
+from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
 from tokendial.atomic import atomic_write
 from tokendial.backbones import Backbone
 from tokendial.data import Augment, Unlabelled
@@ -203,4 +203,4 @@ def scores(
             logits, labels = predict(one, setting, options)
             found.append(logits)
     draws = resampling(data, options)
-    return [draws.scores(balanced_accuracy, each, labels) for each in outputs]
+    return [resampled_scores(draws, balanced_accuracy, each, labels) for each in outputs]

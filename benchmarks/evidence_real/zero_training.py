@@ -33,9 +33,10 @@ from benchmarks.evidence_real.matched_costs import (
 )
 from benchmarks.evidence_real.neighbours import predict_classes
 from benchmarks.evidence_real.results import plain, write_table
-from benchmarks.evidence_real.statistics import Interval, Resampling, interval, mean
+from benchmarks.evidence_real.statistics import interval, mean, resampled_scores
 from tokendial.backbones import Backbone
 from tokendial.data.transforms.image import ResizeImage
+from tokendial.measure import Interval, Resampling
 from tokendial.methods import to_json
 from tokendial.runs.recipe import check_method
 
@@ -193,7 +194,7 @@ def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
 
 
 def _interval(draws: Resampling, values: np.ndarray) -> Interval:
-    return interval(draws.scores(mean, [values], np.zeros(len(values))))
+    return interval(resampled_scores(draws, mean, [values], np.zeros(len(values))))
 
 
 def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -12,13 +12,14 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 
 from benchmarks.evidence_real.common import Options, cached
 from benchmarks.evidence_real.statistics import (
-    Resampling,
     accuracy,
     auroc,
     balanced_accuracy,
     interval,
     mean,
+    resampled_scores,
 )
+from tokendial.measure import Resampling
 
 
 @pytest.fixture
@@ -48,8 +49,8 @@ def test_an_interval_holds_the_mean_of_its_population_in_nineteen_of_twenty_samp
     hits = 0
     for trial in range(200):
         sample = rng.normal(size=60)
-        draws = Resampling(60, 1, replicates=300, seed=trial)
-        found = interval(draws.scores(mean, [sample], np.zeros(60)))
+        draws = Resampling(60, 1, resamples=300, seed=trial)
+        found = interval(resampled_scores(draws, mean, [sample], np.zeros(60)))
         assert found.value == pytest.approx(sample.mean())
         hits += found.low <= 0 <= found.high
     assert 0.9 <= hits / 200 <= 0.98
@@ -60,7 +61,7 @@ def test_paired_differences_vary_less_than_their_parts(rng):
     worse = [hard + rng.normal(scale=0.1, size=300) for _ in range(3)]
     better = [values + 0.2 for values in worse]
     draws = Resampling(300, 3)
-    first, second = (draws.scores(mean, values, labels) for values in (worse, better))
+    first, second = (resampled_scores(draws, mean, values, labels) for values in (worse, better))
     difference, alone = interval(second - first), interval(second)
     assert (difference.low, difference.high) == pytest.approx((0.2, 0.2))
     assert alone.high - alone.low > 0.15
@@ -69,8 +70,8 @@ def test_paired_differences_vary_less_than_their_parts(rng):
 def test_the_interval_widens_with_the_spread_of_seeds(rng):
     values, labels = rng.normal(size=100), np.zeros(100, int)
     draws = Resampling(100, 3)
-    alike = interval(draws.scores(mean, [values] * 3, labels))
-    apart = interval(draws.scores(mean, [values - 1, values, values + 1], labels))
+    alike = interval(resampled_scores(draws, mean, [values] * 3, labels))
+    apart = interval(resampled_scores(draws, mean, [values - 1, values, values + 1], labels))
     assert apart.value == pytest.approx(alike.value)
     assert apart.high - apart.low > 2 * (alike.high - alike.low)
 
@@ -79,7 +80,7 @@ def test_images_of_one_object_count_as_one(rng):
     objects, labels = np.repeat(np.arange(40), 5), np.zeros(200, int)
     values = [np.repeat(rng.normal(size=40), 5)]
     single, grouped = (
-        interval(Resampling(200, 1, groups=groups).scores(mean, values, labels))
+        interval(resampled_scores(Resampling(200, 1, groups=groups), mean, values, labels))
         for groups in (None, objects)
     )
     assert grouped.value == pytest.approx(single.value)

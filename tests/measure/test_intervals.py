@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from tokendial.measure.intervals import bootstrap_interval
+from tokendial.measure.intervals import (
+    Interval,
+    Resampling,
+    bootstrap_interval,
+    percentile_interval,
+)
 
 
 def mean(values):
@@ -76,3 +81,28 @@ def test_the_seed_decides():
 def test_bad_input_is_refused_in_one_line(samples, settings, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(lambda *values: torch.zeros(()), *samples, **settings)
+
+
+def test_groups_are_drawn_whole():
+    groups = ["owl", "cup", "owl", "cup", "cup"]
+    for runs, images in Resampling(5, 3, groups=groups, resamples=50):
+        assert runs.shape == (3,)
+        drawn = [groups[image] for image in images]
+        assert drawn.count("owl") % 2 == 0
+        assert drawn.count("cup") % 3 == 0
+        assert drawn.count("owl") / 2 + drawn.count("cup") / 3 == 2
+
+
+def test_groups_must_name_every_image():
+    with pytest.raises(ValueError, match="groups must name 5 images, got 2."):
+        Resampling(5, groups=["owl", "cup"])
+
+
+def test_resamples_without_a_score_are_left_out():
+    interval = percentile_interval(0.5, [0.1, float("nan"), 0.9], level=0.5)
+    assert (interval.low, interval.high) == pytest.approx((0.3, 0.7))
+
+
+def test_an_interval_is_shown_in_percent():
+    assert Interval(0.851, 0.82, 0.8789).percent() == "85.1 (82.0, 87.9)"
+    assert Interval(0.01, -0.02, 0.04).percent(sign=True) == "+1.0 (-2.0, +4.0)"

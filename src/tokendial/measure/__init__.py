@@ -1,7 +1,12 @@
 """Measurements: multiply-accumulates, times, processed tokens, and confidence intervals."""
 
 from tokendial.measure.cost import Cost, count_macs
-from tokendial.measure.intervals import Interval, bootstrap_interval
+from tokendial.measure.intervals import (
+    Interval,
+    Resampling,
+    bootstrap_interval,
+    percentile_interval,
+)
 from tokendial.measure.shares import ShareMeter, calibrate
 from tokendial.measure.timing import DISTURBED_SPREAD, Timing, time_in_rounds
 
@@ -9,10 +14,12 @@ __all__ = [
     "DISTURBED_SPREAD",
     "Cost",
     "Interval",
+    "Resampling",
     "ShareMeter",
     "Timing",
     "bootstrap_interval",
     "calibrate",
     "count_macs",
+    "percentile_interval",
     "time_in_rounds",
 ]
