@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "splits": set(),
     "sets": {"sets", "transforms", "readers", "splits"},
     "check": {"sets", "readers"},
+    "packages": set(),
 }
 
 
