@@ -178,8 +178,14 @@ def test_another_wheel_from_the_index_is_refused(cells, tmp_path, monkeypatch):
 
 
 def without_pip(monkeypatch, uv):
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "has_pip", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: uv)
+
+
+def test_looking_for_pip_leaves_setuptools_importable():
+    """Catches a look through importlib's finders, where setuptools' own acts on "pip"."""
+    code = "from tokendial.data.packages import has_pip; has_pip(); import setuptools"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_uv_checks_the_hash_where_pip_is_missing(cells, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
@@ -133,12 +133,23 @@ def _opened(package: PinnedPackage, wheel: Path | None) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if wheel is None and find_spec("pip") is None:
+        if wheel is None and not has_pip():
             _install_by_uv(package, folder)
         else:
             wheel = wheel or _download(package, folder)
             _unpack(wheel, package.inside, folder)
         yield folder
+
+
+def has_pip() -> bool:
+    """Whether pip is installed in this environment."""
+    # importlib's find_spec would make setuptools believe that pip runs, and break its import, which
+    # torch.compile needs (Python 3.11).
+    try:
+        version("pip")
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _unpack(wheel: Path, inside: str, folder: Path) -> None:
