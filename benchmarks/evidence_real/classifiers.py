@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 import tokendial as td
-from benchmarks.evidence_real.common import Options, cached, train
+from benchmarks.evidence_real.common import SEEDS, Options, cached, train
 from tokendial.measure import Resampling
 from tokendial.methods import to_json
 from tokendial.runs import Run
 from tokendial.runs.loaders import eval_loader
 from tokendial.runs.recipe import check_method
 
-SEEDS = (0, 1, 2)
 RESAMPLES = 1000
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6)}
 """Dials of six degrees: at degree r, each of the twelve blocks removes r of 64 patches, as long as

@@ -13,12 +13,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from tokendial.atomic import atomic_write
+from tokendial.backbones import Backbone
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 BACKBONE = "vit_small_patch14_dinov2"
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,27 @@ def train(
     folder = options.out / "runs" / name
     done = folder / "finished"
     if not done.exists():
-        words = [sys.executable, "-m", "tokendial.cli", command, recipe, f"output={folder}"]
-        words += [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        words += ["train.trackers=[]"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        if ended.returncode:
-            raise ValueError(f"{name}: {ended.stderr.strip() or ended.stdout.strip()}")
+        fields = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        run_tokendial(command, recipe, f"output={folder}", *fields, "train.trackers=[]")
         done.touch()
         print(name, flush=True)
     return folder
+
+
+def frozen_backbone(img_size: int, options: Options) -> VisionTransformer:
+    """The pre-trained model without a head, in evaluation mode."""
+    args = {"img_size": img_size, "num_classes": 0}
+    weights = str(options.weights.resolve())
+    return Backbone(name=BACKBONE, weights=weights, args=args).create().eval()
+
+
+def run_tokendial(*words: str) -> None:
+    """Run a command of Tokendial with one thread. A ValueError has its error if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tokendial.cli", *words]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise ValueError(f"{' '.join(words)}: {ended.stderr.strip() or ended.stdout.strip()}")
 
 
 def cached(path: Path, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

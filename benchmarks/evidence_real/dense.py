@@ -9,16 +9,18 @@ picture are left out, since a mask of a few pixels overlaps by chance. All is co
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import tokendial as td
-from benchmarks.evidence_real.common import Options, cached, in_processes
+from benchmarks.evidence_real.common import (
+    Options,
+    cached,
+    in_processes,
+    run_tokendial,
+)
 from benchmarks.evidence_real.masks import (
     MEASURES,
     SQUARES,
@@ -51,14 +53,9 @@ def focus_run(options: Options) -> Path:
     """Folder of the run with the saliency model, which is converted if it is missing."""
     folder = options.out / "runs" / "focus"
     if not Run(folder).best.exists():
-        words = [sys.executable, "-m", "tokendial.cli", "weights", "convert", str(options.onnx)]
-        words += ["--recipe", "real/focus", "--out", str(folder)]
-        words += [
-            f"model.weights={options.weights.resolve()}",
-            f"data.root={options.cutouts.resolve()}",
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
+        words = ["weights", "convert", str(options.onnx), "--recipe", "real/focus"]
+        words += ["--out", str(folder), f"model.weights={options.weights.resolve()}"]
+        run_tokendial(*words, f"data.root={options.cutouts.resolve()}")
     return folder
 
 

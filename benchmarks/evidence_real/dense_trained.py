@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads
+from benchmarks.evidence_real.common import SEEDS, Options, cached, in_processes, in_threads
 from benchmarks.evidence_real.mask_models import (
     FULL,
     KINDS,
     LINEAR,
     PARTS,
-    SEEDS,
     MaskModel,
     degrees_to_run,
     trained_models,

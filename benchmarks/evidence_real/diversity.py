@@ -17,20 +17,18 @@ from typing import Any
 import numpy as np
 
 import tokendial as td
-from benchmarks.evidence_real.common import BACKBONE, Options, cached, in_processes
+from benchmarks.evidence_real.common import SEEDS, Options, cached, frozen_backbone, in_processes
 from benchmarks.evidence_real.mask_models import (
     FULL,
     KINDS,
     LINEAR,
     PARTS,
-    SEEDS,
     MaskModel,
     degrees_to_run,
 )
 from benchmarks.evidence_real.masks import IMG_SIZE, over_pictures, test_pairs
 from benchmarks.evidence_real.matched_costs import DEPTH, Reduction, reduce_config
 from benchmarks.evidence_real.results import plain, write_table
-from tokendial.backbones import Backbone
 from tokendial.data.transforms.masks import MaskAugment
 from tokendial.measure.diversity import attention_diversity
 from tokendial.tasks import BinaryMasks
@@ -74,9 +72,7 @@ class Variant:
             model.set_degree(degrees_to_run(self.trained, options)[self.position])
             return model
         assert self.reduction is not None
-        args = {"img_size": IMG_SIZE, "num_classes": 0}
-        weights = str(options.weights.resolve())
-        vit = Backbone(name=BACKBONE, weights=weights, args=args).create()
+        vit = frozen_backbone(IMG_SIZE, options)
         return td.wrap(vit, reduce=reduce_config(self.reduction, vit)[0]).eval()
 
     def measure(self, options: Options) -> dict[str, np.ndarray]:

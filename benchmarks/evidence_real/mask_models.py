@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 import tokendial as td
-from benchmarks.evidence_real.common import Options, cached, train
+from benchmarks.evidence_real.common import SEEDS, Options, cached, train
 from benchmarks.evidence_real.masks import predict_masks, test_pairs
 from tokendial.measure import ShareMeter
 from tokendial.runs import Run
 
-SEEDS = (0, 1, 2)
 CHEAP = 0.6
 """Cost at which models with DAR run, too, as a share of the cost of `LINEAR`."""
 RECIPE = "real/saliency/dar"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tokendial as td
 from benchmarks.evidence_real.common import Options
-from benchmarks.evidence_real.statistics import interval, resampled_scores
+from benchmarks.evidence_real.statistics import interval, mean, resampled_scores
 from tokendial.data.readers.images import read_image
 from tokendial.measure import Interval, Resampling
 from tokendial.runs.recipe import check_method
@@ -109,14 +109,10 @@ def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def over_pictures(by_seed: Sequence[np.ndarray]) -> Interval:
     """Mean of a value for each seed and picture, with its interval; values of NaN are left out."""
     draws = _resampling(len(by_seed[0]), len(by_seed))
-    return interval(resampled_scores(draws, _mean, by_seed, np.zeros(len(by_seed[0]))))
+    return interval(resampled_scores(draws, mean, by_seed, np.zeros(len(by_seed[0]))))
 
 
 _resampling = functools.cache(Resampling)
-
-
-def _mean(values: np.ndarray, _labels: np.ndarray) -> float:
-    return float(np.nanmean(values))
 
 
 def score_intervals(

@@ -9,13 +9,12 @@ import numpy as np
 
 from benchmarks.evidence_real.classifiers import (
     DIALS,
-    SEEDS,
     Classifier,
     Setting,
     predict,
     resampling,
 )
-from benchmarks.evidence_real.common import Options, in_processes, in_threads
+from benchmarks.evidence_real.common import SEEDS, Options, in_processes, in_threads
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import (
     Metric,

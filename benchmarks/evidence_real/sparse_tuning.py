@@ -10,13 +10,12 @@ import torch
 
 import tokendial as td
 from benchmarks.evidence_real.classifiers import (
-    SEEDS,
     Classifier,
     Setting,
     predict,
     resampling,
 )
-from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads
+from benchmarks.evidence_real.common import SEEDS, Options, cached, in_processes, in_threads
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import (
     accuracy,

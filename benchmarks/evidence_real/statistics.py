@@ -38,8 +38,8 @@ def interval(found: np.ndarray) -> Interval:
 
 
 def mean(values: np.ndarray, _labels: np.ndarray) -> float:
-    """Mean of one value for each image."""
-    return float(values.mean())
+    """Mean of one value for each image, without NaN."""
+    return float(np.nanmean(values))
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

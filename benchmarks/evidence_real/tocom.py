@@ -16,15 +16,22 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+import tokendial as td
 from benchmarks.evidence_real.classifiers import (
     DIALS,
-    SEEDS,
     Classifier,
     Setting,
     predict,
     resampling,
 )
-from benchmarks.evidence_real.common import BACKBONE, Options, in_processes, in_threads, train
+from benchmarks.evidence_real.common import (
+    SEEDS,
+    Options,
+    frozen_backbone,
+    in_processes,
+    in_threads,
+    train,
+)
 from benchmarks.evidence_real.mismatch import (
     DATA,
     METHODS,
@@ -35,7 +42,6 @@ from benchmarks.evidence_real.mismatch import (
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
 from tokendial.atomic import atomic_write
-from tokendial.backbones import Backbone
 from tokendial.data import Augment, Unlabelled
 from tokendial.data.transforms.image import eval_transform, on_image
 from tokendial.methods import to_json
@@ -77,8 +83,8 @@ def cluster_head(options: Options) -> Path:
     """Weights of the backbone with a head whose classes are clusters of unlabelled pictures.
 
     The clusters are those of k-means on the features of the pictures. The logit of a cluster is
-    minus half of the squared distance to its centre, over the mean squared distance of a picture to
-    its own centre, so that most pictures have a few likely clusters.
+    minus half of the squared distance to its centre, over a quarter of the mean squared distance of
+    a picture to its own centre, so that most pictures have a few likely clusters.
     """
     path = options.out / "cluster_head.safetensors"
     if path.exists():
@@ -102,9 +108,10 @@ def cluster_head(options: Options) -> Path:
 @torch.inference_mode()
 def _features(options: Options) -> np.ndarray:
     """Features [N, D] of unlabelled pictures, as the head reads them."""
-    args = {"img_size": 112, "num_classes": 0}
-    vit: Any = Backbone(name=BACKBONE, weights=str(options.weights), args=args).create().eval()
-    transform = on_image(eval_transform(Augment(test_crop_ratio=1.0), (112, 112), *_STATISTICS))
+    vit = frozen_backbone(112, options)
+    anatomy = td.wrap(vit).anatomy
+    augment = Augment(test_crop_ratio=1.0)
+    transform = on_image(eval_transform(augment, anatomy.image_size, *anatomy.statistics))
     data = Unlabelled(root=str(options.pictures), val_every=2).build(0).train
     chosen = np.random.default_rng(0).permutation(len(data))[:CLUSTERED].tolist()
     subset = torch.utils.data.Subset(data, chosen)
@@ -113,9 +120,6 @@ def _features(options: Options) -> np.ndarray:
         with torch.autocast("cpu", torch.bfloat16):
             found.append(vit(images).float())
     return torch.cat(found).numpy()
-
-
-_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def best_scale(

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tvf
 
 import tokendial as td
-from benchmarks.evidence_real.common import BACKBONE, Options, cached, in_processes
+from benchmarks.evidence_real.common import Options, cached, frozen_backbone, in_processes
 from benchmarks.evidence_real.matched_costs import (
     COSTS,
     FAMILIES,
@@ -34,7 +34,6 @@ from benchmarks.evidence_real.matched_costs import (
 from benchmarks.evidence_real.neighbours import predict_classes
 from benchmarks.evidence_real.results import plain, write_table
 from benchmarks.evidence_real.statistics import interval, mean, resampled_scores
-from tokendial.backbones import Backbone
 from tokendial.data.transforms.image import ResizeImage
 from tokendial.measure import Interval, Resampling
 from tokendial.methods import to_json
@@ -101,9 +100,8 @@ def resampling(data: str, options: Options) -> Resampling:
 
 @functools.lru_cache(maxsize=1)
 def backbone(options: Options) -> torch.nn.Module:
-    """The frozen model, without a head."""
-    args = {"img_size": IMG_SIZE, "num_classes": 0}
-    return Backbone(name=BACKBONE, weights=str(options.weights.resolve()), args=args).create()
+    """The frozen model, which is built once in a process."""
+    return frozen_backbone(IMG_SIZE, options)
 
 
 @torch.inference_mode()
