@@ -21,7 +21,7 @@ RESAMPLES = 1000
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6)}
 """Dials of six degrees: at degree r, each of the twelve blocks removes r of 64 patches, as long as
 twice as many are left."""
-EPOCHS = {("elpv", 112): 6, ("elpv", 224): 8, ("stamps", 112): 4}
+EPOCHS = {("elpv", 112): 4, ("elpv", 224): 8, ("stamps", 112): 4}
 """Epochs by data set and image size."""
 RECIPES = {"dense_adapter": "sparse_tuning"}
 """Recipe of a method that has none of its own: Sparse-Tuning without its reduction."""

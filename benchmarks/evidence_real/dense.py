@@ -35,13 +35,7 @@ from benchmarks.evidence_real.matched_costs import Reduction, reduce_config, red
 from benchmarks.evidence_real.results import plain, write_table
 from tokendial.runs import Run
 
-FAMILIES = (
-    "ToMe",
-    "ToMe, random pairs",
-    "FFN merging",
-    "EViT in 3 layers, fuse",
-    "EViT in 3 layers, drop",
-)
+FAMILIES = ("ToMe", "FFN merging", "EViT in 3 layers, fuse")
 PICTURES = ("cutouts", "photographs")
 _SMALLEST = 0.01
 """Fraction of a photograph that its mask covers at least."""

@@ -27,12 +27,14 @@ from benchmarks.evidence_real.mask_models import (
     degrees_to_run,
 )
 from benchmarks.evidence_real.masks import IMG_SIZE, over_pictures, test_pairs
-from benchmarks.evidence_real.matched_costs import DEPTH, Reduction, reduce_config
+from benchmarks.evidence_real.matched_costs import Reduction, reduce_config
 from benchmarks.evidence_real.results import plain, write_table
 from tokendial.data.transforms.masks import MaskAugment
 from tokendial.measure.diversity import attention_diversity
 from tokendial.tasks import BinaryMasks
 
+DEPTH = 12
+"""Layers of the backbone."""
 PICTURES = 100
 REDUCTIONS = (
     Reduction(),

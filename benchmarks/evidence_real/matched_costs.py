@@ -1,7 +1,6 @@
 """Reduction methods that need no training, each set to a wanted share of the full cost."""
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,6 @@ from torch import nn
 import tokendial as td
 from tokendial.reduce import ReducerConfig
 
-DEPTH = 12
-"""Layers of the backbone."""
 COSTS = (0.9, 0.8, 0.7, 0.6)
 """Wanted multiply-accumulates, as shares of those at degree 0."""
 _KEEP_RATES = tuple(percent / 100 for percent in range(99, 4, -1))
@@ -20,16 +17,6 @@ _KEEP_RATES = tuple(percent / 100 for percent in range(99, 4, -1))
 
 def _tome(patches: int, **settings: Any) -> list[ReducerConfig]:
     return [td.ToMe(r=r, **settings) for r in range(1, patches // 2 + 1)]
-
-
-def _tome_sloped(patches: int, *, rising: bool) -> list[ReducerConfig]:
-    """ToMe with inflection 1 or -1, as lists: so the number of merged tokens has fine steps."""
-    settings: list[ReducerConfig] = []
-    for merged in range(1, 2 * patches):
-        slope = range(DEPTH) if rising else range(DEPTH - 1, -1, -1)
-        reached = [round(merged * part / sum(slope)) for part in itertools.accumulate(slope)]
-        settings.append(td.ToMe(r=[b - a for a, b in itertools.pairwise([0, *reached])]))
-    return settings
 
 
 def _ffn_merge(patches: int) -> list[ReducerConfig]:
@@ -48,8 +35,6 @@ def _evit_each(patches: int, **settings: Any) -> list[ReducerConfig]:
 
 FAMILIES: dict[str, Callable[[int], list[ReducerConfig]]] = {
     "ToMe": _tome,
-    "ToMe, more in late layers": functools.partial(_tome_sloped, rising=True),
-    "ToMe, more in early layers": functools.partial(_tome_sloped, rising=False),
     "ToMe, random pairs": functools.partial(_tome, matching="random"),
     "FFN merging": _ffn_merge,
     "EViT in 3 layers, fuse": _evit_layers,

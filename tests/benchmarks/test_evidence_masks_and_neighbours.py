@@ -63,14 +63,6 @@ def test_every_method_reaches_the_highest_and_the_lowest_cost(family):
         assert share == pytest.approx(wanted, abs=0.05)
 
 
-def test_sloped_schedules_merge_more_where_they_say():
-    vit = tiny_vit()
-    late, _ = reduce_config(Reduction("ToMe, more in late layers", 0.8), vit)
-    early, _ = reduce_config(Reduction("ToMe, more in early layers", 0.8), vit)
-    assert sum(late.r[:6]) < sum(late.r) / 3
-    assert sum(early.r[6:]) < sum(early.r) / 3
-
-
 def test_the_cost_of_a_decoder_counts():
     vit = tiny_vit()
     decode = td.DARDecoder(channels=64)
