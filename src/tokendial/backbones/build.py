@@ -40,7 +40,7 @@ _IMAGENET_CLASSES = 1000
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _FRESH = {"classifier", "cls_classifier", "distillation_classifier", "pooler", "mask_token"}
 """Parts of transformers' models that may be random after loading: heads and unused parts."""
-_SUPPORTED = (
+SUPPORTED = (
     "timm's VisionTransformer built of the standard pre-norm Block (ViT, DeiT, also distilled, "
     "DeiT-III, DINO, DINOv2 with or without registers, MAE, AugReg, CLIP and SigLIP image towers), "
     "timm's Eva (EVA-02, DINOv3, Perception Encoder), and ViT, DeiT, Dinov2, Dinov2WithRegisters "
@@ -260,7 +260,7 @@ def anatomy_of(vit: nn.Module) -> Anatomy:
     else:
         kind = TimmViT
     if problem := kind.problem(vit):
-        raise ValueError(f"This model is not supported: {problem}. Supported are {_SUPPORTED}.")
+        raise ValueError(f"This model is not supported: {problem}. Supported are {SUPPORTED}.")
     return kind(vit)
 
 

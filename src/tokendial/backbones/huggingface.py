@@ -154,7 +154,7 @@ class HuggingFaceViT(Anatomy):
         return Tokens(x, x.shape[1] - grid[0] * grid[1], grid)
 
     def _part(self, layer: int, name: str) -> Any:
-        return getattr(self.blocks[layer - 1], name)
+        return getattr(self.block(layer), name)
 
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         return self._part(layer, self.names.norm1)(x_BND)  # type: ignore[no-any-return]
