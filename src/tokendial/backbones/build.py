@@ -14,7 +14,8 @@ from torch import nn
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.checkpoints import read_checkpoint
-from tokendial.backbones.huggingface import CLASSES, HuggingFaceViT
+from tokendial.backbones.huggingface import HuggingFaceViT
+from tokendial.backbones.huggingface_names import CLASSES
 from tokendial.backbones.loading import load_weights, warn_of_unused_weights
 from tokendial.backbones.pooling import QueryPooling, video_vit
 from tokendial.backbones.timm_eva import TimmEva
