@@ -88,6 +88,13 @@ class Anatomy(ABC):
             ValueError: If the size of the images or the number of frames does not fit the model.
         """
 
+    def enter_block(self, layer: int, tokens: Tokens) -> Tokens:
+        """What the model does to the tokens before block `layer`, outside of its blocks.
+
+        Most models do nothing; YOLOS adds positions again.
+        """
+        return tokens
+
     @abstractmethod
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         """The input of the attention of `layer`: the normalised tokens."""
