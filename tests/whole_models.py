@@ -210,7 +210,7 @@ def _call(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
 
 
 _CLIP = _outputs("logits_per_image", "image_embeds", "text_embeds", input_ids=WORDS)
-_SIGLIP = {"vision_config": VISION, "text_config": TEXT}
+_SIGLIP = {"vision_config": VISION, "text_config": TEXT | {"projection_size": 48}}
 WHOLE: dict[str, WholeModel] = {
     "CLIP": WholeModel(
         _of_config("CLIPModel", vision_config=VISION, text_config=TEXT, projection_dim=24), _CLIP
@@ -222,6 +222,7 @@ WHOLE: dict[str, WholeModel] = {
             timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear"
         ),
         _encode_image,
+        (224, 224),
     ),
     "ViT features": WholeModel(_of_config("ViTModel", **VISION), _hidden()),
     "ViT classifier": WholeModel(
@@ -257,7 +258,7 @@ WHOLE: dict[str, WholeModel] = {
     ),
     "OWLv2": WholeModel(
         _of_config(
-            "Owlv2ForObjectDetection", vision_config=VISION, text_config=TEXT, projection_dim=24
+            "Owlv2ForObjectDetection", vision_config=VISION, text_config=TEXT, projection_dim=32
         ),
         _outputs("logits", "pred_boxes", input_ids=WORDS),
     ),

@@ -208,10 +208,11 @@ class Tokens:
     carried: dict[str, Tensor] = field(default_factory=dict)
     """Named features [B, N, *] that follow the tokens through each reduction."""
     rope: Tensor | None = None
-    """Rotary table of the backbone over the original patches; None: the backbone has none."""
+    """Table of positions that the backbone reads in its blocks: the rotary table over the original
+    patches, or what YOLOS adds between blocks. None: the backbone reads none."""
     position: Tensor | None = None
-    """[B, L] the patch whose rotary position each patch token has. A token that absorbs others
-    keeps its own. None: no reduction yet, or no rotary table."""
+    """[B, L] the patch whose row of `rope` each patch token has. A token that absorbs others keeps
+    its own. None: no reduction yet, or no table."""
     policy: Tensor | None = None
     """[B, N] 1 for tokens that attention sees, 0 for dropped ones, in training with masks; None:
     attention sees all."""

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from examples import images
+from transformers.models.yolos.modeling_yolos import YolosLayer
 from zoo import EVERY, TIMM, backbone, own_output
 
 import tokendial as td
@@ -20,6 +21,18 @@ POOLING_PATCHES = {
     "hf dinov2",
     "hf dinov2 registers",
     "hf clip classifier",
+    "hf siglip",
+    "hf siglip headless",
+    "hf siglip classifier",
+    "hf siglip2",
+    "hf siglip2 classifier",
+    "hf ijepa",
+    "hf ijepa classifier",
+    "hf vitpose",
+    "naflex",
+    "naflex map",
+    "naflex factorized",
+    "naflex dinov3",
 }
 
 
@@ -36,7 +49,8 @@ def test_degree_0_equals_the_model_itself(name, square):
 def last_ffn_tokens(model, pictures):
     """Logits, and how many tokens of an image the last block's FFN saw."""
     counts = []
-    last = model.anatomy.blocks[-1].mlp
+    last = model.anatomy.blocks[-1]
+    last = last.intermediate if isinstance(last, YolosLayer) else last.mlp
     hook = last.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[-2]))
     logits = model(pictures)
     hook.remove()

@@ -4,11 +4,11 @@ from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.build import (
     SHIPPED_NAME,
     Backbone,
-    anatomy_of,
     fingerprint,
     same_backbone,
 )
 from tokendial.backbones.convert import ConvertedWeights, convert_weights
+from tokendial.backbones.kinds import anatomy_of
 from tokendial.backbones.loading import load_weights
 from tokendial.backbones.pooling import new_head, video_vit
 

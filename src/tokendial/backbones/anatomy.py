@@ -102,7 +102,7 @@ class Anatomy(ABC):
 
     @property
     def num_suffix_tokens(self) -> int:
-        """Number of tokens behind the patches, such as YOLOS' detection tokens."""
+        """How many of the prefix tokens stand behind the patches in the model's own order."""
         return 0
 
     def rope_in_call(self, *arguments: Any, **named: Any) -> Tensor | None:
@@ -122,6 +122,13 @@ class Anatomy(ABC):
                 "degree to 0 for masked inputs."
             )
         return None
+
+    def enter_block(self, layer: int, tokens: Tokens) -> Tokens:
+        """What the model does to the tokens before block `layer`, outside of its blocks.
+
+        Most models do nothing; YOLOS adds positions again.
+        """
+        return tokens
 
     @abstractmethod
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:

@@ -9,18 +9,15 @@ from typing import Any
 
 import timm
 from huggingface_hub.errors import HfHubHTTPError
-from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from torch import nn
 
-from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.checkpoints import read_checkpoint
-from tokendial.backbones.huggingface import CLASSES, HuggingFaceViT
-from tokendial.backbones.loading import load_weights, warn_of_unused_weights
+from tokendial.backbones.huggingface_names import CLASSES
+from tokendial.backbones.kinds import TORCHVISION, TRANSFORMERS, anatomy_of
+from tokendial.backbones.loading import load_own_names, load_weights, warn_of_unused_weights
 from tokendial.backbones.pooling import QueryPooling, video_vit
-from tokendial.backbones.timm_eva import TimmEva
-from tokendial.backbones.timm_video import TimmFrames, TimmTubelets
-from tokendial.backbones.timm_vit import TimmViT
-from tokendial.backbones.videomae import TubeletEmbed
+from tokendial.backbones.torchvision_vit import create_torchvision, torchvision_arguments
 from tokendial.errors import error_message
 from tokendial.extras import check_installed
 from tokendial.hub import cached_file, hub_problem
@@ -35,17 +32,10 @@ SHIPPED_ARGS: dict[str, Any] = {
     "num_heads": 3,
     "num_classes": 10,
 }
-_TRANSFORMERS = "transformers."
 _IMAGENET_CLASSES = 1000
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _FRESH = {"classifier", "cls_classifier", "distillation_classifier", "pooler", "mask_token"}
 """Parts of transformers' models that may be random after loading: heads and unused parts."""
-SUPPORTED = (
-    "timm's VisionTransformer built of the standard pre-norm Block (ViT, DeiT, also distilled, "
-    "DeiT-III, DINO, DINOv2 with or without registers, MAE, AugReg, CLIP and SigLIP image towers), "
-    "timm's Eva (EVA-02, DINOv3, Perception Encoder), and ViT, DeiT, Dinov2, Dinov2WithRegisters "
-    "and CLIPVisionModel of transformers; for clips, models of video_vit and videomae_*"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +43,17 @@ class Backbone:
     """The name, arguments and weights of a model: all that is needed to build it again."""
 
     name: str
-    """A model name of timm, "scenes_vit" (the small model that ships with Tokendial), or
-    "transformers.CLASS"."""
+    """A model name of timm, "scenes_vit" (the small model that ships with Tokendial),
+    "transformers.CLASS", "torchvision.VisionTransformer", or a builder of torchvision, such as
+    "torchvision.vit_b_16"."""
     weights: str | None = "pretrained"
     """Source of the weights. "pretrained": timm's, from the hub. "shipped": those of "scenes_vit".
     None: random. A path: a checkpoint in torch's or safetensors' format, or a folder with one. For
-    a class of transformers: the name or folder that its `from_pretrained` takes."""
+    a class of transformers: the name or folder that its `from_pretrained` takes. For torchvision:
+    None or a file."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the timm model, such as img_size, num_classes and drop_path_rate, or fields of
-    the transformers configuration."""
+    """Arguments of the model of timm or torchvision, such as img_size, num_classes and
+    drop_path_rate, or fields of the transformers configuration."""
     frames: int | None = None
     """Frames per clip of a video model; `video_vit` turns an image model into one. None: the model
     takes images, or it is a video model with its own number of frames."""
@@ -73,20 +65,28 @@ class Backbone:
         A timm model that was built by its class instead of `timm.create_model` has no name. To load
         a model that was saved with it, pass the backbone to `load` again.
         """
-        if type(vit).__module__.startswith(_TRANSFORMERS):
+        if type(vit).__module__.startswith(TRANSFORMERS):
             args = vit.config.to_diff_dict()
             weights = vit.config.name_or_path or None
             if weights and Path(weights).is_dir():
                 weights = str(Path(weights).resolve())
-            return cls(name=f"{_TRANSFORMERS}{type(vit).__name__}", weights=weights, args=args)
+            return cls(name=f"{TRANSFORMERS}{type(vit).__name__}", weights=weights, args=args)
+        if type(vit).__module__.startswith(TORCHVISION):
+            # A model of torchvision does not say which weights it has.
+            name = f"{TORCHVISION}{type(vit).__name__}"
+            return cls(name=name, weights=None, args=torchvision_arguments(vit))
         cfg: Any = getattr(vit, "pretrained_cfg", {"architecture": type(vit).__name__})
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
         # timm stores the arguments of create_model here. A model may have changed since, so the
         # arguments that change shapes are read from the model itself.
         args = dict(getattr(vit, "_model_args", {})) | {
-            "img_size": tuple(vit.patch_embed.img_size),
             "num_classes": vit.num_classes,
             "global_pool": vit.global_pool,
+        }
+        if isinstance(vit, NaFlexVit):
+            return cls(name=f"{cfg['architecture']}{tag}", args=args)
+        args |= {
+            "img_size": tuple(vit.patch_embed.img_size),
             "dynamic_img_size": vit.dynamic_img_size,
         }
         frames = vit.head.frames if isinstance(vit.head, QueryPooling) else None
@@ -94,7 +94,7 @@ class Backbone:
 
     def with_head(self, num_classes: int) -> "Backbone":
         """Return the same backbone with a head for `num_classes` classes."""
-        name = "num_labels" if self.name.startswith(_TRANSFORMERS) else "num_classes"
+        name = "num_labels" if self.name.startswith(TRANSFORMERS) else "num_classes"
         return replace(self, args=dict(self.args) | {name: num_classes})
 
     def head_size(self) -> int | None:
@@ -115,8 +115,10 @@ class Backbone:
             ValueError: If the model is unknown or not supported, an argument does not fit, a
                 package is missing, or the weights belong to another model.
         """
-        if self.name.startswith(_TRANSFORMERS):
+        if self.name.startswith(TRANSFORMERS):
             return self._create_transformers()
+        if self.name.startswith(TORCHVISION):
+            return self._create_torchvision()
         args = dict(self.args)
         if self.frames is None:
             vit = self._create_timm(args)
@@ -127,7 +129,7 @@ class Backbone:
             image = self._create_timm(args | {"num_classes": 0, "global_pool": ""})
             vit = video_vit(image, frames=self.frames, num_classes=num_classes)
         anatomy_of(vit)
-        if "img_size" in args:
+        if "img_size" in args and not isinstance(vit, NaFlexVit):
             _check_divisible(vit)
         if self.weights == "shipped":
             if self.name != SHIPPED_NAME:
@@ -137,7 +139,8 @@ class Backbone:
             with as_file(files("tokendial") / "assets" / f"{SHIPPED_NAME}.safetensors") as path:
                 load_weights(vit, path)
         elif self.weights not in (None, "pretrained"):
-            load_weights(vit, Path(self.weights))
+            load = load_own_names if isinstance(vit, NaFlexVit) else load_weights
+            load(vit, Path(self.weights))
         return vit  # type: ignore[no-any-return]  # timm has no return type
 
     def _create_timm(self, args: dict[str, Any]) -> Any:
@@ -163,11 +166,23 @@ class Backbone:
             hint = f"; did you mean {', '.join(near)}?" if near else "."
             raise ValueError(f"model.name {self.name!r} is not a timm model{hint}") from None
 
+    def _create_torchvision(self) -> nn.Module:
+        if self.weights in ("pretrained", "shipped"):
+            raise ValueError(
+                f"model.weights of {self.name} must be a file, or null for random weights, got "
+                f"{self.weights!r}."
+            )
+        vit = create_torchvision(self.name.removeprefix(TORCHVISION), self.args)
+        anatomy_of(vit)
+        if self.weights is not None:
+            load_own_names(vit, Path(self.weights))
+        return vit
+
     def _create_transformers(self) -> nn.Module:
         check_installed(f"model.name {self.name!r}", "transformers")
         import transformers
 
-        name = self.name.removeprefix(_TRANSFORMERS)
+        name = self.name.removeprefix(TRANSFORMERS)
         cls = getattr(transformers, name, None) if name in CLASSES else None
         if cls is None:
             raise ValueError(
@@ -243,27 +258,6 @@ def _unavailable(name: str, problem: str) -> ValueError:
     )
 
 
-def anatomy_of(vit: nn.Module) -> Anatomy:
-    """Find out which kind of ViT a model is, and return its `Anatomy`.
-
-    Raises:
-        ValueError: If the kind is not supported; the message lists the supported ones.
-    """
-    if isinstance(vit, Eva):
-        kind: type[Anatomy] = TimmEva
-    elif type(vit).__module__.startswith(_TRANSFORMERS):
-        kind = HuggingFaceViT
-    elif isinstance(getattr(vit, "patch_embed", None), TubeletEmbed):
-        kind = TimmTubelets
-    elif isinstance(getattr(vit, "head", None), QueryPooling):
-        kind = TimmFrames
-    else:
-        kind = TimmViT
-    if problem := kind.problem(vit):
-        raise ValueError(f"This model is not supported: {problem}. Supported are {SUPPORTED}.")
-    return kind(vit)
-
-
 def _check_divisible(vit: Any) -> None:
     size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
     if any(side % step for side, step in zip(size, patch, strict=True)):
@@ -275,7 +269,9 @@ def _check_divisible(vit: Any) -> None:
 
 def fingerprint(vit: nn.Module) -> list[float]:
     """A few weights of the patch embedding and the last block, to identify a backbone by."""
-    patches = next(p for p in vit.parameters() if p.ndim >= 4)
+    # NaFlex models compute patches by a linear layer, and may have no weight of four dimensions.
+    weights = [p for p in vit.parameters() if p.ndim >= 2]
+    patches = next((p for p in weights if p.ndim >= 4), weights[0])
     last = [p for p in anatomy_of(vit).blocks[-1].parameters() if p.ndim == 2][-1]
     if patches.is_meta or last.is_meta:
         return []

@@ -1,77 +1,29 @@
-"""ViTs of the transformers library: ViT, DeiT, DINOv2 (with registers), CLIP's image tower."""
+"""ViTs of the transformers library that run as their table of names says.
+
+Those with a computation of their own have a class of their own in another file.
+"""
 
 # Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
+from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_heads
+from tokendial.backbones.huggingface_names import CLASSES, Names, Pooling
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Attribute names of the parts of a model and of a block, in one family of transformers."""
-
-    trunk: str
-    """Name of the ViT inside a classification model."""
-    blocks: str
-    attention: str = "attention"
-    output: str = "o_proj"
-    norm1: str = "layernorm_before"
-    norm2: str = "layernorm_after"
-    scales: tuple[str, str] | None = None
-    dropout: str | None = "dropout"
-    pre_norm: str | None = None
-    norm: str = "layernorm"
-
-
-_VIT = _Names(trunk="vit", blocks="layers")
-_DINOV2 = _Names(
-    trunk="dinov2",
-    blocks="encoder.layer",
-    norm1="norm1",
-    norm2="norm2",
-    scales=("layer_scale1", "layer_scale2"),
-    dropout="drop_path",
-)
-_CLIP = _Names(
-    trunk="vision_model",
-    blocks="encoder.layers",
-    attention="self_attn",
-    output="out_proj",
-    norm1="layer_norm1",
-    norm2="layer_norm2",
-    dropout=None,
-    pre_norm="pre_layrnorm",
-    norm="post_layernorm",
-)
-_FAMILIES = {
-    "ViT": _VIT,
-    "DeiT": replace(_VIT, trunk="deit"),
-    "Dinov2": _DINOV2,
-    "Dinov2WithRegisters": replace(_DINOV2, trunk="dinov2_with_registers"),
-    "CLIP": _CLIP,
-}
-CLASSES = {
-    name: names
-    for family, names in _FAMILIES.items()
-    for name in (f"{family}Model", f"{family}ForImageClassification")
-} | {
-    "DeiTForImageClassificationWithTeacher": _FAMILIES["DeiT"],
-    "CLIPVisionModel": _CLIP,
-    "CLIPVisionModelWithProjection": _CLIP,
-}
-del CLASSES["CLIPModel"]  # it also has a text tower
-
-
 class HuggingFaceViT(Anatomy):
-    """A ViT of the transformers library, release 5.23 or later."""
+    """A ViT of the transformers library, release 5.23 or later.
+
+    Without a classification head, `classify` returns what the model itself calls its pooled output.
+    Where it has none, it returns the class token (Dinov2Backbone, ViTMAEModel) or the mean of the
+    patches (IJepaModel, VitPoseBackbone), after the final norm.
+    """
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)
@@ -80,19 +32,31 @@ class HuggingFaceViT(Anatomy):
     @property
     def trunk(self) -> Any:
         """The ViT without the classification model around it."""
-        return getattr(self.vit, self.names.trunk, self.vit)
+        return _trunk(self.vit, self.names)
 
     @classmethod
-    def problem(cls, vit: nn.Module) -> str | None:
+    def problem(cls, vit: Any) -> str | None:
         name = type(vit).__name__
         if not type(vit).__module__.startswith("transformers.") or name not in CLASSES:
             return f"{name} is of another class"
         names = CLASSES[name]
+        trunk = _trunk(vit, names)
         try:
-            blocks: Any = getattr(vit, names.trunk, vit).get_submodule(names.blocks)
-            blocks[0].get_submodule(names.attention).q_proj  # noqa: B018  # raises if the layer does not exist
+            first: Any = trunk.get_submodule(names.blocks)
+            for path in (names.norm1, names.norm2, *names.attention_branch):
+                first[0].get_submodule(path)
+            attention = first[0].get_submodule(names.attention)
+            for part in (*names.query_key_value, names.attention_dropout):
+                getattr(attention, part)
+            trunk.get_submodule(names.norm)
+            if getattr(trunk.config, "num_experts", 1) > 1:
+                return "its layers are mixtures of experts (num_experts)"
+            for path in names.ffn_branch:
+                first[0].get_submodule(path)
         except AttributeError:
             return f"this {name} is of another release of transformers than 5.23 and later"
+        if names.pooled == "patches" and getattr(vit, "pooler", None) is not None:
+            return "its pooler reads the first patch (add_pooling_layer)"
         return None
 
     @property
@@ -105,17 +69,21 @@ class HuggingFaceViT(Anatomy):
         return self.trunk.config
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Number of class, distillation, register and detection tokens."""
+        names = self.names
+        more = getattr(self.config, names.more_tokens) if names.more_tokens else 0
+        return names.class_tokens + int(more)
+
+    @property
     def shape(self) -> ViTShape:
         height, width = self.image_size
-        prefix = 1 + getattr(self.config, "num_register_tokens", 0)
-        if self.names.trunk == "deit":
-            prefix += 1  # the distillation token
         return ViTShape(
             depth=len(self.blocks),
             embed_dim=self.config.hidden_size,
-            num_prefix_tokens=prefix,
-            num_patches=(height // self._patch[0]) * (width // self._patch[1]),
-            has_class_token=True,
+            num_prefix_tokens=self.num_prefix_tokens,
+            num_patches=(height // self.patch[0]) * (width // self.patch[1]),
+            has_class_token=self.names.class_tokens > 0,
         )
 
     @property
@@ -123,7 +91,8 @@ class HuggingFaceViT(Anatomy):
         return _pair(self.config.image_size)
 
     @property
-    def _patch(self) -> tuple[int, int]:
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch."""
         return _pair(self.config.patch_size)
 
     @property
@@ -131,66 +100,85 @@ class HuggingFaceViT(Anatomy):
         return int(self.config.num_channels)
 
     @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.names.statistics if self.in_chans == 3 else super().statistics
+
+    @property
     def heads(self) -> list[nn.Module]:
         names = ("classifier", "cls_classifier", "distillation_classifier")
         return [head for name in names if (head := getattr(self.vit, name, None)) is not None]
 
-    def embed(self, images_B3HW: Tensor) -> Tokens:
+    def grid(self, images_B3HW: Tensor) -> tuple[int, int]:
+        """Return rows and columns of patches; raise a ValueError if the image size does not fit."""
         height, width = images_B3HW.shape[-2:]
-        patch = self._patch
-        if height % patch[0] or width % patch[1]:
-            raise ValueError(
-                f"images must have sides divisible by the patch size {patch[0]}x{patch[1]}, "
-                f"got {height}x{width}."
-            )
-        # DINOv2 always resizes its positions, the other models only on request.
-        options = {}
-        if (height, width) != self.image_size and self.names.scales is None:
-            options["interpolate_pos_encoding"] = True
-        x = self.trunk.embeddings(images_B3HW, **options)
+        (rows, columns), own = self.patch, self.image_size
+        # A configured size may leave a rest, as 384 does with patches of 14: the model ignores it.
+        if (height, width) != own:
+            if self.names.resizing == "never":
+                raise ValueError(
+                    f"images must be {own[0]}x{own[1]}, got {height}x{width}: "
+                    f"{type(self.vit).__name__} does not resize its positions."
+                )
+            if height % rows or width % columns:
+                raise ValueError(
+                    f"images must have sides divisible by the patch size {rows}x{columns}, "
+                    f"got {height}x{width}."
+                )
+        return height // rows, width // columns
+
+    def resize_options(self, images_B3HW: Tensor) -> dict[str, bool]:
+        """Arguments by which the embedding resizes its positions to the images, if it has to."""
+        resizes = images_B3HW.shape[-2:] != self.image_size
+        asked = resizes and self.names.resizing == "on request"
+        return {"interpolate_pos_encoding": True} if asked else {}
+
+    def embed(self, images_B3HW: Tensor) -> Tokens:
+        grid = self.grid(images_B3HW)
+        x = self.trunk.embeddings(images_B3HW, **self.resize_options(images_B3HW))
         if self.names.pre_norm:
             x = getattr(self.trunk, self.names.pre_norm)(x)
-        grid = (height // patch[0], width // patch[1])
-        return Tokens(x, x.shape[1] - grid[0] * grid[1], grid)
+        return Tokens(x, self.num_prefix_tokens, grid)
 
-    def _part(self, layer: int, name: str) -> Any:
-        return getattr(self.block(layer), name)
+    def _part(self, layer: int, path: str) -> Any:
+        return self.block(layer).get_submodule(path)
 
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         return self._part(layer, self.names.norm1)(x_BND)  # type: ignore[no-any-return]
 
-    def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    def _projections(self, layer: int) -> tuple[Any, Any, Any]:
+        """The layers that compute queries, keys and values."""
         attn = self._part(layer, self.names.attention)
+        query, key, value = self.names.query_key_value
+        return getattr(attn, query), getattr(attn, key), getattr(attn, value)
+
+    def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.config.num_attention_heads
-        q, k, v = (split_heads(p(x_BND), heads) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (split_heads(part(x_BND), heads) for part in self._projections(layer))
         return q, k, v
 
     def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Module, slice]]:
-        attn, whole = self._part(layer, self.names.attention), slice(None)
-        return {"query": (attn.q_proj, whole), "value": (attn.v_proj, whole)}
+        (query, _, value), whole = self._projections(layer), slice(None)
+        return {"query": (query, whole), "value": (value, whole)}
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
-        attn = self._part(layer, self.names.attention)
-        return self._residual(layer, getattr(attn, self.names.output)(out_BND), 0)
+        return self._run(layer, self.names.attention_branch, out_BND)
 
     def attention_settings(self, layer: int) -> tuple[float, float]:
         attn = self._part(layer, self.names.attention)
-        # In CLIP the attribute is named `dropout`.
-        dropout: Any = getattr(attn, "attention_dropout", None) or getattr(attn, "dropout", 0.0)
-        return attn.head_dim**-0.5, dropout if attn.training else 0.0
+        head_dim = bare(self._projections(layer)[0]).out_features // self.config.num_attention_heads
+        dropout = getattr(attn, self.names.attention_dropout)
+        return head_dim**-0.5, dropout if attn.training else 0.0
 
     def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
         return self._part(layer, self.names.norm2)(x_BND)  # type: ignore[no-any-return]
 
     def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
-        return self._residual(layer, self._part(layer, "mlp")(x_BND), 1)
+        return self._run(layer, self.names.ffn_branch, x_BND)
 
-    def _residual(self, layer: int, x_BND: Tensor, branch: int) -> Tensor:
-        """Apply the block's LayerScale and dropout to the output of a branch."""
-        if self.names.scales:
-            x_BND = self._part(layer, self.names.scales[branch])(x_BND)
-        if self.names.dropout:
-            x_BND = self._part(layer, self.names.dropout)(x_BND)
+    def _run(self, layer: int, paths: Sequence[str], x_BND: Tensor) -> Tensor:
+        """Run modules of a block one after another."""
+        for path in paths:
+            x_BND = self._part(layer, path)(x_BND)
         return x_BND
 
     def norm(self, x_BND: Tensor) -> Tensor:
@@ -199,29 +187,44 @@ class HuggingFaceViT(Anatomy):
     @property
     def head_reads_prefix_only(self) -> bool:
         classifies = hasattr(self.vit, "classifier")
-        # DINOv2's and CLIP's classifiers also read the mean of the patch tokens.
-        return not classifies or not (self.names.scales or self.names is _CLIP)
+        read = self.names.classified if classifies else self.names.pooled
+        return read == "class token"
 
     def classify(self, tokens: Tokens) -> Tensor:
         vit: Any = self.vit
         name = type(vit).__name__
+        if hasattr(vit, "classifier"):
+            return vit.classifier(self.pool(self.names.classified, tokens))  # type: ignore[no-any-return]
+        if name == "DeiTForImageClassificationWithTeacher":
+            x = self.norm(tokens.x)
+            both = vit.cls_classifier(x[:, 0]) + vit.distillation_classifier(x[:, 1])
+            return both / 2  # type: ignore[no-any-return]
+        if getattr(vit, "pooler", None) is not None:
+            return vit.pooler(self.norm(tokens.x))  # type: ignore[no-any-return]
+        pooled = self.pool(self.names.pooled, tokens)
+        if name == "CLIPVisionModelWithProjection":
+            return vit.visual_projection(pooled)  # type: ignore[no-any-return]
+        return pooled
+
+    def pool(self, pooling: Pooling, tokens: Tokens) -> Tensor:
+        """Pool the tokens of the last block, after the final norm unless `pooling` says otherwise.
+
+        Returns:
+            [B, D], or [B, 2 * D] of class token and patches.
+        """
         patches = slice(tokens.prefix, None)
         size = None if tokens.size is None else tokens.size[:, patches]
-        if name == "CLIPForImageClassification":  # this model skips the last norm
-            return vit.classifier(mean_by_size(tokens.x[:, patches], size))  # type: ignore[no-any-return]
+        if pooling == "patches before norm":
+            return mean_by_size(tokens.x[:, patches], size)
         x = self.norm(tokens.x)
-        first = x[:, 0]
-        if name == "DeiTForImageClassificationWithTeacher":
-            both = vit.cls_classifier(first) + vit.distillation_classifier(x[:, 1])
-            return both / 2  # type: ignore[no-any-return]
-        if name == "CLIPVisionModelWithProjection":
-            return vit.visual_projection(first)  # type: ignore[no-any-return]
-        if not hasattr(vit, "classifier"):
-            pooler = getattr(vit, "pooler", None)
-            return first if pooler is None else pooler(x)
-        if self.names.scales:  # DINOv2 reads the class token and the mean of the patches
-            first = torch.cat([first, mean_by_size(x[:, patches], size)], dim=1)
-        return vit.classifier(first)  # type: ignore[no-any-return]
+        if pooling == "class token":
+            return x[:, 0]
+        mean = mean_by_size(x[:, patches], size)
+        return mean if pooling == "patches" else torch.cat([x[:, 0], mean], dim=1)
+
+
+def _trunk(vit: Any, names: Names) -> Any:
+    return vit if names.trunk is None else getattr(vit, names.trunk, vit)
 
 
 def _pair(size: Any) -> tuple[int, int]:

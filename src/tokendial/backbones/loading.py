@@ -16,10 +16,16 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokendial.backbones.checkpoints import Checkpoint, join_qkv, read_checkpoint
+from tokendial.backbones.checkpoints import (
+    Checkpoint,
+    find_state_dict,
+    join_qkv,
+    read_checkpoint,
+)
 from tokendial.backbones.timm_vit import HEADS
 from tokendial.backbones.videomae import TubeletEmbed, filter_videomae
 from tokendial.errors import error_message
+from tokendial.weights import check_finite, read_file
 
 _LOG = logging.getLogger(__name__)
 _HEADS = tuple(f"{head}." for head in HEADS)
@@ -77,6 +83,28 @@ def load_weights(vit: nn.Module, path: Path) -> None:
         )
     vit.load_state_dict(state, strict=False)
     warn_of_unused_weights(found.source, left_out)
+
+
+def load_own_names(vit: nn.Module, path: Path) -> None:
+    """Load a file whose tensors have the names and shapes of the model's own state dict.
+
+    Raises:
+        ValueError: If the file cannot be read, or its tensors are not those of the model.
+    """
+    try:
+        state, _, _ = find_state_dict(read_file(path), path)
+        check_finite(state, str(path))
+    except ValueError as error:
+        raise ValueError(f"model.weights: {error}") from None
+    own = vit.state_dict()
+    wrong = [name for name in state if name in own and own[name].shape != state[name].shape]
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    if bad := wrong + sorted(missing) + sorted(unexpected):
+        raise ValueError(
+            f"model.weights: {path} belongs to another backbone: {len(wrong)} tensors of another "
+            f"shape, {len(missing)} missing, {len(unexpected)} unexpected; the first is {bad[0]}."
+        )
+    vit.load_state_dict(state)
 
 
 def warn_of_unused_weights(source: object, left_out: Mapping[str, int]) -> None:

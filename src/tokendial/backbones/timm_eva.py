@@ -1,17 +1,17 @@
 """timm's Eva class: EVA, EVA-02, DINOv3, Perception Encoder and ViTs with rotary positions."""
 
-# Shape legend: B batch, H heads, N tokens, L patch tokens, C head_dim, D embed_dim.
+# Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
 
 from functools import partial
 from typing import Any
 
 import torch
 from timm.layers.attention import AttentionRope
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
 from tokendial.backbones.anatomy import split_heads
+from tokendial.backbones.rotary import rotate_patches
 from tokendial.backbones.timm_vit import TimmAnatomy
 from tokendial.tokens import Tokens
 
@@ -55,23 +55,13 @@ class TimmEva(TimmAnatomy):
         k = attn.k_norm(split_heads(k, attn.num_heads // groups))
         v = split_heads(v, attn.num_heads // groups)
         if tokens.rope is not None:
-            rotate = partial(self._rotate, layer, tokens)
+            # A mixed table has sines and cosines of its own for each layer and head.
+            table = tokens.rope[layer - 1] if tokens.rope.ndim == 4 else tokens.rope
+            rotate = partial(rotate_patches, tokens, table, half=attn.rotate_half)
             q, k = rotate(q).type_as(v), rotate(k).type_as(v)
         if groups > 1:
             k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
         return q, k, v
-
-    def _rotate(self, layer: int, tokens: Tokens, x_BHNC: Tensor) -> Tensor:
-        """Apply rotary positions to the patch tokens; prefix tokens have none."""
-        table: Any = tokens.rope  # sines and cosines of the image's patches, [L, *] or [H, L, *]
-        if self.vit.rope_mixed:
-            table = table[layer - 1]
-        if tokens.position is not None:
-            table = table[..., tokens.position, :]
-            table = table.transpose(0, 1) if self.vit.rope_mixed else table.unsqueeze(1)
-        prefix, patches = x_BHNC.tensor_split([tokens.prefix], dim=2)
-        half = self.block(layer).attn.rotate_half
-        return torch.cat([prefix, apply_rot_embed_cat(patches, table, half=half)], dim=2)
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         block = self.block(layer)

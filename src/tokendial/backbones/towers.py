@@ -3,7 +3,7 @@
 from torch import nn
 
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.backbones.build import anatomy_of
+from tokendial.backbones.kinds import anatomy_of
 
 
 def find_towers(model: nn.Module) -> dict[str, Anatomy]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokendial.backbones.build import SUPPORTED
+from tokendial.backbones.kinds import SUPPORTED
 from tokendial.backbones.towers import find_towers
 from tokendial.measure.cost import Cost, count_macs, count_macs_of_call
 from tokendial.model.arguments import check_method
@@ -69,7 +69,7 @@ class Tower:
         try:
             macs = count_macs(module, self._run_on_meta)
             shape = dial.anatomy.shape
-            whole = shape.num_prefix_tokens + shape.num_patches + dial.anatomy.num_suffix_tokens
+            whole = shape.num_prefix_tokens + shape.num_patches
             return Cost(
                 degree=self.degree,
                 params=sum(p.numel() for p in module.parameters()),

@@ -62,6 +62,7 @@ class BlockRunner:
         """
         reducer, adapter, degree = self.reducer, self.adapter, self.degree
         # 1. A reduction before the block (DynamicViT), and tokens of the adapter (prompts).
+        tokens = self.anatomy.enter_block(layer, tokens)
         if reducer is not None:
             tokens = reducer.before_block(layer, degree, tokens)
         tokens = adapter.before_block(layer, tokens)

@@ -96,7 +96,7 @@ class TowerDial:
 
     def _entering(self, x_BPD: Tensor) -> Tokens:
         """Tokens that enter the first block."""
-        prefix = self.anatomy.shape.num_prefix_tokens + self.anatomy.num_suffix_tokens
+        prefix = self.anatomy.shape.num_prefix_tokens
         # No method without weights reads rows and columns, and blocks do not know them.
         grid = (1, x_BPD.shape[1] - prefix)
         return Tokens(self._patches_last(x_BPD), prefix, grid).with_tracking(follow_fused=False)
@@ -105,7 +105,7 @@ class TowerDial:
         """Move tokens that stand behind the patches before them. Attention ignores the order."""
         if not (suffix := self.anatomy.num_suffix_tokens):
             return x_BPD
-        before = self.anatomy.shape.num_prefix_tokens
+        before = self.anatomy.shape.num_prefix_tokens - suffix
         prefix, patches, after = x_BPD.tensor_split([before, x_BPD.shape[1] - suffix], dim=1)
         return torch.cat([prefix, after, patches], dim=1)
 
@@ -113,7 +113,7 @@ class TowerDial:
         """The inverse of `_patches_last`."""
         if not (suffix := self.anatomy.num_suffix_tokens):
             return x_BPD
-        before = self.anatomy.shape.num_prefix_tokens
+        before = self.anatomy.shape.num_prefix_tokens - suffix
         prefix, after, patches = x_BPD.tensor_split([before, before + suffix], dim=1)
         return torch.cat([prefix, patches, after], dim=1)
 

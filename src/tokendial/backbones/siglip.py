@@ -1,0 +1,82 @@
+"""SigLIP's and SigLIP 2's image towers of the transformers library, which pool by attention."""
+
+# Shape legend: B batch, H heads, N tokens, L patch tokens, D embed_dim.
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models.naflexvit import batch_patchify
+from torch import Tensor
+
+from tokendial.backbones.huggingface import HuggingFaceViT
+from tokendial.tokens import Tokens
+
+
+class HuggingFaceSiglip(HuggingFaceViT):
+    """SigLIP's image tower.
+
+    `classify` returns the output of its attention pooling head, in which a merged token counts as
+    often as the patches that it stands for. Without that head it returns the mean of the patches,
+    which is also what the classification model reads.
+    """
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        if hasattr(self.vit, "classifier") or not self.trunk.use_head:
+            return super().classify(tokens)
+        return pool_by_attention(self.trunk.head, self.norm(tokens.x), tokens.size)
+
+
+class HuggingFaceSiglip2(HuggingFaceSiglip):
+    """SigLIP 2's image tower (NaFlex) on images of one size.
+
+    It cuts the images into patches as the image processor does. All patches are valid, so nothing
+    is masked. Batches of patches with masks are not supported.
+    """
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        (rows, columns), side = self.patch, self._side
+        return side * rows, side * columns
+
+    @property
+    def _side(self) -> int:
+        """Rows, and columns, of patches that the positions were trained for."""
+        return math.isqrt(self.config.num_patches)
+
+    def embed(self, images_B3HW: Tensor) -> Tokens:
+        grid = self.grid(images_B3HW)
+        embeddings = self.trunk.embeddings
+        patches, _ = batch_patchify(images_B3HW, self.patch, pad=False)
+        x = embeddings.patch_embedding(patches.to(embeddings.patch_embedding.weight.dtype))
+        return Tokens(x + self._positions(grid), self.num_prefix_tokens, grid)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """The positions [L, D] of a grid, resized as the model itself does for each image."""
+        positions, side = self.trunk.embeddings.position_embedding.weight, self._side
+        if grid == (side, side):
+            return positions  # type: ignore[no-any-return]
+        square = positions.float().T.reshape(1, -1, side, side)
+        resized = F.interpolate(square, size=grid, mode="bilinear", antialias=True)
+        return resized[0].flatten(1).T.to(positions.dtype)
+
+
+def pool_by_attention(head: Any, x_BND: Tensor, size_BN: Tensor | None) -> Tensor:
+    """Run SigLIP's attention pooling head, with the log of token sizes on the attention logits.
+
+    Args:
+        head: transformers' module, whose probe attends to the tokens.
+        x_BND: Tokens after the final norm.
+        size_BN: Patches per token; None: one each.
+
+    Returns:
+        [B, D].
+    """
+    if size_BN is None or not len(x_BND):  # masks of no image have no shape
+        return head(x_BND)  # type: ignore[no-any-return]
+    # PyTorch's attention layer wants one mask for each image and head: [B * H, 1, N].
+    mask = size_BN.log().to(x_BND.dtype).unsqueeze(1)
+    mask = mask.repeat_interleave(head.attention.num_heads, dim=0)
+    probe = head.probe.expand(len(x_BND), -1, -1)
+    pooled = head.attention(probe, x_BND, x_BND, attn_mask=mask, need_weights=False)[0]
+    return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]  # type: ignore[no-any-return]
