@@ -16,6 +16,7 @@ from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.checkpoints import read_checkpoint
 from tokendial.backbones.huggingface import CLASSES, HuggingFaceViT
 from tokendial.backbones.loading import load_weights, warn_of_unused_weights
+from tokendial.backbones.open_clip import OpenClipViT
 from tokendial.backbones.pooling import QueryPooling, video_vit
 from tokendial.backbones.timm_eva import TimmEva
 from tokendial.backbones.timm_video import TimmFrames, TimmTubelets
@@ -36,6 +37,7 @@ SHIPPED_ARGS: dict[str, Any] = {
     "num_classes": 10,
 }
 _TRANSFORMERS = "transformers."
+_OPEN_CLIP = "open_clip."
 _IMAGENET_CLASSES = 1000
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _FRESH = {"classifier", "cls_classifier", "distillation_classifier", "pooler", "mask_token"}
@@ -43,8 +45,9 @@ _FRESH = {"classifier", "cls_classifier", "distillation_classifier", "pooler", "
 _SUPPORTED = (
     "timm's VisionTransformer built of the standard pre-norm Block (ViT, DeiT, also distilled, "
     "DeiT-III, DINO, DINOv2 with or without registers, MAE, AugReg, CLIP and SigLIP image towers), "
-    "timm's Eva (EVA-02, DINOv3, Perception Encoder), and ViT, DeiT, Dinov2, Dinov2WithRegisters "
-    "and CLIPVisionModel of transformers; for clips, models of video_vit and videomae_*"
+    "timm's Eva (EVA-02, DINOv3, Perception Encoder), open_clip's VisionTransformer, and ViT, "
+    "DeiT, Dinov2, Dinov2WithRegisters and CLIPVisionModel of transformers; for clips, models of "
+    "video_vit and videomae_*"
 )
 
 
@@ -79,6 +82,8 @@ class Backbone:
             if weights and Path(weights).is_dir():
                 weights = str(Path(weights).resolve())
             return cls(name=f"{_TRANSFORMERS}{type(vit).__name__}", weights=weights, args=args)
+        if OpenClipViT.owns(vit):
+            return cls(name=f"{_OPEN_CLIP}{type(vit).__name__}")
         cfg: Any = getattr(vit, "pretrained_cfg", {"architecture": type(vit).__name__})
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
         # timm stores the arguments of create_model here. A model may have changed since, so the
@@ -117,6 +122,11 @@ class Backbone:
         """
         if self.name.startswith(_TRANSFORMERS):
             return self._create_transformers()
+        if self.name.startswith(_OPEN_CLIP):
+            raise ValueError(
+                f"model.name {self.name!r} is a part of a model of open_clip: pass the backbone "
+                "itself, as in td.load(folder, vit=clip.visual)."
+            )
         args = dict(self.args)
         if self.frames is None:
             vit = self._create_timm(args)
@@ -253,6 +263,8 @@ def anatomy_of(vit: nn.Module) -> Anatomy:
         kind: type[Anatomy] = TimmEva
     elif type(vit).__module__.startswith(_TRANSFORMERS):
         kind = HuggingFaceViT
+    elif OpenClipViT.owns(vit):
+        kind = OpenClipViT
     elif isinstance(getattr(vit, "patch_embed", None), TubeletEmbed):
         kind = TimmTubelets
     elif isinstance(getattr(vit, "head", None), QueryPooling):
