@@ -35,6 +35,9 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.export_files import export as export
     from tokendial.measure import calibrate as calibrate
     from tokendial.methods import register as register
+    from tokendial.model.attach import AttachedDial as AttachedDial
+    from tokendial.model.attach import attach as attach
+    from tokendial.model.attach import attached as attached
     from tokendial.model.dial_vit import DialViT as DialViT
     from tokendial.model.loading import load as load
     from tokendial.model.wrap import wrap as wrap
@@ -70,6 +73,7 @@ _NAMES = {
     "export_files": "ExportedFile export",
     "measure": "calibrate",
     "methods": "register",
+    "model.attach": "AttachedDial attach attached",
     "model.dial_vit": "DialViT",
     "model.loading": "load",
     "model.wrap": "wrap",

@@ -52,7 +52,7 @@ class OpenClipViT(Anatomy):
 
     def __init__(self, vit: nn.Module) -> None:
         super().__init__(vit)
-        self._in_projections = [InProjection(self._block(n).attn) for n in self._layers()]
+        self._in_projections = [InProjection(self.block(n).attn) for n in self._layers()]
 
     @classmethod
     def owns(cls, vit: nn.Module) -> bool:
@@ -79,11 +79,13 @@ class OpenClipViT(Anatomy):
     def blocks(self) -> Sequence[nn.Module]:
         return self.vit.transformer.resblocks  # type: ignore[no-any-return]
 
+    def _in_projection(self, layer: int) -> InProjection:
+        if self._replica is not None:
+            return InProjection(self.block(layer).attn)
+        return self._in_projections[layer - 1]
+
     def _layers(self) -> range:
         return range(1, len(self.blocks) + 1)
-
-    def _block(self, layer: int) -> Any:
-        return self.block(layer)
 
     @property
     def shape(self) -> ViTShape:
@@ -154,32 +156,32 @@ class OpenClipViT(Anatomy):
         return height // patch[0], width // patch[1]
 
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        return self._block(layer).ln_1(x_BND)  # type: ignore[no-any-return]
+        return self.block(layer).ln_1(x_BND)  # type: ignore[no-any-return]
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self._block(layer).attn.num_heads
-        parts = self._in_projections[layer - 1](x_BND).chunk(3, dim=-1)
+        heads = self.block(layer).attn.num_heads
+        parts = self._in_projection(layer)(x_BND).chunk(3, dim=-1)
         q, k, v = (split_heads(part, heads) for part in parts)
         return q, k, v
 
     def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Module, slice]]:
-        projection, width = self._in_projections[layer - 1], self.vit.transformer.width
+        projection, width = self._in_projection(layer), self.vit.transformer.width
         query, value = slice(0, width), slice(2 * width, 3 * width)
         return {"query": (projection, query), "value": (projection, value)}
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
-        block = self._block(layer)
+        block = self.block(layer)
         return block.ls_1(block.attn.out_proj(out_BND))  # type: ignore[no-any-return]
 
     def attention_settings(self, layer: int) -> tuple[float, float]:
-        attn = self._block(layer).attn
+        attn = self.block(layer).attn
         return attn.head_dim**-0.5, attn.dropout if attn.training else 0.0
 
     def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        return self._block(layer).ln_2(x_BND)  # type: ignore[no-any-return]
+        return self.block(layer).ln_2(x_BND)  # type: ignore[no-any-return]
 
     def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
-        block = self._block(layer)
+        block = self.block(layer)
         return block.ls_2(block.mlp(x_BND))  # type: ignore[no-any-return]
 
     def norm(self, x_BND: Tensor) -> Tensor:

@@ -106,14 +106,11 @@ class TorchvisionViT(Anatomy):
         rows = side // vit.patch_size
         return Tokens(vit.encoder.dropout(x + vit.encoder.pos_embedding), 1, (rows, rows))
 
-    def _block(self, layer: int) -> Any:
-        return self.block(layer)
-
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        return self._block(layer).ln_1(x_BND)  # type: ignore[no-any-return]
+        return self.block(layer).ln_1(x_BND)  # type: ignore[no-any-return]
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self._block(layer).self_attention
+        attn = self.block(layer).self_attention
         qkv = F.linear(x_BND, attn.in_proj_weight, attn.in_proj_bias)
         q, k, v = (split_heads(part, attn.num_heads) for part in qkv.chunk(3, dim=-1))
         return q, k, v
@@ -125,18 +122,18 @@ class TorchvisionViT(Anatomy):
         )
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
-        block = self._block(layer)
+        block = self.block(layer)
         return block.dropout(block.self_attention.out_proj(out_BND))  # type: ignore[no-any-return]
 
     def attention_settings(self, layer: int) -> tuple[float, float]:
-        attn = self._block(layer).self_attention
+        attn = self.block(layer).self_attention
         return attn.head_dim**-0.5, attn.dropout if attn.training else 0.0
 
     def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        return self._block(layer).ln_2(x_BND)  # type: ignore[no-any-return]
+        return self.block(layer).ln_2(x_BND)  # type: ignore[no-any-return]
 
     def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
-        return self._block(layer).mlp(x_BND)  # type: ignore[no-any-return]
+        return self.block(layer).mlp(x_BND)  # type: ignore[no-any-return]
 
     def norm(self, x_BND: Tensor) -> Tensor:
         return self.vit.encoder.ln(x_BND)  # type: ignore[no-any-return]
