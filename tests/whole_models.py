@@ -17,7 +17,7 @@ VISION = {
     "image_size": SIDE,
     "patch_size": PATCH,
     "hidden_size": 48,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "intermediate_size": 96,
 }
@@ -27,7 +27,7 @@ TEXT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "vocab_size": 99,
-    "max_position_embeddings": 20,
+    "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -44,10 +44,20 @@ class WholeModel:
     """Makes the model with random weights."""
     answer: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
     """What the model gives for images [B, 3, H, W], by its own call."""
+    of_vit: Callable[[Any, Tensor], tuple[Tensor, ...]] = lambda vit, images: _tensors(vit(images))
+    """What the ViT in it gives for the images."""
     size: tuple[int, int] = (SIDE, SIDE)
     """Height and width of the images."""
     has_class_token: bool = True
     """Whether EViT, which reads the attention of a class token, can reduce its tokens."""
+
+
+def _tensors(found: Any) -> tuple[Tensor, ...]:
+    """The tensors in what a model returns."""
+    if isinstance(found, Tensor):
+        return (found,)
+    values = found.values() if hasattr(found, "values") else found
+    return tuple(tensor for value in values for tensor in _tensors(value))
 
 
 def _outputs(*names: str, **inputs: Any) -> Callable[[nn.Module, Tensor], tuple[Tensor, ...]]:
@@ -78,8 +88,19 @@ def _of_config(name: str, *args: Any, **settings: Any) -> Callable[[], nn.Module
 
 
 def _dinov2(**settings: Any) -> Any:
+    layers = {**VISION, "num_hidden_layers": 4}
     stages = [f"stage{layer}" for layer in range(1, 5)]
-    return transformers.Dinov2Config(**VISION, mlp_ratio=2, out_features=stages, **settings)
+    return transformers.Dinov2Config(**layers, mlp_ratio=2, out_features=stages, **settings)
+
+
+def _visible(model: Any) -> nn.Module:
+    """Make the depths of a random model differ: its last ReLU would make them all zero."""
+    convolutions = [part for part in model.head.modules() if isinstance(part, nn.Conv2d)]
+    with torch.no_grad():
+        for convolution in convolutions:
+            convolution.weight *= 10
+        convolutions[-1].bias += 10
+    return model  # type: ignore[no-any-return]
 
 
 def _depth_anything() -> nn.Module:
@@ -92,7 +113,7 @@ def _depth_anything() -> nn.Module:
         fusion_hidden_size=16,
         head_hidden_size=8,
     )
-    return transformers.DepthAnythingForDepthEstimation(config)
+    return _visible(transformers.DepthAnythingForDepthEstimation(config))
 
 
 def _dpt() -> nn.Module:
@@ -104,7 +125,7 @@ def _dpt() -> nn.Module:
         fusion_hidden_size=16,
         readout_type="project",
     )
-    return transformers.DPTForDepthEstimation(config)
+    return _visible(transformers.DPTForDepthEstimation(config))
 
 
 def _upernet() -> nn.Module:
@@ -123,7 +144,7 @@ def _vit_pose() -> nn.Module:
     backbone = transformers.VitPoseBackboneConfig(
         **{**VISION, "image_size": [SIDE, SIDE // 2], "patch_size": [PATCH, PATCH]},
         mlp_ratio=2,
-        out_features=["stage4"],
+        out_features=["stage3"],
     )
     config = transformers.VitPoseConfig(backbone_config=backbone, num_labels=6)
     return transformers.VitPoseForPoseEstimation(config)
@@ -170,7 +191,7 @@ def _open_clip(**vision: Any) -> Callable[[], nn.Module]:
         return open_clip.model.CLIP(
             embed_dim=24,
             vision_cfg={
-                "image_size": SIDE, "patch_size": PATCH, "width": 48, "layers": 4, "head_width": 16
+                "image_size": SIDE, "patch_size": PATCH, "width": 48, "layers": 3, "head_width": 16
             } | vision,
             text_cfg={"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 2},
         )  # fmt: skip
@@ -186,7 +207,7 @@ def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
     """A timm model as a part of another one, which reads its features in several ways."""
 
     def build() -> nn.Module:
-        vit = timm.create_model(name, depth=4, **settings)
+        vit = timm.create_model(name, depth=3, **settings)
         return nn.ModuleDict({"encoder": vit})
 
     return build
@@ -200,13 +221,18 @@ def _timm_answer(model: Any, images: Tensor) -> tuple[Tensor, ...]:
 
 def _torchvision() -> nn.Module:
     return torchvision.models.VisionTransformer(
-        image_size=SIDE, patch_size=PATCH, num_layers=4, num_heads=3, hidden_dim=48, mlp_dim=96,
+        image_size=SIDE, patch_size=PATCH, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=96,
         num_classes=5,
     )  # fmt: skip
 
 
 def _call(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     return (model(images),)
+
+
+def _mae(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+    noise = torch.arange(64.0).expand(len(images), -1)  # rising: the patches keep their order
+    return (model(images, noise=noise).last_hidden_state,)
 
 
 _CLIP = _outputs("logits_per_image", "image_embeds", "text_embeds", input_ids=WORDS)
@@ -222,7 +248,7 @@ WHOLE: dict[str, WholeModel] = {
             timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear"
         ),
         _encode_image,
-        (224, 224),
+        size=(224, 224),
     ),
     "ViT features": WholeModel(_of_config("ViTModel", **VISION), _hidden()),
     "ViT classifier": WholeModel(
@@ -238,23 +264,20 @@ WHOLE: dict[str, WholeModel] = {
         _of_config("Dinov2WithRegistersModel", **VISION, mlp_ratio=2), _hidden()
     ),
     "DINOv2 feature maps": WholeModel(
-        lambda: transformers.Dinov2Backbone(_dinov2()), _outputs("feature_maps"), (SIDE, 48)
+        lambda: transformers.Dinov2Backbone(_dinov2()), _outputs("feature_maps"), size=(SIDE, 48)
     ),
     "DINOv3 features": WholeModel(_of_config("DINOv3ViTModel", **VISION), _hidden()),
     "I-JEPA features": WholeModel(
         _of_config("IJepaModel", **VISION), _outputs("last_hidden_state"), has_class_token=False
     ),
     "MAE features": WholeModel(
-        _of_config("ViTMAEModel", **VISION, mask_ratio=0.0),
-        lambda model, images: _outputs(
-            "last_hidden_state", noise=torch.arange(64.0).expand(len(images), -1)
-        )(model, images),
+        _of_config("ViTMAEModel", **VISION, mask_ratio=0.0), _mae, of_vit=_mae
     ),
     "Depth Anything": WholeModel(_depth_anything, _outputs("predicted_depth")),
     "DPT": WholeModel(_dpt, _outputs("predicted_depth")),
     "UperNet": WholeModel(_upernet, _outputs("logits")),
     "ViTPose": WholeModel(
-        _vit_pose, _outputs("heatmaps"), (SIDE, SIDE // 2), has_class_token=False
+        _vit_pose, _outputs("heatmaps"), size=(SIDE, SIDE // 2), has_class_token=False
     ),
     "OWLv2": WholeModel(
         _of_config(
@@ -267,6 +290,7 @@ WHOLE: dict[str, WholeModel] = {
             "YolosForObjectDetection",
             **{**VISION, "image_size": [SIDE, SIDE]},
             num_detection_tokens=6,
+            use_mid_position_embeddings=False,
             num_labels=5,
         ),
         _outputs("logits", "pred_boxes"),

@@ -2,11 +2,14 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import accelerate
 import pytest
 import timm
 import torch
 import transformers
+from examples import tiny_vit
 from torch import Tensor, nn
 from whole_models import SIDE, VISION, WHOLE, whole_model
 
@@ -16,7 +19,7 @@ from tokendial.backbones import anatomy_of
 METHODS: dict[str, td.ReducerConfig] = {
     "tome": td.ToMe(r=6),
     "evit": td.EViT(r=6),
-    "ffn_merge": td.FFNMerge(r=20),
+    "ffn_merge": td.FFNMerge(r=12),
 }
 CASES = [
     (name, method)
@@ -24,6 +27,13 @@ CASES = [
     for method in METHODS
     if kind.has_class_token or method != "evit"
 ]
+
+COMPILED = [
+    "CLIP", "SigLIP", "open_clip", "ViT features", "DINOv2 features", "DINOv2 with registers",
+    "DINOv2 feature maps", "DINOv3 features", "I-JEPA features", "MAE features", "ViTPose", "OWLv2",
+    "YOLOS", "timm ViT", "timm Eva", "torchvision",
+]  # fmt: skip
+"""One model for each kind of ViT."""
 
 
 def answers(name: str, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
@@ -54,7 +64,8 @@ def composed(
     if name == "YOLOS":  # the wrapped one has its six detection tokens before the patches
         restored = [torch.cat([x[:, :1], x[:, 7:], x[:, 1:7]], dim=1) for x in restored]
     hooks = [
-        block.register_forward_hook(lambda _module, _args, _out, x=x: x)
+        # Before transformers' own hooks, which collect the hidden states.
+        block.register_forward_hook(lambda _module, _args, _out, x=x: x, prepend=True)
         for block, x in zip(anatomy_of(vit).blocks, restored, strict=True)
     ]
     found = answers(name, model, images)
@@ -95,16 +106,27 @@ def test_the_model_runs_under_the_dial_and_is_as_before_without(name, method):
     assert_equal(reduced, by_hand, atol=1e-5 * max(1.0, scale))
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_compiled_model_answers_the_same_at_each_degree(name):
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_vit_compiles_as_one_graph(name):
+    torch.compiler.reset()
     model, images = whole_model(name)
+    with td.attach(model, td.ToMe(r=6)) as dial, torch.no_grad():
+        vit = dial.towers[0].module
+        compiled = torch.compile(WHOLE[name].of_vit, backend="eager", fullgraph=True)
+        assert_equal(compiled(vit, images), WHOLE[name].of_vit(vit, images), atol=1e-5)
+
+
+def test_a_compiled_model_follows_the_dial():
+    torch.compiler.reset()
+    model, images = whole_model("CLIP")
+    compiled = torch.compile(WHOLE["CLIP"].answer, backend="eager")
+    before = compiled(model, images)
     with td.attach(model, td.ToMe(r=6)) as dial:
-        compiled = torch.compile(WHOLE[name].answer, backend="eager", dynamic=False)
         for degree in (6, 0, 3):
             dial.set_degree(degree)
             with torch.no_grad():
-                found = compiled(model, images)
-            assert_equal(found, answers(name, model, images), atol=1e-5)
+                assert_equal(compiled(model, images), answers("CLIP", model, images), atol=1e-5)
+    assert_equal(compiled(model, images), before)
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -114,6 +136,209 @@ def test_a_model_in_half_precision_stays_in_it(name):
     with td.attach(model, td.ToMe(r=6)):
         model.bfloat16()
         found = answers(name, model, images.bfloat16())
+        assert next(model.parameters()).dtype == torch.bfloat16
     assert [x.shape for x in found] == [x.shape for x in before]
     assert all(x.isfinite().all() for x in found)
-    assert found[0].dtype == torch.bfloat16
+
+
+def test_only_the_chosen_towers_get_a_dial():
+    def two() -> nn.Module:
+        return nn.ModuleDict({n: tiny_vit() for n in ("left", "right")})
+
+    images = torch.randn(1, 3, 32, 32)
+    for towers in ("right", ["right"], lambda name, _: name == "right"):
+        model = two()
+        dial = td.attach(model, td.ToMe(r=2), towers=towers)
+        assert [tower.name for tower in dial.towers] == ["right"]
+        dial.towers[0].set_degree(0)
+        assert dial.degree == 0
+        assert model["left"](images).shape == model["right"](images).shape
+    both = td.attach(two(), td.ToMe(r=2))
+    assert [tower.name for tower in both.towers] == ["left", "right"]
+    assert both.cost(2).macs == 2 * both.towers[0].cost(2).macs
+    both.towers[1].set_degree(0)
+    assert (both.towers[0].degree, both.towers[1].degree) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: td.attach(nn.Linear(2, 2), td.ToMe(r=2)), r"\(Linear\) holds no ViT that is"),
+        (lambda: td.attach(tiny_vit(), td.DyT()), "without weights of its own, .* got DyT"),
+        (lambda: td.attach(tiny_vit(), None), "reduce must be a reduction method .* got None"),
+        (lambda: td.attach(tiny_vit(), "tome"), r"reduce must be .* pass td.ToMe\(...\)"),
+        (lambda: td.attach("clip", td.ToMe(r=2)), "model must be a torch.nn.Module, got 'clip'"),
+        (
+            lambda: td.attach(tiny_vit(), td.ToMe(r=2), towers="visual"),
+            r"names of ViTs in the model: '' \(VisionTransformer\), got 'visual'",
+        ),
+        (lambda: td.attach(tiny_vit(), td.ToMe(r=2), towers=[]), "got none"),
+        (
+            lambda: td.attach(tiny_vit(), td.ToMe(r=2), towers=lambda *_: False),
+            r"none of the ViTs in the model: '' \(VisionTransformer\)",
+        ),
+        (lambda: td.attached(tiny_vit()), "has no dial: call td.attach"),
+        (lambda: td.attach(tiny_vit(), td.ToMe(r=2)).set_degree(99), r"degree must be .* got 99"),
+        (lambda: td.attach(tiny_vit(), td.ToMe(r=2)).cost(-1), r"degree must be .* got -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_gets_one_dial_only():
+    model = tiny_vit()
+    dial = td.attach(model, td.ToMe(r=2))
+    with pytest.raises(ValueError, match="has a dial already"):
+        td.attach(model, td.ToMe(r=4))
+    with pytest.raises(ValueError, match="detach"):
+        td.wrap(model, reduce=td.ToMe(r=4))
+    dial.detach()
+    td.attach(model, td.ToMe(r=4)).detach()
+
+
+def test_a_refused_model_stays_as_it_was():
+    model = tiny_vit()
+    with pytest.raises(ValueError, match="without weights"):
+        td.attach(model, td.DyT())
+    assert not any("tower_dial" in vars(module) for module in model.modules())
+
+
+def test_a_copy_has_its_own_dial():
+    model, images = whole_model("CLIP")
+    dial = td.attach(model, td.ToMe(r=6))
+    reduced = answers("CLIP", model, images)
+    twin = copy.deepcopy(model)
+    td.attached(twin).set_degree(0)
+    assert dial.degree == 6
+    assert_equal(answers("CLIP", model, images), reduced)
+    td.attached(twin).set_degree(6)
+    nn.init.zeros_(model.visual_projection.weight)  # the copy has weights of its own
+    assert_equal(answers("CLIP", twin, images), reduced)
+
+
+def test_threads_share_a_model():
+    model, _ = whole_model("CLIP")
+    td.attach(model, td.ToMe(r=6))
+    batches = [torch.randn(1 + i % 2, 3, 64, 64) for i in range(8)]
+    alone = [answers("CLIP", model, batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda batch: answers("CLIP", model, batch), batches))
+    for one, other in zip(found, alone, strict=True):
+        assert_equal(one, other, atol=1e-6)
+
+
+def replica(module: Any) -> Any:
+    """A replica of a module as torch.nn.DataParallel makes it, with weights of half the size."""
+    twin = module._replicate_for_data_parallel()
+    for name, value in module._parameters.items():
+        setattr(twin, name, None if value is None else value.detach() / 2)
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else replica(child)
+    return twin
+
+
+@pytest.mark.parametrize("name", ["CLIP", "open_clip", "timm Eva", "torchvision"])
+def test_replicas_of_data_parallel_use_their_own_weights(name):
+    model, images = whole_model(name)
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in halved.parameters():
+            parameter /= 2
+    td.attach(model, td.ToMe(r=6))
+    td.attach(halved, td.ToMe(r=6))
+    assert_equal(answers(name, replica(model), images), answers(name, halved, images), atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["hooks", "dial"])
+def test_it_works_with_the_hooks_of_accelerate(first):
+    model, images = whole_model("CLIP")
+    before = answers("CLIP", model, images)
+    with td.attach(model, td.ToMe(r=6)):
+        reduced = answers("CLIP", model, images)
+
+    def add_hooks() -> None:
+        accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+        for block in model.vision_model.encoder.layers:
+            hook = accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
+            accelerate.hooks.add_hook_to_module(block, hook)
+
+    if first == "hooks":
+        add_hooks()
+    dial = td.attach(model, td.ToMe(r=6))
+    if first == "dial":
+        add_hooks()
+    assert_equal(answers("CLIP", model, images), reduced)
+    dial.set_degree(0)
+    assert_equal(answers("CLIP", model, images), before)
+    dial.detach()
+    assert_equal(answers("CLIP", model, images), before)
+
+
+def test_saving_leaves_no_trace(tmp_path):
+    model, images = whole_model("CLIP")
+    model.save_pretrained(tmp_path / "before")
+    td.attach(model, td.ToMe(r=6))
+    model.save_pretrained(tmp_path / "after")
+    for file in (tmp_path / "before").iterdir():
+        assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes()
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "after")
+    with td.attach(again, td.ToMe(r=6)):
+        assert_equal(answers("CLIP", again, images), answers("CLIP", model, images), atol=1e-6)
+
+
+def test_training_through_the_reduced_blocks_reaches_all_weights():
+    model, images = whole_model("CLIP")
+    td.attach(model, td.ToMe(r=6))
+    model.train()
+    WHOLE["CLIP"].answer(model, images)[0].sum().backward()
+    weights = dict(model.vision_model.encoder.named_parameters())
+    assert all(weight.grad is not None for weight in weights.values())
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing must be off"):
+        WHOLE["CLIP"].answer(model, images)
+
+
+def test_attention_maps_are_refused_above_degree_0():
+    vit = transformers.ViTModel(transformers.ViTConfig(**VISION)).eval()
+    vit.set_attn_implementation("eager")
+    dial = td.attach(vit, td.ToMe(r=6))
+    images = torch.randn(1, 3, SIDE, SIDE)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        vit(images, output_attentions=True)
+    dial.set_degree(0)
+    assert len(vit(images, output_attentions=True).attentions) == 3
+
+
+def test_masked_attention_is_refused_above_degree_0():
+    vit = tiny_vit()
+    td.attach(vit, td.ToMe(r=2))
+    with pytest.raises(ValueError, match="attention mask"):
+        vit.forward_features(torch.randn(1, 3, 32, 32), attn_mask=torch.zeros(17, 17))
+
+
+def test_a_block_by_itself_runs_as_before():
+    vit = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32).eval()
+    x = torch.randn(1, 5, 192)
+    before = vit.blocks[1](x)
+    td.attach(vit, td.ToMe(r=1))
+    assert torch.equal(vit.blocks[1](x), before)
+
+
+def test_the_cost_of_a_call_counts_what_is_around_the_towers():
+    model, images = whole_model("CLIP")
+    dial = td.attach(model, td.ToMe(r=6))
+    towers = {degree: dial.cost(degree).macs for degree in (0, 6)}
+    calls = {
+        degree: dial.cost_of_call(
+            pixel_values=images[:1], input_ids=torch.tensor([[1, 5, 2]]), degree=degree
+        )
+        for degree in (0, 6)
+    }
+    assert dial.degree == 6
+    assert towers[6] < towers[0] < calls[0]
+    assert calls[0] - calls[6] == towers[0] - towers[6]
+    assert dial.cost(6).tokens_per_layer == (59, 53, 47)
+    assert dial.cost(0).tokens_per_layer == (65, 65, 65)
