@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.model.dial_vit import DialViT as DialViT
     from tokendial.model.loading import load as load
     from tokendial.model.wrap import wrap as wrap
+    from tokendial.open_vocabulary import ProxyCLIP as ProxyCLIP
+    from tokendial.open_vocabulary import ProxyCLIPConfig as ProxyCLIPConfig
     from tokendial.reduce import DAR as DAR
     from tokendial.reduce import DynamicViT as DynamicViT
     from tokendial.reduce import DyT as DyT
@@ -71,6 +73,7 @@ _NAMES = {
     "model.dial_vit": "DialViT",
     "model.loading": "load",
     "model.wrap": "wrap",
+    "open_vocabulary": "ProxyCLIP ProxyCLIPConfig",
     "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame Reducer ReducerConfig ToMe",
     "reference": "load_reference",
     "shape": "ViTShape",

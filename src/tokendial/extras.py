@@ -14,6 +14,7 @@ EXTRAS = {
     "onnx": ("onnx", "export"),
     "onnxruntime": ("onnxruntime", "export"),
     "onnxscript": ("onnxscript", "export"),
+    "open_clip": ("open_clip_torch", "openclip"),
     "peft": ("peft", "peft"),
     "PIL": ("pillow", "runs"),
     "prometheus_client": ("prometheus-client", "serve"),

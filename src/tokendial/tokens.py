@@ -105,6 +105,11 @@ class Grouping:
             return take(y_BGD, index)
         return take(y_BGD, index.clamp(min=0)) * (index >= 0).unsqueeze(-1)
 
+    def drops(self, follow_fused: bool = True) -> bool:
+        """Whether `follow` would count old tokens as dropped; this does not look at values."""
+        gives_up = self.keep.shape[1] + self.src.shape[1] < self.num_tokens
+        return gives_up or (self.fused is not None and not follow_fused)
+
     def follow(self, origin_BP: Tensor, *, follow_fused: bool = True) -> Tensor:
         """Update the map from original positions to tokens. [B, P], -1 where dropped.
 
@@ -195,8 +200,8 @@ class Tokens:
     """[B, P] the token that holds each original position, -1 where it was dropped; None: positions
     are not tracked."""
     lost: Tensor | None = None
-    """[B, P, D] features that dropped positions had when they were dropped; None without `origin`.
-    """
+    """[B, P, D] features that dropped positions had when they were dropped; None: no position was
+    dropped so far, or positions are not tracked."""
     follow_fused: bool = True
     """Whether `origin` follows tokens into a fused token (see `Grouping.fused`). If False, they
     count as dropped."""
@@ -223,8 +228,7 @@ class Tokens:
         """
         num_images, num_tokens = self.x.shape[:2]
         origin = torch.arange(num_tokens, device=self.x.device).expand(num_images, -1)
-        lost = torch.zeros_like(self.x)
-        return dataclasses.replace(self, origin=origin, lost=lost, follow_fused=follow_fused)
+        return dataclasses.replace(self, origin=origin, lost=None, follow_fused=follow_fused)
 
     def apply_grouping(self, grouping: Grouping, *, track_size: bool = False) -> "Tokens":
         """The tokens after a reduction: features, sizes, positions and carried features.
@@ -238,11 +242,14 @@ class Tokens:
             size = torch.ones(self.x.shape[:2], device=self.x.device)
         weight = size if grouping.weight is None else grouping.weight
         origin, lost = self.origin, self.lost
-        if origin is not None and lost is not None:
+        if origin is not None and (lost is not None or grouping.drops(self.follow_fused)):
             followed = grouping.follow(origin, follow_fused=self.follow_fused)
             dropped_now = ((followed < 0) & (origin >= 0)).unsqueeze(-1)
-            lost = torch.where(dropped_now, take(self.x, origin.clamp(min=0)), lost)
+            before = take(self.x, origin.clamp(min=0))
+            lost = torch.where(dropped_now, before, before if lost is None else lost)
             origin = followed
+        elif origin is not None:  # every position has a token, which is much faster to follow
+            origin = grouping.index.gather(1, origin)
         position = self.position
         if self.rope is not None:
             patches = grouping.keep[:, self.prefix :] - self.prefix
@@ -309,10 +316,37 @@ class Tokens:
         Raises:
             ValueError: If positions were not tracked.
         """
-        if self.origin is None or self.lost is None:
+        if self.origin is None:
             raise ValueError("positions are not tracked: start from Tokens.with_tracking().")
+        if self.lost is None:
+            return take(self.x, self.origin)
         held = take(self.x, self.origin.clamp(min=0))
         return torch.where((self.origin < 0).unsqueeze(-1), self.lost, held)
+
+    def with_restored(self, restored_BPD: Tensor) -> "Tokens":
+        """The same tokens with features that fit changed features of all original positions.
+
+        A token gets the mean of its positions; a dropped position gets its own features. So a
+        change between two blocks, such as added positions, reaches tokens that are merged.
+
+        Args:
+            restored_BPD: What `restore_positions` returned, changed.
+
+        Raises:
+            ValueError: If positions were not tracked.
+        """
+        if self.origin is None:
+            raise ValueError("positions are not tracked: start from Tokens.with_tracking().")
+        held = (self.origin >= 0).unsqueeze(-1).to(restored_BPD.dtype)
+        index = self.origin.clamp(min=0).unsqueeze(-1)
+        count = restored_BPD.new_zeros(*self.x.shape[:2], 1).scatter_add(1, index, held)
+        total = torch.zeros_like(self.x).scatter_add(
+            1, index.expand_as(restored_BPD), restored_BPD * held
+        )
+        # A fused token whose members count as dropped holds no position.
+        x = torch.where(count > 0, total / count.clamp(min=1), self.x)
+        lost = None if self.lost is None else torch.where(held > 0, self.lost, restored_BPD)
+        return dataclasses.replace(self, x=x, lost=lost)
 
 
 def take(x_BND: Tensor, index_BK: Tensor) -> Tensor:

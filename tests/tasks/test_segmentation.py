@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import tokendial as td
 from tokendial.data import MaskAugment
+from tokendial.model.windows import predict_windows, window_starts
 from tokendial.tasks import Segmentation
-from tokendial.tasks.dense_prediction import _window_starts, best_class, predict_windows
+from tokendial.tasks.dense_prediction import best_class
 
 
 def model(num_classes=3):
@@ -83,7 +84,7 @@ def test_an_image_smaller_than_a_window_is_refused():
 @given(st.integers(1, 300), st.integers(1, 100), st.floats(0.01, 1.0))
 def test_windows_cover_every_pixel_and_end_at_the_border(extra, window, stride):
     length = window + extra
-    starts = _window_starts(length, window, stride)
+    starts = window_starts(length, window, stride)
     assert starts[0] == 0
     assert starts[-1] == length - window
     assert all(after - before <= window for before, after in pairwise(starts))

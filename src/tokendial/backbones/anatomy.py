@@ -2,9 +2,10 @@
 
 # Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class Anatomy(ABC):
 
     def __init__(self, vit: nn.Module) -> None:
         self.vit: Any = vit
+        self._replica: nn.Module | None = None
 
     @classmethod
     @abstractmethod
@@ -31,6 +33,16 @@ class Anatomy(ABC):
     @abstractmethod
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks, in order."""
+
+    def block(self, layer: int) -> Any:
+        """The block `layer`, counted from 1."""
+        return self.blocks[layer - 1] if self._replica is None else self._replica
+
+    def with_block(self, block: nn.Module) -> Self:
+        """The same anatomy for a replica of one block, on another device with its own weights."""
+        view = copy.copy(self)
+        view._replica = block
+        return view
 
     @property
     @abstractmethod
@@ -87,6 +99,29 @@ class Anatomy(ABC):
         Raises:
             ValueError: If the size of the images or the number of frames does not fit the model.
         """
+
+    @property
+    def num_suffix_tokens(self) -> int:
+        """How many of the prefix tokens stand behind the patches in the model's own order."""
+        return 0
+
+    def rope_in_call(self, *arguments: Any, **named: Any) -> Tensor | None:
+        """The rotary table for `Tokens.rope`, from what the model's own loop passes to a block.
+
+        Args:
+            *arguments: Positional arguments of the block after the tokens.
+            **named: Its named arguments.
+
+        Raises:
+            ValueError: If the block gets a mask or another tensor, which only its own code can use.
+        """
+        tensors = [each for each in (*arguments, *named.values()) if isinstance(each, Tensor)]
+        if tensors:
+            raise ValueError(
+                "the blocks get an attention mask, with which tokens cannot be reduced: set the "
+                "degree to 0 for masked inputs."
+            )
+        return None
 
     def enter_block(self, layer: int, tokens: Tokens) -> Tokens:
         """What the model does to the tokens before block `layer`, outside of its blocks.

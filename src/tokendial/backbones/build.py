@@ -16,6 +16,7 @@ from tokendial.backbones.checkpoints import read_checkpoint
 from tokendial.backbones.huggingface_names import CLASSES
 from tokendial.backbones.kinds import TORCHVISION, TRANSFORMERS, anatomy_of
 from tokendial.backbones.loading import load_own_names, load_weights, warn_of_unused_weights
+from tokendial.backbones.open_clip import OpenClipViT
 from tokendial.backbones.pooling import QueryPooling, video_vit
 from tokendial.backbones.torchvision_vit import create_torchvision, torchvision_arguments
 from tokendial.errors import error_message
@@ -32,6 +33,7 @@ SHIPPED_ARGS: dict[str, Any] = {
     "num_heads": 3,
     "num_classes": 10,
 }
+_OPEN_CLIP = "open_clip."
 _IMAGENET_CLASSES = 1000
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _FRESH = {"classifier", "cls_classifier", "distillation_classifier", "pooler", "mask_token"}
@@ -75,6 +77,8 @@ class Backbone:
             # A model of torchvision does not say which weights it has.
             name = f"{TORCHVISION}{type(vit).__name__}"
             return cls(name=name, weights=None, args=torchvision_arguments(vit))
+        if OpenClipViT.owns(vit):
+            return cls(name=f"{_OPEN_CLIP}{type(vit).__name__}")
         cfg: Any = getattr(vit, "pretrained_cfg", {"architecture": type(vit).__name__})
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
         # timm stores the arguments of create_model here. A model may have changed since, so the
@@ -119,6 +123,11 @@ class Backbone:
             return self._create_transformers()
         if self.name.startswith(TORCHVISION):
             return self._create_torchvision()
+        if self.name.startswith(_OPEN_CLIP):
+            raise ValueError(
+                f"model.name {self.name!r} is a part of a model of open_clip: pass the backbone "
+                "itself, as in td.load(folder, vit=clip.visual)."
+            )
         args = dict(self.args)
         if self.frames is None:
             vit = self._create_timm(args)

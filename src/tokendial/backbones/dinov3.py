@@ -2,6 +2,8 @@
 
 # Shape legend: B batch, H heads, N tokens, L patch tokens, C head_dim, D embed_dim.
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,15 @@ class HuggingFaceDINOv3(HuggingFaceViT):
         tokens = super().embed(images)
         tokens.rope = rotary_table(cosines, sines)
         return tokens
+
+    def rope_in_call(
+        self,
+        *arguments: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **named: Any,
+    ) -> Tensor | None:
+        super().rope_in_call(*arguments, **named)
+        return None if position_embeddings is None else rotary_table(*position_embeddings)
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(layer, x_BND, tokens)

@@ -140,7 +140,7 @@ class HuggingFaceViT(Anatomy):
         return Tokens(x, self.num_prefix_tokens, grid)
 
     def _part(self, layer: int, path: str) -> Any:
-        return self.blocks[layer - 1].get_submodule(path)
+        return self.block(layer).get_submodule(path)
 
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         return self._part(layer, self.names.norm1)(x_BND)  # type: ignore[no-any-return]

@@ -150,6 +150,8 @@ CLASSES = {
     "Siglip2ForImageClassification": _SIGLIP,
     "OwlViTVisionModel": _OWL,
     "Owlv2VisionModel": _OWL,
+    "OwlViTVisionTransformer": _OWL,
+    "Owlv2VisionTransformer": _OWL,
     "VitPoseBackbone": _VITPOSE,
     "YolosModel": _YOLOS,
 }

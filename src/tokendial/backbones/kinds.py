@@ -8,6 +8,7 @@ from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.dinov3 import HuggingFaceDINOv3
 from tokendial.backbones.huggingface import HuggingFaceViT
 from tokendial.backbones.huggingface_names import CLASSES
+from tokendial.backbones.open_clip import OpenClipViT
 from tokendial.backbones.pooling import QueryPooling
 from tokendial.backbones.siglip import HuggingFaceSiglip, HuggingFaceSiglip2
 from tokendial.backbones.timm_eva import TimmEva
@@ -32,10 +33,10 @@ _WITH_THEIR_OWN_COMPUTATION: dict[str, type[HuggingFaceViT]] = {
     "YolosModel": HuggingFaceYolos,
 }
 """Classes of transformers that need more than a table of names."""
-_SUPPORTED = (
+SUPPORTED = (
     "timm's VisionTransformer built of the standard pre-norm Block (ViT, DeiT, also distilled, "
     "DeiT-III, DINO, DINOv2 with or without registers, MAE, AugReg, CLIP and SigLIP image towers), "
-    "timm's Eva (EVA-02, DINOv3, Perception Encoder) and NaFlexVit, torchvision's "
+    "timm's Eva (EVA-02, DINOv3, Perception Encoder) and NaFlexVit, open_clip's and torchvision's "
     f"VisionTransformer, and of transformers {', '.join(CLASSES)}; for clips, models of video_vit "
     "and videomae_*"
 )
@@ -49,7 +50,7 @@ def anatomy_of(vit: nn.Module) -> Anatomy:
     """
     kind = _kind_of(vit)
     if problem := kind.problem(vit):
-        raise ValueError(f"This model is not supported: {problem}. Supported are {_SUPPORTED}.")
+        raise ValueError(f"This model is not supported: {problem}. Supported are {SUPPORTED}.")
     return kind(vit)
 
 
@@ -59,6 +60,8 @@ def _kind_of(vit: nn.Module) -> type[Anatomy]:
         return _WITH_THEIR_OWN_COMPUTATION.get(name, HuggingFaceViT)
     if library.startswith(TORCHVISION):
         return TorchvisionViT
+    if OpenClipViT.owns(vit):
+        return OpenClipViT
     if isinstance(vit, Eva):
         return TimmEva
     if isinstance(vit, NaFlexVit):

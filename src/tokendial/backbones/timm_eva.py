@@ -31,12 +31,18 @@ class TimmEva(TimmAnatomy):
         x, rope = vit._pos_embed(vit.patch_embed(images_B3HW))
         return Tokens(vit.norm_pre(x), vit.num_prefix_tokens, grid, rope=rope)
 
+    def rope_in_call(self, *arguments: Any, rope: Tensor | None = None, **named: Any) -> Any:
+        super().rope_in_call(*arguments, **named)
+        if rope is not None and self.vit.rope_mixed:  # each block has, and gets, its own table
+            return rope.expand(len(self.blocks), *rope.shape)
+        return rope
+
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        block: Any = self.vit.blocks[layer - 1]
+        block = self.block(layer)
         return x_BND if isinstance(block, EvaBlockPostNorm) else block.norm1(x_BND)
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        attn: Any = self.vit.blocks[layer - 1].attn
+        attn = self.block(layer).attn
         if attn.qkv is None:
             q, k, v = attn.q_proj(x_BND), attn.k_proj(x_BND), attn.v_proj(x_BND)
         else:
@@ -58,7 +64,7 @@ class TimmEva(TimmAnatomy):
         return q, k, v
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
-        block: Any = self.vit.blocks[layer - 1]
+        block = self.block(layer)
         out = self.project_attention(layer, out_BND, x_BND)
         if isinstance(block, EvaBlockPostNorm):
             out = block.norm1(out)
@@ -67,11 +73,11 @@ class TimmEva(TimmAnatomy):
         return block.drop_path1(out)  # type: ignore[no-any-return]
 
     def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        block: Any = self.vit.blocks[layer - 1]
+        block = self.block(layer)
         return x_BND if isinstance(block, EvaBlockPostNorm) else block.norm2(x_BND)
 
     def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
-        block: Any = self.vit.blocks[layer - 1]
+        block = self.block(layer)
         out = block.mlp(x_BND)
         if isinstance(block, EvaBlockPostNorm):
             out = block.norm2(out)

@@ -85,6 +85,14 @@ class TimmNaFlex(TimmAnatomy):
             rope=torch.stack(rope) if isinstance(rope, list) else rope,
         )
 
+    def with_block(self, block: Any) -> "TimmNaFlex":
+        view = super().with_block(block)
+        view._blocks = self._blocks.with_block(block)
+        return view
+
+    def rope_in_call(self, *arguments: Any, **named: Any) -> Tensor | None:
+        return self._blocks.rope_in_call(*arguments, **named)
+
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         return self._blocks.attention_input(layer, x_BND)
 

@@ -107,11 +107,11 @@ class TimmAnatomy(Anatomy):
         return replace(one, x=one.x[:0])
 
     def attention_settings(self, layer: int) -> tuple[float, float]:
-        attn = self.vit.blocks[layer - 1].attn
+        attn = self.block(layer).attn
         return attn.scale, attn.attn_drop.p if attn.training else 0.0
 
     def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Module, slice]]:
-        attn: Any = self.vit.blocks[layer - 1].attn
+        attn = self.block(layer).attn
         if attn.qkv is None:
             whole = slice(None)
             return {"query": (attn.q_proj, whole), "value": (attn.v_proj, whole)}
@@ -121,7 +121,7 @@ class TimmAnatomy(Anatomy):
 
     def project_attention(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         """Apply norm, gate and projection of the attention layer to the heads' outputs."""
-        attn: Any = self.vit.blocks[layer - 1].attn
+        attn = self.block(layer).attn
         out = attn.norm(out_BND)
         if attn.gate is not None:
             out = out * attn.gate(x_BND).sigmoid()
@@ -164,22 +164,22 @@ class TimmViT(TimmAnatomy):
         return Tokens(x, vit.num_prefix_tokens, grid)
 
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        return self.vit.blocks[layer - 1].norm1(x_BND)  # type: ignore[no-any-return]
+        return self.block(layer).norm1(x_BND)  # type: ignore[no-any-return]
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        attn: Any = self.vit.blocks[layer - 1].attn
+        attn = self.block(layer).attn
         qkv = attn.qkv(x_BND).reshape(*x_BND.shape[:2], 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
-        block: Any = self.vit.blocks[layer - 1]
+        block = self.block(layer)
         out = self.project_attention(layer, out_BND, x_BND)
         return block.drop_path1(block.ls1(out))  # type: ignore[no-any-return]
 
     def ffn_input(self, layer: int, x_BND: Tensor) -> Tensor:
-        return self.vit.blocks[layer - 1].norm2(x_BND)  # type: ignore[no-any-return]
+        return self.block(layer).norm2(x_BND)  # type: ignore[no-any-return]
 
     def ffn_branch(self, layer: int, x_BND: Tensor) -> Tensor:
-        block: Any = self.vit.blocks[layer - 1]
+        block = self.block(layer)
         return block.drop_path2(block.ls2(block.mlp(x_BND)))  # type: ignore[no-any-return]

@@ -107,7 +107,7 @@ class TorchvisionViT(Anatomy):
         return Tokens(vit.encoder.dropout(x + vit.encoder.pos_embedding), 1, (rows, rows))
 
     def _block(self, layer: int) -> Any:
-        return self.blocks[layer - 1]
+        return self.block(layer)
 
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         return self._block(layer).ln_1(x_BND)  # type: ignore[no-any-return]

@@ -21,6 +21,10 @@ class HuggingFaceYolos(HuggingFaceViT):
     those of its own patch, as with rotary positions.
     """
 
+    @property
+    def num_suffix_tokens(self) -> int:
+        return self.num_prefix_tokens - 1
+
     def embed(self, images_B3HW: Tensor) -> Tokens:
         tokens = super().embed(images_B3HW)
         tokens.x = self.patches_last(tokens.x)

@@ -65,6 +65,17 @@ def count_macs(module: nn.Module, run: Callable[[nn.Module], Any], *, products: 
     return sum(count_macs_by_part(module, run_as_one_part, products=products))
 
 
+def count_macs_of_call(call: Callable[[], Any]) -> int:
+    """Count the multiply-accumulates of a call on real tensors, by the rule of `count_macs`.
+
+    For models that look at values, and so cannot run on the meta device.
+    """
+    counter = _FlopCounter()
+    with torch.no_grad(), counter:
+        call()
+    return sum(counter.flops.values()) // 2
+
+
 def count_macs_by_part(
     module: nn.Module, run: Callable[[nn.Module], Iterable[Any]], *, products: bool = True
 ) -> list[int]:

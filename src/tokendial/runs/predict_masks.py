@@ -17,11 +17,12 @@ from tokendial.data.readers.images import (
     warn_of_multi_picture_files,
 )
 from tokendial.model.dial_vit import DialViT
+from tokendial.model.windows import predict_windows
 from tokendial.runs.device import default_device
 from tokendial.runs.mask_images import mask_image, mask_share, overlay_mask
 from tokendial.runs.run import Run
 from tokendial.tasks import BinaryMasks, Segmentation
-from tokendial.tasks.dense_prediction import input_format, predict_windows
+from tokendial.tasks.dense_prediction import input_format
 
 _MAX_LOGIT_BYTES = 2**31
 

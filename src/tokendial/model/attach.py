@@ -1,0 +1,286 @@
+"""`attach`: turn the dial of the ViTs inside of a larger model, which stays as it is."""
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokendial.backbones.kinds import SUPPORTED
+from tokendial.backbones.towers import find_towers
+from tokendial.measure.cost import Cost, count_macs, count_macs_of_call
+from tokendial.model.arguments import check_method
+from tokendial.model.dial import check_degree
+from tokendial.model.dialed_blocks import DialedBlock, TowerDial, dial_blocks, undial_blocks
+from tokendial.reduce.base import ReducerConfig
+
+
+class Tower:
+    """A ViT inside of a larger model, with a dial."""
+
+    def __init__(self, name: str, dial: TowerDial) -> None:
+        self.name = name
+        """Name of the ViT in the model, as in `named_modules`; "" for the model itself."""
+        self._dial = dial
+
+    def __repr__(self) -> str:
+        kind = type(self.module).__name__
+        return f"Tower({self.name!r}, {kind}, degree={self.degree} of 0 to {self.degrees[-1]})"
+
+    @property
+    def module(self) -> nn.Module:
+        """The ViT itself."""
+        vit: nn.Module = self._dial.anatomy.vit
+        return vit
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Positions of the dial; 0 is the model as it was."""
+        return self._dial.reducer.degrees
+
+    @property
+    def degree(self) -> int:
+        """The present degree."""
+        return self._dial.degree
+
+    def set_degree(self, degree: int) -> None:
+        """Turn the dial of this ViT.
+
+        Raises:
+            ValueError: If it is not one of `degrees`.
+        """
+        check_degree(degree, self.degrees)
+        self._dial.degree = degree
+
+    def cost(self, degree: int | None = None) -> Cost:
+        """Cost of one image of the configured size in this ViT.
+
+        Args:
+            degree: The degree; None: the present one.
+
+        Raises:
+            ValueError: If it is not one of `degrees`.
+        """
+        dial, module = self._dial, self.module
+        before = self.degree
+        self.set_degree(before if degree is None else degree)
+        dial.counts = counts = []
+        try:
+            macs = count_macs(module, self._run_on_meta)
+            shape = dial.anatomy.shape
+            whole = shape.num_prefix_tokens + shape.num_patches
+            return Cost(
+                degree=self.degree,
+                params=sum(p.numel() for p in module.parameters()),
+                trainable_params=sum(p.numel() for p in module.parameters() if p.requires_grad),
+                macs=macs,
+                tokens_per_layer=tuple(counts) or (whole,) * shape.depth,
+            )
+        finally:
+            dial.counts = None
+            self.set_degree(before)
+
+    def _run_on_meta(self, module: nn.Module) -> None:
+        shape = self._dial.anatomy.input_shape
+        dtype = next(module.parameters()).dtype
+        module(torch.empty(1, *shape, device="meta", dtype=dtype))
+
+
+class AttachedDial:
+    """The dial of the ViTs inside of a model; `attach` returns it.
+
+    As a context manager, it detaches at the end of the block.
+    """
+
+    def __init__(self, model: nn.Module, towers: Iterable[Tower]) -> None:
+        self.model = model
+        """The model."""
+        self.towers = tuple(towers)
+        """The ViTs that were found in it. Each can also be turned by itself."""
+
+    def __repr__(self) -> str:
+        return f"AttachedDial({type(self.model).__name__}, {list(self.towers)})"
+
+    def __enter__(self) -> "AttachedDial":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Positions that the dials of all towers offer; 0 is the model as it was."""
+        first, *others = (tower.degrees for tower in self.towers)
+        return tuple(d for d in first if all(d in degrees for degrees in others))
+
+    @property
+    def degree(self) -> int:
+        """The present degree of the first tower."""
+        return self.towers[0].degree
+
+    def set_degree(self, degree: int) -> None:
+        """Turn the dials of all towers.
+
+        Raises:
+            ValueError: If it is not one of `degrees`.
+        """
+        check_degree(degree, self.degrees)
+        for tower in self.towers:
+            tower.set_degree(degree)
+
+    def cost(self, degree: int | None = None) -> Cost:
+        """Cost of one image in each of the towers, together; the rest of the model is left out.
+
+        `tokens_per_layer` lists the towers one after another.
+
+        Args:
+            degree: The degree of all towers; None: each at its present one.
+
+        Raises:
+            ValueError: If it is not one of `degrees`.
+        """
+        if degree is not None:
+            check_degree(degree, self.degrees)
+        costs = [tower.cost(degree) for tower in self.towers]
+        return Cost(
+            degree=costs[0].degree,
+            params=sum(cost.params for cost in costs),
+            trainable_params=sum(cost.trainable_params for cost in costs),
+            macs=sum(cost.macs for cost in costs),
+            tokens_per_layer=tuple(count for cost in costs for count in cost.tokens_per_layer),
+        )
+
+    def cost_of_call(self, *inputs: Any, degree: int | None = None, **named: Any) -> int:
+        """Multiply-accumulates of a call of the whole model, towers and all else.
+
+        This is the number to compare times with: a tower that has half of the model's cost can
+        make the model at most twice as fast.
+
+        Args:
+            *inputs: Arguments of the model, such as images or token ids.
+            degree: The degree of all towers; None: each at its present one.
+            **named: Its named arguments.
+
+        Raises:
+            ValueError: If `degree` is not one of `degrees`.
+        """
+        before = [tower.degree for tower in self.towers]
+        if degree is not None:
+            self.set_degree(degree)
+        try:
+            return count_macs_of_call(lambda: self.model(*inputs, **named))
+        finally:
+            for tower, own in zip(self.towers, before, strict=True):
+                tower.set_degree(own)
+
+    def detach(self) -> None:
+        """Give the model back as it was. This handle cannot be used any more."""
+        for tower in self.towers:
+            undial_blocks(tower._dial)
+        self.towers = ()
+
+
+def attach(
+    model: nn.Module,
+    reduce: ReducerConfig,
+    *,
+    towers: str | Iterable[str] | Callable[[str, nn.Module], bool] | None = None,
+) -> AttachedDial:
+    """Give the ViTs inside of a larger model a dial, in place.
+
+    Everything around them stays as it is, and so do their names, weights, inputs and outputs: last
+    and intermediate hidden states and feature maps have every position, because reductions are
+    undone. So a pipeline, a training script or `save_pretrained` notices nothing but the speed.
+    With `td.wrap` one gets a model that can also be fine-tuned with adapters, saved and served.
+
+    Args:
+        model: Any model that holds ViTs: CLIP, a depth or detection model, a vision language
+            model, or a ViT itself.
+        reduce: A reduction method without weights of its own, such as `ToMe(r=8)`. Each tower
+            starts at the degree that its settings say.
+        towers: Which ViTs get a dial: names as in `model.named_modules()`, or a function of name
+            and module that returns whether. None: all.
+
+    Returns:
+        The handle: `set_degree`, `degrees`, `cost`, `towers`, `detach`.
+
+    Raises:
+        ValueError: If the model has no ViT that is supported, `towers` names none of those that
+            were found, one has a dial already, or the method has weights or does not fit.
+
+    Example:
+        >>> import timm, torch, tokendial as td
+        >>> model = torch.nn.Sequential(timm.create_model("vit_tiny_patch16_224", depth=2))
+        >>> with td.attach(model, td.ToMe(r=8)) as dial:
+        ...     dial.set_degree(16)
+        ...     model(torch.zeros(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {model!r:.60}.")
+    if reduce is None:
+        raise ValueError("reduce must be a reduction method such as td.ToMe(r=8), got None.")
+    check_method("reduce", reduce)
+    if any(isinstance(module, DialedBlock) for module in model.modules()):
+        raise ValueError(
+            "model has a dial already: use td.attached(model), or call detach() of its handle."
+        )
+    found = find_towers(model)
+    dials = {
+        name: TowerDial(found[name], reduce.build(found[name].shape))
+        for name in _chosen(found, towers, model)
+    }
+    for name, dial in dials.items():
+        if any(True for _ in dial.reducer.parameters()):
+            raise ValueError(
+                f"reduce must be a method without weights of its own, such as ToMe, EViT or "
+                f"FFNMerge, got {type(reduce).__name__}: train it with td.wrap."
+            )
+        if any("forward" in vars(b) and "_old_forward" not in vars(b) for b in dial.anatomy.blocks):
+            raise ValueError(f"the blocks of {name or 'model'} have a forward of their own.")
+    for dial in dials.values():
+        dial_blocks(dial)
+    return AttachedDial(model, (Tower(name, dial) for name, dial in dials.items()))
+
+
+def attached(model: nn.Module) -> AttachedDial:
+    """The handle of a model that `attach` gave a dial, such as a copy of that model.
+
+    Raises:
+        ValueError: If no ViT in the model has a dial.
+    """
+    dials = {id(m.tower_dial): m.tower_dial for m in model.modules() if isinstance(m, DialedBlock)}
+    if not dials:
+        raise ValueError("model has no dial: call td.attach(model, td.ToMe(r=8)) first.")
+    names = {id(module): name for name, module in model.named_modules()}
+    return AttachedDial(model, (Tower(names.get(id(d.anatomy.vit), ""), d) for d in dials.values()))
+
+
+def _chosen(found: dict[str, Any], towers: Any, model: nn.Module) -> list[str]:
+    """Names of the ViTs that get a dial."""
+    if not found:
+        raise ValueError(
+            f"model ({type(model).__name__}) holds no ViT that is supported. Supported are "
+            f"{SUPPORTED}."
+        )
+    listed = ", ".join(
+        f"{name!r} ({type(anatomy.vit).__name__})" for name, anatomy in found.items()
+    )
+    if towers is None:
+        return list(found)
+    if callable(towers):
+        chosen = [name for name, anatomy in found.items() if towers(name, anatomy.vit)]
+        if not chosen:
+            raise ValueError(f"towers chooses none of the ViTs in the model: {listed}.")
+        return chosen
+    chosen = [towers] if isinstance(towers, str) else list(towers)
+    if not chosen or (unknown := [name for name in chosen if name not in found]):
+        got = repr(unknown[0]) if chosen else "none"
+        raise ValueError(f"towers must be names of ViTs in the model: {listed}, got {got}.")
+    return chosen

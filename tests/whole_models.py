@@ -1,0 +1,294 @@
+"""Models that hold a ViT, small and with random weights, each with inputs and what it answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import torchvision
+import transformers
+from examples import perturbed
+from torch import Tensor, nn
+
+SIDE, PATCH = 64, 8
+VISION = {
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+    "max_position_embeddings": 20,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WORDS = torch.tensor([[1, 5, 6, 2], [1, 7, 8, 2]])
+IMAGE_TOKEN = 98
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A kind of model that holds a ViT."""
+
+    build: Callable[[], nn.Module]
+    """Makes the model with random weights."""
+    answer: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
+    """What the model gives for images [B, 3, H, W], by its own call."""
+    size: tuple[int, int] = (SIDE, SIDE)
+    """Height and width of the images."""
+    has_class_token: bool = True
+    """Whether EViT, which reads the attention of a class token, can reduce its tokens."""
+
+
+def _outputs(*names: str, **inputs: Any) -> Callable[[nn.Module, Tensor], tuple[Tensor, ...]]:
+    """Read fields of the output of a model of transformers."""
+
+    def answer(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+        found = model(pixel_values=images, **inputs)
+        values = [getattr(found, name) for name in names]
+        return tuple(t for v in values for t in (v if isinstance(v, tuple) else (v,)))
+
+    return answer
+
+
+def _hidden(**inputs: Any) -> Callable[[nn.Module, Tensor], tuple[Tensor, ...]]:
+    return _outputs(
+        "last_hidden_state", "pooler_output", "hidden_states", output_hidden_states=True, **inputs
+    )
+
+
+def _of_config(name: str, *args: Any, **settings: Any) -> Callable[[], nn.Module]:
+    """A model of transformers from its configuration."""
+
+    def build() -> nn.Module:
+        cls = getattr(transformers, name)
+        return cls(cls.config_class(*args, **settings))
+
+    return build
+
+
+def _dinov2(**settings: Any) -> Any:
+    stages = [f"stage{layer}" for layer in range(1, 5)]
+    return transformers.Dinov2Config(**VISION, mlp_ratio=2, out_features=stages, **settings)
+
+
+def _depth_anything() -> nn.Module:
+    backbone = _dinov2(reshape_hidden_states=False, apply_layernorm=True)
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=PATCH,
+        reassemble_hidden_size=48,
+        neck_hidden_sizes=[8, 12, 16, 16],
+        fusion_hidden_size=16,
+        head_hidden_size=8,
+    )
+    return transformers.DepthAnythingForDepthEstimation(config)
+
+
+def _dpt() -> nn.Module:
+    config = transformers.DPTConfig(
+        backbone_config=_dinov2(reshape_hidden_states=False, apply_layernorm=True),
+        is_hybrid=False,
+        hidden_size=48,
+        neck_hidden_sizes=[8, 12, 16, 16],
+        fusion_hidden_size=16,
+        readout_type="project",
+    )
+    return transformers.DPTForDepthEstimation(config)
+
+
+def _upernet() -> nn.Module:
+    config = transformers.UperNetConfig(
+        backbone_config=_dinov2(reshape_hidden_states=True),
+        hidden_size=16,
+        pool_scales=[1, 2],
+        auxiliary_in_channels=48,
+        auxiliary_channels=8,
+        num_labels=5,
+    )
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
+def _vit_pose() -> nn.Module:
+    backbone = transformers.VitPoseBackboneConfig(
+        **{**VISION, "image_size": [SIDE, SIDE // 2], "patch_size": [PATCH, PATCH]},
+        mlp_ratio=2,
+        out_features=["stage4"],
+    )
+    config = transformers.VitPoseConfig(backbone_config=backbone, num_labels=6)
+    return transformers.VitPoseForPoseEstimation(config)
+
+
+def _llava() -> nn.Module:
+    text = transformers.LlamaConfig(**{**TEXT, "vocab_size": 100})
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=(SIDE // PATCH) ** 2,
+        vision_feature_layer=-2,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _paligemma() -> nn.Module:
+    text = transformers.GemmaConfig(
+        **{**TEXT, "vocab_size": 100}, num_key_value_heads=1, head_dim=16
+    )
+    config = transformers.PaliGemmaConfig(
+        vision_config=transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def _prompt(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Logits of a prompt that has one token for each patch of an image."""
+    patches = torch.full((len(images), (SIDE // PATCH) ** 2), IMAGE_TOKEN)
+    ids = torch.cat([WORDS[: len(images), :1], patches, WORDS[: len(images), 1:]], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "PaliGemma" in type(model).__name__:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return (model(pixel_values=images, **inputs).logits,)
+
+
+def _open_clip(**vision: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        return open_clip.model.CLIP(
+            embed_dim=24,
+            vision_cfg={
+                "image_size": SIDE, "patch_size": PATCH, "width": 48, "layers": 4, "head_width": 16
+            } | vision,
+            text_cfg={"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 2},
+        )  # fmt: skip
+
+    return build
+
+
+def _encode_image(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+    return (model.encode_image(images),)
+
+
+def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    """A timm model as a part of another one, which reads its features in several ways."""
+
+    def build() -> nn.Module:
+        vit = timm.create_model(name, depth=4, **settings)
+        return nn.ModuleDict({"encoder": vit})
+
+    return build
+
+
+def _timm_answer(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+    vit = model["encoder"]
+    features, maps = vit.forward_intermediates(images, indices=2)
+    return vit(images), vit.forward_features(images), features, *maps
+
+
+def _torchvision() -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=SIDE, patch_size=PATCH, num_layers=4, num_heads=3, hidden_dim=48, mlp_dim=96,
+        num_classes=5,
+    )  # fmt: skip
+
+
+def _call(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    return (model(images),)
+
+
+_CLIP = _outputs("logits_per_image", "image_embeds", "text_embeds", input_ids=WORDS)
+_SIGLIP = {"vision_config": VISION, "text_config": TEXT | {"projection_size": 48}}
+WHOLE: dict[str, WholeModel] = {
+    "CLIP": WholeModel(
+        _of_config("CLIPModel", vision_config=VISION, text_config=TEXT, projection_dim=24), _CLIP
+    ),
+    "SigLIP": WholeModel(_of_config("SiglipModel", **_SIGLIP), _CLIP, has_class_token=False),
+    "open_clip": WholeModel(_open_clip(), _encode_image),
+    "open_clip with a timm tower": WholeModel(
+        _open_clip(
+            timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear"
+        ),
+        _encode_image,
+        (224, 224),
+    ),
+    "ViT features": WholeModel(_of_config("ViTModel", **VISION), _hidden()),
+    "ViT classifier": WholeModel(
+        _of_config("ViTForImageClassification", **VISION, num_labels=5), _outputs("logits")
+    ),
+    "DeiT features": WholeModel(_of_config("DeiTModel", **VISION), _hidden()),
+    "DINOv2 features": WholeModel(_of_config("Dinov2Model", **VISION, mlp_ratio=2), _hidden()),
+    "DINOv2 classifier": WholeModel(
+        _of_config("Dinov2ForImageClassification", **VISION, mlp_ratio=2, num_labels=5),
+        _outputs("logits"),
+    ),
+    "DINOv2 with registers": WholeModel(
+        _of_config("Dinov2WithRegistersModel", **VISION, mlp_ratio=2), _hidden()
+    ),
+    "DINOv2 feature maps": WholeModel(
+        lambda: transformers.Dinov2Backbone(_dinov2()), _outputs("feature_maps"), (SIDE, 48)
+    ),
+    "DINOv3 features": WholeModel(_of_config("DINOv3ViTModel", **VISION), _hidden()),
+    "I-JEPA features": WholeModel(
+        _of_config("IJepaModel", **VISION), _outputs("last_hidden_state"), has_class_token=False
+    ),
+    "MAE features": WholeModel(
+        _of_config("ViTMAEModel", **VISION, mask_ratio=0.0),
+        lambda model, images: _outputs(
+            "last_hidden_state", noise=torch.arange(64.0).expand(len(images), -1)
+        )(model, images),
+    ),
+    "Depth Anything": WholeModel(_depth_anything, _outputs("predicted_depth")),
+    "DPT": WholeModel(_dpt, _outputs("predicted_depth")),
+    "UperNet": WholeModel(_upernet, _outputs("logits")),
+    "ViTPose": WholeModel(
+        _vit_pose, _outputs("heatmaps"), (SIDE, SIDE // 2), has_class_token=False
+    ),
+    "OWLv2": WholeModel(
+        _of_config(
+            "Owlv2ForObjectDetection", vision_config=VISION, text_config=TEXT, projection_dim=32
+        ),
+        _outputs("logits", "pred_boxes", input_ids=WORDS),
+    ),
+    "YOLOS": WholeModel(
+        _of_config(
+            "YolosForObjectDetection",
+            **{**VISION, "image_size": [SIDE, SIDE]},
+            num_detection_tokens=6,
+            num_labels=5,
+        ),
+        _outputs("logits", "pred_boxes"),
+    ),
+    "LLaVA": WholeModel(_llava, _prompt),
+    "PaliGemma": WholeModel(_paligemma, _prompt, has_class_token=False),
+    "timm ViT": WholeModel(
+        _timm("vit_tiny_patch16_224", img_size=SIDE, patch_size=PATCH), _timm_answer
+    ),
+    "timm Eva": WholeModel(
+        _timm("eva02_tiny_patch14_224", img_size=SIDE, patch_size=PATCH), _timm_answer
+    ),
+    "timm DINOv3": WholeModel(
+        _timm("vit_small_patch16_dinov3", img_size=SIDE, patch_size=PATCH), _timm_answer
+    ),
+    "torchvision": WholeModel(_torchvision, _call),
+}  # fmt: skip
+
+
+def whole_model(name: str) -> tuple[nn.Module, Tensor]:
+    """A model in evaluation mode, and two images for it."""
+    torch.manual_seed(0)
+    kind = WHOLE[name]
+    model = perturbed(kind.build()).eval()
+    return model, torch.randn(2, 3, *kind.size, generator=torch.Generator().manual_seed(1))
