@@ -145,7 +145,7 @@ TORCHVISION: dict[str, dict[str, Any]] = {
 EVERY = (*TIMM, *HUGGING_FACE, *TORCHVISION)
 KINDS = (
     "vit", "deit distilled", "dinov2 registers", "siglip", "eva02", "dinov3", "naflex map",
-    "hf vit", "hf dinov3", "hf siglip2", "hf yolos mid positions",
+    "hf vit", "hf dinov3", "hf siglip2", "hf yolos mid positions", "torchvision",
 )  # fmt: skip
 _FIXED_SIZE = ("hf vitpose", *TORCHVISION)
 """Models that take images of the configured size only; those of torchvision are square."""
