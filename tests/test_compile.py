@@ -45,7 +45,19 @@ def test_methods_are_one_graph_at_every_degree(reduce):
     compare(model, images(), degrees=degrees, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("name", ["dinov3", "hf vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dinov3",
+        "naflex map",
+        "naflex rope mixed",
+        "hf vit",
+        "hf dinov3",
+        "hf siglip2",
+        "hf yolos mid positions",
+        "torchvision",
+    ],
+)
 @torch.no_grad()
 def test_other_kinds_of_backbones_are_one_graph(name):
     vit, size = backbone(name)

@@ -48,6 +48,8 @@ class WholeModel:
     """What the ViT in it gives for the images."""
     size: tuple[int, int] = (SIDE, SIDE)
     """Height and width of the images."""
+    windowed: bool = False
+    """Whether attention is in windows, so that only FFNs can run on merged tokens."""
     has_class_token: bool = True
     """Whether EViT, which reads the attention of a class token, can reduce its tokens."""
 
@@ -230,6 +232,32 @@ def _call(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     return (model(images),)
 
 
+_WINDOWED = {**VISION, "window_size": 3}
+
+
+def _sam() -> nn.Module:
+    vision = transformers.SamVisionConfig(
+        **_WINDOWED, mlp_dim=96, output_channels=16, global_attn_indexes=[1]
+    )
+    prompts = transformers.SamPromptEncoderConfig(
+        hidden_size=16, image_size=SIDE, patch_size=PATCH, mask_input_channels=8
+    )
+    decoder = transformers.SamMaskDecoderConfig(
+        hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
+    )
+    return transformers.SamModel(
+        transformers.SamConfig(
+            vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder
+        )
+    )
+
+
+def _sam_answer(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+    points = torch.full((len(images), 1, 1, 2), 20.0)
+    found = model(pixel_values=images, input_points=points)
+    return found.pred_masks, found.iou_scores
+
+
 def _mae(model: Any, images: Tensor) -> tuple[Tensor, ...]:
     noise = torch.arange(64.0).expand(len(images), -1)  # rising: the patches keep their order
     return (model(images, noise=noise).last_hidden_state,)
@@ -307,6 +335,22 @@ WHOLE: dict[str, WholeModel] = {
         _timm("vit_small_patch16_dinov3", img_size=SIDE, patch_size=PATCH), _timm_answer
     ),
     "torchvision": WholeModel(_torchvision, _call),
+    "SAM": WholeModel(_sam, _sam_answer, windowed=True),
+    "ViTDet": WholeModel(
+        _of_config(
+            "VitDetModel", **_WINDOWED, mlp_ratio=2, window_block_indices=[0, 2]
+        ),
+        _outputs("last_hidden_state"),
+        windowed=True,
+    ),
+    "timm SAM": WholeModel(
+        lambda: timm.create_model(
+            "samvit_base_patch16", img_size=SIDE, patch_size=PATCH, embed_dim=48, depth=3,
+            num_heads=3, window_size=3, global_attn_indexes=(1,), neck_chans=8, num_classes=5,
+        ),
+        _call,
+        windowed=True,
+    ),
 }  # fmt: skip
 
 

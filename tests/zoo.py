@@ -48,7 +48,11 @@ TIMM: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
         (64, 96),
     ),
     "naflex": ("naflexvit_base_patch16_gap", _NAFLEX, (64, 96)),
-    "naflex map": ("naflexvit_so150m2_patch16_reg1_map", _NAFLEX, (64, 96)),
+    "naflex map": (
+        "naflexvit_so150m2_patch16_reg1_map",
+        _NAFLEX | {"init_values": 1.0},
+        (64, 96),
+    ),
     "naflex factorized": ("naflexvit_base_patch16_parfac_gap", _NAFLEX, (64, 96)),
     "naflex vit": ("vit_tiny_patch16_224", {"use_naflex": True}, (64, 96)),
     "naflex dinov3": (
@@ -109,7 +113,7 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hf dinov3": ("DINOv3ViTModel", {"num_register_tokens": 4}),
     "hf dinov3 gated": ("DINOv3ViTModel", {"use_gated_mlp": True, "num_register_tokens": 1}),
-    "hf dinov3 backbone": ("DINOv3ViTBackbone", {"reshape_hidden_states": False}),
+    "hf dinov3 backbone": ("DINOv3ViTBackbone", {"return_class_token": True}),
     "hf siglip": ("SiglipVisionModel", {}),
     "hf siglip headless": ("SiglipVisionModel", {"vision_use_head": False}),
     "hf siglip classifier": (
@@ -141,7 +145,7 @@ TORCHVISION: dict[str, dict[str, Any]] = {
 EVERY = (*TIMM, *HUGGING_FACE, *TORCHVISION)
 KINDS = (
     "vit", "deit distilled", "dinov2 registers", "siglip", "eva02", "dinov3", "naflex map",
-    "hf vit", "hf dinov3", "hf siglip2", "hf yolos mid positions",
+    "hf vit", "hf dinov3", "hf siglip2", "hf yolos mid positions", "torchvision",
 )  # fmt: skip
 _FIXED_SIZE = ("hf vitpose", *TORCHVISION)
 """Models that take images of the configured size only; those of torchvision are square."""
@@ -180,6 +184,8 @@ def own_output(vit: nn.Module) -> Callable[[Tensor], Tensor]:
         for field in ("logits", "image_embeds", "pooler_output"):
             if getattr(out, field, None) is not None:
                 return getattr(out, field)
+        if getattr(out, "cls_tokens", None) is not None:
+            return out.cls_tokens[-1]
         features = last_features(vit, images)
         pools_patches = type(vit).__name__.startswith(("IJepa", "VitPose", "Siglip"))
         return features.mean(dim=1) if pools_patches else features[:, 0]

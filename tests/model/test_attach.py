@@ -25,13 +25,14 @@ CASES = [
     (name, method)
     for name, kind in WHOLE.items()
     for method in METHODS
-    if kind.has_class_token or method != "evit"
+    if not kind.windowed and (kind.has_class_token or method != "evit")
 ]
+WINDOWED = [name for name, kind in WHOLE.items() if kind.windowed]
 
 COMPILED = [
     "CLIP", "SigLIP", "open_clip", "ViT features", "DINOv2 features", "DINOv2 with registers",
     "DINOv2 feature maps", "DINOv3 features", "I-JEPA features", "MAE features", "ViTPose", "OWLv2",
-    "YOLOS", "timm ViT", "timm Eva", "torchvision",
+    "YOLOS", "timm ViT", "timm Eva", "torchvision", "SAM", "ViTDet", "timm SAM",
 ]  # fmt: skip
 """One model for each kind of ViT."""
 
@@ -40,6 +41,11 @@ def answers(name: str, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     """What a model of `WHOLE` answers."""
     with torch.no_grad():
         return WHOLE[name].answer(model, images)
+
+
+def method_of(name: str) -> td.ReducerConfig:
+    """A method that a model of `WHOLE` can run."""
+    return METHODS["ffn_merge" if WHOLE[name].windowed else "tome"]
 
 
 def assert_equal(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], atol: float = 0.0) -> None:
@@ -74,15 +80,20 @@ def composed(
     return found
 
 
-@pytest.mark.parametrize(("name", "method"), CASES)
-def test_the_model_runs_under_the_dial_and_is_as_before_without(name, method):
-    model, images = whole_model(name)
+def reduced_answers(
+    name: str, model: nn.Module, images: Tensor, reduce: td.ReducerConfig
+) -> tuple[tuple[Tensor, ...], str]:
+    """What a model answers under the dial, and the name of its tower.
+
+    It is checked that the model answers as before at degree 0 and once the dial is detached, and
+    that nothing of the dial stays in it.
+    """
     before = answers(name, model, images)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     classes = [type(module) for module in model.modules()]
     attributes = [set(vars(module)) for module in model.modules()]
 
-    dial = td.attach(model, METHODS[method])
+    dial = td.attach(model, reduce)
     (tower,) = dial.towers
     reduced = answers(name, model, images)
     assert all(isinstance(m, own) for m, own in zip(model.modules(), classes, strict=True))
@@ -98,19 +109,54 @@ def test_the_model_runs_under_the_dial_and_is_as_before_without(name, method):
     assert [set(vars(module)) for module in model.modules()] == attributes
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key])
-
     assert [x.shape for x in reduced] == [x.shape for x in before]
     assert any((x - y).abs().max() > 1e-4 for x, y in zip(reduced, before, strict=True))
-    by_hand = composed(name, model, images, tower.name, METHODS[method])
+    return reduced, tower.name
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_the_model_runs_under_the_dial_and_is_as_before_without(name, method):
+    model, images = whole_model(name)
+    reduced, tower = reduced_answers(name, model, images, METHODS[method])
+    by_hand = composed(name, model, images, tower, METHODS[method])
     scale = max(float(x.abs().max()) for x in by_hand)
     assert_equal(reduced, by_hand, atol=1e-5 * max(1.0, scale))
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_ffns_of_windowed_encoders_run_on_merged_tokens(name):
+    model, images = whole_model(name)
+    reduced, tower = reduced_answers(name, model, images, METHODS["ffn_merge"])
+
+    def merge(ffn: nn.Module, args: tuple[Tensor], _out: Tensor) -> Tensor:
+        """The FFN by PyTorch's hook, with a matching that is written once more, token by token."""
+        outs = []
+        for x in args[0].flatten(1, 2):
+            unit = x / x.norm(dim=1, keepdim=True)
+            similar = unit[0::2] @ unit[1::2].T
+            best, partner = similar.max(dim=1)
+            group = torch.arange(len(x))
+            for even in best.argsort(descending=True)[:12].tolist():
+                group[2 * even] = 2 * partner[even] + 1
+            means = torch.stack([x[group == g].mean(dim=0) for g in group])
+            outs.append(type(ffn).forward(ffn, means))
+        return torch.stack(outs).view(args[0].shape)
+
+    ffns = [m for n, m in model.get_submodule(tower).named_modules() if n.endswith(".mlp")]
+    hooks = [ffn.register_forward_hook(merge) for ffn in ffns]
+    by_hand = answers(name, model, images)
+    for hook in hooks:
+        hook.remove()
+    assert_equal(reduced, by_hand, atol=1e-4)
+    with pytest.raises(ValueError, match="reduce must be FFNMerge .* got ToMe"):
+        td.attach(model, td.ToMe(r=2))
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_vit_compiles_as_one_graph(name):
     torch.compiler.reset()
     model, images = whole_model(name)
-    with td.attach(model, td.ToMe(r=6)) as dial, torch.no_grad():
+    with td.attach(model, method_of(name)) as dial, torch.no_grad():
         vit = dial.towers[0].module
         compiled = torch.compile(WHOLE[name].of_vit, backend="eager", fullgraph=True)
         assert_equal(compiled(vit, images), WHOLE[name].of_vit(vit, images), atol=1e-5)
@@ -133,7 +179,7 @@ def test_a_compiled_model_follows_the_dial():
 def test_a_model_in_half_precision_stays_in_it(name):
     model, images = whole_model(name)
     before = answers(name, model, images)
-    with td.attach(model, td.ToMe(r=6)):
+    with td.attach(model, method_of(name)):
         model.bfloat16()
         found = answers(name, model, images.bfloat16())
         assert next(model.parameters()).dtype == torch.bfloat16

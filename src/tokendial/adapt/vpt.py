@@ -52,8 +52,12 @@ class Prompts(Adapter):
 
     def install(self, vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Draw the prompts as the authors do: by Xavier's uniform rule for the patch embedding."""
-        projection = next(m for m in vit.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-        bound = (6.0 / (projection.weight[0].numel() + self.prompts.shape[-1])) ** 0.5
+        # In NaFlex models a linear layer embeds the patches: the first one of the model.
+        weights = [
+            m.weight for m in vit.modules() if isinstance(m, nn.Conv2d | nn.Conv3d | nn.Linear)
+        ]
+        projection = next((weight for weight in weights if weight.ndim > 2), weights[0])
+        bound = (6.0 / (projection[0].numel() + self.prompts.shape[-1])) ** 0.5
         nn.init.uniform_(self.prompts, -bound, bound)
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:

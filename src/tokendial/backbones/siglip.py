@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models.naflexvit import batch_patchify
 from torch import Tensor
 
+from tokendial.backbones.anatomy import split_heads
 from tokendial.backbones.huggingface import HuggingFaceViT
 from tokendial.tokens import Tokens
 
@@ -72,11 +73,16 @@ def pool_by_attention(head: Any, x_BND: Tensor, size_BN: Tensor | None) -> Tenso
     Returns:
         [B, D].
     """
-    if size_BN is None or not len(x_BND):  # masks of no image have no shape
-        return head(x_BND)  # type: ignore[no-any-return]
-    # PyTorch's attention layer wants one mask for each image and head: [B * H, 1, N].
-    mask = size_BN.log().to(x_BND.dtype).unsqueeze(1)
-    mask = mask.repeat_interleave(head.attention.num_heads, dim=0)
-    probe = head.probe.expand(len(x_BND), -1, -1)
-    pooled = head.attention(probe, x_BND, x_BND, attn_mask=mask, need_weights=False)[0]
+    # PyTorch's attention layer only reads the weights of its out_proj, so a LoRA there would have
+    # no effect. Here its parts are called one by one.
+    attn, width = head.attention, x_BND.shape[-1]
+    weights, biases = (
+        p.split([width, 2 * width]) for p in (attn.in_proj_weight, attn.in_proj_bias)
+    )
+    query = F.linear(head.probe.expand(len(x_BND), -1, -1), weights[0], biases[0])
+    keys, values = F.linear(x_BND, weights[1], biases[1]).chunk(2, dim=-1)
+    q, k, v = (split_heads(part, attn.num_heads) for part in (query, keys, values))
+    bias = None if size_BN is None else size_BN.log().to(q.dtype)[:, None, None, :]
+    pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    pooled = attn.out_proj(pooled)
     return (pooled + head.mlp(head.layernorm(pooled)))[:, 0]  # type: ignore[no-any-return]

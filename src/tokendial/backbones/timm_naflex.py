@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers.attention import Attention, AttentionRope
+from timm.layers.helpers import to_2tuple
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block
@@ -46,11 +47,13 @@ class TimmNaFlex(TimmAnatomy):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """The size that the model was created for, or else the one that it was trained at."""
-        size = self.vit.embeds.default_img_size
+        """The size that the model was created with, or else the one that it was trained at."""
+        vit = self.vit
+        # Positions are resized to any image, so only the arguments of create_model say a size.
+        size = getattr(vit, "_model_args", {}).get("img_size") or vit.embeds.default_img_size
         if size is None:
-            size = getattr(self.vit, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
-        height, width = size
+            size = getattr(vit, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
+        height, width = to_2tuple(size)
         return height, width
 
     def grid(self, images_B3HW: Tensor) -> tuple[int, int]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy, split_heads
+from tokendial.backbones.open_clip import InProjection
 from tokendial.errors import error_message
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
@@ -37,11 +37,16 @@ _EPS = 1e-6
 class TorchvisionViT(Anatomy):
     """torchvision's VisionTransformer, on images of its own size.
 
-    Queries, keys and values have one weight that is not a linear layer. Adapters in linear layers
-    (LoRA, SSF, FacT) therefore act on the output of attention and on the FFN only, and a
-    compensator cannot be attached. With `heads` replaced by nn.Identity, `classify` returns the
-    class token.
+    Queries, keys and values have one weight that is not a linear layer, so adapters in linear
+    layers (LoRA, SSF, FacT) act on the output of attention and on the FFN only. With `heads`
+    replaced by nn.Identity, `classify` returns the class token.
     """
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__(vit)
+        self._in_projections = [
+            InProjection(block.self_attention) for block in self.vit.encoder.layers
+        ]
 
     @classmethod
     def problem(cls, vit: Any) -> str | None:
@@ -109,17 +114,21 @@ class TorchvisionViT(Anatomy):
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         return self.block(layer).ln_1(x_BND)  # type: ignore[no-any-return]
 
+    def _in_projection(self, layer: int) -> InProjection:
+        if self._replica is not None:
+            return InProjection(self.block(layer).self_attention)
+        return self._in_projections[layer - 1]
+
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        attn = self.block(layer).self_attention
-        qkv = F.linear(x_BND, attn.in_proj_weight, attn.in_proj_bias)
-        q, k, v = (split_heads(part, attn.num_heads) for part in qkv.chunk(3, dim=-1))
+        heads = self.block(layer).self_attention.num_heads
+        parts = self._in_projection(layer)(x_BND).chunk(3, dim=-1)
+        q, k, v = (split_heads(part, heads) for part in parts)
         return q, k, v
 
     def query_value(self, layer: int) -> dict[Literal["query", "value"], tuple[nn.Module, slice]]:
-        raise ValueError(
-            "torchvision's attention keeps queries, keys and values in one weight outside of a "
-            "linear layer, so nothing can be added to queries and values (compensators do)."
-        )
+        projection, width = self._in_projection(layer), self.vit.hidden_dim
+        query, value = slice(0, width), slice(2 * width, 3 * width)
+        return {"query": (projection, query), "value": (projection, value)}
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         block = self.block(layer)

@@ -7,7 +7,7 @@ from torch import nn
 from tokendial.adapt.base import AdapterConfig
 from tokendial.decode import DecoderConfig
 from tokendial.methods import method_class, method_names
-from tokendial.model.dialed_blocks import DialedBlock
+from tokendial.model.tower_dial import DialedPart
 from tokendial.reduce.base import ReducerConfig
 
 _KINDS: dict[str, tuple[type, str, str]] = {
@@ -53,7 +53,7 @@ def check_bare(vit: Any, wrapped_class: type[nn.Module]) -> None:
             "vit is a DialViT already: use it as it is (set_degree(), add_adapter()), or wrap "
             "vit.unwrap()."
         )
-    if any(isinstance(module, DialedBlock) for module in getattr(vit, "modules", tuple)()):
+    if any(isinstance(module, DialedPart) for module in getattr(vit, "modules", tuple)()):
         raise ValueError(
             "vit has a dial of td.attach: call detach() of its handle first, or use that dial."
         )

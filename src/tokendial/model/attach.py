@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from tokendial.backbones.kinds import SUPPORTED
 from tokendial.backbones.towers import find_towers
-from tokendial.measure.cost import Cost, count_macs, count_macs_of_call
+from tokendial.backbones.windowed import WINDOWED
+from tokendial.measure.cost import Cost, count_macs_of_call
 from tokendial.model.arguments import check_method
 from tokendial.model.dial import check_degree
-from tokendial.model.dialed_blocks import DialedBlock, TowerDial, dial_blocks, undial_blocks
+from tokendial.model.tower_dial import DialedPart, TowerDial
 from tokendial.reduce.base import ReducerConfig
 
 
@@ -31,8 +31,7 @@ class Tower:
     @property
     def module(self) -> nn.Module:
         """The ViT itself."""
-        vit: nn.Module = self._dial.anatomy.vit
-        return vit
+        return self._dial.vit
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -50,8 +49,7 @@ class Tower:
         Raises:
             ValueError: If it is not one of `degrees`.
         """
-        check_degree(degree, self.degrees)
-        self._dial.degree = degree
+        self._dial.set_degree(degree)
 
     def cost(self, degree: int | None = None) -> Cost:
         """Cost of one image of the configured size in this ViT.
@@ -62,29 +60,12 @@ class Tower:
         Raises:
             ValueError: If it is not one of `degrees`.
         """
-        dial, module = self._dial, self.module
         before = self.degree
         self.set_degree(before if degree is None else degree)
-        dial.counts = counts = []
         try:
-            macs = count_macs(module, self._run_on_meta)
-            shape = dial.anatomy.shape
-            whole = shape.num_prefix_tokens + shape.num_patches
-            return Cost(
-                degree=self.degree,
-                params=sum(p.numel() for p in module.parameters()),
-                trainable_params=sum(p.numel() for p in module.parameters() if p.requires_grad),
-                macs=macs,
-                tokens_per_layer=tuple(counts) or (whole,) * shape.depth,
-            )
+            return self._dial.cost()
         finally:
-            dial.counts = None
             self.set_degree(before)
-
-    def _run_on_meta(self, module: nn.Module) -> None:
-        shape = self._dial.anatomy.input_shape
-        dtype = next(module.parameters()).dtype
-        module(torch.empty(1, *shape, device="meta", dtype=dtype))
 
 
 class AttachedDial:
@@ -182,7 +163,7 @@ class AttachedDial:
     def detach(self) -> None:
         """Give the model back as it was. This handle cannot be used any more."""
         for tower in self.towers:
-            undial_blocks(tower._dial)
+            tower._dial.leave()
         self.towers = ()
 
 
@@ -227,25 +208,21 @@ def attach(
     if reduce is None:
         raise ValueError("reduce must be a reduction method such as td.ToMe(r=8), got None.")
     check_method("reduce", reduce)
-    if any(isinstance(module, DialedBlock) for module in model.modules()):
+    if any(isinstance(module, DialedPart) for module in model.modules()):
         raise ValueError(
             "model has a dial already: use td.attached(model), or call detach() of its handle."
         )
     found = find_towers(model)
-    dials = {
-        name: TowerDial(found[name], reduce.build(found[name].shape))
-        for name in _chosen(found, towers, model)
-    }
+    dials = {name: _dial(found[name], reduce) for name in _chosen(found, towers, model)}
     for name, dial in dials.items():
-        if any(True for _ in dial.reducer.parameters()):
+        own = [part for part in dial.parts if "forward" in vars(part)]
+        if any("_old_forward" not in vars(part) for part in own):  # that of Accelerate's hooks
             raise ValueError(
-                f"reduce must be a method without weights of its own, such as ToMe, EViT or "
-                f"FFNMerge, got {type(reduce).__name__}: train it with td.wrap."
+                f"a module in {name or 'model'} has a forward method that was set on the instance, "
+                "which would hide the dial: remove it first."
             )
-        if any("forward" in vars(b) and "_old_forward" not in vars(b) for b in dial.anatomy.blocks):
-            raise ValueError(f"the blocks of {name or 'model'} have a forward of their own.")
     for dial in dials.values():
-        dial_blocks(dial)
+        dial.enter()
     return AttachedDial(model, (Tower(name, dial) for name, dial in dials.items()))
 
 
@@ -255,7 +232,7 @@ def attached(model: nn.Module) -> AttachedDial:
     Raises:
         ValueError: If no ViT in the model has a dial.
     """
-    dials = {id(m.tower_dial): m.tower_dial for m in model.modules() if isinstance(m, DialedBlock)}
+    dials = {id(m.tower_dial): m.tower_dial for m in model.modules() if isinstance(m, DialedPart)}
     if not dials:
         raise ValueError("model has no dial: call td.attach(model, td.ToMe(r=8)) first.")
     names = {id(module): name for name, module in model.named_modules()}
@@ -267,7 +244,7 @@ def _chosen(found: dict[str, Any], towers: Any, model: nn.Module) -> list[str]:
     if not found:
         raise ValueError(
             f"model ({type(model).__name__}) holds no ViT that is supported. Supported are "
-            f"{SUPPORTED}."
+            f"{SUPPORTED}; with FFNMerge only {', '.join(WINDOWED)}."
         )
     listed = ", ".join(
         f"{name!r} ({type(anatomy.vit).__name__})" for name, anatomy in found.items()

@@ -21,9 +21,12 @@ def wrap(
     """Give a ViT token reduction, an adapter and the dial.
 
     Args:
-        vit: A model of timm (VisionTransformer, Eva; for clips those of `video_vit` and videomae_*)
-            or of transformers (ViT, DeiT, Dinov2, CLIPVisionModel). It stays `model.vit`. With an
-            adapter its weights are frozen as the fine-tuning method says.
+        vit: A model of timm (VisionTransformer, Eva, NaFlexVit; for clips those of `video_vit` and
+            videomae_*), the VisionTransformer of torchvision or open_clip, or a model of
+            transformers: ViT, DeiT, DINOv2, DINOv3, I-JEPA, VitPose, YOLOS, the encoder of MAE
+            (on all patches: nothing is masked), or the image tower of CLIP, SigLIP, SigLIP 2,
+            OWL-ViT or OWLv2. It stays `model.vit`. With an adapter its weights are frozen as the
+            fine-tuning method says.
         reduce: Reduction method, such as `ToMe(r=8)`; None: no tokens are removed.
         adapt: Fine-tuning method, such as `DenseAdapter(dim=32)`; None: no adapter, and which
             weights train stays as it is.
@@ -33,7 +36,8 @@ def wrap(
 
     Returns:
         A module with the logits of `vit` at degree 0. Without a head it returns the pooled
-        features of `vit`, with a decoder the decoder's logit maps.
+        features of `vit`, or, if it does not pool, its class token or else the mean of its patches;
+        with a decoder the decoder's logit maps.
 
     Raises:
         ValueError: If the model is not supported, a method does not fit it, or another wrapped

@@ -79,15 +79,37 @@ class FFNMergeReducer(Reducer):
     ) -> tuple[Tensor, Tensor | None]:
         """Merge tokens with similar keys, run the FFN, and copy its output to all merged tokens."""
         assert attended.mean_keys is not None
+        out = self.run_merged(layer, degree, tokens.x, attended.mean_keys, tokens.prefix, ffn)
+        return tokens.x + out, None
+
+    def run_merged(
+        self,
+        layer: int,
+        degree: int,
+        x_BND: Tensor,
+        metric_BNC: Tensor,
+        num_prefix_tokens: int,
+        ffn: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Merge tokens, run the FFN, and copy its output to all merged tokens, [B, N, D].
+
+        Args:
+            layer: The block, counted from 1.
+            degree: The degree of the dial.
+            x_BND: The tokens that merge.
+            metric_BNC: Features whose cosine says which of them are similar.
+            num_prefix_tokens: Leading tokens that do not merge.
+            ffn: Maps [..., D] to [..., D].
+        """
         config = self.config
         grouping = match_tokens(
-            attended.mean_keys,
+            metric_BNC,
             degree * config.step,
-            tokens.prefix,
+            num_prefix_tokens,
             matching=config.matching,
             stride=config.stride,
             seed=(config.seed, layer),
         )
         if grouping is None:
-            return tokens.x + ffn(tokens.x), None
-        return tokens.x + grouping.unmerge(ffn(grouping.merge(tokens.x))), None
+            return ffn(x_BND)
+        return grouping.unmerge(ffn(grouping.merge(x_BND)))
