@@ -161,7 +161,7 @@ def test_every_part_of_a_block_runs_as_often_as_in_the_model_itself(name):
 @torch.no_grad()
 def test_half_precision_runs(name):
     """Catches: positions or sizes that stay in single precision."""
-    vit, size = backbone(name)
+    vit, size = backbone(name, square=False)
     model = td.wrap(vit.bfloat16(), reduce=td.ToMe(r=3)).eval()
     logits = model(images(2, *size).bfloat16())
     assert logits.dtype == torch.bfloat16
