@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.kinds import SUPPORTED
 from tokendial.backbones.towers import find_towers
-from tokendial.backbones.windowed import WINDOWED
+from tokendial.backbones.windowed import WINDOWED, WindowedEncoder
 from tokendial.measure.cost import Cost, count_macs_of_call
 from tokendial.model.arguments import check_method
 from tokendial.model.dial import check_degree
+from tokendial.model.dialed_blocks import BlocksDial
+from tokendial.model.dialed_ffns import FFNsDial
 from tokendial.model.tower_dial import DialedPart, TowerDial
 from tokendial.reduce.base import ReducerConfig
 
@@ -236,7 +239,13 @@ def attached(model: nn.Module) -> AttachedDial:
     if not dials:
         raise ValueError("model has no dial: call td.attach(model, td.ToMe(r=8)) first.")
     names = {id(module): name for name, module in model.named_modules()}
-    return AttachedDial(model, (Tower(names.get(id(d.anatomy.vit), ""), d) for d in dials.values()))
+    return AttachedDial(model, (Tower(names.get(id(d.vit), ""), d) for d in dials.values()))
+
+
+def _dial(tower: Anatomy | WindowedEncoder, reduce: ReducerConfig) -> TowerDial:
+    if isinstance(tower, WindowedEncoder):
+        return FFNsDial(tower, reduce)
+    return BlocksDial(tower, reduce)
 
 
 def _chosen(found: dict[str, Any], towers: Any, model: nn.Module) -> list[str]:
