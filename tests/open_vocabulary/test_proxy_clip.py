@@ -12,6 +12,7 @@ import transformers
 from examples import golden, perturbed
 from proxy_clip_numpy import name_embedding, picture_logits, weights_of, window_logits
 from torch import nn
+from zoo import backbone
 
 import tokendial as td
 from tokendial.open_vocabulary import proxy_attention
@@ -309,6 +310,31 @@ def test_masks_can_train_the_tower():
     assert ups[0].abs().sum() > 0
     assert ups[1].abs().sum() > 0
     assert ups[2] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("dinov2 registers", {"dynamic_img_size": True}),
+        ("dinov3", {"dynamic_img_size": True}),
+        ("hf dinov2", {}),
+    ],
+)
+@torch.no_grad()
+def test_every_kind_of_proxy_gives_a_map_at_its_own_grid(name, kwargs):
+    proxy, _ = backbone(name, **kwargs)
+    config = td.ProxyCLIPConfig(**_settings(shortest_side=56, window=56))
+    reduced = td.ProxyCLIP(
+        tiny_clip(), proxy, reduce=td.ToMe(r=4), proxy_reduce=td.ToMe(r=1), config=config
+    )
+    reduced.set_classes(CLASSES, prompts=["{}"])
+    windows = pictures(1, 50, 50)  # padded to a multiple of both patch sizes
+    logits = reduced.window_logits(windows)
+    assert logits.shape == (1, 4, 50, 50)
+    assert logits.isfinite().all()
+    reduced.set_proxy_degree(0)
+    assert not torch.allclose(reduced.window_logits(windows), logits, atol=1e-6)
+    assert reduced.cost().macs > 0
 
 
 def test_prompts_are_replaced_and_averaged():

@@ -78,9 +78,9 @@ class Pairs:
     annotations: str = "annotations"
     """Name of the folder of masks."""
     lists: str | None = None
-    """Folder below the root with the files TRAIN.txt and VAL.txt, where TRAIN and VAL are the values
-    of `train` and `val`. Each line is the name of a pair, as in PASCAL VOC. Images and masks then
-    lie in their folders without a folder for each split. null: there are no lists."""
+    """Folder below the root with a file TRAIN.txt and a file VAL.txt, where TRAIN and VAL are the
+    values of `train` and `val`. Each line is the name of a pair, as in PASCAL VOC. Images and masks
+    then lie in their folders without a folder for each split. null: there are no lists."""
     image_suffix: str = ""
     """End of an image's name, before the file ending, that its mask does not have, such as
     _leftImg8bit in Cityscapes. Images without it are left out."""

@@ -1,0 +1,180 @@
+"""Masks of classes given by names: files that are written, mean IoU, and the command."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchmetrics.segmentation import MeanIoU
+from typer.testing import CliRunner
+
+import tokendial as td
+from tokendial.cli import app
+from tokendial.data.sets.class_mask_layouts import class_mask_pairs
+from tokendial.open_vocabulary import class_list
+from tokendial.open_vocabulary.loading import load_clip, load_proxy
+from tokendial.runs.class_names import evaluate_class_names, predict_class_names
+
+RNG = np.random.default_rng(0)
+SIDE = 48
+VISION = {"layers": 2, "width": 48, "head_width": 16, "patch_size": 8, "image_size": SIDE}
+TEXT = {"width": 16, "heads": 2, "layers": 1, "context_length": 32, "vocab_size": 49408}
+
+
+def tiny_clip():
+    torch.manual_seed(0)
+    return open_clip.CLIP(embed_dim=20, vision_cfg=VISION, text_cfg=TEXT).eval()
+
+
+def small_model(classes, **settings):
+    torch.manual_seed(1)
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    proxy = timm.create_model("vit_small_patch8_224.dino", **sizes).eval()
+    config = td.ProxyCLIPConfig(
+        shortest_side=SIDE, window=SIDE, stride=24, multiple=1, scale=400, **settings
+    )
+    model = td.ProxyCLIP(tiny_clip(), proxy, config=config).eval()
+    model.set_classes(classes, prompts=["a photo of a {}."])
+    return model
+
+
+def photo(path, height=60, width=80):
+    # Large pieces of one colour, so that a random model finds several classes.
+    small = RNG.integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST).save(path)
+
+
+def voc_fixture(root, model, count=3):
+    """Photographs in the layout of PASCAL VOC; most pixels of a mask are what the model says."""
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for number in range(count):
+        path = root / "JPEGImages" / f"{number}.jpg"
+        photo(path, 60 + 8 * number)
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+        mask = model.predict(pixels)[0].byte().numpy()
+        mask[:20], mask[-5:] = RNG.integers(0, 21, (20, mask.shape[1])), 255
+        Image.fromarray(mask).save(root / "SegmentationClass" / f"{number}.png")
+    names = "\n".join(str(number) for number in range(count))
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text(names)
+
+
+def test_mean_iou_of_a_voc_fixture(tmp_path):
+    """Equals torchmetrics' own class on the predictions.
+
+    Catches: masks or predictions at another size; ignored pixels that count.
+    """
+    model = small_model(class_list("voc21"), threshold=0.06)
+    voc_fixture(tmp_path, model)
+    pairs = class_mask_pairs("voc21", str(tmp_path)).val_set()
+    seen = []
+    found = evaluate_class_names(model, pairs, lambda *done: seen.append(done))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    predicted, masks = [], []
+    for image, mask in pairs:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        counted = torch.from_numpy(mask) != 255
+        predicted.append(model.predict(pixels)[0][counted])
+        masks.append(torch.from_numpy(mask)[counted].long())
+    metric = MeanIoU(21, per_class=True, input_format="index")
+    metric.update(torch.cat(predicted)[None], torch.cat(masks)[None])
+    per_class = metric.compute()
+    values = torch.tensor([found[f"iou_{number}"] for number in range(21)])
+    torch.testing.assert_close(values, per_class, atol=1e-6, rtol=0)
+    assert found["mean_iou"] == pytest.approx(per_class.mean().item(), abs=1e-6)
+    assert 0.01 < found["mean_iou"] < 0.99
+    assert len(torch.cat(predicted).unique()) > 2
+
+
+def test_a_mask_and_a_picture_with_a_legend_are_written(tmp_path):
+    photo(tmp_path / "a.jpg")
+    photo(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_text("no image")
+    model = small_model([f"thing {n}" for n in range(6)])
+    files = [tmp_path / name for name in ("a.jpg", "b.jpg", "a.png")]
+    first, broken, second = predict_class_names(model, files)
+    assert "b.jpg" in str(broken)
+    assert first.mask == str(tmp_path / "a.mask.png")
+    assert second.mask == str(tmp_path / "a-2.mask.png")
+    mask = np.asarray(Image.open(first.mask))
+    pixels = torch.from_numpy(np.array(Image.open(files[0]))).permute(2, 0, 1)[None] / 255
+    np.testing.assert_array_equal(mask, model.predict(pixels)[0].numpy())
+    assert list(first.shares.values()) == sorted(first.shares.values(), reverse=True)
+    assert sum(first.shares.values()) == pytest.approx(1)
+    assert len(first.shares) > 1
+    for name, share in first.shares.items():
+        assert share == pytest.approx((mask == int(name.split()[1])).mean())
+    picture = Image.open(first.picture)
+    assert picture.width > 160
+    sheet = np.asarray(picture)
+    np.testing.assert_array_equal(sheet[:60, :80], np.asarray(Image.open(files[0])))
+    # The legend has the colours of the mask beside it.
+    colours = {tuple(c) for c in sheet[:60, 87:167].reshape(-1, 3)}
+    assert len(colours) == len(first.shares)
+    assert colours <= {tuple(c) for c in sheet[:, 175:].reshape(-1, 3)}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A CLIP model in a folder of open_clip, and the weights of a proxy in a file."""
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    config = {"model_cfg": {"embed_dim": 20, "vision_cfg": VISION, "text_cfg": TEXT}}
+    (clip / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": {}}))
+    save_file(tiny_clip().state_dict(), clip / "open_clip_model.safetensors")
+    torch.manual_seed(1)
+    proxy = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    save_file(proxy.state_dict(), tmp_path / "proxy.safetensors")
+    (tmp_path / "images").mkdir()
+    photo(tmp_path / "images" / "a.jpg")
+    return tmp_path
+
+
+def test_the_command_writes_masks(folders):
+    arguments = ["segment", str(folders / "images"), "--classes", "cat,sofa|couch,grass"]
+    arguments += ["--clip", str(folders / "clip"), "--proxy", "vit_tiny_patch16_224"]
+    arguments += ["--proxy-weights", str(folders / "proxy.safetensors"), "--degree", "4"]
+    for _ in range(2):  # the files of the first run are no images of the second
+        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert done.exit_code == 0
+        rows = list(csv.DictReader(io.StringIO(done.stdout)))
+        assert {row["class"] for row in rows} <= {"cat", "sofa", "grass"}
+        assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-3)
+        assert {row["path"] for row in rows} == {str(folders / "images" / "a.jpg")}
+    assert Image.open(rows[0]["mask"]).size == (80, 60)
+    (folders / "images" / "b.jpg").write_text("no image")
+    done = CliRunner().invoke(app, [*arguments, "--out", str(folders / "new")])
+    assert done.exit_code == 1
+    assert sorted(p.name for p in (folders / "new").iterdir()) == ["a.classes.png", "a.mask.png"]
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (
+            lambda f: load_clip("ViT-B-61", "openai"),
+            "neither a folder.* did you mean ViT-B-16",
+        ),
+        (
+            lambda f: load_clip("ViT-B-16", "openais"),
+            "one of openai, .*, got 'openais'",
+        ),
+        (lambda f: load_clip("ViT-B-16"), "clip weights must be given for 'ViT-B-16'"),
+        (lambda f: load_clip(str(f / "clip"), "openai"), "clip weights must be left out"),
+        (lambda f: load_clip(str(f / "images")), "there is no config.json in it"),
+        (lambda f: load_clip("ViT-B-16", str(f / "proxy.safetensors")), "clip 'ViT-B-16': "),
+        (lambda f: load_proxy("vit_tinny_patch16_224"), "is not a timm model; did you mean"),
+        (lambda f: load_proxy(str(f / "images")), "there is no config.json in it"),
+    ],
+)
+def test_models_that_cannot_be_loaded_are_one_line(folders, load, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        load(folders)
+    assert "\n" not in str(raised.value)
