@@ -70,8 +70,12 @@ def test_a_layout_of_another_name_and_a_folder_without_pairs(tmp_path):
     with pytest.raises(ValueError, match="data must be one of voc20, .*, got 'voc'"):
         class_mask_pairs("voc", str(tmp_path))
     write_pair(tmp_path, "coco_stuff", np.zeros((4, 4), np.uint8))
-    with pytest.raises(ValueError, match="no pairs of an image and a mask for val2017"):
+    with pytest.raises(ValueError, match=r"1\.jpg has no mask"):
         class_mask_pairs("coco_object", str(tmp_path)).val_set()
+    write_pair(tmp_path, "voc21", np.zeros((4, 4), np.uint8))
+    (tmp_path / LISTS["voc"]).write_text("\n")
+    with pytest.raises(ValueError, match="no pairs of an image and a mask for val in"):
+        class_mask_pairs("voc21", str(tmp_path)).val_set()
 
 
 def test_lists_choose_the_pairs_of_each_split(tmp_path):
