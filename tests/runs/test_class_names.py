@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.segmentation import MeanIoU
@@ -27,9 +28,12 @@ VISION = {"layers": 2, "width": 48, "head_width": 16, "patch_size": 8, "image_si
 TEXT = {"width": 16, "heads": 2, "layers": 1, "context_length": 32, "vocab_size": 49408}
 
 
-def tiny_clip():
+COARSE = VISION | {"patch_size": 12}
+
+
+def tiny_clip(vision=VISION):
     torch.manual_seed(0)
-    return open_clip.CLIP(embed_dim=20, vision_cfg=VISION, text_cfg=TEXT).eval()
+    return open_clip.CLIP(embed_dim=20, vision_cfg=vision, text_cfg=TEXT).eval()
 
 
 def small_model(classes, **settings):
@@ -75,7 +79,7 @@ def test_mean_iou_of_a_voc_fixture(tmp_path):
     pairs = class_mask_pairs("voc21", str(tmp_path)).val_set()
     seen = []
     found = evaluate_class_names(model, pairs, lambda *done: seen.append(done))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(n, 3, "degree 0") for n in (1, 2, 3)]
 
     predicted, masks = [], []
     for image, mask in pairs:
@@ -118,7 +122,37 @@ def test_a_mask_and_a_picture_with_a_legend_are_written(tmp_path):
     # The legend has the colours of the mask beside it.
     colours = {tuple(c) for c in sheet[:60, 87:167].reshape(-1, 3)}
     assert len(colours) == len(first.shares)
+    assert (0, 0, 0) not in colours
     assert colours <= {tuple(c) for c in sheet[:, 175:].reshape(-1, 3)}
+
+
+def saved_bert(folder):
+    """A folder with the configuration of a model of transformers that is no ViT."""
+    config = {"model_type": "bert", "architectures": ["BertModel"]}
+    (folder / "images" / "config.json").write_text(json.dumps(config))
+    return str(folder / "images")
+
+
+def test_models_are_loaded_from_folders_of_transformers(tmp_path):
+    """Catches: weights of another model or none; a model in training mode."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = sizes | {"image_size": SIDE, "patch_size": 16, "intermediate_size": 32}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=sizes)
+    clip = transformers.CLIPModel(config)
+    clip.save_pretrained(tmp_path / "clip")
+    loaded = load_clip(str(tmp_path / "clip"))
+    weight = loaded.visual_projection.weight
+    assert torch.equal(weight, clip.visual_projection.weight)
+    assert not loaded.training
+
+    dino = transformers.Dinov2Model(transformers.Dinov2Config(**vision))
+    dino.save_pretrained(tmp_path / "dino")
+    proxy = load_proxy(str(tmp_path / "dino"))
+    assert torch.equal(proxy.layernorm.weight, dino.layernorm.weight)
+    assert td.wrap(proxy).feature_map(torch.zeros(1, 3, 64, 64)).shape == (1, 24, 4, 4)
+    with pytest.raises(ValueError, match="proxy weights must be left out"):
+        load_proxy(str(tmp_path / "dino"), "file.safetensors")
 
 
 @pytest.fixture
@@ -126,9 +160,9 @@ def folders(tmp_path):
     """A CLIP model in a folder of open_clip, and the weights of a proxy in a file."""
     clip = tmp_path / "clip"
     clip.mkdir()
-    config = {"model_cfg": {"embed_dim": 20, "vision_cfg": VISION, "text_cfg": TEXT}}
+    config = {"model_cfg": {"embed_dim": 20, "vision_cfg": COARSE, "text_cfg": TEXT}}
     (clip / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": {}}))
-    save_file(tiny_clip().state_dict(), clip / "open_clip_model.safetensors")
+    save_file(tiny_clip(COARSE).state_dict(), clip / "open_clip_model.safetensors")
     torch.manual_seed(1)
     proxy = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     save_file(proxy.state_dict(), tmp_path / "proxy.safetensors")
@@ -155,6 +189,34 @@ def test_the_command_writes_masks(folders):
     assert sorted(p.name for p in (folders / "new").iterdir()) == ["a.classes.png", "a.mask.png"]
 
 
+def test_the_command_measures_mean_iou_at_each_degree(folders):
+    """The rows are those of the library on the same models."""
+    root = folders / "voc"
+    voc_fixture(root, small_model(class_list("voc21")), count=1)
+    models = ["--clip", str(folders / "clip"), "--proxy", "vit_tiny_patch16_224"]
+    models += ["--proxy-weights", str(folders / "proxy.safetensors")]
+    arguments = ["segment-eval", "voc21", str(root), *models]
+    done = CliRunner().invoke(app, [*arguments, "--degrees", "0,8"], catch_exceptions=False)
+    assert done.exit_code == 0
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["degree"] for row in rows] == ["0", "8"]
+    model = td.ProxyCLIP(
+        load_clip(str(folders / "clip")),
+        load_proxy("vit_tiny_patch16_224", str(folders / "proxy.safetensors")),
+        reduce=td.ToMe(r=8),
+    )
+    model.set_classes(class_list("voc21"))
+    pairs = class_mask_pairs("voc21", str(root)).val_set()
+    assert float(rows[1]["mean_iou"]) == pytest.approx(
+        evaluate_class_names(model, pairs)["mean_iou"], abs=1e-4
+    )
+    assert float(rows[1]["gmacs"]) == pytest.approx(model.cost().gmacs, rel=1e-3)
+    assert rows[1]["gmacs"] != rows[0]["gmacs"]
+    (folders / "names.txt").write_text("cat\ndog\n")
+    wrong = CliRunner().invoke(app, [*arguments, "--classes", str(folders / "names.txt")])
+    assert "classes must be 21 for voc21, got 2" in str(wrong.exception)
+
+
 @pytest.mark.parametrize(
     ("load", "message"),
     [
@@ -172,6 +234,8 @@ def test_the_command_writes_masks(folders):
         (lambda f: load_clip("ViT-B-16", str(f / "proxy.safetensors")), "clip 'ViT-B-16': "),
         (lambda f: load_proxy("vit_tinny_patch16_224"), "is not a timm model; did you mean"),
         (lambda f: load_proxy(str(f / "images")), "there is no config.json in it"),
+        (lambda f: load_proxy(saved_bert(f)), "'transformers.BertModel' is not a class"),
+        (lambda f: load_clip(saved_bert(f)), "a folder of a CLIP model, .* holds another one"),
     ],
 )
 def test_models_that_cannot_be_loaded_are_one_line(folders, load, message):

@@ -398,8 +398,12 @@ def _patch_sizes(*models: DialViT) -> list[int]:
     """Sides of the patches of models."""
     sides: list[int] = []
     for model in models:
-        convolution = next(p for p in model.vit.parameters() if p.ndim >= 4)
-        sides += convolution.shape[-2:]
+        convolution = next((p for p in model.vit.parameters() if p.ndim >= 4), None)
+        if convolution is not None:
+            sides += convolution.shape[-2:]
+        else:  # patches are embedded by a linear layer
+            height, width = model.anatomy.image_size
+            sides.append(round(math.sqrt(height * width / model.anatomy.shape.num_patches)))
     return sides
 
 

@@ -84,14 +84,15 @@ def predict_class_names(
 
 
 def evaluate_class_names(
-    model: ProxyCLIP, pairs: PairSet, progress: Callable[[int, int], None] | None = None
+    model: ProxyCLIP, pairs: PairSet, progress: Callable[[int, int, str], None] | None = None
 ) -> dict[str, float]:
     """Return mean IoU, pixel accuracy and the IoU of each class.
 
     Args:
         model: A model with the classes of the masks, in their order.
         pairs: Images with masks of class indices.
-        progress: Called after each image with the number of images so far, and of all.
+        progress: Called after each image with the number of images so far, the number of all, and
+            a text.
     """
     metrics = PixelMetrics(len(model.classes))
     for index in range(len(pairs)):
@@ -99,7 +100,7 @@ def evaluate_class_names(
         predicted = model.predict(_to_batch(image, model)).cpu()
         metrics.update(predicted, torch.from_numpy(mask).unsqueeze(0))
         if progress is not None:
-            progress(index + 1, len(pairs))
+            progress(index + 1, len(pairs), f"degree {model.degree}")
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
