@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
+from examples import perturbed
 from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.segmentation import MeanIoU
@@ -28,12 +29,13 @@ VISION = {"layers": 2, "width": 48, "head_width": 16, "patch_size": 8, "image_si
 TEXT = {"width": 16, "heads": 2, "layers": 1, "context_length": 32, "vocab_size": 49408}
 
 
+THINGS = ["cat", "sofa|couch", "grass", "sky", "tree", "road", "dog", "car", "sea", "bird"]
 COARSE = VISION | {"patch_size": 12}
 
 
 def tiny_clip(vision=VISION):
     torch.manual_seed(0)
-    return open_clip.CLIP(embed_dim=20, vision_cfg=vision, text_cfg=TEXT).eval()
+    return perturbed(open_clip.CLIP(embed_dim=20, vision_cfg=vision, text_cfg=TEXT), std=0.1)
 
 
 def small_model(classes, **settings):
@@ -171,18 +173,39 @@ def folders(tmp_path):
     return tmp_path
 
 
-def test_the_command_writes_masks(folders):
-    arguments = ["segment", str(folders / "images"), "--classes", "cat,sofa|couch,grass"]
+def command_model(folders, reduce, proxy_reduce):
+    """The model that the commands load."""
+    proxy = load_proxy("vit_tiny_patch16_224", str(folders / "proxy.safetensors"))
+    clip = load_clip(str(folders / "clip"))
+    return td.ProxyCLIP(clip, proxy, reduce=reduce, proxy_reduce=proxy_reduce)
+
+
+def test_the_command_writes_masks(folders, monkeypatch):
+    ran_at, predict = [], td.ProxyCLIP.predict
+
+    def recorded(model, images):
+        ran_at.append((model.degree, model.proxy_degree))
+        return predict(model, images)
+
+    monkeypatch.setattr(td.ProxyCLIP, "predict", recorded)
+    arguments = ["segment", str(folders / "images"), "--classes", ",".join(THINGS)]
     arguments += ["--clip", str(folders / "clip"), "--proxy", "vit_tiny_patch16_224"]
-    arguments += ["--proxy-weights", str(folders / "proxy.safetensors"), "--degree", "4"]
+    arguments += ["--proxy-weights", str(folders / "proxy.safetensors")]
+    arguments += ["--degree", "8", "--proxy-degree", "36"]
     for _ in range(2):  # the files of the first run are no images of the second
         done = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert done.exit_code == 0
         rows = list(csv.DictReader(io.StringIO(done.stdout)))
-        assert {row["class"] for row in rows} <= {"cat", "sofa", "grass"}
+        assert {row["class"] for row in rows} <= {name.split("|")[0] for name in THINGS}
         assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=1e-3)
         assert {row["path"] for row in rows} == {str(folders / "images" / "a.jpg")}
-    assert np.asarray(Image.open(rows[0]["mask"])).shape == (60, 80)
+    mask = torch.from_numpy(np.array(Image.open(rows[0]["mask"])))
+    model = command_model(folders, td.ToMe(r=8), td.ToMe(r=36))
+    model.set_classes([name.split("|") for name in THINGS])
+    pixels = np.array(Image.open(folders / "images" / "a.jpg"))
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    assert torch.equal(mask, model.predict(batch)[0])
+    assert set(ran_at) == {(8, 36)}
     (folders / "images" / "b.jpg").write_text("no image")
     done = CliRunner().invoke(app, [*arguments, "--out", str(folders / "new")])
     assert done.exit_code == 1
@@ -200,11 +223,7 @@ def test_the_command_measures_mean_iou_at_each_degree(folders):
     assert done.exit_code == 0
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [row["degree"] for row in rows] == ["0", "8"]
-    model = td.ProxyCLIP(
-        load_clip(str(folders / "clip")),
-        load_proxy("vit_tiny_patch16_224", str(folders / "proxy.safetensors")),
-        reduce=td.ToMe(r=8),
-    )
+    model = command_model(folders, td.ToMe(r=8), None)
     model.set_classes(class_list("voc21"))
     pairs = class_mask_pairs("voc21", str(root)).val_set()
     assert float(rows[1]["mean_iou"]) == pytest.approx(
