@@ -147,3 +147,24 @@ def test_a_compensator_changes_queries_and_values(merge):
     assert not torch.allclose(model(images()), before, atol=1e-4)
     compensator.detach(model)
     assert torch.equal(model(images()), before)
+
+
+@torch.no_grad()
+def test_lora_is_merged_into_the_tower_that_clip_holds():
+    clip = tiny_clip()
+    targets = ("c_fc", "c_proj", "out_proj")
+    model = td.wrap(clip.visual, adapt=td.LoRA(rank=2, target_modules=targets))
+    plain = model(images())
+    for parameter in model.trainable_parameters():
+        parameter += 0.05
+    tuned = model(images())
+    assert not torch.allclose(tuned, plain, atol=1e-4)
+    assert model.unwrap() is clip.visual
+    torch.testing.assert_close(clip.encode_image(images()), tuned, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_degree_is_one_graph_for_the_compiler():
+    model = td.wrap(tiny_clip().visual, reduce=td.ToMe(r=2))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), model(images()))

@@ -150,6 +150,20 @@ def check_transformers(fixtures: Path) -> None:
     assert td.wrap(vit, reduce=td.ToMe(r=1))(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
+def check_openclip(fixtures: Path) -> None:
+    """Find classes by names with a model of open_clip."""
+    import open_clip
+
+    vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
+    text = {"layers": 1, "width": 16, "heads": 2}
+    clip = open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text).eval()
+    proxy = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0).eval()
+    config = td.ProxyCLIPConfig(shortest_side=32, window=32, stride=16, multiple=1)
+    model = td.ProxyCLIP(clip, proxy, reduce=td.ToMe(r=2), config=config)
+    model.set_classes(["cat", "dog"], prompts=["{}"])
+    assert model.predict(torch.rand(1, 3, 32, 40)).shape == (1, 32, 40)
+
+
 def check_video(fixtures: Path) -> None:
     """Encode a clip, and decode it."""
     import av

@@ -77,3 +77,14 @@ def test_interpolation_costs_four_for_each_element():
 def test_half_precision_costs_the_same(dtype):
     model = td.wrap(tiny_vit(), reduce=td.ToMe(r=8))
     assert model.to(dtype).cost() == td.wrap(tiny_vit(), reduce=td.ToMe(r=8)).cost()
+
+
+def test_a_module_with_two_names_and_tied_weights_are_left_alone():
+    """Catches: weights that stay on the meta device after counting."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in "ab"})
+    model["again"], model["b"].weight = model["a"], model["a"].weight
+    weight, images = model["a"].weight, torch.empty(2, 4, device="meta")
+    macs = count_macs(model, lambda m: m["b"](m["again"](m["a"](images))))
+    assert macs == 3 * 2 * 4 * 4
+    assert model["a"].weight is model["b"].weight is weight
+    assert weight.device.type == "cpu"

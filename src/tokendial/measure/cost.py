@@ -90,8 +90,9 @@ def count_macs_by_part(
     Returns:
         One count for each part.
     """
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    meta = {name: torch.empty_like(value, device="meta") for name, value in tensors.items()}
+    meta = {
+        name: torch.empty_like(value, device="meta") for name, value in _own_tensors(module).items()
+    }
     counter = _FlopCounter()
     totals = [0]
 
@@ -105,11 +106,28 @@ def count_macs_by_part(
     try:
         with torch.no_grad(), counter:
             functional_call(
-                _Runner(module, run_all), {f"module.{n}": v for n, v in meta.items()}, ()
+                _Runner(module, run_all),
+                {f"module.{n}": v for n, v in meta.items()},
+                (),
+                tie_weights=False,
             )
     finally:
         module.train(training)
     return [(after - before) // 2 for before, after in pairwise(totals)]
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, each place that holds one exactly once.
+
+    `functional_call` would replace the weights of a module with two names twice, and then restore
+    them to their first replacement.
+    """
+    places = (
+        (f"{prefix}.{name}".removeprefix("."), value)
+        for prefix, part in module.named_modules()
+        for name, value in (*part._parameters.items(), *part._buffers.items())
+    )
+    return {name: value for name, value in places if value is not None}
 
 
 class _Runner(nn.Module):

@@ -79,8 +79,8 @@ class OpenClipParts(ClipParts):
 
     def project(self, x_BND: Tensor) -> Tensor:
         visual = self.clip.visual
-        x = visual.ln_post(x_BND)
-        return x if visual.proj is None else x @ visual.proj
+        x: Tensor = visual.ln_post(x_BND)
+        return x if visual.proj is None else torch.matmul(x, visual.proj)
 
     def encode(self, prompts: list[str]) -> Tensor:
         device = next(self.clip.parameters()).device
@@ -167,5 +167,5 @@ def text_embeddings(
         for first in range(0, len(texts), batch_size)
     ]
     each = nn.functional.normalize(torch.cat(encoded), dim=-1)
-    mean = each.unflatten(0, (len(names), len(prompts))).mean(dim=1)
+    mean = torch.unflatten(each, 0, (len(names), len(prompts))).mean(dim=1)
     return nn.functional.normalize(mean, dim=-1)

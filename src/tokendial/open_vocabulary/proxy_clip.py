@@ -121,6 +121,10 @@ class ProxyCLIP(nn.Module):
         self.register_buffer("_class_of_name", torch.zeros(0, dtype=torch.long), persistent=False)
         if proxy_statistics is None:
             proxy_statistics = _statistics(self.proxy.anatomy)
+        self._clip_mean: Tensor
+        self._clip_std: Tensor
+        self._proxy_mean: Tensor
+        self._proxy_std: Tensor
         for name, values in (("_clip", self._parts.statistics), ("_proxy", proxy_statistics)):
             mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in values)
             self.register_buffer(f"{name}_mean", mean, persistent=False)
@@ -394,8 +398,12 @@ def _patch_sizes(*models: DialViT) -> list[int]:
     """Sides of the patches of models."""
     sides: list[int] = []
     for model in models:
-        convolution = next(p for p in model.vit.parameters() if p.ndim >= 4)
-        sides += convolution.shape[-2:]
+        convolution = next((p for p in model.vit.parameters() if p.ndim >= 4), None)
+        if convolution is not None:
+            sides += convolution.shape[-2:]
+        else:  # patches are embedded by a linear layer
+            height, width = model.anatomy.image_size
+            sides.append(round(math.sqrt(height * width / model.anatomy.shape.num_patches)))
     return sides
 
 

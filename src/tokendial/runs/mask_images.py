@@ -1,7 +1,10 @@
 """Predicted masks as images: grey levels for one class, a palette for several."""
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tokendial.tasks import BinaryMasks, Segmentation
@@ -33,9 +36,39 @@ def mask_image(
     if isinstance(task, BinaryMasks):
         grey = resize_maps(logits.sigmoid().unsqueeze(0), size)[0, 0].mul_(255).round_()
         return Image.fromarray(grey.byte().cpu().numpy())
-    mask = Image.fromarray(best_class(logits, size).cpu().numpy())
+    return class_image(best_class(logits, size).cpu().numpy())
+
+
+def class_image(indices: np.ndarray) -> Image.Image:
+    """Class indices [H, W] uint8 as an image with a palette."""
+    mask = Image.fromarray(indices)
     mask.putpalette(_palette().flatten().tolist())
     return mask
+
+
+def legend_image(image: Image.Image, mask: Image.Image, names: Mapping[int, str]) -> Image.Image:
+    """The image and its mask side by side, and the colour of each class beside them.
+
+    Args:
+        image: RGB.
+        mask: An image of `class_image`, of the image's size.
+        names: Names of the classes to list, by class index, in the order of the list.
+    """
+    line = max(14, image.height // 24)
+    font = ImageFont.load_default(size=0.75 * line)
+    gap = line // 2
+    text_width = max((math.ceil(font.getlength(name)) for name in names.values()), default=0)
+    width = 2 * image.width + 4 * gap + line + text_width
+    sheet = Image.new("RGB", (width, max(image.height, gap + line * len(names))), "white")
+    sheet.paste(image, (0, 0))
+    sheet.paste(mask.convert("RGB"), (image.width + gap, 0))
+    draw, left, palette = ImageDraw.Draw(sheet), 2 * image.width + 2 * gap, _palette()
+    for row, (index, name) in enumerate(names.items()):
+        top = gap // 2 + row * line
+        box = (left, top, left + line - 4, top + line - 4)
+        draw.rectangle(box, fill=tuple(palette[index].tolist()), outline="black")
+        draw.text((left + line + gap, top), name, fill="black", font=font)
+    return sheet
 
 
 def mask_share(task: BinaryMasks | Segmentation, mask: Image.Image) -> float:

@@ -198,9 +198,17 @@ class PixelMetrics(MulticlassConfusionMatrix):
         super().__init__(num_classes, ignore_index=IGNORED, validate_args=False)
 
     def update(self, logits: Tensor, targets: Tensor | Sequence[Tensor]) -> None:
-        """Add logits [B, K, h, w] and their masks [H, W], whose sizes may differ."""
-        for image_logits, mask in zip(logits, targets, strict=True):
-            predicted = best_class(image_logits.float(), mask.shape)
+        """Add predictions and their masks [H, W].
+
+        Args:
+            logits: Logits [B, K, h, w], whose size may differ from that of the masks; or class
+                indices [B, H, W].
+            targets: Masks of class indices and `IGNORED`.
+        """
+        for prediction, mask in zip(logits, targets, strict=True):
+            predicted = prediction
+            if prediction.is_floating_point():
+                predicted = best_class(prediction.float(), mask.shape)
             super().update(predicted.flatten().long(), mask.flatten().to(predicted.device))
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]  # by name, as other tasks

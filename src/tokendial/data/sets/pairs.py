@@ -31,6 +31,7 @@ from tokendial.data.readers.images import (
     upright_size,
     warn_of_multi_picture_files,
 )
+from tokendial.data.readers.lists import read_lines
 from tokendial.data.readers.pixels import (
     ValueRange,
     check_range,
@@ -76,6 +77,16 @@ class Pairs:
     """Name of the folder of images."""
     annotations: str = "annotations"
     """Name of the folder of masks."""
+    lists: str | None = None
+    """Folder below the root with a file TRAIN.txt and a file VAL.txt, where TRAIN and VAL are the
+    values of `train` and `val`. Each line is the name of a pair, as in PASCAL VOC. Images and masks
+    then lie in their folders without a folder for each split. null: there are no lists."""
+    image_suffix: str = ""
+    """End of an image's name, before the file ending, that its mask does not have, such as
+    _leftImg8bit in Cityscapes. Images without it are left out."""
+    mask_suffix: str = ""
+    """End of a mask's name, before the file ending, that its image does not have, such as
+    _gtFine_labelTrainIds in Cityscapes. Masks without it are left out."""
     mask: MaskRule = "auto"
     """Pixels of a binary mask that are inside. auto: found from the files, one rule for all of a
     root; alpha: those that are not transparent; half: those brighter than half of the full range;
@@ -174,8 +185,7 @@ class Pairs:
                 )
         for part, split in ((train, self.train), (val, self.val)):
             if not part:
-                roots = ", ".join(map(str, self.roots()))
-                raise ValueError(f"data: no pairs of an image and a mask for {split} in {roots}.")
+                raise self._no_pairs(split)
         warn_of_unused_range(sample_files(pair.image for pair in train), self.range, self.root)
         return Splits(
             train=PairSet(train, self.range),
@@ -183,6 +193,25 @@ class Pairs:
             classes=self.class_names,
             dense=True,
         )
+
+    def val_set(self) -> "PairSet":
+        """Return the validation pairs alone; the training pairs need not exist.
+
+        Raises:
+            ValueError: If `build` would raise one because of the validation pairs.
+        """
+        found: list[Pair] = []
+        for root in self.roots():
+            pairs, problems = self._list_pairs(root, self.val)
+            read_mask = self.mask_reader(self.mask_reading(root, [mask for _, mask in pairs]))
+            found += self._drop_broken(root, [Pair(*pair, read_mask) for pair in pairs], problems)
+        if not found:
+            raise self._no_pairs(self.val)
+        return PairSet(found, self.range)
+
+    def _no_pairs(self, split: str) -> ValueError:
+        roots = ", ".join(map(str, self.roots()))
+        return ValueError(f"data: no pairs of an image and a mask for {split} in {roots}.")
 
     def pairs(
         self, root: Path, split: str, other_suffixes: Counter[str] | None = None
@@ -195,13 +224,24 @@ class Pairs:
             other_suffixes: Counter to which the endings of files that are no images are added.
 
         Raises:
-            ValueError: If a folder is missing.
+            ValueError: If a folder or a list is missing.
         """
         images, masks = (
-            _images_by_name(root / folder / split, other_suffixes)
-            for folder in (self.images, self.annotations)
+            _images_by_name(root / folder / ("" if self.lists else split), suffix, other_suffixes)
+            for folder, suffix in (
+                (self.images, self.image_suffix),
+                (self.annotations, self.mask_suffix),
+            )
         )
-        problems = [f"{p} has no mask" for n in images if n not in masks for p in images[n]]
+        if self.lists is not None:
+            listed = dict.fromkeys(_read_list(root / self.lists / f"{split}.txt"))
+            missing = [name for name in listed if name not in images and name not in masks]
+            images = {name: images[name] for name in listed if name in images}
+            masks = {name: masks[name] for name in listed if name in masks}
+        else:
+            missing = []
+        problems = [f"{name} of {split}.txt has neither image nor mask" for name in missing]
+        problems += [f"{p} has no mask" for n in images if n not in masks for p in images[n]]
         problems += [f"{p} has no image" for n in masks if n not in images for p in masks[n]]
         pairs = []
         for name in (name for name in images if name in masks):
@@ -314,10 +354,24 @@ def _size_problem(
     return f"{image} has {width} x {height} pixels, but {mask} has {mask_width} x {mask_height}"
 
 
-def _images_by_name(folder: Path, other_suffixes: Counter[str] | None) -> dict[str, list[Path]]:
+def _read_list(path: Path) -> list[str]:
+    """Return the names in a list of images, in Unicode's form NFC."""
+    lines = read_lines(path, "data.lists names the folder that holds it.")
+    return [unicodedata.normalize("NFC", line) for _, line in lines]
+
+
+def _images_by_name(
+    folder: Path, suffix: str, other_suffixes: Counter[str] | None
+) -> dict[str, list[Path]]:
     """Return the images below a folder by their path in it, without ending, in Unicode's form NFC.
 
     File systems store the same name in different Unicode forms.
+
+    Args:
+        folder: Folder to search recursively.
+        suffix: End of the names before the file ending. It is removed; names without it are left
+            out.
+        other_suffixes: Counter to which the endings of files that are no images are added.
 
     Raises:
         ValueError: If the folder does not exist.
@@ -327,5 +381,8 @@ def _images_by_name(folder: Path, other_suffixes: Counter[str] | None) -> dict[s
     found: dict[str, list[Path]] = {}
     for path in list_images(folder, other_suffixes):
         name = str(path.relative_to(folder).with_suffix(""))
+        if not name.endswith(suffix):
+            continue
+        name = name.removesuffix(suffix)
         found.setdefault(unicodedata.normalize("NFC", name), []).append(path)
     return found

@@ -1,0 +1,100 @@
+"""Load the two models of ProxyCLIP by a name, or from a local folder or file."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tokendial.backbones import Backbone
+from tokendial.errors import error_message
+from tokendial.extras import check_installed
+
+
+def load_clip(source: str, weights: str | None = None) -> nn.Module:
+    """Load a CLIP model in evaluation mode.
+
+    Args:
+        source: Name of a model of open_clip, such as "ViT-B-16-quickgelu"; or a local folder, as
+            open_clip or the `save_pretrained` of transformers' CLIPModel writes it.
+        weights: With a name: a tag of open_clip such as "openai", or a weight file. With a folder:
+            None.
+
+    Raises:
+        ValueError: If there is no such model, or the weights cannot be loaded.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return _load_open_clip(source, weights)
+    if weights is not None:
+        raise ValueError(f"clip weights must be left out, because {source} is a folder with them.")
+    if (folder / "open_clip_config.json").is_file():
+        return _load_open_clip(f"local-dir:{folder}", None)
+    if _config(folder).get("model_type") != "clip":
+        raise ValueError(f"clip must be a folder of a CLIP model, {folder} holds another one.")
+    check_installed(f"clip {source!r}", "transformers")
+    from transformers import CLIPModel
+
+    try:
+        clip: nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # reading unsuitable files
+        raise ValueError(f"clip {source!r}: {error_message(error)}") from error
+    return clip.eval()
+
+
+def load_proxy(source: str, weights: str = "pretrained") -> nn.Module:
+    """Load a proxy in evaluation mode; it takes windows of any size that fits its patches.
+
+    Args:
+        source: Name of a timm model, such as "vit_base_patch8_224.dino"; or a local folder of a
+            model of transformers, such as Dinov2Model.
+        weights: With a name: "pretrained" for timm's own, or a weight file.
+
+    Raises:
+        ValueError: If there is no such model, or the weights cannot be loaded.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        args = {"num_classes": 0, "dynamic_img_size": True}
+        return Backbone(name=source, weights=weights, args=args).create().eval()
+    if weights != "pretrained":
+        raise ValueError(f"proxy weights must be left out, because {source} is a folder with them.")
+    names = _config(folder).get("architectures") or ["?"]
+    return Backbone(name=f"transformers.{names[0]}", weights=str(folder)).create().eval()
+
+
+def _load_open_clip(name: str, weights: str | None) -> nn.Module:
+    check_installed(f"clip {name!r}", "open_clip")
+    import open_clip
+
+    known = open_clip.list_models()
+    if ":" not in name and name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else "."
+        raise ValueError(f"clip {name!r} is neither a folder nor a model of open_clip{hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights is not None and weights not in tags and not Path(weights).is_file():
+        allowed = f"one of {', '.join(tags)}, or a weight file" if tags else "a weight file"
+        raise ValueError(f"clip weights must be {allowed}, got {weights!r}.")
+    if ":" not in name and weights is None:
+        raise ValueError(f"clip weights must be given for {name!r}: a tag or a weight file.")
+    try:
+        clip: nn.Module = open_clip.create_model(name, pretrained=weights)
+    except Exception as error:  # reading, downloading or unsuitable files
+        raise ValueError(f"clip {name!r}: {error_message(error)}") from error
+    return clip.eval()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Content of a folder's config.json."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no model: there is no config.json in it.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error_message(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping.")
+    return content
