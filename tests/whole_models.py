@@ -237,7 +237,7 @@ _WINDOWED = {**VISION, "window_size": 3}
 
 def _sam() -> nn.Module:
     vision = transformers.SamVisionConfig(
-        **_WINDOWED, mlp_dim=96, output_channels=16, global_attn_indexes=[1]
+        **_WINDOWED, mlp_dim=96, num_pos_feats=8, output_channels=16, global_attn_indexes=[1]
     )
     prompts = transformers.SamPromptEncoderConfig(
         hidden_size=16, image_size=SIDE, patch_size=PATCH, mask_input_channels=8

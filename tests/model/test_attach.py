@@ -131,7 +131,7 @@ def test_ffns_of_windowed_encoders_run_on_merged_tokens(name):
     def merge(ffn: nn.Module, args: tuple[Tensor], _out: Tensor) -> Tensor:
         """The FFN by PyTorch's hook, with a matching that is written once more, token by token."""
         outs = []
-        for x in args[0].flatten(1, 2):
+        for x in args[0].flatten(1, -2):
             unit = x / x.norm(dim=1, keepdim=True)
             similar = unit[0::2] @ unit[1::2].T
             best, partner = similar.max(dim=1)
