@@ -26,7 +26,7 @@ from tokendial.model.arguments import check_method
 from tokendial.model.backbone_source import BackboneSource
 from tokendial.model.blocks import BlockRunner, Step
 from tokendial.model.dial import Compensation, check_degree, run_by_degree
-from tokendial.model.features import collect_maps, restored_map
+from tokendial.model.features import collect_maps, pooled_features, restored_map
 from tokendial.model.files import config_errors
 from tokendial.model.heads import check_headless, head_names, head_size, reset_head, timm_method
 from tokendial.model.hub import push_files
@@ -249,6 +249,24 @@ class DialViT(nn.Module):
         """
         steps = self.steps(images, track=True, dropped=dropped)
         return collect_maps(self.anatomy, steps, layers, norm=norm)
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Pooled features of images: what the head reads, or what a model without a head returns.
+
+        A decoder is not run: the embeddings are those of its backbone. Of two heads that read
+        different tokens, as in distilled DeiT, it is the mean of both.
+
+        Args:
+            images: [B, 3, H, W], normalised; of a video model clips [B, T, 3, H, W].
+
+        Returns:
+            [B, D].
+
+        Raises:
+            ValueError: If the model does not pool its tokens (timm's `global_pool=""`).
+        """
+        *_, last = self.steps(images)
+        return pooled_features(self.anatomy, last.tokens)
 
     # What timm's models have.
 
