@@ -105,9 +105,8 @@ def _numbers(kind: str, text: str) -> list[float]:
 
 def _table(result: "FitResult") -> Table:
     """Each degree, and below it the constant schedule that costs no more."""
-    table = Table(
-        "degree", "removed per layer", result.unit, "speed-up", "divergence", "same answer"
-    )
+    titles = (result.divergence_title, result.same_title)
+    table = Table("degree", "removed per layer", result.unit, "speed-up", *titles)
     table.add_row("0", "nothing", f"{result.unreduced:.4g}", "1.00", "0", "100.0%")
     for degree in result.degrees:
         removed = " ".join(map(str, degree.found.removed))
