@@ -7,7 +7,7 @@ from tokendial.errors import error_message
 # Importing the commands takes a moment. Ctrl-C and a missing package are reported in one line here,
 # as `main` does it once it exists.
 try:
-    from tokendial.cli import training, sweeping, finished_runs, serving, fit, inspecting  # noqa: F401, I001  # the order of --help
+    from tokendial.cli import training, sweeping, finished_runs, serving, fit, embedding, inspecting  # noqa: F401, I001  # the order of --help
     from tokendial.cli.app import app, main
 except KeyboardInterrupt:
     print("stopped", file=sys.stderr)

@@ -51,6 +51,15 @@ class ModelSource:
         """Whether the name is that of a run or of a saved model."""
         return Path(self.name).is_dir()
 
+    def absolute(self) -> "ModelSource":
+        """The same source for processes of another working folder."""
+        paths = {
+            field: str(Path(value).resolve())
+            for field in ("name", "weights")
+            if (value := getattr(self, field)) is not None and Path(value).exists()
+        }
+        return replace(self, **paths)
+
     def open(self, reduce: ReducerConfig | None = None) -> OpenedModel:
         """Load the model.
 
