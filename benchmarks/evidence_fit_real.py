@@ -41,8 +41,10 @@ from tokendial.tasks import Classification
 from tokendial.tune.cost_meters import Stopwatch, try_schedules
 from tokendial.tune.schedules import Schedule, ScheduleSpace
 
-IMG_SIZE = 224
-CONSTANT = (1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 21, 25)
+IMG_SIZE = 168
+"""Side of the solar cells in pixels: 144 patches. The saliency model takes 224."""
+SHARES = (0.02, 0.04, 0.06, 0.08, 0.1)
+"""Constant schedules: the fraction of all patches that each layer merges."""
 NEIGHBOURS = 10
 # The judged pictures are the same for every seed.
 JUDGED_SEED = 100
@@ -169,8 +171,7 @@ def measure_seed(case: Case, seed: int, options: argparse.Namespace) -> list[dic
     )
     space = ScheduleSpace(td.ToMe(), case.model.anatomy.shape)
     found = [degree.found.removed for degree in fitted.degrees]
-    constant = [space.linear(r) for r in CONSTANT]
-    schedules = [*found, *constant]
+    schedules = [*found, *constant_schedules(space)]
     times = relative_times(case, space, schedules, options.batch, options.seconds)
     # The unreduced model is the constant schedule with r = 0.
     curve = [1.0, *times[len(found) :]], [np.ones(len(case.judged)), *constant_values(case)]
@@ -189,11 +190,16 @@ def measure_seed(case: Case, seed: int, options: argparse.Namespace) -> list[dic
     ]
 
 
+def constant_schedules(space: ScheduleSpace) -> list[Schedule]:
+    """Schedules that merge the same number of tokens in each layer, as long as there are any."""
+    return [space.linear(round(share * space.shape.num_patches)) for share in SHARES]
+
+
 @functools.cache
 def constant_values(case: Case) -> list[np.ndarray]:
     """Agreement of the judged pictures by each constant r; computed once for all seeds."""
     space = ScheduleSpace(td.ToMe(), case.model.anatomy.shape)
-    return judge(case, space, [space.linear(r) for r in CONSTANT])
+    return judge(case, space, constant_schedules(space))
 
 
 def summary(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -243,7 +249,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--onnx", type=Path, default=places.onnx, help="The saliency model.")
     parser.add_argument("--elpv", default=places.elpv, help="Folder of ELPV (default: installed).")
     parser.add_argument("--cutouts", type=Path, default=places.cutouts)
-    parser.add_argument("--speedup", default="1.3,1.6")
+    parser.add_argument("--speedup", default="1.5")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="Number of seeds.")
     parser.add_argument("--images", type=int, default=128, help="Pictures that a fit may use.")
     parser.add_argument("--judged", type=int, default=160, help="Pictures to judge on.")
@@ -273,5 +279,5 @@ def main(arguments: list[str]) -> None:
         rows += [summary(name, of_budget) for of_budget in zip(*by_seed, strict=True)]
     print_table(rows)
     settings = {n: getattr(options, n) for n in ("images", "judged", "batch", "minutes", "seeds")}
-    settings |= {"img_size": IMG_SIZE, "agree_by": options.agree_by, "constant": CONSTANT}
+    settings |= {"img_size": IMG_SIZE, "agree_by": options.agree_by, "constant": SHARES}
     write_json("evidence_fit_real", settings | {"rows": rows}, out=options.out)

@@ -97,6 +97,10 @@ class DialViT(nn.Module):
         Returns:
             [B, num_classes]; with a decoder [B, num_classes, h, w], at the decoder's resolution.
         """
+        return self._logits(self._last_tokens(images))
+
+    def _last_tokens(self, images: Tensor) -> Tokens:
+        """The tokens that leave the last block, tracked if a decoder reads them."""
         run_block, depth = self._block_function(), len(self.anatomy.blocks)
         skips = self.skip_unread_patches and self._reads_prefix_only
         tokens = self.anatomy.embed(images)
@@ -105,7 +109,7 @@ class DialViT(nn.Module):
             tokens = tokens.with_tracking(follow_fused=False)
         for layer in range(1, depth + 1):
             tokens = run_block(layer, tokens, prefix_only=skips and layer == depth).tokens
-        return self._logits(tokens)
+        return tokens
 
     def steps(
         self,
@@ -265,8 +269,12 @@ class DialViT(nn.Module):
         Raises:
             ValueError: If the model does not pool its tokens (timm's `global_pool=""`).
         """
-        *_, last = self.steps(images)
-        return pooled_features(self.anatomy, last.tokens)
+        return pooled_features(self.anatomy, self._last_tokens(images))
+
+    def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` and `embeddings` return, from one run of the blocks."""
+        tokens = self._last_tokens(images)
+        return self._logits(tokens), pooled_features(self.anatomy, tokens)
 
     # What timm's models have.
 
