@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from tokendial.measure import nearest_neighbours, neighbour_overlap
+from tokendial.measure import (
+    nearest_neighbours,
+    neighbour_overlap,
+    predict_classes,
+    predict_left_out,
+)
 from tokendial.measure import neighbours as module
 
 
@@ -48,3 +53,18 @@ def test_numbers_that_do_not_fit_raise(sizes, neighbours, message):
     first, second = (torch.ones(size, 2) for size in sizes)
     with pytest.raises(ValueError, match=message):
         neighbour_overlap(first, second, neighbours=neighbours)
+
+
+@pytest.mark.parametrize("chunk", [1000, 5])
+def test_an_image_does_not_vote_for_itself(chunk, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    generator = torch.Generator().manual_seed(2)
+    embeddings = torch.randn(12, 3, generator=generator)
+    labels = torch.randint(3, (12,), generator=generator)
+    expected = []
+    for left_out in range(12):
+        others = [number for number in range(12) if number != left_out]
+        known = embeddings[others], labels[others]
+        expected.append(int(predict_classes(*known, embeddings[[left_out]], neighbours=4)))
+    assert predict_left_out(embeddings, labels, neighbours=4).tolist() == expected
+    assert expected != labels.tolist()

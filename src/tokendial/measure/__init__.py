@@ -7,7 +7,12 @@ from tokendial.measure.intervals import (
     bootstrap_interval,
     percentile_interval,
 )
-from tokendial.measure.neighbours import nearest_neighbours, neighbour_overlap, predict_classes
+from tokendial.measure.neighbours import (
+    nearest_neighbours,
+    neighbour_overlap,
+    predict_classes,
+    predict_left_out,
+)
 from tokendial.measure.shares import ShareMeter, calibrate
 from tokendial.measure.timing import DISTURBED_SPREAD, Timing, time_in_rounds
 
@@ -25,5 +30,6 @@ __all__ = [
     "neighbour_overlap",
     "percentile_interval",
     "predict_classes",
+    "predict_left_out",
     "time_in_rounds",
 ]

@@ -7,6 +7,8 @@ and a vote of exp(similarity / 0.07) for the class of each.
 
 # Shape legend: N images, D width of the embeddings, K neighbours.
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,11 @@ def nearest_neighbours(embeddings_ND: Tensor, neighbours: int) -> Tensor:
     Raises:
         ValueError: If `neighbours` is not in [1, N - 1].
     """
+    return torch.cat([indices for _, indices in _nearest_others(embeddings_ND, neighbours)])
+
+
+def _nearest_others(embeddings_ND: Tensor, neighbours: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield similarities and indices [images of a chunk, K] of the nearest other images."""
     check_count("neighbours", neighbours)
     if neighbours >= len(embeddings_ND):
         raise ValueError(
@@ -36,13 +43,12 @@ def nearest_neighbours(embeddings_ND: Tensor, neighbours: int) -> Tensor:
             f"{neighbours}."
         )
     known = F.normalize(embeddings_ND.float(), dim=1)
-    found = []
-    for first, chunk in enumerate(known.split(_CHUNK)):
+    for number, chunk in enumerate(torch.split(known, _CHUNK)):
         similarity = chunk @ known.T
         rows = torch.arange(len(chunk), device=known.device)
-        similarity[rows, rows + first * _CHUNK] = -torch.inf
-        found.append(similarity.topk(neighbours, dim=1).indices)
-    return torch.cat(found)
+        similarity[rows, rows + number * _CHUNK] = -torch.inf
+        nearest = similarity.topk(neighbours, dim=1)
+        yield nearest.values, nearest.indices
 
 
 def neighbour_overlap(first_ND: Tensor, second_ND: Tensor, *, neighbours: int = 10) -> Tensor:
@@ -83,8 +89,31 @@ def predict_classes(
     known = F.normalize(train_ND.float(), dim=1)
     classes = F.one_hot(labels_N).float()
     found = []
-    for chunk in F.normalize(test_MD.float(), dim=1).split(_CHUNK):
+    for chunk in torch.split(F.normalize(test_MD.float(), dim=1), _CHUNK):
         nearest = (chunk @ known.T).topk(min(neighbours, len(known)), dim=1)
-        votes = (nearest.values / _TEMPERATURE).exp().unsqueeze(-1) * classes[nearest.indices]
-        found.append(votes.sum(dim=1).argmax(dim=1))
+        found.append(_vote(nearest.values, classes[nearest.indices]))
     return torch.cat(found)
+
+
+def predict_left_out(
+    embeddings_ND: Tensor, labels_N: Tensor, *, neighbours: int = NEIGHBOURS
+) -> Tensor:
+    """Class of each image by the vote of its nearest other images, [N].
+
+    Args:
+        embeddings_ND: Embeddings of the images.
+        labels_N: Classes of the images, from 0.
+        neighbours: Number of neighbours that vote, less than N.
+
+    Raises:
+        ValueError: If `neighbours` is not in [1, N - 1].
+    """
+    classes = F.one_hot(labels_N).float()
+    nearest = _nearest_others(embeddings_ND, neighbours)
+    return torch.cat([_vote(values, classes[indices]) for values, indices in nearest])
+
+
+def _vote(similarity_MK: Tensor, classes_MKC: Tensor) -> Tensor:
+    """The class with the most votes, [M]."""
+    votes = (similarity_MK / _TEMPERATURE).exp().unsqueeze(-1) * classes_MKC
+    return votes.sum(dim=1).argmax(dim=1)

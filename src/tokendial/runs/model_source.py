@@ -53,12 +53,8 @@ class ModelSource:
 
     def absolute(self) -> "ModelSource":
         """The same source for processes of another working folder."""
-        paths = {
-            field: str(Path(value).resolve())
-            for field in ("name", "weights")
-            if (value := getattr(self, field)) is not None and Path(value).exists()
-        }
-        return replace(self, **paths)
+        weights = self.weights and _absolute(self.weights)
+        return replace(self, name=_absolute(self.name), weights=weights)
 
     def open(self, reduce: ReducerConfig | None = None) -> OpenedModel:
         """Load the model.
@@ -110,6 +106,11 @@ class ModelSource:
         if model.anatomy.frames is not None:
             raise ValueError(f"{name} takes videos; a model of images is needed.")
         return OpenedModel(model, _plain_transform(model), None, None)
+
+
+def _absolute(place: str) -> str:
+    """The absolute path of a file or folder; anything else, such as a model's name, as it is."""
+    return str(Path(place).resolve()) if Path(place).exists() else place
 
 
 def _open_run(run: Run, reduce: ReducerConfig | None) -> OpenedModel:
