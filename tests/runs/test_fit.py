@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import tokendial as td
@@ -144,6 +146,13 @@ def test_a_run_of_masks_is_fitted_by_its_masks(cli, tmp_path):
     torch.nn.init.normal_(model.decoder.weight, std=0.1)
     model.save_pretrained(run.best)
     settings = ("--gmacs", 0.7 * model.cost(0).gmacs, "--minutes", "0.05")
+    (tmp_path / "wide").mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(8):
+        pixels = draw.integers(0, 256, (60, 100, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "wide" / f"{number}.png")
+    wide = ("--calibration", tmp_path / "wide", "--out", tmp_path / "by windows")
+    assert cli("fit", run.folder, *settings, *wide)[0] == 0
     code, printed, err = cli("fit", run.folder, *settings)
     assert (code, err) == (0, "")
     assert "mask overlap" in printed
