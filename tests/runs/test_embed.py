@@ -175,15 +175,13 @@ def test_mistakes_are_one_line_and_code_2(cli, digits, tmp_path, monkeypatch, ar
     assert len(err.splitlines()) == 1
 
 
-def test_a_finished_file_is_never_replaced(cli, digits, tmp_path):
-    out = tmp_path / "f.safetensors"
-    out.write_text("mine")
+@pytest.mark.parametrize("name", ["f.safetensors", "f.json"])
+def test_files_that_exist_are_never_replaced(cli, digits, tmp_path, name):
+    out, mine = tmp_path / "f.safetensors", tmp_path / name
+    mine.write_text("mine")
     code, _, err = cli("embed", "scenes_vit", digits / "val", "--weights", "shipped", "--out", out)
-    assert (code, err) == (
-        2,
-        f"error: out: {out} exists; remove it or choose another out.\n",
-    )
-    assert out.read_text() == "mine"
+    assert (code, err) == (2, f"error: out: {mine} exists; remove it or choose another out.\n")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_parquet_without_its_package_names_the_extra(digits, tmp_path, monkeypatch):

@@ -79,8 +79,8 @@ def embed_to_file(
             one.
     """
     settings = settings or EmbedSettings()
-    _check_out(out)
     parts = _Parts(out.with_name(f"{out.name}.parts"), images)
+    _check_out(out, continues=parts.folder.is_dir())
     facts = _facts(source, settings)
     done = parts.open(facts)
     if done:
@@ -169,14 +169,21 @@ class _Parts:
         return self.folder / f"part-{number:06d}.safetensors"
 
 
-def _check_out(out: Path) -> None:
-    """Raise a ValueError unless the file can be written."""
+def _check_out(out: Path, *, continues: bool) -> None:
+    """Raise a ValueError unless the file can be written.
+
+    Args:
+        out: The file.
+        continues: Whether earlier work continues, which may have written the names already.
+    """
     if out.suffix not in FORMATS:
         raise ValueError(f"out must end in {' or '.join(FORMATS)}, got {out.name}.")
     if out.suffix == ".parquet":
         check_installed("out in the format of Parquet", "pyarrow")
-    if out.exists():
-        raise ValueError(f"out: {out} exists; remove it or choose another out.")
+    names = out.with_suffix(".json") if out.suffix == ".safetensors" and not continues else out
+    for path in (out, names):
+        if path.exists():
+            raise ValueError(f"out: {path} exists; remove it or choose another out.")
     if not out.parent.is_dir():
         raise ValueError(f"out: no such folder: {out.parent}.")
 
