@@ -32,7 +32,8 @@ from tokendial.serve.settings import check_settings
 from tokendial.serve.starting import start_engine
 from tokendial.serve.workers import served_runs as served_runs_module
 from tokendial.serve.workers.decoder_pool import DecoderPool
-from tokendial.serve.workers.messages import TokensViewed
+from tokendial.serve.workers.messages import BatchLogits, ImageToEmbed, TokensViewed
+from tokendial.serve.workers.model_process import choose_outputs
 from tokendial.serve.workers.served_runs import ServedRuns
 
 # Settings for a busy machine: no test is about time.
@@ -130,9 +131,18 @@ class InProcessSupervisor:
         self.catalog = self.models.catalog
 
     def run(
-        self, name: str, degree: int, images: list[torch.Tensor], limit_s: float | None = None
+        self,
+        name: str,
+        degree: int,
+        images: list[torch.Tensor | ImageToEmbed],
+        limit_s: float | None = None,
     ) -> list[torch.Tensor]:
-        return list(self.models.run(name, degree, torch.stack(images)))
+        wanted = [isinstance(image, ImageToEmbed) for image in images]
+        batch = torch.stack([getattr(image, "tensor", image) for image in images])
+        if not any(wanted):
+            return list(self.models.run(name, degree, batch))
+        found = self.models.run_with_embeddings(name, degree, batch)
+        return choose_outputs(wanted, BatchLogits(*(each.numpy() for each in found)))
 
     def view(self, name: str, degree: int, image: torch.Tensor) -> TokensViewed:
         return TokensViewed(*self.models.view(name, degree, image))

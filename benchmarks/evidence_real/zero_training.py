@@ -31,11 +31,11 @@ from benchmarks.evidence_real.matched_costs import (
     reduce_config,
     reductions,
 )
-from benchmarks.evidence_real.neighbours import predict_classes
 from benchmarks.evidence_real.results import plain, write_table
 from benchmarks.evidence_real.statistics import interval, mean, resampled_scores
 from tokendial.data.transforms.image import ResizeImage
 from tokendial.measure import Interval, Resampling
+from tokendial.measure.neighbours import predict_classes
 from tokendial.methods import to_json
 from tokendial.runs.recipe import check_method
 

@@ -19,6 +19,7 @@ EXTRAS = {
     "PIL": ("pillow", "runs"),
     "prometheus_client": ("prometheus-client", "serve"),
     "py_sod_metrics": ("pysodmetrics", "masks"),
+    "pyarrow": ("pyarrow", "hf"),
     "pydantic": ("pydantic", "runs"),
     "pydantic_core": ("pydantic", "runs"),
     "python_multipart": ("python-multipart", "serve"),

@@ -15,10 +15,10 @@ from benchmarks.evidence_real.matched_costs import (
     reduce_config,
     reductions,
 )
-from benchmarks.evidence_real.neighbours import predict_classes
 from benchmarks.evidence_real.zero_training import HEADER, cells, per_image
 from tokendial.data.transforms.masks import MaskAugment
 from tokendial.measure import Interval
+from tokendial.measure.neighbours import predict_classes
 from tokendial.tasks import BinaryMasks
 
 FALLING = (0.95, 0.9, 0.8, 0.55, 0.5)

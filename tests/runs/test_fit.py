@@ -3,10 +3,17 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import tokendial as td
 from tokendial.runs import Run
+from tokendial.runs.new_model import build_model
+from tokendial.runs.recipe import check_recipe
 
 
 @pytest.fixture
@@ -74,3 +81,115 @@ def test_mistakes_are_one_line_and_code_2(fit, arguments, message):
     assert code == 2
     assert err.startswith(f"error: {message}")
     assert len(err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of a tiny backbone of timm without a head, and what makes timm build it."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_small_patch14_dinov2", img_size=56, depth=3)
+    path = tmp_path_factory.mktemp("weights") / "dinov2.safetensors"
+    save_file(vit.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """timm's DINOv2-S has 3 blocks."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **args: create(name, depth=3, **args))
+
+
+def test_a_backbone_is_fitted_by_its_embeddings(cli, weights, shallow, digits, tmp_path):
+    out = tmp_path / "fitted"
+    model = ("vit_small_patch14_dinov2", "--weights", weights, "--img-size", 56)
+    rest = ("--images", 24, "--minutes", "0.05", "--gmacs", 0.07, "--calibration", digits / "val")
+    code, printed, err = cli("fit", *model, *rest, "--out", out)
+    assert (code, err) == (0, "")
+    assert "1 - cosine" in printed
+    assert "same neighbours" in printed
+    assert f"tokendial embed {out} IMAGES" in printed
+    told = json.loads((out / "fit.json").read_text())
+    assert told["agree_by"] == "embeddings"
+    fitted = td.load(out)
+    assert (fitted.degrees, fitted.num_classes) == ((0, 1), 0)
+    assert fitted.cost(1).gmacs <= 0.07 < fitted.cost(0).gmacs
+    assert fitted.backbone.weights == str(weights)
+    # A saved model is fitted again, by something else.
+    again = ("--agree-by", "feature_map", "--out", tmp_path / "again")
+    code, printed, _ = cli("fit", out, *rest, *again)
+    assert (code, "same neighbours" in printed) == (0, False)
+    assert json.loads((tmp_path / "again" / "fit.json").read_text())["agree_by"] == "feature_map"
+
+
+def test_a_run_of_masks_is_fitted_by_its_masks(cli, tmp_path):
+    recipe = check_recipe(
+        {
+            "output": str(tmp_path / "run"),
+            "model": {
+                "name": "vit_tiny_patch16_224",
+                "weights": None,
+                "img_size": 48,
+                "args": {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2},
+            },
+            "adapt": {"name": "linear"},
+            "decode": {"name": "linear"},
+            "data": {"name": "scene_masks", "train_size": 12, "val_size": 4},
+            # Windows of the image are run, so windows are compared.
+            "dense": {"test": "slide"},
+        }
+    )
+    run = Run(recipe.output)
+    splits = recipe.data.build(0)
+    run.claim(recipe, splits.classes, dense=True)
+    model = build_model(recipe, len(splits.classes))
+    torch.nn.init.normal_(model.decoder.weight, std=0.1)
+    model.save_pretrained(run.best)
+    settings = ("--gmacs", 0.7 * model.cost(0).gmacs, "--minutes", "0.05")
+    (tmp_path / "wide").mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(8):
+        pixels = draw.integers(0, 256, (60, 100, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "wide" / f"{number}.png")
+    wide = ("--calibration", tmp_path / "wide", "--out", tmp_path / "by windows")
+    assert cli("fit", run.folder, *settings, *wide)[0] == 0
+    code, printed, err = cli("fit", run.folder, *settings)
+    assert (code, err) == (0, "")
+    assert "mask overlap" in printed
+    fitted = Run(run.folder / "fitted")
+    assert fitted.model().degrees == (0, 1)
+    assert fitted.model().decoder is not None
+    assert fitted.recipe().dense.test == "slide"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/run"], "no/run: no such folder of a run or of a saved model"),
+        (["vit_tinny"], "model.name 'vit_tinny' is not a timm model; did you mean"),
+        (["vit_tiny_patch16_224", "--weights", "/none"], "model.weights"),
+        (["scenes_vit", "--weights", "shipped"], "calibration must be a folder of images"),
+        (["transformers.ViTModel"], "weights must be given for transformers.ViTModel"),
+        (
+            ["transformers.ViTModel", "--weights", "x", "--img-size", "32"],
+            "img_size is for timm models, got transformers.ViTModel",
+        ),
+        (["RUN", "--weights", "x"], "weights is for backbones that are given by name"),
+        (["RUN", "--agree-by", "masks"], "agree_by masks needs a model with a decoder"),
+        (["EMPTY"], "holds neither a run nor a saved model"),
+    ],
+)
+def test_a_model_that_cannot_be_fitted_is_one_line(cli, run, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    places = {"RUN": run.folder, "EMPTY": tmp_path / "empty"}
+    words = [places.get(word, word) for word in arguments]
+    code, _, err = cli("fit", *words, "--gmacs", 0.001, "--out", tmp_path / "out")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_backbone_needs_a_folder_for_its_fit(cli):
+    code, _, err = cli("fit", "scenes_vit", "--weights", "shipped", "--gmacs", 0.01)
+    assert (code, err) == (2, "error: out must be a folder for the fitted model of scenes_vit.\n")

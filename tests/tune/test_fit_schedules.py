@@ -8,7 +8,7 @@ from examples import images, tiny_vit
 
 import tokendial as td
 from tokendial.tune import FitResult
-from tokendial.tune.agreement import binary_logits, compare_logits
+from tokendial.tune.agreement import binary_logits, compare_logits, compare_masks
 from tokendial.tune.fit_result import FitPoint, FittedDegree
 
 
@@ -114,9 +114,130 @@ def test_models_whose_tokens_cannot_be_counted_raise(vit, methods, message):
         td.fit(td.wrap(vit, **methods), images(2), gmacs=0.01)
 
 
-def test_a_model_without_a_head_raises():
-    model = td.wrap(tiny_vit(num_classes=0))
-    with pytest.raises(ValueError, match="fit needs a classifier of images"):
+@torch.no_grad()
+def outputs_of(model, agree_by, seen):
+    """What the model and the model with the fitted schedule are compared by."""
+    run = {"masks": model, "feature_map": model.feature_map}.get(agree_by, model.embeddings)
+    model.set_degree(0)
+    unreduced = run(seen)
+    model.set_degree(1)
+    return unreduced, run(seen)
+
+
+def by_hand(agree_by, unreduced, reduced):
+    """Divergence and what stays the same, from loops over images and from probabilities."""
+    if agree_by in ("embeddings", "neighbours"):
+        # 16 images: each is compared by its 2 nearest others.
+        nearest = [
+            torch.stack([torch.cosine_similarity(one, some) for one in some])
+            .fill_diagonal_(-2)
+            .topk(2)
+            .indices.tolist()
+            for some in (unreduced, reduced)
+        ]
+        kept = sum(len(set(a) & set(b)) / 2 for a, b in zip(*nearest, strict=True)) / len(reduced)
+        cosine = float(torch.cosine_similarity(unreduced, reduced).mean())
+        return (1 - cosine if agree_by == "embeddings" else 1 - kept), kept
+    if agree_by == "feature_map":
+        cosine = float(torch.cosine_similarity(unreduced, reduced, dim=1).mean())
+        return 1 - cosine, cosine
+    if unreduced.shape[1] == 1:
+        p, q = unreduced.sigmoid(), reduced.sigmoid()
+        divergence = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+        inside, other = (unreduced > 0).flatten(1), (reduced > 0).flatten(1)
+        overlaps = [(a & b).sum() / (a | b).sum() for a, b in zip(inside, other, strict=True)]
+        return float(divergence), float(torch.stack(overlaps).mean())
+    p, q = unreduced.log_softmax(1), reduced.log_softmax(1)
+    same = unreduced.argmax(1) == reduced.argmax(1)
+    return float((p.exp() * (p - q)).sum(1).mean()), float(same.float().mean())
+
+
+@pytest.mark.parametrize(
+    ("agree_by", "settings"),
+    [
+        (None, {}),
+        ("neighbours", {}),
+        ("feature_map", {}),
+        (None, {"decode": td.LinearDecoder(num_classes=1)}),
+        (None, {"decode": td.LinearDecoder(num_classes=3)}),
+        ("embeddings", {"decode": td.LinearDecoder(num_classes=1)}),
+    ],
+    ids=["headless", "neighbours", "feature map", "mask", "mask of classes", "its backbone"],
+)
+@torch.no_grad()
+def test_a_model_without_a_head_agrees_by_what_it_gives(agree_by, settings):
+    vit, seen = tiny_vit(num_classes=0, depth=2), images(16)
+    model = td.wrap(vit, **settings).eval()
+    if model.decoder:
+        torch.nn.init.normal_(
+            model.decoder.weight, std=0.2, generator=torch.Generator().manual_seed(0)
+        )
+    fitted = td.fit(
+        model,
+        seen,
+        gmacs=0.6 * model.cost().gmacs,
+        agree_by=agree_by,
+        minutes=0.05,
+        batch_size=5,
+    )
+    expected = agree_by or ("masks" if settings else "embeddings")
+    assert fitted.agree_by == fitted.to_json()["agree_by"] == expected
+    dial = td.wrap(copy.deepcopy(vit), reduce=fitted.reduce, **settings).eval()
+    if model.decoder:
+        dial.decoder.load_state_dict(model.decoder.state_dict())
+    divergence, same = by_hand(expected, *outputs_of(dial, expected, seen))
+    found = fitted.degrees[0].found
+    assert divergence > 1e-4
+    assert same < 1
+    assert found.divergence == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+    assert found.top1 == pytest.approx(same, abs=1e-6)
+    assert found.divergence <= fitted.degrees[0].constant.divergence
+
+
+def test_masks_that_are_both_empty_are_the_same():
+    empty = torch.full((1, 1, 2, 2), -3.0)
+    full = -empty
+    agreement = compare_masks(torch.cat([empty, full]), torch.cat([empty, full]))
+    assert (agreement.divergence, agreement.top1) == (0.0, 1.0)
+    assert compare_masks(full, empty).top1 == 0.0
+
+
+@torch.no_grad()
+def test_as_many_maps_are_compared_as_memory_allows(monkeypatch):
+    model = td.wrap(tiny_vit(num_classes=0, depth=2))
+    # A map has 48 x 8 x 8 numbers of 4 bytes.
+    monkeypatch.setattr("tokendial.tune.agreement._MAX_BYTES", 5 * 48 * 64 * 4)
+    settings = {"gmacs": 0.6 * model.cost().gmacs, "minutes": 0.05, "batch_size": 4}
+    notes = []
+    fitted = td.fit(model, images(16), agree_by="feature_map", note=notes.append, **settings)
+    assert fitted.images == 8
+    assert "searching on 8 of 16 images" in notes
+    assert any("1 - cosine" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "agree_by", "message"),
+    [
+        ({}, "logits", "agree_by logits needs a model with a classification head"),
+        ({}, "masks", "agree_by masks needs a model with a decoder"),
+        ({}, "cosine", "agree_by must be one of logits, embeddings, .*, got 'cosine'"),
+        ({"decode": td.LinearDecoder()}, "logits", "agree_by logits needs a model with a class"),
+    ],
+)
+def test_a_comparison_that_the_model_does_not_have_raises(settings, agree_by, message):
+    model = td.wrap(tiny_vit(num_classes=0), **settings)
+    with pytest.raises(ValueError, match=message):
+        td.fit(model, images(2), gmacs=0.01, agree_by=agree_by)
+
+
+def test_neighbours_need_two_images():
+    with pytest.raises(ValueError, match="agree_by embeddings needs at least 2 images, got 1"):
+        td.fit(td.wrap(tiny_vit(num_classes=0)), images(1), gmacs=0.01)
+
+
+def test_clips_raise():
+    model = td.wrap(td.video_vit(tiny_vit(), frames=2, num_classes=5))
+    with pytest.raises(ValueError, match="fit needs a model of images, this one takes clips"):
         td.fit(model, images(2), gmacs=0.01)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -25,12 +25,17 @@ from tokendial.cli.options import (
     Compile,
     Degree,
     Degrees,
+    ImageSize,
     Optimize,
     Precision,
     PrecisionOption,
     RunFolder,
+    Weights,
     speed_settings,
 )
+
+if TYPE_CHECKING:
+    from tokendial.runs.model_source import ModelSource
 
 
 class Format(StrEnum):
@@ -44,7 +49,11 @@ class Format(StrEnum):
 def evaluate(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", help="Folder of a run. With --compensator, one or more."),
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a run. With --compensator, one or more. With --images also a saved "
+            "model, or the name of a backbone.",
+        ),
     ],
     degrees: Degrees = "all",
     compensator: Annotated[
@@ -58,6 +67,19 @@ def evaluate(
             "(default: read from the runs)."
         ),
     ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Evaluate embeddings instead, of these image files or folders: how near they stay "
+            "to those at degree 0. Several folders are classes."
+        ),
+    ] = None,
+    reduce: Annotated[
+        str | None,
+        typer.Option(help="With --images: reduction method in place of the model's own, as tome."),
+    ] = None,
+    weights: Weights = None,
+    img_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     optimize: Optimize = False,
     compile: Compile = False,
@@ -68,8 +90,26 @@ def evaluate(
     Evaluates the best model on the validation set. Prints a table, and writes it as CSV with a plot
     into RUN/eval. For classification also recall and precision of each class, and a confusion
     matrix.
+
+    With --images, measures what reduction changes in the embeddings: cosine similarity to those at
+    degree 0, nearest neighbours that stay the same, and accuracy by nearest neighbours if the
+    images lie in a folder for each class.
     """
     speed = speed_settings(optimize, compile, precision)
+    if images:
+        if speed or compensator is not None or sources is not None or len(runs) > 1:
+            raise ValueError(
+                "images is for one model; it cannot be combined with --compensator, --sources, "
+                "--optimize, --compile and --precision."
+            )
+        from tokendial.runs.model_source import ModelSource
+
+        source = ModelSource(name=str(runs[0]), weights=weights, img_size=img_size)
+        _evaluate_embeddings(source, images, degrees, reduce, batch_size)
+        return
+    for name, value in (("reduce", reduce), ("weights", weights), ("img_size", img_size)):
+        if value is not None:
+            raise ValueError(f"{name} needs --images, got {value}.")
     if compensator is not None:
         if speed:
             raise ValueError(
@@ -108,6 +148,33 @@ def evaluate(
         write_classes(rows, classes, table)
         write_picture(confusion_figure(ends, classes, title=str(run)), picture)
         print(f"wrote {table} and {picture}")
+
+
+def _evaluate_embeddings(
+    source: "ModelSource", paths: list[Path], degrees: str, reduce: str | None, batch_size: int
+) -> None:
+    from tokendial.data import find_sources
+    from tokendial.methods import from_json
+    from tokendial.runs.evaluate_embeddings import evaluate_embeddings, labels_by_folder
+    from tokendial.runs.progress import progress_bar
+    from tokendial.show.plots import dial_figure
+
+    images = find_sources(paths)
+    with progress_bar(Console(stderr=True)) as shown:
+        rows = evaluate_embeddings(
+            source,
+            images,
+            degrees,
+            labels=labels_by_folder(images),
+            reduce=from_json("reduce", {"name": reduce}) if reduce else None,
+            batch_size=batch_size,
+            progress=shown.update,
+        )
+    Console().print(dial_table(rows, "image"))
+    warn_if_disturbed(rows)
+    if source.is_folder:
+        figure = dial_figure(rows, metric="same neighbours", title=source.name, unit="image")
+        write_evaluation(rows, figure, Path(source.name) / "eval" / "embeddings")
 
 
 def _evaluate_compensator(

@@ -1,5 +1,6 @@
 """The command that searches token schedules for a budget: fit."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,15 +9,25 @@ from rich.console import Console
 from rich.table import Table
 
 from tokendial.cli.app import USE_PANEL, app
-from tokendial.cli.options import Precision, RunFolder
+from tokendial.cli.options import ImageSize, ModelName, Precision, Weights
 
 if TYPE_CHECKING:
     from tokendial.tune import FitPoint, FitResult
 
 
+class AgreeBy(StrEnum):
+    """What schedules are compared by."""
+
+    logits = "logits"
+    embeddings = "embeddings"
+    neighbours = "neighbours"
+    feature_map = "feature_map"
+    masks = "masks"
+
+
 @app.command(rich_help_panel=USE_PANEL)
 def fit(
-    run: RunFolder,
+    model: ModelName,
     speedup: Annotated[
         str | None,
         typer.Option(
@@ -42,10 +53,19 @@ def fit(
             help="Reduction method, tome or evit (default: the run's, or tome if it has none)."
         ),
     ] = None,
+    agree_by: Annotated[
+        AgreeBy | None,
+        typer.Option(
+            help="What schedules are compared by with the model that removes nothing: the classes, "
+            "the embeddings, which images are nearest neighbours, the features at each position, "
+            "or the masks (default: masks with a decoder, logits with a head, else embeddings)."
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images to compare schedules on (default: the run's training images)."
+            help="Folder of images to compare schedules on (default: the run's training images; "
+            "a model of no run needs it)."
         ),
     ] = None,
     images: Annotated[
@@ -57,29 +77,39 @@ def fit(
     ] = Precision.fp32,
     minutes: Annotated[float, typer.Option(help="Time limit of the whole search.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random choice of images.")] = 0,
+    weights: Weights = None,
+    img_size: ImageSize = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the fitted model (default: RUN/fitted).")
+        Path | None,
+        typer.Option(
+            help="Folder for the fitted model (default: RUN/fitted; needed for the name of a "
+            "backbone)."
+        ),
     ] = None,
 ) -> None:
     """Search how many tokens each layer should remove to meet a budget of time or compute.
 
     Give one kind of budget: --speedup, --latency-ms or --gmacs. Nothing is trained and no labels
-    are used: schedules are compared by how far they change the model's predictions. Writes a model
-    whose degrees 1, 2, ... meet the budgets; it is used like a run.
+    are used: schedules are compared by how far they change what the model gives (--agree-by).
+    Writes a model whose degrees 1, 2, ... meet the budgets; that of a run is used like a run.
     """
     from tokendial.atomic import atomic_write
-    from tokendial.runs import Run
     from tokendial.runs.fit import fit_run
+    from tokendial.runs.model_source import ModelSource
     from tokendial.show.plots import fit_figure
     from tokendial.show.report import png
 
     budgets = {"speedup": speedup, "latency_ms": latency_ms, "gmacs": gmacs}
-    folder, console = out or run / "fitted", Console()
+    source, console = ModelSource(name=model, weights=weights, img_size=img_size), Console()
+    if out is None and not source.is_folder:
+        raise ValueError(f"out must be a folder for the fitted model of {model}.")
+    folder = out or Path(model) / "fitted"
     result = fit_run(
-        Run(run),
+        source,
         folder,
         {kind: _numbers(kind, text) for kind, text in budgets.items() if text is not None},
         reduce=reduce,
+        agree_by=agree_by.value if agree_by else None,
         calibration=calibration,
         images=images,
         seed=seed,
@@ -92,8 +122,11 @@ def fit(
     for warning in result.warnings():
         print(warning)
     with atomic_write(folder / "fit.png") as path:
-        path.write_bytes(png(fit_figure(result, title=str(run))))
-    print(f"wrote {folder}: tokendial eval {folder} --degrees all")
+        path.write_bytes(png(fit_figure(result, title=model)))
+    if (folder / "recipe.yaml").is_file():
+        print(f"wrote {folder}: tokendial eval {folder} --degrees all")
+    else:
+        print(f"wrote {folder}: tokendial embed {folder} IMAGES --out features.safetensors")
 
 
 def _numbers(kind: str, text: str) -> list[float]:
@@ -105,9 +138,8 @@ def _numbers(kind: str, text: str) -> list[float]:
 
 def _table(result: "FitResult") -> Table:
     """Each degree, and below it the constant schedule that costs no more."""
-    table = Table(
-        "degree", "removed per layer", result.unit, "speed-up", "divergence", "same answer"
-    )
+    titles = (result.divergence_title, result.same_title)
+    table = Table("degree", "removed per layer", result.unit, "speed-up", *titles)
     table.add_row("0", "nothing", f"{result.unreduced:.4g}", "1.00", "0", "100.0%")
     for degree in result.degrees:
         removed = " ".join(map(str, degree.found.removed))

@@ -27,6 +27,30 @@ Overrides = Annotated[
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a run, as `tokendial train` writes it.")
 ]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL",
+        help="Folder of a run or of a saved model, or name of a backbone: a timm model such as "
+        "vit_small_patch14_dinov2, or transformers.CLASS.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights of a backbone that is given by its name: a file, or for transformers a "
+        "folder or a name on the hub (default: timm's own, from the hub)."
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        "--img-size",
+        min=1,
+        help="Side of the images in pixels, for a timm model that is given by its name "
+        "(default: the model's own).",
+    ),
+]
 Degree = Annotated[
     int | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""Measurements: multiply-accumulates, times, processed tokens, and confidence intervals."""
+"""Measurements: multiply-accumulates, times, processed tokens, neighbours, intervals."""
 
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.measure.intervals import (
@@ -6,6 +6,12 @@ from tokendial.measure.intervals import (
     Resampling,
     bootstrap_interval,
     percentile_interval,
+)
+from tokendial.measure.neighbours import (
+    nearest_neighbours,
+    neighbour_overlap,
+    predict_classes,
+    predict_left_out,
 )
 from tokendial.measure.shares import ShareMeter, calibrate
 from tokendial.measure.timing import DISTURBED_SPREAD, Timing, time_in_rounds
@@ -20,6 +26,10 @@ __all__ = [
     "bootstrap_interval",
     "calibrate",
     "count_macs",
+    "nearest_neighbours",
+    "neighbour_overlap",
     "percentile_interval",
+    "predict_classes",
+    "predict_left_out",
     "time_in_rounds",
 ]

@@ -26,7 +26,7 @@ from tokendial.model.arguments import check_method
 from tokendial.model.backbone_source import BackboneSource
 from tokendial.model.blocks import BlockRunner, Step
 from tokendial.model.dial import Compensation, check_degree, run_by_degree
-from tokendial.model.features import collect_maps, restored_map
+from tokendial.model.features import collect_maps, pooled_features, restored_map
 from tokendial.model.files import config_errors
 from tokendial.model.heads import check_headless, head_names, head_size, reset_head, timm_method
 from tokendial.model.hub import push_files
@@ -97,6 +97,10 @@ class DialViT(nn.Module):
         Returns:
             [B, num_classes]; with a decoder [B, num_classes, h, w], at the decoder's resolution.
         """
+        return self._logits(self._last_tokens(images))
+
+    def _last_tokens(self, images: Tensor) -> Tokens:
+        """The tokens that leave the last block, tracked if a decoder reads them."""
         run_block, depth = self._block_function(), len(self.anatomy.blocks)
         skips = self.skip_unread_patches and self._reads_prefix_only
         tokens = self.anatomy.embed(images)
@@ -105,7 +109,7 @@ class DialViT(nn.Module):
             tokens = tokens.with_tracking(follow_fused=False)
         for layer in range(1, depth + 1):
             tokens = run_block(layer, tokens, prefix_only=skips and layer == depth).tokens
-        return self._logits(tokens)
+        return tokens
 
     def steps(
         self,
@@ -249,6 +253,28 @@ class DialViT(nn.Module):
         """
         steps = self.steps(images, track=True, dropped=dropped)
         return collect_maps(self.anatomy, steps, layers, norm=norm)
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """Pooled features of images: what the head reads, or what a model without a head returns.
+
+        A decoder is not run: the embeddings are those of its backbone. Of two heads that read
+        different tokens, as in distilled DeiT, it is the mean of both.
+
+        Args:
+            images: [B, 3, H, W], normalised; of a video model clips [B, T, 3, H, W].
+
+        Returns:
+            [B, D].
+
+        Raises:
+            ValueError: If the model does not pool its tokens (timm's `global_pool=""`).
+        """
+        return pooled_features(self.anatomy, self._last_tokens(images))
+
+    def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` and `embeddings` return, from one run of the blocks."""
+        tokens = self._last_tokens(images)
+        return self._logits(tokens), pooled_features(self.anatomy, tokens)
 
     # What timm's models have.
 

@@ -1,8 +1,9 @@
-"""Feature maps: the tokens of a block put back to the positions of the patches."""
+"""Features: maps of the tokens of a block at the positions of the patches, and pooled features."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendial.backbones import Anatomy
 from tokendial.model.blocks import Step
@@ -56,3 +57,31 @@ def collect_maps(
     if anatomy.frames is None:
         return found
     return [each.reshape(-1, anatomy.time_steps, *each.shape[1:]) for each in found]
+
+
+def pooled_features(anatomy: Anatomy, tokens: Tokens) -> Tensor:
+    """What the head reads of the tokens that leave the last block; see `DialViT.embeddings`.
+
+    Args:
+        anatomy: Pools and classifies.
+        tokens: Tokens that leave the last block.
+
+    Raises:
+        ValueError: If the model does not pool its tokens.
+    """
+    # A head that pools frames itself holds the linear layer that comes after the pooling.
+    layers = [getattr(head, "head", head) for head in anatomy.heads]
+    hooks = [layer.register_forward_hook(_give_input) for layer in layers]
+    try:
+        pooled = anatomy.classify(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if pooled.ndim != 2:
+        raise ValueError("embeddings need a model that pools its tokens, but this one does not.")
+    return pooled
+
+
+def _give_input(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Any:
+    """A forward hook that replaces the output of a head by its input."""
+    return inputs[0]

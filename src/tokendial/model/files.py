@@ -3,9 +3,10 @@
 A saved model may come from anywhere, so nothing that its files say is used before it is checked.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def read_files(
         return folder, config, read_file(folder / WEIGHTS)
     except ValueError as error:
         raise ValueError(f"{WEIGHTS} cannot be read: {error}") from None
+
+
+def files_revision(paths: Iterable[Path]) -> str:
+    """First 12 characters of a hash of files, by which weights are told from others."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:12]
 
 
 @contextmanager

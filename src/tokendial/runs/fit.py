@@ -1,4 +1,4 @@
-"""Fits of runs: token schedules that meet budgets, searched for a run's best model and saved."""
+"""Fits of runs and other models: token schedules that meet budgets, searched and saved."""
 
 import json
 from collections.abc import Callable
@@ -10,23 +10,25 @@ from torch import Tensor
 
 from tokendial.atomic import atomic_write
 from tokendial.data.readers.images import list_images, read_image
+from tokendial.data.transforms.image import Transform
 from tokendial.methods import from_json
-from tokendial.model.dial_vit import DialViT
 from tokendial.runs.device import default_device
+from tokendial.runs.model_source import ModelSource, OpenedModel
 from tokendial.runs.run import Run
-from tokendial.tasks import Classification, VideoClassification
-from tokendial.tune import DTYPES, FitResult, Precision, fit
+from tokendial.tasks import Classification
+from tokendial.tune import DTYPES, AgreeBy, FitResult, Precision, fit
 
 FIT_FILE = "fit.json"
 """File that records the search beside a fitted model. A fit may replace folders that hold it."""
 
 
 def fit_run(
-    run: Run,
+    source: Run | ModelSource,
     out: Path,
     budgets: dict[str, list[float]],
     *,
     reduce: str | None = None,
+    agree_by: AgreeBy | None = None,
     calibration: Path | None = None,
     images: int = 256,
     seed: int = 0,
@@ -36,17 +38,20 @@ def fit_run(
     minutes: float = 5.0,
     note: Callable[[str], None] = lambda text: None,
 ) -> FitResult:
-    """Search token schedules for the best model of a run, and save the model with them.
+    """Search token schedules for a model, and save the model with them.
 
     Args:
-        run: A run of image classification.
-        out: Folder for the fitted model, made if it is missing. It can be used like a run.
+        source: A run on images, whose best model is fitted, or another model.
+        out: Folder for the fitted model, made if it is missing. That of a run can be used like a
+            run, any other is a saved model.
         budgets: One of the keys speedup, latency_ms and gmacs, with its values; see
             `tokendial.fit`.
-        reduce: Name of the reduction method, "tome" or "evit". None means the run's method, or tome
-            if it has none.
+        reduce: Name of the reduction method, "tome" or "evit". None means the model's method, or
+            tome if it has none.
+        agree_by: What schedules are compared by: "logits", "embeddings", "neighbours",
+            "feature_map" or "masks"; see `tokendial.fit`. None means what fits the model.
         calibration: Folder of images that schedules are compared on. None means the run's training
-            images, without augmentation.
+            images, without augmentation. A model of no run needs a folder.
         images: Number of images that schedules are compared on, at most.
         seed: Seed of the random choice of images.
         batch_size: Images per batch.
@@ -59,39 +64,38 @@ def fit_run(
         The result of the search, as `tokendial.fit` gives it.
 
     Raises:
-        ValueError: If the run has another task, there are no images, `out` holds other files, or
+        ValueError: If the model takes videos, there are no images, `out` holds other files, or
             `tokendial.fit` raises one.
     """
-    task = run.task()
-    if not isinstance(task, Classification) or isinstance(task, VideoClassification):
-        raise ValueError(f"{run.folder} must be a run of image classification to be fitted.")
+    if isinstance(source, Run):
+        source = ModelSource(name=str(source.folder))
     if out.exists() and not (out / FIT_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and holds no fit.")
-    model = run.model().to(device or default_device(), DTYPES[precision])
-    sample = _sample_images(run, task, model, calibration, images, seed)
+    opened = source.open()
+    task = opened.run.task() if opened.run else None
+    sample = _sample_images(opened, calibration, images, seed)
     result = fit(
-        model,
+        opened.model.to(device or default_device(), DTYPES[precision]),
         sample,
         speedup=budgets.get("speedup"),
         latency_ms=budgets.get("latency_ms"),
         gmacs=budgets.get("gmacs"),
         reduce=from_json("reduce", {"name": reduce}) if reduce else None,
-        multi_label=task.multi_label,
+        agree_by=agree_by,
+        multi_label=isinstance(task, Classification) and task.multi_label,
         batch_size=batch_size,
         minutes=minutes,
         note=note,
     )
-    _write(run, result, out)
+    _write(source, opened.run, result, out)
     return result
 
 
-def _sample_images(
-    run: Run, task: Classification, model: DialViT, folder: Path | None, count: int, seed: int
-) -> Tensor:
+def _sample_images(opened: OpenedModel, folder: Path | None, count: int, seed: int) -> Tensor:
     """At most `count` random images [N, 3, H, W], prepared without augmentation."""
     if count < 1:
         raise ValueError(f"images must be at least 1, got {count}.")
-    transform = task.image_transform(model.anatomy)
+    transform = _transform(opened)
     generator = torch.Generator().manual_seed(seed)
 
     def sample(total: int) -> list[int]:
@@ -103,28 +107,44 @@ def _sample_images(
         files = list_images(folder)
         if not files:
             raise ValueError(f"calibration: {folder} holds no images.")
-        value_range = run.value_range()
-        images = [read_image(files[index], value_range) for index in sample(len(files))]
+        images = [read_image(files[index], opened.value_range) for index in sample(len(files))]
         return torch.stack([transform(image) for image in images])
+    if opened.run is None:
+        raise ValueError("calibration must be a folder of images: the model is of no run.")
     try:
-        train: Any = run.data().train
+        train: Any = opened.run.data().train
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} Other images can be given by calibration.") from None
     return torch.stack([transform(train[index][0]) for index in sample(len(train))])
 
 
-def _write(run: Run, result: FitResult, out: Path) -> None:
-    """Save the fitted model, with the recipe and the classes that make its folder a run."""
-    model = run.model(result.reduce)
-    recipe, written = run.recipe(), Run(out)
-    train = recipe.train.model_copy(update={"degree": None})
-    changed = {"reduce": result.reduce, "output": str(out), "train": train}
+def _transform(opened: OpenedModel) -> Transform:
+    """How images are prepared; of a run that sees windows, the window in the middle."""
+    if opened.run is None:
+        return opened.transform
+    prepare = opened.run.task().image_transform(opened.model.anatomy)
+    height, width = opened.model.anatomy.image_size
+
+    def window(image: Any) -> Tensor:
+        prepared: Tensor = prepare(image)
+        top, left = (prepared.shape[1] - height) // 2, (prepared.shape[2] - width) // 2
+        return prepared[:, top : top + height, left : left + width]
+
+    return window
+
+
+def _write(source: ModelSource, run: Run | None, result: FitResult, out: Path) -> None:
+    """Save the fitted model; for a run with the recipe and the classes that make it a run."""
+    model = source.open(result.reduce).model
+    files = {out / FIT_FILE: json.dumps(result.to_json(), indent=2) + "\n"}
+    if run is not None:
+        recipe, written = run.recipe(), Run(out)
+        train = recipe.train.model_copy(update={"degree": None})
+        changed = {"reduce": result.reduce, "output": str(out), "train": train}
+        files[written.classes_file] = run.classes_file.read_text()
+        files[written.recipe_file] = recipe.model_copy(update=changed).to_yaml()
     out.mkdir(parents=True, exist_ok=True)
-    for path, text in (
-        (out / FIT_FILE, json.dumps(result.to_json(), indent=2) + "\n"),
-        (written.classes_file, run.classes_file.read_text()),
-        (written.recipe_file, recipe.model_copy(update=changed).to_yaml()),
-    ):
+    for path, text in files.items():
         with atomic_write(path) as temporary:
             temporary.write_text(text)
     model.save_pretrained(out)

@@ -8,16 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokendial.data.readers.images import (
-    ImageError,
-    count_pictures,
-    read_image,
-    warn_of_multi_picture_files,
-)
+from tokendial.data.readers.images import ImageError
 from tokendial.data.readers.video import VideoError, VideoFile
 from tokendial.data.sets.shards import ShardImage
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.device import default_device
+from tokendial.runs.inputs import ImageReader
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification, VideoClassification
 from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
@@ -80,7 +76,7 @@ class ClassPredictor:
             example = torch.zeros(self.batch_size, *model.anatomy.input_shape, device=self.device)
             self.model = apply_speed(model, example, speed, [model.degree])
         self._takes_videos = isinstance(task, VideoClassification)
-        self._value_range = run.value_range()
+        self._read_image = ImageReader(self._transform, run.value_range())
 
     @torch.no_grad()
     def __call__(self, sources: Sequence[Source]) -> list[Answer]:
@@ -103,15 +99,11 @@ class ClassPredictor:
 
     def _read(self, source: Source) -> Tensor | ImageError | VideoError:
         """The model's input for a source, or the error if it cannot be read."""
+        if isinstance(source, ShardImage) or not self._takes_videos:
+            return self._read_image(source)
         try:
-            if isinstance(source, ShardImage):
-                return self._transform(source.read(self._value_range))
-            if self._takes_videos:
-                return self._transform(VideoFile(source))
-            image = read_image(source, self._value_range)
-            warn_of_multi_picture_files([(source, count_pictures(source))])
-            return self._transform(image)
-        except (ImageError, VideoError) as error:
+            return self._transform(VideoFile(source))
+        except VideoError as error:
             return error
 
 

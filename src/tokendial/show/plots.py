@@ -196,8 +196,8 @@ def fit_figure(result: FitResult, *, title: str = "") -> matplotlib.figure.Figur
         ):
             xs, size = [point.cost for point in points], 9 if style == "*" else 4
             axis.plot(xs, ys, style, color=color, markersize=size, label=name)
-    left.set_ylabel("divergence (nats)")
-    right.set_ylabel("same answer (%)")
+    left.set_ylabel(result.divergence_title)
+    right.set_ylabel(f"{result.same_title} (%)")
     for axis in (left, right):
         axis.set_xlabel(f"{quantity}, fraction of the unreduced model's")
         axis.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """Tune a model to this machine: the fastest way to run it, and schedules for a budget."""
 
+from tokendial.tune.agreement import AgreeBy
 from tokendial.tune.fit_result import FitPoint, FitResult, FittedDegree
 from tokendial.tune.fit_schedules import fit
 from tokendial.tune.optimized_vit import (
@@ -13,6 +14,7 @@ from tokendial.tune.optimized_vit import (
 
 __all__ = [
     "DTYPES",
+    "AgreeBy",
     "FitPoint",
     "FitResult",
     "FittedDegree",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce import EViT, ToMe
+from tokendial.tune.agreement import AgreeBy
 
 Budget = float | Sequence[float]
 """One value of a budget, or several."""
@@ -47,10 +48,12 @@ def method_to_fit(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
     return method
 
 
-def check_model(model: DialViT, images: Tensor, batch_size: int, minutes: float) -> None:
+def check_model(
+    model: DialViT, images: Tensor, agree_by: AgreeBy, batch_size: int, minutes: float
+) -> None:
     """Raise a ValueError unless `fit` supports the model and the settings."""
-    if model.anatomy.frames is not None or model.decoder is not None or not model.num_classes:
-        raise ValueError("fit needs a classifier of images: no clips, no decoder, but a head.")
+    if model.anatomy.frames is not None:
+        raise ValueError("fit needs a model of images, this one takes clips.")
     if model.adapter.needs_grid:
         raise ValueError(
             f"{type(model.adapt_config).__name__} needs the tokens of all patches in every layer."
@@ -61,6 +64,8 @@ def check_model(model: DialViT, images: Tensor, batch_size: int, minutes: float)
         raise ValueError("fit needs a model of at least 2 blocks, got 1.")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must be [N, 3, H, W] with N > 0, got {list(images.shape)}.")
+    if agree_by in ("embeddings", "neighbours") and len(images) < 2:
+        raise ValueError(f"agree_by {agree_by} needs at least 2 images, got {len(images)}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     if not 0 < minutes < math.inf:

@@ -7,6 +7,7 @@ from typing import Any
 from tokendial.measure.timing import DISTURBED_SPREAD
 from tokendial.methods import to_json
 from tokendial.reduce import EViT, ToMe
+from tokendial.tune.agreement import COMPARISONS, AgreeBy
 from tokendial.tune.block_costs import CostTable
 from tokendial.tune.schedules import Schedule
 
@@ -23,9 +24,14 @@ class FitPoint:
     cost: float
     """Cost as a fraction of the unreduced cost: measured, or by the cost table."""
     divergence: float
-    """Kullback-Leibler divergence from the unreduced model, in nats, mean over images."""
+    """Distance from the unreduced model, mean over images. By logits and masks: Kullback-Leibler
+    divergence in nats. By embeddings and feature maps: 1 - cosine similarity. By neighbours: the
+    fraction of nearest neighbours that change."""
     top1: float
-    """Fraction of images (of labels, if multi-label) with the unreduced model's answer."""
+    """What stays the same, in [0, 1]. By logits: fraction of images (of labels, if multi-label)
+    with the unreduced model's answer. By embeddings and neighbours: fraction of the nearest
+    neighbours. By feature maps: cosine similarity. By masks: intersection over union of binary
+    masks, or fraction of pixels with the same class."""
 
     @property
     def speedup(self) -> float:
@@ -72,11 +78,23 @@ class FitResult:
     """The measured costs of blocks."""
     spread: float
     """Largest quartile spread of the times in the final comparison, see `Timing`. 0 for gmacs."""
+    agree_by: AgreeBy = "logits"
+    """What schedules were compared by: logits, embeddings, neighbours, feature_map or masks."""
 
     @property
     def unit(self) -> str:
         """Unit of `unreduced`: GMACs or ms."""
         return "GMACs" if self.kind == "gmacs" else "ms"
+
+    @property
+    def divergence_title(self) -> str:
+        """What `FitPoint.divergence` is here, such as "divergence (nats)" or "1 - cosine"."""
+        return COMPARISONS[self.agree_by].divergence_title
+
+    @property
+    def same_title(self) -> str:
+        """What `FitPoint.top1` is here, such as "same answer" or "same neighbours"."""
+        return COMPARISONS[self.agree_by].same_title
 
     def share(self, budget: float) -> float:
         """Cost that a budget allows, as a fraction of the unreduced model's."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce import EViT, ToMe
-from tokendial.tune.agreement import AgreementMeter
+from tokendial.tune.agreement import AgreeBy, AgreementMeter, choose_comparison
 from tokendial.tune.block_costs import CostTable, coarse_counts, measure_blocks
 from tokendial.tune.cost_meters import MIN_ROUNDS, CostMeter, MacCounter, Stopwatch, try_schedules
 from tokendial.tune.fit_arguments import Budget, check_model, method_to_fit, read_budgets
@@ -46,6 +46,7 @@ def fit(
     latency_ms: Budget | None = None,
     gmacs: Budget | None = None,
     reduce: ToMe | EViT | None = None,
+    agree_by: AgreeBy | None = None,
     multi_label: bool = False,
     batch_size: int = 8,
     minutes: float = 5.0,
@@ -58,7 +59,8 @@ def fit(
     left unchanged.
 
     Args:
-        model: A classifier of images. Its own reduction method must have no weights.
+        model: A model of images: a classifier, a model without a head, or one with a decoder. Its
+            own reduction method must have no weights.
         images: Normalised images [N, 3, H, W] like those of later use; a few hundred. As many are
             used as the time allows.
         speedup: Budget as a multiple of the unreduced model's speed.
@@ -66,7 +68,14 @@ def fit(
         gmacs: Budget in 1e9 multiply-accumulates per image. They are counted; nothing is timed.
         reduce: The method to find schedules for. By default the model's own ToMe or EViT, or ToMe
             if it has no reduction method.
-        multi_label: Whether an image can have several labels; each is compared by itself.
+        agree_by: What schedules are compared by with the unreduced model. "logits": divergence of
+            the classes. "embeddings": cosine similarity of the pooled features. "neighbours": how
+            many of the (up to 10) nearest images among `images` stay the same. "feature_map":
+            cosine similarity of the features at each position, restored. "masks": divergence of
+            the classes at each pixel of a decoder's masks. None: masks with a decoder, logits with
+            a head, embeddings without a head.
+        multi_label: By logits: whether an image can have several labels; each is compared by
+            itself.
         batch_size: Images per batch, for times and in the search.
         minutes: Time limit for everything. The search ends earlier if it finds nothing better.
         note: Called with a line of text at each step, to show progress.
@@ -84,7 +93,8 @@ def fit(
     """
     kind, budgets = read_budgets(speedup=speedup, latency_ms=latency_ms, gmacs=gmacs)
     space = ScheduleSpace(method_to_fit(model, reduce), model.anatomy.shape)
-    check_model(model, images, batch_size, minutes)
+    agree_by = choose_comparison(model, agree_by)
+    check_model(model, images, agree_by, batch_size, minutes)
     like = next(model.parameters())
     images = images.to(like.device, like.dtype)
     with try_schedules(model, space) as scheduled_model:
@@ -93,11 +103,14 @@ def fit(
         meter = MacCounter(scheduled_model) if kind == "gmacs" else stopwatch
         fitting = _BudgetFit(space, meter, kind, budgets, minutes, note)
         some = fitting.affordable(stopwatch, len(images))
-        note(f"searching on {some} of {len(images)} images")
         agreement_meter = AgreementMeter(
-            scheduled_model, torch.split(images[:some], batch_size), multi_label=multi_label
+            scheduled_model,
+            torch.split(images[:some], batch_size),
+            agree_by=agree_by,
+            multi_label=multi_label,
         )
-        return fitting.run(agreement_meter, batch_size, some)
+        note(f"searching on {agreement_meter.num_images} of {len(images)} images")
+        return fitting.run(agreement_meter, batch_size)
 
 
 class _BudgetFit:
@@ -162,7 +175,7 @@ class _BudgetFit:
         left = self.end - self._elapsed()
         return min(images, max(_FEWEST_IMAGES, int(left / wanted / per_image)))
 
-    def run(self, agreement_meter: AgreementMeter, batch_size: int, images: int) -> FitResult:
+    def run(self, agreement_meter: AgreementMeter, batch_size: int) -> FitResult:
         """Find a schedule for each budget, and compare all of them end to end."""
         search = ScheduleSearch(
             self.space, self.table, agreement_meter, time_is_up=lambda: self._elapsed() > self.until
@@ -178,10 +191,10 @@ class _BudgetFit:
             seconds = max(0.0, self.end - self._elapsed()) / left
             found[budget] = last = self._search_within(search, limit, last, seconds)
             self.note(
-                f"{self.kind} {budget:g}: {len(search.known)} schedules compared, divergence "
-                f"{search.divergence(last):.4f}"
+                f"{self.kind} {budget:g}: {len(search.known)} schedules compared, "
+                f"{agreement_meter.comparison.divergence_title} {search.divergence(last):.4f}"
             )
-        return self._compare(search, found, batch_size, images)
+        return self._compare(search, found, batch_size, agreement_meter)
 
     def _search_within(
         self, search: ScheduleSearch, limit: float, harder: Schedule | None, seconds: float
@@ -228,7 +241,11 @@ class _BudgetFit:
         return self.table.schedule_cost(schedule) / self.table.schedule_cost(self.space.none)
 
     def _compare(
-        self, search: ScheduleSearch, found: dict[float, Schedule], batch_size: int, images: int
+        self,
+        search: ScheduleSearch,
+        found: dict[float, Schedule],
+        batch_size: int,
+        agreement_meter: AgreementMeter,
     ) -> FitResult:
         """Compare the found schedules with constant ones end to end, and choose the better ones."""
         lines = self.space.all_linear()
@@ -264,12 +281,13 @@ class _BudgetFit:
             kind=self.kind,
             unreduced=self._in_unit(costs[0]),
             batch_size=batch_size,
-            images=images,
+            images=agreement_meter.num_images,
             degrees=tuple(rows),
             searched=tuple(point(schedule, self._share(schedule)) for schedule in search.known),
             constants=constants,
             table=self.table,
             spread=spread,
+            agree_by=agreement_meter.agree_by,
         )
 
     def _near(self, lines: list[Schedule], budget: float, schedule: Schedule) -> list[Schedule]:

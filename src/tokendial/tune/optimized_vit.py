@@ -119,6 +119,13 @@ class OptimizedViT(nn.Module):
         with use_fused_kernels(self.fused_reduction):
             return (self.run or self.model)(images.to(next(self.model.parameters()).dtype))
 
+    @torch.no_grad()
+    def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and embeddings of one pass, which is neither compiled nor split."""
+        with use_fused_kernels(self.fused_reduction):
+            images = images.to(next(self.model.parameters()).dtype)
+            return self.model.logits_and_embeddings(images)
+
 
 def optimize(
     model: DialViT,

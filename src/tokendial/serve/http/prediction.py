@@ -1,16 +1,21 @@
-"""`/v1/predict`: a request is read, decoded, queued, computed and answered.
+"""`/v1/predict` and `/v1/embeddings`: requests are read, decoded, queued, computed and answered.
 
 All work for a request is cancelled as soon as its client goes away.
 """
 
 import asyncio
+import base64
 import time
-from collections.abc import Coroutine
-from typing import Annotated, Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
+from torch import Tensor
 
 from tokendial.serve.http.admission import RequestMemory
 from tokendial.serve.http.errors import refusal_error
@@ -19,30 +24,52 @@ from tokendial.serve.http.openapi import IMAGE_BODIES, error_responses
 from tokendial.serve.http.schemas import (
     Class,
     ClassesPrediction,
+    ComputeOptions,
+    Embedding,
+    EmbeddingBody,
+    EmbeddingOptions,
+    Embeddings,
     MaskPrediction,
     ModelChoice,
     PredictBody,
     Predictions,
     PredictOptions,
 )
-from tokendial.serve.http.uploads import Upload, read_upload
+from tokendial.serve.http.uploads import Body, OptionsT, Upload, read_upload
 from tokendial.serve.problems import ProblemError
 from tokendial.serve.scheduling.engine import Engine, ImageResult
 from tokendial.serve.scheduling.scheduler import RequestRefusedError
 from tokendial.serve.settings import Settings
 from tokendial.serve.workers.decoder_messages import DecodeImage, RenderMask
 from tokendial.serve.workers.decoder_pool import DecoderPool, PreparedImage
+from tokendial.serve.workers.messages import ImageToEmbed
 from tokendial.serve.workers.supervisor import Supervisor
 
 _MASK_COPIES = 2
 """Copies of a mask in memory: as it was rendered, and as it is sent."""
+_NUMBER_BYTES = 64
+"""Memory of a number of an embedding while it is answered: as an object, and as text."""
 _PIECE_BYTES = 262_144
 """Bytes of an answer that are handed to the connection at a time."""
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed(Generic[OptionsT]):
+    """A request whose images have run."""
+
+    name: str
+    """Name of the model."""
+    options: OptionsT
+    """Options of the request."""
+    images: list[PreparedImage]
+    """The decoded images."""
+    results: list[ImageResult]
+    """Result of each image."""
+
+
 class PredictionHandler:
-    """Answers prediction requests. To be used in one event loop."""
+    """Answers requests for predictions and embeddings. To be used in one event loop."""
 
     def __init__(
         self,
@@ -63,7 +90,7 @@ class PredictionHandler:
     async def predict(
         self, request: Request, options: PredictOptions, *, max_images: int
     ) -> tuple[Predictions, list[PreparedImage]]:
-        """Answer a request.
+        """Answer a request for predictions.
 
         Args:
             request: The request; nothing of its body has been read yet.
@@ -76,10 +103,66 @@ class PredictionHandler:
         Raises:
             ProblemError: If the request is invalid or refused.
         """
+        memory: RequestMemory = request.state.memory
+
+        async def describe(done: _Computed[PredictOptions]) -> Predictions:
+            predictions = await self._predictions(
+                done.name, done.images, done.results, done.options.top, memory
+            )
+            return Predictions(
+                model=done.name, revision=self._revision(done.name), predictions=predictions
+            )
+
+        return await self._answer(request, options, PredictBody, describe, max_images=max_images)
+
+    async def embed(
+        self, request: Request, options: EmbeddingOptions, *, max_images: int
+    ) -> Embeddings:
+        """Answer a request for embeddings; the arguments and errors are those of `predict`."""
+        memory: RequestMemory = request.state.memory
+
+        async def describe(done: _Computed[EmbeddingOptions]) -> Embeddings:
+            data = []
+            for index, result in enumerate(done.results):
+                memory.take(_NUMBER_BYTES * result.output.numel())
+                embedding = _written_embedding(result.output, done.options.encoding_format)
+                data.append(Embedding(**_computed_fields(result), index=index, embedding=embedding))
+                await asyncio.sleep(0)  # many images must not block the event loop
+            return Embeddings(model=done.name, revision=self._revision(done.name), data=data)
+
+        answer, _ = await self._answer(
+            request, options, EmbeddingBody, describe, max_images=max_images
+        )
+        return answer
+
+    async def _answer(
+        self,
+        request: Request,
+        options: OptionsT,
+        body: Body,
+        describe: Callable[[_Computed[OptionsT]], Awaitable[T]],
+        *,
+        max_images: int,
+    ) -> tuple[T, list[PreparedImage]]:
+        """Read a request, run its images, and describe the results.
+
+        Args:
+            request: The request; nothing of its body has been read yet.
+            options: Its query parameters.
+            body: What a JSON body holds. It decides what the images are run for.
+            describe: Makes the answer.
+            max_images: Maximum number of images.
+
+        Returns:
+            The answer, and the decoded images.
+
+        Raises:
+            ProblemError: If the request is invalid or refused.
+        """
         # On Ray, a front has received the whole request and may have held it for some time.
         held_s: float = getattr(request.state, "held_s", 0.0)
         began = time.monotonic() - held_s
-        upload = await read_upload(request, options, self._settings, max_images=max_images)
+        upload = await read_upload(request, options, body, self._settings, max_images=max_images)
         received = time.monotonic() - held_s
         options = upload.options
         name = self.model_name(options)
@@ -91,19 +174,19 @@ class PredictionHandler:
         else:
             deadline = began + self._check_deadline(options.deadline_ms) / 1000
         try:
-            own_objective = options.deadline_ms is None
-            work = self._compute(name, upload, degree, deadline, own_objective)
+            work = self._compute(name, upload, degree, deadline, embed=body is EmbeddingBody)
             images, results = await unless_disconnected(request, work)
-            memory: RequestMemory = request.state.memory
-            predictions = await self._predictions(name, images, results, options.top, memory)
+            answer = await describe(_Computed(name, options, images, results))
         except RequestRefusedError as refused:
             self._metrics.count_refusal(refused.reason, len(upload.images))
             raise refusal_error(refused) from None
         seconds = time.monotonic() - received
         for result in results:
             self._metrics.count_answer(name, result.degree, seconds)
-        revision = self._supervisor.catalog.models[name].revision
-        return Predictions(model=name, revision=revision, predictions=predictions), images
+        return answer, images
+
+    def _revision(self, name: str) -> str:
+        return self._supervisor.catalog.models[name].revision
 
     def model_name(self, choice: ModelChoice) -> str:
         """Name of the model that a request is about; raise a ProblemError if it is unknown."""
@@ -113,7 +196,7 @@ class PredictionHandler:
             raise ProblemError(404, "unknown_model", message, "model")
         return choice.model or names[0]
 
-    def _fixed_degree(self, name: str, options: PredictOptions) -> int | None:
+    def _fixed_degree(self, name: str, options: ComputeOptions) -> int | None:
         """Degree that a request asks for; None: the degree of the dial."""
         if options.degree == "auto":
             return None
@@ -136,14 +219,15 @@ class PredictionHandler:
     async def _compute(
         self,
         name: str,
-        upload: Upload,
+        upload: Upload[OptionsT],
         degree: int | None,
         deadline: float,
-        own_objective: bool,
+        *,
+        embed: bool,
     ) -> tuple[list[PreparedImage], list[ImageResult]]:
         """Decode the images and run them."""
         images = await self._decode(name, upload, degree, deadline)
-        if own_objective:
+        if upload.options.deadline_ms is None:
             # The objective is about the load. An image that takes half of it to decode is large,
             # and would be refused on an idle machine as well. So the deadline moves by the excess.
             decode_s = sum(image.seconds for image in images)
@@ -153,12 +237,12 @@ class PredictionHandler:
         if left_s <= 0:
             message = "the deadline passed while the image was decoded."
             raise RequestRefusedError("late", message, 1.0)
-        tensors = [image.tensor for image in images]
-        future = self._engine.submit(name, tensors, degree=degree, within_s=left_s)
+        inputs = [ImageToEmbed(i.tensor) if embed else i.tensor for i in images]
+        future = self._engine.submit(name, inputs, degree=degree, within_s=left_s)
         return images, await asyncio.wrap_future(future)
 
     async def _decode(
-        self, name: str, upload: Upload, degree: int | None, deadline: float
+        self, name: str, upload: Upload[OptionsT], degree: int | None, deadline: float
     ) -> list[PreparedImage]:
         """Decode the images, unless it is already clear that they cannot be answered in time."""
         # The wait for a decoder is known from recent images. The decoding time of these images is
@@ -229,16 +313,15 @@ class PredictionHandler:
 
 
 def prediction_routes(handler: PredictionHandler, settings: Settings) -> APIRouter:
-    """Route `/predict`."""
+    """Routes `/predict` and `/embeddings`."""
     router = APIRouter(tags=["predict"])
-    json_body = {"application/json": {"schema": PredictBody.model_json_schema()}}
-    body = {"required": True, "content": IMAGE_BODIES | json_body}
+    responses = error_responses(400, 401, 404, 408, 413, 415, 422, 429, 503)
 
     @router.post(
         "/predict",
         response_model=Predictions,
-        responses=error_responses(400, 401, 404, 408, 413, 415, 422, 429, 503),
-        openapi_extra={"requestBody": body},
+        responses=responses,
+        openapi_extra=_request_body(PredictBody),
     )
     async def predict(request: Request, options: Annotated[PredictOptions, Query()]) -> Response:
         """Return classes or masks of one image (its bytes) or several (a form, or JSON).
@@ -246,9 +329,31 @@ def prediction_routes(handler: PredictionHandler, settings: Settings) -> APIRout
         A JSON request has its options as fields of the body; all others have query parameters.
         """
         answer, _ = await handler.predict(request, options, max_images=settings.max_images)
-        return await _json_response(answer)
+        return await _json_response(answer, "predictions", answer.predictions)
+
+    @router.post(
+        "/embeddings",
+        response_model=Embeddings,
+        responses=responses,
+        openapi_extra=_request_body(EmbeddingBody),
+    )
+    async def embeddings(
+        request: Request, options: Annotated[EmbeddingOptions, Query()]
+    ) -> Response:
+        """Return embeddings of images: what the model gives before its classifier.
+
+        Requests are those of `/v1/predict`. A model of masks gives the embeddings of its backbone.
+        """
+        answer = await handler.embed(request, options, max_images=settings.max_images)
+        return await _json_response(answer, "data", answer.data)
 
     return router
+
+
+def _request_body(body: Body) -> dict[str, Any]:
+    """Describe the bodies that a route takes, for the OpenAPI description."""
+    json_body = {"application/json": {"schema": body.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": IMAGE_BODIES | json_body}}
 
 
 async def unless_disconnected(request: Request, work: Coroutine[None, None, T]) -> T:
@@ -284,16 +389,32 @@ def _computed_fields(result: ImageResult) -> dict[str, Any]:
     }
 
 
-async def _json_response(answer: Predictions) -> Response:
-    """Serialise an answer image by image, so that no step blocks the event loop for long."""
+def _written_embedding(values: Tensor, form: Literal["float", "base64"]) -> list[float] | str:
+    """An embedding as a list of numbers, or as base64 of its float32 numbers, little-endian."""
+    if form == "base64":
+        return base64.b64encode(values.numpy().astype(np.dtype("<f4")).tobytes()).decode()
+    numbers: list[float] = values.tolist()
+    return numbers
+
+
+async def _json_response(
+    answer: Predictions | Embeddings, field: str, rows: Sequence[BaseModel]
+) -> Response:
+    """Serialise an answer image by image, so that no step blocks the event loop for long.
+
+    Args:
+        answer: The answer.
+        field: Its field that holds the rows, the last one.
+        rows: One row for each image.
+    """
     # It was validated when it was made. FastAPI would validate it again, which takes longer than
     # serialising it.
     parts = []
-    for prediction in answer.predictions:
-        parts.append(prediction.model_dump_json().encode())
+    for row in rows:
+        parts.append(row.model_dump_json().encode())
         await asyncio.sleep(0)
-    rest = answer.model_dump_json(exclude={"predictions"}).encode()
-    body = b'%b,"predictions":[%b]}' % (rest[:-1], b",".join(parts))
+    rest = answer.model_dump_json(exclude={field}).encode()
+    body = b'%b,"%b":[%b]}' % (rest[:-1], field.encode(), b",".join(parts))
     return _PiecewiseResponse(body, media_type="application/json")
 
 

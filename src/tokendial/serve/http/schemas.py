@@ -1,6 +1,6 @@
 """Bodies of requests and responses, as the OpenAPI description shows them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
@@ -16,8 +16,8 @@ class ModelChoice(BaseModel):
     """Name of the model. Without it, the first one of `/v1/models`."""
 
 
-class PredictOptions(ModelChoice):
-    """Options of a prediction: query parameters, or fields of a JSON body."""
+class ComputeOptions(ModelChoice):
+    """How and when images are computed: query parameters, or fields of a JSON body."""
 
     degree: Literal["auto", "best"] | Annotated[int, Field(ge=0)] = "auto"
     """Degree of the dial. `auto` follows the load, `best` is the most accurate one, and a number
@@ -26,8 +26,24 @@ class PredictOptions(ModelChoice):
     """Milliseconds from the first byte of the request after which the answer has no use. At most
     the server's `--timeout-s`. A request that cannot be answered by then is refused at once.
     Without it, the server's objective counts, from the last byte of the request."""
+
+
+class PredictOptions(ComputeOptions):
+    """Options of a prediction: query parameters, or fields of a JSON body."""
+
     top: Annotated[int, Field(ge=1, le=100_000)] = 5
     """Number of classes to return, most probable first; fewer if the model has fewer."""
+
+
+class EmbeddingOptions(ComputeOptions):
+    """Options of embeddings: query parameters, or fields of a JSON body."""
+
+    encoding_format: Literal["float", "base64"] = "float"
+    """How an embedding is written. `float`: a list of numbers; `base64`: base64 of its float32
+    numbers in little-endian order."""
+
+
+_Images: TypeAlias = Annotated[list[str], Field(min_length=1), FailFast()]
 
 
 class PredictBody(PredictOptions):
@@ -35,7 +51,16 @@ class PredictBody(PredictOptions):
 
     model_config = ConfigDict(strict=True)
 
-    images: Annotated[list[str], Field(min_length=1), FailFast()]
+    images: _Images
+    """Image files, each as base64."""
+
+
+class EmbeddingBody(EmbeddingOptions):
+    """A request for embeddings as JSON."""
+
+    model_config = ConfigDict(strict=True)
+
+    images: _Images
     """Image files, each as base64."""
 
 
@@ -93,6 +118,27 @@ class Predictions(ResponseBody):
     """Short hash of the model's weights."""
     predictions: list[ClassesPrediction | MaskPrediction]
     """One prediction per image, in the order of the images."""
+
+
+class Embedding(Computed):
+    """The embedding of an image."""
+
+    index: int
+    """Number of the image in the request, from 0."""
+    embedding: list[float] | str
+    """What the model gives before its classifier: pooled features. A list of numbers, or base64 of
+    float32 numbers in little-endian order."""
+
+
+class Embeddings(ResponseBody):
+    """Response of `/v1/embeddings`."""
+
+    model: str
+    """Name of the model."""
+    revision: str
+    """Short hash of the model's weights."""
+    data: list[Embedding]
+    """One embedding per image, in the order of the images."""
 
 
 class Model(ResponseBody):

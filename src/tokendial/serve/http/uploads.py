@@ -1,4 +1,4 @@
-"""Reading a prediction request: its images and options, within limits of bytes, number and time.
+"""Reading a request: its images and options, within limits of bytes, number and time.
 
 Nothing that a client sends is taken for a path or an address.
 """
@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, parse_options_header
 
 from tokendial.serve.http.errors import validation_problem
-from tokendial.serve.http.schemas import PredictBody, PredictOptions
+from tokendial.serve.http.schemas import ComputeOptions, EmbeddingBody, PredictBody
 from tokendial.serve.problems import ProblemError
 from tokendial.serve.settings import Settings
 
@@ -32,26 +33,32 @@ _MAX_ECHO = 100
 """Characters of a client's text that an error repeats."""
 
 
+Body = type[PredictBody] | type[EmbeddingBody]
+"""What a JSON body of a request holds."""
+OptionsT = TypeVar("OptionsT", bound=ComputeOptions)
+
+
 @dataclass(frozen=True, slots=True)
-class Upload:
-    """Content of a prediction request."""
+class Upload(Generic[OptionsT]):
+    """Content of a request."""
 
     images: Sequence[bytes | memoryview]
     """Image files, or their base64 as a JSON string holds it."""
-    options: PredictOptions
+    options: OptionsT
     """Options of the request."""
     base64: bool = False
     """Whether the images are base64."""
 
 
 async def read_upload(
-    request: Request, options: PredictOptions, settings: Settings, *, max_images: int
-) -> Upload:
+    request: Request, options: OptionsT, body: Body, settings: Settings, *, max_images: int
+) -> Upload[OptionsT]:
     """Read a request: one image, a form with several images, or JSON.
 
     Args:
         request: The request; nothing of its body has been read yet.
         options: Its query parameters.
+        body: What a JSON body holds: the fields of `options`, and images.
         settings: Limits of bytes and time.
         max_images: Maximum number of images.
 
@@ -64,7 +71,7 @@ async def read_upload(
     content_type = content_type.partition(";")[0].strip().lower()
     try:
         async with asyncio.timeout(settings.timeout_s):
-            upload = await _read(content_type, request, options, settings, max_images)
+            upload = await _read(content_type, request, options, body, settings, max_images)
     except TimeoutError:
         message = f"The request had not arrived after {settings.timeout_s:g} seconds."
         raise ProblemError(408, "timeout", message, headers={"connection": "close"}) from None
@@ -78,15 +85,16 @@ async def read_upload(
 async def _read(
     content_type: str,
     request: Request,
-    options: PredictOptions,
+    options: OptionsT,
+    body: Body,
     settings: Settings,
     max_images: int,
-) -> Upload:
+) -> Upload[OptionsT]:
     if content_type == "multipart/form-data":
         return Upload(await _read_form(request, settings, max_images), options)
     if content_type == "application/json":
-        body = b"".join([chunk async for chunk in _chunks(request, settings)])
-        return _parse_json(body, request, max_images)
+        text = b"".join([chunk async for chunk in _chunks(request, settings)])
+        return _parse_json(text, request, body, max_images)
     if content_type.startswith("image/") or content_type == "application/octet-stream":
         return Upload([b"".join([chunk async for chunk in _chunks(request, settings)])], options)
     raise _content_type_error()
@@ -143,7 +151,7 @@ async def _read_form(request: Request, settings: Settings, max_images: int) -> l
     return files
 
 
-def _parse_json(body: bytes, request: Request, max_images: int) -> Upload:
+def _parse_json(text: bytes, request: Request, body: Body, max_images: int) -> Upload[Any]:
     """Parse a JSON body in the time of a few searches through it, whatever it holds.
 
     Parsing and validating JSON costs microseconds and hundreds of bytes per value. So the values
@@ -153,9 +161,9 @@ def _parse_json(body: bytes, request: Request, max_images: int) -> Upload:
     if request.query_params:
         message = "The options of a JSON request are fields of its body."
         raise ProblemError(422, "invalid", message, next(iter(request.query_params))[:_MAX_ECHO])
-    skeleton, strings = _split_strings(body, max_images)
+    skeleton, strings = _split_strings(text, max_images)
     try:
-        found, options = json.loads(skeleton), [_decode_option(text) for text in strings]
+        found, options = json.loads(skeleton), [_decode_option(each) for each in strings]
     except (ValueError, RecursionError):
         raise ProblemError(400, "broken_json", "The body is not JSON.") from None
     if isinstance(found, dict):
@@ -166,11 +174,11 @@ def _parse_json(body: bytes, request: Request, max_images: int) -> Upload:
             for name, value in found.items()
         }
         for name in found:
-            if name not in PredictBody.model_fields:
+            if name not in body.model_fields:
                 message = "There is no such field."
                 raise ProblemError(422, "invalid", message, name[:_MAX_ECHO])
     try:
-        parsed = PredictBody.model_validate(found)
+        parsed = body.model_validate(found)
     except ValidationError as error:
         problem = validation_problem(error.errors(include_url=False, include_context=False))
         raise ProblemError(422, "invalid", problem.message, problem.field) from None

@@ -1,7 +1,6 @@
 """Description of the served models without their weights: tasks, classes, degrees, costs."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from tokendial.data.readers.pixels import ValueRange
 from tokendial.data.transforms.image import Transform
-from tokendial.model.files import CONFIG, WEIGHTS
+from tokendial.model.files import CONFIG, WEIGHTS, files_revision
 from tokendial.runs.run import Run
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
 
@@ -119,10 +118,7 @@ def run_revision(run: Run) -> str:
     Raises:
         ValueError: If the run has no saved model yet.
     """
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        path = run.best / name
-        if not path.is_file():
-            raise ValueError(f"{run.folder} has no finished epoch yet, so there is no model.")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    files = (run.best / CONFIG, run.best / WEIGHTS)
+    if not all(path.is_file() for path in files):
+        raise ValueError(f"{run.folder} has no finished epoch yet, so there is no model.")
+    return files_revision(files)

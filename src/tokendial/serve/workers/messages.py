@@ -95,6 +95,8 @@ class RunBatch:
     """Degree of the dial."""
     num_images: int
     """Number of images."""
+    embeddings: bool = False
+    """Whether embeddings are wanted besides the logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,16 @@ class BatchLogits:
 
     logits: NDArray[np.float32]
     """Logits of the batch, [B, ...]."""
+    embeddings: NDArray[np.float32] | None = None
+    """Embeddings of the batch, [B, D]; None if they were not wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageToEmbed:
+    """An image whose output is its embedding. It can be in a batch with images for prediction."""
+
+    tensor: Tensor
+    """Normalised image, [3, H, W]."""
 
 
 @dataclass(frozen=True, slots=True)

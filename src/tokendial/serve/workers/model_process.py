@@ -30,6 +30,7 @@ from tokendial.serve.workers.catalog import ModelCatalog
 from tokendial.serve.workers.messages import (
     BatchLogits,
     ForkProcess,
+    ImageToEmbed,
     LoadModels,
     MessageT,
     ModelsLoaded,
@@ -177,9 +178,13 @@ class ModelProcess:
         self._ready = True
 
     def run(
-        self, name: str, degree: int, images: Sequence[Tensor], limit_s: float | None = None
+        self,
+        name: str,
+        degree: int,
+        images: Sequence[Tensor | ImageToEmbed],
+        limit_s: float | None = None,
     ) -> list[Tensor]:
-        """Return the logits of each image.
+        """Return the logits of each image, or the embedding of an `ImageToEmbed`.
 
         Args:
             name: Name of the model.
@@ -190,9 +195,11 @@ class ModelProcess:
         Raises:
             WorkerLostError: If the process has ended.
         """
-        torch.stack(list(images), out=self._images[: len(images)])
-        answer = self._ask(RunBatch(name, degree, len(images)), BatchLogits, limit_s)
-        return list(torch.from_numpy(answer.logits))
+        wants_embedding = [isinstance(image, ImageToEmbed) for image in images]
+        tensors = [i.tensor if isinstance(i, ImageToEmbed) else i for i in images]
+        torch.stack(tensors, out=self._images[: len(images)])
+        message = RunBatch(name, degree, len(images), embeddings=any(wants_embedding))
+        return choose_outputs(wants_embedding, self._ask(message, BatchLogits, limit_s))
 
     def view(
         self, name: str, degree: int, image: Tensor, limit_s: float | None = None
@@ -271,6 +278,15 @@ class _PendingCall:
     """Seconds after which the process counts as stuck; None: never."""
     checks: int = 0
     """Number of checks of the process since the message was sent."""
+
+
+def choose_outputs(wants_embedding: Sequence[bool], answer: BatchLogits) -> list[Tensor]:
+    """Return for each image of a batch its embedding if it is wanted, else its logits."""
+    logits = torch.from_numpy(answer.logits)
+    if answer.embeddings is None:
+        return list(logits)
+    pairs = zip(wants_embedding, torch.from_numpy(answer.embeddings), logits, strict=True)
+    return [embedding if wanted else own for wanted, embedding, own in pairs]
 
 
 def shared_images(file: int, count: int, shape: Sequence[int]) -> Tensor:

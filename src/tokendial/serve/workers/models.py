@@ -72,12 +72,24 @@ class LoadedModels:
     @torch.no_grad()
     def run(self, name: str, degree: int, images: Tensor) -> Tensor:
         """Return the logits of images [B, 3, H, W], in float32 on the CPU."""
+        self._use(name, degree)
+        task = self.catalog.models[name].task
+        return task.predict(self.fast_model, images.to(self.device)).float().cpu()
+
+    @torch.no_grad()
+    def run_with_embeddings(self, name: str, degree: int, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the embeddings [B, D] of images, in float32 on the CPU."""
+        self._use(name, degree)
+        # What tasks predict for images of one size is the logits of the model.
+        logits, embeddings = self.fast_model.logits_and_embeddings(images.to(self.device))
+        return logits.float().cpu(), embeddings.float().cpu()
+
+    def _use(self, name: str, degree: int) -> None:
+        """Switch to a model and a degree."""
         if len(self.catalog.models) > 1:
             self.model.set_adapter(self.catalog.models[name].adapter)
         if self.fast_model.degree != degree:
             self.fast_model.set_degree(degree)
-        task = self.catalog.models[name].task
-        return task.predict(self.fast_model, images.to(self.device)).float().cpu()
 
     def view(self, name: str, degree: int, image: Tensor) -> tuple[TokenView, str]:
         """Return the tokens of a normalised image [3, H, W], and the image as base64 of a PNG."""

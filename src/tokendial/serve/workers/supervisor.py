@@ -12,7 +12,7 @@ from tokendial.errors import error_message
 from tokendial.serve.scheduling.engine import WorkerLostError
 from tokendial.serve.scheduling.scheduler import RequestRefusedError
 from tokendial.serve.workers.catalog import ModelCatalog
-from tokendial.serve.workers.messages import TokensViewed
+from tokendial.serve.workers.messages import ImageToEmbed, TokensViewed
 from tokendial.serve.workers.model_process import CHECK_S, ForkServer, ModelProcess
 
 _log = logging.getLogger(__name__)
@@ -92,9 +92,13 @@ class Supervisor:
             return silence_s if silence_s > _SUSPICIOUS_SILENCE_S else 0.0
 
     def run(
-        self, name: str, degree: int, images: Sequence[Tensor], limit_s: float | None = None
+        self,
+        name: str,
+        degree: int,
+        images: Sequence[Tensor | ImageToEmbed],
+        limit_s: float | None = None,
     ) -> list[Tensor]:
-        """Return the logits of each image.
+        """Return the logits of each image, or the embedding of an `ImageToEmbed`.
 
         Args:
             name: Name of the model.

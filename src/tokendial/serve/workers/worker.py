@@ -124,6 +124,9 @@ def _carry_out(
     message: object, models: "LoadedModels", images: Tensor
 ) -> BatchLogits | TokensViewed:
     match message:
+        case RunBatch(name, degree, num_images, embeddings=True):
+            found = models.run_with_embeddings(name, degree, images[:num_images])
+            return BatchLogits(*(each.numpy() for each in found))
         case RunBatch(name, degree, num_images):
             return BatchLogits(models.run(name, degree, images[:num_images]).numpy())
         case ViewTokens(name, degree, image):
