@@ -5,7 +5,6 @@ torch's parametrizations do. So the module stays the same object with the same n
 hooks, and `isinstance` holds. At degree 0 its own code runs.
 """
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -122,11 +121,16 @@ class DialedPart(nn.Module):
         return _empty_part, (_own_class(self),), self.__dict__
 
 
-@functools.cache
+_DIALED: dict[type[nn.Module], type[nn.Module]] = {}
+"""The classes that `dialed_class` has made."""
+
+
 def dialed_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of a part with `DialedPart` mixed in; it has the same name."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (DialedPart, cls), names)
+    if cls not in _DIALED:
+        facts = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _DIALED[cls] = type(cls.__name__, (DialedPart, cls), facts)
+    return _DIALED[cls]
 
 
 def _own_class(part: nn.Module) -> type[nn.Module]:
