@@ -49,10 +49,11 @@ def _clip(quick: bool) -> nn.Module:
 
     layers = 2 if quick else 12
     config = CLIPVisionConfig(
-        image_size=112 if quick else 224, patch_size=16, hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+        image_size=112 if quick else 224, patch_size=16, hidden_size=768,
+        intermediate_size=3072, num_attention_heads=12,
         num_hidden_layers=layers,
     )  # fmt: skip
-    return CLIPVisionModelWithProjection(config)  # type: ignore[no-any-return]
+    return CLIPVisionModelWithProjection(config)
 
 
 def _dinov2_config(side: int, quick: bool, **settings: Any) -> Any:
@@ -68,7 +69,7 @@ def _dinov2_config(side: int, quick: bool, **settings: Any) -> Any:
 def _dinov2(quick: bool) -> nn.Module:
     from transformers import Dinov2Model
 
-    return Dinov2Model(_dinov2_config(112 if quick else 224, quick))  # type: ignore[no-any-return]
+    return Dinov2Model(_dinov2_config(112 if quick else 224, quick))
 
 
 def _depth_anything(quick: bool) -> nn.Module:
@@ -82,7 +83,7 @@ def _depth_anything(quick: bool) -> nn.Module:
         reshape_hidden_states=False,
         apply_layernorm=True,
     )
-    return DepthAnythingForDepthEstimation(  # type: ignore[no-any-return]
+    return DepthAnythingForDepthEstimation(
         DepthAnythingConfig(
             backbone_config=backbone,
             reassemble_hidden_size=384,
