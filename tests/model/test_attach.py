@@ -453,7 +453,7 @@ def test_padding_of_timm_merges_without_a_trace():
     vit = timm.create_model(
         "naflexvit_base_patch16_gap", depth=2, embed_dim=48, num_heads=3, num_classes=5
     )
-    vit = perturbed(vit).eval()
+    vit = perturbed(vit, std=0.3)
     valid = torch.arange(24) < torch.tensor([[24], [15]])
     coord = torch.stack([torch.arange(24) // 6, torch.arange(24) % 6], dim=-1).expand(2, -1, -1)
     # The padding of the second image is nine times the same patch, which merges first.
@@ -463,8 +463,8 @@ def test_padding_of_timm_merges_without_a_trace():
     before = vit(batch)
     with td.attach(vit, td.ToMe(r=1)):
         found = vit(batch)
-    assert (found[0] - before[0]).abs().max() > 1e-3
-    torch.testing.assert_close(found[1], before[1], atol=1e-5, rtol=0)
+    assert (found[0] - before[0]).abs().max() > 1e-2
+    torch.testing.assert_close(found[1], before[1], atol=1e-4, rtol=0)
 
 
 def test_other_methods_refuse_padding():
