@@ -181,9 +181,9 @@ def test_a_model_in_half_precision_stays_in_it(name):
     model, images = whole_model(name)
     before = answers(name, model, images)
     with td.attach(model, method_of(name)):
-        model.bfloat16()
-        found = answers(name, model, images.bfloat16())
-        assert next(model.parameters()).dtype == torch.bfloat16
+        model.half()
+        found = answers(name, model, images.half())
+        assert next(model.parameters()).dtype == torch.float16
     assert [x.shape for x in found] == [x.shape for x in before]
     assert all(x.isfinite().all() for x in found)
 
@@ -243,6 +243,9 @@ def test_a_model_gets_one_dial_only():
     with pytest.raises(ValueError, match="detach"):
         td.wrap(model, reduce=td.ToMe(r=4))
     dial.detach()
+    dial.detach()
+    with pytest.raises(ValueError, match="the dial is detached"):
+        dial.set_degree(0)
     td.attach(model, td.ToMe(r=4)).detach()
 
 

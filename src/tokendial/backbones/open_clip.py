@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
+from tokendial.backbones.in_projection import InProjection
 from tokendial.backbones.positions import resize_positions
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
@@ -21,30 +21,6 @@ from tokendial.tokens import Tokens
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of the images that CLIP was trained on."""
-
-
-class InProjection(nn.Module):
-    """The input projection of an `nn.MultiheadAttention`, whose weights stay in that layer.
-
-    `nn.MultiheadAttention` holds one parameter for queries, keys and values instead of a linear
-    layer. This module calls it like a linear layer, so that a compensator can change its weights
-    or hook its output.
-    """
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__()
-        # Not a submodule: the parameters would appear twice.
-        object.__setattr__(self, "attention", attention)
-        self.attention: nn.MultiheadAttention
-
-    @property
-    def weight(self) -> Tensor:
-        """[3 * D, D], the rows of queries, keys and values in this order."""
-        return self.attention.in_proj_weight
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Queries, keys and values of all heads, [B, N, 3 * D]."""
-        return F.linear(x_BND, self.attention.in_proj_weight, self.attention.in_proj_bias)
 
 
 class OpenClipViT(Anatomy):

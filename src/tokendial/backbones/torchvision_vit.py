@@ -10,7 +10,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy, split_heads
-from tokendial.backbones.open_clip import InProjection
+from tokendial.backbones.in_projection import InProjection
 from tokendial.errors import error_message
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens

@@ -80,11 +80,21 @@ class AttachedDial:
     def __init__(self, model: nn.Module, towers: Iterable[Tower]) -> None:
         self.model = model
         """The model."""
-        self.towers = tuple(towers)
-        """The ViTs that were found in it. Each can also be turned by itself."""
+        self._towers = tuple(towers)
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The ViTs that were found in the model. Each can also be turned by itself.
+
+        Raises:
+            ValueError: If the dial is detached.
+        """
+        if not self._towers:
+            raise ValueError("the dial is detached: call td.attach(model, ...) again.")
+        return self._towers
 
     def __repr__(self) -> str:
-        return f"AttachedDial({type(self.model).__name__}, {list(self.towers)})"
+        return f"AttachedDial({type(self.model).__name__}, {list(self._towers)})"
 
     def __enter__(self) -> "AttachedDial":
         return self
@@ -164,10 +174,10 @@ class AttachedDial:
                 tower.set_degree(own)
 
     def detach(self) -> None:
-        """Give the model back as it was. This handle cannot be used any more."""
-        for tower in self.towers:
+        """Give the model back as it was; nothing happens if it is detached already."""
+        for tower in self._towers:
             tower._dial.leave()
-        self.towers = ()
+        self._towers = ()
 
 
 def attach(
