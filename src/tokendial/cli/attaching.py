@@ -1,5 +1,6 @@
 """The command for models that hold a ViT: attach."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,8 @@ def attach(
     print(f"{opened.name}: {reduce} in {', '.join(found.towers)}")
     print(f"compared with degree 0: {' and '.join(found.compared)} of {opened.call}")
     print(f"images: {found.num_images}; cost and speed of {opened.call} on {shape}")
-    Console().print(attached_table(found.rows))
+    # Files and pipes have no width of their own, and 80 characters are too few.
+    Console(width=None if sys.stdout.isatty() else 120).print(attached_table(found.rows))
     warn_if_disturbed(found.rows)
     if out is not None:
         main = next(iter(found.rows[0].scores))

@@ -37,20 +37,26 @@ def mask_agreement(found_BCHW: Tensor, first_BCHW: Tensor) -> dict[str, Tensor]:
     """Pixels of the same class, and the mean intersection over union (IoU) of the classes.
 
     The classes are those that have a pixel at either degree. One logit for each pixel (C is 1)
-    stands for a binary mask, whose pixels have a positive logit.
+    stands for a binary mask: pixels with a positive logit are inside, and their IoU is compared.
     """
     found, first = _classes_of_pixels(found_BCHW), _classes_of_pixels(first_BCHW)
+    binary = found_BCHW.shape[1] == 1
+    count = 2 if binary else found_BCHW.shape[1]
     ious = []
-    for mine, reference in zip(found, first, strict=True):
-        overlaps = []
-        for label in torch.cat([mine, reference]).unique().tolist():
-            inside, expected = mine == label, reference == label
-            overlaps.append((inside & expected).sum() / (inside | expected).sum())
-        ious.append(torch.stack(overlaps).mean())
+    for pairs in found * count + first:
+        confusion = pairs.bincount(minlength=count * count).view(count, count)
+        shared = confusion.diagonal()
+        union = confusion.sum(dim=0) + confusion.sum(dim=1) - shared
+        if binary:
+            shared, union = shared[1:], union[1:]
+        present = union > 0
+        each = shared[present] / union[present]
+        ious.append(each.mean() if len(each) else torch.ones((), device=each.device))
     return {"same_pixels": (found == first).float().mean(dim=1), "mean_iou": torch.stack(ious)}
 
 
 def _classes_of_pixels(logits_BCHW: Tensor) -> Tensor:
+    """The class of each pixel, [B, pixels]."""
     if logits_BCHW.shape[1] == 1:
         return (logits_BCHW > 0).long().flatten(1)
     return logits_BCHW.argmax(dim=1).flatten(1)

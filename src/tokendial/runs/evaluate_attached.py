@@ -8,7 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokendial.data.readers.images import read_image
+from tokendial.data.readers.images import (
+    count_pictures,
+    read_image,
+    warn_of_multi_picture_files,
+)
 from tokendial.measure import Timing, time_in_rounds
 from tokendial.measure.agreement import (
     box_agreement,
@@ -40,6 +44,9 @@ _AGREEMENT: dict[OutputKind, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
 }
 """Scores of each image by the kind of output. Embeddings are compared by all images together."""
 _LEAST_EMBEDDINGS = 3
+"""Smallest number of images whose nearest neighbours can be compared."""
+_NOISE = 0.01
+"""Difference between two calls, as a fraction of the largest value, that rounding explains."""
 _TIMING_SECONDS = 1.0
 """Time to spend on measuring the speed of each degree."""
 
@@ -132,6 +139,7 @@ def evaluate_attached(
     """
     if not images:
         raise ValueError("images must be at least 1, got 0.")
+    warn_of_multi_picture_files((path, count_pictures(path)) for path in images)
     device, dtype = device or default_device(), DTYPES[precision]
     source.model.to(device, dtype).eval()
     with attach(source.model, reduce, towers=towers) as dial, torch.no_grad():
@@ -232,7 +240,9 @@ def _check_repeatable(source: ImageModel, inputs: Inputs, first: list[Output]) -
     """
     again = source.outputs(source.run(inputs))
     for one, other in zip(first, again, strict=True):
-        if not torch.allclose(one.values, other.values, rtol=1e-2, atol=1e-2):
+        if not one.values.isfinite().all():
+            raise ValueError(f"{source.name} gives values of {one.name} that are not finite.")
+        if (one.values - other.values).abs().max() > _NOISE * one.values.abs().max():
             raise ValueError(
                 f"{source.name} cannot be compared with itself: {one.name} differs between two "
                 "calls with the same images."

@@ -1,7 +1,8 @@
 """Whole models in local folders, of transformers or open_clip, as functions of images."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,9 +146,10 @@ def _load(folder: Path) -> nn.Module:
             "transformers does not have."
         )
     try:
-        model, loading = cls.from_pretrained(
-            folder, local_files_only=True, weights_only=True, output_loading_info=True
-        )
+        with _no_progress_bar():
+            model, loading = cls.from_pretrained(
+                folder, local_files_only=True, weights_only=True, output_loading_info=True
+            )
     except Exception as error:  # reading unsuitable files
         raise ValueError(f"model {str(folder)!r}: {error_message(error)}") from error
     if missing := sorted(loading["missing_keys"]):
@@ -155,7 +157,23 @@ def _load(folder: Path) -> nn.Module:
             f"model {str(folder)!r}: {len(missing)} tensors of {type(model).__name__} are missing "
             f"in its weights, the first is {missing[0]}."
         )
+    model.config.return_dict = True  # outputs are read by their names
     return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar, which it does even where no person sees it."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _image_processor(folder: Path) -> Callable[[Image.Image], Mapping[str, Tensor]]:
