@@ -29,6 +29,12 @@ PROCESSORS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    """Spend no second on the speed of each degree."""
+    monkeypatch.setattr("tokendial.runs.evaluate_attached._TIMING_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Five images of noise: the third is upright, the others lie."""
@@ -48,12 +54,19 @@ def folder_of(tmp_path_factory):
 
     def save(name):
         folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        whole_model(name)[0].save_pretrained(folder)
+        save_quietly(whole_model(name)[0], folder)
         make = PROCESSORS.get(name, lambda: transformers.ViTImageProcessor(size=SQUARE))
         make().save_pretrained(folder)
         return folder
 
     return save
+
+
+def save_quietly(model, folder):
+    """Save a model without the progress bar on stderr, where the errors of commands are read."""
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    transformers.utils.logging.enable_progress_bar()
 
 
 def inputs_of(folder, photos):
@@ -73,7 +86,7 @@ def test_embeddings_beside_a_computation_by_hand(cli, folder_of, photos, tmp_pat
     folder, out = folder_of("DINOv2 features"), tmp_path / "out"
     code, printed, err = cli(
         "attach", folder, "--images", photos, "--reduce", "tome", "--degrees", "0..8:4",
-        "--batch-size", 2, "--out", out,
+        "--batch-size", 2, "--out", out, "reduce.inflection=1",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert "Dinov2Model: tome in model (Dinov2Model)" in printed
@@ -87,7 +100,7 @@ def test_embeddings_beside_a_computation_by_hand(cli, folder_of, photos, tmp_pat
     model = transformers.Dinov2Model.from_pretrained(folder)
     images = torch.cat(inputs_of(folder, photos))
     first = model(images)
-    with td.attach(model, td.ToMe()) as dial:
+    with td.attach(model, td.ToMe(inflection=1)) as dial:
         for row in rows:
             dial.set_degree(int(row["degree"]))
             found = model(images)
@@ -104,7 +117,7 @@ def test_embeddings_beside_a_computation_by_hand(cli, folder_of, photos, tmp_pat
                 dial.cost_of_call(images[:2]) / 2e9, rel=1e-4
             )
     assert float(rows[2]["feature_cosine"]) < 0.95
-    assert float(rows[2]["gmacs"]) < 0.9 * float(rows[0]["gmacs"])
+    assert float(rows[2]["gmacs"]) < 0.95 * float(rows[0]["gmacs"])
 
 
 def near(embeddings, index):
@@ -200,7 +213,9 @@ def test_half_precision(folder_of, photos):
     [
         ("DINOv2 features", ["--degrees", "0,99"], "degrees must lie in [0, "),
         ("DINOv2 features", ["--reduce", "none"], "reduce.name must be one of"),
-        ("DINOv2 features", ["--reduce", "dynamicvit"], "reduce must be a method without weights"),
+        ("DINOv2 features", ["--reduce", "dyt"], "reduce must be a method without weights"),
+        ("DINOv2 features", ["reduce.r=-1"], "r must be an integer of at least 0"),
+        ("DINOv2 features", ["adapt.dim=8"], "adapt: attach takes settings of reduce only"),
         ("DINOv2 features", ["--tower", "text"], "towers must be names of ViTs in the model: ''"),
         ("I-JEPA features", ["--reduce", "evit"], "EViT"),
         ("MAE features", [], "ViTMAEModel cannot be compared with itself: last_hidden_state"),
@@ -248,7 +263,7 @@ def test_a_model_without_a_vit_is_one_line_and_code_2(cli, photos, tmp_path):
     config = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_channels=3
     )
-    transformers.ResNetModel(config).save_pretrained(tmp_path)
+    save_quietly(transformers.ResNetModel(config), tmp_path)
     transformers.ViTImageProcessor(size=SQUARE).save_pretrained(tmp_path)
     code, _, err = cli("attach", tmp_path, "--images", photos)
     assert (code, len(err.splitlines())) == (2, 1)

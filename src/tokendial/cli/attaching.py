@@ -21,6 +21,13 @@ def attach(
         ),
     ],
     images: Annotated[list[Path], typer.Option(help="Image files or folders of images.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FIELD=VALUE",
+            help="Settings of the reduction method, such as reduce.inflection=1.",
+        ),
+    ] = None,
     reduce: Annotated[
         str, typer.Option(help="Reduction method without training: tome, evit or ffn_merge.")
     ] = "tome",
@@ -59,10 +66,14 @@ def attach(
     from tokendial.runs.evaluate_attached import RELATIVE_ERROR, evaluate_attached
     from tokendial.runs.image_model import open_image_model
     from tokendial.runs.progress import progress_bar
+    from tokendial.runs.recipe_file import apply_overrides
     from tokendial.show.plots import dial_figure
     from tokendial.tasks.metric_titles import metric_title
 
-    method, files = from_json("reduce", {"name": reduce}), find_images(images)
+    fields = apply_overrides({"reduce": {"name": reduce}}, settings or [])
+    if others := sorted(set(fields) - {"reduce"}):
+        raise ValueError(f"{others[0]}: attach takes settings of reduce only.")
+    method, files = from_json("reduce", fields["reduce"]), find_images(images)
     opened = open_image_model(model)
     with progress_bar(Console(stderr=True)) as shown:
         found = evaluate_attached(

@@ -178,7 +178,7 @@ def _batches(
     for rows in by_shape.values():
         together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         yield {
-            name: value.to(device, dtype if value.is_floating_point() else None)
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
             for name, value in together.items()
         }
 
