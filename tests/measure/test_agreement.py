@@ -19,6 +19,9 @@ def test_features_are_compared_at_each_position():
     first = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [1.0, 1.0]]])
     found = torch.tensor([[[2.0, 0.0], [1.0, 0.0]], [[3.0, 4.0], [1.0, -1.0]]])
     assert feature_agreement(found, first)["feature_cosine"].tolist() == pytest.approx([0.5, 0.5])
+    real = torch.tensor([[1, 0], [1, 1]])
+    scores = feature_agreement(found, first, real)
+    assert scores["feature_cosine"].tolist() == pytest.approx([1, 0.5])
 
 
 def test_classes_by_the_first_one_and_by_the_probabilities():

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from examples import perturbed
 from PIL import Image
 from safetensors.torch import save_file
-from whole_models import SIDE, WHOLE, whole_model
+from whole_models import SIDE, TEXT, VISION, WHOLE, whole_model
 
 import tokendial as td
 from tokendial.measure.agreement import depth_agreement
@@ -152,6 +153,31 @@ def test_depths_of_images_of_two_sizes_beside_a_computation_by_hand(folder_of, p
     rest = [row.gmacs - row.tower_gmacs for row in found.rows]
     assert rest[0] == pytest.approx(rest[1])
     assert rest[0] > found.rows[0].tower_gmacs > row.tower_gmacs
+
+
+@torch.no_grad()
+def test_padding_of_images_of_many_shapes_is_not_compared(photos, tmp_path):
+    torch.manual_seed(0)
+    vision = {name: value for name, value in VISION.items() if name != "image_size"}
+    config = transformers.Siglip2Config(
+        vision_config=vision | {"num_patches": 64}, text_config=TEXT | {"projection_size": 48}
+    )
+    model = perturbed(transformers.Siglip2Model(config)).eval()
+    model.save_pretrained(tmp_path)
+    processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=64)
+    processor.save_pretrained(tmp_path)
+    files = sorted(photos.glob("*.png"))
+    found = evaluate_attached(open_image_model(tmp_path), files, td.ToMe(), "8")
+    assert found.timed_shape == (5, 64, 192)  # both shapes in one call
+    inputs = processor([Image.open(file) for file in files], return_tensors="pt")
+    real = inputs["pixel_attention_mask"].bool()
+    assert not real.all()
+    first = model.get_image_features(**inputs).last_hidden_state
+    with td.attach(model, td.ToMe(r=8)):
+        features = model.get_image_features(**inputs).last_hidden_state
+    cosine = torch.cosine_similarity(features, first, dim=2)
+    means = [float(each[own].mean()) for each, own in zip(cosine, real, strict=True)]
+    assert found.rows[0].scores["feature_cosine"] == pytest.approx(np.mean(means), abs=1e-5)
 
 
 @pytest.mark.parametrize(

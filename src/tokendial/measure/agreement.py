@@ -17,10 +17,21 @@ _SAME_BOX = 0.5
 """Intersection over union from which two boxes count as the same."""
 
 
-def feature_agreement(found_BPD: Tensor, first_BPD: Tensor) -> dict[str, Tensor]:
-    """Mean cosine similarity of the features of each position."""
+def feature_agreement(
+    found_BPD: Tensor, first_BPD: Tensor, real_BP: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Mean cosine similarity of the features of each position.
+
+    Args:
+        found_BPD: Features at some degree.
+        first_BPD: Features at degree 0.
+        real_BP: Which positions count; the others are padding. None: all.
+    """
     cosine = F.cosine_similarity(found_BPD.float(), first_BPD.float(), dim=2)
-    return {"feature_cosine": cosine.mean(dim=1)}
+    if real_BP is None:
+        return {"feature_cosine": cosine.mean(dim=1)}
+    real_BP = real_BP.to(cosine.dtype)
+    return {"feature_cosine": (cosine * real_BP).sum(dim=1) / real_BP.sum(dim=1)}
 
 
 def class_agreement(found_BC: Tensor, first_BC: Tensor) -> dict[str, Tensor]:

@@ -40,9 +40,11 @@ _AGREEMENT: dict[OutputKind, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
     "depth": depth_agreement,
     "heat_maps": heat_map_agreement,
     "boxes": box_agreement,
-    "features": feature_agreement,
 }
-"""Scores of each image by the kind of output. Embeddings are compared by all images together."""
+"""Scores of each image by the kind of output. Embeddings are compared by all images together, and
+features only where there is no padding."""
+_PADDING_MASK = "pixel_attention_mask"
+"""Name of the input that is 0 where patches are padding, in models that take patches."""
 _LEAST_EMBEDDINGS = 3
 """Smallest number of images whose nearest neighbours can be compared."""
 _NOISE = 0.01
@@ -209,10 +211,13 @@ class _Agreement:
                 if output.kind == "embeddings":
                     self._embeddings[degree].append(output.values.float().cpu())
                     continue
-                for name, values in _AGREEMENT[output.kind](
-                    output.values, reference.values
-                ).items():
-                    self._scores[degree, name].append(values.float().cpu())
+                values = output.values, reference.values
+                if output.kind == "features":
+                    scores = feature_agreement(*values, inputs.get(_PADDING_MASK))
+                else:
+                    scores = _AGREEMENT[output.kind](*values)
+                for name, each in scores.items():
+                    self._scores[degree, name].append(each.float().cpu())
 
     def scores(self, degrees: Sequence[int]) -> list[dict[str, float]]:
         """The mean scores of each degree."""
