@@ -43,10 +43,10 @@ def test_masks_of_classes_by_pixels_and_by_overlap():
 
 def test_a_binary_mask_is_compared_inside():
     first = torch.tensor([[1.0, 1, -1, -1], [-1, -1, -1, -1]]).view(2, 1, 2, 2)
-    found = torch.tensor([[3.0, -2, 2, -1], [-5, -1, -1, -1]]).view(2, 1, 2, 2)
+    found = torch.tensor([[3.0, -2, -2, -1], [-5, -1, -1, -1]]).view(2, 1, 2, 2)
     scores = mask_agreement(found, first)
-    assert scores["same_pixels"].tolist() == [0.5, 1]
-    assert scores["mean_iou"].tolist() == pytest.approx([1 / 3, 1])
+    assert scores["same_pixels"].tolist() == [0.75, 1]
+    assert scores["mean_iou"].tolist() == pytest.approx([1 / 2, 1])
 
 
 def test_depth_errors_are_fractions_of_the_mean_depth():
@@ -58,12 +58,17 @@ def test_depth_errors_are_fractions_of_the_mean_depth():
 
 
 def test_heat_maps_by_overlap_and_by_the_place_of_the_peak():
-    """Two maps of an image: one peak moves by one cell, the other by two."""
-    first = torch.tensor([[[0.0, 4, 0, -9], [1, 0, 0, 0]], [[2.0, 0, 1, 0], [0, 0, 0, 0]]])
-    found = torch.tensor([[[0.0, 1, 0, -1], [0, 0, 3, 0]], [[1.0, 0, 2, 0], [0, 0, 0, 0]]])
-    scores = heat_map_agreement(found.unsqueeze(0), first.unsqueeze(0))
+    """Of four peaks, one moves by a row and a column, one by two columns, one by two rows."""
+    first, found = torch.zeros(1, 4, 3, 4), torch.zeros(1, 4, 3, 4)
+    for number, (before, after) in enumerate(
+        [((0, 1), (1, 2)), ((1, 0), (1, 2)), ((0, 3), (2, 3)), ((1, 1), (1, 1))]
+    ):
+        first[0, number][before], found[0, number][after] = 4, 3
+    found[0, 0, 0, 1], first[0, 1, 2, 2], found[0, 1, 2, 2] = 1, -9, -1
+    scores = heat_map_agreement(found, first)
     assert scores["same_peak"].tolist() == [0.5]
-    assert scores["overlap"].tolist() == pytest.approx([(1 / 8 + 2 / 4) / 2])
+    # The first maps share 1 of 4 + 3, the last ones 3 of 4; negative values count as 0.
+    assert scores["overlap"].tolist() == pytest.approx([(1 / 7 + 0 + 0 + 3 / 4) / 4])
     empty = torch.zeros(1, 1, 2, 2)
     assert heat_map_agreement(empty, empty)["overlap"].tolist() == [1]
 
