@@ -4,7 +4,7 @@ import torch
 from examples import tiny_vit
 
 import tokendial as td
-from tokendial.measure.cost import count_macs
+from tokendial.measure.cost import count_macs, count_macs_in_parts
 
 
 def base(name: str = "vit_base_patch16_224", **kwargs):
@@ -88,3 +88,12 @@ def test_a_module_with_two_names_and_tied_weights_are_left_alone():
     assert macs == 3 * 2 * 4 * 4
     assert model["a"].weight is model["b"].weight is weight
     assert weight.device.type == "cpu"
+
+
+def test_parts_of_a_call_are_counted_alone():
+    first, part, last = torch.nn.Linear(3, 5), torch.nn.Linear(5, 5), torch.nn.Linear(5, 7)
+    x = torch.zeros(2, 3)
+    found = count_macs_in_parts(lambda: last(part(part(first(x)))), [part])
+    assert found == (2 * (3 * 5 + 2 * 5 * 5 + 5 * 7), 2 * 2 * 5 * 5)
+    assert not part._forward_hooks
+    assert not part._forward_pre_hooks

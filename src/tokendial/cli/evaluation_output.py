@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tokendial.runs.evaluate import DegreeRow
+    from tokendial.runs.evaluate_attached import AttachedRow
     from tokendial.runs.evaluate_compensator import CompensatedRow
 
 _MAX_SCORES, _SHOWN_SCORES = 5, 3
@@ -35,13 +36,37 @@ def dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
         table.add_row(
             str(row.degree),
             *(f"{row.scores[name]:.2%}" for name in shown),
-            f"{row.gmacs:.4g}",
-            f"{row.gmacs / rows[0].gmacs:.0%}",
-            f"{row.images_per_s:.1f}" if row.images_per_s < 10 else f"{row.images_per_s:.0f}",
-            f"{row.speedup:.2f}x" + " ?" * row.disturbed,
+            *_cost_and_speed(row, rows[0]),
             str(row.tokens) if row.share is None else f"{row.share:.1%}",
         )
     return table
+
+
+def attached_table(rows: "Sequence[AttachedRow]") -> Table:
+    """Agreement with degree 0, cost of the ViTs and of the whole call, and speed at each degree."""
+    from tokendial.tasks.metric_titles import metric_title
+
+    names = list(rows[0].scores)
+    titles = map(metric_title, names)
+    table = Table("degree", *titles, "ViT GMACs", "GMACs", "cost", "images/s", "speed")
+    for row in rows:
+        table.add_row(
+            str(row.degree),
+            *(f"{row.scores[name]:.2%}" for name in names),
+            f"{row.tower_gmacs:.4g}",
+            *_cost_and_speed(row, rows[0]),
+        )
+    return table
+
+
+def _cost_and_speed(row: "DegreeRow | AttachedRow", first: "DegreeRow | AttachedRow") -> list[str]:
+    """Cells: GMACs, their share of the first row's, images per second, and speed."""
+    return [
+        f"{row.gmacs:.4g}",
+        f"{row.gmacs / first.gmacs:.0%}",
+        f"{row.images_per_s:.1f}" if row.images_per_s < 10 else f"{row.images_per_s:.0f}",
+        f"{row.speedup:.2f}x" + " ?" * row.disturbed,
+    ]
 
 
 def class_table(rows: "Sequence[DegreeRow]", classes: Sequence[str]) -> Table:
@@ -95,7 +120,9 @@ def compensator_table(rows: "Sequence[CompensatedRow]") -> Table:
     return table
 
 
-def warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]") -> None:
+def warn_if_disturbed(
+    rows: "Sequence[DegreeRow] | Sequence[CompensatedRow] | Sequence[AttachedRow]",
+) -> None:
     """Print a line if times are not to be trusted; tables mark such rows with a question mark."""
     if any(row.disturbed for row in rows):
         print(
@@ -105,7 +132,9 @@ def warn_if_disturbed(rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]") ->
 
 
 def write_evaluation(
-    rows: "Sequence[DegreeRow] | Sequence[CompensatedRow]", figure: "Figure", stem: Path
+    rows: "Sequence[DegreeRow] | Sequence[CompensatedRow] | Sequence[AttachedRow]",
+    figure: "Figure",
+    stem: Path,
 ) -> None:
     """Write the rows as STEM.csv and their figure as STEM.png, and print the paths."""
     from tokendial.runs.evaluation_tables import write_rows

@@ -76,6 +76,34 @@ def count_macs_of_call(call: Callable[[], Any]) -> int:
     return sum(counter.flops.values()) // 2
 
 
+def count_macs_in_parts(call: Callable[[], Any], parts: Iterable[nn.Module]) -> tuple[int, int]:
+    """Count the multiply-accumulates of a call on real tensors, and those in some modules of it.
+
+    Args:
+        call: Calls a model.
+        parts: Modules of that model, none of them inside of another.
+
+    Returns:
+        The count of the whole call, and the count of its passes through the parts together.
+    """
+    counter, starts, in_parts = _FlopCounter(), list[int](), list[int]()
+    handles = []
+    for part in parts:
+        handles += [
+            part.register_forward_pre_hook(lambda *_: starts.append(counter.flops.total())),
+            part.register_forward_hook(
+                lambda *_: in_parts.append(counter.flops.total() - starts.pop())
+            ),
+        ]
+    try:
+        with torch.no_grad(), counter:
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counter.flops.total() // 2, sum(in_parts) // 2
+
+
 def count_macs_by_part(
     module: nn.Module, run: Callable[[nn.Module], Iterable[Any]], *, products: bool = True
 ) -> list[int]:

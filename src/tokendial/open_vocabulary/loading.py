@@ -31,7 +31,7 @@ def load_clip(source: str, weights: str | None = None) -> nn.Module:
         raise ValueError(f"clip weights must be left out, because {source} is a folder with them.")
     if (folder / "open_clip_config.json").is_file():
         return _load_open_clip(f"local-dir:{folder}", None)
-    if _config(folder).get("model_type") != "clip":
+    if folder_config(folder).get("model_type") != "clip":
         raise ValueError(f"clip must be a folder of a CLIP model, {folder} holds another one.")
     check_installed(f"clip {source!r}", "transformers")
     from transformers import CLIPModel
@@ -60,7 +60,7 @@ def load_proxy(source: str, weights: str = "pretrained") -> nn.Module:
         return Backbone(name=source, weights=weights, args=args).create().eval()
     if weights != "pretrained":
         raise ValueError(f"proxy weights must be left out, because {source} is a folder with them.")
-    names = _config(folder).get("architectures") or ["?"]
+    names = folder_config(folder).get("architectures") or ["?"]
     return Backbone(name=f"transformers.{names[0]}", weights=str(folder)).create().eval()
 
 
@@ -86,8 +86,12 @@ def _load_open_clip(name: str, weights: str | None) -> nn.Module:
     return clip.eval()
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Content of a folder's config.json."""
+def folder_config(folder: Path) -> dict[str, Any]:
+    """Content of the config.json in a folder of a model.
+
+    Raises:
+        ValueError: If there is none, or it is no mapping.
+    """
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -3,13 +3,29 @@
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Protocol
 
-from tokendial.model.dial_vit import DialViT
+from tokendial.measure.cost import Cost
 
 _MAX_LISTED = 12
 """Longest dial of which "all" means every degree."""
 _NUM_CHOSEN = 10
 """Degrees that "all" chooses from a longer dial. The trained degree can be one more."""
+
+
+class Dial(Protocol):
+    """What has a dial: a wrapped model, or the handle of `attach`."""
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Positions of the dial, rising."""
+
+    @property
+    def degree(self) -> int:
+        """The present degree."""
+
+    def cost(self, degree: int | None = None) -> Cost:
+        """Cost of one image at a degree; None: at the present one."""
 
 
 def parse_degrees(text: str, offered: tuple[int, ...]) -> list[int]:
@@ -81,11 +97,11 @@ def spread_by_cost(
     return sorted(chosen)
 
 
-def spread_degrees(model: DialViT, count: int, offered: tuple[int, ...] | None = None) -> list[int]:
+def spread_degrees(model: Dial, count: int, offered: tuple[int, ...] | None = None) -> list[int]:
     """Choose about `count` degrees of a model, evenly spaced in cost, with its present degree.
 
     Args:
-        model: A wrapped model.
+        model: A wrapped model, or the handle of `attach`.
         count: Number of degrees to choose, at least 2.
         offered: Degrees to choose from. None means all degrees of the model.
     """
@@ -94,13 +110,13 @@ def spread_degrees(model: DialViT, count: int, offered: tuple[int, ...] | None =
     return spread_by_cost(offered, lambda d: float(model.cost(d).macs), count, also=present)
 
 
-def degrees_to_show(model: DialViT, text: str, offered: tuple[int, ...] | None = None) -> list[int]:
+def degrees_to_show(model: Dial, text: str, offered: tuple[int, ...] | None = None) -> list[int]:
     """Parse degrees as `parse_degrees` does, but choose about ten where "all" would be many.
 
     The choice is evenly spaced in cost and includes the model's present degree.
 
     Args:
-        model: A wrapped model, at the degree that it was trained at.
+        model: A wrapped model at the degree that it was trained at, or the handle of `attach`.
         text: Degrees as text, such as "0,4,8", "all" or "every".
         offered: Degrees to choose from. None means all degrees of the model.
 

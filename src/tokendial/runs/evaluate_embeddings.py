@@ -100,7 +100,7 @@ def evaluate_embeddings(
         rows.append(
             DegreeRow(
                 degree=degree,
-                scores=_scores(by_degree[degree], by_degree[0], classes),
+                scores=embedding_scores(by_degree[degree], by_degree[0], classes),
                 gmacs=cost.gmacs,
                 images_per_s=len(first) / timing.seconds,
                 speedup=timings[0].seconds / timing.seconds,
@@ -119,9 +119,19 @@ def _readable(entry: Tensor | ImageError) -> Tensor:
     return entry
 
 
-def _scores(
-    embeddings_ND: Tensor, unreduced_ND: Tensor, classes_N: Tensor | None
+def embedding_scores(
+    embeddings_ND: Tensor, unreduced_ND: Tensor, classes_N: Tensor | None = None
 ) -> dict[str, float]:
+    """Compare embeddings with those of the same images at degree 0.
+
+    Args:
+        embeddings_ND: Embeddings of at least 3 images.
+        unreduced_ND: Their embeddings at degree 0.
+        classes_N: Class of each image, from 0. None: the images have no classes.
+
+    Returns:
+        The scores that `evaluate_embeddings` describes, by name.
+    """
     others = len(embeddings_ND) - 1
     overlap = neighbour_overlap(
         embeddings_ND, unreduced_ND, neighbours=min(_COMPARED, max(1, others // 2))

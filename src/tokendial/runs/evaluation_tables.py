@@ -11,10 +11,13 @@ from torch import Tensor
 from tokendial.atomic import atomic_write
 from tokendial.measure import Timing
 from tokendial.runs.evaluate import DegreeRow
+from tokendial.runs.evaluate_attached import AttachedRow
 from tokendial.runs.evaluate_compensator import CompensatedRow
 
 
-def write_rows(rows: Sequence[DegreeRow] | Sequence[CompensatedRow], path: Path) -> None:
+def write_rows(
+    rows: Sequence[DegreeRow] | Sequence[CompensatedRow] | Sequence[AttachedRow], path: Path
+) -> None:
     """Write the rows of an evaluation as CSV, one line per degree."""
     _write_csv([_columns(row) for row in rows], path)
 
@@ -81,7 +84,7 @@ def class_scores(row: DegreeRow, classes: Sequence[str]) -> list[ClassScores]:
     ]
 
 
-def _columns(row: DegreeRow | CompensatedRow) -> dict[str, Any]:
+def _columns(row: DegreeRow | CompensatedRow | AttachedRow) -> dict[str, Any]:
     """The columns of a row: one per score, numbers with six digits, no confusion matrix."""
     columns: dict[str, Any] = {}
     for field in fields(row):
