@@ -11,7 +11,7 @@ import torch
 import transformers
 from examples import tiny_vit
 from torch import Tensor, nn
-from whole_models import SIDE, VISION, WHOLE, whole_model
+from whole_models import COMPILED, SIDE, VISION, WHOLE, whole_model
 
 import tokendial as td
 from tokendial.backbones import anatomy_of
@@ -28,13 +28,6 @@ CASES = [
     if not kind.windowed and (kind.has_class_token or method != "evit")
 ]
 WINDOWED = [name for name, kind in WHOLE.items() if kind.windowed]
-
-COMPILED = [
-    "CLIP", "SigLIP", "open_clip", "ViT features", "DINOv2 features", "DINOv2 with registers",
-    "DINOv2 feature maps", "DINOv3 features", "I-JEPA features", "MAE features", "ViTPose", "OWLv2",
-    "YOLOS", "timm ViT", "timm Eva", "torchvision", "SAM", "ViTDet", "timm SAM",
-]  # fmt: skip
-"""One model for each kind of ViT."""
 
 
 def answers(name: str, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
@@ -363,6 +356,24 @@ def test_masked_attention_is_refused_above_degree_0():
     td.attach(vit, td.ToMe(r=2))
     with pytest.raises(ValueError, match="attention mask"):
         vit.forward_features(torch.randn(1, 3, 32, 32), attn_mask=torch.zeros(17, 17))
+
+
+def test_padded_batches_are_refused_above_degree_0():
+    """Images of several sizes in one batch, as SigLIP 2 takes them."""
+    vit = whole_model("SigLIP 2")[0].vision_model
+    mask = torch.ones(2, 64, dtype=torch.int32)
+    mask[1, 48:] = 0
+    inputs = {
+        "pixel_values": torch.randn(2, 64, 192),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([[8, 8], [6, 8]]),
+    }
+    before = vit(**inputs).pooler_output
+    dial = td.attach(vit, td.ToMe(r=6))
+    with pytest.raises(ValueError, match="attention mask"):
+        vit(**inputs)
+    dial.set_degree(0)
+    assert torch.equal(vit(**inputs).pooler_output, before)
 
 
 def test_a_block_by_itself_runs_as_before():
