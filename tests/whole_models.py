@@ -118,6 +118,27 @@ def _depth_anything() -> nn.Module:
     return _visible(transformers.DepthAnythingForDepthEstimation(config))
 
 
+def depth_anything_small() -> nn.Module:
+    """Depth-Anything-V2-Small in its own size, with random weights."""
+    backbone = transformers.Dinov2Config(
+        hidden_size=384,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+        out_indices=[3, 6, 9, 12],
+        reshape_hidden_states=False,
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=14,
+        reassemble_hidden_size=384,
+        neck_hidden_sizes=[48, 96, 192, 384],
+        fusion_hidden_size=64,
+        head_hidden_size=32,
+    )
+    return transformers.DepthAnythingForDepthEstimation(config)
+
+
 def _dpt() -> nn.Module:
     config = transformers.DPTConfig(
         backbone_config=_dinov2(reshape_hidden_states=False, apply_layernorm=True),
@@ -263,7 +284,7 @@ def _mae(model: Any, images: Tensor) -> tuple[Tensor, ...]:
     return (model(images, noise=noise).last_hidden_state,)
 
 
-def _patched(images: Tensor) -> dict[str, Tensor]:
+def patches_of(images: Tensor) -> dict[str, Any]:
     """Images cut into patches, as the image processor of SigLIP 2 gives them."""
     rows, columns = images.shape[-2] // PATCH, images.shape[-1] // PATCH
     grid = images.unflatten(3, (columns, PATCH)).unflatten(2, (rows, PATCH))
@@ -275,7 +296,7 @@ def _patched(images: Tensor) -> dict[str, Tensor]:
 
 
 def _siglip2(model: Any, images: Tensor) -> tuple[Tensor, ...]:
-    found = model(input_ids=WORDS, **_patched(images))
+    found = model(input_ids=WORDS, **patches_of(images))
     return found.logits_per_image, found.image_embeds, found.text_embeds
 
 
@@ -294,7 +315,7 @@ WHOLE: dict[str, WholeModel] = {
             text_config=_SIGLIP["text_config"],
         ),
         _siglip2,
-        of_vit=lambda vit, images: _tensors(vit(**_patched(images))),
+        of_vit=lambda vit, images: _tensors(vit(**patches_of(images))),
         has_class_token=False,
     ),
     "open_clip": WholeModel(_open_clip(), _encode_image),

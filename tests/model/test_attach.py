@@ -11,7 +11,7 @@ import torch
 import transformers
 from examples import tiny_vit
 from torch import Tensor, nn
-from whole_models import COMPILED, SIDE, VISION, WHOLE, whole_model
+from whole_models import COMPILED, SIDE, VISION, WHOLE, patches_of, whole_model
 
 import tokendial as td
 from tokendial.backbones import anatomy_of
@@ -153,6 +153,20 @@ def test_the_vit_compiles_as_one_graph(name):
         vit = dial.towers[0].module
         compiled = torch.compile(WHOLE[name].of_vit, backend="eager", fullgraph=True)
         assert_equal(compiled(vit, images), WHOLE[name].of_vit(vit, images), atol=1e-5)
+
+
+def test_siglip_2_compiles_without_a_padding_mask():
+    """With one, transformers hands it on while it compiles, even if nothing is padded."""
+    torch.compiler.reset()
+    model, images = whole_model("SigLIP 2")
+    inputs = patches_of(images)
+    with td.attach(model.vision_model, td.ToMe(r=6)), torch.no_grad():
+        compiled = torch.compile(model.vision_model, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            compiled(**inputs)
+        inputs["pixel_attention_mask"] = None
+        found = compiled(**inputs).pooler_output
+        torch.testing.assert_close(found, model.vision_model(**inputs).pooler_output)
 
 
 def test_a_compiled_model_follows_the_dial():
