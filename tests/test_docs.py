@@ -169,7 +169,9 @@ def create_model() -> Any:
 def test_the_python_of_a_page_runs(page, create_model, run, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", create_model)
-    monkeypatch.setattr("transformers.pipeline", offline_pipeline)
+    # When `pipeline` is first used, transformers puts another module into its own place.
+    assert callable(transformers.pipeline)
+    monkeypatch.setattr(sys.modules["transformers"], "pipeline", offline_pipeline)
     monkeypatch.setattr(td, "fit", quick_fit(td.fit))
     monkeypatch.setattr(tokendial.sweeps, "sweep", quick_sweep(tokendial.sweeps.sweep))
     Path("runs").mkdir()

@@ -14,7 +14,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PRINTED = {
     "add_a_method.py": r"degree 1: tokens per layer \(65, .*\nfeature map.*\nloaded: EveryNth",
-    "attach_to_a_depth_model.py": r"the ViT is 78% of .*\n     0     1\.00x  1\.00x.*\n    24     1\.",
+    "attach_to_a_depth_model.py": r"ViT is 78% of .*\n     0     1\.00x  1\.00x.*\n    24     1\.",
     "attach_to_a_language_model.py": r"encoder is 12% of .*degree 8: 95% .*prompt kept: True",
     "attach_to_a_pipeline.py": r"\n     0   1\.26        100%  1\.00x\n.*as before: True",
     "attach_to_feature_maps.py": r"     0   2\.24  16 x 20 .*\n    20   1\.3\d  16 x 20",
