@@ -10,10 +10,10 @@ The model here is small and has random weights. For a trained one:
 """
 
 import argparse
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 import tokendial as td
 
@@ -51,7 +51,7 @@ def load_model() -> transformers.LlavaForConditionalGeneration:
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
-def prompt() -> dict[str, Tensor]:
+def prompt() -> dict[str, Any]:
     """A prompt with an image: one token for each patch, then a question of eight words."""
     ids = torch.tensor([[1, *[IMAGE_TOKEN] * NUM_PATCHES, *range(10, 18)]])
     generator = torch.Generator().manual_seed(0)
