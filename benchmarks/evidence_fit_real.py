@@ -13,9 +13,10 @@ training pictures and searches a schedule of ToMe for each speed-up. The judged 
 validation cells, and test pictures whose objects and backgrounds no training picture shows.
 
 For each seed the unreduced model, the fitted schedules and ToMe with several constant r are timed
-in turns. The value of a constant r at the time of a fitted schedule is interpolated between the two
-neighbouring r, picture by picture. So the difference is paired; its 95 % interval is a bootstrap
-over pictures and seeds.
+in turns. More merging never takes longer: times of the constant r that seem to say so are averaged
+(isotonic regression). The value of a constant r at the time of a fitted schedule is interpolated
+between the two neighbouring r, picture by picture. So the difference is paired; its 95 % interval
+is a bootstrap over pictures and seeds. A fit that ends with a constant r counts as no difference.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
 import tokendial as td
@@ -43,7 +45,7 @@ from tokendial.tune.schedules import Schedule, ScheduleSpace
 
 IMG_SIZE = 168
 """Side of the solar cells in pixels: 144 patches. The saliency model takes 224."""
-SHARES = (0.02, 0.04, 0.06, 0.08, 0.1)
+SHARES = (0.015, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)
 """Constant schedules: the fraction of all patches that each layer merges."""
 NEIGHBOURS = 10
 # The judged pictures are the same for every seed.
@@ -151,9 +153,14 @@ def at_time(times: Sequence[float], values: Sequence[np.ndarray], time: float) -
     """Values of each picture at `time`, interpolated between the two nearest schedules.
 
     If all schedules are slower, these are the values of the fastest one.
+
+    Args:
+        times: Measured times of the schedules, from the one that merges least.
+        values: Values of the pictures by schedule.
+        time: The time.
     """
-    order = np.argsort(times)
-    xs, ys = np.array(times)[order], np.stack(values)[order]
+    falling = IsotonicRegression(increasing=False).fit_transform(range(len(times)), times)
+    xs, ys = falling[::-1], np.stack(values)[::-1]
     return np.array([np.interp(time, xs, column) for column in ys.T])
 
 
@@ -173,19 +180,20 @@ def measure_seed(case: Case, seed: int, options: argparse.Namespace) -> list[dic
     found = [degree.found.removed for degree in fitted.degrees]
     schedules = [*found, *constant_schedules(space)]
     times = relative_times(case, space, schedules, options.batch, options.seconds)
+    lines = set(space.all_linear())
     # The unreduced model is the constant schedule with r = 0.
     curve = [1.0, *times[len(found) :]], [np.ones(len(case.judged)), *constant_values(case)]
     return [
         {
             "speedup": degree.budget,
-            "removed": degree.found.removed,
+            "removed": removed,
             "time": time,
             "images": fitted.images,
             "fitted": values,
-            "constant": at_time(*curve, time),
+            "constant": values if removed in lines else at_time(*curve, time),
         }
-        for degree, time, values in zip(
-            fitted.degrees, times[: len(found)], judge(case, space, found), strict=True
+        for degree, removed, time, values in zip(
+            fitted.degrees, found, times, judge(case, space, found), strict=False
         )
     ]
 
@@ -252,14 +260,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--speedup", default="1.5")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="Number of seeds.")
     parser.add_argument("--images", type=int, default=128, help="Pictures that a fit may use.")
-    parser.add_argument("--judged", type=int, default=160, help="Pictures to judge on.")
+    parser.add_argument("--judged", type=int, default=120, help="Pictures to judge on.")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(
         "--agree-by",
         help="What schedules are compared by in the fit (default: embeddings, and masks).",
     )
     parser.add_argument(
-        "--minutes", type=float, default=2.0, help="Time limit of each fit, in minutes."
+        "--minutes", type=float, default=2.5, help="Time limit of each fit, in minutes."
     )
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="Time to spend on timing each schedule."

@@ -16,6 +16,7 @@ CASES = {
     "inference --methods tome,evit --degrees 3": SPEED | {"dtype", "mode", "batch", "degree"},
     "methods --methods dyt --degrees 5 --dtype bf16": SPEED,
     "resolution --methods evit --cost 0.6": SPEED | GROWTH,
+    "attach": SPEED | {"model", "tower"},
     "dar": SPEED,
     "input": {"workers", "data_wait", "images_per_s"},
     "dial": {"what", "ms", "slowest_ms", "share", "extra_macs"},

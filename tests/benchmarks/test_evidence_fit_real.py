@@ -12,12 +12,20 @@ from tokendial.tune.schedules import ScheduleSpace
 
 
 def test_values_of_a_picture_are_read_between_the_two_nearest_times():
-    times = [0.5, 1.0, 0.75]
-    values = [np.array([0.2, 0.0]), np.array([1.0, 1.0]), np.array([0.6, 1.0])]
+    times = [1.0, 0.75, 0.5]
+    values = [np.array([1.0, 1.0]), np.array([0.6, 1.0]), np.array([0.2, 0.0])]
     np.testing.assert_allclose(at_time(times, values, 0.8), [0.68, 1.0])
     np.testing.assert_allclose(at_time(times, values, 0.625), [0.4, 0.5])
     # All are slower: the fastest one is the nearest.
     np.testing.assert_allclose(at_time(times, values, 0.1), [0.2, 0.0])
+
+
+def test_a_disturbed_time_does_not_put_a_harder_schedule_before_a_milder_one():
+    # The third one seems to be slower than the second one; both are taken for 0.7.
+    times = [1.0, 0.6, 0.8, 0.5]
+    values = [np.array([value]) for value in (1.0, 0.9, 0.3, 0.2)]
+    assert at_time(times, values, 0.85)[0] == pytest.approx(0.95)
+    assert at_time(times, values, 0.6)[0] == pytest.approx(0.25)
 
 
 def test_masks_overlap_by_intersection_over_union():

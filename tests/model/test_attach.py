@@ -9,12 +9,13 @@ import pytest
 import timm
 import torch
 import transformers
-from examples import tiny_vit
+from examples import perturbed, tiny_vit
 from torch import Tensor, nn
 from whole_models import COMPILED, SIDE, VISION, WHOLE, patches_of, whole_model
 
 import tokendial as td
 from tokendial.backbones import anatomy_of
+from tokendial.reduce.tome import bipartite_matching
 
 METHODS: dict[str, td.ReducerConfig] = {
     "tome": td.ToMe(r=6),
@@ -413,3 +414,86 @@ def test_the_cost_of_a_call_counts_what_is_around_the_towers():
     assert calls[0] - calls[6] == towers[0] - towers[6]
     assert dial.cost(6).tokens_per_layer == (59, 53, 47)
     assert dial.cost(0).tokens_per_layer == (65, 65, 65)
+
+
+def padded_batch() -> dict[str, Tensor]:
+    """Patches of two images of 4 x 6 and 3 x 5 patches, as the processor of SigLIP 2 pads them."""
+    valid = torch.arange(24) < torch.tensor([[24], [15]])
+    patches = torch.randn(2, 24, 3 * 8 * 8) * valid.unsqueeze(-1)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": valid.int(),
+        "spatial_shapes": torch.tensor([[4, 6], [3, 5]]),
+    }
+
+
+def siglip2() -> Any:
+    """A small SigLIP 2."""
+    sizes = {key: value for key, value in VISION.items() if key != "image_size"}
+    config = transformers.Siglip2VisionConfig(**sizes, num_patches=64)
+    return perturbed(transformers.Siglip2VisionModel(config)).eval()
+
+
+def run_by_hand(vit: Any, batch: dict[str, Tensor], r: int) -> Tensor:
+    """The pooled output of SigLIP 2 under ToMe, where padding has size 0 and is masked."""
+    valid = batch["pixel_attention_mask"]
+    x = vit.embeddings(batch["pixel_values"], batch["spatial_shapes"])
+    size, place = valid.float(), torch.arange(24).expand(2, -1)
+    for layer in vit.encoder.layers:
+        own = layer.self_attn
+        normed = layer.layer_norm1(x)
+        q, k, v = (
+            part(normed).unflatten(-1, (3, 16)).transpose(1, 2)
+            for part in (own.q_proj, own.k_proj, own.v_proj)
+        )
+        logits = q @ k.transpose(-1, -2) / 4 + size.log()[:, None, None, :]
+        x = x + own.out_proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        group = bipartite_matching(k.mean(1), r).index
+        members = nn.functional.one_hot(group).float().transpose(1, 2)  # [B, groups, tokens]
+        weights = members * size.unsqueeze(1)
+        only_padding = weights.sum(-1, keepdim=True) == 0
+        weights = torch.where(only_padding, members, weights)
+        x = weights / weights.sum(-1, keepdim=True) @ x
+        size = (members @ size.unsqueeze(-1)).squeeze(-1)
+        place = group.gather(1, place)
+        x = x + layer.mlp(layer.layer_norm2(x))
+    restored = torch.stack([tokens[own] for tokens, own in zip(x, place, strict=True)])
+    return vit.head(vit.post_layernorm(restored), valid)
+
+
+@torch.no_grad()
+def test_images_of_different_sizes_share_a_batch():
+    vit, batch = siglip2(), padded_batch()
+    before = vit(**batch).pooler_output
+    with td.attach(vit, td.ToMe(r=4)) as dial:
+        found = vit(**batch).pooler_output
+        dial.set_degree(0)
+        assert torch.equal(vit(**batch).pooler_output, before)
+    torch.testing.assert_close(found, run_by_hand(vit, batch, 4), atol=1e-5, rtol=0)
+    assert (found - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_padding_of_timm_merges_without_a_trace():
+    vit = timm.create_model(
+        "naflexvit_base_patch16_gap", depth=2, embed_dim=48, num_heads=3, num_classes=5
+    )
+    vit = perturbed(vit).eval()
+    valid = torch.arange(24) < torch.tensor([[24], [15]])
+    coord = torch.stack([torch.arange(24) // 6, torch.arange(24) % 6], dim=-1).expand(2, -1, -1)
+    # The padding of the second image is nine times the same patch, which merges first.
+    coord = torch.where(valid.unsqueeze(-1), coord, 0)
+    patches = torch.randn(2, 24, 768) * valid.unsqueeze(-1)
+    batch = {"patches": patches, "patch_coord": coord, "patch_valid": valid}
+    before = vit(batch)
+    with td.attach(vit, td.ToMe(r=1)):
+        found = vit(batch)
+    assert (found[0] - before[0]).abs().max() > 1e-3
+    torch.testing.assert_close(found[1], before[1], atol=1e-5, rtol=0)
+
+
+def test_other_methods_refuse_padding():
+    vit = siglip2()
+    td.attach(vit, td.FFNMerge(r=2))
+    with pytest.raises(ValueError, match="padding need reduce=td.ToMe.* got FFNMerge"):
+        vit(**padded_batch())

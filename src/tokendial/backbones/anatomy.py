@@ -5,12 +5,33 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInputs:
+    """What a block is called with besides the tokens."""
+
+    rope: Tensor | None = None
+    """The rotary table for `Tokens.rope`; None: the model has none."""
+    valid: Tensor | None = None
+    """[B, P] False for tokens that only pad a batch of images of different sizes; None: there are
+    none."""
+
+    @classmethod
+    def of_padding_mask(cls, mask_B1PP: Tensor | None) -> "BlockInputs":
+        """Read a mask that hides padding as keys: boolean, or added to the attention logits."""
+        if mask_B1PP is None:
+            return cls()
+        shown = mask_B1PP if mask_B1PP.dtype == torch.bool else mask_B1PP == 0
+        return cls(valid=shown[:, 0].any(dim=1))
 
 
 class Anatomy(ABC):
@@ -105,8 +126,8 @@ class Anatomy(ABC):
         """How many of the prefix tokens stand behind the patches in the model's own order."""
         return 0
 
-    def rope_in_call(self, *arguments: Any, **named: Any) -> Tensor | None:
-        """The rotary table for `Tokens.rope`, from what the model's own loop passes to a block.
+    def read_call(self, *arguments: Any, **named: Any) -> "BlockInputs":
+        """What the model's own loop passes to a block besides the tokens.
 
         Args:
             *arguments: Positional arguments of the block after the tokens.
@@ -121,7 +142,7 @@ class Anatomy(ABC):
                 "the blocks get an attention mask, with which tokens cannot be reduced: set the "
                 "degree to 0 for masked inputs."
             )
-        return None
+        return BlockInputs()
 
     def enter_block(self, layer: int, tokens: Tokens) -> Tokens:
         """What the model does to the tokens before block `layer`, outside of its blocks.

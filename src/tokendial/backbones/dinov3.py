@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokendial.backbones.anatomy import BlockInputs
 from tokendial.backbones.huggingface import HuggingFaceViT
 from tokendial.backbones.rotary import rotate_patches
 from tokendial.tokens import Tokens
@@ -22,14 +23,16 @@ class HuggingFaceDINOv3(HuggingFaceViT):
         tokens.rope = rotary_table(cosines, sines)
         return tokens
 
-    def rope_in_call(
+    def read_call(
         self,
         *arguments: Any,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **named: Any,
-    ) -> Tensor | None:
-        super().rope_in_call(*arguments, **named)
-        return None if position_embeddings is None else rotary_table(*position_embeddings)
+    ) -> BlockInputs:
+        super().read_call(*arguments, **named)
+        if position_embeddings is None:
+            return BlockInputs()
+        return BlockInputs(rotary_table(*position_embeddings))
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(layer, x_BND, tokens)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.naflexvit import batch_patchify
 from torch import Tensor
 
-from tokendial.backbones.anatomy import split_heads
+from tokendial.backbones.anatomy import BlockInputs, split_heads
 from tokendial.backbones.huggingface import HuggingFaceViT
 from tokendial.tokens import Tokens
 
@@ -34,6 +34,12 @@ class HuggingFaceSiglip2(HuggingFaceSiglip):
     It cuts the images into patches as the image processor does. All patches are valid, so nothing
     is masked. Batches of patches with masks are not supported.
     """
+
+    def read_call(
+        self, attention_mask: Tensor | None = None, *arguments: Any, **named: Any
+    ) -> BlockInputs:
+        super().read_call(*arguments, **named)
+        return BlockInputs.of_padding_mask(attention_mask)
 
     @property
     def image_size(self) -> tuple[int, int]:

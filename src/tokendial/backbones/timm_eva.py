@@ -10,7 +10,7 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor
 
-from tokendial.backbones.anatomy import split_heads
+from tokendial.backbones.anatomy import BlockInputs, split_heads
 from tokendial.backbones.rotary import rotate_patches
 from tokendial.backbones.timm_vit import TimmAnatomy
 from tokendial.tokens import Tokens
@@ -31,11 +31,11 @@ class TimmEva(TimmAnatomy):
         x, rope = vit._pos_embed(vit.patch_embed(images_B3HW))
         return Tokens(vit.norm_pre(x), vit.num_prefix_tokens, grid, rope=rope)
 
-    def rope_in_call(self, *arguments: Any, rope: Tensor | None = None, **named: Any) -> Any:
-        super().rope_in_call(*arguments, **named)
+    def read_call(self, *arguments: Any, rope: Tensor | None = None, **named: Any) -> BlockInputs:
+        super().read_call(*arguments, **named)
         if rope is not None and self.vit.rope_mixed:  # each block has, and gets, its own table
-            return rope.expand(len(self.blocks), *rope.shape)
-        return rope
+            rope = rope.expand(len(self.blocks), *rope.shape)
+        return BlockInputs(rope)
 
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         block = self.block(layer)

@@ -2,6 +2,7 @@
 
 # Shape legend: B batch, H heads, N tokens, C head_dim, D embed_dim.
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from tokendial.backbones.anatomy import BlockInputs
 from tokendial.backbones.timm_eva import TimmEva
 from tokendial.backbones.timm_vit import TimmAnatomy, TimmViT
 from tokendial.shape import ViTShape
@@ -90,8 +92,11 @@ class TimmNaFlex(TimmAnatomy):
         view._blocks = self._blocks.with_block(block)
         return view
 
-    def rope_in_call(self, *arguments: Any, **named: Any) -> Tensor | None:
-        return self._blocks.rope_in_call(*arguments, **named)
+    def read_call(
+        self, *arguments: Any, attn_mask: Tensor | None = None, **named: Any
+    ) -> BlockInputs:
+        rope = self._blocks.read_call(*arguments, **named).rope
+        return replace(BlockInputs.of_padding_mask(attn_mask), rope=rope)
 
     def attention_input(self, layer: int, x_BND: Tensor) -> Tensor:
         return self._blocks.attention_input(layer, x_BND)

@@ -18,11 +18,15 @@ from tokendial.backbones import Anatomy
 from tokendial.model.blocks import BlockRunner
 from tokendial.model.tower_dial import DialedPart, TowerDial
 from tokendial.reduce.base import ReducerConfig
+from tokendial.reduce.tome import ToMeReducer
 from tokendial.tokens import Tokens
 
 _INPUTS = ("hidden_states", "x", "q_x", "input")
 """Names of a block's first argument, in the libraries whose blocks can run on reduced tokens."""
 _NO_ADAPTER = Adapter()
+_PADDING_SIZE = 1e-30
+"""Size of tokens that only pad a batch. Its logarithm, -69, hides them in any precision, and a mean
+of several of them is not divided by zero."""
 
 
 class BlocksDial(TowerDial):
@@ -48,16 +52,17 @@ class BlocksDial(TowerDial):
         """
         x, args, kwargs = _split_call(args, kwargs)
         layer, anatomy, passage = part.tower_layer, self.anatomy, self.passage
+        inputs = anatomy.read_call(*args, **kwargs)
         if layer == 1:
             _check_call(part, self.vit, kwargs)
-            tokens = self._entering(x)
+            tokens = self._entering(x, inputs.valid)
         elif passage.layer == layer - 1 and passage.tokens is not None:
             tokens = passage.tokens
             if x is not passage.shown:  # changed between the blocks, or moved to another device
                 tokens = tokens.with_restored(self._patches_last(x))
         else:
             return NotImplemented
-        tokens = replace(tokens, rope=anatomy.rope_in_call(*args, **kwargs))
+        tokens = replace(tokens, rope=inputs.rope)
         if getattr(part, "_is_replica", False):  # of torch.nn.DataParallel
             anatomy = anatomy.with_block(part)
         runner = BlockRunner(anatomy, self.reducer, self.degree, _NO_ADAPTER, PYTORCH_KERNEL)
@@ -71,12 +76,23 @@ class BlocksDial(TowerDial):
             passage.layer, passage.tokens, passage.shown = layer, tokens, shown
         return shown
 
-    def _entering(self, x_BPD: Tensor) -> Tokens:
+    def _entering(self, x_BPD: Tensor, valid_BP: Tensor | None) -> Tokens:
         """Tokens that enter the first block."""
         prefix = self.shape.num_prefix_tokens
         # No method without weights reads rows and columns, and blocks do not know them.
         grid = (1, x_BPD.shape[1] - prefix)
-        return Tokens(self._patches_last(x_BPD), prefix, grid).with_tracking(follow_fused=False)
+        tokens = Tokens(self._patches_last(x_BPD), prefix, grid).with_tracking(follow_fused=False)
+        if valid_BP is None:
+            return tokens
+        if not isinstance(self.reducer, ToMeReducer) or not self.reducer.proportional_attention:
+            raise ValueError(
+                "batches with padding need reduce=td.ToMe(...) with proportional attention, got "
+                f"{type(self.reducer).__name__.removesuffix('Reducer')}: set the degree to 0 for "
+                "them."
+            )
+        # Padding stands for almost no patch: attention does not see it, and it changes no token
+        # that absorbs it.
+        return replace(tokens, size=torch.where(valid_BP, 1.0, _PADDING_SIZE))
 
     def _patches_last(self, x_BPD: Tensor) -> Tensor:
         """Move tokens that stand behind the patches before them. Attention ignores the order."""

@@ -64,7 +64,8 @@ class TowerDial(ABC):
 
     def cost(self) -> Cost:
         """Cost of one image of the configured size at the present degree."""
-        self.counts = counts = []
+        counts: list[int] = []
+        self.counts = counts
         try:
             macs = count_macs(self.vit, self._run_on_meta)
         finally:
