@@ -284,7 +284,7 @@ def _mae(model: Any, images: Tensor) -> tuple[Tensor, ...]:
     return (model(images, noise=noise).last_hidden_state,)
 
 
-def patches_of(images: Tensor) -> dict[str, Any]:
+def _patched(images: Tensor) -> dict[str, Any]:
     """Images cut into patches, as the image processor of SigLIP 2 gives them."""
     rows, columns = images.shape[-2] // PATCH, images.shape[-1] // PATCH
     grid = images.unflatten(3, (columns, PATCH)).unflatten(2, (rows, PATCH))
@@ -296,7 +296,7 @@ def patches_of(images: Tensor) -> dict[str, Any]:
 
 
 def _siglip2(model: Any, images: Tensor) -> tuple[Tensor, ...]:
-    found = model(input_ids=WORDS, **patches_of(images))
+    found = model(input_ids=WORDS, **_patched(images))
     return found.logits_per_image, found.image_embeds, found.text_embeds
 
 
@@ -315,7 +315,7 @@ WHOLE: dict[str, WholeModel] = {
             text_config=_SIGLIP["text_config"],
         ),
         _siglip2,
-        of_vit=lambda vit, images: _tensors(vit(**patches_of(images))),
+        of_vit=lambda vit, images: _tensors(vit(**_patched(images))),
         has_class_token=False,
     ),
     "open_clip": WholeModel(_open_clip(), _encode_image),
@@ -403,7 +403,7 @@ WHOLE: dict[str, WholeModel] = {
 
 
 COMPILED = (
-    "CLIP", "SigLIP", "open_clip", "ViT features", "DeiT features", "DINOv2 features",
+    "CLIP", "SigLIP", "SigLIP 2", "open_clip", "ViT features", "DeiT features", "DINOv2 features",
     "DINOv2 with registers", "DINOv2 feature maps", "DINOv3 features", "I-JEPA features",
     "MAE features", "ViTPose", "OWLv2", "YOLOS", "timm ViT", "timm Eva", "torchvision", "SAM",
     "ViTDet", "timm SAM",

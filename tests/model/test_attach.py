@@ -11,7 +11,7 @@ import torch
 import transformers
 from examples import perturbed, tiny_vit
 from torch import Tensor, nn
-from whole_models import COMPILED, SIDE, VISION, WHOLE, patches_of, whole_model
+from whole_models import COMPILED, SIDE, VISION, WHOLE, whole_model
 
 import tokendial as td
 from tokendial.backbones import anatomy_of
@@ -154,20 +154,6 @@ def test_the_vit_compiles_as_one_graph(name):
         vit = dial.towers[0].module
         compiled = torch.compile(WHOLE[name].of_vit, backend="eager", fullgraph=True)
         assert_equal(compiled(vit, images), WHOLE[name].of_vit(vit, images), atol=1e-5)
-
-
-def test_siglip_2_compiles_without_a_padding_mask():
-    """With one, transformers hands it on while it compiles, even if nothing is padded."""
-    torch.compiler.reset()
-    model, images = whole_model("SigLIP 2")
-    inputs = patches_of(images)
-    with td.attach(model.vision_model, td.ToMe(r=6)), torch.no_grad():
-        compiled = torch.compile(model.vision_model, backend="eager", fullgraph=True)
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            compiled(**inputs)
-        inputs["pixel_attention_mask"] = None
-        found = compiled(**inputs).pooler_output
-        torch.testing.assert_close(found, model.vision_model(**inputs).pooler_output)
 
 
 def test_a_compiled_model_follows_the_dial():
@@ -373,24 +359,6 @@ def test_masked_attention_is_refused_above_degree_0():
         vit.forward_features(torch.randn(1, 3, 32, 32), attn_mask=torch.zeros(17, 17))
 
 
-def test_padded_batches_are_refused_above_degree_0():
-    """Images of several sizes in one batch, as SigLIP 2 takes them."""
-    vit = whole_model("SigLIP 2")[0].vision_model
-    mask = torch.ones(2, 64, dtype=torch.int32)
-    mask[1, 48:] = 0
-    inputs = {
-        "pixel_values": torch.randn(2, 64, 192),
-        "pixel_attention_mask": mask,
-        "spatial_shapes": torch.tensor([[8, 8], [6, 8]]),
-    }
-    before = vit(**inputs).pooler_output
-    dial = td.attach(vit, td.ToMe(r=6))
-    with pytest.raises(ValueError, match="attention mask"):
-        vit(**inputs)
-    dial.set_degree(0)
-    assert torch.equal(vit(**inputs).pooler_output, before)
-
-
 def test_a_block_by_itself_runs_as_before():
     vit = timm.create_model("vit_tiny_patch16_224", depth=3, img_size=32).eval()
     x = torch.randn(1, 5, 192)
@@ -463,6 +431,7 @@ def run_by_hand(vit: Any, batch: dict[str, Tensor], r: int) -> Tensor:
 
 @torch.no_grad()
 def test_images_of_different_sizes_share_a_batch():
+    torch.manual_seed(0)  # padding is alike, and with some weights rounding decides which merges
     vit, batch = siglip2(), padded_batch()
     before = vit(**batch).pooler_output
     with td.attach(vit, td.ToMe(r=4)) as dial:
