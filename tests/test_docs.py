@@ -5,8 +5,8 @@ is compared with what is printed: it has to begin with it. What the tests put in
 reader has:
 
 - Pretrained weights cannot be downloaded here: `timm.create_model(..., pretrained=True)` gives the
-  same architecture with random weights. Names, arguments, shapes and costs are tested all the same;
-  accuracies are not.
+  same architecture with random weights, and `transformers.pipeline` a depth model of the same size.
+  Names, arguments, shapes and costs are tested all the same; accuracies are not.
 - `td.fit` by time measures for minutes: its arguments are checked, and a tiny model is fitted by
   counted costs instead. A sweep trains a tiny model for one epoch.
 - Pages of methods ask for costs only: their models lie on the meta device.
@@ -34,9 +34,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 import typer
 import yaml
 from markdown_pages import PAGES, ROOT, Block, anchors_of, blocks_of, links_of
+from whole_models import depth_anything_small
 
 import tokendial as td
 import tokendial.sweeps
@@ -89,6 +91,15 @@ def without_downloads(create_model: Any) -> Any:
         return copy.deepcopy(made[key])
 
     return create
+
+
+def offline_pipeline(task: str, model: str) -> Any:
+    """`transformers.pipeline` for the one model that pages name, with random weights."""
+    assert (task, model) == ("depth-estimation", "depth-anything/Depth-Anything-V2-Small-hf")
+    processor = transformers.DPTImageProcessor(size={"height": 518, "width": 518})
+    return transformers.DepthEstimationPipeline(
+        model=depth_anything_small().eval(), image_processor=processor, device="cpu"
+    )
 
 
 def quick_fit(fit: Any) -> Any:
@@ -158,6 +169,9 @@ def create_model() -> Any:
 def test_the_python_of_a_page_runs(page, create_model, run, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", create_model)
+    # When `pipeline` is first used, transformers puts another module into its own place.
+    assert callable(transformers.pipeline)
+    monkeypatch.setattr(sys.modules["transformers"], "pipeline", offline_pipeline)
     monkeypatch.setattr(td, "fit", quick_fit(td.fit))
     monkeypatch.setattr(tokendial.sweeps, "sweep", quick_sweep(tokendial.sweeps.sweep))
     Path("runs").mkdir()

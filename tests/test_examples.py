@@ -14,6 +14,12 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PRINTED = {
     "add_a_method.py": r"degree 1: tokens per layer \(65, .*\nfeature map.*\nloaded: EveryNth",
+    "attach_to_a_depth_model.py": r"ViT is 78% of .*\n     0     1\.00x  1\.00x.*\n    24     1\.",
+    "attach_to_a_language_model.py": r"encoder is 12% of .*degree 8: 95% .*prompt kept: True",
+    "attach_to_a_pipeline.py": r"\n     0   1\.26        100%  1\.00x\n.*as before: True",
+    "attach_to_feature_maps.py": r"     0   2\.24  16 x 20 .*\n    20   1\.3\d  16 x 20",
+    "attach_to_open_clip.py": r"     0   1\.26   1\.000 .*\n    13   0\.74",
+    "attach_to_sam.py": r"reduce must be FFNMerge for Sam.*\n   512   4\.16",
     "compensator.py": r"degree  plain  compensated\n     0 ",
     "dense_masks.py": r"degree 5: \d+% of the tokens in FFNs, IoU",
     "fine_tune_on_a_folder.py": r"epoch 3: accuracy.*\ndegree 0: .*1\.00x",

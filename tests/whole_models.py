@@ -118,6 +118,27 @@ def _depth_anything() -> nn.Module:
     return _visible(transformers.DepthAnythingForDepthEstimation(config))
 
 
+def depth_anything_small() -> nn.Module:
+    """Depth-Anything-V2-Small in its own size, with random weights."""
+    backbone = transformers.Dinov2Config(
+        hidden_size=384,
+        num_attention_heads=6,
+        image_size=518,
+        patch_size=14,
+        out_indices=[3, 6, 9, 12],
+        reshape_hidden_states=False,
+    )
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone,
+        patch_size=14,
+        reassemble_hidden_size=384,
+        neck_hidden_sizes=[48, 96, 192, 384],
+        fusion_hidden_size=64,
+        head_hidden_size=32,
+    )
+    return transformers.DepthAnythingForDepthEstimation(config)
+
+
 def _dpt() -> nn.Module:
     config = transformers.DPTConfig(
         backbone_config=_dinov2(reshape_hidden_states=False, apply_layernorm=True),
@@ -263,6 +284,22 @@ def _mae(model: Any, images: Tensor) -> tuple[Tensor, ...]:
     return (model(images, noise=noise).last_hidden_state,)
 
 
+def _patched(images: Tensor) -> dict[str, Any]:
+    """Images cut into patches, as the image processor of SigLIP 2 gives them."""
+    rows, columns = images.shape[-2] // PATCH, images.shape[-1] // PATCH
+    grid = images.unflatten(3, (columns, PATCH)).unflatten(2, (rows, PATCH))
+    return {
+        "pixel_values": grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),
+        "pixel_attention_mask": torch.ones(len(images), rows * columns, dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[rows, columns]] * len(images)),
+    }
+
+
+def _siglip2(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+    found = model(input_ids=WORDS, **_patched(images))
+    return found.logits_per_image, found.image_embeds, found.text_embeds
+
+
 _CLIP = _outputs("logits_per_image", "image_embeds", "text_embeds", input_ids=WORDS)
 _SIGLIP = {"vision_config": VISION, "text_config": TEXT | {"projection_size": 48}}
 WHOLE: dict[str, WholeModel] = {
@@ -270,6 +307,17 @@ WHOLE: dict[str, WholeModel] = {
         _of_config("CLIPModel", vision_config=VISION, text_config=TEXT, projection_dim=24), _CLIP
     ),
     "SigLIP": WholeModel(_of_config("SiglipModel", **_SIGLIP), _CLIP, has_class_token=False),
+    "SigLIP 2": WholeModel(
+        _of_config(
+            "Siglip2Model",
+            vision_config={name: value for name, value in VISION.items() if name != "image_size"}
+            | {"num_patches": (SIDE // PATCH) ** 2},
+            text_config=_SIGLIP["text_config"],
+        ),
+        _siglip2,
+        of_vit=lambda vit, images: _tensors(vit(**_patched(images))),
+        has_class_token=False,
+    ),
     "open_clip": WholeModel(_open_clip(), _encode_image),
     "open_clip with a timm tower": WholeModel(
         _open_clip(
@@ -352,6 +400,25 @@ WHOLE: dict[str, WholeModel] = {
         windowed=True,
     ),
 }  # fmt: skip
+
+
+COMPILED = (
+    "CLIP", "SigLIP", "SigLIP 2", "open_clip", "ViT features", "DeiT features", "DINOv2 features",
+    "DINOv2 with registers", "DINOv2 feature maps", "DINOv3 features", "I-JEPA features",
+    "MAE features", "ViTPose", "OWLv2", "YOLOS", "timm ViT", "timm Eva", "torchvision", "SAM",
+    "ViTDet", "timm SAM",
+)  # fmt: skip
+"""Models whose ViT the tests compile: one for each kind of block."""
+PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "CLIP": ("zero-shot-image-classification", {"candidate_labels": ["cat", "dog"]}),
+    "SigLIP": ("zero-shot-image-classification", {"candidate_labels": ["cat", "dog"]}),
+    "DINOv2 classifier": ("image-classification", {}),
+    "DINOv2 features": ("image-feature-extraction", {}),
+    "DINOv3 features": ("image-feature-extraction", {}),
+    "Depth Anything": ("depth-estimation", {}),
+    "YOLOS": ("object-detection", {"threshold": 0.0}),
+}
+"""Models that the tests call through a pipeline of transformers: its task, and arguments."""
 
 
 def whole_model(name: str) -> tuple[nn.Module, Tensor]:

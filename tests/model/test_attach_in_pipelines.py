@@ -8,7 +8,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import CLIPModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from whole_models import SIDE, whole_model
+from whole_models import PIPELINES, SIDE, whole_model
 
 import tokendial as td
 
@@ -49,19 +49,9 @@ def processor(name: str) -> transformers.BaseImageProcessor:
     return transformers.ViTImageProcessor(size=size)
 
 
-@pytest.mark.parametrize(
-    ("name", "task", "arguments"),
-    [
-        ("CLIP", "zero-shot-image-classification", {"candidate_labels": ["cat", "dog"]}),
-        ("SigLIP", "zero-shot-image-classification", {"candidate_labels": ["cat", "dog"]}),
-        ("DINOv2 classifier", "image-classification", {}),
-        ("DINOv2 features", "image-feature-extraction", {}),
-        ("DINOv3 features", "image-feature-extraction", {}),
-        ("Depth Anything", "depth-estimation", {}),
-        ("YOLOS", "object-detection", {"threshold": 0.0}),
-    ],
-)
-def test_a_pipeline_runs_the_dial(name, task, arguments):
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_runs_the_dial(name):
+    task, arguments = PIPELINES[name]
     model, _ = whole_model(name)
     texts = {"tokenizer": tokenizer()} if "zero-shot" in task else {}
     pipe = transformers.pipeline(
