@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class Anatomy(ABC):
     It owns no weights. It calls the modules of `vit`, so layers that PEFT puts into them take
     effect. Layers are counted from 1.
     """
+
+    acts_between_blocks: ClassVar[bool] = False
+    """Whether the model changes the tokens between its blocks, see `enter_block`."""
 
     def __init__(self, vit: nn.Module) -> None:
         self.vit: Any = vit
@@ -147,7 +150,7 @@ class Anatomy(ABC):
     def enter_block(self, layer: int, tokens: Tokens) -> Tokens:
         """What the model does to the tokens before block `layer`, outside of its blocks.
 
-        Most models do nothing; YOLOS adds positions again.
+        It is called if `acts_between_blocks`. YOLOS adds positions again.
         """
         return tokens
 

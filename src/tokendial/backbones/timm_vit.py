@@ -49,6 +49,10 @@ class TimmAnatomy(Anatomy):
     def blocks(self) -> Sequence[nn.Module]:
         return self.vit.blocks  # type: ignore[no-any-return]
 
+    def block(self, layer: int) -> Any:
+        # Each part of a block asks for it, so it is found without a call of `blocks`.
+        return self.vit.blocks[layer - 1] if self._replica is None else self._replica
+
     @property
     def shape(self) -> ViTShape:
         return ViTShape(

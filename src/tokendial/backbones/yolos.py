@@ -21,6 +21,8 @@ class HuggingFaceYolos(HuggingFaceViT):
     those of its own patch, as with rotary positions.
     """
 
+    acts_between_blocks = True
+
     @property
     def num_suffix_tokens(self) -> int:
         return self.num_prefix_tokens - 1

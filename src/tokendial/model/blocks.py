@@ -61,8 +61,10 @@ class BlockRunner:
                 only. For the last block, if the head reads prefix tokens only.
         """
         reducer, adapter, degree = self.reducer, self.adapter, self.degree
-        # 1. A reduction before the block (DynamicViT), and tokens of the adapter (prompts).
-        tokens = self.anatomy.enter_block(layer, tokens)
+        # 1. What the model does between its blocks (YOLOS), a reduction before the block
+        # (DynamicViT), and tokens of the adapter (prompts).
+        if self.anatomy.acts_between_blocks:
+            tokens = self.anatomy.enter_block(layer, tokens)
         if reducer is not None:
             tokens = reducer.before_block(layer, degree, tokens)
         tokens = adapter.before_block(layer, tokens)
