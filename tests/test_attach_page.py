@@ -10,7 +10,7 @@ from torch import nn
 from whole_models import COMPILED, PIPELINES, WHOLE, depth_anything_small, whole_model
 
 import tokendial as td
-from tokendial.measure.cost import count_macs_of_call
+from tokendial.measure.cost import count_macs_in_parts
 from tokendial.model.tower_dial import DialedPart
 
 PAGE = (ROOT / "docs" / "attach.md").read_text()
@@ -92,7 +92,7 @@ def prompt(model: Any, num_patches: int) -> tuple[int, int]:
         found = language(inputs_embeds=hidden, attention_mask=mask, use_cache=False)
         model.lm_head(found.last_hidden_state[:, -1:])
 
-    return td.attach(model, td.ToMe(r=8)).cost(0).macs, count_macs_of_call(call)
+    return td.attach(model, td.ToMe(r=8)).cost(0).macs, count_macs_in_parts(call, ())[0]
 
 
 def llava() -> tuple[int, int]:

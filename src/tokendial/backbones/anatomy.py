@@ -204,6 +204,12 @@ class Anatomy(ABC):
         """
 
 
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width from what a configuration gives: both, or one number for a square."""
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height, width
+
+
 def bare(layer: Any) -> nn.Linear:
     """The linear layer inside of a layer that PEFT may have put around it."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, split_heads
+from tokendial.backbones.anatomy import Anatomy, bare, mean_by_size, pair, split_heads
 from tokendial.backbones.huggingface_names import CLASSES, Names, Pooling
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
@@ -88,12 +88,12 @@ class HuggingFaceViT(Anatomy):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        return _pair(self.config.image_size)
+        return pair(self.config.image_size)
 
     @property
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch."""
-        return _pair(self.config.patch_size)
+        return pair(self.config.patch_size)
 
     @property
     def in_chans(self) -> int:
@@ -225,8 +225,3 @@ class HuggingFaceViT(Anatomy):
 
 def _trunk(vit: Any, names: Names) -> Any:
     return vit if names.trunk is None else getattr(vit, names.trunk, vit)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return height, width

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy, mean_by_size, split_heads
@@ -17,10 +18,6 @@ from tokendial.backbones.in_projection import InProjection
 from tokendial.backbones.positions import resize_positions
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of the images that CLIP was trained on."""
 
 
 class OpenClipViT(Anatomy):
@@ -94,8 +91,8 @@ class OpenClipViT(Anatomy):
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         # open_clip's factory stores them in the tower.
-        mean = getattr(self.vit, "image_mean", None) or CLIP_MEAN
-        std = getattr(self.vit, "image_std", None) or CLIP_STD
+        mean = getattr(self.vit, "image_mean", None) or OPENAI_CLIP_MEAN
+        std = getattr(self.vit, "image_std", None) or OPENAI_CLIP_STD
         return tuple(mean), tuple(std)
 
     def embed(self, images_B3HW: Tensor) -> Tokens:

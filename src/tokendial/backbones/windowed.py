@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tokendial.backbones.anatomy import pair
 from tokendial.shape import ViTShape
 
 WINDOWED: dict[str, tuple[str, str]] = {
@@ -42,7 +43,7 @@ class WindowedEncoder:
             patch, size = vit.patch_embed.patch_size, vit.patch_embed.img_size
             channels, width = vit.patch_embed.proj.in_channels, vit.embed_dim
         else:
-            patch, size = _pair(vit.config.patch_size), _pair(vit.config.image_size)
+            patch, size = pair(vit.config.patch_size), pair(vit.config.image_size)
             channels, width = vit.config.num_channels, vit.config.hidden_size
         return cls(
             vit=vit,
@@ -56,8 +57,3 @@ class WindowedEncoder:
             ),
             input_shape=(channels, *size),
         )
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return height, width

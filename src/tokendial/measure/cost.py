@@ -65,19 +65,10 @@ def count_macs(module: nn.Module, run: Callable[[nn.Module], Any], *, products: 
     return sum(count_macs_by_part(module, run_as_one_part, products=products))
 
 
-def count_macs_of_call(call: Callable[[], Any]) -> int:
-    """Count the multiply-accumulates of a call on real tensors, by the rule of `count_macs`.
-
-    For models that look at values, and so cannot run on the meta device.
-    """
-    counter = _FlopCounter()
-    with torch.no_grad(), counter:
-        call()
-    return sum(counter.flops.values()) // 2
-
-
 def count_macs_in_parts(call: Callable[[], Any], parts: Iterable[nn.Module]) -> tuple[int, int]:
     """Count the multiply-accumulates of a call on real tensors, and those in some modules of it.
+
+    For models that look at values, and so cannot run on the meta device.
 
     Args:
         call: Calls a model.

@@ -10,7 +10,7 @@ from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.kinds import SUPPORTED
 from tokendial.backbones.towers import find_towers
 from tokendial.backbones.windowed import WINDOWED, WindowedEncoder
-from tokendial.measure.cost import Cost, count_macs_of_call
+from tokendial.measure.cost import Cost, count_macs_in_parts
 from tokendial.model.arguments import check_method
 from tokendial.model.dial import check_degree
 from tokendial.model.dialed_blocks import BlocksDial
@@ -168,7 +168,7 @@ class AttachedDial:
         if degree is not None:
             self.set_degree(degree)
         try:
-            return count_macs_of_call(lambda: self.model(*inputs, **named))
+            return count_macs_in_parts(lambda: self.model(*inputs, **named), ())[0]
         finally:
             for tower, own in zip(self.towers, before, strict=True):
                 tower.set_degree(own)

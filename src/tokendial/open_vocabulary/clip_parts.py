@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
-
-from tokendial.backbones.open_clip import CLIP_MEAN, CLIP_STD
 
 Tokenizer = Callable[..., Any]
 """Turns a list of prompts into what the text tower reads: a tensor of open_clip's tokenizers, or a
@@ -63,7 +62,7 @@ class OpenClipParts(ClipParts):
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         visual = self.clip.visual
         mean, std = (getattr(visual, name, None) for name in ("image_mean", "image_std"))
-        return tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD)
+        return tuple(mean or OPENAI_CLIP_MEAN), tuple(std or OPENAI_CLIP_STD)
 
     def default_tokenizer(self) -> Tokenizer:
         text = getattr(self.clip, "text", self.clip)
@@ -97,7 +96,7 @@ class HuggingFaceClipParts(ClipParts):
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return CLIP_MEAN, CLIP_STD
+        return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     def default_tokenizer(self) -> Tokenizer:
         source = self.clip.config.name_or_path
