@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tokendial as td
-from benchmarks.evidence_real.common import SEEDS, Options, cached, train
+from benchmarks.evidence_real.common import Options, cached, train
 from tokendial.measure import Resampling
 from tokendial.methods import to_json
 from tokendial.runs import Run
@@ -21,13 +21,13 @@ RESAMPLES = 1000
 DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6)}
 """Dials of six degrees: at degree r, each of the twelve blocks removes r of 64 patches, as long as
 twice as many are left."""
-EPOCHS = {("elpv", 112): 4, ("elpv", 224): 8, ("stamps", 112): 4}
-"""Epochs by data set and image size."""
+EPOCHS = 4
+"""Epochs of models that run along a dial: there are many of them."""
 RECIPES = {"dense_adapter": "sparse_tuning"}
 """Recipe of a method that has none of its own: Sparse-Tuning without its reduction."""
 HOLDOUT = 0.15
-"""Fraction of ELPV's training cells that models of 112 pixels are not trained on: scales of
-compensators are searched on them."""
+"""Fraction of ELPV's training cells that these models are not trained on: scales of compensators
+are searched on them."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,16 @@ class Classifier:
     """Degree in training, if there is a dial."""
     img_size: int = 112
     """Side of the images in pixels."""
+    by_recipe: bool = False
+    """Whether it has the epochs of its recipe and all training images, instead of `EPOCHS` and all
+    but `HOLDOUT`."""
 
     @property
     def name(self) -> str:
         """Name of the run."""
         dial = f"{self.dial}{self.degree}" if self.dial else "plain"
-        return f"{self.data}-{self.method}-{dial}-{self.img_size}-{self.seed}"
+        recipe = "-recipe" if self.by_recipe else ""
+        return f"{self.data}-{self.method}-{dial}-{self.img_size}-{self.seed}{recipe}"
 
     def train(self, options: Options) -> Path:
         """Train the classifier, unless that is done. Returns the folder of its run."""
@@ -59,11 +63,11 @@ class Classifier:
             "seed": self.seed,
             "model.weights": str(options.weights.resolve()),
             "model.img_size": self.img_size,
-            "data": data_settings(self.data, options, HOLDOUT if self.img_size == 112 else 0.0),
+            "data": data_settings(self.data, options, 0.0 if self.by_recipe else HOLDOUT),
             "train.evaluate": "last",
         }
-        if self.method != "linear":  # its recipe has more epochs, which cost little
-            settings["train.epochs"] = EPOCHS[self.data, self.img_size]
+        if not self.by_recipe:
+            settings["train.epochs"] = EPOCHS
         if self.method in RECIPES:
             settings["reduce"] = None
         if self.dial:
@@ -134,15 +138,13 @@ def _predict(
 
 
 @functools.cache
-def resampling(data: str, options: Options) -> Resampling:
+def resampling(data: str, images: int, seeds: int, options: Options) -> Resampling:
     """Draws of a data set's test images (of stamps: of its objects) and of seeds."""
     if data == "elpv":
-        one = Classifier(data, "adaptformer", SEEDS[0])
-        _, labels = predict(one, Setting(), options)
-        return Resampling(len(labels), len(SEEDS), resamples=RESAMPLES)
+        return Resampling(images, seeds, resamples=RESAMPLES)
     pictures: Any = check_method("data", data_settings(data, options)).build(0).val
-    names = [pictures.pictures.compose(index).name for index in range(len(pictures))]
-    return Resampling(len(names), len(SEEDS), groups=names, resamples=RESAMPLES)
+    names = [pictures.pictures.compose(index).name for index in range(images)]
+    return Resampling(images, seeds, groups=names, resamples=RESAMPLES)
 
 
 def _model(folder: Path, dial: str | None) -> td.DialViT:

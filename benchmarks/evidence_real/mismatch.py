@@ -97,7 +97,7 @@ def replicates(
         for seed in SEEDS
     ]
     logits, labels = [logits for logits, _ in found], found[0][1]
-    draws = resampling(data, options)
+    draws = resampling(data, len(labels), len(SEEDS), options)
     return {
         name: resampled_scores(draws, metric, logits, labels) for name, metric in METRICS.items()
     }

@@ -15,7 +15,7 @@ from benchmarks.evidence_real.classifiers import (
     predict,
     resampling,
 )
-from benchmarks.evidence_real.common import SEEDS, Options, cached, in_processes, in_threads
+from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import (
     accuracy,
@@ -30,6 +30,7 @@ from tokendial.runs import Run
 from tokendial.train.attention import choose_attention
 from tokendial.train.objective import Objective
 
+SEEDS = (0, 1, 2)
 METHODS = ("linear", "lora", "adaptformer", "sparse_tuning", "full")
 AT_224 = ("sparse_tuning",)
 """Methods that are also trained at 224 pixels."""
@@ -51,11 +52,17 @@ HEADER = (
 
 def trainings() -> list[Classifier]:
     """The classifiers of the table."""
-    small = [Classifier("elpv", method, seed) for seed, method in itertools.product(SEEDS, METHODS)]
-    return small + [
-        Classifier("elpv", method, seed, img_size=224)
-        for seed, method in itertools.product(SEEDS, AT_224)
+    sides = [(112, METHODS), (224, AT_224)]
+    return [
+        trained(method, seed, side)
+        for seed, (side, methods) in itertools.product(SEEDS, sides)
+        for method in methods
     ]
+
+
+def trained(method: str, seed: int, side: int) -> Classifier:
+    """The classifier that a recipe of real/elpv trains."""
+    return Classifier("elpv", method, seed, img_size=side, by_recipe=True)
 
 
 def main(options: Options) -> None:
@@ -80,14 +87,11 @@ def row(method: str, side: int, speeds: dict[str, float], options: Options) -> d
     """A row of the table."""
 
     def outputs(name: str) -> tuple[list[Any], Any]:
-        found = [
-            predict(Classifier("elpv", name, seed, img_size=side), Setting(), options)
-            for seed in SEEDS
-        ]
+        found = [predict(trained(name, seed, side), Setting(), options) for seed in SEEDS]
         return [logits for logits, _ in found], found[0][1]
 
     logits, labels = outputs(method)
-    draws = resampling("elpv", options)
+    draws = resampling("elpv", len(labels), len(SEEDS), options)
     scores = [
         interval(resampled_scores(draws, metric, logits, labels))
         for metric in (accuracy, balanced_accuracy, auroc)
@@ -141,8 +145,7 @@ def speed(methods: Sequence[str], side: int, options: Options) -> dict[str, dict
     """Time and memory of a training step and images/s afterwards; the methods take turns."""
     torch.set_num_threads(1)
     models = [
-        Measured(options.out / "runs" / Classifier("elpv", method, 0, img_size=side).name)
-        for method in methods
+        Measured(options.out / "runs" / trained(method, SEEDS[0], side).name) for method in methods
     ]
     for model in models:  # the first update creates the state of the optimizer
         model.train()

@@ -198,5 +198,5 @@ def scores(
         for found, (one, setting) in zip(outputs, settings, strict=True):
             logits, labels = predict(one, setting, options)
             found.append(logits)
-    draws = resampling(data, options)
+    draws = resampling(data, len(labels), len(SEEDS), options)
     return [resampled_scores(draws, balanced_accuracy, each, labels) for each in outputs]
