@@ -62,35 +62,39 @@ class Grouping:
         Returns:
             [B, G, D], the weighted mean or sum (`self.how`) of each group.
         """
-        return self.merge_each([x_BND], weight_BN)[0]
+        return self.merge_each([x_BND], weight_BN)[0][0]
 
     def merge_each(
         self, features: Sequence[Tensor], weight_BN: Tensor | None = None
-    ) -> list[Tensor]:
-        """Apply `merge` to several features [B, N, *] of the same tokens."""
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Apply `merge` to several features [B, N, *] of the same tokens.
+
+        Returns:
+            The merged features, and the sum of the weights in each group, [B, G], where it was
+            computed on the way.
+        """
         weight_BN = self.weight if weight_BN is None else weight_BN
         if self.how == "sum" and weight_BN is None:
-            return [self.sum(x) for x in features]
+            return [self.sum(x) for x in features], None
         if self.how == "mean" and self.src.shape[1] == 0:
-            return [take(x, self.keep) for x in features]
+            return [take(x, self.keep) for x in features], None
         if should_fuse(features[0]):
             return [
                 merge_fused(x, self.keep, self.src, self.dst, weight_BN, self.how) for x in features
-            ]
+            ], None
         if weight_BN is None:
             weight_BN = features[0].new_ones(features[0].shape[:2])
         rows = _Rows.of(self)
         # Weights become shares of the group before they meet the features: then the features,
         # which are much larger, are passed over only once.
         kept_BG, absorbed_BS = weight_BN.gather(1, self.keep), weight_BN.gather(1, self.src)
+        total_BG = None
         if self.how == "mean":
-            total_BG = rows.merge(weight_BN.unsqueeze(-1)).squeeze(-1)
+            kept_BG1, absorbed_BS1 = kept_BG.clone().unsqueeze(-1), absorbed_BS.unsqueeze(-1)
+            total_BG = rows.add_absorbed(kept_BG1, absorbed_BS1).squeeze(-1)
             kept_BG = kept_BG / total_BG
             absorbed_BS = absorbed_BS / total_BG.gather(1, self.dst)
-        merged = []
-        for x in features:
-            merged.append(rows.merge(x, kept_BG, absorbed_BS))
-        return merged
+        return [rows.merge(x, kept_BG, absorbed_BS) for x in features], total_BG
 
     def sum(self, x_BND: Tensor) -> Tensor:
         """Plain sum of each group's members, [B, G, D]."""
@@ -161,24 +165,41 @@ class _Rows:
     ) -> Tensor:
         """Kept rows plus the absorbed ones, each times its share (None: 1). [B, G, D]."""
         num_images, _, width = x_BND.shape
-        num_absorbed = self.dst.shape[1]
         rows = x_BND.flatten(0, 1)
         kept, absorbed = rows.index_select(0, self.kept), rows.index_select(0, self.absorbed)
-        if kept_share_BG is not None and absorbed_share_BS is not None:
+        if kept_share_BG is not None:
             # Gradients of the shares need the rows as they were.
             times = torch.mul if torch.is_grad_enabled() else Tensor.mul_
             kept = times(kept, kept_share_BG.to(kept.dtype).view(-1, 1))
-            absorbed = times(absorbed, absorbed_share_BS.to(kept.dtype).view(-1, 1))
-        if num_absorbed:
-            if torch.compiler.is_exporting():
-                # Other runtimes add at repeated indices slowly, wrongly, or not at all.
-                groups = torch.arange(self.num_groups, device=x_BND.device)
-                membership_BGS = groups[:, None] == self.dst[:, None, :]
-                absorbed_BSD = absorbed.view(num_images, num_absorbed, width)
-                kept_BGD = kept.view(num_images, self.num_groups, width)
-                return kept_BGD + membership_BGS.to(kept.dtype) @ absorbed_BSD
-            kept.index_add_(0, self.into, absorbed)
-        return kept.view(num_images, self.num_groups, width)
+            if absorbed_share_BS is not None and not torch.compiler.is_exporting():
+                absorbed = times(absorbed, absorbed_share_BS.to(kept.dtype).view(-1, 1))
+        return self.add_absorbed(
+            kept.view(num_images, self.num_groups, width),
+            absorbed.view(num_images, self.dst.shape[1], width),
+            absorbed_share_BS,
+        )
+
+    def add_absorbed(
+        self, kept_BGD: Tensor, absorbed_BSD: Tensor, share_BS: Tensor | None = None
+    ) -> Tensor:
+        """Add absorbed rows to the kept ones that absorb them, [B, G, D]. Overwrites `kept_BGD`.
+
+        Args:
+            kept_BGD: Rows of the kept tokens.
+            absorbed_BSD: Rows of the absorbed tokens.
+            share_BS: What the absorbed rows are multiplied by first, in an exported file only.
+        """
+        if absorbed_BSD.shape[1] == 0:
+            return kept_BGD
+        if torch.compiler.is_exporting():
+            # Other runtimes add at repeated indices slowly, wrongly, or not at all. A selection
+            # keeps the dtype of the features, where some of them compute a cast in float32.
+            groups = torch.arange(self.num_groups, device=kept_BGD.device)
+            is_member_BGS = groups[:, None] == self.dst[:, None, :]
+            share = kept_BGD.new_ones(()) if share_BS is None else share_BS[:, None].to(kept_BGD)
+            return kept_BGD + torch.where(is_member_BGS, share, 0.0) @ absorbed_BSD
+        kept_BGD.flatten(0, 1).index_add_(0, self.into, absorbed_BSD.flatten(0, 1))
+        return kept_BGD
 
 
 @dataclass(slots=True)
@@ -254,11 +275,14 @@ class Tokens:
         if self.rope is not None:
             patches = grouping.keep[:, self.prefix :] - self.prefix
             position = patches if position is None else position.gather(1, patches)
-        x, *carried = grouping.merge_each([self.x, *self.carried.values()], weight)
+        (x, *carried), total = grouping.merge_each([self.x, *self.carried.values()], weight)
+        if size is not None:
+            known = total if weight is size else None
+            size = grouping.sum(size.unsqueeze(-1)).squeeze(-1) if known is None else known
         return dataclasses.replace(
             self,
             x=x,
-            size=None if size is None else grouping.sum(size.unsqueeze(-1)).squeeze(-1),
+            size=size,
             origin=origin,
             lost=lost,
             carried=dict(zip(self.carried, carried, strict=True)),
@@ -363,7 +387,10 @@ def _shift_origin(origin_BP: Tensor | None, first: int, by: int) -> Tensor | Non
 
 def _flat_indices(index_BK: Tensor, num_tokens: int) -> Tensor:
     """Indices into each image's tokens as rows of all images laid end to end. [B * K]."""
-    first = num_tokens * torch.arange(index_BK.shape[0], device=index_BK.device)
+    num_images = index_BK.shape[0]
+    if not torch.compiler.is_exporting() and num_images == 1:  # an exported file takes any number
+        return index_BK.flatten()
+    first = torch.arange(0, num_images * num_tokens, num_tokens, device=index_BK.device)
     return (index_BK + first.unsqueeze(1)).flatten()
 
 

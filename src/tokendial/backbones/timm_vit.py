@@ -172,8 +172,8 @@ class TimmViT(TimmAnatomy):
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.block(layer).attn
-        qkv = attn.qkv(x_BND).reshape(*x_BND.shape[:2], 3, attn.num_heads, attn.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        parts = attn.qkv(x_BND).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def merge_fused(
 
 
 def find_most_similar_fused(
-    unit_BNC: Tensor, source_A: Tensor, target_E: Tensor, num_excluded: int = 0
+    unit_BNC: Tensor, source_A: Tensor, target_E: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Find the most similar target of each source, without a matrix of all similarities.
 
@@ -102,7 +102,6 @@ def find_most_similar_fused(
         unit_BNC: Normalised features of the tokens, float32.
         source_A: Indices of the tokens that may be absorbed.
         target_E: Indices of the tokens that absorb.
-        num_excluded: The first `num_excluded` targets are never matched.
 
     Returns:
         The highest cosine of each source, float32, and the position of that target in `target_E`
@@ -119,7 +118,7 @@ def find_most_similar_fused(
         most_similar_program,
         (num_images, -(-num_sources // block)),
         *(best_BA, partner_BA, unit_BNC, source_A, target_E),
-        *(num_tokens, num_sources, len(target_E), num_excluded, width),
+        *(num_tokens, num_sources, len(target_E), width),
         BLOCK_A=block,
         BLOCK_E=64,
         BLOCK_C=32,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # The numbers of tokens differ from layer to layer; one compiled kernel serves all of them.
-_COUNTS = ["num_tokens", "num_groups", "num_absorbed", "num_sources", "num_targets", "num_excluded"]
+_COUNTS = ["num_tokens", "num_groups", "num_absorbed", "num_sources", "num_targets"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)  # type: ignore[untyped-decorator]
@@ -79,7 +79,6 @@ def most_similar_program(
     num_tokens: tl.tensor,
     num_sources: tl.tensor,
     num_targets: tl.tensor,
-    num_excluded: tl.tensor,
     width: tl.tensor,
     BLOCK_A: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -117,8 +116,7 @@ def most_similar_program(
         # A cosine with a zero vector is NaN. PyTorch's maximum prefers NaN, Triton's ignores it, so
         # NaN becomes infinity here and NaN again below.
         cosine_AE = tl.where(cosine_AE == cosine_AE, cosine_AE, float("inf"))
-        is_allowed_E = is_target_E & (e_E >= num_excluded)
-        cosine_AE = tl.where(is_allowed_E[None, :], cosine_AE, float("-inf"))
+        cosine_AE = tl.where(is_target_E[None, :], cosine_AE, float("-inf"))
         block_best_A, at_A = tl.max(cosine_AE, axis=1, return_indices=True)
         better_A = block_best_A > best_A  # if equal, the first target stays
         best_A = tl.where(better_A, block_best_A, best_A)

@@ -208,23 +208,33 @@ def bipartite_matching(
     if r <= 0:
         return None
     device = metric_BNC.device
-    metric_BNC = metric_BNC.detach()
-    target = torch.arange(stride - 1, num_tokens, stride, device=device)
-    number = torch.arange(num_tokens - target.shape[0], device=device)
-    source = number + number.div(stride - 1, rounding_mode="floor")
-    targets_in_prefix = num_prefix_tokens // stride
-    sources_in_prefix = num_prefix_tokens - targets_in_prefix
-    best_BA, partner_BA = find_most_similar(metric_BNC, source, target, targets_in_prefix)
-    best_BA[:, :sources_in_prefix] = -torch.inf
+    sources_in_prefix = num_prefix_tokens - num_prefix_tokens // stride
+
+    def source_position(number: Tensor) -> Tensor:
+        """Position of each source among all tokens, from its number among the free sources."""
+        number = number + sources_in_prefix
+        return number * 2 if stride == 2 else number + number // (stride - 1)
+
+    first_target = num_prefix_tokens + (stride - 1 - num_prefix_tokens) % stride
+    target = torch.arange(first_target, num_tokens, stride, device=device)
+    num_sources = num_tokens - num_prefix_tokens - target.shape[0]
+    best_BA, partner_BA = find_most_similar(
+        metric_BNC.detach(),
+        # A slice of every second token needs no copy.
+        slice(2 * sources_in_prefix, None, 2)
+        if stride == 2
+        else source_position(torch.arange(num_sources, device=device)),
+        slice(first_target, None, stride),
+    )
     order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
     merged, left = order_BA[:, :r], order_BA[:, r:]
     if num_prefix_tokens:
-        left = left.sort(dim=-1).values[:, sources_in_prefix:]
+        left = left.sort(dim=-1).values
     prefix = torch.arange(num_prefix_tokens, device=device).expand(num_images, -1)
-    absorbing = target[targets_in_prefix:].expand(num_images, -1)
-    keep = torch.cat([prefix, source[left], absorbing], dim=1)
-    first = num_prefix_tokens + left.shape[1] - targets_in_prefix
-    return Grouping(keep, source[merged], first + partner_BA.gather(1, merged), num_tokens)
+    keep = torch.cat([prefix, source_position(left), target.expand(num_images, -1)], dim=1)
+    first = num_prefix_tokens + left.shape[1]
+    dst = first + partner_BA.gather(1, merged)
+    return Grouping(keep, source_position(merged), dst, num_tokens)
 
 
 def random_matching(
@@ -267,7 +277,7 @@ def _random_permutation(seed: tuple[int, ...], count: int) -> list[int]:
 
 
 def find_most_similar(
-    metric_BNC: Tensor, source: Tensor, target: Tensor, num_excluded: int = 0
+    metric_BNC: Tensor, source: slice | Tensor, target: slice | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Find the most similar target of each source.
 
@@ -275,12 +285,11 @@ def find_most_similar(
 
     Args:
         metric_BNC: Features whose cosine is the similarity.
-        source: Indices of the tokens that may be absorbed.
-        target: Indices of the tokens that absorb.
-        num_excluded: The first `num_excluded` targets are never matched.
+        source: Positions of the tokens that may be absorbed.
+        target: Positions of the tokens that absorb.
 
     Returns:
-        The highest cosine of each source, and the position of that target in `target`;
+        The highest cosine of each source, and the number of that target among the targets;
         [B, sources] each.
     """
     device = metric_BNC.device.type
@@ -288,19 +297,19 @@ def find_most_similar(
     # device, on which costs are counted, has no autocast.
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return find_most_similar(metric_BNC, source, target, num_excluded)
+            return find_most_similar(metric_BNC, source, target)
     metric_BNC = metric_BNC.float()
     unit = metric_BNC / torch.linalg.vector_norm(metric_BNC, dim=-1, keepdim=True)
     if should_fuse(unit):
-        return find_most_similar_fused(unit, source, target, num_excluded)
+        positions = torch.arange(unit.shape[1], device=unit.device)
+        return find_most_similar_fused(unit, positions[source], positions[target])
     sources, targets = unit[:, source], unit[:, target].transpose(-1, -2)
-    found = []
     # All similarities of a large image would take more memory than its features, so they are
     # computed for a chunk of the sources at a time.
     chunk_size = max(1, _MAX_SIMILARITIES // targets.shape[2])
-    for chunk in sources.chunk(-(-sources.shape[1] // chunk_size), dim=1):
-        scores = chunk @ targets
-        scores[:, :, :num_excluded] = -torch.inf
-        found.append(scores.max(dim=-1))
-    best, partner = zip(*found, strict=True)
-    return torch.cat(best, dim=1), torch.cat(partner, dim=1)
+    if sources.shape[1] <= chunk_size:
+        best, partner = (sources @ targets).max(dim=-1)
+        return best, partner
+    found = [(chunk @ targets).max(dim=-1) for chunk in sources.split(chunk_size, dim=1)]
+    best_chunks, partner_chunks = zip(*found, strict=True)
+    return torch.cat(best_chunks, dim=1), torch.cat(partner_chunks, dim=1)
