@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import torch
 from examples import images, tiny_vit
@@ -25,11 +26,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 METHODS = {
     "tome": td.ToMe(r=8),
     "evit": td.EViT(keep_rate=0.6, layers=(1, 2)),
+    "evit each": td.EViT(r=8),
     "dynamicvit": td.DynamicViT(keep_rate=0.6, layers=(1, 2)),
     "dar": td.DAR(),
+    "dyt": td.DyT(),
     "dyt topk": td.DyT(selection="topk"),
     "ffn_merge": td.FFNMerge(r=16),
 }
+
+
+CASES = [("tome", 0), ("tome", 8), ("tome", 32), ("evit", 2), ("evit", 9), ("evit each", 8),
+         ("dynamicvit", 3), ("dynamicvit", 9), ("dar", 3), ("dar", 9), ("dyt", 5), ("dyt topk", 4),
+         ("dyt topk", 9), ("ffn_merge", 16), ("ffn_merge", 32)]  # fmt: skip
 
 
 def model_of(name):
@@ -74,6 +82,11 @@ def run(path, pictures):
     return torch.from_numpy(session.run(["logits"], {"images": pictures.numpy()})[0])
 
 
+def run_openvino(path, pictures):
+    session = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return torch.from_numpy(session(pictures.numpy())["logits"])
+
+
 def reductions(path):
     """What scatters of a graph do with values that collide."""
     return {
@@ -85,21 +98,30 @@ def reductions(path):
     }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "degree"), CASES)
 @torch.no_grad()
-def test_onnx_gives_the_same_logits_for_any_batch(name, tmp_path):
+def test_onnx_gives_the_same_logits_for_any_batch(name, degree, tmp_path):
     model = model_of(name)
+    model.set_degree(degree)
     found = export(model, tmp_path / "model.onnx")
     assert (found.degree, found.gmacs) == (model.degree, model.cost().gmacs)
     for count in (1, 4):
         ours = model.eval()(images(count))
         torch.testing.assert_close(run(found.path, images(count)), ours, atol=1e-4, rtol=0)
+        theirs = run_openvino(found.path, images(count))
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    onnx.shape_inference.infer_shapes_path(
+        found.path, tmp_path / "inferred.onnx", check_type=True, strict_mode=True, data_prop=True
+    )
+    onnx.checker.check_model(found.path, full_check=True)
     assert reductions(found.path) <= {"none"}
     graph = onnx.load(found.path).graph
     for value in (*graph.input, *graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
-    # How many tokens DAR selects has a name of torch's, too.
-    assert name == "dar" or all(re.fullmatch(r"(\d+\*)?batch", side) for side in sides(graph))
+    # How many tokens DAR and DyT select has a name of torch's, too.
+    assert name in ("dar", "dyt") or all(
+        re.fullmatch(r"(\d+\*)?batch", side) for side in sides(graph)
+    )
 
 
 @torch.no_grad()
@@ -161,7 +183,7 @@ def test_a_pt2_file_and_a_bundle_say_the_same(untrained, tmp_path, monkeypatch, 
     assert bundle.items() >= {n: v for n, v in facts.items() if n != "degree"}.items()
 
 
-@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+@pytest.mark.parametrize("ending", ["onnx", "pt2", "xml"])
 def test_a_file_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path, ending):
     path = tmp_path / f"model.{ending}"
     path.write_text("old")
@@ -172,7 +194,7 @@ def test_a_file_that_does_not_fit_is_told_and_the_old_one_stays(tmp_path, ending
 
 def test_mistakes_are_told(tmp_path):
     model = model_of("tome")
-    with pytest.raises(ValueError, match=r"out must end in \.onnx or \.pt2, got .*model\.pth"):
+    with pytest.raises(ValueError, match=r"out must end in \.onnx, \.pt2, \.xml, got .*model\.pth"):
         export(model, tmp_path / "model.pth")
     with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
         export(model, tmp_path / "model.onnx", batch=0)

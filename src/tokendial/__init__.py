@@ -53,6 +53,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.reduce import ReducerConfig as ReducerConfig
     from tokendial.reduce import ToMe as ToMe
     from tokendial.reference import load_reference as load_reference
+    from tokendial.runtimes import ExportedViT as ExportedViT
+    from tokendial.runtimes import Runtime as Runtime
     from tokendial.shape import ViTShape as ViTShape
     from tokendial.tokens import Grouping as Grouping
     from tokendial.tokens import Tokens as Tokens
@@ -80,6 +82,7 @@ _NAMES = {
     "open_vocabulary": "ProxyCLIP ProxyCLIPConfig",
     "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame Reducer ReducerConfig ToMe",
     "reference": "load_reference",
+    "runtimes": "ExportedViT Runtime",
     "shape": "ViTShape",
     "tokens": "Grouping Tokens",
     "tune": "FitResult OptimizedViT fit optimize",

@@ -1,4 +1,4 @@
-"""Models as files for other runtimes: ONNX, and torch.export's own format.
+"""Models as files for other runtimes: ONNX, OpenVINO's and torch.export's own formats.
 
 A file holds one degree of the dial, for any batch size or a fixed one. Several degrees make a
 bundle: one graph for each degree, and one file with the weights that all graphs share. No graph
@@ -6,29 +6,35 @@ contains a scatter with a reduction: ONNX cannot average with it, and some runti
 wrongly. Merging is expressed by gathers and a small matrix product instead.
 
 Each file says how to prepare images and read logits, as JSON: an ONNX file in its metadata, under
-names that begin with `tokendial.`; a torch.export file in its extra file `tokendial.json`.
+names that begin with `tokendial.`; a torch.export file in its extra file `tokendial.json`; an
+OpenVINO file in its runtime information, under `tokendial`.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendial.atomic import atomic_write
 from tokendial.extras import check_installed
 from tokendial.model.dial_vit import DialViT
 
-FORMATS = (".onnx", ".pt2")
+FORMATS = (".onnx", ".pt2", ".xml")
 """File endings that `export` writes."""
 FACTS = "tokendial.json"
 """Name of the extra file inside a .pt2 file that holds the facts about the model."""
+BUNDLE = "bundle.json"
+"""Name of the file in a bundle that lists its files."""
 _WEIGHTS = "weights.bin"
 _SMALL = 1024
 _TOLERANCE = 1e-4
@@ -55,17 +61,20 @@ def export(
     degree: int | None = None,
     batch: int | None = None,
     facts: Mapping[str, Any] | None = None,
+    embeddings: bool = False,
 ) -> ExportedFile:
     """Write a model at one degree to a file, run the file, and compare its logits.
 
     Args:
         model: The model to export; it is left unchanged.
-        out: File to write, which ends in .onnx (for onnxruntime, TensorRT, ...) or .pt2 (for
-            `torch.export.load`). An existing file is replaced.
+        out: File to write, which ends in .onnx (for onnxruntime, TensorRT, ...), .pt2 (for
+            `torch.export.load`) or .xml (for OpenVINO; the weights are in a .bin file beside it).
+            An existing file is replaced.
         degree: Degree of the dial to export; by default the present one.
         batch: Fixed number of images per call; by default the file takes any number.
         facts: Further facts to store in the file, such as the names of the classes. The degree,
             `input` [3, H, W], `mean` and `std` are always stored.
+        embeddings: Also give the embeddings [B, D], as a second output.
 
     Returns:
         The file's path, degree and cost, and how far its logits differ.
@@ -85,17 +94,19 @@ def export(
     """
     path = Path(out)
     if path.suffix not in FORMATS:
-        raise ValueError(f"out must end in {' or '.join(FORMATS)}, got {path}.")
+        raise ValueError(f"out must end in {', '.join(FORMATS)}, got {path}.")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}.")
-    if path.suffix == ".onnx":
+    if path.suffix != ".pt2":
         check_installed("ONNX", "onnx", "onnxscript", "onnxruntime")
+    if path.suffix == ".xml":
+        check_installed("OpenVINO", "openvino")
     before, training = model.degree, model.training
     model.eval()
     try:
         if degree is not None:
             model.set_degree(degree)
-        return _export(model, path, batch, facts or {})
+        return _export(model, path, batch, facts or {}, embeddings)
     finally:
         model.set_degree(before)
         model.train(training)
@@ -108,6 +119,7 @@ def export_bundle(
     *,
     batch: int | None = None,
     facts: Mapping[str, Any] | None = None,
+    embeddings: bool = False,
 ) -> list[ExportedFile]:
     """Write several degrees as ONNX: `degree_D.onnx` each, `weights.bin` for all, `bundle.json`.
 
@@ -117,6 +129,7 @@ def export_bundle(
         degrees: Degrees of the dial to export.
         batch: Fixed number of images per call; by default the files take any number.
         facts: Further facts to store in the files and in `bundle.json`; see `export`.
+        embeddings: Also give the embeddings, as a second output.
 
     Raises:
         ValueError: As `export` does.
@@ -124,7 +137,14 @@ def export_bundle(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     found = [
-        export(model, folder / f"degree_{degree}.onnx", degree=degree, batch=batch, facts=facts)
+        export(
+            model,
+            folder / f"degree_{degree}.onnx",
+            degree=degree,
+            batch=batch,
+            facts=facts,
+            embeddings=embeddings,
+        )
         for degree in degrees
     ]
     _share_weights(folder, [each.path for each in found])
@@ -134,45 +154,69 @@ def export_bundle(
         **_image_facts(model),
         **(facts or {}),
     }
-    with atomic_write(folder / "bundle.json") as path:
+    with atomic_write(folder / BUNDLE) as path:
         path.write_text(json.dumps(contents, indent=2) + "\n")
     return found
 
 
+class _WithEmbeddings(nn.Module):
+    """Gives logits and embeddings of images."""
+
+    def __init__(self, model: DialViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.logits_and_embeddings(images)
+
+
 @torch.no_grad()
 def _export(
-    model: DialViT, path: Path, batch: int | None, facts: Mapping[str, Any]
+    model: DialViT, path: Path, batch: int | None, facts: Mapping[str, Any], embeddings: bool
 ) -> ExportedFile:
     # With an example of one image, the exporter would treat the batch size as the constant 1.
     example = _images(model, batch or 2)
     any_number = {0: torch.export.Dim("batch", min=1, max=2**16)}
+    module = _WithEmbeddings(model) if embeddings else model
     skipped = model.skip_unread_patches
-    model.skip_unread_patches = True  # a file gives nothing but logits
+    model.skip_unread_patches = True  # a file gives no features of patches
     try:
         program = torch.export.export(
-            model, (example,), dynamic_shapes=None if batch else {"images": any_number}
+            module, (example,), dynamic_shapes=None if batch else {"images": any_number}
         )
     finally:
         model.skip_unread_patches = skipped
     contents = {**_image_facts(model), "degree": model.degree, **facts}
     tried = [_images(model, count) for count in ([batch] if batch else [1, 3])]
-    with atomic_write(path) as temporary:
+    with ExitStack() as files:
+        temporary = files.enter_context(atomic_write(path))
         if path.suffix == ".onnx":
             _write_onnx(program, contents, temporary)
-            given = _run_onnx(temporary, tried)
+            run = _onnx_runner(temporary)
+        elif path.suffix == ".xml":
+            weights = files.enter_context(atomic_write(path.with_suffix(".bin")))
+            _write_openvino(program, contents, temporary, weights)
+            run = _openvino_runner(temporary, weights)
         else:
             # Written in memory first, because torch's writer ends the process if the disk is full.
             written = BytesIO()
             torch.export.save(program, written, extra_files={FACTS: json.dumps(contents)})
             temporary.write_bytes(written.getbuffer())
-            module = torch.export.load(temporary).module()
-            given = [module(images) for images in tried]
-        wanted = [model(images) for images in tried]
-        difference = max(float((a - b).abs().max()) for a, b in zip(given, wanted, strict=True))
-        scale = max(1.0, *(float(logits.abs().max()) for logits in wanted))
+            run = torch.export.load(temporary).module()
+        given = [_as_tuple(run(images)) for images in tried]
+        wanted = [_as_tuple(module(images)) for images in tried]
+        pairs = [
+            pair for each in zip(given, wanted, strict=True) for pair in zip(*each, strict=True)
+        ]
+        difference = max(float((a - b).abs().max()) for a, b in pairs)
+        scale = max(1.0, *(float(b.abs().max()) for _, b in pairs))
         if not difference <= _TOLERANCE * scale:
             raise ValueError(f"out: {path} would give other logits than the model ({difference}).")
     return ExportedFile(path, model.degree, model.cost().gmacs, difference)
+
+
+def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _images(model: DialViT, count: int) -> Tensor:
@@ -187,12 +231,14 @@ def _write_onnx(program: Any, contents: Mapping[str, Any], path: Path) -> None:
         program,
         dynamo=True,
         input_names=["images"],
-        output_names=["logits"],
+        output_names=["logits", "embeddings"][: len(program.graph_signature.user_outputs)],
         custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
         verbose=False,
     )
     assert written is not None
-    _name_batch(written.model.graph)
+    graph = written.model.graph
+    _name_batch(graph)
+    _split_products(graph)
     written.model.metadata_props.update(
         {f"tokendial.{name}": json.dumps(value) for name, value in contents.items()}
     )
@@ -211,20 +257,85 @@ def _name_batch(graph: Any) -> None:
                 value.shape[place] = re.sub(rf"\b{symbol}\b", "batch", formula)
 
 
+def _split_products(graph: Any) -> None:
+    """Compute the parts of a linear layer's output, such as queries, keys and values, one by one.
+
+    Other runtimes copy the parts of one large output, which takes longer than smaller products.
+    """
+    import onnx_ir
+
+    for split in [node for node in graph if node.op_type == "Split"]:
+        add, size = split.inputs[0].producer(), len(split.outputs)
+        product = add.inputs[0].producer() if add is not None and add.op_type == "Add" else None
+        if product is None or product.op_type != "MatMul":
+            continue
+        stored = [product.inputs[1], add.inputs[1]]
+        used_once = all(len(node.outputs[0].uses()) == 1 for node in (product, add))
+        if not used_once or any(value.const_value is None for value in stored):
+            continue
+        import numpy as np
+
+        weights, biases = (np.split(value.const_value.numpy(), size, axis=-1) for value in stored)
+        for number, output in enumerate(split.outputs):
+            parts = []
+            for value, array in zip(stored, (weights[number], biases[number]), strict=True):
+                name = f"{value.name}.{number}"
+                parts.append(onnx_ir.Value(name=name, const_value=onnx_ir.tensor(array, name=name)))
+                graph.initializers.add(parts[-1])
+            part = onnx_ir.node("MatMul", [product.inputs[0], parts[0]])
+            shifted = onnx_ir.node("Add", [part.outputs[0], parts[1]])
+            shifted.outputs[0].shape, shifted.outputs[0].type = output.shape, output.type
+            graph.insert_before(split, [part, shifted])
+            output.replace_all_uses_with(shifted.outputs[0])
+        graph.remove([split, add, product], safe=True)
+        for value in stored:
+            if not value.uses():
+                del graph.initializers[value.name]
+
+
 def _stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
     """Express torch's stable sort by ONNX's TopK of all, which keeps equal values in order."""
     from onnxscript import opset18
 
     op: Any = opset18
-    size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]), axis=0)
-    return op.TopK(self, size, axis=dim, largest=bool(descending), sorted=True)
+    count = op.Constant(value_ints=[self.shape[dim]])  # a model's counts of tokens are fixed
+    return op.TopK(self, count, axis=dim, largest=bool(descending), sorted=True)
 
 
-def _run_onnx(path: Path, batches: list[Tensor]) -> list[Tensor]:
+def _onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(session.run(None, {"images": each.numpy()})[0]) for each in batches]
+    return lambda images: tuple(
+        map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
+    )
+
+
+def _write_openvino(program: Any, contents: Mapping[str, Any], path: Path, weights: Path) -> None:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder, "model.onnx")
+        _write_onnx(program, {}, onnx)
+        model = openvino.Core().read_model(onnx)
+        for name, value in contents.items():
+            model.set_rt_info(json.dumps(value), ["tokendial", name])
+        written = Path(folder, "model.xml")  # OpenVINO writes to names with this ending only
+        openvino.serialize(model, written)
+        shutil.copyfile(written, path)
+        shutil.copyfile(written.with_suffix(".bin"), weights)
+
+
+def _openvino_runner(path: Path, weights: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    import numpy as np
+    import openvino
+
+    core = openvino.Core()
+    values = openvino.Tensor(np.frombuffer(weights.read_bytes(), np.uint8))
+    # By default OpenVINO computes in half precision where a processor has it.
+    whole = {"INFERENCE_PRECISION_HINT": "f32"}
+    session = core.compile_model(core.read_model(path.read_bytes(), values), "CPU", whole)
+    return lambda images: tuple(map(torch.from_numpy, session(images.numpy()).values()))
 
 
 def _image_facts(model: DialViT) -> dict[str, Any]:

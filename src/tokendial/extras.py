@@ -15,6 +15,7 @@ EXTRAS = {
     "onnxruntime": ("onnxruntime", "export"),
     "onnxscript": ("onnxscript", "export"),
     "open_clip": ("open_clip_torch", "openclip"),
+    "openvino": ("openvino", "openvino"),
     "peft": ("peft", "peft"),
     "PIL": ("pillow", "runs"),
     "prometheus_client": ("prometheus-client", "serve"),

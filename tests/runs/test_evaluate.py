@@ -256,7 +256,38 @@ def test_the_command_line_finds_the_fastest_way_first(cli, run, digits):
     code, _, err = cli("predict", run.folder, digits, "--compile", "--out", run.folder / "masks")
     assert (code, err.strip()) == (
         2,
-        "error: optimize, compile and precision are for classes, predicted by one process.",
+        "error: runtime, precision, optimize and compile are for classes, predicted by one "
+        "process.",
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_the_command_line_uses_other_runtimes(cli, run, digits):
+    assert cli("eval", run.folder, "--degrees", "0,8")[0] == 0
+    with (run.folder / "eval" / "degrees.csv").open() as file:
+        plain = [row["accuracy"] for row in csv.DictReader(file)]
+    code, _, err = cli("eval", run.folder, "--degrees", "0,8", "--runtime", "openvino")
+    assert (code, "exporting the model at degree 0, 8" in err) == (0, True)
+    with (run.folder / "eval" / "degrees.csv").open() as file:
+        assert [row["accuracy"] for row in csv.DictReader(file)] == plain
+    answers = []
+    for flags in (
+        [],
+        ["--runtime", "onnxruntime"],
+        ["--runtime", "onnxruntime", "--precision", "int8"],
+    ):
+        code, out, err = cli("predict", run.folder, digits, "--degree", 8, *flags)
+        assert (code, "exporting" in err) == (0, False)  # the files are there
+        answers.append([row["class"] for row in csv.DictReader(out.splitlines())])
+    plain, whole, quantized = answers
+    assert whole == plain
+    assert np.mean([a == b for a, b in zip(quantized, plain, strict=True)]) > 0.9
+    code, _, err = cli(
+        "predict", run.folder, digits, "--runtime", "openvino", "--precision", "int8"
+    )
+    assert (code, err.strip()) == (
+        2,
+        "error: precision must be one of fp32, bf16, got 'int8'.",
     )
 
 

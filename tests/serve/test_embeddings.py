@@ -8,7 +8,7 @@ import pytest
 import torch
 from serving import file, form, picture, serving, text
 
-from tokendial.tune import SpeedSettings
+from tokendial.runtimes import Runtime
 
 PNG = "image/png"
 
@@ -122,7 +122,7 @@ def test_an_image_that_cannot_be_read_is_refused(server):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"speed": SpeedSettings(optimize=True)}], ids=["plain", "optimised"]
+    "options", [{}, {"runtime": Runtime(optimize=True)}], ids=["plain", "optimised"]
 )
 def test_a_model_process_answers_as_the_offline_model(pets, options):
     with serving({"pets": pets}, own_process=True, **options) as server:

@@ -11,9 +11,9 @@ from served_runs import alone, pictures
 
 import tokendial as td
 from tokendial.runs import Run
+from tokendial.runtimes import Runtime
 from tokendial.serve.workers.decoder import render_mask
 from tokendial.serve.workers.models import LoadedModels, load_models
-from tokendial.tune import SpeedSettings
 
 
 def logits(models: LoadedModels, name: str, degree: int, images: list[Image.Image]) -> torch.Tensor:
@@ -62,7 +62,7 @@ def test_a_mask_has_the_size_of_the_image(masks):
 
 def test_an_optimised_copy_answers_the_same(pets):
     models = load_models({"pets": pets})
-    models.prepare(SpeedSettings(optimize=True), batch=2)
+    models.prepare(Runtime(optimize=True), batch=2)
     (image,) = pictures(1)
     for degree in (0, 4):
         (found,) = logits(models, "pets", degree, [image])
@@ -111,7 +111,7 @@ def test_runs_that_cannot_be_served_together_are_named(pets, masks, tmp_path):
     with pytest.raises(ValueError, match="runs must name at least one"):
         load_models({})
     with pytest.raises(ValueError, match="are for one run"):
-        load_models({"a": pets, "b": pets}).prepare(SpeedSettings(precision="bf16"))
+        load_models({"a": pets, "b": pets}).prepare(Runtime(precision="bf16"))
     with pytest.raises(ValueError, match="num_classes|decoder|backbone"):
         load_models({"pets": pets, "masks": masks})
     with pytest.raises(ValueError, match="is not the folder of a run"):

@@ -15,13 +15,13 @@ from tokendial.cli import app, serving
 from tokendial.serve import settings as settings_module
 from tokendial.serve.settings import Settings
 
-# The options of version 0.1, which scripts may use.
+# The options, which scripts may use.
 KNOWN = """
 slo_ms host port allowed_hosts degree max_degree min_accuracy compensator max_batch max_wait_ms
-max_queue optimize compile precision threads spare decoders max_decode_s api_keys max_bytes
+max_queue optimize compile runtime precision threads spare decoders max_decode_s api_keys max_bytes
 max_pixels max_images max_memory max_connections timeout_s ray replicas max_replicas home
 """
-MADE_OTHERWISE = {"speed", "api_keys"}
+MADE_OTHERWISE = {"runtime", "api_keys"}
 
 
 def parameters() -> dict:
@@ -69,7 +69,8 @@ def test_options_become_settings_and_the_rest_keeps_its_default(given):
     assert found.model_fields_set - MADE_OTHERWISE == {"port", "slo_ms", "allowed_hosts", "spare"}
     assert (found.slo_ms, found.allowed_hosts, found.spare) == (50.0, ("a", "b"), False)
     assert found.max_queue == Settings().max_queue
-    assert given("--precision", "bf16").speed.precision == "bf16"
+    runtime = given("--runtime", "openvino", "--precision", "bf16").runtime
+    assert (runtime.name, runtime.precision) == ("openvino", "bf16")
     assert "slo_ms" not in given().model_fields_set  # so the server may choose it
 
 

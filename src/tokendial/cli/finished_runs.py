@@ -27,11 +27,13 @@ from tokendial.cli.options import (
     Degrees,
     ImageSize,
     Optimize,
-    Precision,
     PrecisionOption,
     RunFolder,
+    RuntimeName,
+    RuntimeOption,
+    RuntimePrecision,
     Weights,
-    speed_settings,
+    runtime_of,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +85,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     optimize: Optimize = False,
     compile: Compile = False,
-    precision: PrecisionOption = Precision.fp32,
+    runtime: RuntimeOption = RuntimeName.torch,
+    precision: PrecisionOption = RuntimePrecision.fp32,
 ) -> None:
     """Measure accuracy, cost and speed of a run at several degrees of the dial.
 
@@ -95,12 +98,12 @@ def evaluate(
     degree 0, nearest neighbours that stay the same, and accuracy by nearest neighbours if the
     images lie in a folder for each class.
     """
-    speed = speed_settings(optimize, compile, precision)
+    chosen = runtime_of(runtime, precision, optimize, compile)
     if images:
-        if speed or compensator is not None or sources is not None or len(runs) > 1:
+        if chosen or compensator is not None or sources is not None or len(runs) > 1:
             raise ValueError(
                 "images is for one model; it cannot be combined with --compensator, --sources, "
-                "--optimize, --compile and --precision."
+                "--runtime, --precision, --optimize and --compile."
             )
         from tokendial.runs.model_source import ModelSource
 
@@ -111,9 +114,9 @@ def evaluate(
         if value is not None:
             raise ValueError(f"{name} needs --images, got {value}.")
     if compensator is not None:
-        if speed:
+        if chosen:
             raise ValueError(
-                "optimize, compile and precision cannot be combined with --compensator."
+                "runtime, precision, optimize and compile cannot be combined with --compensator."
             )
         _evaluate_compensator(runs, degrees, compensator, sources, batch_size)
         return
@@ -131,7 +134,7 @@ def evaluate(
     opened, console = Run(run), Console(stderr=True)
     with progress_bar(console) as shown:
         rows = run_evaluation(
-            opened, degrees, batch_size=batch_size, speed=speed, progress=shown.update
+            opened, degrees, batch_size=batch_size, runtime=chosen, progress=shown.update
         )
     unit = "clip" if opened.has_videos() else "image"
     Console().print(dial_table(rows, unit))
@@ -237,7 +240,8 @@ def predict(
     ] = False,
     optimize: Optimize = False,
     compile: Compile = False,
-    precision: PrecisionOption = Precision.fp32,
+    runtime: RuntimeOption = RuntimeName.torch,
+    precision: PrecisionOption = RuntimePrecision.fp32,
 ) -> None:
     """Predict the class, or the mask, of images or videos.
 
@@ -255,10 +259,10 @@ def predict(
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
     if out is not None and ray:
         raise ValueError("ray is for classes: masks are written by one process.")
-    speed = speed_settings(optimize, compile, precision)
-    if speed and (out is not None or ray):
+    chosen = runtime_of(runtime, precision, optimize, compile)
+    if chosen and (out is not None or ray):
         raise ValueError(
-            "optimize, compile and precision are for classes, predicted by one process."
+            "runtime, precision, optimize and compile are for classes, predicted by one process."
         )
     opened = Run(run)
     answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
@@ -267,7 +271,7 @@ def predict(
         if ray:
             answers = predict_on_ray(opened, sources, degree=degree, top=top)
         else:
-            answers = run_prediction(opened, sources, degree=degree, top=top, speed=speed)
+            answers = run_prediction(opened, sources, degree=degree, top=top, runtime=chosen)
     else:
         files = find_videos(paths) if opened.has_videos() else find_images(paths)
         answers = predict_masks(opened, files, out, degree=degree, overlay=overlay, tiles=tiles)
@@ -333,6 +337,10 @@ class ExportFormat(StrEnum):
 
     onnx = "onnx"
     pt2 = "pt2"
+    openvino = "openvino"
+
+
+_ENDINGS = {ExportFormat.onnx: "onnx", ExportFormat.pt2: "pt2", ExportFormat.openvino: "xml"}
 
 
 @app.command(rich_help_panel=USE_PANEL)
@@ -345,9 +353,9 @@ def export(
             help="Several degrees, such as 0,4,8: ONNX files that share one file of weights."
         ),
     ] = None,
-    to: Annotated[ExportFormat, typer.Option(help="File format: ONNX, or pt2 of torch.export.")] = (
-        ExportFormat.onnx
-    ),
+    to: Annotated[
+        ExportFormat, typer.Option(help="File format: ONNX, pt2 of torch.export, or OpenVINO.")
+    ] = (ExportFormat.onnx),
     batch: Annotated[
         int | None,
         typer.Option(min=1, help="Fixed number of images per call (default: any number)."),
@@ -357,7 +365,7 @@ def export(
         typer.Option(help="File to write, or folder of a bundle (default: in RUN/export)."),
     ] = None,
 ) -> None:
-    """Write the best model as an ONNX or torch.export file, for other runtimes.
+    """Write the best model as an ONNX, OpenVINO or torch.export file, for other runtimes.
 
     Each file holds one degree of the dial. It is run on random images, and refused if its logits
     differ from the model's.
@@ -372,11 +380,11 @@ def export(
     model, folder = opened.model(), run / "export"
     facts = run_facts(opened, model)
     if degrees is None:
-        path = out or folder / f"degree_{model.degree if degree is None else degree}.{to}"
+        path = out or folder / f"degree_{model.degree if degree is None else degree}.{_ENDINGS[to]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         files = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
     elif degree is not None or to is not ExportFormat.onnx:
-        raise ValueError("degrees writes a bundle of ONNX files: leave out degree and pt2.")
+        raise ValueError("degrees writes a bundle of ONNX files: leave out --degree and --to.")
     else:
         wanted = degrees_to_show(model, degrees)
         files = export_bundle(model, out or folder, wanted, batch=batch, facts=facts)

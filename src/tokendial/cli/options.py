@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from tokendial.tune import SpeedSettings
+    from tokendial.runtimes import Runtime
+
+if TYPE_CHECKING:
+    pass
 
 RecipeName = Annotated[
     str,
@@ -90,18 +93,47 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
+class RuntimePrecision(StrEnum):
+    """Formats of numbers that runtimes can compute in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+class RuntimeName(StrEnum):
+    """Programs that models can compute in."""
+
+    torch = "torch"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+    auto = "auto"
+
+
+RuntimeOption = Annotated[
+    RuntimeName,
+    typer.Option(
+        "--runtime",
+        help="Program that computes the model. onnxruntime and openvino run exported files on the "
+        "CPU, which are kept in RUN/runtime; auto measures which one is the fastest here.",
+    ),
+]
 PrecisionOption = Annotated[
-    Precision,
+    RuntimePrecision,
     typer.Option(
         "--precision",
-        help="Floating-point format of weights and activations. bf16 and fp16 imply --optimize, "
-        "and need a processor that supports them.",
+        help="Format of weights and activations. In torch, bf16 and fp16 imply --optimize, and "
+        "need a processor that supports them. openvino has fp32 and bf16; onnxruntime has fp32 "
+        "and int8, which computes linear layers in 8 bits.",
     ),
 ]
 
 
-def speed_settings(optimize: bool, compile: bool, precision: Precision) -> "SpeedSettings":
-    """The speed settings that --optimize, --compile and --precision stand for."""
-    from tokendial.tune import SpeedSettings
+def runtime_of(
+    runtime: RuntimeName, precision: RuntimePrecision, optimize: bool, compile: bool
+) -> "Runtime":
+    """The runtime that --runtime, --precision, --optimize and --compile stand for."""
+    from tokendial.runtimes import Runtime
 
-    return SpeedSettings(optimize, compile, precision.value)
+    return Runtime(runtime.value, precision.value, optimize, compile)

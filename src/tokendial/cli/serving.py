@@ -17,7 +17,15 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from tokendial.cli.app import USE_PANEL, app
-from tokendial.cli.options import Compile, Optimize, Precision, PrecisionOption, speed_settings
+from tokendial.cli.options import (
+    Compile,
+    Optimize,
+    PrecisionOption,
+    RuntimeName,
+    RuntimeOption,
+    RuntimePrecision,
+    runtime_of,
+)
 
 if TYPE_CHECKING:
     from tokendial.serve.scheduling.engine import Engine
@@ -26,9 +34,9 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 _MAX_NAME_LENGTH = 100
-_OTHER_OPTIONS = ("speed", "api_keys")
-"""Settings whose options are written by hand: --optimize, --compile and --precision make the first
-one, and the file of --api-keys the second one."""
+_OTHER_OPTIONS = ("runtime", "api_keys")
+"""Settings whose options are written by hand: --runtime, --precision, --optimize and --compile
+make the first one, and the file of --api-keys the second one."""
 _TYPES: Mapping[str, Any] = {
     "integer": int,
     "number": float,
@@ -80,7 +88,8 @@ def _serve_command(
     ],
     optimize: Optimize = False,
     compile: Compile = False,
-    precision: PrecisionOption = Precision.fp32,
+    runtime: RuntimeOption = RuntimeName.torch,
+    precision: PrecisionOption = RuntimePrecision.fp32,
     api_keys: Annotated[
         Path | None,
         typer.Option(
@@ -117,8 +126,8 @@ def _serve_command(
     folders = _folders_by_name(runs)
     # Settings that were not given keep their defaults; some of these depend on the machine.
     given = {name: value for name, value in options.items() if _is_given(context, name)}
-    speed = speed_settings(optimize, compile, precision)
-    settings = check_settings(given | {"speed": speed, "api_keys": read_api_keys(api_keys)})
+    chosen = runtime_of(runtime, precision, optimize, compile)
+    settings = check_settings(given | {"runtime": chosen, "api_keys": read_api_keys(api_keys)})
     if api_keys is not None and readable_by_others(api_keys):
         print(f"api_keys: every user of this machine can read {api_keys}.", file=sys.stderr)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")

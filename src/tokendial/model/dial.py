@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tokendial.backbones.anatomy import Anatomy
+
 
 class Compensation(Protocol):
     """Changes weights of the model whenever the dial turns; see `tokendial.compensate`."""
@@ -22,6 +24,38 @@ class Compensation(Protocol):
 
     def set_degree(self, degree: int) -> None:
         """Compensate for another degree."""
+
+
+class InferenceModel(Protocol):
+    """What gives logits at a degree of the dial: a `DialViT`, or what `Runtime.start` returns."""
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The parts of the ViT."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device that it computes on, or gives its results on."""
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degrees that can be set."""
+
+    @property
+    def degree(self) -> int:
+        """Present degree of the dial."""
+
+    def set_degree(self, degree: int) -> None:
+        """Set the degree of the dial."""
+
+    def eval(self) -> object:
+        """Leave training mode."""
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Logits of images."""
+
+    def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and embeddings of images, from one pass."""
 
 
 def check_degree(degree: int, degrees: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -277,6 +278,11 @@ class DialViT(nn.Module):
         return self._logits(tokens), pooled_features(self.anatomy, tokens)
 
     # What timm's models have.
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
 
     @property
     def embed_dim(self) -> int:

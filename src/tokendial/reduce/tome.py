@@ -303,7 +303,13 @@ def find_most_similar(
     if should_fuse(unit):
         positions = torch.arange(unit.shape[1], device=unit.device)
         return find_most_similar_fused(unit, positions[source], positions[target])
-    sources, targets = unit[:, source], unit[:, target].transpose(-1, -2)
+    if torch.compiler.is_exporting():  # other runtimes copy rows faster by a list than by a step
+        positions = torch.arange(unit.shape[1], device=unit.device)
+        source, target = positions[source], positions[target]
+        sources, targets = unit.index_select(1, source), unit.index_select(1, target)
+    else:
+        sources, targets = unit[:, source], unit[:, target]
+    targets = targets.transpose(-1, -2)
     # All similarities of a large image would take more memory than its features, so they are
     # computed for a chunk of the sources at a time.
     chunk_size = max(1, _MAX_SIMILARITIES // targets.shape[2])

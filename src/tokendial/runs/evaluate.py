@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tokendial.measure import ShareMeter, Timing, time_in_rounds
+from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.loaders import eval_loader
 from tokendial.runs.run import Run
+from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import Classification, Task
-from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
+from tokendial.tune import OptimizedViT
 
 if TYPE_CHECKING:
     from torchmetrics.classification import MulticlassConfusionMatrix
@@ -76,7 +78,7 @@ class DegreeRow:
 
 @torch.no_grad()
 def evaluate_loader(
-    model: DialViT | OptimizedViT,
+    model: InferenceModel,
     loader: DataLoader[Any],
     task: Task,
     *,
@@ -89,7 +91,7 @@ def evaluate_loader(
     In distributed training the metrics are those of all processes together.
 
     Args:
-        model: A wrapped or an optimised model. It is left in evaluation mode.
+        model: The model. It is left in evaluation mode.
         loader: Gives batches of images and targets.
         task: What the model was trained for.
         autocast: Makes the context of each forward pass, such as `Accelerator.autocast`. By
@@ -100,7 +102,7 @@ def evaluate_loader(
     Returns:
         The metrics by name. The first one is the task's main metric.
     """
-    device = next(model.parameters()).device
+    device = model.device
     metrics = task.metrics().to(device)
     model.eval()
     for images, targets in loader:
@@ -121,7 +123,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     device: str | None = None,
-    speed: SpeedSettings | None = None,
+    runtime: Runtime = PLAIN,
     progress: ProgressCallback = no_progress,
 ) -> list[DegreeRow]:
     """Evaluate a run's best model at several degrees: scores, cost and measured speed.
@@ -131,20 +133,20 @@ def evaluate(
         degrees: Degrees as text, such as "0,4,8", "all" or "every"; see `parse_degrees`.
         batch_size: Images per forward pass.
         device: Device to compute on. None means the accelerator if there is one, else the CPU.
-        speed: How to make the model faster before it is evaluated. None runs it as it is.
+        runtime: Where and how the model computes.
         progress: Called after each batch.
 
     Returns:
         One row per degree, in the order of `degrees`.
 
     Raises:
-        ValueError: If the run has no model, or a degree is not offered.
+        ValueError: If the run has no model, a degree is not offered, or the runtime cannot run it.
     """
     model = run.model().to(device or default_device())
     wanted = degrees_to_show(model, degrees)
     task, loader = validation_set(run, model, batch_size)
     images = first_images(loader, model, batch_size)
-    fast = apply_speed(model, images.to(next(model.parameters()).device), speed, wanted)
+    fast = runtime.start(model, images.to(model.device), degrees=wanted, folder=run.runtime_folder)
     dial_vit = fast.model if isinstance(fast, OptimizedViT) else fast
     meter = ShareMeter(dial_vit) if ShareMeter.supports(dial_vit) else None
     counter = StepCounter(progress, len(wanted) * len(loader))
@@ -240,13 +242,11 @@ def first_images(loader: DataLoader[Any], model: DialViT, batch_size: int) -> Te
 
 
 @torch.no_grad()
-def time_degrees(
-    model: DialViT | OptimizedViT, images: Tensor, degrees: Sequence[int]
-) -> list[Timing]:
+def time_degrees(model: InferenceModel, images: Tensor, degrees: Sequence[int]) -> list[Timing]:
     """Measure the forward pass at each degree. The degrees take turns.
 
     Args:
-        model: A wrapped or an optimised model. It is left in evaluation mode.
+        model: The model. It is left in evaluation mode.
         images: [B, 3, H, W]. They should be real images: the speed of methods that choose tokens by
             their values depends on them.
         degrees: Degrees to measure.
@@ -254,7 +254,7 @@ def time_degrees(
     Returns:
         One timing per degree.
     """
-    images = images.to(next(model.parameters()).device)
+    images = images.to(model.device)
     model.eval()
     return time_in_rounds(
         degrees,

@@ -11,12 +11,12 @@ from torch import Tensor
 from tokendial.data.readers.images import ImageError
 from tokendial.data.readers.video import VideoError, VideoFile
 from tokendial.data.sets.shards import ShardImage
-from tokendial.model.dial_vit import DialViT
+from tokendial.model.dial import InferenceModel
 from tokendial.runs.device import default_device
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.run import Run
+from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import Classification, VideoClassification
-from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class ClassPredictor:
         top: int = 1,
         batch_size: int = 32,
         device: str | None = None,
-        speed: SpeedSettings | None = None,
+        runtime: Runtime = PLAIN,
     ) -> None:
         """Load the model. The arguments are those of `predict`.
 
@@ -71,10 +71,10 @@ class ClassPredictor:
         self.batch_size = task.eval_batch_size(batch_size)
         """Images, or videos, in one forward pass."""
         self._transform = task.image_transform(model.anatomy)
-        self.model: DialViT | OptimizedViT = model
-        if speed:
-            example = torch.zeros(self.batch_size, *model.anatomy.input_shape, device=self.device)
-            self.model = apply_speed(model, example, speed, [model.degree])
+        example = torch.zeros(self.batch_size, *model.anatomy.input_shape, device=self.device)
+        self.model: InferenceModel = runtime.start(
+            model, example, degrees=[model.degree], folder=run.runtime_folder
+        )
         self._takes_videos = isinstance(task, VideoClassification)
         self._read_image = ImageReader(self._transform, run.value_range())
 
@@ -115,7 +115,7 @@ def predict(
     top: int = 1,
     batch_size: int = 32,
     device: str | None = None,
-    speed: SpeedSettings | None = None,
+    runtime: Runtime = PLAIN,
 ) -> Iterator[Answer]:
     """Predict the classes of images or videos, one answer per source, in their order.
 
@@ -128,10 +128,10 @@ def predict(
         top: Number of most probable classes in each prediction.
         batch_size: Images, or views of videos, per forward pass.
         device: Device to compute on. None means the accelerator if there is one, else the CPU.
-        speed: How to make the model faster before it predicts. None runs it as it is.
+        runtime: Where and how the model computes.
     """
     predictor = ClassPredictor(
-        run, degree=degree, top=top, batch_size=batch_size, device=device, speed=speed
+        run, degree=degree, top=top, batch_size=batch_size, device=device, runtime=runtime
     )
     remaining = iter(sources)
     while batch := list(islice(remaining, predictor.batch_size)):

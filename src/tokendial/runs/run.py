@@ -50,6 +50,7 @@ class Run:
         self.versions_file = self.folder / "versions.json"
         self.lock_file = self.folder / ".lock"
         self.checkpoints = self.folder / "checkpoints"
+        self.runtime_folder = self.folder / "runtime"
         self.best, self.last = self.folder / "best", self.folder / "last"
         if (self.folder / CONFIG).is_file():  # `tokendial fit` writes run and model into one folder
             self.best = self.folder

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from tokendial.tune import SpeedSettings
+from tokendial.runtimes import PLAIN, Runtime
 
 KEYS_VARIABLE = "TOKENDIAL_API_KEYS"
 
@@ -54,13 +54,13 @@ class Settings(BaseModel):
     """Milliseconds that an incomplete batch may wait for more images."""
     max_queue: Count = 512
     """Maximum number of waiting images."""
-    speed: SpeedSettings = SpeedSettings()
-    """How the model is optimised for this machine before it serves."""
+    runtime: Runtime = PLAIN
+    """Where and how the model computes."""
     threads: Count | None = None
     """Number of CPU threads of the model. Without it, PyTorch chooses."""
     spare: bool = True
     """Keep a second model process ready where starting one takes long: on a GPU, or with
-    --optimize, --compile or --precision. It needs the memory of the model once more."""
+    --runtime, --precision, --optimize or --compile. It needs the memory of the model once more."""
     decoders: Count = 3
     """Number of processes that decode images. All but one of them also decode large images."""
     max_decode_s: Annotated[float, Field(gt=0)] = 4.0

@@ -8,8 +8,7 @@ from torch.utils.data import default_collate
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.data.transforms.image import PairTransform, Transform
-from tokendial.model.dial_vit import DialViT
-from tokendial.tune import OptimizedViT
+from tokendial.model.dial import InferenceModel
 
 
 class Metrics(Protocol):
@@ -52,7 +51,7 @@ class Task(Protocol):
     def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
         """Return the fraction of correct predictions in a training batch."""
 
-    def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
+    def predict(self, model: InferenceModel, images: Tensor) -> Tensor:
         """Return the logits of a batch that `eval_transform` or `image_transform` prepared."""
 
     def metrics(self) -> Metrics:

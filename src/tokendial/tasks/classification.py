@@ -16,9 +16,8 @@ from tokendial.data.transforms.image import (
     on_image,
     train_transform,
 )
-from tokendial.model.dial_vit import DialViT
+from tokendial.model.dial import InferenceModel
 from tokendial.tasks.base import Metrics
-from tokendial.tune import OptimizedViT
 
 ClassMetric = Literal["accuracy", "accuracy_top5", "balanced_accuracy", "f1", "auroc"]
 """Name of a metric for images with one label."""
@@ -109,7 +108,7 @@ class Classification:
         """Return the training batch size: all images have one size."""
         return batch_size
 
-    def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
+    def predict(self, model: InferenceModel, images: Tensor) -> Tensor:
         """Return logits [B, num_classes]."""
         logits: Tensor = model(images)
         return logits

@@ -14,9 +14,8 @@ from tokendial.data.transforms.masks import (
     MaskImageTransform,
     MaskTrainTransform,
 )
-from tokendial.model.dial_vit import DialViT
+from tokendial.model.dial import InferenceModel
 from tokendial.model.windows import predict_windows
-from tokendial.tune import OptimizedViT
 
 
 class DensePrediction:
@@ -54,7 +53,7 @@ class DensePrediction:
         """Return the batch as it is."""
         return images, targets
 
-    def predict(self, model: DialViT | OptimizedViT, images: Tensor) -> Tensor:
+    def predict(self, model: InferenceModel, images: Tensor) -> Tensor:
         """Return logits [B, K, h, w] at the decoder's resolution, or [B, K, H, W] from windows.
 
         Args:

@@ -17,9 +17,8 @@ from tokendial.data.transforms.image import (
     on_image,
     train_transform,
 )
-from tokendial.model.dial_vit import DialViT
+from tokendial.model.dial import InferenceModel
 from tokendial.tasks.classification import Classification, ClassMetric
-from tokendial.tune import OptimizedViT
 
 
 class VideoClassification(Classification):
@@ -77,7 +76,7 @@ class VideoClassification(Classification):
         """Return how many videos have together as many views as a training batch has clips."""
         return max(1, batch_size // self.clip.views)
 
-    def predict(self, model: DialViT | OptimizedViT, views_BVT3HW: Tensor) -> Tensor:
+    def predict(self, model: InferenceModel, views_BVT3HW: Tensor) -> Tensor:
         """Return the logarithm of the mean probabilities over the views, as logits [B, classes]."""
         logits: Tensor = model(views_BVT3HW.flatten(0, 1))
         each = torch.unflatten(logits.float().log_softmax(-1), 0, views_BVT3HW.shape[:2])

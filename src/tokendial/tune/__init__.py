@@ -7,8 +7,6 @@ from tokendial.tune.optimized_vit import (
     DTYPES,
     OptimizedViT,
     Precision,
-    SpeedSettings,
-    apply_speed,
     optimize,
 )
 
@@ -20,8 +18,6 @@ __all__ = [
     "FittedDegree",
     "OptimizedViT",
     "Precision",
-    "SpeedSettings",
-    "apply_speed",
     "fit",
     "optimize",
 ]

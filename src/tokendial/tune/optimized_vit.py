@@ -6,9 +6,7 @@ percent. So each treatment is tried on an example batch, and kept only if it is 
 """
 
 import copy
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,26 +28,11 @@ from tokendial.tune.treatments import (
 )
 
 Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES: dict[Precision, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class SpeedSettings:
-    """How to speed up a model before it runs. It is falsy if nothing is to be done."""
-
-    optimize: bool = False
-    """Run `optimize` on the model first."""
-    compile: bool = False
-    """Run `optimize` on the model first, and let it compile."""
-    precision: Precision = "fp32"
-    """Dtype of weights and activations. Half precision also runs `optimize`."""
-
-    def __bool__(self) -> bool:
-        return self != SpeedSettings()
 
 
 class OptimizedViT(nn.Module):
@@ -107,6 +90,11 @@ class OptimizedViT(nn.Module):
                 ready = f"0 to {self.degrees[-1]}"
             raise ValueError(f"degree must be one that was made ready ({ready}), got {degree!r}.")
         self.model.set_degree(degree)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
 
     @property
     def anatomy(self) -> Anatomy:
@@ -188,21 +176,6 @@ def optimize(
         try_fused_reduction(fast, example)
     if compile:
         try_compilation(fast, example)
-    return fast
-
-
-def apply_speed(
-    model: DialViT, example: Tensor, speed: SpeedSettings | None, degrees: Sequence[int]
-) -> DialViT | OptimizedViT:
-    """Optimise a model for some degrees and batches like the example, if `speed` asks for it.
-
-    The treatments that were tried are printed to standard error.
-    """
-    if not speed:
-        return model
-    dtype = None if speed.precision == "fp32" else DTYPES[speed.precision]
-    fast = optimize(model, example, degrees=degrees, dtype=dtype, compile=speed.compile)
-    print(*fast.notes, *fast.trials, sep="\n", file=sys.stderr)
     return fast
 
 

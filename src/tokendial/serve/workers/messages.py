@@ -13,13 +13,14 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokendial.tune import SpeedSettings
+from tokendial.runtimes import Runtime
 
 if TYPE_CHECKING:
     from tokendial.serve.workers.catalog import ModelCatalog
@@ -35,8 +36,10 @@ class LoadModels:
 
     load: "Callable[[], LoadedModels]"
     """Function that loads them; it is called in the fork server."""
-    speed: SpeedSettings
-    """How each model process optimises its model."""
+    runtime: Runtime
+    """Where and how each model process computes."""
+    runtime_folder: Path | None
+    """Where exported files are kept for the next start; None: they are not kept."""
     max_batch: int
     """Maximum number of images in a batch."""
     threads: int | None

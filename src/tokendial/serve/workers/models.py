@@ -10,15 +10,16 @@ from torch import Tensor
 
 from tokendial.compensate import Compensator
 from tokendial.errors import error_message
+from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.files import read_files
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
+from tokendial.runtimes import PLAIN, Runtime
 from tokendial.serve.workers.catalog import ModelCatalog, ServedModel, ServedTask, run_revision
 from tokendial.serve.workers.token_view import TokenView, model_input_png, token_view
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
-from tokendial.tune import OptimizedViT, SpeedSettings, apply_speed
 
 
 @dataclasses.dataclass(slots=True)
@@ -29,36 +30,44 @@ class LoadedModels:
     """Description of the models."""
     model: DialViT
     """The wrapped backbone, with one adapter for each served model."""
-    fast_model: DialViT | OptimizedViT
-    """The model that runs batches: `model` itself, or its optimised copy."""
+    fast_model: InferenceModel
+    """The model that runs batches: `model` itself, or what the runtime made of it."""
     bridge: tuple[Compensator, int] | None
     """The compensator attached to `model`, and the degree that the model was trained at."""
     device: str = "cpu"
     """Device that the models run on."""
 
     def prepare(
-        self, speed: SpeedSettings | None = None, *, batch: int = 8, device: str | None = None
+        self,
+        runtime: Runtime = PLAIN,
+        *,
+        batch: int = 8,
+        device: str | None = None,
+        folder: Path | None = None,
     ) -> None:
-        """Move the models to their device and optimise them.
+        """Move the models to their device and start the runtime.
 
         Args:
-            speed: How to optimise; possible for a single run only.
+            runtime: Where and how to compute; other than plain PyTorch for a single run only.
             batch: Number of images of the batches to optimise for.
             device: Device to run on; None: the accelerator if there is one, else the CPU.
+            folder: Where exported files are kept for the next start; None: they are not kept.
 
         Raises:
-            ValueError: If optimisation is asked for and there are several runs.
+            ValueError: If a runtime is asked for and there are several runs.
         """
-        if speed and len(self.catalog.models) > 1:
+        if runtime and len(self.catalog.models) > 1:
             raise ValueError(
-                "optimize, compile and precision are for one run: several runs share one model."
+                "runtime, optimize, compile and precision are for one run: several runs share one "
+                "model."
             )
         self.device = device or default_device()
         if self.device != "cpu":
             self._move()
-        if speed:
-            example = torch.zeros(batch, *self.catalog.input_shape, device=self.device)
-            self.fast_model = apply_speed(self.model, example, speed, self.catalog.degrees)
+        example = torch.zeros(batch, *self.catalog.input_shape, device=self.device)
+        self.fast_model = runtime.start(
+            self.model, example, degrees=self.catalog.degrees, folder=folder
+        )
 
     def _move(self) -> None:
         if self.bridge:

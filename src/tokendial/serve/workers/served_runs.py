@@ -129,7 +129,8 @@ class ServedRuns:
         paths = [folder.paths for folder in files]
         first = partial(load_models, self._runs, compensator=compensator)
         again = partial(_load_open_files, tuple(self._runs), folders, paths)
-        rest = settings.speed, settings.max_batch, settings.threads
+        kept = next(iter(self._runs.values())).runtime_folder
+        rest = settings.runtime, kept, settings.max_batch, settings.threads
         return _ModelSource(LoadModels(first, *rest), LoadModels(again, *rest), files)
 
 
@@ -164,7 +165,7 @@ def _load_open_files(
 
 def _needs_spare(settings: Settings) -> bool:
     """Whether a new model process takes long to become ready, and a spare one is wanted."""
-    return settings.spare and (bool(settings.speed) or default_device() != "cpu")
+    return settings.spare and (bool(settings.runtime) or default_device() != "cpu")
 
 
 def _interface(catalog: ModelCatalog, name: str) -> tuple[Any, ...]:

@@ -1,0 +1,73 @@
+"""Exported files of a model that are kept for the next start."""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokendial.export_files import BUNDLE, export_bundle
+from tokendial.model.dial_vit import DialViT
+
+_REVISION = "revision"
+
+
+def find_or_export(model: DialViT, degrees: Sequence[int], folder: Path) -> dict[int, Path]:
+    """Return an exported file for each degree, which are written if they are missing.
+
+    Args:
+        model: The model.
+        degrees: Degrees to find.
+        folder: Holds a bundle for each set of degrees, in folders of their own. Bundles of other
+            weights, and those that a new one replaces, are deleted.
+
+    Returns:
+        The path of the ONNX file of each degree. Files give logits and embeddings.
+
+    Raises:
+        ValueError: If the model cannot be exported.
+    """
+    if model.compensation is not None:
+        raise ValueError("runtime: a model with a compensator runs in torch only.")
+    revision = _revision(model)
+    for bundle, contents in _bundles(folder):
+        files = {int(degree): bundle / name for degree, name in contents["files"].items()}
+        if contents.get(_REVISION) == revision and set(degrees) <= set(files):
+            return {degree: files[degree] for degree in degrees}
+    listed = ", ".join(map(str, degrees))
+    print(f"exporting the model at degree {listed}: once for these weights", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{revision}-{hashlib.sha256(listed.encode()).hexdigest()[:6]}"
+    # A bundle appears whole under its name, or not at all.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        new = Path(temporary, "bundle")
+        export_bundle(model, new, degrees, facts={_REVISION: revision}, embeddings=True)
+        for bundle, contents in list(_bundles(folder)):
+            replaced = set(contents["files"]) <= set(map(str, degrees))
+            if contents.get(_REVISION) != revision or replaced:
+                shutil.rmtree(bundle, ignore_errors=True)
+        new.replace(folder / name)
+    return {degree: folder / name / f"degree_{degree}.onnx" for degree in degrees}
+
+
+def _bundles(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The bundles in a folder, with the contents of their lists of files."""
+    for listed in sorted(folder.glob(f"*/{BUNDLE}")):
+        yield listed.parent, json.loads(listed.read_text())
+
+
+def _revision(model: DialViT) -> str:
+    """First 12 characters of a hash of all that decides the logits of a model."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    digest.update(repr(model.anatomy.input_shape).encode())
+    for config in (model.reduce_config, model.adapt_config, model.decode_config, model.backbone):
+        digest.update(repr(config).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,172 @@
+"""The choice of a runtime: which program computes a model, and in which precision."""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tokendial.checks import check_choice
+from tokendial.extras import check_installed
+from tokendial.measure.timing import time_in_rounds
+from tokendial.model.dial_vit import DialViT
+from tokendial.runtimes import onnxruntime_sessions, openvino_sessions
+from tokendial.runtimes.bundles import find_or_export
+from tokendial.runtimes.exported_vit import ExportedViT
+from tokendial.tune import DTYPES, OptimizedViT, optimize
+
+RuntimeName = Literal["torch", "onnxruntime", "openvino", "auto"]
+RuntimePrecision = Literal["fp32", "bf16", "fp16", "int8"]
+PRECISIONS: dict[RuntimeName, tuple[RuntimePrecision, ...]] = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "onnxruntime": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16"),
+    "auto": ("fp32", "bf16", "fp16", "int8"),
+}
+"""Precisions of each runtime."""
+_EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_OPENERS = {
+    "onnxruntime": onnxruntime_sessions.open_file,
+    "openvino": openvino_sessions.open_file,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where and how a model computes. It is falsy if nothing differs from the plain model.
+
+    Example:
+        >>> from tokendial import Runtime
+        >>> Runtime("openvino", precision="bf16")
+        Runtime(name='openvino', precision='bf16', optimize=False, compile=False)
+
+    Raises:
+        ValueError: If the runtime does not have the precision, or `optimize` or `compile` is asked
+            for outside of PyTorch.
+    """
+
+    name: RuntimeName = "torch"
+    """PyTorch, onnxruntime or OpenVINO; "auto": the fastest one that is installed."""
+    precision: RuntimePrecision = "fp32"
+    """Precision of weights and activations. In PyTorch, half precision also runs `optimize`. "int8"
+    computes linear layers in 8 bits, the rest in float32."""
+    optimize: bool = False
+    """PyTorch: run `optimize` on the model first."""
+    compile: bool = False
+    """PyTorch: run `optimize` on the model first, and let it compile."""
+
+    def __post_init__(self) -> None:
+        check_choice("runtime", self.name, get_args(RuntimeName))
+        check_choice("precision", self.precision, PRECISIONS[self.name])
+        if (self.optimize or self.compile) and self.name not in ("torch", "auto"):
+            raise ValueError(f"optimize and compile are for torch, got runtime {self.name}.")
+
+    def __bool__(self) -> bool:
+        return self != Runtime()
+
+    def start(
+        self,
+        model: DialViT,
+        images: Tensor,
+        *,
+        degrees: Sequence[int] | None = None,
+        folder: Path | None = None,
+    ) -> DialViT | OptimizedViT | ExportedViT:
+        """Make a model ready for inference.
+
+        What was tried and measured is printed to standard error.
+
+        Args:
+            model: The model; it is left unchanged. onnxruntime and OpenVINO run exported files on
+                the CPU, which are exact copies: they follow no later change of the model.
+            images: A batch [B, 3, H, W] like those to come, on the model's device. Batches of this
+                size are the fastest.
+            degrees: Degrees to make ready; None: all.
+            folder: Where exported files are kept for the next start; None: they are deleted.
+
+        Returns:
+            The model itself if nothing is to be done, or something that is called like it and has
+            the same dial.
+
+        Raises:
+            ValueError: If a degree is not offered, a package is missing, or the model cannot be
+                exported.
+        """
+        if not self:
+            return model
+        degrees = sorted({*(model.degrees if degrees is None else degrees)})
+        if self.name == "auto":
+            return self._fastest(model, images, degrees, folder)
+        if self.name == "torch":
+            return self._optimized(model, images, degrees)
+        check_installed(self.name, *_EXPORT_PACKAGES, self.name)
+        with tempfile.TemporaryDirectory() as temporary:
+            files = find_or_export(model, degrees, folder or Path(temporary))
+            given = images.cpu().float().numpy()
+            sessions = {
+                degree: _OPENERS[self.name](path, self.precision, given)
+                for degree, path in files.items()
+            }
+        return ExportedViT(model.anatomy, sessions, _first(model, degrees))
+
+    def _optimized(self, model: DialViT, images: Tensor, degrees: Sequence[int]) -> OptimizedViT:
+        dtype = None if self.precision == "fp32" else DTYPES[self.precision]
+        fast = optimize(model, images, degrees=degrees, dtype=dtype, compile=self.compile)
+        print(*fast.notes, *fast.trials, sep="\n", file=sys.stderr)
+        return fast
+
+    def _fastest(
+        self, model: DialViT, images: Tensor, degrees: Sequence[int], folder: Path | None
+    ) -> DialViT | OptimizedViT | ExportedViT:
+        """Start each runtime that is installed, and keep the one that is fastest along the dial."""
+        started: dict[RuntimeName, DialViT | OptimizedViT | ExportedViT] = {}
+        name: RuntimeName
+        for name, precisions in PRECISIONS.items():
+            if name == "auto" or self.precision not in precisions or not _is_installed(name):
+                continue
+            in_torch = name == "torch"
+            runtime = Runtime(name, self.precision, in_torch, in_torch and self.compile)
+            started[name] = runtime.start(model, images, degrees=degrees, folder=folder)
+        if not started:
+            raise ValueError(
+                f"precision {self.precision} needs onnxruntime, which is not installed."
+            )
+        turns: list[tuple[RuntimeName, int]] = [
+            (name, degree) for name in started for degree in {degrees[0], degrees[-1]}
+        ]
+        present = started[turns[0][0]]
+
+        def switch(turn: tuple[RuntimeName, int]) -> None:
+            nonlocal present
+            present = started[turn[0]]
+            present.set_degree(turn[1])
+
+        with torch.inference_mode():
+            timings = time_in_rounds(turns, switch, lambda: present(images), device=images.device)
+        seconds = dict.fromkeys(started, 0.0)
+        for (name, _), timing in zip(turns, timings, strict=True):
+            seconds[name] += timing.seconds
+        fastest = min(seconds, key=seconds.__getitem__)
+        for name, taken in seconds.items():
+            chosen = " (chosen)" if name == fastest else ""
+            print(f"{name} {self.precision}: {1e3 * taken:.1f} ms{chosen}", file=sys.stderr)
+        started[fastest].set_degree(_first(model, degrees))
+        return started[fastest]
+
+
+PLAIN = Runtime()
+"""The plain model, in PyTorch."""
+
+
+def _first(model: DialViT, degrees: Sequence[int]) -> int:
+    """The degree to start at: the model's own, if it is made ready."""
+    return model.degree if model.degree in degrees else degrees[0]
+
+
+def _is_installed(name: str) -> bool:
+    return name == "torch" or all(find_spec(each) for each in (*_EXPORT_PACKAGES, name))

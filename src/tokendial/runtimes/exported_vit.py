@@ -1,0 +1,59 @@
+"""A model that runs in another runtime than PyTorch, from one exported file for each degree."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tokendial.backbones.anatomy import Anatomy
+from tokendial.model.dial import check_degree
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Session = Callable[["np.ndarray"], Sequence["np.ndarray"]]
+"""Runs one exported file: images [B, 3, H, W] to logits and embeddings."""
+
+
+class ExportedViT(nn.Module):
+    """A model whose degrees are exported files, run by onnxruntime or OpenVINO on the CPU.
+
+    `Runtime.start` makes it. It is called like the model and has the same dial, for the degrees
+    that it was started with. It cannot be trained, and has no adapters to switch.
+    """
+
+    def __init__(self, anatomy: Anatomy, sessions: Mapping[int, Session], degree: int) -> None:
+        super().__init__()
+        self.anatomy = anatomy
+        """The parts of the wrapped ViT."""
+        self.degrees = tuple(sorted(sessions))
+        """Degrees that can be set."""
+        self.device = torch.device("cpu")
+        """Device of the results."""
+        self._sessions = sessions
+        self.set_degree(degree)
+
+    @property
+    def degree(self) -> int:
+        """Present degree of the dial."""
+        return self._degree
+
+    def set_degree(self, degree: int) -> None:
+        """Set the degree of the dial.
+
+        Raises:
+            ValueError: If `degree` is not in `degrees`.
+        """
+        check_degree(degree, self.degrees)
+        self._degree = degree
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of the model at the present degree."""
+        return self.logits_and_embeddings(images)[0]
+
+    def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and embeddings of one pass."""
+        given = images.detach().cpu().float().contiguous()
+        logits, embeddings = self._sessions[self.degree](given.numpy())
+        return torch.from_numpy(logits), torch.from_numpy(embeddings)

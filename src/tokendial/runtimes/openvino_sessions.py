@@ -1,0 +1,56 @@
+"""Exported files in OpenVINO, in float32 or bfloat16."""
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokendial.runtimes.exported_vit import Session
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@cache
+def _core() -> Any:
+    """The one core of this process: models of one core share what they can."""
+    import openvino
+
+    return openvino.Core()
+
+
+def open_file(path: Path, precision: str, images: "np.ndarray") -> Session:
+    """Load and compile an exported file.
+
+    Batches of the size of `images` run a model that is compiled for this size, which is faster.
+    Other sizes run one that is compiled for any size, when the first of them comes.
+
+    Args:
+        path: The ONNX file.
+        precision: "fp32" or "bf16".
+        images: A batch as it will be given.
+    """
+    settings = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+
+    graph = _core().read_model(path)
+
+    @cache
+    def compiled(*shape: int) -> Any:
+        model = graph.clone()
+        if shape:
+            model.reshape(list(shape))
+        return _core().compile_model(model, "CPU", settings)
+
+    compiled(*images.shape)
+
+    def run(batch: "np.ndarray") -> "list[np.ndarray]":
+        session = compiled(*batch.shape) if batch.shape == images.shape else compiled()
+        results = session(batch)
+        return [results[place] for place in range(len(results))]
+
+    return run

@@ -1,0 +1,150 @@
+"""Models in onnxruntime and OpenVINO: the same answers, files that are kept, the fastest one."""
+
+import pytest
+import torch
+from examples import images, tiny_vit
+
+import tokendial as td
+from tokendial.runtimes import PLAIN
+
+# The exporter's own warnings are no concern of these tests.
+pytestmark = pytest.mark.filterwarnings("ignore")
+DEGREES = (0, 8)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder that keeps exported files from test to test."""
+    return tmp_path_factory.mktemp("kept")
+
+
+def new_model():
+    return td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=8)).eval()
+
+
+def start(folder, *runtime, model=None, count=4, degrees=DEGREES):
+    model = model or new_model()
+    return td.Runtime(*runtime).start(model, images(count), degrees=degrees, folder=folder)
+
+
+@torch.no_grad()
+def largest_difference(model, started, count):
+    """Of logits and embeddings, relative to the spread of each, over the degrees."""
+    found = 0.0
+    for degree in DEGREES:
+        model.set_degree(degree)
+        started.set_degree(degree)
+        pairs = zip(
+            started.logits_and_embeddings(images(count)),
+            model.logits_and_embeddings(images(count)),
+            strict=True,
+        )
+        found = max(found, *(float((a - b).abs().max() / b.std()) for a, b in pairs))
+    return found
+
+
+@pytest.mark.parametrize("count", [4, 1, 3])
+@pytest.mark.parametrize(
+    ("name", "precision", "within"),
+    [
+        ("onnxruntime", "fp32", 1e-4),
+        ("openvino", "fp32", 1e-4),
+        ("openvino", "bf16", 0.2),
+        ("onnxruntime", "int8", 0.5),
+    ],
+)
+def test_a_runtime_gives_the_models_answers_for_any_batch(name, precision, within, count, kept):
+    started = start(kept, name, precision)
+    difference = largest_difference(new_model(), started, count)
+    assert difference < within
+    if precision != "fp32":
+        assert difference > 1e-4  # it does compute in another precision
+    assert (started.degrees, started.device.type) == (DEGREES, "cpu")
+
+
+@torch.no_grad()
+def test_masks_come_from_a_runtime_too(tmp_path):
+    torch.manual_seed(0)
+    model = td.wrap(
+        tiny_vit(depth=2, num_classes=0),
+        reduce=td.ToMe(r=8),
+        decode=td.LinearDecoder(num_classes=3),
+    )
+    started = start(tmp_path, "openvino", model=model.eval(), degrees=[8])
+    torch.testing.assert_close(started(images(2)), model(images(2)), atol=1e-4, rtol=0)
+
+
+def test_files_are_kept_until_the_weights_change(tmp_path, capsys):
+    def times_exported():
+        return capsys.readouterr().err.count("exporting")
+
+    model = new_model()
+    start(tmp_path, "openvino", model=model)
+    assert times_exported() == 1
+    start(tmp_path, "onnxruntime", model=model, degrees=[8])  # the other runtime, fewer degrees
+    assert times_exported() == 0
+    (bundle,) = tmp_path.iterdir()
+    assert {path.name for path in bundle.iterdir()} == {
+        "bundle.json",
+        "degree_0.onnx",
+        "degree_8.onnx",
+        "weights.bin",
+    }
+    with torch.no_grad():
+        model.vit.head.bias.add_(1.0)
+    started = start(tmp_path, "openvino", model=model)
+    assert times_exported() == 1
+    assert largest_difference(model, started, 2) < 1e-4
+    (other,) = tmp_path.iterdir()
+    assert other.name != bundle.name
+
+
+def test_files_are_deleted_if_no_folder_keeps_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    started = start(None, "openvino", degrees=[8])
+    assert list(tmp_path.iterdir()) == []
+    # A batch of another size is compiled only now, without the file.
+    assert started(images(3)).shape == (3, 7)
+
+
+def test_the_fastest_runtime_is_chosen(kept, capsys):
+    started = start(kept, "auto")
+    told = capsys.readouterr().err
+    times = {
+        line.split()[0]: float(line.split()[2])
+        for line in told.splitlines()
+        if " ms" in line and "fp32" in line
+    }
+    assert set(times) == {"torch", "onnxruntime", "openvino"}
+    (chosen,) = (line.split()[0] for line in told.splitlines() if "(chosen)" in line)
+    assert times[chosen] == min(times.values())
+    assert isinstance(started, td.OptimizedViT) == (chosen == "torch")
+    assert largest_difference(new_model(), started, 4) < 1e-3
+
+
+def test_nothing_to_do_leaves_the_model_as_it_is():
+    model = new_model()
+    assert PLAIN.start(model, images(1)) is model
+    assert not PLAIN
+    assert td.Runtime("onnxruntime")
+
+
+def test_a_compensated_model_stays_in_torch(tmp_path):
+    model = new_model()
+    compensator = td.Compensator(td.ToCom(rank=2), depth=2, embed_dim=model.embed_dim, steps=8)
+    compensator.attach(model, 0)
+    with pytest.raises(ValueError, match="runtime: a model with a compensator runs in torch only"):
+        start(tmp_path, "openvino", model=model)
+
+
+def test_mistakes_are_told(kept):
+    with pytest.raises(ValueError, match="runtime must be one of torch, onnxruntime, openvino"):
+        td.Runtime("tensorrt")
+    with pytest.raises(ValueError, match="precision must be one of fp32, int8, got 'bf16'"):
+        td.Runtime("onnxruntime", "bf16")
+    with pytest.raises(ValueError, match="optimize and compile are for torch, got .* openvino"):
+        td.Runtime("openvino", optimize=True)
+    started = start(kept, "onnxruntime")
+    with pytest.raises(ValueError, match="degree must be an integer in .*, got 4"):
+        started.set_degree(4)
