@@ -10,6 +10,7 @@ COMMANDS = {
     "resolution": "growth of time and memory with the image size",
     "peers": "speed of plain timm, the authors' ToMe, transformers and Tokendial",
     "attach": "speed of whole models that hold a ViT, untouched and with an attached dial",
+    "runtimes": "speed and scores in PyTorch, onnxruntime and OpenVINO, in each precision",
     "onnx": "speed of exported files in onnxruntime",
     "dar": "speed of DAR on large images, as a batch and image by image",
     "dial": "time to change the degree with a compensator merged into the weights",
