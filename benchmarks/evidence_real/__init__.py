@@ -20,6 +20,7 @@ TABLES = {
     "mismatch": "accuracy of models that run at another degree than they were trained at",
     "tocom": "accuracy that a compensator recovers, which was trained without labels",
     "sparse_tuning": "Sparse-Tuning and other fine-tuning: accuracy, time and memory, speed",
+    "at_224": "fine-tuning at 224 pixels: accuracy, time and memory, speed",
     "dense": "masks of a saliency model along the dial, without training",
     "dense_trained": "masks of DAR and DAR*, and of what they are compared with",
     "diversity": "diversity of attention by layer, with and without reduction",

@@ -1,4 +1,7 @@
-"""Table: Sparse-Tuning against other fine-tuning on ELPV: scores, cost of training, speed."""
+"""Table: Sparse-Tuning against other fine-tuning on ELPV: scores, cost of training, speed.
+
+All train by the recipes of recipes/real/elpv, at 112 pixels.
+"""
 
 import functools
 import itertools
@@ -31,60 +34,47 @@ from tokendial.train.attention import choose_attention
 from tokendial.train.objective import Objective
 
 SEEDS = (0, 1, 2)
-METHODS = ("linear", "lora", "adaptformer", "sparse_tuning", "full")
-AT_224 = ("sparse_tuning",)
-"""Methods that are also trained at 224 pixels."""
+METHODS = ("linear", "adaptformer", "lora", "sparse_tuning", "full")
 BATCH = 32
-HEADER = (
-    "method",
-    "side",
-    "trained (M)",
-    "GMACs",
-    "accuracy",
-    "balanced accuracy",
-    "AUROC",
-    "minus adaptformer",
-    "s / training step",
-    "MiB",
-    "images/s",
-)
-
-
-def trainings() -> list[Classifier]:
-    """The classifiers of the table."""
-    sides = [(112, METHODS), (224, AT_224)]
-    return [
-        trained(method, seed, side)
-        for seed, (side, methods) in itertools.product(SEEDS, sides)
-        for method in methods
-    ]
-
-
-def trained(method: str, seed: int, side: int) -> Classifier:
-    """The classifier that a recipe of real/elpv trains."""
-    return Classifier("elpv", method, seed, img_size=side, by_recipe=True)
+HEADER = ("method", "trained (M)", "GMACs", "accuracy", "balanced accuracy", "AUROC")
+COSTS = ("s / training step", "MiB", "images/s")
 
 
 def main(options: Options) -> None:
     """Train, predict, time, and write the table."""
-    in_threads(lambda one: one.train(options), trainings(), options)
-    in_processes(functools.partial(_predict, options=options), trainings(), options)
-    rows = []
-    for side, methods in ((112, METHODS), (224, AT_224)):
-        speeds = cached(
-            options.out / f"sparse_tuning-speed-{side}.json",
-            functools.partial(speed, methods, side, options),
-        )
-        rows += [row(method, side, speeds[method], options) for method in methods]
-    write_table("sparse_tuning", HEADER, [each["cells"] for each in rows], {"rows": rows})
+    write("sparse_tuning", 112, METHODS, options)
+
+
+def trained(method: str, seed: int, side: int) -> Classifier:
+    """The classifier that a recipe of real/elpv trains, on images of a side in pixels."""
+    return Classifier("elpv", method, seed, img_size=side, by_recipe=True)
+
+
+def write(name: str, side: int, methods: Sequence[str], options: Options) -> None:
+    """Train by recipes at an image size, predict, time, and write a table.
+
+    The second method is what the others are compared with, on the same images.
+    """
+    classifiers = [trained(*each, side) for each in itertools.product(methods, SEEDS)]
+    classifiers.sort(key=lambda one: one.seed)
+    in_threads(lambda one: one.train(options), classifiers, options)
+    in_processes(functools.partial(_predict, options=options), classifiers, options)
+    speeds = cached(
+        options.out / f"speed-{name}.json", functools.partial(speed, methods, side, options)
+    )
+    rows = [row(method, methods[1], side, speeds[method], options) for method in methods]
+    header = (*HEADER, f"minus {methods[1]}", *COSTS)
+    write_table(name, header, [each["cells"] for each in rows], {"rows": rows})
 
 
 def _predict(one: Classifier, options: Options) -> None:
     predict(one, Setting(), options)
 
 
-def row(method: str, side: int, speeds: dict[str, float], options: Options) -> dict[str, Any]:
-    """A row of the table."""
+def row(
+    method: str, base: str, side: int, speeds: dict[str, float], options: Options
+) -> dict[str, Any]:
+    """A row of the table; its accuracy is compared with that of the method `base`."""
 
     def outputs(name: str) -> tuple[list[Any], Any]:
         found = [predict(trained(name, seed, side), Setting(), options) for seed in SEEDS]
@@ -96,10 +86,10 @@ def row(method: str, side: int, speeds: dict[str, float], options: Options) -> d
         interval(resampled_scores(draws, metric, logits, labels))
         for metric in (accuracy, balanced_accuracy, auroc)
     ]
-    cells = [method, str(side), f"{speeds['trained'] / 1e6:.2f}", f"{speeds['gmacs']:.2f}"]
+    cells = [method, f"{speeds['trained'] / 1e6:.2f}", f"{speeds['gmacs']:.2f}"]
     cells += [score.percent() for score in scores]
-    if side == 112 and method != "adaptformer":
-        other, _ = outputs("adaptformer")
+    if method != base:
+        other, _ = outputs(base)
         difference = resampled_scores(draws, accuracy, logits, labels) - resampled_scores(
             draws, accuracy, other, labels
         )
