@@ -37,6 +37,7 @@ from tokendial.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from tokendial.runs import Run
     from tokendial.runs.model_source import ModelSource
 
 
@@ -360,6 +361,20 @@ def export(
         int | None,
         typer.Option(min=1, help="Fixed number of images per call (default: any number)."),
     ] = None,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="ONNX file whose linear layers compute in 8 bits. It is evaluated on the "
+            "validation set first.",
+        ),
+    ] = False,
+    max_loss: Annotated[
+        float,
+        typer.Option(
+            min=0, help="With --int8: refuse a file that loses more points of the main metric."
+        ),
+    ] = 1.0,
     out: Annotated[
         Path | None,
         typer.Option(help="File to write, or folder of a bundle (default: in RUN/export)."),
@@ -377,6 +392,11 @@ def export(
     from tokendial.runs.export_facts import run_facts
 
     opened = Run(run)
+    if int8:
+        if degrees is not None or batch is not None or to is not ExportFormat.onnx:
+            raise ValueError("int8 writes one ONNX file: leave out --degrees, --batch and --to.")
+        _export_int8(opened, degree, max_loss, out)
+        return
     model, folder = opened.model(), run / "export"
     facts = run_facts(opened, model)
     if degrees is None:
@@ -393,3 +413,19 @@ def export(
             f"wrote {exported.path}: degree {exported.degree}, {exported.gmacs:.4g} GMACs, "
             f"logits differ by {exported.difference:.1e}"
         )
+
+
+def _export_int8(run: "Run", degree: int | None, max_loss: float, out: Path | None) -> None:
+    from tokendial.runs.export_int8 import export_int8
+
+    degree = run.model().degree if degree is None else degree
+    path = out or run.folder / "export" / f"degree_{degree}.int8.onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = export_int8(run, path, degree=degree, max_loss=max_loss / 100)
+    lost = "" if found.accuracy_lost is None else found.accuracy_lost.percent(sign=True)
+    print(
+        f"wrote {found.path}: degree {found.degree}, {found.metric} {found.after:.1%} "
+        f"(float32: {found.before:.1%})"
+    )
+    if lost:
+        print(f"accuracy lost, in points with the 95 % interval: {lost}")

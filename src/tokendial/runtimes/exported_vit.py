@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Session = Callable[["np.ndarray"], Sequence["np.ndarray"]]
-"""Runs one exported file: images [B, 3, H, W] to logits and embeddings."""
+"""Runs an exported file: images [B, 3, H, W] to logits, and embeddings if the file gives them."""
 
 
 class ExportedViT(nn.Module):
@@ -50,10 +50,13 @@ class ExportedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the model at the present degree."""
-        return self.logits_and_embeddings(images)[0]
+        return self._run(images)[0]
 
     def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and embeddings of one pass."""
+        logits, embeddings = self._run(images)
+        return logits, embeddings
+
+    def _run(self, images: Tensor) -> list[Tensor]:
         given = images.detach().cpu().float().contiguous()
-        logits, embeddings = self._sessions[self.degree](given.numpy())
-        return torch.from_numpy(logits), torch.from_numpy(embeddings)
+        return [torch.from_numpy(output) for output in self._sessions[self.degree](given.numpy())]

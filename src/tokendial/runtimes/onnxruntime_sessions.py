@@ -56,6 +56,9 @@ def quantized(path: Path) -> Path:
     stated = [value for value in graph.graph.value_info if value.name not in stored]
     del graph.graph.value_info[:]
     graph.graph.value_info.extend(stated)
+    # Shapes are inferred and constants folded already: onnxruntime warns if it is not told so.
+    prepared = graph.metadata_props.add()
+    prepared.key, prepared.value = "onnx.quant.pre_process", "onnxruntime.quant"
     with atomic_write(out) as temporary:
         quantize_dynamic(
             graph,

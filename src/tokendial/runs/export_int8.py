@@ -1,0 +1,112 @@
+"""Export of a run with linear layers in 8 bits, unless that costs too much accuracy."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tokendial.atomic import atomic_write
+from tokendial.export_files import export
+from tokendial.extras import check_installed
+from tokendial.measure import Interval, bootstrap_interval
+from tokendial.model.dial import InferenceModel
+from tokendial.runs.evaluate import main_score, validation_set
+from tokendial.runs.export_facts import run_facts
+from tokendial.runs.run import Run
+from tokendial.runtimes import ExportedViT
+from tokendial.runtimes.onnxruntime_sessions import open_file, quantized
+from tokendial.tasks import Classification, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Int8File:
+    """An exported file with 8-bit linear layers, and what it costs on the validation set."""
+
+    path: Path
+    """Path of the file."""
+    degree: int
+    """Degree of the dial that the file runs at."""
+    metric: str
+    """Name of the run's main metric."""
+    before: float
+    """The main metric of the model in float32."""
+    after: float
+    """The main metric of the file."""
+    accuracy_lost: Interval | None
+    """Accuracy of the model minus that of the file, paired by image. None unless the task is
+    classification with one label per image."""
+
+
+def export_int8(
+    run: Run,
+    out: Path,
+    *,
+    degree: int | None = None,
+    max_loss: float = 0.01,
+    batch_size: int = 64,
+) -> Int8File:
+    """Write the best model of a run as an ONNX file whose linear layers compute in 8 bits.
+
+    Products of two activations, such as those that compare tokens, stay in float32. The file runs
+    on the validation set before it is kept.
+
+    Args:
+        run: A run with a model.
+        out: File to write, which ends in .onnx. An existing file is replaced.
+        degree: Degree of the dial; None: the one that the model was trained at.
+        max_loss: How much of the main metric the file may lose, 0.01 for one point.
+        batch_size: Images per forward pass.
+
+    Raises:
+        ValueError: If the file loses more than `max_loss` (then nothing is written), `out` has
+            another ending, `degree` is not offered or a package is missing.
+    """
+    if out.suffix != ".onnx":
+        raise ValueError(f"out must end in .onnx for int8, got {out}.")
+    check_installed("int8", "onnx", "onnxscript", "onnxruntime")
+    model = run.model().eval()
+    degree = model.degree if degree is None else degree
+    model.set_degree(degree)
+    task, loader = validation_set(run, model, batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        export(model, file, facts=run_facts(run, model))
+        session = open_file(file, "int8", next(iter(loader))[0].numpy())
+        before, right_before = _scores(task, model, loader)
+        eight_bits = ExportedViT(model.anatomy, {degree: session}, degree)
+        after, right_after = _scores(task, eight_bits, loader)
+        metric, lost = next(iter(before)), main_score(before) - main_score(after)
+        if lost > max_loss:
+            raise ValueError(
+                f"int8 loses {100 * lost:.1f} points of {metric} at degree {degree} "
+                f"({100 * main_score(before):.1f} to {100 * main_score(after):.1f}), more than "
+                f"max_loss ({100 * max_loss:g}); nothing was written."
+            )
+        with atomic_write(out) as temporary:
+            shutil.copyfile(quantized(file), temporary)
+    interval = None
+    if right_before is not None and right_after is not None:
+        interval = bootstrap_interval(lambda a, b: (a - b).mean(), right_before, right_after)
+    return Int8File(out, degree, metric, main_score(before), main_score(after), interval)
+
+
+@torch.no_grad()
+def _scores(
+    task: Task, model: InferenceModel, loader: DataLoader[Any]
+) -> tuple[dict[str, float], Tensor | None]:
+    """Metrics over a loader, and for classification whether each image is right (1 or 0)."""
+    metrics, right = task.metrics(), []
+    for images, targets in loader:
+        logits = task.predict(model, images).float()
+        if isinstance(targets, Tensor):
+            targets = targets.long()
+        metrics.update(logits, targets)
+        if isinstance(task, Classification) and not task.multi_label:
+            right.append((logits.argmax(-1) == targets).float())
+    scores = {name: float(value) for name, value in metrics.compute().items()}
+    return scores, torch.cat(right) if right else None
