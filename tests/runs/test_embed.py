@@ -214,3 +214,23 @@ def test_mistakes_are_reported_before_ray_starts(run, digits):
         list(embed(SHIPPED, files, EmbedSettings(degree=3), ray=True))
     with pytest.raises(ValueError, match=r"top must lie in \[1, 4\] \(classes\), got 5"):
         list(predict_on_ray(run, files, top=5))
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_other_runtimes_give_the_same_embeddings(cli, run, digits, tmp_path):
+    folder, found = digits / "val" / "digit 1", {}
+    for name, flags in {
+        "torch": [],
+        "openvino": ["--runtime", "openvino"],
+        "int8": ["--runtime", "onnxruntime", "--precision", "int8"],
+    }.items():
+        out = tmp_path / f"{name}.safetensors"
+        assert cli("embed", run.folder, folder, "--out", out, "--degree", 8, *flags)[0] == 0
+        found[name] = load_file(out)["embeddings"]
+    torch.testing.assert_close(found["openvino"], found["torch"], atol=1e-4, rtol=0)
+    cosine = torch.cosine_similarity(found["int8"], found["torch"])
+    assert 0.95 < cosine.min() < 1.0
+    with pytest.raises(ValueError, match="features must be pooled in openvino, got map"):
+        EmbedSettings(runtime="openvino", features="map")
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'int8'"):
+        EmbedSettings(precision="int8")

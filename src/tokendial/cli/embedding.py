@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 
 from tokendial.cli.app import USE_PANEL, app
-from tokendial.cli.options import Degree, ImageSize, ModelName, Precision, Weights
+from tokendial.cli.options import (
+    Degree,
+    ImageSize,
+    ModelName,
+    RuntimeName,
+    RuntimeOption,
+    RuntimePrecision,
+    Weights,
+)
 
 
 class Features(StrEnum):
@@ -51,9 +59,14 @@ def embed(
     weights: Weights = None,
     img_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+    runtime: RuntimeOption = RuntimeName.torch,
     precision: Annotated[
-        Precision, typer.Option(help="Floating-point format of weights and activations.")
-    ] = Precision.fp32,
+        RuntimePrecision,
+        typer.Option(
+            help="Format of weights and activations: fp32, bf16 or fp16 in torch, fp32 or int8 in "
+            "onnxruntime, fp32 or bf16 in openvino."
+        ),
+    ] = RuntimePrecision.fp32,
     ray: Annotated[
         bool, typer.Option("--ray", help="Use all GPUs of a Ray cluster, by Ray Data.")
     ] = False,
@@ -77,6 +90,7 @@ def embed(
         features=features.value,
         batch_size=batch_size,
         precision=precision.value,
+        runtime=runtime.value,
     )
     with progress_bar(Console(stderr=True)) as shown:
         written = embed_to_file(

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from tokendial.checks import check_choice, check_count
 from tokendial.data.readers.images import ImageError
+from tokendial.model.dial import InferenceModel
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.device import default_device
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.model_source import ModelSource
 from tokendial.runs.on_ray import answers_on_ray, check_ray
 from tokendial.runs.predict import Source
-from tokendial.tune import DTYPES, Precision
+from tokendial.runtimes import Runtime
+from tokendial.runtimes.config import RuntimeName, RuntimePrecision
+from tokendial.tune import DTYPES
 
 Features = Literal["pooled", "mean", "map"]
 """What an embedding is. pooled: what the head reads, or what a model without a head gives. mean:
@@ -46,12 +49,16 @@ class EmbedSettings:
     mean for the mean of the feature map, map for the feature map."""
     batch_size: int = 32
     """Images per forward pass."""
-    precision: Precision = "fp32"
-    """Floating-point format of weights and activations."""
+    precision: RuntimePrecision = "fp32"
+    """Format of weights and activations; see `Runtime`."""
+    runtime: RuntimeName = "torch"
+    """Program that computes the model; see `Runtime`."""
 
     def __post_init__(self) -> None:
         check_choice("features", self.features, get_args(Features))
-        check_choice("precision", self.precision, tuple(DTYPES))
+        Runtime(self.runtime, self.precision)  # raises if the runtime does not have the precision
+        if self.runtime != "torch" and self.features != "pooled":
+            raise ValueError(f"features must be pooled in {self.runtime}, got {self.features}.")
         check_count("batch_size", self.batch_size)
 
 
@@ -71,9 +78,23 @@ class Embedder:
         self.model = opened.model
         if settings.degree is not None:
             self.model.set_degree(settings.degree)
-        self.dtype, self.device = DTYPES[settings.precision], device or default_device()
+        self.device = device or default_device()
+        self.dtype = torch.float32
+        if settings.runtime == "torch":
+            self.dtype = DTYPES[settings.precision]
         self.model.to(self.device, self.dtype)
         self._read = ImageReader(opened.transform, opened.value_range)
+        self._started: InferenceModel = self.model
+        if settings.runtime != "torch":
+            example = torch.zeros(
+                settings.batch_size, *self.model.anatomy.input_shape, device=self.device
+            )
+            self._started = Runtime(settings.runtime, settings.precision).start(
+                self.model,
+                example,
+                degrees=[self.model.degree],
+                folder=opened.run.runtime_folder if opened.run else None,
+            )
 
     @torch.no_grad()
     def __call__(self, sources: Sequence[Source]) -> list[Embedding | ImageError]:
@@ -91,6 +112,8 @@ class Embedder:
         images = images.to(self.device, self.dtype)
         features = self.settings.features
         if features == "pooled":
+            if self._started is not self.model:
+                return self._started.logits_and_embeddings(images)[1].float().cpu()
             return self.model.embeddings(images).float().cpu()
         maps = self.model.feature_map(images).float()
         return (maps.mean(dim=(2, 3)) if features == "mean" else maps).cpu()

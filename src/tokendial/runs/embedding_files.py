@@ -194,7 +194,7 @@ def _facts(source: ModelSource, settings: EmbedSettings) -> dict[str, Any]:
     best = Run(source.name).best
     files = [best / CONFIG, best / WEIGHTS] if source.is_folder else [Path(source.weights or "")]
     facts["revision"] = files_revision(path for path in files if path.is_file())
-    fields = ("degree", "features", "precision")
+    fields = ("degree", "features", "precision", "runtime")
     facts |= {field: getattr(settings, field) for field in fields}
     facts["reduce"] = to_json("reduce", settings.reduce) if settings.reduce else None
     plain: dict[str, Any] = json.loads(json.dumps(facts))
