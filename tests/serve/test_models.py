@@ -1,5 +1,6 @@
 """Runs in memory: what they answer is what they answer alone."""
 
+import dataclasses
 import shutil
 from io import BytesIO
 
@@ -60,9 +61,12 @@ def test_a_mask_has_the_size_of_the_image(masks):
     assert models.catalog.kind("masks") == "masks"
 
 
-def test_an_optimised_copy_answers_the_same(pets):
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("runtime", [Runtime(optimize=True), Runtime("openvino")], ids=str)
+def test_an_optimised_copy_and_another_runtime_answer_the_same(pets, runtime, tmp_path):
     models = load_models({"pets": pets})
-    models.prepare(Runtime(optimize=True), batch=2)
+    models.catalog = dataclasses.replace(models.catalog, degrees=(0, 4))
+    models.prepare(runtime, batch=2, folder=tmp_path)
     (image,) = pictures(1)
     for degree in (0, 4):
         (found,) = logits(models, "pets", degree, [image])
