@@ -262,10 +262,14 @@ def _split_products(graph: Any) -> None:
 
     Other runtimes copy the parts of one large output, which takes longer than smaller products.
     """
+    import numpy as np
     import onnx_ir
 
     for split in [node for node in graph if node.op_type == "Split"]:
         add, size = split.inputs[0].producer(), len(split.outputs)
+        last = len(split.inputs[0].shape) - 1
+        if "num_outputs" not in split.attributes or split.attributes["axis"].as_int() != last:
+            continue  # unequal parts, or parts of the tokens
         product = add.inputs[0].producer() if add is not None and add.op_type == "Add" else None
         if product is None or product.op_type != "MatMul":
             continue
@@ -273,8 +277,6 @@ def _split_products(graph: Any) -> None:
         used_once = all(len(node.outputs[0].uses()) == 1 for node in (product, add))
         if not used_once or any(value.const_value is None for value in stored):
             continue
-        import numpy as np
-
         weights, biases = (np.split(value.const_value.numpy(), size, axis=-1) for value in stored)
         for number, output in enumerate(split.outputs):
             parts = []

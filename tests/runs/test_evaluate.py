@@ -287,7 +287,7 @@ def test_the_command_line_uses_other_runtimes(cli, run, digits):
     )
     assert (code, err.strip()) == (
         2,
-        "error: precision must be one of fp32, bf16, got 'int8'.",
+        "error: precision in openvino must be one of fp32, bf16, got 'int8'.",
     )
 
 

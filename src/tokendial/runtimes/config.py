@@ -62,7 +62,7 @@ class Runtime:
 
     def __post_init__(self) -> None:
         check_choice("runtime", self.name, get_args(RuntimeName))
-        check_choice("precision", self.precision, PRECISIONS[self.name])
+        check_choice(f"precision in {self.name}", self.precision, PRECISIONS[self.name])
         if (self.optimize or self.compile) and self.name not in ("torch", "auto"):
             raise ValueError(f"optimize and compile are for torch, got runtime {self.name}.")
 
@@ -131,7 +131,10 @@ class Runtime:
                 continue
             in_torch = name == "torch"
             runtime = Runtime(name, self.precision, in_torch, in_torch and self.compile)
-            started[name] = runtime.start(model, images, degrees=degrees, folder=folder)
+            try:
+                started[name] = runtime.start(model, images, degrees=degrees, folder=folder)
+            except ValueError as error:
+                print(f"{name}: left out: {error}", file=sys.stderr)
         if not started:
             raise ValueError(
                 f"precision {self.precision} needs onnxruntime, which is not installed."
