@@ -40,6 +40,30 @@ CASES = [("tome", 0), ("tome", 8), ("tome", 32), ("evit", 2), ("evit", 9), ("evi
          ("dyt topk", 9), ("ffn_merge", 16), ("ffn_merge", 32)]  # fmt: skip
 
 
+# Operators that TensorRT 8.5 runs, by docs/operators.md of onnx-tensorrt, without control flow; the
+# last two came in TensorRT 10.
+TENSORRT = """
+Abs Add And ArgMax Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos CumSum Div
+Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gemm Greater GreaterOrEqual
+Identity Less LessOrEqual Log LogSoftmax MatMul Max Min Mod Mul Neg NonZero Not Or Pad Pow Range
+Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize Round
+ScatterElements ScatterND Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile TopK
+Transpose Unsqueeze Where LayerNormalization Gelu
+"""
+# Inputs that TensorRT needs to know when it builds: counts and axes.
+KNOWN_INPUTS = {"TopK": 1, "Squeeze": 1, "Unsqueeze": 1, "Slice": 3}
+
+
+def check_tensorrt(graph):
+    """TensorRT itself is not at hand, so its published list of operators is checked."""
+    stored = {tensor.name for tensor in graph.initializer}
+    stored |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    for node in graph.node:
+        assert node.op_type in TENSORRT.split()
+        if (place := KNOWN_INPUTS.get(node.op_type)) is not None:
+            assert set(node.input[place : place + 1]) <= stored, node
+
+
 def model_of(name):
     torch.manual_seed(0)
     return td.wrap(tiny_vit(depth=2), reduce=METHODS[name])
@@ -116,6 +140,7 @@ def test_onnx_gives_the_same_logits_for_any_batch(name, degree, tmp_path):
     onnx.checker.check_model(found.path, full_check=True)
     assert reductions(found.path) <= {"none"}
     graph = onnx.load(found.path).graph
+    check_tensorrt(graph)
     for value in (*graph.input, *graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
     # How many tokens DAR and DyT select has a name of torch's, too.

@@ -232,7 +232,10 @@ def _write_onnx(program: Any, contents: Mapping[str, Any], path: Path) -> None:
         dynamo=True,
         input_names=["images"],
         output_names=["logits", "embeddings"][: len(program.graph_signature.user_outputs)],
-        custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+        custom_translation_table={
+            torch.ops.aten.sort.default: _sort,
+            torch.ops.aten.sort.stable: _stable_sort,
+        },
         verbose=False,
     )
     assert written is not None
@@ -295,13 +298,19 @@ def _split_products(graph: Any) -> None:
                 del graph.initializers[value.name]
 
 
-def _stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
-    """Express torch's stable sort by ONNX's TopK of all, which keeps equal values in order."""
+def _sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
+    """Express torch's sort by ONNX's TopK of all, which keeps equal values in order."""
     from onnxscript import opset18
 
     op: Any = opset18
-    count = op.Constant(value_ints=[self.shape[dim]])  # a model's counts of tokens are fixed
+    # A number, which TensorRT needs: counts of tokens are fixed.
+    count = op.Constant(value_ints=[self.shape[dim]])
     return op.TopK(self, count, axis=dim, largest=bool(descending), sorted=True)
+
+
+def _stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
+    """Express torch's stable sort, as `_sort` does."""
+    return _sort(self, dim, descending)
 
 
 def _onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
