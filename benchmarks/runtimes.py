@@ -138,6 +138,12 @@ def _score_figure(rows: Sequence[Row]) -> Figure:
         own = [row for row in rows if row["method"] == method]
         costs, values = [row["cost"] for row in own], [row["accuracy"] for row in own]
         axis.plot(costs, values, marker="o", label=method)
-    axis.set(xlabel="cost, as a share of degree 0", ylabel="balanced accuracy")
-    axis.legend()
+    values = [row["accuracy"] for row in rows]
+    axis.set(
+        xlabel="cost, as a share of degree 0",
+        ylabel="balanced accuracy",
+        # Differences smaller than the intervals must not look large.
+        ylim=(min(values) - 0.05, max(values) + 0.05),
+    )
+    axis.legend(loc="lower right", fontsize="small")
     return figure
