@@ -136,6 +136,14 @@ def check_export(fixtures: Path) -> None:
     assert td.export(tiny_model(), "model.onnx", degree=1).difference < 1e-3
 
 
+def check_openvino(fixtures: Path) -> None:
+    """Write OpenVINO's format, and compute in OpenVINO."""
+    model, images = tiny_model(), torch.zeros(2, 3, 32, 32)
+    assert td.export(model, "model.xml", degree=1).difference < 1e-3
+    started = td.Runtime("openvino").start(model, images, degrees=[1])
+    assert (started(images) - model(images)).abs().max() < 1e-3
+
+
 def check_peft(fixtures: Path) -> None:
     """Build LoRA by PEFT."""
     assert tiny_model(td.LoRA(rank=2))(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
