@@ -58,8 +58,11 @@ def test_a_run_is_evaluated_as_before(cli, run):
     rows, before = (
         list(csv.DictReader((f / table).read_text().splitlines())) for f in (run, SAVED / "run")
     )
-    same = ("degree", "accuracy", "gmacs", "tokens")
+    same = ("degree", "accuracy", "tokens")
     assert [[row[n] for n in same] for row in rows] == [[row[n] for n in same] for row in before]
+    # ToMe has compared prefix tokens with others then, and does not any more.
+    now, then = ([float(row["gmacs"]) for row in each] for each in (rows, before))
+    assert now == pytest.approx(then, rel=1e-3)
 
 
 def test_a_run_goes_on_from_its_checkpoint(run):

@@ -12,6 +12,7 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "runs"),
     "numpy": ("numpy", "runs"),
     "onnx": ("onnx", "export"),
+    "onnx_ir": ("onnx-ir", "export"),
     "onnxruntime": ("onnxruntime", "export"),
     "onnxscript": ("onnxscript", "export"),
     "open_clip": ("open_clip_torch", "openclip"),

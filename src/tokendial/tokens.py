@@ -94,7 +94,10 @@ class Grouping:
             total_BG = rows.add_absorbed(kept_BG1, absorbed_BS1).squeeze(-1)
             kept_BG = kept_BG / total_BG
             absorbed_BS = absorbed_BS / total_BG.gather(1, self.dst)
-        return [rows.merge(x, kept_BG, absorbed_BS) for x in features], total_BG
+        merged = []
+        for x in features:
+            merged.append(rows.merge(x, kept_BG, absorbed_BS))
+        return merged, total_BG
 
     def sum(self, x_BND: Tensor) -> Tensor:
         """Plain sum of each group's members, [B, G, D]."""

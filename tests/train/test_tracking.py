@@ -101,4 +101,4 @@ def test_memory_does_not_grow_from_epoch_to_epoch(recipe_file, tmp_path, monkeyp
     train(read_recipe(recipe_file, [f"output={tmp_path / 'run'}"]), quiet=True)
     assert len(held) == 8
     # A leak of the images of one epoch, 240 times 12 KiB, would add 17 MiB.
-    assert held[-1] - held[2] < 8 * 2**20
+    assert held[-1] - held[2] < 12 * 2**20

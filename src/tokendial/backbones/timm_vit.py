@@ -172,9 +172,10 @@ class TimmViT(TimmAnatomy):
 
     def qkv(self, layer: int, x_BND: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.block(layer).attn
-        parts = attn.qkv(x_BND).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
-        return attn.q_norm(q), attn.k_norm(k), v
+        q, k, v = attn.qkv(x_BND).chunk(3, dim=-1)
+        heads = (*x_BND.shape[:2], attn.num_heads, attn.head_dim)
+        q, k, v = q.reshape(heads), k.reshape(heads), v.reshape(heads)
+        return attn.q_norm(q.transpose(1, 2)), attn.k_norm(k.transpose(1, 2)), v.transpose(1, 2)
 
     def attention_branch(self, layer: int, out_BND: Tensor, x_BND: Tensor) -> Tensor:
         block = self.block(layer)

@@ -209,32 +209,31 @@ def bipartite_matching(
         return None
     device = metric_BNC.device
     sources_in_prefix = num_prefix_tokens - num_prefix_tokens // stride
-
-    def source_position(number: Tensor) -> Tensor:
-        """Position of each source among all tokens, from its number among the free sources."""
-        number = number + sources_in_prefix
-        return number * 2 if stride == 2 else number + number // (stride - 1)
-
     first_target = num_prefix_tokens + (stride - 1 - num_prefix_tokens) % stride
     target = torch.arange(first_target, num_tokens, stride, device=device)
-    num_sources = num_tokens - num_prefix_tokens - target.shape[0]
+    source: slice | Tensor
+    if stride == 2:
+        source = slice(2 * sources_in_prefix, None, 2)  # needs no copy
+    else:
+        num_sources = num_tokens - num_prefix_tokens - target.shape[0]
+        number = sources_in_prefix + torch.arange(num_sources, device=device)
+        source = number + number // (stride - 1)
     best_BA, partner_BA = find_most_similar(
-        metric_BNC.detach(),
-        # A slice of every second token needs no copy.
-        slice(2 * sources_in_prefix, None, 2)
-        if stride == 2
-        else source_position(torch.arange(num_sources, device=device)),
-        slice(first_target, None, stride),
+        metric_BNC.detach(), source, slice(first_target, None, stride)
     )
     order_BA = best_BA.argsort(dim=-1, descending=True, stable=True)
-    merged, left = order_BA[:, :r], order_BA[:, r:]
+    if isinstance(source, slice):
+        position_BA = 2 * (order_BA + sources_in_prefix)
+    else:
+        position_BA = source[order_BA]
+    left = position_BA[:, r:]
     if num_prefix_tokens:
         left = left.sort(dim=-1).values
     prefix = torch.arange(num_prefix_tokens, device=device).expand(num_images, -1)
-    keep = torch.cat([prefix, source_position(left), target.expand(num_images, -1)], dim=1)
+    keep = torch.cat([prefix, left, target.expand(num_images, -1)], dim=1)
     first = num_prefix_tokens + left.shape[1]
-    dst = first + partner_BA.gather(1, merged)
-    return Grouping(keep, source_position(merged), dst, num_tokens)
+    dst = first + partner_BA.gather(1, order_BA[:, :r])
+    return Grouping(keep, position_BA[:, :r], dst, num_tokens)
 
 
 def random_matching(
