@@ -418,10 +418,9 @@ def export(
 def _export_int8(run: "Run", degree: int | None, max_loss: float, out: Path | None) -> None:
     from tokendial.runs.export_int8 import export_int8
 
-    degree = run.model().degree if degree is None else degree
-    path = out or run.folder / "export" / f"degree_{degree}.int8.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = export_int8(run, path, degree=degree, max_loss=max_loss / 100)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    found = export_int8(run, out, degree=degree, max_loss=max_loss / 100)
     lost = "" if found.accuracy_lost is None else found.accuracy_lost.percent(sign=True)
     print(
         f"wrote {found.path}: degree {found.degree}, {found.metric} {found.after:.1%} "

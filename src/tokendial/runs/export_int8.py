@@ -44,7 +44,7 @@ class Int8File:
 
 def export_int8(
     run: Run,
-    out: Path,
+    out: Path | None = None,
     *,
     degree: int | None = None,
     max_loss: float = 0.01,
@@ -57,7 +57,8 @@ def export_int8(
 
     Args:
         run: A run with a model.
-        out: File to write, which ends in .onnx. An existing file is replaced.
+        out: File to write, which ends in .onnx; None: in the folder `export` of the run. An
+            existing file is replaced.
         degree: Degree of the dial; None: the one that the model was trained at.
         max_loss: How much of the main metric the file may lose, 0.01 for one point.
         batch_size: Images per forward pass.
@@ -66,12 +67,15 @@ def export_int8(
         ValueError: If the file loses more than `max_loss` (then nothing is written), `out` has
             another ending, `degree` is not offered or a package is missing.
     """
-    if out.suffix != ".onnx":
+    if out is not None and out.suffix != ".onnx":
         raise ValueError(f"out must end in .onnx for int8, got {out}.")
     check_installed("int8", "onnx", "onnxscript", "onnxruntime")
     model = run.model().eval()
     degree = model.degree if degree is None else degree
     model.set_degree(degree)
+    if out is None:
+        out = run.folder / "export" / f"degree_{degree}.int8.onnx"
+        out.parent.mkdir(parents=True, exist_ok=True)
     task, loader = validation_set(run, model, batch_size)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
