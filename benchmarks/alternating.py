@@ -1,18 +1,17 @@
-"""Timing in rounds: all compared functions run once per round, and ratios are taken per round.
+"""What benchmarks compare by the library's clock: functions that take turns, and their ratios.
 
 When other programs slow the machine down, they slow all functions of that round alike. So the
 median of the ratios within rounds is more reliable than the ratio of two medians.
 """
 
-import math
 import resource
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
+
+from tokendial.measure.timing import percentiles, time_in_rounds
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -38,9 +37,9 @@ class Turn:
     """One turn of one runner, in one round."""
 
     seconds: float
-    """Seconds of one pass: the mean if the turn consisted of several passes."""
-    page_faults: float
-    """Minor page faults in one pass: pages that the operating system had to provide again."""
+    """Seconds of the pass."""
+    page_faults: int
+    """Minor page faults in the pass: pages that the operating system had to provide again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Compute median and percentiles, interpolated between values."""
-        low, median, high = (float(v) for v in np.percentile(values, [10, 50, 90]))
+        low, median, high = percentiles(values, 10, 50, 90)
         return cls(median, low, high)
 
     def as_row(self, key: str) -> dict[str, float]:
@@ -71,54 +70,54 @@ def alternate(
     repeats: int,
     device: str = "cpu",
     warm_up: int = 2,
-    shortest_turn_s: float = 0.1,
+    seconds_per_round: float = 0.1,
 ) -> dict[Key, list[Turn]]:
-    """Time all runners in `repeats` rounds. Each runner has one turn per round.
+    """Time all runners in rounds. Each runner has one turn per round.
 
     Args:
         runners: The runners. Rounds begin with each of them in turn.
-        repeats: Number of rounds, without the warm-up.
+        repeats: Number of rounds, without the warm-up, if passes are not short.
         device: Device of the runners. It is synchronised before the clock is read.
         warm_up: Passes of each runner before the first round.
-        shortest_turn_s: Seconds that a turn should take at least: short passes are repeated within
-            a turn, as often as the last pass of the warm-up suggests. 0 makes each turn one pass.
+        seconds_per_round: Seconds that a turn should take: if passes are shorter, there are more
+            rounds, at most 100 times as many.
 
     Returns:
         The turns of each runner. Turns with the same index belong to the same round.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
-    passes = dict.fromkeys(runners, 1)
-    for key, runner in runners.items():
-        runner.prepare()
-        for _ in range(warm_up):
-            duration = _turn(runner, 1, device).seconds
-            passes[key] = max(1, math.ceil(shortest_turn_s / duration))
-    turns: dict[Key, list[Turn]] = {key: [] for key in runners}
-    order = list(runners)
-    for repeat in range(repeats):
-        first = repeat % len(order)
-        for key in order[first:] + order[:first]:
-            runners[key].prepare()
-            turns[key].append(_turn(runners[key], passes[key], device))
-    return turns
+    faults: dict[Key, list[int]] = {key: [] for key in runners}
+    present: Key
+
+    def prepare(key: Key) -> None:
+        nonlocal present
+        present = key
+        runners[key].prepare()
+
+    def call() -> None:
+        before = _minor_faults()
+        runners[present].call()
+        faults[present].append(_minor_faults() - before)
+
+    timings = time_in_rounds(
+        list(runners),
+        prepare,
+        call,
+        device=torch.device(device),
+        seconds=repeats * seconds_per_round,
+        least_rounds=repeats,
+        most_rounds=100 * repeats,
+        warm_up=warm_up,
+    )
+    return {
+        key: [Turn(*both) for both in zip(timing.times, faults[key][warm_up:], strict=True)]
+        for key, timing in zip(runners, timings, strict=True)
+    }
 
 
-def _turn(runner: Runner, passes: int, device: str) -> Turn:
-    _synchronize(device)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    start = time.perf_counter()
-    for _ in range(passes):
-        runner.call()
-    _synchronize(device)
-    seconds = time.perf_counter() - start
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    return Turn(seconds / passes, faults / passes)
-
-
-def _synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
+def _minor_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def ratio(base: Sequence[Turn], own: Sequence[Turn]) -> Spread:

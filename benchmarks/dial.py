@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         model.set_degree(draw.choice([d for d in range(asked.steps + 1) if d != model.degree]))
 
     runners = {"turn": Runner(turn), "forward pass of one image": Runner(lambda: model(image))}
-    turns = alternate(runners, repeats=asked.repeats, device=asked.device, shortest_turn_s=0)
+    turns = alternate(runners, repeats=asked.repeats, device=asked.device, seconds_per_round=0)
     rows = []
     for what, own in turns.items():
         ms = [1000 * each.seconds for each in own]

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ UNTRACED = {
     "show",
     "sweeps",
     "runs",
+    "runtimes",
     "tasks",
     "train",
     "test_cli.py",
@@ -57,6 +59,12 @@ RECIPE = {
     "augment": {"crop": False, "flip": 0.0},
     "train": {"epochs": 8, "batch_size": 20, "lr": 0.003, "warmup_epochs": 1},
 }
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector a million objects of imported modules, which all stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

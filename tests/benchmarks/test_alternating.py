@@ -6,20 +6,20 @@ from benchmarks.alternating import Runner, Spread, Turn, alternate, ratio
 def test_runners_take_turns_and_each_starts_a_round():
     order = []
     runners = {name: Runner(lambda name=name: order.append(name)) for name in "abc"}
-    alternate(runners, repeats=3, warm_up=0, shortest_turn_s=0)
+    alternate(runners, repeats=3, warm_up=0, seconds_per_round=0)
     assert "".join(order) == "abcbcacab"
 
 
 def test_the_warm_up_does_not_count_and_each_turn_is_prepared():
     calls, prepared = [], []
     runner = Runner(lambda: calls.append(1), lambda: prepared.append(1))
-    turns = alternate({"a": runner}, repeats=4, warm_up=2, shortest_turn_s=0)
-    assert (len(turns["a"]), len(calls), len(prepared)) == (4, 6, 5)
+    turns = alternate({"a": runner}, repeats=4, warm_up=2, seconds_per_round=0)
+    assert (len(turns["a"]), len(calls), len(prepared)) == (4, 6, 6)
 
 
-def test_short_passes_are_repeated_within_a_turn():
+def test_short_passes_have_more_rounds():
     calls = []
-    alternate({"a": Runner(lambda: calls.append(1))}, repeats=1, shortest_turn_s=0.01)
+    alternate({"a": Runner(lambda: calls.append(1))}, repeats=1, seconds_per_round=0.01)
     assert len(calls) > 10
 
 

@@ -67,3 +67,17 @@ def test_there_are_as_many_rounds_as_time_and_limits_allow(played):
             most_rounds=6,
         )
         assert len(runs) == 2 * (1 + counted)
+
+
+def test_each_setting_begins_a_round_in_turn():
+    order = []
+    timing.time_in_rounds(
+        "abc", order.append, lambda: None, device=CPU, seconds=0.0, least_rounds=3, warm_up=0
+    )
+    assert "".join(order) == "abcbcacab"
+
+
+def test_the_times_of_each_counted_round_are_there(played):
+    (only,) = played([0.1], lambda run: 1.0 + run, seconds=0.0, least_rounds=3)
+    assert only.times == pytest.approx([0.2, 0.3, 0.4])
+    assert (only.low, only.high) == pytest.approx((0.22, 0.38))

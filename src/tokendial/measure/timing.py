@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 T = TypeVar("T")
@@ -22,6 +23,19 @@ class Timing:
     """Time of one run in seconds: the median over all rounds."""
     spread: float
     """Difference between third and first quartile of the times, as a fraction of their median."""
+    times: tuple[float, ...]
+    """Seconds of each counted round. All settings took turns in a round, so ratios of two settings
+    are best taken within rounds."""
+
+    @property
+    def low(self) -> float:
+        """10th percentile of the times."""
+        return percentiles(self.times, 10)[0]
+
+    @property
+    def high(self) -> float:
+        """90th percentile of the times."""
+        return percentiles(self.times, 90)[0]
 
     @property
     def disturbed(self) -> bool:
@@ -38,13 +52,14 @@ def time_in_rounds(
     seconds: float = 1.0,
     least_rounds: int = 5,
     most_rounds: int = 100,
+    warm_up: int = 1,
 ) -> list[Timing]:
     """Time the same work under several settings, each of them once in each round.
 
     Something that slows the machine down for a while slows all settings of these rounds, so it does
     not change their ratios. Therefore the time of a setting is the median of the first setting,
-    times the median of the ratio to the first setting within a round. A first round, in which
-    kernels are chosen and caches filled, is not counted.
+    times the median of the ratio to the first setting within a round. Each setting in turn begins a
+    round, because the first one finds other caches than the last.
 
     Args:
         settings: The settings to compare, at least one.
@@ -54,6 +69,7 @@ def time_in_rounds(
         seconds: Time in seconds to spend on each setting, unless `least_rounds` take longer.
         least_rounds: Smallest number of counted rounds. With one round the spread is 0.
         most_rounds: Largest number of counted rounds.
+        warm_up: First rounds, in which kernels are chosen and caches filled; they are not counted.
 
     Returns:
         One timing for each setting, in their order.
@@ -67,27 +83,40 @@ def time_in_rounds(
         2
     """
     rounds: list[list[float]] = []
+    order = list(range(len(settings)))
     begin = time.perf_counter()
-    while len(rounds) <= least_rounds or (
-        len(rounds) <= most_rounds and time.perf_counter() - begin < seconds * len(settings)
+    while len(rounds) < warm_up + least_rounds or (
+        len(rounds) < warm_up + most_rounds
+        and time.perf_counter() - begin < seconds * len(settings)
     ):
-        times = []
-        for setting in settings:
-            prepare(setting)
-            times.append(_seconds(run, device))
+        times = [0.0] * len(settings)
+        first = len(rounds) % len(settings)
+        for place in order[first:] + order[:first]:
+            prepare(settings[place])
+            times[place] = _seconds(run, device)
         rounds.append(times)
-    del rounds[0]
-    columns = list(zip(*rounds, strict=True))
+    columns = list(zip(*rounds[warm_up:], strict=True))
     firsts = columns[0]
-    first = statistics.median(firsts)
+    first_median = statistics.median(firsts)
     return [
         Timing(
-            first
+            first_median
             * statistics.median(own / other for own, other in zip(column, firsts, strict=True)),
             _spread(column),
+            column,
         )
         for column in columns
     ]
+
+
+def percentiles(values: Sequence[float], *which: float) -> list[float]:
+    """Percentiles of at least one value, interpolated between values.
+
+    Args:
+        values: The values, in any order.
+        which: Percentiles from 0 to 100.
+    """
+    return [float(found) for found in np.percentile(values, which)]
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -101,7 +130,5 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _spread(times: Sequence[float]) -> float:
-    if len(times) == 1:
-        return 0.0
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    low, middle, high = percentiles(times, 25, 50, 75)
     return (high - low) / middle

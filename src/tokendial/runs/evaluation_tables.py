@@ -92,7 +92,12 @@ def _columns(row: DegreeRow | CompensatedRow | AttachedRow) -> dict[str, Any]:
         if isinstance(value, dict):
             columns |= {name: _short(score) for name, score in value.items()}
         elif isinstance(value, Timing):
-            columns["spread"] = _short(value.spread)
+            columns |= {
+                "batch_ms": _short(1e3 * value.seconds),
+                "batch_ms_10th": _short(1e3 * value.low),
+                "batch_ms_90th": _short(1e3 * value.high),
+                "spread": _short(value.spread),
+            }
         elif not isinstance(value, Tensor) and field.name != "confusion":
             columns[field.name] = _short(value) if isinstance(value, float) else value
     return columns
