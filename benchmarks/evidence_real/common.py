@@ -17,6 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tokendial.atomic import atomic_write
 from tokendial.backbones import Backbone
+from tokendial.runs import Run, read_recipe
+from tokendial.runs.recipe import CompensateRecipe, Recipe
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,7 +61,9 @@ class Options:
 def train(
     name: str, recipe: str, settings: Mapping[str, Any], options: Options, command: str = "train"
 ) -> Path:
-    """Run `tokendial train` (or `compensate`) with one thread; an interrupted run is resumed.
+    """Run `tokendial train` (or `compensate`) with one thread, unless that is done.
+
+    An interrupted run is resumed.
 
     Args:
         name: Name of the run: its folder below `options.out / "runs"`.
@@ -70,12 +74,17 @@ def train(
 
     Returns:
         The folder of the run.
+
+    Raises:
+        ValueError: If the folder holds a run of other settings, or the command fails.
     """
     folder = options.out / "runs" / name
     done = folder / "finished"
-    if not done.exists():
-        fields = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        run_tokendial(command, recipe, f"output={folder}", *fields, "train.trackers=[]")
+    written = settings | {"output": str(folder), "train.trackers": []}
+    fields = [f"{key}={json.dumps(value)}" for key, value in written.items()]
+    kind = {"train": Recipe, "compensate": CompensateRecipe}[command]
+    if not (Run(folder).has_recipe(read_recipe(recipe, fields, kind=kind)) and done.exists()):
+        run_tokendial(command, recipe, *fields)
         done.touch()
         print(name, flush=True)
     return folder

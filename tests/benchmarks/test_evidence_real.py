@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
+from benchmarks.evidence_real import common
 from benchmarks.evidence_real.common import Options, cached
 from benchmarks.evidence_real.statistics import (
     accuracy,
@@ -20,6 +21,7 @@ from benchmarks.evidence_real.statistics import (
     resampled_scores,
 )
 from tokendial.measure import Resampling
+from tokendial.runs import Run, read_recipe
 
 
 @pytest.fixture
@@ -151,3 +153,15 @@ def test_a_killed_table_goes_on_where_it_was(tmp_path):
     printed, _ = start(stuck=-1).communicate()
     assert printed == "[0, 1, 4, 9]\n"
     assert (tmp_path / "computed").read_text().split() == ["0", "1", "2", "2", "3"]
+
+
+def test_a_finished_run_is_taken_only_with_the_settings_it_was_trained_with(tmp_path, monkeypatch):
+    options = Options(out=tmp_path)
+    folder = tmp_path / "runs" / "linear"
+    monkeypatch.setattr(common, "run_tokendial", lambda *words: pytest.fail("was trained again"))
+    recipe = read_recipe("real/elpv/linear", [f"output={folder}", "seed=1", "train.trackers=[]"])
+    Run(folder).claim(recipe, ["intact", "defective"])
+    (folder / "finished").touch()
+    assert common.train("linear", "real/elpv/linear", {"seed": 1}, options) == folder
+    with pytest.raises(ValueError, match=r"linear holds another run: its seed is 1, not 2"):
+        common.train("linear", "real/elpv/linear", {"seed": 2}, options)
