@@ -24,9 +24,9 @@ VALUES = (
 
 def whole(folder):
     reduce, adapt = td.ToMe(r=4), td.AdaptFormer(dim=4)
-    td.wrap(BACKBONE.create(), reduce=reduce, adapt=adapt, backbone=BACKBONE).save_pretrained(
-        folder
-    )
+    model = td.wrap(BACKBONE.create(), reduce=reduce, adapt=adapt, backbone=BACKBONE)
+    model.reducer.trained_degrees = (0, 1, 2, 3, 4)
+    model.save_pretrained(folder)
 
 
 def measured(folder):

@@ -187,3 +187,11 @@ def test_a_repository_that_cannot_be_reached_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match="me/pets is neither a folder nor on the hub: no network$"):
         td.load("me/pets")
+
+
+@pytest.mark.parametrize("written", [[], [4, 0], [0, 33], ["0"], [[]], 3, {"0": 1}])
+def test_trained_degrees_must_be_those_of_the_dial(saved, written):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"trained_degrees": written}))
+    with pytest.raises(ValueError, match=r"trained_degrees must be rising degrees in \[0, 32\]"):
+        td.load(saved, vit=tiny_vit())

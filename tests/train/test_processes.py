@@ -23,10 +23,17 @@ RECIPE = {
         "img_size": 24,
         "args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2},
     },
-    "reduce": {"name": "tome", "r": 1},
+    "reduce": {"name": "tome", "r": 3},
     "adapt": {"name": "adaptformer", "dim": 5},
     "augment": {"crop": False, "flip": 0.5},
-    "train": {"epochs": 2, "lr": 0.003, "accumulate": 2, "ema": 0.9, "clip_grad": 1.0},
+    "train": {
+        "epochs": 2,
+        "lr": 0.003,
+        "accumulate": 2,
+        "ema": 0.9,
+        "clip_grad": 1.0,
+        "degrees": {"sandwich": 1},  # several passes per update, too
+    },
 }
 ONE, EACH_OF_TWO = "train.batch_size=20", "train.batch_size=10"
 

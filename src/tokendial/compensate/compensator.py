@@ -163,10 +163,16 @@ class Compensator(nn.Module):
 
         Raises:
             ValueError: If depth, width, reduction method or backbone differ, a degree lies beyond
-                the compensator's, or a compensator is attached already.
+                the compensator's, the model was trained at several degrees at once, or a
+                compensator is attached already.
         """
         if model.compensation is not None:
             raise ValueError("a compensator is attached already: detach it first.")
+        if model.reducer is not None and (trained := model.reducer.trained_degrees):
+            raise ValueError(
+                f"this model was trained at the degrees {trained[0]} to {trained[-1]} at once, so "
+                "there is nothing to compensate."
+            )
         shape = model.anatomy.shape
         for name in ("depth", "embed_dim"):
             if getattr(self, name) != getattr(shape, name):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 T = TypeVar("T")
@@ -109,14 +108,17 @@ def time_in_rounds(
     ]
 
 
-def percentiles(values: Sequence[float], *which: float) -> list[float]:
+def percentiles(values: Sequence[float], *which: int) -> list[float]:
     """Percentiles of at least one value, interpolated between values.
 
     Args:
         values: The values, in any order.
-        which: Percentiles from 0 to 100.
+        which: Percentiles from 1 to 99.
     """
-    return [float(found) for found in np.percentile(values, which)]
+    if len(values) == 1:
+        return [values[0]] * len(which)
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return [cuts[percent - 1] for percent in which]
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

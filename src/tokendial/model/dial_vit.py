@@ -683,6 +683,7 @@ class DialViT(nn.Module):
         with self.own_weights():
             tensors = self.saved_tensors()
             calibration = self.reducer.calibration if self.reducer else None
+            trained = self.reducer.trained_degrees if self.reducer else None
             SavedModel(
                 folder=Path(directory),
                 backbone=self.backbone,
@@ -690,6 +691,7 @@ class DialViT(nn.Module):
                 fingerprint=self.fingerprint,
                 degree=self.degree,
                 calibration=dataclasses.asdict(calibration) if calibration else None,
+                trained_degrees=list(trained) if trained else None,
                 reduce=self.reduce_config,
                 adapt=self.adapt_config,
                 decode=self.decode_config,
@@ -740,7 +742,7 @@ class DialViT(nn.Module):
             try:
                 self.set_adapter(name)
                 saved.load_trained(self, trained_tensors(self, self.adapter, self.decoder))
-                saved.calibrate(self.reducer)
+                saved.restore_dial(self.reducer)
             except BaseException:
                 self.set_adapter(active)
                 self.delete_adapter(name)

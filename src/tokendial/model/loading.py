@@ -61,7 +61,7 @@ def load(
             else:
                 saved.check_backbone(model.fingerprint)
             if reduce is None:
-                saved.calibrate(model.reducer)
+                saved.restore_dial(model.reducer)
                 model.set_degree(saved.degree)
             model.load_state_dict(saved.tensors, strict=False)
         except BaseException:

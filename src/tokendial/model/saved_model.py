@@ -41,6 +41,8 @@ class SavedModel:
     """The degree that the model was saved at."""
     calibration: Any
     """Fields of the reducer's `Calibration` as plain JSON; None: the dial was not calibrated."""
+    trained_degrees: Any
+    """The reducer's degrees of that name as plain JSON; None: the model trained at one degree."""
     reduce: ReducerConfig | None
     """The reduction method; None: there was none."""
     adapt: AdapterConfig | None
@@ -80,6 +82,7 @@ class SavedModel:
             fingerprint=config["fingerprint"],
             degree=config["degree"],
             calibration=config.get("calibration"),
+            trained_degrees=config.get("trained_degrees"),
             tensors=tensors,
             **methods,
         )
@@ -94,6 +97,7 @@ class SavedModel:
             "fingerprint": self.fingerprint,
             "degree": self.degree,
             "calibration": self.calibration,
+            "trained_degrees": self.trained_degrees,
         }
         config |= {
             kind: to_json(kind, method) if method else None for kind, method in methods.items()
@@ -193,13 +197,23 @@ class SavedModel:
         sizes = [len(value) for name, value in self.tensors.items() if name in biases]
         return sizes[0] if sizes else None
 
-    def calibrate(self, reducer: Reducer | None) -> None:
-        """Give a reducer the saved calibration, if there is one.
+    def restore_dial(self, reducer: Reducer | None) -> None:
+        """Tell a reducer what was saved of its dial: trained degrees and calibration, if any.
 
         Raises:
-            ValueError: If the calibration does not fit the reducer's dial.
+            ValueError: If either does not fit the reducer's dial.
         """
-        if reducer is None or self.calibration is None:
+        if reducer is None:
+            return
+        if (trained := self.trained_degrees) is not None:
+            offered = [d for d in reducer.degrees if isinstance(trained, list) and d in trained]
+            if not offered or trained != offered:
+                raise ValueError(
+                    f"trained_degrees must be rising degrees in [0, {reducer.degrees[-1]}], got "
+                    f"{trained!r:.60}."
+                )
+            reducer.trained_degrees = tuple(offered)
+        if self.calibration is None:
             return
         if not isinstance(self.calibration, dict):
             raise ValueError(f"calibration must be a mapping, got {self.calibration!r:.60}.")

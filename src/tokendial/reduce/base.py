@@ -70,6 +70,9 @@ class Reducer(nn.Module, ABC):
     calibration: Calibration | None = None
     """Result of `tokendial.calibrate`, saved with the model. None before calibration, and for
     methods without thresholds."""
+    trained_degrees: tuple[int, ...] | None = None
+    """Degrees between which the model was trained at once (`train.degrees` of a recipe), saved with
+    the model. None: it was trained at one degree."""
 
     @abstractmethod
     def reduces_in(self, layer: int, degree: int) -> bool:

@@ -95,6 +95,32 @@ class ModelSection(_Section):
         return Backbone(name=self.name, weights=weights, args=args, frames=self.frames)
 
 
+class DegreesSection(_Section):
+    """Training at several degrees of the dial, up to the highest: that of train.degree."""
+
+    sandwich: int | None = Field(None, ge=0)
+    """Each update runs degree 0, the highest degree and this many random ones between on the same
+    images. Degree 0 learns the task, the others learn to give its answers (the sandwich rule and
+    in-place distillation of US-Nets, arXiv 1903.05134). An update takes that many passes, and the
+    memory of one."""
+    random: bool = False
+    """Each update runs one random degree between 0 and the highest, which learns the task. It costs
+    no more than training at one degree."""
+    task_weight: float = Field(0.0, ge=0.0)
+    """sandwich: weight of the task's loss at the degrees above 0, added to the distillation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.random == (self.sandwich is not None):
+            raise ValueError(
+                "must have either sandwich, a number of degrees, or random: true, got "
+                f"sandwich {self.sandwich} and random {self.random}"
+            )
+        if self.random and self.task_weight:
+            raise ValueError(f"task_weight is for sandwich, got {self.task_weight} with random")
+        return self
+
+
 class TrainSection(_Section):
     """Settings of the training: batches, learning rate, precision, checkpoints, logging."""
 
@@ -129,6 +155,8 @@ class TrainSection(_Section):
     degree: int | None = Field(None, ge=0)
     """Degree of the dial to train at; 0 trains without reduction. null: the degree that the
     settings of the reduction method stand for."""
+    degrees: DegreesSection | None = None
+    """Train one model for many degrees at once. null: for the one degree above."""
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
     """Weight of each class in the cross-entropy of images with one label. A list: one number above
     0 per class, in the order of the classes. balanced: N / (C x n) for a class with n of the N
@@ -299,7 +327,7 @@ class CompensateRecipe(BaseRecipe):
             raise ValueError("reduce must be a reduction method, got null")
         if self.model.weights is None:
             raise ValueError("model.weights must name pre-trained weights, got null")
-        for name in ("degree", "teacher", "layer_decay", "class_weights"):
+        for name in ("degree", "degrees", "teacher", "layer_decay", "class_weights"):
             if (value := getattr(self.train, name)) is not None:
                 raise ValueError(f"train.{name} has no meaning for a compensator, got {value}")
         return self
@@ -385,6 +413,7 @@ def _all_fields() -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         "model": ModelSection,
         "train": TrainSection,
+        "train.degrees": DegreesSection,
         "distill": DistillSection,
     }
     for section, model in sections.items():

@@ -158,6 +158,7 @@ class CompensatorTraining:
     """The job of training a compensator on a frozen pre-trained model."""
 
     score_name = "agreement"
+    passes = 1
 
     def __init__(self, recipe: CompensateRecipe) -> None:
         """Load data and model, and make a new compensator.
@@ -209,6 +210,9 @@ class CompensatorTraining:
         if self.recipe.loss == "classification":
             source, target = 0, target or source
         self.objective.pair = (source, target)
+
+    def before_pass(self, number: int) -> None:
+        """Nothing to prepare: an update has one pass."""
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and cutmix, if the recipe asks for them."""

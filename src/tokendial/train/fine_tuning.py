@@ -24,6 +24,7 @@ from tokendial.tasks import FeatureDistillation
 from tokendial.train.loop import Trainer
 from tokendial.train.objective import Distillation, Objective
 from tokendial.train.optimizer import decay_groups, parameter_groups
+from tokendial.train.several_degrees import SeveralDegrees
 
 _CALIBRATION_IMAGES = 64
 
@@ -82,23 +83,40 @@ class FineTuning:
         self.anatomy = self.model.anatomy
         _check_frames(self.data, self.anatomy.frames)
         teacher = load(self.settings.teacher) if self.settings.teacher else None
-        distillation = _distillation(recipe, self.model) if recipe.distill else None
-        self.objective = Objective(self.model, self.task, teacher, distillation)
-        self.module = self.objective
+        self.distillation = _distillation(recipe, self.model) if recipe.distill else None
+        objective = Objective(self.model, self.task, teacher, self.distillation)
+        self.several: SeveralDegrees | None = None
+        if self.settings.degrees:
+            self.several = SeveralDegrees(objective, self.settings.degrees)
+            self.several.mark_trained()
+        self.objective = self.module = self.several or objective
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trainable parameters: adapters, heads, decoders, reducers, distillation heads."""
         settings = self.settings
         decay, lr = settings.weight_decay, settings.lr
         groups = parameter_groups(self.model, decay, lr, settings.layer_decay)
-        if self.objective.distillation:
-            groups += decay_groups(self.objective.distillation, decay, lr)
+        if self.distillation:
+            groups += decay_groups(self.distillation, decay, lr)
         return groups
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:
-        """Give the reduction method the number of finished steps; some methods have a schedule."""
+        """Give the reduction method the number of finished steps, and draw degrees if several
+        train; some methods have a schedule."""
         if self.model.reducer:
             self.model.reducer.at_step(update, updates_per_epoch)
+        if self.several:
+            self.several.draw_degrees(self.recipe.seed, update)
+
+    @property
+    def passes(self) -> int:
+        """One pass for each degree of the present update."""
+        return len(self.several.degrees) if self.several else 1
+
+    def before_pass(self, number: int) -> None:
+        """Choose the degree of the next pass."""
+        if self.several:
+            self.several.number = number
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mixup and cutmix, if the recipe asks for them."""
@@ -111,12 +129,18 @@ class FineTuning:
     def validation_scores(
         self, loader: DataLoader[Any], accelerator: Accelerator
     ) -> dict[str, float]:
-        """The task's metrics over the validation set."""
+        """The task's metrics over the validation set; of several degrees at the highest."""
+        self._turn_to_highest()
         return evaluate_loader(self.model, loader, self.task, autocast=accelerator.autocast)
 
     def save(self, folder: Path) -> None:
-        """Save the model."""
+        """Save the model; of several degrees at the highest."""
+        self._turn_to_highest()
         self.model.save_pretrained(folder)
+
+    def _turn_to_highest(self) -> None:
+        if self.several:
+            self.model.set_degree(self.several.highest)
 
     def calibrate(self, run: Run, device: torch.device) -> None:
         """Find the dial's thresholds for the models of a finished run, and save them.

@@ -40,6 +40,10 @@ class Job(Protocol):
     def score_name(self) -> str:
         """Name of the quantity that `batch_score` returns, such as "accuracy"."""
 
+    @property
+    def passes(self) -> int:
+        """How often the objective is called with each batch; the gradients add up."""
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the optimizer."""
 
@@ -49,6 +53,13 @@ class Job(Protocol):
         Args:
             update: Updates that are finished, counted over the whole run.
             updates_per_epoch: Updates in one epoch.
+        """
+
+    def before_pass(self, number: int) -> None:
+        """Prepare the next call of the objective.
+
+        Args:
+            number: Number of the call with the present batch, from 0 to `passes` - 1.
         """
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tokendial.runs.card import write_versions
@@ -236,20 +237,30 @@ class Trainer:
             seed_all(self.recipe.seed, self.position.update, part, self.accelerator.process_index)
             images, targets = self.job.augment_batch(images, targets)
             with self.accelerator.accumulate(self.model):
-                with self.accelerator.autocast():
-                    loss, outputs = self.model(images, targets)
-                self.accelerator.backward(loss)
+                for number in range(self.job.passes):
+                    loss, score = self._pass(number, images, targets)
+                    loss_sum += loss
+                    score_sum += score / self.job.passes
                 if self.settings.clip_grad and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(
                         trainable(self.job.module).values(), self.settings.clip_grad
                     )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            loss_sum += loss.item()
-            score_sum += self.job.batch_score(outputs.detach(), targets)
         if self.ema:
             self.ema.update(self.job.module)
         return loss_sum / self.settings.accumulate, score_sum / self.settings.accumulate
+
+    def _pass(self, number: int, images: Tensor, targets: Tensor) -> tuple[float, float]:
+        """Do a forward and a backward pass. Returns the loss and the score of this process."""
+        self.job.before_pass(number)
+        # Processes exchange gradients once per update, after its last pass.
+        is_last = number + 1 == self.job.passes
+        with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with self.accelerator.autocast():
+                loss, outputs = self.model(images, targets)
+            self.accelerator.backward(loss)
+        return loss.item(), self.job.batch_score(outputs.detach(), targets)
 
     def _mean_over_processes(self, loss: float, score: float) -> tuple[float, float, bool]:
         """Means over all processes, and whether any of them was asked to stop.

@@ -46,17 +46,19 @@ class Objective(nn.Module):
         # In a tuple, so that it is no submodule: it is not saved, trained or averaged.
         self._teacher = (teacher,)
 
-    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The total loss, and the logits at the degree that is trained."""
+    def forward(
+        self, images: Tensor, targets: Tensor, task_weight: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The total loss, in which the task's has a weight; the logits at the present degree."""
         model = self.model
         reducer = model.reducer if model.degree else None
         if reducer is not None and type(reducer).losses is Reducer.losses:
             reducer = None
         if reducer is None and self.distillation is None:
             logits = model(images).float()
-            return self.task.loss(logits, targets), logits
+            return task_weight * self.task.loss(logits, targets), logits
         student = model.forward_pass(images)
-        loss = self.task.loss(student.logits, targets)
+        loss = task_weight * self.task.loss(student.logits, targets)
         if self.distillation is not None:
             loss = loss + self.distillation(student.feature_map, images)
         if reducer is None:
