@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CORE := tokens attention passes shape checks methods atomic extras reference
-ROOMS := model backbones reduce decode adapt measure compensate tune
+ROOMS := model backbones reduce decode adapt measure cascade compensate tune
 CORE_FILES := $(CORE:%=src/tokendial/%.py) $(ROOMS:%=src/tokendial/%/*)
 comma := ,
 empty :=

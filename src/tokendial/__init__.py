@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.backbones import Backbone as Backbone
     from tokendial.backbones import convert_weights as convert_weights
     from tokendial.backbones import video_vit as video_vit
+    from tokendial.cascade import Cascade as Cascade
+    from tokendial.cascade import CascadeCalibration as CascadeCalibration
     from tokendial.compensate import Compensator as Compensator
     from tokendial.compensate import ToCom as ToCom
     from tokendial.decode import DARDecoder as DARDecoder
@@ -70,6 +72,7 @@ _NAMES = {
         "FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA"
     ),
     "backbones": "Backbone convert_weights video_vit",
+    "cascade": "Cascade CascadeCalibration",
     "compensate": "Compensator ToCom",
     "decode": "DARDecoder DecoderConfig LinearDecoder MaskTransformer UpConvDecoder",
     "export_files": "ExportedFile export",

@@ -1,0 +1,256 @@
+"""A model that answers at a cheap degree, and again at a better one where it is unsure."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tokendial.atomic import atomic_write
+from tokendial.backbones.anatomy import Anatomy
+from tokendial.cascade.answers import SCORES, ScoreName, answers, are_same, how_sure
+from tokendial.cascade.thresholds import (
+    CascadeCalibration,
+    Harm,
+    Observations,
+    choose_thresholds,
+)
+from tokendial.checks import check_choice
+from tokendial.model.dial import InferenceModel, check_degree
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeAnswer:
+    """Answers of a cascade for a batch of B images."""
+
+    logits: Tensor
+    """Logits [B, ...] as the model returns them, of the stage that answered."""
+    degrees: tuple[int, ...]
+    """The degree that answered for each image."""
+
+
+class Cascade:
+    """Runs a model at the first degree, and again at the next one for images it is unsure of.
+
+    It is called like the model. `calibrate` finds how sure a stage must be, so that with a given
+    confidence no more than a given share of the answers are worse than those of the last degree.
+
+    Example:
+        >>> import timm, torch, tokendial as td
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=3)
+        >>> model = td.wrap(vit, reduce=td.ToMe(r=4)).eval()
+        >>> cascade = td.Cascade(model, degrees=(4, 0))
+        >>> calibrated = cascade.calibrate([torch.randn(500, 3, 64, 64)], max_changed=0.05)
+        >>> calibrated.bound <= 0.05
+        True
+        >>> cascade(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 3])
+
+    Source:
+        Deferral by confidence: arXiv 2307.02764; the bound: see `choose_thresholds`.
+    """
+
+    def __init__(
+        self,
+        model: InferenceModel,
+        degrees: Sequence[int],
+        *,
+        score: ScoreName = "margin",
+        multi_label: bool = False,
+    ) -> None:
+        """Set up the stages. Before `calibrate`, every image reaches the last one.
+
+        Args:
+            model: A wrapped model, or what `Runtime.start` returns. Its dial is turned by calls and
+                left as it was.
+            degrees: Two or three degrees, falling: the cheapest first.
+            score: How sure the model is: "margin", "probability" or "entropy".
+            multi_label: Whether each logit is a label of its own (a sigmoid), not one of K classes.
+
+        Raises:
+            ValueError: If degrees are not offered or do not fall, `score` is unknown, or the model
+                has no logits.
+        """
+        check_choice("score", score, SCORES)
+        for degree in degrees:
+            check_degree(degree, model.degrees)
+        if len(degrees) not in (2, 3) or list(degrees) != sorted(set(degrees), reverse=True):
+            raise ValueError(
+                f"degrees must be two or three, the cheapest first, such as 8,0; got "
+                f"{','.join(map(str, degrees))}."
+            )
+        if getattr(model, "num_classes", None) == 0 and getattr(model, "decoder", None) is None:
+            raise ValueError(
+                "a cascade needs a model with a head or a decoder: an embedding does not say how "
+                "sure the model is."
+            )
+        self.model, self.degrees = model, tuple(degrees)
+        self.score: ScoreName = score
+        self.multi_label = multi_label
+        self.calibration: CascadeCalibration | None = None
+        """The thresholds and their bound; None: not calibrated."""
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The parts of the model's ViT."""
+        return self.model.anatomy
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.model.device
+
+    def eval(self) -> "Cascade":
+        """Put the model into evaluation mode."""
+        self.model.eval()
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of images [B, 3, H, W], each of the stage that answered for it."""
+        return self.answer(images).logits
+
+    @torch.no_grad()
+    def answer(self, images: Tensor) -> CascadeAnswer:
+        """Logits of images [B, 3, H, W], and the degree that answered for each."""
+        before = self.model.degree
+        try:
+            self.model.set_degree(self.degrees[0])
+            logits = self.model(images)
+            answered = torch.zeros(len(images), dtype=torch.long)
+            unsure = torch.arange(len(images), device=images.device)
+            for stage, threshold in enumerate(self._thresholds(), 1):
+                sure = self._how_sure(logits[unsure])
+                unsure = unsure[(sure < threshold).to(unsure.device)]
+                if not len(unsure):
+                    break
+                self.model.set_degree(self.degrees[stage])
+                logits = logits.index_copy(0, unsure, self.model(images[unsure]).to(logits))
+                answered[unsure.cpu()] = stage
+        finally:
+            self.model.set_degree(before)
+        return CascadeAnswer(logits, tuple(self.degrees[stage] for stage in answered.tolist()))
+
+    def calibrate(
+        self,
+        batches: Iterable[Tensor | Sequence[Tensor]],
+        *,
+        max_changed: float | None = None,
+        max_lost: float | None = None,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> CascadeCalibration:
+        """Choose thresholds within a bound on worse answers; see `choose_thresholds`.
+
+        Args:
+            batches: Batches of images [B, 3, H, W], or of (images, labels [B]) for `max_lost`, like
+                those to come: the bound holds for images of the same kind only.
+            max_changed: Largest share of images that may get another answer than at the last
+                degree. Needs no labels. A mask has changed if it overlaps by less than 90 %.
+            max_lost: Largest share of images that may get a wrong answer where the last degree's is
+                right.
+            confidence: Probability with which the bound is to hold.
+            seed: Seed of the split of the images into choosing and counting.
+
+        Raises:
+            ValueError: If not exactly one share is given, labels are missing, there are too few
+                images, or a number is out of range.
+        """
+        if (max_changed is None) == (max_lost is None):
+            raise ValueError("calibrate needs either max_changed or max_lost.")
+        harm: Harm = "changed" if max_lost is None else "lost"
+        allowed = max_lost if max_changed is None else max_changed
+        assert allowed is not None
+        observations = self.observe(batches, harm)
+        self.calibration = choose_thresholds(
+            observations, harm, allowed, confidence=confidence, seed=seed
+        )
+        return self.calibration
+
+    @torch.no_grad()
+    def observe(
+        self, batches: Iterable[Tensor | Sequence[Tensor]], harm: Harm = "changed"
+    ) -> Observations:
+        """Run all stages on images, and note what the early ones would do.
+
+        Args:
+            batches: See `calibrate`.
+            harm: What counts as a worse answer.
+
+        Raises:
+            ValueError: If there are no images, or labels are missing.
+        """
+        before = self.model.degree
+        self.eval()
+        sure: list[Tensor] = []
+        harmed: list[Tensor] = []
+        try:
+            for batch in batches:
+                images, labels = (
+                    (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+                )
+                found = []
+                for degree in self.degrees:
+                    self.model.set_degree(degree)
+                    found.append(self.model(images.to(self.device)))
+                sure.append(torch.stack([self._how_sure(logits).cpu() for logits in found[:-1]]))
+                harmed.append(self._harmed(found, labels, harm))
+        finally:
+            self.model.set_degree(before)
+        if not sure:
+            raise ValueError("calibrate needs at least one batch of images, got none.")
+        return Observations(torch.cat(sure, dim=1), torch.cat(harmed, dim=1))
+
+    def _harmed(self, found: list[Tensor], labels: Tensor | None, harm: Harm) -> Tensor:
+        """[E, B] whether each early stage's answer is worse than the last one's."""
+        given = [answers(logits, multi_label=self.multi_label).cpu() for logits in found]
+        if harm == "changed":
+            return torch.stack([~are_same(early, given[-1]) for early in given[:-1]])
+        if labels is None or given[-1].dim() == 3:
+            raise ValueError(
+                "max_lost needs batches of images and labels, and a model that classifies images; "
+                "max_changed needs neither."
+            )
+        right = [are_same(each, labels.cpu().long()) for each in given]
+        return torch.stack([~early & right[-1] for early in right[:-1]])
+
+    def _how_sure(self, logits: Tensor) -> Tensor:
+        return how_sure(logits, self.score, multi_label=self.multi_label)
+
+    def _thresholds(self) -> tuple[float, ...]:
+        if self.calibration is None:
+            return (float("inf"),) * (len(self.degrees) - 1)
+        return self.calibration.thresholds
+
+    def save(self, path: Path) -> None:
+        """Write degrees, score and calibration into a JSON file."""
+        contents = {
+            "degrees": list(self.degrees),
+            "score": self.score,
+            "multi_label": self.multi_label,
+            "calibration": self.calibration.to_json() if self.calibration else None,
+        }
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(contents, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, model: InferenceModel, path: Path) -> "Cascade":
+        """Read what `save` wrote, for the same model.
+
+        Raises:
+            ValueError: If there is no such file, or it is no cascade for this model.
+        """
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no cascade; `tokendial cascade RUN` makes one.")
+        try:
+            contents = json.loads(path.read_text())
+            written = contents.pop("calibration")
+            cascade = cls(model, **contents)
+            if written is not None:
+                cascade.calibration = CascadeCalibration.from_json(written)
+                if len(cascade.calibration.thresholds) != len(cascade.degrees) - 1:
+                    raise ValueError("calibration: thresholds must be one less than degrees.")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} holds no cascade for this model: {error}") from None
+        return cascade
