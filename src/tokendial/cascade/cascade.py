@@ -183,37 +183,50 @@ class Cascade:
         """
         before = self.model.degree
         self.eval()
-        sure: list[Tensor] = []
-        harmed: list[Tensor] = []
+        found: list[Observations] = []
         try:
             for batch in batches:
                 images, labels = (
                     (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
                 )
-                found = []
+                logits = []
                 for degree in self.degrees:
                     self.model.set_degree(degree)
-                    found.append(self.model(images.to(self.device)))
-                sure.append(torch.stack([self._how_sure(logits).cpu() for logits in found[:-1]]))
-                harmed.append(self._harmed(found, labels, harm))
+                    logits.append(self.model(images.to(self.device)))
+                found.append(self.compare(logits, labels, harm))
         finally:
             self.model.set_degree(before)
-        if not sure:
+        if not found:
             raise ValueError("calibrate needs at least one batch of images, got none.")
-        return Observations(torch.cat(sure, dim=1), torch.cat(harmed, dim=1))
+        return Observations(
+            torch.cat([each.sure for each in found], dim=1),
+            torch.cat([each.harmed for each in found], dim=1),
+        )
 
-    def _harmed(self, found: list[Tensor], labels: Tensor | None, harm: Harm) -> Tensor:
-        """[E, B] whether each early stage's answer is worse than the last one's."""
-        given = [answers(logits, multi_label=self.multi_label).cpu() for logits in found]
+    def compare(
+        self, logits: Sequence[Tensor], labels: Tensor | None = None, harm: Harm = "changed"
+    ) -> Observations:
+        """Note what the early stages would do, from the logits of all stages for the same images.
+
+        Args:
+            logits: Logits [B, ...] at each of `degrees`.
+            labels: Labels [B] (or [B, K] of several labels) for harm "lost".
+            harm: What counts as a worse answer.
+
+        Raises:
+            ValueError: If labels are missing.
+        """
+        sure = torch.stack([self._how_sure(each).cpu() for each in logits[:-1]])
+        given = [answers(each, multi_label=self.multi_label).cpu() for each in logits]
         if harm == "changed":
-            return torch.stack([~are_same(early, given[-1]) for early in given[:-1]])
+            return Observations(sure, torch.stack([~are_same(e, given[-1]) for e in given[:-1]]))
         if labels is None or given[-1].dim() == 3:
             raise ValueError(
                 "max_lost needs batches of images and labels, and a model that classifies images; "
                 "max_changed needs neither."
             )
         right = [are_same(each, labels.cpu().long()) for each in given]
-        return torch.stack([~early & right[-1] for early in right[:-1]])
+        return Observations(sure, torch.stack([~early & right[-1] for early in right[:-1]]))
 
     def _how_sure(self, logits: Tensor) -> Tensor:
         return how_sure(logits, self.score, multi_label=self.multi_label)

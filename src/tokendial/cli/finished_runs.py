@@ -236,6 +236,14 @@ def predict(
             "For small objects in large images."
         ),
     ] = False,
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade",
+            help="Classes: answer by the run's cascade (see tokendial cascade) instead of one "
+            "degree. The output names the degree that answered.",
+        ),
+    ] = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="Classes: use all GPUs of a Ray cluster, by Ray Data.")
     ] = False,
@@ -261,9 +269,10 @@ def predict(
     if out is not None and ray:
         raise ValueError("ray is for classes: masks are written by one process.")
     chosen = runtime_of(runtime, precision, optimize, compile)
-    if chosen and (out is not None or ray):
+    if (chosen or cascade) and (out is not None or ray):
         raise ValueError(
-            "runtime, precision, optimize and compile are for classes, predicted by one process."
+            "runtime, precision, optimize, compile and cascade are for classes, predicted by one "
+            "process."
         )
     opened = Run(run)
     answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
@@ -272,7 +281,9 @@ def predict(
         if ray:
             answers = predict_on_ray(opened, sources, degree=degree, top=top)
         else:
-            answers = run_prediction(opened, sources, degree=degree, top=top, runtime=chosen)
+            answers = run_prediction(
+                opened, sources, degree=degree, top=top, runtime=chosen, cascade=cascade
+            )
     else:
         files = find_videos(paths) if opened.has_videos() else find_images(paths)
         answers = predict_masks(opened, files, out, degree=degree, overlay=overlay, tiles=tiles)
@@ -280,9 +291,8 @@ def predict(
     writer = csv.writer(sys.stdout, lineterminator="\n")
     for index, answer in enumerate(answers):
         if index == 0 and form is Format.csv:
-            writer.writerow(
-                ["path", "class", "probability"] if out is None else ["path", "mask", "share"]
-            )
+            names = ["class", "probability"] if out is None else ["mask", "share"]
+            writer.writerow(["path", *names, *["degree"] * cascade])
         if isinstance(answer, ImageError | VideoError):
             failed = True
             print(f"error: {answer}", file=sys.stderr)
@@ -292,7 +302,8 @@ def predict(
             writer.writerow([answer.path, answer.mask, f"{answer.share:.4f}"])
         else:
             for name, probability in zip(answer.classes, answer.probabilities, strict=True):
-                writer.writerow([answer.path, name, f"{probability:.6f}"])
+                row = [answer.path, name, f"{probability:.6f}"]
+                writer.writerow([*row, *[answer.degree] * cascade])
     if failed:
         raise typer.Exit(1)
 

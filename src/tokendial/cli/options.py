@@ -9,9 +9,6 @@ import typer
 if TYPE_CHECKING:
     from tokendial.runtimes import Runtime
 
-if TYPE_CHECKING:
-    pass
-
 RecipeName = Annotated[
     str,
     typer.Argument(

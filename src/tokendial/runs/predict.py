@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tokendial.cascade import Cascade
 from tokendial.data.readers.images import ImageError
 from tokendial.data.readers.video import VideoError, VideoFile
 from tokendial.data.sets.shards import ShardImage
@@ -29,6 +30,8 @@ class Prediction:
     """Names of the predicted classes, most probable first."""
     probabilities: tuple[float, ...]
     """Probability of each predicted class, in [0, 1]."""
+    degree: int
+    """Degree of the dial that answered."""
 
 
 Source = Path | ShardImage
@@ -49,17 +52,21 @@ class ClassPredictor:
         batch_size: int = 32,
         device: str | None = None,
         runtime: Runtime = PLAIN,
+        cascade: bool = False,
     ) -> None:
         """Load the model. The arguments are those of `predict`.
 
         Raises:
-            ValueError: If the run has no model or predicts masks, or `degree` or `top` is out of
-                range.
+            ValueError: If the run has no model or predicts masks, it has no cascade that fits where
+                one is asked for, or `degree` or `top` is out of range.
         """
         self.device, self.top = device or default_device(), top
         model = run.model().to(self.device)
         if degree is not None:
+            if cascade:
+                raise ValueError(f"degree cannot be combined with cascade, got {degree}.")
             model.set_degree(degree)
+        degrees = Cascade.load(model, run.cascade_file).degrees if cascade else (model.degree,)
         self.classes, task = run.classes(), run.task()
         if not isinstance(task, Classification):
             raise ValueError(
@@ -73,8 +80,9 @@ class ClassPredictor:
         self._transform = task.image_transform(model.anatomy)
         example = torch.zeros(self.batch_size, *model.anatomy.input_shape, device=self.device)
         self.model: InferenceModel = runtime.start(
-            model, example, degrees=[model.degree], folder=run.runtime_folder
+            model, example, degrees=degrees, folder=run.runtime_folder
         )
+        self._cascade = Cascade.load(self.model, run.cascade_file) if cascade else None
         self._takes_videos = isinstance(task, VideoClassification)
         self._read_image = ImageReader(self._transform, run.value_range())
 
@@ -85,16 +93,23 @@ class ClassPredictor:
         readable = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
         if not readable:
             return [entry for entry in inputs if not isinstance(entry, Tensor)]
-        logits = self.task.predict(self.model, torch.stack(readable).to(self.device)).float()
-        top = iter(zip(*self.task.probabilities(logits).topk(self.top), strict=True))
+        images = torch.stack(readable).to(self.device)
+        if self._cascade:
+            found = self._cascade.answer(images)
+            logits, degrees = found.logits, found.degrees
+        else:
+            logits = self.task.predict(self.model, images)
+            degrees = (self.model.degree,) * len(readable)
+        highest = self.task.probabilities(logits.float()).topk(self.top)
+        top = iter(zip(*highest, degrees, strict=True))
         answers: list[Answer] = []
         for source, entry in zip(sources, inputs, strict=True):
             if not isinstance(entry, Tensor):
                 answers.append(entry)
                 continue
-            probabilities, indices = next(top)
+            probabilities, indices, degree = next(top)
             names = tuple(self.classes[index] for index in indices.tolist())
-            answers.append(Prediction(str(source), names, tuple(probabilities.tolist())))
+            answers.append(Prediction(str(source), names, tuple(probabilities.tolist()), degree))
         return answers
 
     def _read(self, source: Source) -> Tensor | ImageError | VideoError:
@@ -116,6 +131,7 @@ def predict(
     batch_size: int = 32,
     device: str | None = None,
     runtime: Runtime = PLAIN,
+    cascade: bool = False,
 ) -> Iterator[Answer]:
     """Predict the classes of images or videos, one answer per source, in their order.
 
@@ -129,9 +145,16 @@ def predict(
         batch_size: Images, or views of videos, per forward pass.
         device: Device to compute on. None means the accelerator if there is one, else the CPU.
         runtime: Where and how the model computes.
+        cascade: Answer by the run's cascade, which `calibrate_cascade` writes, at no one degree.
     """
     predictor = ClassPredictor(
-        run, degree=degree, top=top, batch_size=batch_size, device=device, runtime=runtime
+        run,
+        degree=degree,
+        top=top,
+        batch_size=batch_size,
+        device=device,
+        runtime=runtime,
+        cascade=cascade,
     )
     remaining = iter(sources)
     while batch := list(islice(remaining, predictor.batch_size)):

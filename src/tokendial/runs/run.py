@@ -51,6 +51,7 @@ class Run:
         self.lock_file = self.folder / ".lock"
         self.checkpoints = self.folder / "checkpoints"
         self.runtime_folder = self.folder / "runtime"
+        self.cascade_file = self.folder / "cascade.json"
         self.best, self.last = self.folder / "best", self.folder / "last"
         if (self.folder / CONFIG).is_file():  # `tokendial fit` writes run and model into one folder
             self.best = self.folder

@@ -1,0 +1,126 @@
+"""The command that lets a cheap degree answer, and a better one where it is unsure: cascade."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tokendial.cli.app import USE_PANEL, app
+from tokendial.cli.options import (
+    PrecisionOption,
+    RunFolder,
+    RuntimeName,
+    RuntimeOption,
+    RuntimePrecision,
+    runtime_of,
+)
+
+if TYPE_CHECKING:
+    from tokendial.runs.cascade import CascadeReport
+
+
+class Score(StrEnum):
+    """How sure the model is of an answer."""
+
+    margin = "margin"
+    probability = "probability"
+    entropy = "entropy"
+
+
+@app.command(rich_help_panel=USE_PANEL)
+def cascade(
+    run: RunFolder,
+    degrees: Annotated[
+        str,
+        typer.Option(
+            help="Two or three degrees, the cheapest first, such as 8,0. The last one answers for "
+            "images that the others are unsure of."
+        ),
+    ],
+    max_changed: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest share of images whose answer may differ from that of the last degree, "
+            "such as 0.01."
+        ),
+    ] = None,
+    max_lost: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead: largest share of images whose answer may be wrong where that of the "
+            "last degree is right."
+        ),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(help="Probability with which the promise is to hold.")
+    ] = 0.95,
+    score: Annotated[
+        Score, typer.Option(help="How sure the model is: margin of the two likeliest classes, ...")
+    ] = Score.margin,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
+    runtime: RuntimeOption = RuntimeName.torch,
+    precision: PrecisionOption = RuntimePrecision.fp32,
+) -> None:
+    """Let a cheap degree answer, and a better one for the images that it is unsure of.
+
+    Finds on the validation images how sure the cheap degree must be, so that the share of worse
+    answers stays below a bound. Prints what it costs beside fixed degrees, and writes the result to
+    RUN/cascade.json, which `tokendial predict --cascade` uses.
+    """
+    from tokendial.runs import Run
+    from tokendial.runs.cascade import calibrate_cascade
+    from tokendial.runs.degrees import parse_degrees
+    from tokendial.runs.progress import progress_bar
+
+    opened, console = Run(run), Console(stderr=True)
+    with progress_bar(console) as shown:
+        report = calibrate_cascade(
+            opened,
+            parse_degrees(degrees, opened.model().degrees),
+            max_changed=max_changed,
+            max_lost=max_lost,
+            confidence=confidence,
+            score=score.value,
+            batch_size=batch_size,
+            runtime=runtime_of(runtime, precision, False, False),
+            progress=shown.update,
+        )
+    Console().print(_table(report))
+    for line in _lines(report):
+        print(line)
+    print(f"wrote {opened.cascade_file}: tokendial predict {run} IMAGES --cascade")
+
+
+def _table(report: "CascadeReport") -> Table:
+    table = Table("", "right (%)", "minus last degree", "GMACs", "ms", "p50", "p99")
+    for row in report.rows:
+        middle, high = row.percentiles_ms
+        table.add_row(
+            row.name,
+            row.accuracy.percent(),
+            row.minus_last.percent(sign=True),
+            f"{row.gmacs:.4g}",
+            *(f"{value:.2f}" for value in (row.mean_ms, middle, high)),
+        )
+    return table
+
+
+def _lines(report: "CascadeReport") -> list[str]:
+    """The calibration, and the comparisons, in words."""
+    found = report.calibration
+    sent = ", then ".join(
+        f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        for share, (low, high) in zip(found.sent_on, found.sent_on_range, strict=True)
+    )
+    thresholds = ", ".join(f"{value:.3g}" for value in found.thresholds)
+    what = "other answers" if found.harm == "changed" else "lost answers"
+    return [
+        f"{what}: {found.harmed} of {found.images}; with {found.confidence:.0%} confidence at most "
+        f"{100 * found.bound:.2f} % (allowed {100 * found.allowed:g} %)",
+        f"sent on: {sent} of the images; answered early from {thresholds} on",
+        f"accuracy minus fixed degrees at the same time: {report.minus_fixed.percent(sign=True)}",
+        f"accuracy minus sending on at random: {report.minus_random.percent(sign=True)}",
+        "The promise holds for images like these. Another share sent on means other images.",
+    ]

@@ -1,0 +1,250 @@
+"""Calibration of a cascade for a run, beside what fixed degrees give at the same time."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tokendial.cascade import Cascade, CascadeCalibration, ScoreName, choose_thresholds
+from tokendial.cascade.answers import answers, are_same
+from tokendial.cascade.thresholds import Harm
+from tokendial.measure import Interval, Timing, bootstrap_interval, time_in_rounds
+from tokendial.measure.timing import percentiles
+from tokendial.model.dial import InferenceModel
+from tokendial.runs.degrees import spread_degrees
+from tokendial.runs.device import default_device
+from tokendial.runs.evaluate import (
+    ProgressCallback,
+    StepCounter,
+    first_images,
+    no_progress,
+    validation_set,
+)
+from tokendial.runs.run import Run
+from tokendial.runtimes import PLAIN, Runtime
+from tokendial.tasks import Classification
+
+_FIXED = 5
+"""Number of fixed degrees beside the cascade."""
+_TIMED = 100
+"""Images that are timed, one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeRow:
+    """A cascade, or a fixed degree, on the validation images."""
+
+    name: str
+    """What answers: "cascade" or "degree N"."""
+    accuracy: Interval
+    """Fraction of right answers. With several labels: of images with all labels right."""
+    minus_last: Interval
+    """Its difference to the last degree, paired by image."""
+    gmacs: float
+    """Multiply-accumulates for one image, in 1e9: for a cascade their mean."""
+    timing: Timing
+    """Time of one image. All rows took turns, image by image."""
+
+    @property
+    def mean_ms(self) -> float:
+        """Mean time of an image in milliseconds."""
+        return 1e3 * sum(self.timing.times) / len(self.timing.times)
+
+    @property
+    def percentiles_ms(self) -> tuple[float, float]:
+        """Median and 99th percentile of the time of an image, in milliseconds."""
+        middle, high = percentiles(self.timing.times, 50, 99)
+        return 1e3 * middle, 1e3 * high
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeReport:
+    """A calibrated cascade of a run, and how it compares."""
+
+    calibration: CascadeCalibration
+    """The thresholds and their bound."""
+    rows: list[CascadeRow]
+    """The cascade first, then fixed degrees from the cheapest to the last one."""
+    minus_fixed: Interval
+    """Accuracy minus that of fixed degrees at the same mean time: between the two nearest ones as
+    much of each as gives this time. Paired by image."""
+    minus_random: Interval
+    """Accuracy minus that of sending on as many images at random. Paired by image."""
+
+
+def calibrate_cascade(
+    run: Run,
+    degrees: Sequence[int],
+    *,
+    max_changed: float | None = None,
+    max_lost: float | None = None,
+    confidence: float = 0.95,
+    score: ScoreName = "margin",
+    batch_size: int = 64,
+    device: str | None = None,
+    runtime: Runtime = PLAIN,
+    progress: ProgressCallback = no_progress,
+) -> CascadeReport:
+    """Calibrate a cascade on the validation images of a run, compare it, and save it with the run.
+
+    Args:
+        run: A run that classifies images.
+        degrees: Two or three degrees, the cheapest first.
+        max_changed: Largest share of images that may get another answer than at the last degree.
+        max_lost: Largest share of images that may get a wrong answer where the last one is right.
+        confidence: Probability with which the bound is to hold.
+        score: How sure the model is, see `Cascade`.
+        batch_size: Images per forward pass of the calibration.
+        device: Device to compute on. None means the accelerator if there is one, else the CPU.
+        runtime: Where and how the model computes.
+        progress: Called after each batch.
+
+    Returns:
+        The report. The cascade is written to `run.cascade_file`.
+
+    Raises:
+        ValueError: If the run does not classify images, there are too few validation images for the
+            bound, or `Cascade` or `Runtime.start` raises one.
+    """
+    if (max_changed is None) == (max_lost is None):
+        raise ValueError("a cascade needs either max_changed or max_lost.")
+    harm: Harm = "changed" if max_lost is None else "lost"
+    task = run.task()
+    if not isinstance(task, Classification) or run.has_videos():
+        raise ValueError("a cascade of a run needs a run that classifies images.")
+    model = run.model().to(device or default_device())
+    Cascade(model, degrees)  # refuses degrees before anything is exported
+    _, loader = validation_set(run, model, batch_size)
+    between = tuple(d for d in model.degrees if degrees[-1] <= d <= degrees[0])
+    fixed = sorted({*spread_degrees(model, _FIXED, between), *degrees})
+    example = first_images(loader, model, batch_size).to(model.device)
+    fast = runtime.start(model, example, degrees=fixed, folder=run.runtime_folder)
+    cascade = Cascade(fast, degrees, score=score, multi_label=task.multi_label)
+    counter = StepCounter(progress, len(fixed) * len(loader))
+    logits, labels = _logits(fast, fixed, loader, counter)
+    observations = cascade.compare([logits[degree] for degree in degrees], labels, harm)
+    cascade.calibration = choose_thresholds(
+        observations, harm, max_changed or max_lost or 0.0, confidence=confidence
+    )
+    cascade.save(run.cascade_file)
+    counter.show("measuring the time of one image")
+    timings = _times(cascade, fixed, first_images(loader, model, _TIMED))
+    right = {
+        degree: are_same(answers(each, multi_label=task.multi_label), labels.long()).float()
+        for degree, each in logits.items()
+    }
+    costs = {degree: model.cost(degree).gmacs for degree in fixed}
+    stages = observations.stage_of(cascade.calibration.thresholds)
+    return _report(cascade, stages, right, costs, timings)
+
+
+def _report(
+    cascade: Cascade,
+    stages: Tensor,
+    right: dict[int, Tensor],
+    gmacs: dict[int, float],
+    timings: Sequence[Timing],
+) -> CascadeReport:
+    """Compare a calibrated cascade.
+
+    Args:
+        cascade: The cascade.
+        stages: [N] the stage that answers each image.
+        right: Whether each image is right (1 or 0) [N], by fixed degree.
+        gmacs: Cost of an image by fixed degree, in the same order.
+        timings: Of the cascade, then of the fixed degrees.
+    """
+    assert cascade.calibration is not None
+    of_stages = torch.stack([right[degree] for degree in cascade.degrees])
+    answered = of_stages.gather(0, stages[None])[0]
+    shares = stages.bincount(minlength=len(of_stages)) / len(stages)
+    reached = shares.flip(0).cumsum(0).flip(0).tolist()
+    last = of_stages[-1]
+    cost = sum(part * gmacs[d] for part, d in zip(reached, cascade.degrees, strict=True))
+    first_row = _row("cascade", answered, last, cost, timings[0])
+    rows = {
+        degree: _row(f"degree {degree}", right[degree], last, gmacs[degree], timing)
+        for degree, timing in zip(gmacs, timings[1:], strict=True)
+    }
+    mean_ms = {degree: row.mean_ms for degree, row in rows.items()}
+    return CascadeReport(
+        calibration=cascade.calibration,
+        rows=[first_row, *(rows[degree] for degree in sorted(rows, reverse=True))],
+        minus_fixed=_difference(answered, _mixture(right, mean_ms, first_row.mean_ms)),
+        minus_random=_difference(answered, (shares[:, None] * of_stages).sum(dim=0)),
+    )
+
+
+@torch.no_grad()
+def _logits(
+    model: InferenceModel, degrees: Sequence[int], loader: DataLoader[Any], counter: StepCounter
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Logits [N, K] of all images at each degree, and the labels; on the CPU."""
+    model.eval()
+    found: dict[int, list[Tensor]] = {degree: [] for degree in degrees}
+    labels = []
+    for images, targets in loader:
+        for degree, logits in found.items():
+            model.set_degree(degree)
+            counter.text = f"degree {degree}"
+            logits.append(model(images.to(model.device)).float().cpu())
+            counter.step()
+        labels.append(targets)
+    return {degree: torch.cat(logits) for degree, logits in found.items()}, torch.cat(labels)
+
+
+@torch.no_grad()
+def _times(cascade: Cascade, degrees: Sequence[int], images: Tensor) -> list[Timing]:
+    """Times of the cascade, then of each degree, for one image after the other."""
+    model, rounds = cascade.model, min(_TIMED, len(images))
+    image = itertools.cycle(torch.split(images.to(cascade.device), 1))
+    settings: list[int | None] = [None, *degrees]
+    present: tuple[int | None, Tensor] = (None, images[:1])
+
+    def prepare(setting: int | None) -> None:
+        nonlocal present
+        turn = next(turns)
+        present = (setting, present[1] if turn % len(settings) else next(image))
+        if setting is not None:
+            model.set_degree(setting)
+
+    def run() -> None:
+        setting, one = present
+        cascade(one) if setting is None else model(one)
+
+    turns = itertools.count()
+    return time_in_rounds(
+        settings,
+        prepare,
+        run,
+        device=cascade.device,
+        seconds=0.0,
+        least_rounds=rounds,
+        most_rounds=rounds,
+    )
+
+
+def _row(name: str, right: Tensor, last: Tensor, gmacs: float, timing: Timing) -> CascadeRow:
+    accuracy = bootstrap_interval(torch.mean, right)
+    return CascadeRow(name, accuracy, _difference(right, last), gmacs, timing)
+
+
+def _difference(first: Tensor, second: Tensor) -> Interval:
+    """Difference of two means over the same images."""
+    return bootstrap_interval(lambda a, b: (a - b).mean(), first, second)
+
+
+def _mixture(right: dict[int, Tensor], mean_ms: dict[int, float], wanted_ms: float) -> Tensor:
+    """How often each image is right if two fixed degrees share the images to take a given time."""
+    by_time = sorted(mean_ms, key=mean_ms.__getitem__)
+    wanted_ms = min(max(wanted_ms, mean_ms[by_time[0]]), mean_ms[by_time[-1]])
+    for faster, slower in itertools.pairwise(by_time):
+        low, high = mean_ms[faster], mean_ms[slower]
+        if low <= wanted_ms <= high and high > low:
+            share = (wanted_ms - low) / (high - low)
+            return share * right[slower] + (1 - share) * right[faster]
+    return right[by_time[-1]]

@@ -1,0 +1,109 @@
+import csv
+import io
+import json
+import re
+
+import pytest
+import torch
+
+import tokendial as td
+from tokendial.runs.cascade import calibrate_cascade
+from tokendial.runs.evaluate import evaluate, validation_set
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return calibrate_cascade(run, [4, 0], max_changed=0.06)
+
+
+def test_the_cascade_stands_beside_fixed_degrees(run, report):
+    assert [row.name for row in report.rows] == [
+        "cascade",
+        *(f"degree {d}" for d in range(4, -1, -1)),
+    ]
+    fixed = {row.degree: row for row in evaluate(run, "0..4")}
+    for row in report.rows[1:]:
+        same = fixed[int(row.name.removeprefix("degree "))]
+        assert row.accuracy.value == pytest.approx(same.accuracy)
+        assert row.gmacs == same.gmacs
+    assert report.rows[-1].minus_last.value == 0
+    for row in report.rows:
+        middle, high = row.percentiles_ms
+        assert 0 < middle <= high
+        assert len(row.timing.times) == 80
+
+
+def test_the_saved_cascade_is_the_one_of_the_report(run, report):
+    model = run.model()
+    cascade = td.Cascade.load(model, run.cascade_file)
+    assert cascade.calibration == report.calibration
+    _, loader = validation_set(run, model, 64)
+    right, early = [], []
+    for images, labels in loader:
+        found = cascade.answer(images)
+        right.append((found.logits.argmax(1) == labels).float())
+        early.append(torch.tensor([degree == 4 for degree in found.degrees]).float())
+    assert torch.cat(right).mean() == pytest.approx(report.rows[0].accuracy.value)
+    cheap, whole = (model.cost(degree).gmacs for degree in (4, 0))
+    sent_on = 1 - float(torch.cat(early).mean())
+    assert report.rows[0].gmacs == pytest.approx(cheap + sent_on * whole)
+
+
+def test_the_command_calibrates_and_predict_uses_it(run, digits, cli):
+    code, out, err = cli("cascade", run.folder, "--degrees", "4,0", "--max-lost", 0.06)
+    assert code == 0, err
+    assert "lost answers: " in out
+    assert "allowed 6 %" in out
+    assert "accuracy minus fixed degrees at the same time: " in out
+    code, out, err = cli("predict", run.folder, digits / "val", "--cascade")
+    assert code == 0, err
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 80
+    by_degree = {}
+    for degree in ("4", "0"):
+        plain = list(
+            csv.DictReader(
+                io.StringIO(cli("predict", run.folder, digits / "val", "--degree", degree)[1])
+            )
+        )
+        by_degree[degree] = {row["path"]: row for row in plain}
+    for row in rows:
+        degree = row.pop("degree")
+        assert row == by_degree[degree][row["path"]]
+    line = cli("predict", run.folder, digits / "val", "--cascade", "--format", "jsonl")[1].split(
+        "\n"
+    )
+    assert json.loads(line[0])["degree"] in (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--degrees", "4,0"], "either max_changed or max_lost"),
+        (["--degrees", "0,4", "--max-lost", "0.1"], "two or three, the cheapest first"),
+        (["--degrees", "99,0", "--max-lost", "0.1"], "degrees must lie in"),
+        (
+            ["--degrees", "4,0", "--max-lost", "0.01"],
+            "needs at least 375 images to calibrate on, got 80",
+        ),
+        (["--degrees", "4,0", "--max-lost", "2"], r"max_lost must lie in \(0, 1\), got 2"),
+    ],
+)
+def test_mistakes_are_one_line(run, cli, arguments, message):
+    code, _, err = cli("cascade", run.folder, *arguments)
+    assert code == 2
+    (line,) = err.strip().splitlines()
+    assert re.search(message, line)
+
+
+def test_predict_says_what_does_not_go_together(run, digits, cli, tmp_path):
+    code, _, err = cli("predict", run.folder, digits / "val", "--cascade", "--degree", 2)
+    assert (code, err.strip()) == (2, "error: degree cannot be combined with cascade, got 2.")
+    code, _, err = cli("predict", run.folder, digits / "val", "--cascade", "--ray")
+    assert code == 2
+    assert "cascade are for classes, predicted by one process" in err
+    run.cascade_file.rename(tmp_path / "kept")
+    code, _, err = cli("predict", run.folder, digits / "val", "--cascade")
+    (tmp_path / "kept").rename(run.cascade_file)
+    assert code == 2
+    assert "there is no cascade; `tokendial cascade RUN` makes one" in err
