@@ -132,7 +132,8 @@ def calibrate_cascade(
     )
     cascade.save(run.cascade_file)
     counter.show("measuring the time of one image")
-    timings = _times(cascade, fixed, first_images(loader, model, _TIMED))
+    one_by_one = torch.split(first_images(loader, model, _TIMED), 1)
+    timings = time_cascade(cascade, fixed, one_by_one)
     right = {
         degree: are_same(answers(each, multi_label=task.multi_label), labels.long()).float()
         for degree, each in logits.items()
@@ -198,33 +199,44 @@ def _logits(
 
 
 @torch.no_grad()
-def _times(cascade: Cascade, degrees: Sequence[int], images: Tensor) -> list[Timing]:
-    """Times of the cascade, then of each degree, for one image after the other."""
-    model, rounds = cascade.model, min(_TIMED, len(images))
-    image = itertools.cycle(torch.split(images.to(cascade.device), 1))
-    settings: list[int | None] = [None, *degrees]
-    present: tuple[int | None, Tensor] = (None, images[:1])
+def time_cascade(
+    cascade: Cascade, degrees: Sequence[int], batches: Sequence[Tensor]
+) -> list[Timing]:
+    """Measure a cascade and fixed degrees of its model, which take turns on each batch.
+
+    Args:
+        cascade: A calibrated cascade.
+        degrees: Degrees that its model offers.
+        batches: Batches of images [B, 3, H, W], each of which is one round. Every image should be
+            another one, because the cascade takes longer for some than for others.
+
+    Returns:
+        The timing of the cascade, and one for each degree.
+    """
+    model, settings = cascade.model, [None, *degrees]
+    batch = itertools.chain.from_iterable(
+        itertools.repeat(images, len(settings)) for images in itertools.cycle(batches)
+    )
+    present: tuple[int | None, Tensor] = (None, batches[0])
 
     def prepare(setting: int | None) -> None:
         nonlocal present
-        turn = next(turns)
-        present = (setting, present[1] if turn % len(settings) else next(image))
+        present = (setting, next(batch).to(cascade.device))
         if setting is not None:
             model.set_degree(setting)
 
     def run() -> None:
-        setting, one = present
-        cascade(one) if setting is None else model(one)
+        setting, images = present
+        cascade(images) if setting is None else model(images)
 
-    turns = itertools.count()
     return time_in_rounds(
         settings,
         prepare,
         run,
         device=cascade.device,
         seconds=0.0,
-        least_rounds=rounds,
-        most_rounds=rounds,
+        least_rounds=len(batches),
+        most_rounds=len(batches),
     )
 
 

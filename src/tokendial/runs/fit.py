@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokendial.atomic import atomic_write
 from tokendial.data.readers.images import list_images, read_image
 from tokendial.data.transforms.image import Transform
 from tokendial.methods import from_json
+from tokendial.runs.derived_run import write_derived_run
 from tokendial.runs.device import default_device
 from tokendial.runs.model_source import ModelSource, OpenedModel
 from tokendial.runs.run import Run
@@ -87,7 +87,9 @@ def fit_run(
         minutes=minutes,
         note=note,
     )
-    _write(source, opened.run, result, out)
+    fitted = source.open(result.reduce).model
+    record = json.dumps(result.to_json(), indent=2) + "\n"
+    write_derived_run(fitted, opened.run, out, files={FIT_FILE: record})
     return result
 
 
@@ -131,20 +133,3 @@ def _transform(opened: OpenedModel) -> Transform:
         return prepared[:, top : top + height, left : left + width]
 
     return window
-
-
-def _write(source: ModelSource, run: Run | None, result: FitResult, out: Path) -> None:
-    """Save the fitted model; for a run with the recipe and the classes that make it a run."""
-    model = source.open(result.reduce).model
-    files = {out / FIT_FILE: json.dumps(result.to_json(), indent=2) + "\n"}
-    if run is not None:
-        recipe, written = run.recipe(), Run(out)
-        train = recipe.train.model_copy(update={"degree": None})
-        changed = {"reduce": result.reduce, "output": str(out), "train": train}
-        files[written.classes_file] = run.classes_file.read_text()
-        files[written.recipe_file] = recipe.model_copy(update=changed).to_yaml()
-    out.mkdir(parents=True, exist_ok=True)
-    for path, text in files.items():
-        with atomic_write(path) as temporary:
-            temporary.write_text(text)
-    model.save_pretrained(out)

@@ -1,0 +1,418 @@
+"""The fastest way to run a run's model within a loss: schedules, runtimes, precisions, cascades."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tokendial.cascade import Cascade, choose_thresholds
+from tokendial.cascade.answers import answers, are_same
+from tokendial.measure import Interval, bootstrap_interval, time_in_rounds
+from tokendial.model.dial import InferenceModel
+from tokendial.model.dial_vit import DialViT
+from tokendial.runs.cascade import time_cascade
+from tokendial.runs.degrees import spread_degrees
+from tokendial.runs.derived_run import write_derived_run
+from tokendial.runs.evaluate import evaluate_loader, first_images, main_score, validation_set
+from tokendial.runs.fit import fit_run
+from tokendial.runs.run import Run
+from tokendial.runtimes import Runtime
+from tokendial.tasks import Classification, Task
+
+TUNED_FILE = "tuned.json"
+"""File in the folder of a tuned model: what was tried, and how to run the best of it."""
+_DEGREES = 7
+_SECONDS = 0.3
+"""Time to spend on measuring each way."""
+_TIMED = 20
+"""Batches that a cascade is timed on."""
+_FITTING = 0.2
+"""Share of the time that the search of schedules may take."""
+_FITTED_IN = 2
+"""Number of runtimes, the fastest ones, in which fitted schedules are tried."""
+_BASE = Runtime()
+"""What all ways are compared with, at degree 0."""
+RUNTIMES = (
+    _BASE,
+    Runtime("torch", "bf16"),
+    Runtime("onnxruntime"),
+    Runtime("onnxruntime", "int8"),
+    Runtime("openvino"),
+    Runtime("openvino", "bf16"),
+)
+"""The runtimes that are tried, where they are installed."""
+Schedule = Literal["own", "fitted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run a model."""
+
+    schedule: Schedule
+    """own: the reduction method as it is. fitted: how many tokens each layer removes was searched
+    for the cost of each degree."""
+    runtime: Runtime
+    """Where and how it computes."""
+    degrees: tuple[int, ...]
+    """The degree; two are a cascade of the first and the last."""
+
+    def __str__(self) -> str:
+        kind = "cascade" if len(self.degrees) > 1 else "degree"
+        dial = "→".join(map(str, self.degrees)) + " (fitted)" * (self.schedule == "fitted")
+        return f"{self.runtime.name} {self.runtime.precision}, {kind} {dial}"
+
+
+@dataclass(frozen=True, slots=True)
+class TunedRow:
+    """One way to run a model, measured and evaluated."""
+
+    way: Way
+    """The way."""
+    speedup: float
+    """How many times as fast it is as degree 0 in PyTorch and float32."""
+    score: float
+    """The run's main metric on the validation set."""
+    lost: float
+    """What it loses of that at degree 0 in PyTorch and float32."""
+    accuracy_lost: Interval | None
+    """Accuracy lost, paired by image; None unless the task is classification with one label."""
+
+    @property
+    def most_lost(self) -> float:
+        """What is lost of the main metric or of the accuracy, whichever lost more. Another metric
+        alone can rise while many answers change, if the classes are not balanced."""
+        return max(self.lost, self.accuracy_lost.value if self.accuracy_lost else self.lost)
+
+
+@dataclass(frozen=True, slots=True)
+class TunedRun:
+    """The result of a tuning."""
+
+    metric: str
+    """Name of the main metric."""
+    base_score: float
+    """The main metric at degree 0 in PyTorch and float32."""
+    rows: list[TunedRow]
+    """All ways that were evaluated, from the fastest on."""
+    best: TunedRow | None
+    """The chosen one; None: nothing reaches what was asked for."""
+    notes: list[str]
+    """What could not be tried, and why."""
+
+
+def tune_run(
+    run: Run,
+    *,
+    speedup: float = 1.0,
+    max_loss: float = 0.01,
+    out: Path | None = None,
+    batch_size: int = 8,
+    minutes: float = 15.0,
+    note: Callable[[str], None] = lambda text: None,
+) -> TunedRun:
+    """Find the fastest way to run a run's best model on this machine's CPU within a loss; save it.
+
+    Tried are: the degrees of the dial, fitted schedules of the same costs, the installed runtimes
+    in each of their precisions, and cascades to degree 0. All are timed in turns, and evaluated
+    from the fastest on until one is within the loss. The faster ones are then tried as cascades.
+
+    Args:
+        run: A run on images.
+        speedup: How many times as fast as degree 0 in PyTorch and float32 it has to be at least.
+        max_loss: How much of the main metric, and of the accuracy, may be lost: 0.01 for one point.
+        out: Folder for the tuned model; None: "tuned" in the folder of the run.
+        batch_size: Images per forward pass, for times and metrics.
+        minutes: Time after which nothing new is started.
+        note: Called with a line of text when a stage begins.
+
+    Returns:
+        What was tried. If there is a best way, its model is in `out`, which can be used like a run,
+        with the cascade and with `tuned.json`.
+
+    Raises:
+        ValueError: If the run is on videos, a number is out of range, or `out` holds other files.
+    """
+    out = out or run.folder / "tuned"
+    _check(run, speedup, max_loss, out)
+    begin, notes = time.monotonic(), list[str]()
+
+    def time_is_up() -> bool:
+        return time.monotonic() - begin > 60 * minutes
+
+    model = run.model().eval()
+    task, loader = validation_set(run, model, batch_size)
+    example = first_images(loader, model, batch_size)
+    degrees = spread_degrees(model, _DEGREES)
+    base = Way("own", _BASE, (0,))
+    with tempfile.TemporaryDirectory() as folder:
+        runtimes = _Runtimes(example, Path(folder), time_is_up, note, notes)
+        runtimes.start("own", model, degrees, RUNTIMES)
+        ways = [Way("own", r, (d,)) for _, r in runtimes.started for d in degrees]
+        note(f"measuring {len(ways)} ways in turns")
+        seconds = runtimes.measure(ways)
+        note("searching schedules")
+        try:
+            fitted = _fitted(run, model, degrees, Path(folder, "fit"), minutes * _FITTING)
+            fastest = sorted(
+                {way.runtime for way in ways},
+                key=lambda r: sum(seconds[w] for w in ways if w.runtime == r),
+            )[:_FITTED_IN]
+            runtimes.start("fitted", fitted, list(fitted.degrees), fastest)
+            ways = [
+                Way("fitted", r, (d,))
+                for s, r in runtimes.started
+                if s == "fitted"
+                for d in fitted.degrees
+                if d
+            ]
+            note(f"measuring {len(ways)} more")
+            again = runtimes.measure([base, *ways])
+            seconds |= {way: again[way] * seconds[base] / again[base] for way in ways}
+        except ValueError as error:
+            notes.append(f"fitted schedules: {error}")
+            fitted = model
+        batches = torch.split(first_images(loader, model, _TIMED * batch_size), batch_size)
+        trial = _Trial(task, loader, runtimes.started, seconds, base, batches)
+        rows = _evaluate(trial, speedup, max_loss, time_is_up, note, notes)
+    fits = [row for row in rows if row.most_lost <= max_loss and row.speedup >= speedup]
+    best = max(fits, key=lambda row: row.speedup, default=None)
+    rows.sort(key=lambda row: -row.speedup)
+    found = TunedRun(trial.metric, trial.base.score, rows, best, notes)
+    if best is not None:
+        tuned = model if best.way.schedule == "own" else fitted
+        _write(run, tuned, trial.cascades.get(best.way), found, out)
+    return found
+
+
+def _check(run: Run, speedup: float, max_loss: float, out: Path) -> None:
+    """Raise a ValueError unless `tune_run` can do what it is asked for."""
+    for name, value in (("speedup", speedup), ("max_loss", max_loss)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number of at least 0, got {value}.")
+    if run.has_videos():
+        raise ValueError(f"{run.folder} is a run on videos; tune needs a run on images.")
+    if out.exists() and not (out / TUNED_FILE).exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"out: {out} exists and holds no tuned model.")
+
+
+def _fitted(
+    run: Run, model: DialViT, degrees: Sequence[int], folder: Path, minutes: float
+) -> DialViT:
+    """The model with schedules that cost as much as degrees of its own."""
+    # At the highest degree nothing is left to choose.
+    gmacs = [model.cost(degree).gmacs for degree in degrees if 0 < degree < model.degrees[-1]]
+    fit_run(run, folder, {"gmacs": gmacs}, device="cpu", minutes=minutes)
+    return Run(folder).model().eval()
+
+
+class _Runtimes:
+    """Models that are started in runtimes, and their times."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        folder: Path,
+        time_is_up: Callable[[], bool],
+        note: Callable[[str], None],
+        notes: list[str],
+    ) -> None:
+        self.images, self.folder = images, folder
+        self.time_is_up, self.note, self.notes = time_is_up, note, notes
+        self.started: dict[tuple[Schedule, Runtime], InferenceModel] = {}
+
+    def start(
+        self,
+        schedule: Schedule,
+        model: DialViT,
+        degrees: Sequence[int],
+        runtimes: Iterable[Runtime],
+    ) -> None:
+        """Start a model in each runtime; those that cannot are noted."""
+        for runtime in runtimes:
+            name = f"{runtime.name} {runtime.precision}, {schedule} schedules"
+            self.note(f"starting {name}")
+            try:
+                if self.time_is_up() and runtime != _BASE:
+                    raise ValueError("no time left.")
+                self.started[schedule, runtime] = runtime.start(
+                    model, self.images, degrees=degrees, folder=self.folder / schedule
+                )
+            except ValueError as error:
+                self.notes.append(f"{name}: {error}")
+
+    def measure(self, ways: Sequence[Way]) -> dict[Way, float]:
+        """Seconds of a batch in each way; all of them take turns."""
+        present = self.started[ways[0].schedule, ways[0].runtime]
+
+        def switch(way: Way) -> None:
+            nonlocal present
+            present = self.started[way.schedule, way.runtime]
+            present.set_degree(way.degrees[0])
+
+        with torch.inference_mode():
+            timings = time_in_rounds(
+                ways,
+                switch,
+                lambda: present(self.images),
+                device=self.images.device,
+                seconds=_SECONDS,
+            )
+        return {way: timing.seconds for way, timing in zip(ways, timings, strict=True)}
+
+
+class _Trial:
+    """Evaluates ways on the validation set, each of them once."""
+
+    def __init__(
+        self,
+        task: Task,
+        loader: DataLoader[Any],
+        started: Mapping[tuple[Schedule, Runtime], InferenceModel],
+        seconds: dict[Way, float],
+        base: Way,
+        batches: Sequence[Tensor],
+    ) -> None:
+        self.task, self.loader, self.started, self.seconds = task, loader, started, seconds
+        self.batches = batches
+        """Batches that cascades are timed on."""
+        self.metric = ""
+        self.logits: dict[Way, Tensor] = {}
+        """Logits [N, K] of ways that were evaluated, if the task is classification."""
+        self.labels = torch.empty(0)
+        self.cascades: dict[Way, Cascade] = {}
+        """Calibrated cascades."""
+        self.base = TunedRow(base, 1.0, 0.0, 0.0, None)
+        """Degree 0 in PyTorch and float32."""
+        self.base = self.row(base)
+
+    def speedup(self, way: Way) -> float:
+        """How many times as fast a way of one degree is as the base."""
+        return self.seconds[self.base.way] / self.seconds[way]
+
+    def row(self, way: Way) -> TunedRow:
+        """Evaluate a way of one degree."""
+        model = self.started[way.schedule, way.runtime]
+        model.set_degree(way.degrees[0])
+        if not isinstance(self.task, Classification):
+            scores = evaluate_loader(model, self.loader, self.task)
+            return self._row(way, self.speedup(way), scores, None)
+        model.eval()
+        logits, labels = [], []
+        with torch.no_grad():
+            for images, targets in self.loader:
+                logits.append(self.task.predict(model, images).float())
+                labels.append(targets)
+        self.logits[way], self.labels = torch.cat(logits), torch.cat(labels)
+        return self._classified(way, self.speedup(way), self.logits[way])
+
+    def cascade_row(self, cheap: Way, max_loss: float) -> TunedRow:
+        """Evaluate the cascade from a way to degree 0 in the same runtime.
+
+        Raises:
+            ValueError: If there are too few images to calibrate it.
+        """
+        assert isinstance(self.task, Classification)
+        whole = replace(cheap, schedule="own", degrees=(0,))
+        if whole not in self.logits:
+            self.row(whole)
+        way = replace(cheap, degrees=(*cheap.degrees, 0))
+        cascade = Cascade(
+            self.started[way.schedule, way.runtime],
+            way.degrees,
+            multi_label=self.task.multi_label,
+        )
+        both = torch.stack([self.logits[cheap], self.logits[whole]])
+        observations = cascade.compare(list(both), self.labels, "lost")
+        cascade.calibration = choose_thresholds(observations, "lost", max_loss)
+        self.cascades[way] = cascade
+        stages = observations.stage_of(cascade.calibration.thresholds)
+        ours, its = (sum(each.times) for each in time_cascade(cascade, [0], self.batches))
+        seconds = self.seconds[whole] * ours / its
+        logits = both[stages, torch.arange(len(stages))]
+        return self._classified(way, self.seconds[self.base.way] / seconds, logits)
+
+    def _classified(self, way: Way, speedup: float, logits: Tensor) -> TunedRow:
+        assert isinstance(self.task, Classification)
+        metrics = self.task.metrics()
+        metrics.update(logits, self.labels.long())
+        scores = {name: float(value) for name, value in metrics.compute().items()}
+        lost = None
+        if not self.task.multi_label and self.base.way in self.logits:
+            base_right, right = (
+                are_same(answers(each), self.labels.long()).float()
+                for each in (self.logits[self.base.way], logits)
+            )
+            lost = bootstrap_interval(lambda a, b: (a - b).mean(), base_right, right)
+        return self._row(way, speedup, scores, lost)
+
+    def _row(
+        self, way: Way, speedup: float, scores: dict[str, float], lost: Interval | None
+    ) -> TunedRow:
+        self.metric, score = next(iter(scores)), main_score(scores)
+        base_score = score if way == self.base.way else self.base.score
+        return TunedRow(way, speedup, score, base_score - score, lost)
+
+
+def _evaluate(
+    trial: _Trial,
+    speedup: float,
+    max_loss: float,
+    time_is_up: Callable[[], bool],
+    note: Callable[[str], None],
+    notes: list[str],
+) -> list[TunedRow]:
+    """Evaluate ways from the fastest on until one is within the loss, then faster cascades."""
+    rows: list[TunedRow] = []
+    for way in sorted(trial.seconds, key=trial.seconds.__getitem__):
+        if trial.speedup(way) < speedup or (rows and rows[-1].most_lost <= max_loss):
+            break
+        if time_is_up():
+            notes.append(f"not evaluated for want of time: {way} and slower ones")
+            break
+        note(f"evaluating {way}")
+        rows.append(trial.row(way))
+    if not isinstance(trial.task, Classification) or not max_loss:
+        return rows
+    for row in list(rows):
+        if row.most_lost <= max_loss or not row.way.degrees[0] or time_is_up():
+            continue
+        note(f"calibrating a cascade from {row.way}")
+        try:
+            rows.append(trial.cascade_row(row.way, max_loss))
+        except ValueError as error:
+            notes.append(f"cascades: {error}")
+            break
+    return rows
+
+
+def _write(run: Run, model: DialViT, cascade: Cascade | None, found: TunedRun, out: Path) -> None:
+    """Save the chosen model as a run, with its cascade and with what was tried."""
+    assert found.best is not None
+    way = found.best.way
+    model.set_degree(way.degrees[0])
+    record = {
+        "runtime": way.runtime.name,
+        "precision": way.runtime.precision,
+        "degrees": list(way.degrees),
+        "metric": found.metric,
+        "base": found.base_score,
+        "tried": [
+            {"way": str(row.way), "speedup": row.speedup, found.metric: row.score}
+            for row in found.rows
+        ],
+        "left out": found.notes,
+    }
+    files = {TUNED_FILE: json.dumps(record, indent=2) + "\n"}
+    write_derived_run(model, run, out, degree=way.degrees[0], files=files)
+    written = Run(out).cascade_file
+    written.unlink(missing_ok=True)
+    if cascade is not None:
+        cascade.save(written)
