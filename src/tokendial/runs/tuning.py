@@ -34,7 +34,7 @@ _SECONDS = 0.3
 """Time to spend on measuring each way."""
 _TIMED = 20
 """Batches that a cascade is timed on."""
-_FITTING = 0.2
+_FITTING = 0.3
 """Share of the time that the search of schedules may take."""
 _FITTED_IN = 2
 """Number of runtimes, the fastest ones, in which fitted schedules are tried."""
@@ -207,8 +207,10 @@ def _fitted(
     run: Run, model: DialViT, degrees: Sequence[int], folder: Path, minutes: float
 ) -> DialViT:
     """The model with schedules that cost as much as degrees of its own."""
-    # At the highest degree nothing is left to choose.
-    gmacs = [model.cost(degree).gmacs for degree in degrees if 0 < degree < model.degrees[-1]]
+    # At the highest degree nothing is left to choose. A search for every second of the others has
+    # twice the time for each.
+    between = [degree for degree in degrees if 0 < degree < model.degrees[-1]]
+    gmacs = [model.cost(degree).gmacs for degree in between[len(between) > 1 :: 2]]
     fit_run(run, folder, {"gmacs": gmacs}, device="cpu", minutes=minutes)
     return Run(folder).model().eval()
 
@@ -313,8 +315,14 @@ class _Trial:
         self.logits[way], self.labels = torch.cat(logits), torch.cat(labels)
         return self._classified(way, self.speedup(way), self.logits[way])
 
-    def cascade_row(self, cheap: Way, max_loss: float) -> TunedRow:
+    def cascade_row(self, cheap: Way, max_loss: float, least: float) -> TunedRow | None:
         """Evaluate the cascade from a way to degree 0 in the same runtime.
+
+        Args:
+            cheap: The way of its first stage.
+            max_loss: Largest share of lost answers.
+            least: Speed-up that it has to exceed; None is returned if the times of its degrees and
+                the share that is sent on say that it cannot.
 
         Raises:
             ValueError: If there are too few images to calibrate it.
@@ -334,6 +342,9 @@ class _Trial:
         cascade.calibration = choose_thresholds(observations, "lost", max_loss)
         self.cascades[way] = cascade
         stages = observations.stage_of(cascade.calibration.thresholds)
+        expected = self.seconds[cheap] + float(stages.float().mean()) * self.seconds[whole]
+        if self.seconds[self.base.way] / expected <= least:
+            return None
         ours, its = (sum(each.times) for each in time_cascade(cascade, [0], self.batches))
         seconds = self.seconds[whole] * ours / its
         logits = both[stages, torch.arange(len(stages))]
@@ -381,12 +392,15 @@ def _evaluate(
         rows.append(trial.row(way))
     if not isinstance(trial.task, Classification) or not max_loss:
         return rows
+    # The last way is the fastest one within the loss, if any is: a cascade has to be faster.
+    least = rows[-1].speedup if rows and rows[-1].most_lost <= max_loss else speedup
     for row in list(rows):
         if row.most_lost <= max_loss or not row.way.degrees[0] or time_is_up():
             continue
         note(f"calibrating a cascade from {row.way}")
         try:
-            rows.append(trial.cascade_row(row.way, max_loss))
+            if (found := trial.cascade_row(row.way, max_loss, least)) is not None:
+                rows.append(found)
         except ValueError as error:
             notes.append(f"cascades: {error}")
             break
