@@ -23,6 +23,13 @@ DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6
 twice as many are left."""
 EPOCHS = 4
 """Epochs of models that run along a dial: there are many of them."""
+ALL_DEGREES: dict[str, dict[str, Any]] = {
+    "random": {"train.degrees": {"random": True}},
+    "sandwich": {"train.degrees": {"sandwich": 2}},
+    # An update of the sandwich runs four degrees, so this one takes the time of the others.
+    "short_sandwich": {"train.degrees": {"sandwich": 2}, "train.epochs": EPOCHS // 4},
+}
+"""Trainings for all degrees at once."""
 RECIPES = {"dense_adapter": "sparse_tuning"}
 """Recipe of a method that has none of its own: Sparse-Tuning without its reduction."""
 HOLDOUT = 0.15
@@ -44,6 +51,9 @@ class Classifier:
     """Reduction in training: a key of `DIALS`. None: no reduction, or the one of the recipe."""
     degree: int = 0
     """Degree in training, if there is a dial."""
+    all_degrees: str | None = None
+    """How it is trained for all degrees up to `degree` at once: a key of `ALL_DEGREES`. None: it is
+    trained at `degree`."""
     img_size: int = 112
     """Side of the images in pixels."""
     by_recipe: bool = False
@@ -54,8 +64,9 @@ class Classifier:
     def name(self) -> str:
         """Name of the run."""
         dial = f"{self.dial}{self.degree}" if self.dial else "plain"
-        recipe = "-recipe" if self.by_recipe else ""
-        return f"{self.data}-{self.method}-{dial}-{self.img_size}-{self.seed}{recipe}"
+        kind = f"-{self.all_degrees}" if self.all_degrees else ""
+        kind += "-recipe" if self.by_recipe else ""
+        return f"{self.data}-{self.method}-{dial}-{self.img_size}-{self.seed}{kind}"
 
     def train(self, options: Options) -> Path:
         """Train the classifier, unless that is done. Returns the folder of its run."""
@@ -73,6 +84,8 @@ class Classifier:
         if self.dial:
             settings["reduce"] = to_json("reduce", DIALS[self.dial])
             settings["train.degree"] = self.degree
+        if self.all_degrees:
+            settings |= ALL_DEGREES[self.all_degrees]
         if self.data != "elpv":  # cells have no top; photographs do
             settings["augment.vertical_flip"] = 0.0
         recipe = RECIPES.get(self.method, self.method)

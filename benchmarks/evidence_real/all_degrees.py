@@ -1,0 +1,85 @@
+"""Table: models that were trained for all degrees of the dial at once.
+
+Beside them stand the classifiers of table `mismatch`: one that was trained at the degree it runs at,
+and one that was trained without reduction. "random" and "sandwich" see as many images; an update
+of the sandwich runs four degrees, so "short_sandwich" has a quarter of its epochs and takes the
+time of the others.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence_real.classifiers import (
+    ALL_DEGREES,
+    DIALS,
+    Classifier,
+    Setting,
+    predict,
+    resampling,
+)
+from benchmarks.evidence_real.common import SEEDS, Options, in_processes, in_threads
+from benchmarks.evidence_real.mismatch import DATA, classifier, degrees
+from benchmarks.evidence_real.results import write_table
+from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
+
+METHOD = "adaptformer"
+KINDS = ("trained there", "trained at 0", *ALL_DEGREES)
+HEADER = ("data", "dial", "run at", *KINDS, *(f"{kind} minus trained there" for kind in KINDS[1:]))
+
+
+def of_kind(kind: str, data: str, dial: str, degree: int, seed: int) -> Classifier:
+    """The classifier of a kind that is run at a degree."""
+    if kind in ALL_DEGREES:
+        return Classifier(data, METHOD, seed, dial, DIALS[dial].r, all_degrees=kind)
+    return classifier(data, METHOD, dial, degree if kind == "trained there" else 0, seed)
+
+
+def questions() -> list[tuple[Classifier, Setting]]:
+    """All classifiers of the table with the degrees that they run at; those of a seed together."""
+    return [
+        (of_kind(kind, data, dial, degree, seed), Setting(dial, degree))
+        for seed, data, dial, kind in itertools.product(SEEDS, DATA, DIALS, KINDS)
+        for degree in degrees(dial)
+    ]
+
+
+def main(options: Options) -> None:
+    """Train, predict, and write the table."""
+    classifiers = dict.fromkeys(one for one, _ in questions())
+    in_threads(lambda one: one.train(options), classifiers, options)
+    in_processes(functools.partial(_predict, options=options), questions(), options)
+    rows = [
+        row(data, dial, degree, options)
+        for data, dial in itertools.product(DATA, DIALS)
+        for degree in degrees(dial)
+    ]
+    write_table("all_degrees", HEADER, [each["cells"] for each in rows], {"rows": rows})
+
+
+def _predict(question: tuple[Classifier, Setting], options: Options) -> None:
+    predict(*question, options)
+
+
+def row(data: str, dial: str, degree: int, options: Options) -> dict[str, Any]:
+    """Balanced accuracy of all kinds at a degree, and their differences to the first kind."""
+    found = {kind: replicates(kind, data, dial, degree, options) for kind in KINDS}
+    matched = found[KINDS[0]]
+    scores = [interval(values) for values in found.values()]
+    differences = [interval(found[kind] - matched) for kind in KINDS[1:]]
+    cells = [data, dial, str(degree), *(f"{100 * score.value:.1f}" for score in scores)]
+    cells += [difference.percent(sign=True) for difference in differences]
+    return {"cells": cells, "differences": [difference.value for difference in differences]}
+
+
+def replicates(kind: str, data: str, dial: str, degree: int, options: Options) -> np.ndarray:
+    """Bootstrap replicates of balanced accuracy."""
+    found = [
+        predict(of_kind(kind, data, dial, degree, seed), Setting(dial, degree), options)
+        for seed in SEEDS
+    ]
+    logits, labels = [logits for logits, _ in found], found[0][1]
+    draws = resampling(data, len(labels), len(SEEDS), options)
+    return resampled_scores(draws, balanced_accuracy, logits, labels)
