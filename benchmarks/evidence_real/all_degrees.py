@@ -1,9 +1,9 @@
 """Table: models that were trained for all degrees of the dial at once.
 
-Beside them stand the classifiers of table `mismatch`: one that was trained at the degree it runs at,
-and one that was trained without reduction. "random" and "sandwich" see as many images; an update
-of the sandwich runs four degrees, so "short_sandwich" has a quarter of its epochs and takes the
-time of the others.
+Beside them stand the classifiers of table `mismatch`: one that was trained at the degree it runs
+at, and one that was trained without reduction. "random" and "sandwich" see as many images. An
+update of the sandwich runs four degrees, so "short_sandwich" has a quarter of its epochs and takes
+the time of the others.
 """
 
 import functools
