@@ -22,8 +22,10 @@ from tokendial.train import train
 # The same examples in every run, and no limit on their time: the machine may be busy.
 settings.register_profile("tokendial", derandomize=True, deadline=None)
 settings.load_profile("tokendial")
-# nohup makes this process, and those that tests start, ignore SIGHUP.
+# nohup makes this process, and those that tests start, ignore SIGHUP; so does a shell with SIGINT
+# for what it starts in the background.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The models are too small for several threads, which would wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
