@@ -256,8 +256,8 @@ def test_the_command_line_finds_the_fastest_way_first(cli, run, digits):
     code, _, err = cli("predict", run.folder, digits, "--compile", "--out", run.folder / "masks")
     assert (code, err.strip()) == (
         2,
-        "error: runtime, precision, optimize and compile are for classes, predicted by one "
-        "process.",
+        "error: runtime, precision, optimize, compile and cascade are for classes, predicted by "
+        "one process.",
     )
 
 
