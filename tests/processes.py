@@ -126,7 +126,7 @@ def model_processes(pid: int) -> list[psutil.Process]:
 
 
 def _serves(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):  # it has ended
+    with suppress(psutil.Error, ProcessLookupError):  # it has ended
         return "tokendial.serve.workers.worker" in process.cmdline()
     return False
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -50,9 +51,14 @@ class Cluster:
 
     def replicas(self) -> list[psutil.Process]:
         """Those that have loaded their model."""
-        found = psutil.Process(self.process.pid).children(recursive=True)
-        titles = [(each, " ".join(each.cmdline())) for each in found]
-        return [each for each, title in titles if REPLICA in title and "__init__" not in title]
+        found = []
+        for each in psutil.Process(self.process.pid).children(recursive=True):
+            # A process may end while it is asked, which psutil does not always turn into its error.
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                title = " ".join(each.cmdline())
+                if REPLICA in title and "__init__" not in title:
+                    found.append(each)
+        return found
 
 
 REPLICA = "ServeReplica:tokendial:Replica"
