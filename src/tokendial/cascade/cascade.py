@@ -16,6 +16,7 @@ from tokendial.cascade.thresholds import (
     Harm,
     Observations,
     choose_thresholds,
+    read_promise,
 )
 from tokendial.checks import check_choice
 from tokendial.model.dial import InferenceModel, check_degree
@@ -157,11 +158,7 @@ class Cascade:
             ValueError: If not exactly one share is given, labels are missing, there are too few
                 images, or a number is out of range.
         """
-        if (max_changed is None) == (max_lost is None):
-            raise ValueError("calibrate needs either max_changed or max_lost.")
-        harm: Harm = "changed" if max_lost is None else "lost"
-        allowed = max_lost if max_changed is None else max_changed
-        assert allowed is not None
+        harm, allowed = read_promise(max_changed, max_lost)
         observations = self.observe(batches, harm)
         self.calibration = choose_thresholds(
             observations, harm, allowed, confidence=confidence, seed=seed

@@ -98,6 +98,15 @@ class CascadeCalibration:
         return cls(**(dict(fields) | changed))
 
 
+def read_promise(max_changed: float | None, max_lost: float | None) -> tuple[Harm, float]:
+    """Return what is bounded, and the largest share. A ValueError unless exactly one is given."""
+    if max_changed is not None and max_lost is None:
+        return "changed", max_changed
+    if max_lost is not None and max_changed is None:
+        return "lost", max_lost
+    raise ValueError("a cascade needs either max_changed or max_lost.")
+
+
 def choose_thresholds(
     observations: Observations,
     harm: Harm,

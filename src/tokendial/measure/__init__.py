@@ -5,6 +5,7 @@ from tokendial.measure.intervals import (
     Interval,
     Resampling,
     bootstrap_interval,
+    mean_difference,
     percentile_interval,
 )
 from tokendial.measure.neighbours import (
@@ -26,6 +27,7 @@ __all__ = [
     "bootstrap_interval",
     "calibrate",
     "count_macs",
+    "mean_difference",
     "nearest_neighbours",
     "neighbour_overlap",
     "percentile_interval",

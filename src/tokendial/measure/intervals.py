@@ -155,6 +155,11 @@ def bootstrap_interval(
     return percentile_interval(float(score(*samples)), values, level)
 
 
+def mean_difference(first: Tensor, second: Tensor) -> Interval:
+    """Mean of `first` minus that of `second`, paired by image; see `bootstrap_interval`."""
+    return bootstrap_interval(lambda a, b: (a - b).mean(), first, second)
+
+
 def _check(samples: tuple[Tensor, ...]) -> None:
     if not samples:
         raise ValueError("samples must be at least one tensor, got none.")

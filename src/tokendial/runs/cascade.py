@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from tokendial.cascade import Cascade, CascadeCalibration, ScoreName, choose_thresholds
 from tokendial.cascade.answers import answers, are_same
-from tokendial.cascade.thresholds import Harm
-from tokendial.measure import Interval, Timing, bootstrap_interval, time_in_rounds
+from tokendial.cascade.thresholds import read_promise
+from tokendial.measure import Interval, Timing, bootstrap_interval, mean_difference, time_in_rounds
 from tokendial.measure.timing import percentiles
 from tokendial.model.dial import InferenceModel
 from tokendial.runs.degrees import spread_degrees
@@ -110,9 +110,7 @@ def calibrate_cascade(
         ValueError: If the run does not classify images, there are too few validation images for the
             bound, or `Cascade` or `Runtime.start` raises one.
     """
-    if (max_changed is None) == (max_lost is None):
-        raise ValueError("a cascade needs either max_changed or max_lost.")
-    harm: Harm = "changed" if max_lost is None else "lost"
+    harm, allowed = read_promise(max_changed, max_lost)
     task = run.task()
     if not isinstance(task, Classification) or run.has_videos():
         raise ValueError("a cascade of a run needs a run that classifies images.")
@@ -127,9 +125,7 @@ def calibrate_cascade(
     counter = StepCounter(progress, len(fixed) * len(loader))
     logits, labels = _logits(fast, fixed, loader, counter)
     observations = cascade.compare([logits[degree] for degree in degrees], labels, harm)
-    cascade.calibration = choose_thresholds(
-        observations, harm, max_changed or max_lost or 0.0, confidence=confidence
-    )
+    cascade.calibration = choose_thresholds(observations, harm, allowed, confidence=confidence)
     cascade.save(run.cascade_file)
     counter.show("measuring the time of one image")
     one_by_one = torch.split(first_images(loader, model, _TIMED), 1)
@@ -175,8 +171,8 @@ def _report(
     return CascadeReport(
         calibration=cascade.calibration,
         rows=[first_row, *(rows[degree] for degree in sorted(rows, reverse=True))],
-        minus_fixed=_difference(answered, _mixture(right, mean_ms, first_row.mean_ms)),
-        minus_random=_difference(answered, (shares[:, None] * of_stages).sum(dim=0)),
+        minus_fixed=mean_difference(answered, _mixture(right, mean_ms, first_row.mean_ms)),
+        minus_random=mean_difference(answered, (shares[:, None] * of_stages).sum(dim=0)),
     )
 
 
@@ -242,12 +238,7 @@ def time_cascade(
 
 def _row(name: str, right: Tensor, last: Tensor, gmacs: float, timing: Timing) -> CascadeRow:
     accuracy = bootstrap_interval(torch.mean, right)
-    return CascadeRow(name, accuracy, _difference(right, last), gmacs, timing)
-
-
-def _difference(first: Tensor, second: Tensor) -> Interval:
-    """Difference of two means over the same images."""
-    return bootstrap_interval(lambda a, b: (a - b).mean(), first, second)
+    return CascadeRow(name, accuracy, mean_difference(right, last), gmacs, timing)
 
 
 def _mixture(right: dict[int, Tensor], mean_ms: dict[int, float], wanted_ms: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tokendial.atomic import atomic_write
 from tokendial.export_files import export
 from tokendial.extras import check_installed
-from tokendial.measure import Interval, bootstrap_interval
+from tokendial.measure import Interval, mean_difference
 from tokendial.model.dial import InferenceModel
 from tokendial.runs.evaluate import main_score, validation_set
 from tokendial.runs.export_facts import run_facts
@@ -95,7 +95,7 @@ def export_int8(
             shutil.copyfile(quantized(file), temporary)
     interval = None
     if right_before is not None and right_after is not None:
-        interval = bootstrap_interval(lambda a, b: (a - b).mean(), right_before, right_after)
+        interval = mean_difference(right_before, right_after)
     return Int8File(out, degree, metric, main_score(before), main_score(after), interval)
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from tokendial.cascade import Cascade, choose_thresholds
 from tokendial.cascade.answers import answers, are_same
-from tokendial.measure import Interval, bootstrap_interval, time_in_rounds
+from tokendial.measure import Interval, mean_difference, time_in_rounds
 from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.cascade import time_cascade
@@ -361,7 +361,7 @@ class _Trial:
                 are_same(answers(each), self.labels.long()).float()
                 for each in (self.logits[self.base.way], logits)
             )
-            lost = bootstrap_interval(lambda a, b: (a - b).mean(), base_right, right)
+            lost = mean_difference(base_right, right)
         return self._row(way, speedup, scores, lost)
 
     def _row(
