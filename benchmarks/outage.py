@@ -197,8 +197,6 @@ def revision(server: Server) -> str:
 
 def main(arguments: list[str]) -> None:
     """Cause all outages, write the results, and fail if a request was lost."""
-    from tokendial.serve.workers.catalog import run_revision
-
     asked = _parse_arguments(arguments)
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +224,7 @@ def main(arguments: list[str]) -> None:
                 happens("SIGSTOP", asked.seconds, lambda: computing().suspend()),
                 happens(f"{SIGHUPS} SIGHUPs", asked.reload_s, lambda: send_sighups(server, run)),
             ]
-            if revision(server) != run_revision(run):
+            if revision(server) != run.revision():
                 failed.append("the last weights are not those that are served")
             holding = "kill -9 of the one that holds the models"
             happens(holding, asked.reload_s, lambda: processes.living()[0].kill())

@@ -13,6 +13,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,11 +174,13 @@ def serving(
     settings = check_settings(PATIENT | options)
     listener = bind_socket(settings)
     folders = {name: run.folder for name, run in runs.items()}
-    if own_process:
-        served, engine, settings = start_engine(folders, settings)
-    else:
-        with mock.patch.object(served_runs_module, "Supervisor", InProcessSupervisor):
+    kind = served_runs_module.Supervisor if own_process else InProcessSupervisor
+    try:
+        with mock.patch.object(served_runs_module, "Supervisor", kind):
             served, engine, settings = start_engine(folders, settings)
+    except BaseException:
+        listener.close()
+        raise
     ready = threading.Event()
     server = Server(
         create_app(engine, served.supervisor, settings, decoders()),
@@ -234,6 +237,13 @@ def until(happened: Callable[[], object]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def at_once(work) -> Future:
+    """What an engine that has nothing else to do makes of a call."""
+    future = Future()
+    future.set_result(work())
+    return future
 
 
 def everything(connection: socket.socket) -> bytes:

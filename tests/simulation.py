@@ -13,12 +13,8 @@ import numpy as np
 
 from tokendial.serve.scheduling.controller import ControllerRules
 from tokendial.serve.scheduling.cost_model import CostModel
-from tokendial.serve.scheduling.scheduler import (
-    Batch,
-    QueuedRequest,
-    RequestRefusedError,
-    Scheduler,
-)
+from tokendial.serve.scheduling.requests import Batch, QueuedRequest, RequestRefusedError
+from tokendial.serve.scheduling.scheduler import Scheduler
 
 TICK_S = 0.1
 DEGREES = tuple(range(0, 17, 2))
@@ -62,6 +58,8 @@ class SimulatedRequest:
     answered_at: float | None = None
     refused: str | None = None
     degrees: list[int] = field(default_factory=list)
+    sure: float = 1.0
+    left: int = 0
     now: Callable[[], float] = field(default=lambda: 0.0)
 
     def cancelled(self) -> bool:
@@ -72,6 +70,15 @@ class SimulatedRequest:
 
     def refuse(self, refused: RequestRefusedError) -> None:
         self.refused = refused.reason
+
+    def keep_answer(self, index: int) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        """Count an image that was answered."""
+        self.left -= 1
+        if not self.left and self.refused is None:
+            self.answered_at = self.now()
 
     @property
     def seconds(self) -> float:
@@ -116,7 +123,7 @@ def simulate(
     everything = sorted(asked, key=lambda each: each.at)
     coming = [(each.at, number, each) for number, each in enumerate(everything)]
     heapq.heapify(coming)
-    now, left, dial, batches = 0.0, {}, [(0.0, scheduler.dial.degree)], []
+    now, dial, batches = 0.0, [(0.0, scheduler.dial.degree)], []
 
     def admit_until(time: float) -> None:
         while coming and coming[0][0] <= time:
@@ -126,7 +133,7 @@ def simulate(
             request = QueuedRequest(
                 each.name, range(each.images), each.degree, at, at + within, owner=each
             )
-            left[each.at, id(each)] = each.images
+            each.left = each.images
             try:
                 scheduler.admit(request, at)
             except RequestRefusedError as refused:
@@ -142,12 +149,15 @@ def simulate(
             now += took
             scheduler.finish(found, took, now)
             batches.append(found)
-            for request, _ in found.parts:
-                each = request.owner
+            owners = [request.owner for request, _ in found.parts]
+            verdicts = ["sure"] * len(owners)
+            if scheduler.second_answers:
+                sure = [each.sure for each in owners]
+                verdicts = scheduler.second_answers.judge(found, sure, now)
+            for each, verdict in zip(owners, verdicts, strict=True):
                 each.degrees.append(found.degree)
-                left[each.at, id(each)] -= 1
-                if not left[each.at, id(each)] and each.refused is None:
-                    each.answered_at = now
+                if verdict != "sent on":
+                    each.answer()
             continue
         if not coming and not scheduler.queued and (now >= seconds or seconds == math.inf):
             return Simulation(everything, dial, batches)

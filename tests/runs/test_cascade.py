@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -102,6 +103,11 @@ def test_predict_says_what_does_not_go_together(run, digits, cli, tmp_path):
     code, _, err = cli("predict", run.folder, digits / "val", "--cascade", "--ray")
     assert code == 2
     assert "cascade are for classes, predicted by one process" in err
+    changed = tmp_path / "other"
+    shutil.copytree(run.folder, changed)
+    (changed / "best/config.json").write_text((run.best / "config.json").read_text() + " ")
+    code, _, err = cli("predict", changed, digits / "val", "--cascade")
+    assert (code, "calibrated for other weights" in err) == (2, True)
     run.cascade_file.rename(tmp_path / "kept")
     code, _, err = cli("predict", run.folder, digits / "val", "--cascade")
     (tmp_path / "kept").rename(run.cascade_file)

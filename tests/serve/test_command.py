@@ -22,7 +22,6 @@ from tokendial.model.files import WEIGHTS
 from tokendial.runs import Run
 from tokendial.serve.http.server import bind_socket, is_unprotected, server_url
 from tokendial.serve.settings import check_settings, read_api_keys
-from tokendial.serve.workers.catalog import run_revision
 
 CLIENTS = 8
 
@@ -169,7 +168,7 @@ def test_changed_runs_are_reloaded_and_accepted_requests_answered_at_the_end(ser
             (tmp_path / "new").replace(weights)
         os.kill(process.pid, signal.SIGHUP)
         time.sleep(0.02)
-    last = run_revision(Run(tmp_path / "pets"))
+    last = Run(tmp_path / "pets").revision()
     wait_until(
         lambda: seen.add(len(model_processes(process.pid))) or ask(port, image)[1] == last, process
     )

@@ -7,10 +7,13 @@ from concurrent.futures import CancelledError, wait
 import pytest
 from simulation import NAME
 
+from tokendial.cascade import CascadeCalibration, CascadeStages
 from tokendial.serve.scheduling.controller import ControllerRules
 from tokendial.serve.scheduling.cost_model import CostModel
 from tokendial.serve.scheduling.engine import Engine, WorkerLostError
-from tokendial.serve.scheduling.scheduler import RequestRefusedError, Scheduler
+from tokendial.serve.scheduling.requests import RequestRefusedError
+from tokendial.serve.scheduling.scheduler import Scheduler
+from tokendial.serve.scheduling.second_answers import SecondAnswers
 
 DEGREES = (0, 1, 2)
 PATIENCE_S = 60.0
@@ -40,10 +43,13 @@ class Model:
         self.free.set()
         self.threads, self.ran = set(), []
         self.dies, self.limits = 0, []
+        self.at_degree_0 = lambda: None
 
     def __call__(self, name, degree, images, limit_s):
         self.threads.add(threading.get_ident())
         self.limits.append(limit_s)
+        if degree == 0:
+            self.at_degree_0()
         assert self.free.wait(10 * PATIENCE_S)
         if "bad" in images:
             raise RuntimeError("this image is not for me")
@@ -278,3 +284,69 @@ def test_every_batch_is_reported(model):
     assert engine.drain(PATIENCE_S)
     assert sum(batch.images for batch in seen) == 30
     assert all(len(batch.waited_s) == batch.images and batch.degree == 0 for batch in seen)
+
+
+@pytest.fixture
+def cascading(model, clock):
+    """An engine whose dial stays at degree 2, with a cascade to degree 0; "?" is unsure."""
+    calibration = CascadeCalibration(
+        (0.5,), "changed", 0.1, 0.95, 99, 0, 0.1, (0.5,), ((0.0, 1.0),)
+    )
+    stages = CascadeStages((2, 0), calibration=calibration)
+    measured = {(NAME, degree): {1: 0.001, 8: 0.004} for degree in DEGREES}
+    scheduler = Scheduler(
+        CostModel(measured),
+        ControllerRules(5.0, (2,), max_batch=8),
+        second_answers=SecondAnswers(lambda: stages),
+    )
+    engine = Engine(
+        model,
+        scheduler,
+        how_sure=lambda images, outputs: [0.1 if "?" in image else 0.9 for image in images],
+        clock=clock,
+    )
+    engine.start()
+    yield engine
+    model.free.set()
+    assert engine.drain(PATIENCE_S)
+
+
+def test_an_unsure_image_gets_the_answer_of_the_better_degree(cascading):
+    sure, unsure, other = cascading.submit(NAME, ["a", "b?", "c"]).result(PATIENCE_S)
+    assert (sure.degree, sure.unsure_at, sure.output) == (2, (), (NAME, 2, "a"))
+    assert (unsure.degree, unsure.unsure_at, unsure.output) == (0, (2,), (NAME, 0, "b?"))
+    assert (other.degree, other.batch, unsure.batch) == (2, 3, 1)
+    (fixed,) = cascading.submit(NAME, ["d?"], degree=2).result(PATIENCE_S)
+    assert (fixed.degree, fixed.unsure_at) == (2, ())
+    status = cascading.status()
+    assert (status.answered, status.cascade.sent_on) == (4, 1)
+
+
+def test_times_of_both_answers_are_added(cascading, model, clock):
+    def pass_time() -> None:
+        clock.now += 0.25
+
+    model.at_degree_0 = pass_time
+    (answer,) = cascading.submit(NAME, ["a?"]).result(PATIENCE_S)
+    assert (answer.degree, answer.unsure_at) == (0, (2,))
+    assert answer.queue_s == pytest.approx(0)
+    assert answer.compute_s == pytest.approx(0.25)
+
+
+def test_the_first_answer_stays_if_the_second_batch_fails(cascading, model, caplog):
+    def fail() -> None:
+        raise RuntimeError("not at degree 0")
+
+    model.at_degree_0 = fail
+    (answer,) = cascading.submit(NAME, ["a?"]).result(PATIENCE_S)
+    assert (answer.degree, answer.unsure_at) == (2, (2,))
+    assert "a batch of 1 images failed" in caplog.text
+
+
+def test_the_first_answer_stays_if_the_second_batch_does_not_end(cascading, model, clock):
+    model.at_degree_0 = model.free.clear
+    future = cascading.submit(NAME, ["a?", "b"], within_s=0.5)
+    wait_until(lambda: len(model.limits) == 2)
+    clock.now += 0.6
+    answer, other = future.result(PATIENCE_S)
+    assert (answer.degree, answer.unsure_at, other.degree) == (2, (2,), 2)

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -12,26 +12,19 @@ import pytest
 import torch
 from processes import model_processes
 from served_runs import alone, pictures, write_run
-from serving import until
+from serving import at_once, until
 
 from tokendial.model.files import CONFIG
 from tokendial.runs import Run
 from tokendial.serve.scheduling.controller import ControllerRules
 from tokendial.serve.scheduling.engine import WorkerLostError
-from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.scheduling.requests import RequestRefusedError
 from tokendial.serve.settings import Settings
 from tokendial.serve.starting import measure_batch_times
 from tokendial.serve.workers.served_runs import ServedRuns
 
 # With more threads than one: what is forked has to make its own.
 SETTINGS = Settings(max_batch=3, threads=2)
-
-
-def at_once(work) -> Future:
-    """What an engine that has nothing else to do makes of a call."""
-    future = Future()
-    future.set_result(work())
-    return future
 
 
 def processes() -> list[psutil.Process]:
@@ -180,7 +173,7 @@ def test_a_run_that_became_another_kind_of_model_is_not_loaded(served, right, ru
     kept = shutil.copytree(runs["pets"].folder, tmp_path / "kept")
     old = set(processes())
     shutil.copytree(cars.folder, runs["pets"].folder, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="image size now: restart the server"):
+    with pytest.raises(ValueError, match="stages of a cascade now: restart the server"):
         served.reload(at_once)
     config = json.loads((runs["pets"].best / CONFIG).read_text())
     del config["backbone"]

@@ -11,7 +11,7 @@ import pytest
 from serving import until
 
 from tokendial.serve.scheduling.engine import WorkerLostError
-from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.scheduling.requests import RequestRefusedError
 from tokendial.serve.workers.model_process import ModelProcess
 from tokendial.serve.workers.supervisor import Supervisor
 

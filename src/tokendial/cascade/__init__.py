@@ -3,6 +3,7 @@
 from tokendial.cascade.answers import SCORES, ScoreName
 from tokendial.cascade.bound import largest_share, smallest_sample, smallest_share
 from tokendial.cascade.cascade import Cascade, CascadeAnswer
+from tokendial.cascade.stages import CascadeStages
 from tokendial.cascade.thresholds import CascadeCalibration, Observations, choose_thresholds
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Cascade",
     "CascadeAnswer",
     "CascadeCalibration",
+    "CascadeStages",
     "Observations",
     "ScoreName",
     "choose_thresholds",

@@ -1,16 +1,15 @@
 """A model that answers at a cheap degree, and again at a better one where it is unsure."""
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tokendial.atomic import atomic_write
 from tokendial.backbones.anatomy import Anatomy
-from tokendial.cascade.answers import SCORES, ScoreName, answers, are_same, how_sure
+from tokendial.cascade.answers import ScoreName, answers, are_same
+from tokendial.cascade.stages import CascadeStages
 from tokendial.cascade.thresholds import (
     CascadeCalibration,
     Harm,
@@ -18,7 +17,6 @@ from tokendial.cascade.thresholds import (
     choose_thresholds,
     read_promise,
 )
-from tokendial.checks import check_choice
 from tokendial.model.dial import InferenceModel, check_degree
 
 
@@ -74,24 +72,30 @@ class Cascade:
             ValueError: If degrees are not offered or do not fall, `score` is unknown, or the model
                 has no logits.
         """
-        check_choice("score", score, SCORES)
         for degree in degrees:
             check_degree(degree, model.degrees)
-        if len(degrees) not in (2, 3) or list(degrees) != sorted(set(degrees), reverse=True):
-            raise ValueError(
-                f"degrees must be two or three, the cheapest first, such as 8,0; got "
-                f"{','.join(map(str, degrees))}."
-            )
         if getattr(model, "num_classes", None) == 0 and getattr(model, "decoder", None) is None:
             raise ValueError(
                 "a cascade needs a model with a head or a decoder: an embedding does not say how "
                 "sure the model is."
             )
-        self.model, self.degrees = model, tuple(degrees)
-        self.score: ScoreName = score
-        self.multi_label = multi_label
-        self.calibration: CascadeCalibration | None = None
+        self.model = model
+        self.stages = CascadeStages(tuple(degrees), score, multi_label)
+        """Degrees, score and thresholds."""
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degrees of the stages, the cheapest first."""
+        return self.stages.degrees
+
+    @property
+    def calibration(self) -> CascadeCalibration | None:
         """The thresholds and their bound; None: not calibrated."""
+        return self.stages.calibration
+
+    @calibration.setter
+    def calibration(self, found: CascadeCalibration) -> None:
+        self.stages = replace(self.stages, calibration=found)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -121,8 +125,8 @@ class Cascade:
             logits = self.model(images)
             answered = torch.zeros(len(images), dtype=torch.long)
             unsure = torch.arange(len(images), device=images.device)
-            for stage, threshold in enumerate(self._thresholds(), 1):
-                sure = self._how_sure(logits[unsure])
+            for stage, threshold in enumerate(self.stages.thresholds, 1):
+                sure = self.stages.how_sure(logits[unsure])
                 unsure = unsure[(sure < threshold).to(unsure.device)]
                 if not len(unsure):
                     break
@@ -160,10 +164,9 @@ class Cascade:
         """
         harm, allowed = read_promise(max_changed, max_lost)
         observations = self.observe(batches, harm)
-        self.calibration = choose_thresholds(
-            observations, harm, allowed, confidence=confidence, seed=seed
-        )
-        return self.calibration
+        found = choose_thresholds(observations, harm, allowed, confidence=confidence, seed=seed)
+        self.calibration = found
+        return found
 
     @torch.no_grad()
     def observe(
@@ -213,8 +216,8 @@ class Cascade:
         Raises:
             ValueError: If labels are missing.
         """
-        sure = torch.stack([self._how_sure(each).cpu() for each in logits[:-1]])
-        given = [answers(each, multi_label=self.multi_label).cpu() for each in logits]
+        sure = torch.stack([self.stages.how_sure(each).cpu() for each in logits[:-1]])
+        given = [answers(each, multi_label=self.stages.multi_label).cpu() for each in logits]
         if harm == "changed":
             return Observations(sure, torch.stack([~are_same(e, given[-1]) for e in given[:-1]]))
         if labels is None or given[-1].dim() == 3:
@@ -225,42 +228,35 @@ class Cascade:
         right = [are_same(each, labels.cpu().long()) for each in given]
         return Observations(sure, torch.stack([~early & right[-1] for early in right[:-1]]))
 
-    def _how_sure(self, logits: Tensor) -> Tensor:
-        return how_sure(logits, self.score, multi_label=self.multi_label)
+    def save(self, path: Path, *, revision: str | None = None) -> None:
+        """Write degrees, score and calibration into a JSON file.
 
-    def _thresholds(self) -> tuple[float, ...]:
-        if self.calibration is None:
-            return (float("inf"),) * (len(self.degrees) - 1)
-        return self.calibration.thresholds
-
-    def save(self, path: Path) -> None:
-        """Write degrees, score and calibration into a JSON file."""
-        contents = {
-            "degrees": list(self.degrees),
-            "score": self.score,
-            "multi_label": self.multi_label,
-            "calibration": self.calibration.to_json() if self.calibration else None,
-        }
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(contents, indent=2) + "\n")
+        Args:
+            path: The file.
+            revision: Revision of the model's weights; `load` can check it.
+        """
+        replace(self.stages, revision=revision).save(path)
 
     @classmethod
-    def load(cls, model: InferenceModel, path: Path) -> "Cascade":
+    def load(cls, model: InferenceModel, path: Path, *, revision: str | None = None) -> "Cascade":
         """Read what `save` wrote, for the same model.
 
+        Args:
+            model: The model.
+            path: The file.
+            revision: Revision of the model's weights; None: not checked.
+
         Raises:
-            ValueError: If there is no such file, or it is no cascade for this model.
+            ValueError: If there is no such file, or it is no cascade for this model or revision.
         """
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no cascade; `tokendial cascade RUN` makes one.")
+        stages = CascadeStages.load(path)
+        if revision not in (None, stages.revision):
+            raise ValueError(
+                f"{path} was calibrated for other weights; run `tokendial cascade` again."
+            )
         try:
-            contents = json.loads(path.read_text())
-            written = contents.pop("calibration")
-            cascade = cls(model, **contents)
-            if written is not None:
-                cascade.calibration = CascadeCalibration.from_json(written)
-                if len(cascade.calibration.thresholds) != len(cascade.degrees) - 1:
-                    raise ValueError("calibration: thresholds must be one less than degrees.")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            cascade = cls(model, stages.degrees, score=stages.score, multi_label=stages.multi_label)
+        except ValueError as error:
             raise ValueError(f"{path} holds no cascade for this model: {error}") from None
+        cascade.stages = stages
         return cascade

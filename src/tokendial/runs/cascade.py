@@ -125,8 +125,9 @@ def calibrate_cascade(
     counter = StepCounter(progress, len(fixed) * len(loader))
     logits, labels = _logits(fast, fixed, loader, counter)
     observations = cascade.compare([logits[degree] for degree in degrees], labels, harm)
-    cascade.calibration = choose_thresholds(observations, harm, allowed, confidence=confidence)
-    cascade.save(run.cascade_file)
+    found = choose_thresholds(observations, harm, allowed, confidence=confidence)
+    cascade.calibration = found
+    cascade.save(run.cascade_file, revision=run.revision())
     counter.show("measuring the time of one image")
     one_by_one = torch.split(first_images(loader, model, _TIMED), 1)
     timings = time_cascade(cascade, fixed, one_by_one)
@@ -135,7 +136,7 @@ def calibrate_cascade(
         for degree, each in logits.items()
     }
     costs = {degree: model.cost(degree).gmacs for degree in fixed}
-    stages = observations.stage_of(cascade.calibration.thresholds)
+    stages = observations.stage_of(found.thresholds)
     return _report(cascade, stages, right, costs, timings)
 
 

@@ -66,7 +66,10 @@ class ClassPredictor:
             if cascade:
                 raise ValueError(f"degree cannot be combined with cascade, got {degree}.")
             model.set_degree(degree)
-        degrees = Cascade.load(model, run.cascade_file).degrees if cascade else (model.degree,)
+        degrees: tuple[int, ...] = (model.degree,)
+        if cascade:
+            checked = Cascade.load(model, run.cascade_file, revision=run.revision())
+            degrees = checked.degrees
         self.classes, task = run.classes(), run.task()
         if not isinstance(task, Classification):
             raise ValueError(

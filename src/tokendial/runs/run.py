@@ -20,7 +20,7 @@ from tokendial.data.splits import Splits, warn_of_absent_classes
 from tokendial.data.transforms.clip import Clip
 from tokendial.measure import Cost
 from tokendial.model.dial_vit import DialViT
-from tokendial.model.files import CONFIG, WEIGHTS
+from tokendial.model.files import CONFIG, WEIGHTS, files_revision
 from tokendial.model.loading import load
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.recipe import BaseRecipe, Recipe, check_recipe, check_section
@@ -267,6 +267,17 @@ class Run:
         if not self.best.is_dir():
             raise ValueError(f"{self.folder} has no finished epoch yet, so there is no model.")
         return load(self.best, reduce=reduce)
+
+    def revision(self) -> str:
+        """First 12 characters of a hash of the best model's weights and configuration.
+
+        Raises:
+            ValueError: If the run has no saved model yet.
+        """
+        files = (self.best / CONFIG, self.best / WEIGHTS)
+        if not all(path.is_file() for path in files):
+            raise ValueError(f"{self.folder} has no finished epoch yet, so there is no model.")
+        return files_revision(files)
 
     def _check(self) -> None:
         if not self.recipe_file.is_file():

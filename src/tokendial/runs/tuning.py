@@ -339,9 +339,9 @@ class _Trial:
         )
         both = torch.stack([self.logits[cheap], self.logits[whole]])
         observations = cascade.compare(list(both), self.labels, "lost")
-        cascade.calibration = choose_thresholds(observations, "lost", max_loss)
+        cascade.calibration = found = choose_thresholds(observations, "lost", max_loss)
         self.cascades[way] = cascade
-        stages = observations.stage_of(cascade.calibration.thresholds)
+        stages = observations.stage_of(found.thresholds)
         expected = self.seconds[cheap] + float(stages.float().mean()) * self.seconds[whole]
         if self.seconds[self.base.way] / expected <= least:
             return None
@@ -426,7 +426,7 @@ def _write(run: Run, model: DialViT, cascade: Cascade | None, found: TunedRun, o
     }
     files = {TUNED_FILE: json.dumps(record, indent=2) + "\n"}
     write_derived_run(model, run, out, degree=way.degrees[0], files=files)
-    written = Run(out).cascade_file
-    written.unlink(missing_ok=True)
+    written = Run(out)
+    written.cascade_file.unlink(missing_ok=True)
     if cascade is not None:
-        cascade.save(written)
+        cascade.save(written.cascade_file, revision=written.revision())

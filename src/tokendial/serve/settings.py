@@ -48,6 +48,10 @@ class Settings(BaseModel):
     """Degrees with a lower accuracy, as measured by `tokendial eval`, are not offered."""
     compensator: str | None = None
     """Folder of a compensator (ToCom), which makes high degrees more accurate."""
+    cascade: bool = False
+    """Give images a second answer at a better degree where the first one is unsure and there is
+    time. Needs a run that `tokendial cascade` was run on; degrees between the cascade's are left
+    out."""
     max_batch: Count = 32
     """Maximum number of images in one batch."""
     max_wait_ms: Annotated[float, Field(ge=0)] = 2.0

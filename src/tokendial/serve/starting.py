@@ -4,16 +4,22 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from tokendial.cascade import CascadeStages
 from tokendial.runs.run import Run
 from tokendial.serve.scheduling.controller import ControllerRules
 from tokendial.serve.scheduling.cost_model import CostModel, measure_costs
 from tokendial.serve.scheduling.engine import Engine, WorkerLostError
 from tokendial.serve.scheduling.scheduler import Scheduler
+from tokendial.serve.scheduling.second_answers import SecondAnswers
 from tokendial.serve.settings import Settings
+from tokendial.serve.workers.messages import ImageToEmbed
 from tokendial.serve.workers.served_runs import ServedRuns
 from tokendial.serve.workers.supervisor import Supervisor
 
@@ -89,10 +95,48 @@ def measure_batch_times(
 
 def _offered_degrees(supervisor: Supervisor, settings: Settings) -> tuple[int, ...]:
     offered = supervisor.catalog.allowed_degrees(settings.max_degree, settings.min_accuracy)
+    listed = ", ".join(map(str, offered))
     if settings.degree is not None and settings.degree not in offered:
-        listed = ", ".join(map(str, offered))
         raise ValueError(f"degree must be one of {listed}, got {settings.degree}.")
+    if settings.cascade:
+        if settings.degree is not None:
+            raise ValueError(f"degree cannot be combined with cascade, got {settings.degree}.")
+        for degree in _stages(supervisor).degrees:
+            if degree not in offered:
+                raise ValueError(f"cascade: degree {degree} is not offered; it must be {listed}.")
     return offered
+
+
+def _stages(supervisor: Supervisor) -> CascadeStages:
+    """The cascade of the only model, as it is now: a reload may change thresholds."""
+    (model,) = supervisor.catalog.models.values()
+    assert model.cascade is not None
+    return model.cascade
+
+
+def _dial_degrees(
+    supervisor: Supervisor, settings: Settings, offered: Sequence[int]
+) -> tuple[int, ...]:
+    """Degrees that the dial may take. Of those that a cascade spans it takes the ends only."""
+    if settings.degree is not None:
+        return (settings.degree,)
+    if not settings.cascade:
+        return tuple(offered)
+    cheap, *_, last = _stages(supervisor).degrees
+    return tuple(degree for degree in offered if degree <= last or degree >= cheap)
+
+
+def _how_sure(
+    supervisor: Supervisor, images: Sequence[Any], outputs: Sequence[Tensor]
+) -> Sequence[float]:
+    """How sure the model is of each output. An embedding gets no second answer."""
+    stages = _stages(supervisor)
+    return [
+        math.inf
+        if isinstance(image, ImageToEmbed)
+        else float(stages.how_sure(output.unsqueeze(0))[0])
+        for image, output in zip(images, outputs, strict=True)
+    ]
 
 
 def _one_image_s(supervisor: Supervisor, name: str, degree: int) -> float:
@@ -118,12 +162,23 @@ def _batch_seconds(supervisor: Supervisor, name: str, degree: int, images: int) 
 def _start_engine(supervisor: Supervisor, settings: Settings, offered: Sequence[int]) -> Engine:
     rules = ControllerRules(
         slo_s=settings.engine_slo_s,
-        degrees=tuple(offered) if settings.degree is None else (settings.degree,),
+        degrees=_dial_degrees(supervisor, settings, offered),
         max_batch=settings.max_batch,
     )
     costs = measure_batch_times(supervisor, rules, offered)
-    wait_s = settings.max_wait_ms / 1000
-    scheduler = Scheduler(costs, rules, max_queue=settings.max_queue, max_wait_s=wait_s)
-    engine = Engine(supervisor.run, scheduler, missing_s=lambda: supervisor.missing_s)
+    second_answers = SecondAnswers(partial(_stages, supervisor)) if settings.cascade else None
+    scheduler = Scheduler(
+        costs,
+        rules,
+        max_queue=settings.max_queue,
+        max_wait_s=settings.max_wait_ms / 1000,
+        second_answers=second_answers,
+    )
+    engine = Engine(
+        supervisor.run,
+        scheduler,
+        how_sure=partial(_how_sure, supervisor) if settings.cascade else None,
+        missing_s=lambda: supervisor.missing_s,
+    )
     engine.start()
     return engine

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from tokendial.serve.http.schemas import Failure
 from tokendial.serve.problems import Problem, ProblemError
-from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.scheduling.requests import RequestRefusedError
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _MAX_FIELD_LENGTH = 100

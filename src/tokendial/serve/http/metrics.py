@@ -15,7 +15,8 @@ from prometheus_client.registry import Collector
 
 from tokendial.serve.http.schemas import Live, Second
 from tokendial.serve.scheduling.engine import Engine
-from tokendial.serve.scheduling.scheduler import RefusalReason
+from tokendial.serve.scheduling.requests import RefusalReason
+from tokendial.serve.scheduling.second_answers import CascadeStatus
 from tokendial.serve.workers.supervisor import Supervisor
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -91,6 +92,8 @@ class Metrics(Collector):
         ):
             yield GaugeMetricFamily(f"tokendial_{name}", description, value)
         yield CounterMetricFamily("tokendial_answered_images", "Answered images.", now.answered)
+        if now.cascade:
+            yield from _cascade_metrics(now.cascade)
         refused = CounterMetricFamily(
             "tokendial_refused_images", "Refused images by reason.", labels=["reason"]
         )
@@ -113,6 +116,26 @@ class Metrics(Collector):
             estimate = self.last_minute.expected_accuracy(name, catalog.accuracy)
             accuracy.add_metric([name], estimate)
         yield accuracy
+
+
+def _cascade_metrics(now: CascadeStatus) -> Iterator[Metric]:
+    yield CounterMetricFamily(
+        "tokendial_second_answers", "Images that were run again at a better degree.", now.sent_on
+    )
+    for name, description, value in (
+        (
+            "unsure_share",
+            "Share of unsure ones among the last first answers.",
+            math.nan if now.unsure is None else now.unsure,
+        ),
+        ("sent_on_share", "Share of the unsure images that there is time to run again.", now.share),
+        (
+            "cascade_drifted",
+            "1 if the share of unsure images lies outside of its calibrated interval.",
+            now.drifted,
+        ),
+    ):
+        yield GaugeMetricFamily(f"tokendial_{name}", description, value)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from tokendial.serve.http.prediction import PredictionHandler
 from tokendial.serve.http.schemas import ClassesPrediction, MaskPrediction, PredictOptions
 from tokendial.serve.problems import ProblemError
 from tokendial.serve.scheduling.engine import Engine
-from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.scheduling.requests import RequestRefusedError
 from tokendial.serve.workers.supervisor import Supervisor
 from tokendial.serve.workers.token_view import TokenView
 

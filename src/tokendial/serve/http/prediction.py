@@ -38,7 +38,7 @@ from tokendial.serve.http.schemas import (
 from tokendial.serve.http.uploads import Body, OptionsT, Upload, read_upload
 from tokendial.serve.problems import ProblemError
 from tokendial.serve.scheduling.engine import Engine, ImageResult
-from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.scheduling.requests import RequestRefusedError
 from tokendial.serve.settings import Settings
 from tokendial.serve.workers.decoder_messages import DecodeImage, RenderMask
 from tokendial.serve.workers.decoder_pool import DecoderPool, PreparedImage
@@ -383,6 +383,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 def _computed_fields(result: ImageResult) -> dict[str, Any]:
     return {
         "degree": result.degree,
+        "unsure_at": result.unsure_at,
         "queue_ms": 1000 * result.queue_s,
         "compute_ms": 1000 * result.compute_s,
         "batch": result.batch,

@@ -84,10 +84,13 @@ class Computed(ResponseBody):
 
     degree: int
     """Degree of the dial that the image was run at."""
+    unsure_at: list[int]
+    """With a cascade: degrees at which the model was not sure enough of its answer. `degree` is
+    among them if there was no time to run the image again."""
     queue_ms: float
     """Milliseconds that the image waited in the queue."""
     compute_ms: float
-    """Milliseconds that its batch took in the model."""
+    """Milliseconds that its batch, or batches, took in the model."""
     batch: int
     """Number of images in its batch."""
 

@@ -5,19 +5,20 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from tokendial.serve.scheduling.scheduler import (
+from tokendial.serve.scheduling.requests import (
     Batch,
     QueuedRequest,
     RefusalReason,
     RequestRefusedError,
-    Scheduler,
 )
+from tokendial.serve.scheduling.scheduler import Scheduler
+from tokendial.serve.scheduling.second_answers import CascadeStatus
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.1
@@ -58,7 +59,10 @@ class ImageResult:
     queue_s: float
     """Seconds that the image waited in the queue."""
     compute_s: float
-    """Seconds that its batch ran."""
+    """Seconds that its batch ran; of an image with a second answer, both."""
+    unsure_at: tuple[int, ...] = ()
+    """Degrees at which the model was not sure enough of its answer. If `degree` is among them,
+    there was no time for a second answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ class EngineStatus:
     """Number of answered images since the start."""
     refused: Mapping[RefusalReason, int]
     """Number of refused images since the start, by reason."""
+    cascade: CascadeStatus | None = None
+    """State of the cascade, if there is one."""
 
 
 class Engine:
@@ -114,6 +120,7 @@ class Engine:
         scheduler: Scheduler,
         *,
         on_batch: Callable[[BatchReport], None] | None = None,
+        how_sure: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]] | None = None,
         missing_s: Callable[[], float] = lambda: 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -124,17 +131,19 @@ class Engine:
                 a `WorkerLostError`.
             scheduler: The scheduler; it belongs to the engine from now on.
             on_batch: Called after each batch in the engine's thread. It must return quickly.
+            how_sure: Returns how sure the model is of each output of a batch; takes the images and
+                the outputs. Needed if the scheduler gives second answers.
             missing_s: Returns for how many seconds there has been no model process, 0 if there is
                 one. It may be called from any thread.
             clock: Returns the time in seconds; must never go back.
         """
         self._missing_s = missing_s
         self._run, self._scheduler, self._clock = run, scheduler, clock
-        self._on_batch = on_batch
+        self._on_batch, self._how_sure = on_batch, how_sure
         self._changed = threading.Condition()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="tokendial-engine", daemon=True)
-        self._running: Sequence[tuple[QueuedRequest, int]] = ()
+        self._running: Batch | None = None
         self._answered = 0
 
     def start(self) -> None:
@@ -261,11 +270,12 @@ class Engine:
             return EngineStatus(
                 scheduler.dial.degree,
                 scheduler.queued,
-                len(self._running),
+                len(self._running.parts) if self._running else 0,
                 sum(scheduler.observe(now).arrivals_per_s.values()),
                 scheduler.utilisation(now),
                 self._answered,
                 Counter(scheduler.refused),
+                scheduler.second_answers.status if scheduler.second_answers else None,
             )
 
     def utilisation(self, degree: int) -> float:
@@ -309,7 +319,7 @@ class Engine:
                             return
                         self._changed.wait(min(found, _IDLE_WAIT_S))
                     continue
-                self._running = found.parts
+                self._running = found
                 upper_bound_s = self._scheduler.costs.upper_bound(
                     found.name, found.degree, len(found.parts)
                 )
@@ -326,40 +336,87 @@ class Engine:
                 scheduler.drop_expired(now)
                 message = "the machine took longer than expected."
                 error = RequestRefusedError("late", message, _DEADLINE_CHECK_S)
-                for request in {request for request, _ in self._running}:
-                    late_s = now - request.deadline
-                    if late_s > _LATE_TOLERANCE * (request.deadline - request.arrived):
-                        scheduler.give_up(request, error)
+                late = [part for part in self._running.parts if _is_late(part[0], now)]
+                self._give_up(late, error, again=self._running.again)
+
+    def _give_up(
+        self, parts: Iterable[tuple[QueuedRequest, int]], error: Exception, *, again: bool
+    ) -> None:
+        """Refuse the requests of some images. Images that run again keep their first answers."""
+        for request, index in parts:
+            if again:
+                request.owner.keep_answer(index)
+            else:
+                self._scheduler.give_up(request, error)
 
     def _run_batch(self, batch: Batch, limit_s: float) -> None:
         images = [request.images[index] for request, index in batch.parts]
         began = self._clock()
         outputs, error = self._try_batch(batch, images, limit_s)
         ended = self._clock()
+        compute_s = ended - began
+        if error:
+            with self._changed:
+                self._running = None
+                self._scheduler.finish(batch, None, ended)
+                self._give_up(batch.parts, error, again=batch.again)
+            return
+        sure = self._how_sure(images, outputs) if self._how_sure else ()
+        waited_s = tuple(began - request.arrived for request, _ in batch.parts)
+        results = [
+            request.owner.joined(
+                index, ImageResult(output, batch.degree, len(images), queue_s, compute_s)
+            )
+            for (request, index), output, queue_s in zip(
+                batch.parts, outputs, waited_s, strict=True
+            )
+        ]
         with self._changed:
             scheduler = self._scheduler
-            self._running = ()
-            if error:
-                scheduler.finish(batch, None, ended)
-                for request in {request for request, _ in batch.parts}:
-                    scheduler.give_up(request, error)
-            else:
-                scheduler.finish(batch, ended - began, ended)
-                self._answered += len(images)
+            self._running = None
+            scheduler.finish(batch, compute_s, ended)
+            self._answered += 0 if batch.again else len(images)
+            final = self._hold_unsure(batch, results, sure, ended)
             queued, dial = scheduler.queued, scheduler.dial.degree
-        if error:
-            return
-        compute_s = ended - began
-        waited_s = tuple(began - request.arrived for request, _ in batch.parts)
-        for (request, index), output, queue_s in zip(batch.parts, outputs, waited_s, strict=True):
-            result = ImageResult(output, batch.degree, len(images), queue_s, compute_s)
-            request.owner.set_result(index, result)
+        for (request, index), result in zip(batch.parts, final, strict=True):
+            if result:
+                request.owner.set_result(index, result)
         if self._on_batch:
             self._on_batch(
                 BatchReport(
                     batch.name, batch.degree, len(images), waited_s, compute_s, dial, queued
                 )
             )
+
+    def _hold_unsure(
+        self, batch: Batch, results: Sequence[ImageResult], sure: Sequence[float], now: float
+    ) -> list[ImageResult | None]:
+        """Let the owners of images that get a second answer hold the first one.
+
+        Args:
+            batch: The batch.
+            results: Its results.
+            sure: How sure the model is of each; empty without a cascade.
+            now: The time.
+
+        Returns:
+            The results; None for an image whose answer is held.
+        """
+        final: list[ImageResult | None] = list(results)
+        if (second := self._scheduler.second_answers) is None:
+            return final
+        verdicts = second.judge(batch, sure, now)
+        for place, ((request, index), verdict) in enumerate(
+            zip(batch.parts, verdicts, strict=True)
+        ):
+            if verdict == "sure":
+                continue
+            unsure_at = (*results[place].unsure_at, batch.degree)
+            answer = replace(results[place], unsure_at=unsure_at)
+            if verdict == "sent on":
+                request.owner.hold(index, answer)
+            final[place] = None if verdict == "sent on" else answer
+        return final
 
     def _try_batch(
         self, batch: Batch, images: Sequence[Any], limit_s: float
@@ -383,13 +440,39 @@ class Engine:
         return (), RequestRefusedError("lost", message, 1.0)
 
 
+def _is_late(request: QueuedRequest, now: float) -> bool:
+    """Whether an answer is so late that its request is given up."""
+    late_s = now - request.deadline
+    return late_s > _LATE_TOLERANCE * (request.deadline - request.arrived)
+
+
 class _PendingResults:
     """Collects the results of one request until all of them are there."""
 
     def __init__(self, num_images: int) -> None:
         self.future: Future[list[ImageResult]] = Future()
         self._results: dict[int, ImageResult] = {}
+        self._held: dict[int, ImageResult] = {}
+        """Answers of images that may get a second one."""
         self._num_images = num_images
+
+    def joined(self, index: int, result: ImageResult) -> ImageResult:
+        """A result with the times and degrees of the image's first answer, if it has one."""
+        if (first := self._held.get(index)) is None:
+            return result
+        return replace(
+            result,
+            queue_s=result.queue_s - first.compute_s,
+            compute_s=first.compute_s + result.compute_s,
+            unsure_at=first.unsure_at,
+        )
+
+    def hold(self, index: int, result: ImageResult) -> None:
+        self._held[index] = result
+
+    def keep_answer(self, index: int) -> None:
+        """Take the answer that is held: there will be no second one."""
+        self.set_result(index, self._held[index])
 
     def set_result(self, index: int, result: ImageResult) -> None:
         self._results[index] = result

@@ -7,9 +7,8 @@ runs in the engine and in simulations.
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from tokendial.serve.scheduling.controller import (
     ControllerRules,
@@ -21,10 +20,13 @@ from tokendial.serve.scheduling.controller import (
     pressure,
 )
 from tokendial.serve.scheduling.cost_model import CostModel
-
-RefusalReason = Literal["full", "late", "lost", "draining"]
-"""Why a request is refused. "full": too many images wait. "late": its deadline cannot be met.
-"lost": the model process was lost. "draining": the server is stopping."""
+from tokendial.serve.scheduling.requests import (
+    Batch,
+    QueuedRequest,
+    RefusalReason,
+    RequestRefusedError,
+)
+from tokendial.serve.scheduling.second_answers import SecondAnswers
 
 _RATE_WINDOW_S = 1.0
 """Time constant, in seconds, of the average of arrivals."""
@@ -35,70 +37,6 @@ _PATIENT_FACTOR = 2.0
 _DIAL_INTERVAL_S = 0.02
 """Seconds between two decisions of the controller."""
 _MIN_RETRY_S = 0.05
-
-
-class RequestRefusedError(Exception):
-    """A request that will not be answered. The message is one line for the client."""
-
-    def __init__(self, reason: RefusalReason, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.reason: RefusalReason = reason
-        self.retry_after_s = retry_after_s
-        """Seconds after which another try may succeed."""
-
-
-@dataclass(slots=True, eq=False)
-class QueuedRequest:
-    """A request in the queue: some images for one model."""
-
-    name: str
-    """Name of the model."""
-    images: Sequence[Any]
-    """The images; the scheduler only counts them."""
-    degree: int | None
-    """Degree that the request asks for; None: the degree of the dial."""
-    arrived: float
-    """Time of arrival."""
-    deadline: float
-    """Time by which the answer must be ready."""
-    owner: Any
-    """Object that waits for the answer. `cancelled()` says whether it no longer waits, `done()`
-    whether it was answered, refused or cancelled; `refuse(error)` tells it that there will be no
-    answer. None for a request that is only checked."""
-    num_started: int = 0
-    """Number of images that run or have run."""
-    started_degree: int | None = None
-    """Degree of its first batch. All images of a request run at the same degree."""
-    idle_degree: int | None = None
-    """Degree of the dial on arrival if nothing else waited. Such a request runs at this degree
-    even if its own images have raised the dial since."""
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of images that wait."""
-        return len(self.images) - self.num_started
-
-    @property
-    def fixed_degree(self) -> int | None:
-        """Degree that the request must run at; None if the scheduler may choose."""
-        return self.degree if self.started_degree is None else self.started_degree
-
-    @property
-    def group(self) -> RequestGroup:
-        """Group of requests that it may share a batch with."""
-        return self.name, self.fixed_degree
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Images that run together."""
-
-    name: str
-    """Name of the model."""
-    degree: int
-    """Degree of the whole batch."""
-    parts: tuple[tuple[QueuedRequest, int], ...]
-    """The images, each as its request and the index in the request's images."""
 
 
 class Scheduler:
@@ -116,6 +54,7 @@ class Scheduler:
         *,
         max_queue: int = 512,
         max_wait_s: float = 0.002,
+        second_answers: SecondAnswers | None = None,
     ) -> None:
         """Create a scheduler whose dial is at the lowest degree.
 
@@ -124,8 +63,10 @@ class Scheduler:
             rules: Settings of the controller.
             max_queue: Maximum number of waiting images.
             max_wait_s: Seconds that an incomplete batch may wait for more images.
+            second_answers: The queue of a cascade, if there is only one model and it has one.
         """
         self.costs, self.rules = costs, rules
+        self.second_answers = second_answers
         self.max_queue, self.max_wait_s = max_queue, max_wait_s
         self.dial = DialState(rules.degrees[0])
         self.refused: Counter[RefusalReason] = Counter()
@@ -173,6 +114,8 @@ class Scheduler:
         """Return the batch to run now, or the seconds to wait unless new requests arrive."""
         self.drop_expired(now)
         self._update_dial(now)
+        if again := self._second_batch(now):
+            return again
         if not self._waiting:
             return math.inf
         head = self._waiting[0]
@@ -186,6 +129,9 @@ class Scheduler:
             request.started_degree = degree
         self._waiting = [request for request in self._waiting if request.num_waiting]
         self.busy_until = now + self.costs.seconds(head.name, degree, len(parts))
+        if self.second_answers:
+            ended = now + self.costs.upper_bound(head.name, degree, len(parts))
+            self.second_answers.drop_late(ended, self.costs)
         return Batch(head.name, degree, parts)
 
     def finish(self, batch: Batch, seconds: float | None, now: float) -> None:
@@ -210,6 +156,8 @@ class Scheduler:
                 continue
             remaining.append(request)
         self._waiting = remaining
+        if self.second_answers:
+            self.second_answers.drop_late(now, self.costs)
 
     def give_up(self, request: QueuedRequest, error: Exception) -> None:
         """Refuse a request of which some images run or have run."""
@@ -300,8 +248,44 @@ class Scheduler:
             if not self._waiting:
                 self.costs.decay(now - self._last_decision)
             self._update_plan()
-            self.dial = next_dial(self.dial, self.observe(now), self._plan, self.rules)
+            load = self.observe(now)
+            self.dial = next_dial(self.dial, load, self._plan, self.rules)
+            if self.second_answers:
+                self._turn_second_dial(self.second_answers, load)
             self._last_decision = now
+
+    def _turn_second_dial(self, second_answers: SecondAnswers, load: Observation) -> None:
+        (name,) = {name for name, _ in self._plan}
+        spare = self.rules.raise_above - pressure(self.dial.degree, load, self._plan, self.rules)
+        arrivals = load.arrivals_per_s.get((name, None), 0.0)
+        second_answers.turn(spare, arrivals, name, self._plan)
+
+    def _second_batch(self, now: float) -> Batch | None:
+        """The batch of second answers to run now, if there is one."""
+        if not self.second_answers:
+            return None
+        found = self.second_answers.take(
+            now,
+            self.costs,
+            self._plan,
+            idle=not self._waiting,
+            allowed_s=lambda: self._spare_seconds(now),
+        )
+        if not found:
+            return None
+        name, degree = found[0].request.name, found[0].degree
+        self.busy_until = now + self.costs.seconds(name, degree, len(found))
+        parts = tuple((image.request, image.index) for image in found)
+        return Batch(name, degree, parts, again=True)
+
+    def _spare_seconds(self, now: float) -> float:
+        """Seconds by which all waiting requests may be delayed without raising the degree."""
+        spare, work = math.inf, 0.0
+        for request in self._waiting:
+            degree = self.dial.degree if request.fixed_degree is None else request.fixed_degree
+            work += self._plan[request.name, degree].seconds_per_image * request.num_waiting
+            spare = min(spare, request.deadline - now - work / self.rules.raise_above)
+        return spare
 
     def _update_plan(self) -> None:
         self._plan = plan_batches(self.costs, self.rules)

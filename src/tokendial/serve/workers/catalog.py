@@ -6,10 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from tokendial.cascade import CascadeStages
 from tokendial.data.readers.pixels import ValueRange
 from tokendial.data.transforms.image import Transform
-from tokendial.model.files import CONFIG, WEIGHTS, files_revision
-from tokendial.runs.run import Run
 from tokendial.tasks import BinaryMasks, Classification, Segmentation
 
 ServedTask = Classification | BinaryMasks | Segmentation
@@ -35,6 +34,8 @@ class ServedModel:
     """Accuracy at the degrees that `tokendial eval` has measured."""
     value_range: ValueRange
     """Values of black and white in images of more than 8 bits."""
+    cascade: CascadeStages | None = None
+    """When its cheap degrees are sure enough; None: an image gets one answer."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,15 +111,3 @@ class ModelCatalog:
     def accuracy(self, name: str, degree: int) -> float | None:
         """Accuracy that `tokendial eval` measured last; None if it was not run."""
         return self.models[name].accuracy.get(degree)
-
-
-def run_revision(run: Run) -> str:
-    """First 12 characters of a hash of a run's weights and configuration.
-
-    Raises:
-        ValueError: If the run has no saved model yet.
-    """
-    files = (run.best / CONFIG, run.best / WEIGHTS)
-    if not all(path.is_file() for path in files):
-        raise ValueError(f"{run.folder} has no finished epoch yet, so there is no model.")
-    return files_revision(files)

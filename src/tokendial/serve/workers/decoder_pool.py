@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tokendial.serve.problems import ProblemError
-from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.scheduling.requests import RequestRefusedError
 from tokendial.serve.settings import Settings
 from tokendial.serve.workers.catalog import ServedModel
 from tokendial.serve.workers.decoder import QUICK_PIXELS, read_reply

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tokendial.cascade import Cascade, CascadeStages
 from tokendial.compensate import Compensator
 from tokendial.errors import error_message
 from tokendial.model.dial import InferenceModel
@@ -17,7 +18,7 @@ from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
 from tokendial.runtimes import PLAIN, Runtime
-from tokendial.serve.workers.catalog import ModelCatalog, ServedModel, ServedTask, run_revision
+from tokendial.serve.workers.catalog import ModelCatalog, ServedModel, ServedTask
 from tokendial.serve.workers.token_view import TokenView, model_input_png, token_view
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
 
@@ -106,21 +107,27 @@ class LoadedModels:
         return view, model_input_png(self.model, image)
 
 
-def load_models(runs: Mapping[str, Run], *, compensator: Path | None = None) -> LoadedModels:
+def load_models(
+    runs: Mapping[str, Run], *, compensator: Path | None = None, cascade: bool = False
+) -> LoadedModels:
     """Load runs into the memory of the CPU, the backbone once.
 
     Args:
         runs: The runs by the names that they are served under.
         compensator: Folder of a compensator, which adapts the model to each degree.
+        cascade: Whether to load the cascade of the run.
 
     Raises:
         ValueError: If a run has no model, cannot be read or served, or does not share the backbone
-            and the reduction of the first run.
+            and the reduction of the first run; or if a cascade is asked for and there are several
+            runs, a compensator, or no cascade for these weights.
     """
     if not runs:
         raise ValueError("runs must name at least one run.")
+    if cascade and (len(runs) > 1 or compensator):
+        raise ValueError("cascade is for one run without a compensator.")
     try:
-        return _load(runs, compensator)
+        return _load(runs, compensator, cascade)
     except (ValueError, OSError):
         raise
     except Exception as error:  # a damaged file can cause any error
@@ -130,11 +137,11 @@ def load_models(runs: Mapping[str, Run], *, compensator: Path | None = None) -> 
         ) from error
 
 
-def _load(runs: Mapping[str, Run], compensator: Path | None) -> LoadedModels:
+def _load(runs: Mapping[str, Run], compensator: Path | None, cascade: bool) -> LoadedModels:
     tasks = {name: _served_task(run) for name, run in runs.items()}
     # The revision is read before the weights. If weights change in between, the catalog has the
     # old revision, and the next reload reads the new weights.
-    revisions = {name: run_revision(run) for name, run in runs.items()}
+    revisions = {name: run.revision() for name, run in runs.items()}
     model, adapters, degrees, bridge = _build_model(runs, compensator)
     models = {}
     for name, run in runs.items():
@@ -148,9 +155,18 @@ def _load(runs: Mapping[str, Run], compensator: Path | None) -> LoadedModels:
             {degree: model.cost(degree).gmacs for degree in degrees},
             _measured_accuracy(run, bridged=compensator is not None),
             run.value_range(),
+            _stages(run, model, revisions[name]) if cascade else None,
         )
     catalog = ModelCatalog(models, degrees, model.anatomy.input_shape)
     return LoadedModels(catalog, model, model, bridge)
+
+
+def _stages(run: Run, model: DialViT, revision: str) -> CascadeStages:
+    """The calibrated cascade of a run; a ValueError if there is none for its weights."""
+    stages = Cascade.load(model, run.cascade_file, revision=revision).stages
+    if stages.calibration is None:
+        raise ValueError(f"{run.cascade_file} is not calibrated; run `tokendial cascade`.")
+    return stages
 
 
 def _served_task(run: Run) -> ServedTask:

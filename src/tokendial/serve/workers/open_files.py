@@ -9,7 +9,7 @@ from tokendial.model.files import CONFIG, WEIGHTS
 _OPEN_FILES = Path("/proc/self/fd")
 _SAVED = (CONFIG, WEIGHTS)
 _FILES = (
-    *("recipe.yaml", "classes.json", "eval/degrees.csv", "eval/bridged.csv"),
+    *("recipe.yaml", "classes.json", "cascade.json", "eval/degrees.csv", "eval/bridged.csv"),
     *_SAVED,
     *(f"best/{name}" for name in _SAVED),
 )

@@ -13,7 +13,7 @@ from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
 from tokendial.serve.scheduling.engine import WorkerLostError
 from tokendial.serve.settings import Settings
-from tokendial.serve.workers.catalog import ModelCatalog, run_revision
+from tokendial.serve.workers.catalog import ModelCatalog
 from tokendial.serve.workers.messages import LoadModels
 from tokendial.serve.workers.model_process import ForkServer
 from tokendial.serve.workers.models import LoadedModels, load_models
@@ -73,9 +73,7 @@ class ServedRuns:
         """
         with self._reload_lock:
             models = self.supervisor.catalog.models
-            changed = [
-                n for n, run in self._runs.items() if run_revision(run) != models[n].revision
-            ]
+            changed = [n for n, run in self._runs.items() if run.revision() != models[n].revision]
             if changed:
                 self._replace_models(call_between_batches)
             return changed
@@ -102,7 +100,8 @@ class ServedRuns:
                     self.supervisor.catalog, name
                 ):
                     raise ValueError(
-                        f"{name} has other classes, degrees or image size now: restart the server."
+                        f"{name} has other classes, degrees, image size or stages of a cascade "
+                        "now: restart the server."
                     )
             replace = partial(
                 self.supervisor.replace_processes,
@@ -127,8 +126,9 @@ class ServedRuns:
             folders.append(compensator)
         files = [OpenFolder(folder) for folder in folders]
         paths = [folder.paths for folder in files]
-        first = partial(load_models, self._runs, compensator=compensator)
-        again = partial(_load_open_files, tuple(self._runs), folders, paths)
+        cascade = settings.cascade
+        first = partial(load_models, self._runs, compensator=compensator, cascade=cascade)
+        again = partial(_load_open_files, tuple(self._runs), folders, paths, cascade=cascade)
         kept = next(iter(self._runs.values())).runtime_folder
         rest = settings.runtime, kept, settings.max_batch, settings.threads
         return _ModelSource(LoadModels(first, *rest), LoadModels(again, *rest), files)
@@ -151,7 +151,7 @@ class _ModelSource:
 
 
 def _load_open_files(
-    names: Sequence[str], folders: Sequence[Path], paths: Sequence[FilePaths]
+    names: Sequence[str], folders: Sequence[Path], paths: Sequence[FilePaths], *, cascade: bool
 ) -> LoadedModels:
     """Load runs, and the compensator if there is one more folder, from open files."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -160,7 +160,8 @@ def _load_open_files(
             for number, (folder, files) in enumerate(zip(folders, paths, strict=True))
         ]
         runs = {name: Run(folder) for name, folder in zip(names, linked, strict=False)}
-        return load_models(runs, compensator=linked[len(names)] if linked[len(names) :] else None)
+        compensator = linked[len(names)] if linked[len(names) :] else None
+        return load_models(runs, compensator=compensator, cascade=cascade)
 
 
 def _needs_spare(settings: Settings) -> bool:
@@ -170,5 +171,6 @@ def _needs_spare(settings: Settings) -> bool:
 
 def _interface(catalog: ModelCatalog, name: str) -> tuple[Any, ...]:
     """What clients and waiting requests rely on; a reload must not change it."""
-    classes = catalog.models[name].classes
-    return catalog.kind(name), classes, catalog.input_shape, catalog.degrees
+    model = catalog.models[name]
+    cascade = model.cascade.degrees if model.cascade else None
+    return catalog.kind(name), model.classes, catalog.input_shape, catalog.degrees, cascade

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokendial.errors import error_message
 from tokendial.serve.scheduling.engine import WorkerLostError
-from tokendial.serve.scheduling.scheduler import RequestRefusedError
+from tokendial.serve.scheduling.requests import RequestRefusedError
 from tokendial.serve.workers.catalog import ModelCatalog
 from tokendial.serve.workers.messages import ImageToEmbed, TokensViewed
 from tokendial.serve.workers.model_process import CHECK_S, ForkServer, ModelProcess
