@@ -72,6 +72,7 @@ class LoadOutcome:
             "p50_ms": _percentile(answered, 50),
             "p99_ms": _percentile(answered, 99),
             "degree": _mean(answered, "degree"),
+            "twice": _share_twice(answered),
             "batch": _mean(answered, "batch"),
             "queue_ms": _mean(answered, "queue_ms"),
             "compute_ms": _mean(answered, "compute_ms"),
@@ -159,6 +160,16 @@ def _percentile(some: Sequence[RequestOutcome], share: float) -> float | None:
     """Percentile of the latency of answered requests, in milliseconds."""
     found = [1000 * one.exchange.latency for one in some if one.answer]
     return float(np.percentile(found, share)) if found else None
+
+
+def _share_twice(some: Sequence[RequestOutcome]) -> float | None:
+    """Share of the images that a cascade gave a second answer."""
+    found = [
+        any(degree != prediction["degree"] for degree in prediction["unsure_at"])
+        for one in some
+        for prediction in one.answer
+    ]
+    return float(np.mean(found)) if found else None
 
 
 def _mean(some: Sequence[RequestOutcome], key: str) -> float | None:

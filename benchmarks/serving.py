@@ -1,11 +1,12 @@
 """The same load on servers at fixed degrees, and on one that turns the dial by itself.
 
 The capacity of degree 0 comes first: the images/s that a server answers within its objective to as
-many clients as give the most. Then a trace of load is played to four fresh servers that differ in
-the dial alone: by default ten seconds at 0.3 of that capacity, a minute at three times as much,
-and twenty seconds at 0.3 again. Numbers are those of the part in the middle. Requests carry
-labelled images of the run's validation set; they go out at the times of the trace, whatever the
-server does, and latency counts from these times.
+many clients as give the most. Then a trace of load is played to fresh servers that differ in the
+dial alone: by default ten seconds at 0.3 of that capacity, a minute at three times as much, and
+twenty seconds at 0.3 again. A run that `tokendial cascade` was run on also gets a server with
+--cascade. Numbers are those of the part in the middle. Requests carry labelled images of the run's
+validation set; they go out at the times of the trace, whatever the server does, and latency counts
+from these times.
 """
 
 import argparse
@@ -34,6 +35,7 @@ COLUMNS = (
     Column("p99_ms", "p99 (ms)", "{:.0f}"),
     Column("accuracy", "accuracy", "{:.2%}"),
     Column("degree", "mean degree", "{:.2f}"),
+    Column("twice", "answered twice", "{:.1%}"),
     Column("back_s", "back at 0 (s)", "{:.1f}"),
 )
 
@@ -66,10 +68,16 @@ def load_of(asked: argparse.Namespace, rate: float) -> Load:
     return Load(times, seconds, 0.0, seconds)
 
 
-def dials(degrees: tuple[int, ...]) -> dict[str, list[str]]:
-    """Return the options of `tokendial serve` for each policy."""
+def dials(degrees: tuple[int, ...], *, cascade: bool) -> dict[str, list[str]]:
+    """Return the options of `tokendial serve` for each policy.
+
+    Args:
+        degrees: Degrees that the server offers.
+        cascade: Whether the run has a cascade.
+    """
     fixed = (degrees[0], degrees[len(degrees) // 2], degrees[-1])
-    return {f"degree {degree}": ["--degree", str(degree)] for degree in fixed} | {"controller": []}
+    policies = {f"degree {degree}": ["--degree", str(degree)] for degree in fixed}
+    return policies | {"controller": []} | ({"cascade": ["--cascade"]} if cascade else {})
 
 
 def main(arguments: list[str]) -> None:
@@ -85,7 +93,7 @@ def main(arguments: list[str]) -> None:
     print(f"degree 0 answers {found:.0f} images/s", flush=True)
     load = load_of(asked, found / each)
     results: dict[str, LoadOutcome] = {}
-    for policy, dial in dials(degrees).items():
+    for policy, dial in dials(degrees, cascade=run.cascade_file.is_file()).items():
         print(f"{policy}: {len(load.times)} requests in {load.seconds:.0f} s", flush=True)
         with serve([asked.run], *told, *dial) as server:
             play_closed(

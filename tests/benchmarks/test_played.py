@@ -11,7 +11,10 @@ from benchmarks.played import Load, parse_outcome
 
 def exchange(number, planned, ms=None, *degrees, status=200):
     """A request that was answered after some milliseconds at some degrees, or refused."""
-    rows = [{"degree": n, "batch": 2, "queue_ms": 1.0 + n, "compute_ms": 9.0} for n in degrees]
+    rows = [
+        {"degree": n, "batch": 2, "queue_ms": 1.0 + n, "compute_ms": 9.0, "unsure_at": []}
+        for n in degrees
+    ]
     body = json.dumps({"predictions": rows}).encode()
     answered = None if ms is None else planned + ms / 1000
     return Exchange(number, planned, planned + 0.001, answered, status, body)
@@ -103,3 +106,16 @@ def test_a_server_that_answers_nobody():
     row = of([exchange(0, 1.5, 1, status=429)]).row()
     assert (row["answered"], row["goodput"]) == (0, 0)
     assert all(row[key] is None for key in ("within", "p50_ms", "p99_ms", "degree", "back_s"))
+
+
+def test_images_that_were_answered_twice_are_counted():
+    shown = {"batch": 1, "queue_ms": 0.0, "compute_ms": 1.0}
+    rows = [
+        {"degree": 0, "unsure_at": [3]} | shown,
+        {"degree": 3, "unsure_at": [3]} | shown,  # there was no time for a second answer
+        {"degree": 3, "unsure_at": []} | shown,
+        {"degree": 3, "unsure_at": [5, 3]} | shown,
+    ]
+    body = json.dumps({"predictions": rows}).encode()
+    played = of([Exchange(0, 1.0, 1.0, 1.1, 200, body)])
+    assert played.row()["twice"] == 0.5

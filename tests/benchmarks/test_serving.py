@@ -65,7 +65,14 @@ class StandIn:
         else:
             classes = dict(zip(names, self.output(number, degree).tolist(), strict=True))
         told = [{"name": name, "probability": value} for name, value in classes.items()]
-        return {"degree": degree, "batch": 1, "queue_ms": 0.0, "compute_ms": 1.0, "classes": told}
+        return {
+            "degree": degree,
+            "batch": 1,
+            "queue_ms": 0.0,
+            "compute_ms": 1.0,
+            "unsure_at": [],
+            "classes": told,
+        }
 
 
 @pytest.fixture
@@ -110,6 +117,12 @@ def test_every_policy_gets_the_same_load(command, scenes):
     # Of each four images in a request, as many are wrong as the degree says.
     assert [row["accuracy"] for row in rows.values()] == pytest.approx([1, 0.5, 0, 0.75])
     assert [row["back_s"] is None for row in rows.values()] == [False, True, True, True]
+
+
+def test_a_run_with_a_cascade_gets_a_server_with_it():
+    dials = serving.dials((0, 2, 4), cascade=True)
+    assert list(dials) == ["degree 0", "degree 2", "degree 4", "controller", "cascade"]
+    assert dials["cascade"] == ["--cascade"]
 
 
 def test_capacity_is_not_above_what_the_server_can_do(scenes):

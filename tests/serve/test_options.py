@@ -17,9 +17,10 @@ from tokendial.serve.settings import Settings
 
 # The options, which scripts may use.
 KNOWN = """
-slo_ms host port allowed_hosts degree max_degree min_accuracy cascade compensator max_batch max_wait_ms
-max_queue optimize compile runtime precision threads spare decoders max_decode_s api_keys max_bytes
-max_pixels max_images max_memory max_connections timeout_s ray replicas max_replicas home
+slo_ms host port allowed_hosts degree max_degree min_accuracy cascade compensator max_batch
+max_wait_ms max_queue optimize compile runtime precision threads spare decoders max_decode_s
+api_keys max_bytes max_pixels max_images max_memory max_connections timeout_s ray replicas
+max_replicas home
 """
 MADE_OTHERWISE = {"runtime", "api_keys"}
 
