@@ -20,6 +20,7 @@ TABLES = {
     "mismatch": "accuracy of models that run at another degree than they were trained at",
     "tocom": "accuracy that a compensator recovers, which was trained without labels",
     "all_degrees": "accuracy of models that were trained for all degrees at once",
+    "cascade": "a cascade beside fixed degrees at the same time, and whether its bound holds",
     "sparse_tuning": "Sparse-Tuning and other fine-tuning: accuracy, time and memory, speed",
     "at_224": "fine-tuning at 224 pixels: accuracy, time and memory, speed",
     "dense": "masks of a saliency model along the dial, without training",
