@@ -62,6 +62,14 @@ def test_one_random_degree_is_any_of_them():
     assert all(25 < drawn.count(degree) < 60 for degree in range(5))
 
 
+def test_each_update_runs_the_degrees_of_a_list():
+    training = several(td.wrap(tiny_vit(), reduce=td.ToMe(r=4)), each=(1, 4))
+    for update in range(3):
+        assert list(losses_of(training, update)) == [1, 4]
+    training.mark_trained()
+    assert training.objective.model.reducer.trained_degrees == (1, 4)
+
+
 @pytest.mark.parametrize("task_weight", [0.0, 0.5])
 def test_degree_0_learns_the_task_and_teaches_the_others(task_weight):
     model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4), adapt=td.AdaptFormer(dim=4))
@@ -167,7 +175,9 @@ def test_a_run_learns_and_knows_its_degrees(trained):
     assert model.degree == 2
     assert model.reducer.trained_degrees == (0, 1, 2)
     compensator = td.Compensator.for_model(model, td.ToCom(), 2)
-    with pytest.raises(ValueError, match="trained at the degrees 0 to 2 at once, so there is noth"):
+    with pytest.raises(
+        ValueError, match="trained at the degrees 0, 1, 2 at once, so there is noth"
+    ):
         compensator.attach(model)
 
 
@@ -187,9 +197,14 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(trained, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.degrees={}"], "either sandwich, a number of degrees, or random: true"),
-        (["train.degrees={sandwich: 1, random: true}"], "got sandwich 1 and random True"),
-        (["train.degrees={random: true, task_weight: 1}"], "task_weight is for sandwich, got 1"),
+        (["train.degrees={}"], r"one of sandwich \(a number of degrees\), each"),
+        (["train.degrees={sandwich: 1, random: true}"], "got sandwich 1, each None and random T"),
+        (["train.degrees={random: true, task_weight: 1}"], "for sandwich and each, got 1"),
+        (["train.degrees={each: [0, 2], sandwich: 1}"], r"got sandwich 1, each \(0, 2\)"),
+        (["train.degrees={each: [2, 0]}"], r"each must be two or more rising .* got \[2, 0\]"),
+        (["train.degrees={each: [2]}"], r"each must be two or more rising degrees, got \[2\]"),
+        (["train.degrees={each: [-1, 2]}"], r"each must be two or more rising .* got \[-1, 2\]"),
+        (["train.degrees={each: [0, 1]}"], r"end with the highest .* 2, got \[0, 1\]"),
         (["train.degrees={sandwich: -1}"], r"train\.degrees\.sandwich: .* greater than or equal"),
         (["train.degrees={sandwhich: 2}"], r"did you mean train\.degrees\.sandwich"),
         (["train.degrees={sandwich: 1}", "reduce=null"], "a highest degree .* got no reduction"),

@@ -170,7 +170,7 @@ class Compensator(nn.Module):
             raise ValueError("a compensator is attached already: detach it first.")
         if model.reducer is not None and (trained := model.reducer.trained_degrees):
             raise ValueError(
-                f"this model was trained at the degrees {trained[0]} to {trained[-1]} at once, so "
+                f"this model was trained at the degrees {', '.join(map(str, trained))} at once, so "
                 "there is nothing to compensate."
             )
         shape = model.anatomy.shape

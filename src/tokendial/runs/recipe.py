@@ -96,7 +96,8 @@ class ModelSection(_Section):
 
 
 class DegreesSection(_Section):
-    """Training at several degrees of the dial, up to the highest: that of train.degree."""
+    """Training at several degrees of the dial, up to the highest: that of train.degree. Exactly one
+    of sandwich, random and each is given."""
 
     sandwich: int | None = Field(None, ge=0)
     """Each update runs degree 0, the highest degree and this many random ones between on the same
@@ -106,18 +107,29 @@ class DegreesSection(_Section):
     random: bool = False
     """Each update runs one random degree between 0 and the highest, which learns the task. It costs
     no more than training at one degree."""
+    each: tuple[int, ...] | None = None
+    """Each update runs all of these degrees, which rise to the highest. The first learns the task,
+    the others learn to give its answers."""
     task_weight: float = Field(0.0, ge=0.0)
-    """sandwich: weight of the task's loss at the degrees above 0, added to the distillation."""
+    """sandwich and each: weight of the task's loss at all degrees but the first, added to the
+    distillation."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.random == (self.sandwich is not None):
+        if [self.random, self.sandwich is not None, self.each is not None].count(True) != 1:
             raise ValueError(
-                "must have either sandwich, a number of degrees, or random: true, got "
-                f"sandwich {self.sandwich} and random {self.random}"
+                "must have one of sandwich (a number of degrees), each (a list of degrees) and "
+                f"random: true, got sandwich {self.sandwich}, each {self.each} and random "
+                f"{self.random}"
             )
+        if self.each is not None and (
+            len(self.each) < 2 or list(self.each) != sorted(set(self.each)) or self.each[0] < 0
+        ):
+            raise ValueError(f"each must be two or more rising degrees, got {list(self.each)}")
         if self.random and self.task_weight:
-            raise ValueError(f"task_weight is for sandwich, got {self.task_weight} with random")
+            raise ValueError(
+                f"task_weight is for sandwich and each, got {self.task_weight} with random"
+            )
         return self
 
 

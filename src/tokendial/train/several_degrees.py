@@ -26,12 +26,17 @@ class SeveralDegrees(nn.Module):
             settings: Which degrees an update runs, and the weight of the task's loss.
 
         Raises:
-            ValueError: If the model has no dial, or its reduction method learns to select one
-                share of the tokens.
+            ValueError: If the model has no dial, its reduction method learns to select one share
+                of the tokens, or the degrees do not end with the model's.
         """
         super().__init__()
         self.objective, self.settings = objective, settings
         self.highest = _highest_degree(objective.model)
+        if settings.each and settings.each[-1] != self.highest:
+            raise ValueError(
+                f"train.degrees.each must end with the highest degree, train.degree "
+                f"{self.highest}, got {list(settings.each)}."
+            )
         self.degrees: tuple[int, ...] = (self.highest,)
         """The degrees of the present update, rising."""
         self.number = 0
@@ -42,10 +47,13 @@ class SeveralDegrees(nn.Module):
         """Note in the model which degrees it is trained for, so that this is saved with it."""
         reducer = self.objective.model.reducer
         assert reducer is not None
-        reducer.trained_degrees = tuple(range(self.highest + 1))
+        reducer.trained_degrees = self.settings.each or tuple(range(self.highest + 1))
 
     def draw_degrees(self, seed: int, update: int) -> None:
         """Draw the degrees of an update; the same numbers give the same degrees everywhere."""
+        if self.settings.each:
+            self.degrees = self.settings.each
+            return
         draw = np.random.default_rng((seed, update))
         if self.settings.sandwich is None:
             self.degrees = (int(draw.integers(self.highest + 1)),)
