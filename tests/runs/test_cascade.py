@@ -56,6 +56,7 @@ def test_the_command_calibrates_and_predict_uses_it(run, digits, cli):
     assert "lost answers: " in out
     assert "allowed 6 %" in out
     assert "accuracy minus fixed degrees at the same time: " in out
+    assert (run.folder / "eval" / "cascade.png").read_bytes().startswith(b"\x89PNG")
     code, out, err = cli("predict", run.folder, digits / "val", "--cascade")
     assert code == 0, err
     rows = list(csv.DictReader(io.StringIO(out)))

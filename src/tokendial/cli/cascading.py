@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokendial.cli.app import USE_PANEL, app
+from tokendial.cli.evaluation_output import write_picture
 from tokendial.cli.options import (
     PrecisionOption,
     RunFolder,
@@ -66,13 +67,15 @@ def cascade(
     """Let a cheap degree answer, and a better one for the images that it is unsure of.
 
     Finds on the validation images how sure the cheap degree must be, so that the share of worse
-    answers stays below a bound. Prints what it costs beside fixed degrees, and writes the result to
-    RUN/cascade.json, which `tokendial predict --cascade` uses.
+    answers stays below a bound. Prints what it costs beside fixed degrees, with a plot, and writes
+    the result to RUN/cascade.json, which `tokendial predict` and `tokendial serve` use with
+    --cascade.
     """
     from tokendial.runs import Run
     from tokendial.runs.cascade import calibrate_cascade
     from tokendial.runs.degrees import parse_degrees
     from tokendial.runs.progress import progress_bar
+    from tokendial.show.cascade import cascade_figure
 
     opened, console = Run(run), Console(stderr=True)
     with progress_bar(console) as shown:
@@ -90,6 +93,9 @@ def cascade(
     Console().print(_table(report))
     for line in _lines(report):
         print(line)
+    plot = run / "eval" / "cascade.png"
+    write_picture(cascade_figure(report, title=str(run)), plot)
+    print(f"wrote {plot}")
     print(f"wrote {opened.cascade_file}: tokendial predict {run} IMAGES --cascade")
 
 

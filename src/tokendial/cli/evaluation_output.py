@@ -146,9 +146,10 @@ def write_evaluation(
 
 
 def write_picture(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG."""
+    """Write a figure as PNG; its folder is made if it is missing."""
     from tokendial.atomic import atomic_write
     from tokendial.show.report import png
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_bytes(png(figure, dpi=150))

@@ -65,6 +65,8 @@ class CascadeRow:
 class CascadeReport:
     """A calibrated cascade of a run, and how it compares."""
 
+    degrees: str
+    """Its degrees, the cheapest first, such as "8→0"."""
     calibration: CascadeCalibration
     """The thresholds and their bound."""
     rows: list[CascadeRow]
@@ -170,6 +172,7 @@ def _report(
     }
     mean_ms = {degree: row.mean_ms for degree, row in rows.items()}
     return CascadeReport(
+        degrees="→".join(map(str, cascade.degrees)),
         calibration=cascade.calibration,
         rows=[first_row, *(rows[degree] for degree in sorted(rows, reverse=True))],
         minus_fixed=mean_difference(answered, _mixture(right, mean_ms, first_row.mean_ms)),
