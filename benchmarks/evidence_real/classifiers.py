@@ -110,14 +110,15 @@ class Setting:
     degree: int = 0
     """Degree of the dial."""
     compensator: str | None = None
-    """Folder of a compensator; None: without."""
+    """Folder of a compensator, the "last" one of its run; None: without."""
     scale: float = 1.0
     """Factor of the compensator."""
 
     @property
     def name(self) -> str:
         """Name for files."""
-        compensator = f"-{Path(self.compensator).name}-{self.scale:g}" if self.compensator else ""
+        run = Path(self.compensator).parent.name if self.compensator else ""
+        compensator = f"-{run}-{self.scale:g}" if run else ""
         return f"{self.dial or 'trained'}{self.degree}{compensator}"
 
 

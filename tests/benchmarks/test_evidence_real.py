@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from benchmarks.evidence_real import common
+from benchmarks.evidence_real.classifiers import Setting
 from benchmarks.evidence_real.common import Options, cached
 from benchmarks.evidence_real.statistics import (
     accuracy,
@@ -165,3 +166,15 @@ def test_a_finished_run_is_taken_only_with_the_settings_it_was_trained_with(tmp_
     assert common.train("linear", "real/elpv/linear", {"seed": 1}, options) == folder
     with pytest.raises(ValueError, match=r"linear holds another run: its seed is 1, not 2"):
         common.train("linear", "real/elpv/linear", {"seed": 2}, options)
+
+
+def test_predictions_of_every_setting_have_a_file_of_their_own():
+    settings = [
+        Setting(dial, degree, compensator, scale)
+        for dial in (None, "tome", "evit")
+        for degree in (0, 3)
+        for compensator in (None, "runs/compensator-a/last", "runs/compensator-b/last")
+        for scale in (0.5, 1.0)
+        if compensator or scale == 1
+    ]
+    assert len({each.name for each in settings}) == len(settings)
