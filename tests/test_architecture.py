@@ -80,6 +80,7 @@ PUBLIC = {
     "MaskTransformer": "decode.segmenter",
     "OptimizedViT": "tune.optimized_vit",
     "PEFT": "adapt.peft",
+    "PiToMe": "reduce.pitome",
     "ProxyCLIP": "open_vocabulary.proxy_clip",
     "ProxyCLIPConfig": "open_vocabulary.config",
     "Reducer": "reduce.base",

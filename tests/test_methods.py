@@ -63,7 +63,7 @@ def test_every_registered_method_has_an_example():
     [
         (
             {"name": "none"},
-            r"reduce\.name must be one of dar, dynamicvit, .*, frame_by_frame, tome, got 'none'",
+            r"reduce\.name must be one of dar, dynamicvit, .*, pitome, .*got 'none'",
         ),
         ({"r": 8}, "reduce must be a mapping with a name"),
         ({"name": "tome", "rr": 8}, r"reduce\.rr is not a field of tome; allowed: inflection,"),

@@ -69,6 +69,13 @@ SETTINGS = {
         "complete": flags,
     },
     td.DAR: selection,
+    td.PiToMe: {
+        "r": r | st.none(),
+        "keep_ratio": st.floats(0.5, 1.0) | st.none(),
+        "margin": st.lists(st.floats(-1.0, 1.0), min_size=2, max_size=2),
+        "first_layers": st.integers(0, 12) | st.none(),
+        "proportional_attention": flags,
+    },
     td.FFNMerge: {"r": st.integers(0, 9).map(lambda n: 32 * n), "step": st.just(32), **matching},
     td.FrameByFrame: {
         "reduce": st.sampled_from([td.ToMe(r=[8, 1]), {"name": "evit", "r": [[1], [2]]}])

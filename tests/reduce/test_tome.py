@@ -299,7 +299,7 @@ def test_pooling_counts_merged_tokens_by_their_size(pool):
 def test_large_images_are_matched_some_tokens_at_a_time(monkeypatch):
     metric = torch.randn(2, 65, 8)
     whole = bipartite_matching(metric, 12, num_prefix_tokens=1)
-    monkeypatch.setattr(tome, "_MAX_SIMILARITIES", 100)
+    monkeypatch.setattr(tome, "MAX_SIMILARITIES", 100)
     parts = bipartite_matching(metric, 12, num_prefix_tokens=1)
     for name in ("keep", "src", "dst"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))

@@ -12,7 +12,7 @@ from tokendial.tune.agreement import binary_logits, compare_logits, compare_mask
 from tokendial.tune.fit_result import FitPoint, FittedDegree
 
 
-@pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop")])
+@pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop"), td.PiToMe()])
 @torch.no_grad()
 def test_counted_budgets_are_kept_and_become_degrees(reduce):
     model = td.wrap(tiny_vit(depth=3), reduce=td.ToMe(r=3), adapt=td.AdaptFormer(dim=4)).train()
@@ -93,7 +93,10 @@ def test_a_measured_budget_gives_a_dial(monkeypatch):
         ({"gmacs": 99}, "gmacs must lie in .* here, from nothing removed .*, got 99"),
         ({"gmacs": 0.01, "batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"gmacs": 0.01, "minutes": 0}, "minutes must be above 0, got 0"),
-        ({"gmacs": 0.01, "reduce": td.FFNMerge(r=8)}, "reduce must be ToMe or EViT.*got FFNMerge"),
+        (
+            {"gmacs": 0.01, "reduce": td.FFNMerge(r=8)},
+            "removes tokens by number, such as ToMe or EViT, got FFNMerge",
+        ),
     ],
 )
 def test_budgets_that_make_no_sense_raise(vit, settings, message):
@@ -105,7 +108,7 @@ def test_budgets_that_make_no_sense_raise(vit, settings, message):
     ("methods", "message"),
     [
         ({"reduce": td.DAR()}, "whose own reduction has no weights, got DAR"),
-        ({"reduce": td.FFNMerge(r=8)}, "reduce must be ToMe or EViT"),
+        ({"reduce": td.FFNMerge(r=8)}, "reduce must be a method that removes tokens by number"),
         ({"adapt": td.ConvPass(dim=4)}, "ConvPass needs the tokens of all patches"),
     ],
 )

@@ -75,7 +75,7 @@ def test_what_is_found_fits_and_no_constant_schedule_that_fits_is_better(
     assert divergences == sorted(divergences, reverse=True)
     kept = [sum(space.tokens_left(schedule)) for schedule in found]
     assert kept == sorted(kept)
-    degrees = space.method_with(found[::-1]).build(space.shape)
+    degrees = space.reduce.with_schedules(found[::-1]).build(space.shape)
     assert degrees.degrees == (0, 1, 2, 3)
 
 

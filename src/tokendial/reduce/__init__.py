@@ -8,6 +8,7 @@ from tokendial.reduce.dyt import DyT
 from tokendial.reduce.evit import EViT
 from tokendial.reduce.ffn_merge import FFNMerge
 from tokendial.reduce.frame_by_frame import FrameByFrame
+from tokendial.reduce.pitome import PiToMe
 from tokendial.reduce.tome import ToMe
 from tokendial.shape import ViTShape
 
@@ -19,6 +20,7 @@ __all__ = [
     "FFNMerge",
     "ForwardPass",
     "FrameByFrame",
+    "PiToMe",
     "Reducer",
     "ReducerConfig",
     "ToMe",

@@ -15,7 +15,7 @@ receive from all tokens, which is not in the paper.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -33,12 +33,11 @@ from tokendial.checks import (
 from tokendial.methods import register
 from tokendial.reduce.base import (
     Reducer,
-    ReducerConfig,
     best_tokens,
     make_rate_dial,
     num_kept_tokens,
 )
-from tokendial.reduce.schedules import freeze_removal, make_schedule_dial
+from tokendial.reduce.schedules import ScheduledConfig, freeze_removal, make_schedule_dial
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
@@ -47,7 +46,7 @@ _DEFAULT_KEEP_RATE = 0.7
 
 @register("reduce", "evit")
 @dataclass(frozen=True, kw_only=True)
-class EViT(ReducerConfig):
+class EViT(ScheduledConfig):
     """EViT: keep a fraction of the patch tokens in a few layers, or remove `r` in each layer."""
 
     keep_rate: float | Sequence[float] | None = _DEFAULT_KEEP_RATE
@@ -119,6 +118,18 @@ class EViT(ReducerConfig):
             raise ValueError(f"shrink must be two rising epochs, got {shrink}.")
         object.__setattr__(self, "shrink", shrink)
 
+    def max_removed(self, num_patches: int) -> int:
+        """Largest number of patch tokens that one layer can remove of `num_patches`.
+
+        One token is always kept, and one more for the others if `rest` is "merge" or "argmax".
+        """
+        return max(0, num_patches - 1 - (self.rest != "drop"))
+
+    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "EViT":
+        """The same method with these schedules as its degrees 1, 2, ..."""
+        r = [list(schedule) for schedule in schedules]
+        return replace(self, r=r, keep_rate=None, shrink=None)
+
     def build(self, vit: ViTShape) -> "EViTReducer":
         """Make the module.
 
@@ -157,7 +168,7 @@ class EViTReducer(Reducer):
             if isinstance(r, int):
                 self.degrees, self.degree = tuple(range(vit.num_patches // 2 + 1)), r
             else:
-                self.lists = make_schedule_dial(r, vit, partial(max_removed, rest=config.rest))
+                self.lists = make_schedule_dial(r, vit, config.max_removed)
                 self.degrees, self.degree = tuple(range(len(self.lists))), 1
             return
         if isinstance(config.keep_rate, Sequence):
@@ -262,14 +273,6 @@ def attentive_grouping(
     fused = torch.full_like(keep[:, :1], keep.shape[1] - 1)
     dst = fused.expand_as(src)
     return Grouping(keep, src, dst, num_tokens, weight, "sum", fused)
-
-
-def max_removed(num_patches: int, rest: str) -> int:
-    """Largest number of patch tokens that one layer can remove.
-
-    One token is always kept, and one more for the others if `rest` is "merge" or "argmax".
-    """
-    return max(0, num_patches - 1 - (rest != "drop"))
 
 
 def shrinking_keep_rate(

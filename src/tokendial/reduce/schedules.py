@@ -1,9 +1,27 @@
 """Schedules: how many tokens each layer removes, written as one list or one list per degree."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeAlias, TypeGuard
+from typing import Self, TypeAlias, TypeGuard
 
+from tokendial.reduce.base import ReducerConfig
 from tokendial.shape import ViTShape
+
+
+class ScheduledConfig(ReducerConfig):
+    """Settings that can say how many tokens each layer removes. `td.fit` finds such schedules."""
+
+    @abstractmethod
+    def max_removed(self, num_patches: int) -> int:
+        """Largest number of patch tokens that one layer can remove of `num_patches`."""
+
+    @abstractmethod
+    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> Self:
+        """The same method with these schedules as its degrees 1, 2, ...
+
+        Args:
+            schedules: Tokens to remove in each layer, from the most to the least expensive.
+        """
 
 
 class PerLayer(tuple[int, ...]):

@@ -13,11 +13,11 @@ the same positions for every image of a batch, so that an image does not depend 
 
 # Shape legend: B batch, N tokens, C metric width, A tokens that may be absorbed, E that absorb.
 
+import functools
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,18 +26,19 @@ from tokendial.attention import ByProducts
 from tokendial.checks import check_choice, check_count
 from tokendial.kernels import find_most_similar_fused, should_fuse
 from tokendial.methods import register
-from tokendial.reduce.base import Reducer, ReducerConfig
-from tokendial.reduce.schedules import freeze_removal, make_schedule_dial
+from tokendial.reduce.base import Reducer
+from tokendial.reduce.schedules import ScheduledConfig, freeze_removal, make_schedule_dial
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens
 
-_MAX_SIMILARITIES = 2**18
+MAX_SIMILARITIES = 2**18
 """Number of similarities per image that are in memory at a time."""
+T = TypeVar("T")
 
 
 @register("reduce", "tome")
 @dataclass(frozen=True, kw_only=True)
-class ToMe(ReducerConfig):
+class ToMe(ScheduledConfig):
     """ToMe: merge the `r` most similar pairs of tokens in each layer, between attention and FFN."""
 
     r: int | Sequence[int] | Sequence[Sequence[int]] | tuple[int, float] = 8
@@ -77,6 +78,14 @@ class ToMe(ReducerConfig):
                 f"inflection must be 0 where r is a list, got {self.inflection} and r={self.r}."
             )
 
+    def max_removed(self, num_patches: int) -> int:
+        """Largest number of patch tokens that one layer can merge of `num_patches`."""
+        return max_merged(num_patches, self.stride)
+
+    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "ToMe":
+        """The same method with these schedules as its degrees 1, 2, ..."""
+        return replace(self, r=[list(each) for each in schedules], inflection=0.0)
+
     def build(self, vit: ViTShape) -> "ToMeReducer":
         """Make the module. Raises a ValueError if lists do not fit, see `make_schedule_dial`."""
         return ToMeReducer(self, vit)
@@ -105,8 +114,7 @@ class ToMeReducer(Reducer):
                 merge_schedule(degree, vit.depth, config.inflection) for degree in self.degrees
             ]
         else:
-            most = partial(max_merged, stride=config.stride)
-            self.schedules = make_schedule_dial(r, vit, most)
+            self.schedules = make_schedule_dial(r, vit, config.max_removed)
             self.degrees, self.degree = tuple(range(len(self.schedules))), 1
 
     def reduces_in(self, layer: int, degree: int) -> bool:
@@ -275,6 +283,25 @@ def _random_permutation(seed: tuple[int, ...], count: int) -> list[int]:
     return random.Random(f"{seed} {count}").sample(range(count), count)
 
 
+def in_float32(function: Callable[..., T]) -> Callable[..., T]:
+    """Make a function of a metric [B, N, C] compute in float32 even inside autocast.
+
+    Autocast would compute products in half precision, where many similarities are equal.
+    """
+
+    @functools.wraps(function)
+    def wrapped(metric_BNC: Tensor, *args: Any, **kwargs: Any) -> T:
+        device = metric_BNC.device.type
+        # The meta device, on which costs are counted, has no autocast.
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return function(metric_BNC, *args, **kwargs)
+        return function(metric_BNC, *args, **kwargs)
+
+    return wrapped
+
+
+@in_float32
 def find_most_similar(
     metric_BNC: Tensor, source: slice | Tensor, target: slice | Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -291,12 +318,6 @@ def find_most_similar(
         The highest cosine of each source, and the number of that target among the targets;
         [B, sources] each.
     """
-    device = metric_BNC.device.type
-    # Autocast would compute the products in half precision even of a float32 metric. The meta
-    # device, on which costs are counted, has no autocast.
-    if device != "meta" and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return find_most_similar(metric_BNC, source, target)
     metric_BNC = metric_BNC.float()
     unit = metric_BNC / torch.linalg.vector_norm(metric_BNC, dim=-1, keepdim=True)
     if should_fuse(unit):
@@ -308,13 +329,18 @@ def find_most_similar(
         sources, targets = unit.index_select(1, source), unit.index_select(1, target)
     else:
         sources, targets = unit[:, source], unit[:, target]
-    targets = targets.transpose(-1, -2)
+    return best_partners(sources, targets)
+
+
+def best_partners(sources_BAC: Tensor, targets_BEC: Tensor) -> tuple[Tensor, Tensor]:
+    """Highest product of each source with a target, and the number of that target; [B, A] each."""
+    targets = targets_BEC.transpose(-1, -2)
     # All similarities of a large image would take more memory than its features, so they are
     # computed for a chunk of the sources at a time.
-    chunk_size = max(1, _MAX_SIMILARITIES // targets.shape[2])
-    if sources.shape[1] <= chunk_size:
-        best, partner = (sources @ targets).max(dim=-1)
+    chunk_size = max(1, MAX_SIMILARITIES // targets.shape[2])
+    if sources_BAC.shape[1] <= chunk_size:
+        best, partner = (sources_BAC @ targets).max(dim=-1)
         return best, partner
-    found = [(chunk @ targets).max(dim=-1) for chunk in sources.split(chunk_size, dim=1)]
+    found = [(chunk @ targets).max(dim=-1) for chunk in torch.split(sources_BAC, chunk_size, dim=1)]
     best_chunks, partner_chunks = zip(*found, strict=True)
     return torch.cat(best_chunks, dim=1), torch.cat(partner_chunks, dim=1)

@@ -121,7 +121,7 @@ def _measurements(space: ScheduleSpace, count: int) -> list[tuple[Schedule, int,
     plain = reaching + (0,) * (last - len(reaching))
     if last == first:
         return [(space.normalise(plain + (0,) * (depth - last)), first, last)]
-    amounts = sorted({min(1, space.max_removed(count)), space.max_removed(count)})
+    amounts = sorted({min(1, space.reduce.max_removed(count)), space.reduce.max_removed(count)})
     return [
         (space.normalise((*plain[:-1], some) + (0,) * (depth - last)), first, last)
         for some in amounts

@@ -29,8 +29,10 @@ class ScheduledModel:
         model = self.model
         reduces = any(schedule)
         if reduces:
-            # ToMe and EViT have neither weights nor state, so a new reducer is as good as any.
-            model.reducer = self.space.method_with([schedule]).build(self.space.shape).eval()
+            # Such methods have neither weights nor state, so a new reducer is as good as any.
+            model.reducer = (
+                self.space.reduce.with_schedules([schedule]).build(self.space.shape).eval()
+            )
         model.set_degree(int(reduces))
         return model
 

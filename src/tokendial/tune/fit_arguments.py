@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
-from tokendial.reduce import EViT, ToMe
+from tokendial.reduce import ToMe
+from tokendial.reduce.schedules import ScheduledConfig
 from tokendial.tune.agreement import AgreeBy
 
 Budget = float | Sequence[float]
@@ -28,11 +29,11 @@ def read_budgets(**given: Budget | None) -> tuple[str, list[float]]:
     return kind, list(dict.fromkeys(float(value) for value in budgets))
 
 
-def method_to_fit(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
+def method_to_fit(model: DialViT, reduce: ScheduledConfig | None) -> ScheduledConfig:
     """Return the method to find schedules for: `reduce`, the model's own one, or ToMe.
 
     Raises:
-        ValueError: If it is not ToMe or EViT, or the model's own reduction has weights.
+        ValueError: If it does not remove tokens by number, or the model's own has weights.
     """
     own = model.reduce_config
     if model.reducer and next(model.reducer.parameters(), None) is not None:
@@ -40,9 +41,9 @@ def method_to_fit(model: DialViT, reduce: ToMe | EViT | None) -> ToMe | EViT:
             f"fit needs a model whose own reduction has no weights, got {type(own).__name__}."
         )
     method = reduce or own or ToMe()
-    if not isinstance(method, ToMe | EViT):
+    if not isinstance(method, ScheduledConfig):
         raise ValueError(
-            f"reduce must be ToMe or EViT, which remove tokens by number, got "
+            f"reduce must be a method that removes tokens by number, such as ToMe or EViT, got "
             f"{type(method).__name__}."
         )
     return method

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokendial.measure.timing import DISTURBED_SPREAD
 from tokendial.methods import to_json
-from tokendial.reduce import EViT, ToMe
+from tokendial.reduce.schedules import ScheduledConfig
 from tokendial.tune.agreement import COMPARISONS, AgreeBy
 from tokendial.tune.block_costs import CostTable
 from tokendial.tune.schedules import Schedule
@@ -58,7 +58,7 @@ class FittedDegree:
 class FitResult:
     """The result of a fit."""
 
-    reduce: ToMe | EViT
+    reduce: ScheduledConfig
     """The method whose degrees 1, 2, ... are the found schedules. Pass it to `wrap` or `load`."""
     kind: str
     """Kind of the budgets: speedup, latency_ms or gmacs."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
-from tokendial.reduce import EViT, ToMe
+from tokendial.reduce.schedules import ScheduledConfig
 from tokendial.tune.agreement import AgreeBy, AgreementMeter, choose_comparison
 from tokendial.tune.block_costs import CostTable, coarse_counts, measure_blocks
 from tokendial.tune.cost_meters import MIN_ROUNDS, CostMeter, MacCounter, Stopwatch, try_schedules
@@ -45,7 +45,7 @@ def fit(
     speedup: Budget | None = None,
     latency_ms: Budget | None = None,
     gmacs: Budget | None = None,
-    reduce: ToMe | EViT | None = None,
+    reduce: ScheduledConfig | None = None,
     agree_by: AgreeBy | None = None,
     multi_label: bool = False,
     batch_size: int = 8,
@@ -66,8 +66,8 @@ def fit(
         speedup: Budget as a multiple of the unreduced model's speed.
         latency_ms: Budget in milliseconds per batch.
         gmacs: Budget in 1e9 multiply-accumulates per image. They are counted; nothing is timed.
-        reduce: The method to find schedules for. By default the model's own ToMe or EViT, or ToMe
-            if it has no reduction method.
+        reduce: The method to find schedules for. By default the model's own, or ToMe if it
+            has none.
         agree_by: What schedules are compared by with the unreduced model. "logits": divergence of
             the classes. "embeddings": cosine similarity of the pooled features. "neighbours": how
             many of the (up to 10) nearest images among `images` stay the same. "feature_map":
@@ -277,7 +277,7 @@ class _BudgetFit:
         constants = tuple(point(schedule, self._share(schedule)) for schedule in curve)
         rows.reverse()
         return FitResult(
-            reduce=self.space.method_with([row.found.removed for row in rows]),
+            reduce=self.space.reduce.with_schedules([row.found.removed for row in rows]),
             kind=self.kind,
             unreduced=self._in_unit(costs[0]),
             batch_size=batch_size,

@@ -158,7 +158,7 @@ class ScheduleSearch:
 
     def _cheapest_at(self, harm: list[Callable[[float], float]], price: float) -> Schedule:
         """The schedule that minimises divergence plus `price` times its fraction of the cost."""
-        patches, most = self.space.shape.num_patches, self.space.max_removed
+        patches, most = self.space.shape.num_patches, self.space.reduce.max_removed
         counts = range(patches, 0, -max(1, patches // _GRID))
         whole = self.table.schedule_cost(self.space.none)
         steps = {

@@ -1,14 +1,11 @@
 """Token schedules: how many tokens each layer of a model removes."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tokendial.reduce import EViT, ToMe
-from tokendial.reduce.evit import max_removed
-from tokendial.reduce.schedules import patches_after_layers
-from tokendial.reduce.tome import max_merged, merge_schedule
+from tokendial.reduce.schedules import ScheduledConfig, patches_after_layers
+from tokendial.reduce.tome import merge_schedule
 from tokendial.shape import ViTShape
 
 Schedule = tuple[int, ...]
@@ -19,20 +16,14 @@ Schedule = tuple[int, ...]
 class ScheduleSpace:
     """The schedules that a reduction method allows in a model."""
 
-    reduce: ToMe | EViT
+    reduce: ScheduledConfig
     """The method. Its own numbers of tokens are ignored."""
     shape: ViTShape
     """Shape of the model."""
 
-    def max_removed(self, patches: int) -> int:
-        """Number of tokens that one layer can remove of `patches` patch tokens."""
-        if isinstance(self.reduce, ToMe):
-            return max_merged(patches, self.reduce.stride)
-        return max_removed(patches, self.reduce.rest)
-
     def tokens_left(self, removed: Sequence[int]) -> tuple[int, ...]:
         """Number of patch tokens that leave each layer."""
-        return patches_after_layers(self.shape.num_patches, removed, self.max_removed)
+        return patches_after_layers(self.shape.num_patches, removed, self.reduce.max_removed)
 
     def normalise(self, removed: Sequence[int]) -> Schedule:
         """Lower each number to what can be removed; the tokens left stay the same."""
@@ -48,7 +39,7 @@ class ScheduleSpace:
 
     def all_linear(self, inflection: float = 0.0) -> list[Schedule]:
         """All distinct schedules of one inflection, from removing nothing to the most."""
-        rs = range(self.max_removed(self.shape.num_patches) + 1)
+        rs = range(self.reduce.max_removed(self.shape.num_patches) + 1)
         return list(dict.fromkeys(self.linear(r, inflection) for r in rs))
 
     @cached_property
@@ -66,13 +57,6 @@ class ScheduleSpace:
         removed: list[int] = []
         now = self.shape.num_patches
         while now > patches and len(removed) < self.shape.depth:
-            removed.append(min(now - patches, self.max_removed(now)) or now)
+            removed.append(min(now - patches, self.reduce.max_removed(now)) or now)
             now -= removed[-1]
         return tuple(removed)
-
-    def method_with(self, schedules: Sequence[Schedule]) -> ToMe | EViT:
-        """The method whose degrees 1, 2, ... are these schedules."""
-        r = [list(schedule) for schedule in schedules]
-        if isinstance(self.reduce, ToMe):
-            return dataclasses.replace(self.reduce, r=r, inflection=0.0)
-        return dataclasses.replace(self.reduce, r=r, keep_rate=None, shrink=None)
