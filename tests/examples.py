@@ -29,6 +29,7 @@ REDUCERS = {
     "dar": td.DAR(target_ratio=0.5),
     "ffn_merge": td.FFNMerge(r=16),
     "pitome": td.PiToMe(r=8),
+    "prune_merge": td.PruneMerge(r=8),
     "frame_by_frame": td.FrameByFrame(reduce=td.ToMe(r=8)),
 }
 ADAPTERS = {
@@ -55,7 +56,7 @@ ADAPTERS = {
 }
 # Adapters that need the complete token grid, and reducers that do not keep it.
 ON_THE_GRID = {"dar", "convpass"}
-SHRINKING = {"tome", "pitome", "evit", "dynamicvit", "frame_by_frame"}
+SHRINKING = {"tome", "pitome", "prune_merge", "evit", "dynamicvit", "frame_by_frame"}
 PAIRS = {
     f"{reduce}-{adapt}": (REDUCERS[reduce], ADAPTERS[adapt])
     for reduce in REDUCERS

@@ -83,6 +83,7 @@ PUBLIC = {
     "PiToMe": "reduce.pitome",
     "ProxyCLIP": "open_vocabulary.proxy_clip",
     "ProxyCLIPConfig": "open_vocabulary.config",
+    "PruneMerge": "reduce.prune_merge",
     "Reducer": "reduce.base",
     "ReducerConfig": "reduce.base",
     "Runtime": "runtimes.config",

@@ -24,6 +24,8 @@ ONE_GRAPH = {
     "dyt topk": td.DyT(selection="topk"),
     "dar topk": td.DAR(selection="topk"),
     "ffn_merge": td.FFNMerge(r=8),
+    "pitome": td.PiToMe(keep_ratio=0.9),
+    "prune_merge": td.PruneMerge(r=8),
 }
 # The compiler's own warnings, of the machine and of Python, are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")

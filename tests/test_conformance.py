@@ -148,7 +148,10 @@ def test_every_token_stands_for_positions_and_prefix_tokens_for_themselves(reduc
         for number, origin in enumerate(tokens.origin):
             held, counts = origin[origin >= 0].unique(return_counts=True)
             assert torch.equal(held, torch.arange(tokens.x.shape[1]))
-            if tokens.size is not None:
+            if isinstance(reduce, td.PruneMerge):  # what it merges counts by its similarity
+                assert (tokens.size[number] >= 1).all()
+                assert (tokens.size[number] <= counts + 1e-5).all()
+            elif tokens.size is not None:
                 assert torch.equal(tokens.size[number], counts.float())
 
 

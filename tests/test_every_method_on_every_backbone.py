@@ -19,9 +19,9 @@ def fitting(reduce, vit):
     changes = {}
     if hasattr(reduce, "layers"):
         changes["layers"] = (1, 2)
-    if isinstance(reduce, td.EViT) and not td.wrap(vit).anatomy.shape.has_class_token:
+    if hasattr(reduce, "score") and not td.wrap(vit).anatomy.shape.has_class_token:
         changes["score"] = "mean"
-    if isinstance(reduce, td.ToMe | td.FFNMerge):
+    if isinstance(reduce, td.ToMe | td.PiToMe | td.PruneMerge | td.FFNMerge):
         changes["r"] = 2
     return dataclasses.replace(reduce, **changes)
 

@@ -32,19 +32,22 @@ METHODS = {
     "dyt": td.DyT(),
     "dyt topk": td.DyT(selection="topk"),
     "ffn_merge": td.FFNMerge(r=16),
+    "pitome": td.PiToMe(r=8),
+    "prune_merge": td.PruneMerge(r=8),
 }
 
 
 CASES = [("tome", 0), ("tome", 8), ("tome", 32), ("evit", 2), ("evit", 9), ("evit each", 8),
          ("dynamicvit", 3), ("dynamicvit", 9), ("dar", 3), ("dar", 9), ("dyt", 5), ("dyt topk", 4),
-         ("dyt topk", 9), ("ffn_merge", 16), ("ffn_merge", 32)]  # fmt: skip
+         ("dyt topk", 9), ("ffn_merge", 16), ("ffn_merge", 32),
+         ("pitome", 8), ("prune_merge", 8)]  # fmt: skip
 
 
 # Operators that TensorRT 8.5 runs, by docs/operators.md of onnx-tensorrt, without control flow; the
 # last two came in TensorRT 10.
 TENSORRT = """
 Abs Add And ArgMax Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos CumSum Div
-Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gemm Greater GreaterOrEqual
+Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gemm Greater GreaterOrEqual
 Identity Less LessOrEqual Log LogSoftmax MatMul Max Min Mod Mul Neg NonZero Not Or Pad Pow Range
 Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize Round
 ScatterElements ScatterND Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh Tile TopK

@@ -69,6 +69,13 @@ SETTINGS = {
         "complete": flags,
     },
     td.DAR: selection,
+    td.PruneMerge: {
+        "r": r,
+        "prune_share": st.floats(0.0, 1.0),
+        "pruned": schedules | st.none(),
+        "score": st.sampled_from(["class", "mean"]),
+        "proportional_attention": flags,
+    },
     td.PiToMe: {
         "r": r | st.none(),
         "keep_ratio": st.floats(0.5, 1.0) | st.none(),

@@ -303,7 +303,9 @@ def fitting(reduce):
     changes = {}
     if isinstance(reduce, td.EViT):
         changes = {"score": "mean", "fuse_weights": "normalised"}
-    if isinstance(reduce, td.ToMe | td.FFNMerge):
+    if isinstance(reduce, td.PruneMerge):
+        changes = {"score": "mean"}
+    if isinstance(reduce, td.ToMe | td.PiToMe | td.PruneMerge | td.FFNMerge):
         changes["r"] = 3
     return dataclasses.replace(reduce, **changes)
 

@@ -2,9 +2,9 @@
 
     python tools/draw_method_tokens.py docs/img/methods      # about five minutes on one core
 
-Everything is the shipped small model on a shipped scene at 72 pixels (144 patches). ToMe, EViT and
-FFNMerge need no training. DynamicViT, DyT and DAR learn which tokens matter, so they are trained
-for two epochs first: the first two count sneakers, DAR outlines items.
+Everything is the shipped small model on a shipped scene at 72 pixels (144 patches). ToMe, PiToMe,
+EViT, PruneMerge and FFNMerge need no training. DynamicViT, DyT and DAR learn which tokens matter,
+so they are trained for two epochs first: the first two count sneakers, DAR outlines items.
 """
 
 import io
@@ -27,6 +27,8 @@ UNTRAINED = {
     "tome": td.ToMe(r=10),
     "evit": td.EViT(keep_rate=0.6, layers=(4, 7, 10)),
     "ffn-merge": td.FFNMerge(r=60),
+    "pitome": td.PiToMe(r=10),
+    "prune-merge": td.PruneMerge(r=10),
 }
 COUNTING = ("adapt={name: adaptformer, dim: 16}", f"data.img_size={SIDE}", "data.train_size=500")
 TRAINED = {

@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.reduce import FFNMerge as FFNMerge
     from tokendial.reduce import FrameByFrame as FrameByFrame
     from tokendial.reduce import PiToMe as PiToMe
+    from tokendial.reduce import PruneMerge as PruneMerge
     from tokendial.reduce import Reducer as Reducer
     from tokendial.reduce import ReducerConfig as ReducerConfig
     from tokendial.reduce import ToMe as ToMe
@@ -84,7 +85,8 @@ _NAMES = {
     "model.loading": "load",
     "model.wrap": "wrap",
     "open_vocabulary": "ProxyCLIP ProxyCLIPConfig",
-    "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame PiToMe Reducer ReducerConfig ToMe",
+    "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame PiToMe PruneMerge Reducer"
+    " ReducerConfig ToMe",
     "reference": "load_reference",
     "runtimes": "ExportedViT Runtime",
     "shape": "ViTShape",

@@ -46,10 +46,10 @@ def check_dropout(name: str, value: object) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
 
 
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
 
 
 def check_layers(layers: Sequence[int]) -> None:

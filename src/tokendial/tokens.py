@@ -39,6 +39,9 @@ class Grouping:
     """[B, F] new tokens that summarise removed tokens, as EViT's fused token does; None: there are
     none. `follow` can treat the members of a fused token as dropped."""
 
+    absorbed_share: Tensor | None = None
+    """[B, S] what the sizes of `src` are multiplied by before they are added; None: 1."""
+
     @classmethod
     def keep_only(cls, keep: Tensor, num_tokens: int) -> "Grouping":
         """A reduction that keeps the old tokens `keep` [B, G] and drops all others."""
@@ -104,6 +107,13 @@ class Grouping:
         if should_fuse(x_BND):
             return merge_fused(x_BND, self.keep, self.src, self.dst, None, "sum")
         return _Rows.of(self).merge(x_BND)
+
+    def sizes(self, size_BN: Tensor) -> Tensor:
+        """Sizes of the new tokens, [B, G], from those of the old ones."""
+        if self.absorbed_share is not None:
+            share_BN = torch.ones_like(size_BN).scatter(1, self.src, self.absorbed_share)
+            size_BN = size_BN * share_BN
+        return self.sum(size_BN.unsqueeze(-1)).squeeze(-1)
 
     def unmerge(self, y_BGD: Tensor) -> Tensor:
         """Give every old token its group's features; dropped tokens get zeros. [B, N, D]."""
@@ -280,8 +290,8 @@ class Tokens:
             position = patches if position is None else position.gather(1, patches)
         (x, *carried), total = grouping.merge_each([self.x, *self.carried.values()], weight)
         if size is not None:
-            known = total if weight is size else None
-            size = grouping.sum(size.unsqueeze(-1)).squeeze(-1) if known is None else known
+            known = total if weight is size and grouping.absorbed_share is None else None
+            size = grouping.sizes(size) if known is None else known
         return dataclasses.replace(
             self,
             x=x,

@@ -28,6 +28,13 @@ CASES = [
     for method in METHODS
     if not kind.windowed and (kind.has_class_token or method != "evit")
 ]
+# Methods that reduce at the same place as ToMe, on one tower of each library.
+METHODS |= {"pitome": td.PiToMe(r=6), "prune_merge": td.PruneMerge(r=6)}
+CASES += [
+    (name, method)
+    for name in ("CLIP", "DINOv2 features", "open_clip", "timm ViT")
+    for method in ("pitome", "prune_merge")
+]
 WINDOWED = [name for name, kind in WHOLE.items() if kind.windowed]
 
 

@@ -110,7 +110,9 @@ def test_gradients_of_all_degrees_add_up_and_none_reaches_the_teacher():
         torch.testing.assert_close(gradient, sum(each[name] for each in alone))
 
 
-@pytest.mark.parametrize("reduce", ["tome", "evit", "ffn_merge", "frame_by_frame"])
+@pytest.mark.parametrize(
+    "reduce", ["tome", "pitome", "prune_merge", "evit", "ffn_merge", "frame_by_frame"]
+)
 def test_every_method_without_losses_is_trained_along_its_dial(reduce):
     model = td.wrap(tiny_vit(), reduce=REDUCERS[reduce], adapt=td.LoRA(rank=2))
     before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -12,7 +12,7 @@ from tokendial.tune.agreement import binary_logits, compare_logits, compare_mask
 from tokendial.tune.fit_result import FitPoint, FittedDegree
 
 
-@pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop"), td.PiToMe()])
+@pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop"), td.PiToMe(), td.PruneMerge()])
 @torch.no_grad()
 def test_counted_budgets_are_kept_and_become_degrees(reduce):
     model = td.wrap(tiny_vit(depth=3), reduce=td.ToMe(r=3), adapt=td.AdaptFormer(dim=4)).train()

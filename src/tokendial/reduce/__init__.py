@@ -9,6 +9,7 @@ from tokendial.reduce.evit import EViT
 from tokendial.reduce.ffn_merge import FFNMerge
 from tokendial.reduce.frame_by_frame import FrameByFrame
 from tokendial.reduce.pitome import PiToMe
+from tokendial.reduce.prune_merge import PruneMerge
 from tokendial.reduce.tome import ToMe
 from tokendial.shape import ViTShape
 
@@ -21,6 +22,7 @@ __all__ = [
     "ForwardPass",
     "FrameByFrame",
     "PiToMe",
+    "PruneMerge",
     "Reducer",
     "ReducerConfig",
     "ToMe",

@@ -185,7 +185,7 @@ def _join_groupings(grouping: Grouping, tokens: Tokens) -> Grouping:
     def join(index: Tensor, step: int, first: int = 0) -> Tensor:
         return _shift_indices(_join_rows(index, grids, first), grids, step, first)
 
-    weight, fused = grouping.weight, grouping.fused
+    weight, fused, share = grouping.weight, grouping.fused, grouping.absorbed_share
     return Grouping(
         keep=join(grouping.keep, old, prefix),
         src=join(grouping.src, old),
@@ -194,6 +194,7 @@ def _join_groupings(grouping: Grouping, tokens: Tokens) -> Grouping:
         weight=None if weight is None else _join_rows(weight, grids, prefix),
         how=grouping.how,
         fused=None if fused is None else join(fused, new),
+        absorbed_share=None if share is None else _join_rows(share, grids, 0),
     )
 
 

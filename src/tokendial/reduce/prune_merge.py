@@ -1,0 +1,237 @@
+"""PruneMerge: drop the tokens of least attention, merge the next ones into those that stay.
+
+Source: Chen et al., "DiffRate: Differentiable Compression Rate for Efficient Vision Transformers",
+ICCV 2023, https://arxiv.org/abs/2305.17997, and outputs of the authors' code for one step: order,
+unweighted means, and sizes weighted by similarity. Their schedules were learnt with gradients;
+`td.fit` searches schedules without labels.
+
+Departures: any number of prefix tokens is kept. A similarity below 0 counts as 0, because a size
+below 0 has no logarithm. In backbones without a class token, tokens can be scored by the mean
+attention that they receive from all tokens.
+"""
+
+# Shape legend: B batch, N tokens (prefix + patch), D embed_dim, L patch tokens.
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokendial.attention import ByProducts
+from tokendial.checks import check_choice
+from tokendial.methods import register
+from tokendial.reduce.base import Reducer, best_tokens
+from tokendial.reduce.diffrate_schedules import PUBLISHED
+from tokendial.reduce.schedules import (
+    PerLayer,
+    ScheduledConfig,
+    freeze_removal,
+    make_schedule_dial,
+    patches_after_layers,
+)
+from tokendial.reduce.tome import best_partners, in_float32
+from tokendial.shape import ViTShape
+from tokendial.tokens import Grouping, Tokens, take
+
+
+@register("reduce", "prune_merge")
+@dataclass(frozen=True, kw_only=True)
+class PruneMerge(ScheduledConfig):
+    """PruneMerge: in each layer, drop the least attended tokens and merge the next ones."""
+
+    r: int | Sequence[int] | Sequence[Sequence[int]] = 8
+    """Tokens that each layer removes: one number for all layers; a list with one number per layer
+    (missing last layers remove none); or a list of such lists, one for each degree from 1 up, from
+    the most to the least expensive."""
+    prune_share: float = 0.5
+    """Share of the removed tokens that is dropped, in [0, 1], rounded down to whole tokens. The
+    others are merged into the most similar token that stays."""
+    pruned: Sequence[int] | None = None
+    """Instead of `prune_share`: tokens that each layer drops, at most as many as it removes. `r`
+    must be a list with one number per layer then."""
+    score: Literal["class", "mean"] = "class"
+    """Attention that ranks the tokens: "class" is the class token's; "mean" is the mean over all
+    tokens, for backbones without a class token."""
+    proportional_attention: bool = True
+    """Whether attention adds the logarithm of the token sizes to its logits."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", freeze_removal(self.r))
+        share = self.prune_share
+        if type(share) not in (int, float) or not 0.0 <= share <= 1.0:
+            raise ValueError(f"prune_share must lie in [0, 1], got {share!r}.")
+        if self.pruned is not None:
+            pruned = freeze_removal(self.pruned)
+            if not (isinstance(pruned, PerLayer) and isinstance(self.r, PerLayer)):
+                raise ValueError(
+                    "pruned must be a list of numbers, and so must r, got "
+                    f"pruned={self.pruned!r} and r={self.r!r}."
+                )
+            if len(pruned) > len(self.r) or any(
+                drop > all_of_them for drop, all_of_them in zip(pruned, self.r, strict=False)
+            ):
+                raise ValueError(
+                    f"pruned must be at most r in each layer, got {pruned!r} and r={self.r!r}."
+                )
+            object.__setattr__(self, "pruned", pruned)
+        check_choice("score", self.score, ("class", "mean"))
+
+    @classmethod
+    def published(cls, model: str, gmacs: float) -> "PruneMerge":
+        """A schedule that the authors of DiffRate published.
+
+        Args:
+            model: Model that it was learnt for, such as "deit_small".
+            gmacs: Its cost in 1e9 multiply-accumulates for an image, as published.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        check_choice("model", model, tuple(PUBLISHED))
+        check_choice("gmacs", gmacs, tuple(PUBLISHED[model]))
+        return cls.from_kept(*PUBLISHED[model][gmacs])
+
+    @classmethod
+    def from_kept(cls, prune_kept: Sequence[int], merge_kept: Sequence[int]) -> "PruneMerge":
+        """A schedule in DiffRate's form.
+
+        Args:
+            prune_kept: Tokens left in each layer after pruning, the class token counted. As many
+                as the first number enter the first layer.
+            merge_kept: Tokens left after merging as well. As in the authors' code, a number above
+                that of the tokens that are there keeps them all.
+
+        Raises:
+            ValueError: If the lists differ in length, or a number is below 2.
+        """
+        if len(prune_kept) != len(merge_kept) or min(*prune_kept, *merge_kept) < 2:
+            raise ValueError(
+                "prune_kept and merge_kept must have one number of at least 2 for each layer, got "
+                f"{list(prune_kept)} and {list(merge_kept)}."
+            )
+        removed, pruned, now = [], [], prune_kept[0]
+        for after_pruning, after_merging in zip(prune_kept, merge_kept, strict=True):
+            left = min(now, after_pruning, after_merging)
+            pruned.append(now - min(now, after_pruning))
+            removed.append(now - left)
+            now = left
+        return cls(r=removed, pruned=pruned)
+
+    def max_removed(self, num_patches: int) -> int:
+        """Largest number of patch tokens that one layer can remove: all but one."""
+        return max(0, num_patches - 1)
+
+    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "PruneMerge":
+        """The same method with these schedules as its degrees 1, 2, ..."""
+        return replace(self, r=[list(each) for each in schedules], pruned=None)
+
+    def build(self, vit: ViTShape) -> "PruneMergeReducer":
+        """Make the module.
+
+        Raises:
+            ValueError: If the backbone has no class token for the score, or lists do not fit, see
+                `make_schedule_dial`.
+        """
+        return PruneMergeReducer(self, vit)
+
+
+class PruneMergeReducer(Reducer):
+    """Runs PruneMerge.
+
+    With one number r the degree is r. With lists of r, degree 0 removes nothing, degree 1 follows
+    the first list, and so on.
+    """
+
+    tracks_size = True
+
+    def __init__(self, config: PruneMerge, vit: ViTShape) -> None:
+        super().__init__()
+        if config.score == "class" and not vit.has_class_token:
+            raise ValueError(
+                "PruneMerge with score='class' needs a backbone with a class token, and this one "
+                "has none: use score='mean', or ToMe."
+            )
+        self.config = config
+        self.proportional_attention = config.proportional_attention
+        self.needs = frozenset({f"{config.score}_attention"})
+        r = freeze_removal(config.r)
+        if isinstance(r, int):
+            self.degrees, self.degree = tuple(range(vit.num_patches // 2 + 1)), r
+            self.schedules = [[degree] * vit.depth for degree in self.degrees]
+        else:
+            self.schedules = make_schedule_dial(r, vit, config.max_removed)
+            self.degrees, self.degree = tuple(range(len(self.schedules))), 1
+
+    def reduces_in(self, layer: int, degree: int) -> bool:
+        """Whether the schedule removes tokens in `layer`."""
+        return self.schedules[degree][layer - 1] > 0
+
+    def num_pruned(self, layer: int, removed: int) -> int:
+        """How many of the tokens that `layer` removes are dropped."""
+        config = self.config
+        if config.pruned is None:
+            return math.floor(config.prune_share * removed + 1e-9)
+        return min(removed, config.pruned[layer - 1] if layer <= len(config.pruned) else 0)
+
+    def group(
+        self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
+    ) -> Grouping | None:
+        """Rank the patch tokens by attention; drop the last ones, merge those before."""
+        by_class = self.config.score == "class"
+        scores = attended.class_attention if by_class else attended.mean_attention
+        assert scores is not None
+        num_patches = tokens.x.shape[1] - tokens.prefix
+        (left,) = patches_after_layers(
+            num_patches, [self.schedules[degree][layer - 1]], self.config.max_removed
+        )
+        pruned = self.num_pruned(layer, num_patches - left)
+        return prune_and_merge(
+            tokens.x, scores[:, tokens.prefix :], num_patches - pruned, left, tokens.prefix
+        )
+
+
+@in_float32
+def prune_and_merge(
+    x_BND: Tensor, scores_BL: Tensor, prune_kept: int, merge_kept: int, num_prefix_tokens: int
+) -> Grouping | None:
+    """Drop the tokens of lowest score, and merge the next ones into the most similar that stays.
+
+    Args:
+        x_BND: Features of the tokens; their cosine is the similarity.
+        scores_BL: One score per patch token.
+        prune_kept: Number of patch tokens that are not dropped.
+        merge_kept: Number of patch tokens that stay: at least 1, at most `prune_kept`.
+        num_prefix_tokens: Leading tokens that stay and absorb none.
+
+    Returns:
+        The grouping, or None if nothing is removed. Order of the new tokens: prefix tokens, then
+        patch tokens in descending order of score. The mean of a group counts its members alike; the
+        sizes of absorbed tokens count by their similarity.
+
+    Source:
+        DiffRate, section 3.2, and the authors' code.
+    """
+    num_tokens = x_BND.shape[1]
+    if merge_kept == num_tokens - num_prefix_tokens:
+        return None
+    order = best_tokens(scores_BL, prune_kept, num_prefix_tokens)
+    num_stay = num_prefix_tokens + merge_kept
+    keep, src = order[:, :num_stay], order[:, num_stay:]
+    if prune_kept == merge_kept:
+        return Grouping.keep_only(keep, num_tokens)
+    x_BND = x_BND.detach().float()
+    unit_BND = x_BND / torch.linalg.vector_norm(x_BND, dim=-1, keepdim=True)
+    similarity, partner = best_partners(
+        take(unit_BND, src), take(unit_BND, keep[:, num_prefix_tokens:])
+    )
+    return Grouping(
+        keep,
+        src,
+        num_prefix_tokens + partner,
+        num_tokens,
+        weight=torch.ones_like(x_BND[..., 0]),
+        absorbed_share=similarity.clamp(min=0.0),
+    )
