@@ -24,6 +24,8 @@ ONE_GRAPH = {
     "dyt topk": td.DyT(selection="topk"),
     "dar topk": td.DAR(selection="topk"),
     "ffn_merge": td.FFNMerge(r=8),
+    "tome similarity": td.ToMe(r=8, sizes="similarity"),
+    "evit shift": td.EViT(r=8, score="shift"),
     "pitome": td.PiToMe(keep_ratio=0.9),
     "prune_merge": td.PruneMerge(r=8),
 }

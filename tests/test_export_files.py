@@ -32,6 +32,8 @@ METHODS = {
     "dyt": td.DyT(),
     "dyt topk": td.DyT(selection="topk"),
     "ffn_merge": td.FFNMerge(r=16),
+    "tome similarity": td.ToMe(r=8, sizes="similarity"),
+    "evit shift": td.EViT(keep_rate=0.6, layers=(1, 2), score="shift"),
     "pitome": td.PiToMe(r=8),
     "prune_merge": td.PruneMerge(r=8),
 }
@@ -40,7 +42,7 @@ METHODS = {
 CASES = [("tome", 0), ("tome", 8), ("tome", 32), ("evit", 2), ("evit", 9), ("evit each", 8),
          ("dynamicvit", 3), ("dynamicvit", 9), ("dar", 3), ("dar", 9), ("dyt", 5), ("dyt topk", 4),
          ("dyt topk", 9), ("ffn_merge", 16), ("ffn_merge", 32),
-         ("pitome", 8), ("prune_merge", 8)]  # fmt: skip
+         ("pitome", 8), ("prune_merge", 8), ("tome similarity", 8), ("evit shift", 3)]  # fmt: skip
 
 
 # Operators that TensorRT 8.5 runs, by docs/operators.md of onnx-tensorrt, without control flow; the

@@ -44,6 +44,7 @@ SETTINGS = {
         "r": r | st.tuples(removals, st.sampled_from([-1.0, 0.5, 1])),
         "inflection": st.floats(-1.0, 1.0),
         "proportional_attention": flags,
+        "sizes": st.sampled_from(["count", "similarity"]),
         **matching,
     },
     td.EViT: {
@@ -52,7 +53,7 @@ SETTINGS = {
         "r": r | st.none(),
         "rest": st.sampled_from(["merge", "argmax", "drop"]),
         "fuse_weights": st.sampled_from(["raw", "normalised"]),
-        "score": st.sampled_from(["class", "mean"]),
+        "score": st.sampled_from(["class", "mean", "shift"]),
         "shrink": st.sampled_from([None, [0, 5], (2, 9)]),
     },
     td.DynamicViT: {
@@ -73,7 +74,7 @@ SETTINGS = {
         "r": r,
         "prune_share": st.floats(0.0, 1.0),
         "pruned": schedules | st.none(),
-        "score": st.sampled_from(["class", "mean"]),
+        "score": st.sampled_from(["class", "mean", "shift"]),
         "proportional_attention": flags,
     },
     td.PiToMe: {

@@ -26,6 +26,8 @@ class ByProducts:
     """[B, N] attention that every token receives, mean over heads and queries."""
     attention: Tensor | None = None
     """[B, H, N, N] the whole attention map; rows are queries."""
+    shift: Tensor | None = None
+    """[B, N] length of what the attention branch adds to each token. The block measures it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,9 +189,32 @@ def test_without_class_token_the_mean_attention_can_rank():
         ({"shrink": (5, 5)}, r"shrink must be two rising epochs, got \(5, 5\)"),
         ({"shrink": (5,)}, "shrink must be two rising epochs"),
         ({"shrink": (0, 5), "r": 8}, "shrink must be None where r is set"),
-        ({"score": "max"}, "score must be one of class, mean, got 'max'"),
+        ({"score": "max"}, "score must be one of class, mean, shift, got 'max'"),
     ],
 )
 def test_bad_schedules_and_scores_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         td.EViT(**settings)
+
+
+@torch.no_grad()
+def test_tokens_that_attention_changes_most_stay_by_shift():
+    """No class token is needed, and every weight of the fused token is a share."""
+    vit = tiny_vit(depth=1, class_token=False, global_pool="avg")
+    model = td.wrap(vit, reduce=td.EViT(keep_rate=0.5, layers=(1,), score="shift")).eval()
+    block, entered = vit.blocks[0], model.anatomy.embed(images()).x
+    change = block.attn(block.norm1(entered))
+    order = change.norm(dim=-1).argsort(dim=1, descending=True)
+    (step,) = model.steps(images(), track=True, dropped="own")
+    for image in range(2):
+        kept = (step.tokens.origin[image] >= 0).nonzero().flatten()
+        assert set(kept.tolist()) == set(order[image, :32].tolist())
+    weights = change.norm(dim=-1)
+    fused = torch.stack(
+        [
+            (weights[i, rest, None] * (entered + change)[i, rest]).sum(0) / weights[i, rest].sum()
+            for i, rest in enumerate(order[:, 32:])
+        ]
+    )
+    expected = fused + block.mlp(block.norm2(fused))
+    torch.testing.assert_close(step.tokens.x[:, -1], expected, atol=1e-5, rtol=1e-5)

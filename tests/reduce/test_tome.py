@@ -303,3 +303,22 @@ def test_large_images_are_matched_some_tokens_at_a_time(monkeypatch):
     parts = bipartite_matching(metric, 12, num_prefix_tokens=1)
     for name in ("keep", "src", "dst"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("settings", [{}, {"matching": "random"}, {"stride": 3}])
+@torch.no_grad()
+def test_sizes_can_count_by_similarity(settings):
+    """Features are those of the plain method in the first layer; sizes are at most as large."""
+    plain, weighed = (
+        td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=8, sizes=sizes, **settings)).eval()
+        for sizes in ("count", "similarity")
+    )
+    count, similarity = (next(iter(model.steps(images()))).tokens for model in (plain, weighed))
+    torch.testing.assert_close(count.x, similarity.x)
+    merged = count.size > 1
+    assert torch.equal(similarity.size[~merged], count.size[~merged])
+    assert (similarity.size[merged] < count.size[merged]).all()
+    assert (similarity.size >= 1).all()
+    keys = torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]]])
+    grouping = bipartite_matching(keys, 2, weigh_sizes=True)
+    torch.testing.assert_close(grouping.sizes(torch.ones(1, 4)), torch.tensor([[1.8, 1.8]]))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from tokendial.adapt.base import Adapter
@@ -95,7 +96,10 @@ class BlockRunner:
         heads, attended = self._attend(layer, x, tokens, needs, prefix_only)
         if prefix_only:
             tokens, x = tokens.prefix_only(), x[:, : tokens.prefix]
-        out = tokens.x + self.anatomy.attention_branch(layer, heads, x)
+        change = self.anatomy.attention_branch(layer, heads, x)
+        if "shift" in needs:
+            attended.shift = torch.linalg.vector_norm(change.detach(), dim=-1, dtype=torch.float32)
+        out = tokens.x + change
         branch = self.adapter.beside_attention(layer, x, tokens)
         return replace(tokens, x=out if branch is None else out + branch), attended
 
@@ -114,7 +118,7 @@ class BlockRunner:
             dropout=dropout,
             size_BM=tokens.size if weighs_sizes else None,
             policy_BN=tokens.policy,
-            needs=needs,
+            needs=needs - {"shift"},
             kernel=self.kernel,
         )
 

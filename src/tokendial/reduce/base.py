@@ -157,6 +157,30 @@ def make_rate_dial(rate: float) -> tuple[tuple[float, ...], int]:
     return rates, rates.index(float(rate))
 
 
+SCORES: dict[str, str] = {
+    "class": "class_attention",
+    "mean": "mean_attention",
+    "shift": "shift",
+}
+"""By-product of attention that each score of a token is."""
+
+
+def token_scores(score: str, attended: ByProducts, num_prefix_tokens: int) -> Tensor:
+    """Scores [B, L] of the patch tokens by one of `SCORES`."""
+    scores = getattr(attended, SCORES[score])
+    assert isinstance(scores, Tensor)
+    return scores[:, num_prefix_tokens:]
+
+
+def check_score(score: str, vit: ViTShape, method: str) -> None:
+    """Raise a ValueError if a method is to score tokens by a class token that is not there."""
+    if score == "class" and not vit.has_class_token:
+        raise ValueError(
+            f"{method} with score='class' needs a backbone with a class token, and this one has "
+            "none: use score='mean', score='shift', or ToMe."
+        )
+
+
 def num_kept_tokens(num_patches: int, keep_rate: float) -> int:
     """Number of patch tokens left at `keep_rate`, rounded up and never below one.
 

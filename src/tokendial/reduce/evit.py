@@ -8,7 +8,9 @@ et al., ECCV 2024, https://arxiv.org/abs/2408.06798).
 
 Departures: binary rounding error does not raise the number of kept tokens (0.07 of 100 tokens are
 7, not 8). In backbones without a class token, tokens can be scored by the mean attention that they
-receive from all tokens, which is not in the paper.
+receive from all tokens, which is not in the paper. Scores by the change of a token are those of
+Representation Shift (Choi et al., ICCV 2025, https://arxiv.org/abs/2508.00367), on the attention
+branch.
 """
 
 # Shape legend: B batch, N tokens (prefix + patch), L patch tokens, K kept patch tokens.
@@ -32,10 +34,13 @@ from tokendial.checks import (
 )
 from tokendial.methods import register
 from tokendial.reduce.base import (
+    SCORES,
     Reducer,
     best_tokens,
+    check_score,
     make_rate_dial,
     num_kept_tokens,
+    token_scores,
 )
 from tokendial.reduce.schedules import ScheduledConfig, freeze_removal, make_schedule_dial
 from tokendial.shape import ViTShape
@@ -64,10 +69,11 @@ class EViT(ScheduledConfig):
     fuse_weights: Literal["raw", "normalised"] = "raw"
     """Weights of the tokens in the fused token: their attention values ("raw", which sum to less
     than 1), or these divided by their sum ("normalised")."""
-    score: Literal["class", "mean"] = "class"
-    """Attention that ranks the tokens: "class" is the class token's; "mean" is the mean over all
-    tokens, for backbones without a class token. "mean" computes one more attention map in each
-    layer that reduces."""
+    score: Literal["class", "mean", "shift"] = "class"
+    """What ranks the tokens. "class": the attention of the class token. "mean": the mean attention
+    over all tokens, for backbones without a class token; it computes one more attention map in each
+    layer that reduces. "shift": how much the attention branch changes a token, which needs neither
+    a class token nor an attention map; the weights of the fused token are normalised then."""
     shrink: tuple[int, int] | None = None
     """First and last epoch (counted from 0) of a cosine along which the keep rate falls from 1 to
     `keep_rate` in training; cannot be set together with `r`. null: training uses `keep_rate` from
@@ -92,7 +98,7 @@ class EViT(ScheduledConfig):
             )
         check_choice("rest", self.rest, ("merge", "argmax", "drop"))
         check_choice("fuse_weights", self.fuse_weights, ("raw", "normalised"))
-        check_choice("score", self.score, ("class", "mean"))
+        check_choice("score", self.score, tuple(SCORES))
         if self.shrink is not None:
             self._check_shrink(tuple(self.shrink))
 
@@ -151,13 +157,9 @@ class EViTReducer(Reducer):
 
     def __init__(self, config: EViT, vit: ViTShape) -> None:
         super().__init__()
-        if config.score == "class" and not vit.has_class_token:
-            raise ValueError(
-                "EViT with score='class' needs a backbone with a class token, and this one has "
-                "none: use score='mean', or ToMe."
-            )
+        check_score(config.score, vit, "EViT")
         self.config = config
-        self.needs = frozenset({f"{config.score}_attention"})
+        self.needs = frozenset({SCORES[config.score]})
         self.layers = tuple(range(1, vit.depth + 1)) if config.r is not None else config.layers
         check_layers_exist(self.layers, vit.depth)
         self._rates: list[dict[int, float]] = []
@@ -219,17 +221,15 @@ class EViTReducer(Reducer):
     def group(
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
     ) -> Grouping | None:
-        """Keep the patch tokens that receive most attention."""
-        by_class = self.config.score == "class"
-        scores = attended.class_attention if by_class else attended.mean_attention
-        assert scores is not None
-        scores_BL = scores[:, tokens.prefix :]
+        """Keep the patch tokens of the highest scores."""
+        scores_BL = token_scores(self.config.score, attended, tokens.prefix)
         return attentive_grouping(
             scores_BL,
             self.num_kept(layer, degree, scores_BL.shape[1]),
             num_prefix_tokens=tokens.prefix,
             rest=self.config.rest,
-            fuse_weights=self.config.fuse_weights,
+            # Attention values sum to less than 1. Changes of tokens do not.
+            fuse_weights="normalised" if self.config.score == "shift" else self.config.fuse_weights,
         )
 
 

@@ -174,6 +174,7 @@ def _split_by_products(attended: ByProducts, tokens: Tokens) -> ByProducts:
         mean_keys=each(attended.mean_keys),
         class_attention=each(attended.class_attention),
         mean_attention=each(attended.mean_attention),
+        shift=each(attended.shift),
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tokendial.attention import ByProducts
 from tokendial.checks import check_choice
 from tokendial.methods import register
-from tokendial.reduce.base import Reducer, best_tokens
+from tokendial.reduce.base import SCORES, Reducer, best_tokens, check_score, token_scores
 from tokendial.reduce.diffrate_schedules import PUBLISHED
 from tokendial.reduce.schedules import (
     PerLayer,
@@ -52,9 +52,8 @@ class PruneMerge(ScheduledConfig):
     pruned: Sequence[int] | None = None
     """Instead of `prune_share`: tokens that each layer drops, at most as many as it removes. `r`
     must be a list with one number per layer then."""
-    score: Literal["class", "mean"] = "class"
-    """Attention that ranks the tokens: "class" is the class token's; "mean" is the mean over all
-    tokens, for backbones without a class token."""
+    score: Literal["class", "mean", "shift"] = "class"
+    """What ranks the tokens: "class", "mean" or "shift", as in `EViT`."""
     proportional_attention: bool = True
     """Whether attention adds the logarithm of the token sizes to its logits."""
 
@@ -77,7 +76,7 @@ class PruneMerge(ScheduledConfig):
                     f"pruned must be at most r in each layer, got {pruned!r} and r={self.r!r}."
                 )
             object.__setattr__(self, "pruned", pruned)
-        check_choice("score", self.score, ("class", "mean"))
+        check_choice("score", self.score, tuple(SCORES))
 
     @classmethod
     def published(cls, model: str, gmacs: float) -> "PruneMerge":
@@ -149,14 +148,10 @@ class PruneMergeReducer(Reducer):
 
     def __init__(self, config: PruneMerge, vit: ViTShape) -> None:
         super().__init__()
-        if config.score == "class" and not vit.has_class_token:
-            raise ValueError(
-                "PruneMerge with score='class' needs a backbone with a class token, and this one "
-                "has none: use score='mean', or ToMe."
-            )
+        check_score(config.score, vit, "PruneMerge")
         self.config = config
         self.proportional_attention = config.proportional_attention
-        self.needs = frozenset({f"{config.score}_attention"})
+        self.needs = frozenset({SCORES[config.score]})
         r = freeze_removal(config.r)
         if isinstance(r, int):
             self.degrees, self.degree = tuple(range(vit.num_patches // 2 + 1)), r
@@ -180,17 +175,13 @@ class PruneMergeReducer(Reducer):
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts
     ) -> Grouping | None:
         """Rank the patch tokens by attention; drop the last ones, merge those before."""
-        by_class = self.config.score == "class"
-        scores = attended.class_attention if by_class else attended.mean_attention
-        assert scores is not None
         num_patches = tokens.x.shape[1] - tokens.prefix
         (left,) = patches_after_layers(
             num_patches, [self.schedules[degree][layer - 1]], self.config.max_removed
         )
         pruned = self.num_pruned(layer, num_patches - left)
-        return prune_and_merge(
-            tokens.x, scores[:, tokens.prefix :], num_patches - pruned, left, tokens.prefix
-        )
+        scores_BL = token_scores(self.config.score, attended, tokens.prefix)
+        return prune_and_merge(tokens.x, scores_BL, num_patches - pruned, left, tokens.prefix)
 
 
 @in_float32

@@ -59,9 +59,14 @@ class ToMe(ScheduledConfig):
     (stride - 1) / stride of its tokens. At least 2; "random" matching needs 2."""
     seed: int = 0
     """Seed that draws the positions for "random" matching."""
+    sizes: Literal["count", "similarity"] = "count"
+    """What a token adds to the size of the one that absorbs it: its size ("count"), or its size
+    times their similarity ("similarity", of DiffRate), so that attention counts an unlike token
+    less."""
 
     def __post_init__(self) -> None:
         check_matching(self.matching, self.stride, self.seed)
+        check_choice("sizes", self.sizes, ("count", "similarity"))
         # A plain tuple of numbers is (r, inflection). Lists become `PerLayer` below, so that
         # dataclasses.replace does not mistake one for such a tuple.
         if type(self.r) is tuple and not any(isinstance(part, list | tuple) for part in self.r):
@@ -134,6 +139,7 @@ class ToMeReducer(Reducer):
             matching=config.matching,
             stride=config.stride,
             seed=(config.seed, layer),
+            weigh_sizes=config.sizes == "similarity",
         )
 
 
@@ -181,18 +187,36 @@ def match_tokens(
     matching: str,
     stride: int,
     seed: tuple[int, ...],
+    weigh_sizes: bool = False,
 ) -> Grouping | None:
     """Return the grouping that merges `r` tokens, or None if nothing merges.
 
     See `bipartite_matching` and `random_matching`.
     """
     if matching == "random":
-        return random_matching(metric_BNC, r, num_prefix_tokens=num_prefix_tokens, seed=seed)
-    return bipartite_matching(metric_BNC, r, num_prefix_tokens=num_prefix_tokens, stride=stride)
+        return random_matching(
+            metric_BNC,
+            r,
+            num_prefix_tokens=num_prefix_tokens,
+            seed=seed,
+            weigh_sizes=weigh_sizes,
+        )
+    return bipartite_matching(
+        metric_BNC,
+        r,
+        num_prefix_tokens=num_prefix_tokens,
+        stride=stride,
+        weigh_sizes=weigh_sizes,
+    )
 
 
 def bipartite_matching(
-    metric_BNC: Tensor, r: int, *, num_prefix_tokens: int = 0, stride: int = 2
+    metric_BNC: Tensor,
+    r: int,
+    *,
+    num_prefix_tokens: int = 0,
+    stride: int = 2,
+    weigh_sizes: bool = False,
 ) -> Grouping | None:
     """Match tokens with their most similar `stride`-th token and merge the `r` best pairs.
 
@@ -202,6 +226,7 @@ def bipartite_matching(
         num_prefix_tokens: Leading tokens that neither absorb nor are absorbed.
         stride: The tokens at positions stride - 1, 2 * stride - 1, ... absorb others. 2 is ToMe's
             split into even and odd tokens. A larger stride with the largest r is k-th matching.
+        weigh_sizes: Whether the sizes of absorbed tokens count by their similarity.
 
     Returns:
         The grouping, or None if nothing merges. Order of the new tokens: prefix tokens, unmerged
@@ -240,12 +265,21 @@ def bipartite_matching(
     prefix = torch.arange(num_prefix_tokens, device=device).expand(num_images, -1)
     keep = torch.cat([prefix, left, target.expand(num_images, -1)], dim=1)
     first = num_prefix_tokens + left.shape[1]
-    dst = first + partner_BA.gather(1, order_BA[:, :r])
-    return Grouping(keep, position_BA[:, :r], dst, num_tokens)
+    merged = order_BA[:, :r]
+    dst = first + partner_BA.gather(1, merged)
+    grouping = Grouping(keep, position_BA[:, :r], dst, num_tokens)
+    if weigh_sizes:
+        grouping.absorbed_share = best_BA.gather(1, merged).clamp(min=0.0)
+    return grouping
 
 
 def random_matching(
-    metric_BNC: Tensor, r: int, *, num_prefix_tokens: int = 0, seed: tuple[int, ...] = (0,)
+    metric_BNC: Tensor,
+    r: int,
+    *,
+    num_prefix_tokens: int = 0,
+    seed: tuple[int, ...] = (0,),
+    weigh_sizes: bool = False,
 ) -> Grouping | None:
     """Draw `r` tokens at random and merge each into the most similar of the other tokens.
 
@@ -254,6 +288,7 @@ def random_matching(
         r: Tokens to merge, at most half of the unprotected ones.
         num_prefix_tokens: Leading tokens that neither absorb nor are absorbed.
         seed: Numbers that seed the draw. The drawn positions are the same for every image.
+        weigh_sizes: Whether the sizes of absorbed tokens count by their similarity.
 
     Returns:
         The grouping, or None if nothing merges. The new tokens keep their image order.
@@ -270,11 +305,14 @@ def random_matching(
     drawn = torch.tensor(_random_permutation(seed, num_free), device=metric_BNC.device)
     order = num_prefix_tokens + drawn
     source, target = order[:r], order[r:].sort().values
-    partner_Br = find_most_similar(metric_BNC, source, target)[1]
+    similarity_Br, partner_Br = find_most_similar(metric_BNC, source, target)
     prefix = torch.arange(num_prefix_tokens, device=metric_BNC.device)
     keep = torch.cat([prefix, target]).expand(num_images, -1)
     src = source.expand(num_images, -1)
-    return Grouping(keep, src, num_prefix_tokens + partner_Br, num_tokens)
+    grouping = Grouping(keep, src, num_prefix_tokens + partner_Br, num_tokens)
+    if weigh_sizes:
+        grouping.absorbed_share = similarity_Br.clamp(min=0.0)
+    return grouping
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
