@@ -88,17 +88,15 @@ def alternate(
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     faults: dict[Key, list[int]] = {key: [] for key in runners}
-    present: Key
 
-    def prepare(key: Key) -> None:
-        nonlocal present
-        present = key
+    def prepare(key: Key) -> Key:
         runners[key].prepare()
+        return key
 
-    def call() -> None:
+    def call(key: Key) -> None:
         before = _minor_faults()
-        runners[present].call()
-        faults[present].append(_minor_faults() - before)
+        runners[key].call()
+        faults[key].append(_minor_faults() - before)
 
     timings = time_in_rounds(
         list(runners),

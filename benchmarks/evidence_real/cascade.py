@@ -119,7 +119,7 @@ def _measured(dial: str, options: Options) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, *model.anatomy.image_size, generator=generator)
 
-    def work() -> None:
+    def work(_: None) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             model(image)
 

@@ -159,11 +159,5 @@ def speed(methods: Sequence[str], side: int, options: Options) -> dict[str, dict
 
 def _times(models: Sequence[Measured], work: Callable[[Measured], None]) -> list[Timing]:
     """Times of the same work of all models, in turns."""
-    turn = models[0]
-
-    def give_turn(model: Measured) -> None:
-        nonlocal turn
-        turn = model
-
     cpu = torch.device("cpu")
-    return time_in_rounds(models, give_turn, lambda: work(turn), device=cpu, seconds=10.0)
+    return time_in_rounds(models, lambda model: model, work, device=cpu, seconds=10.0)

@@ -21,12 +21,12 @@ def played(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def measure(own_times, slowdown, **settings):
-        chosen, runs = [], itertools.count()
+        runs = itertools.count()
 
-        def run():
-            now[0] += chosen[-1] * slowdown(next(runs))
+        def run(own_time):
+            now[0] += own_time * slowdown(next(runs))
 
-        return timing.time_in_rounds(own_times, chosen.append, run, device=CPU, **settings)
+        return timing.time_in_rounds(own_times, float, run, device=CPU, **settings)
 
     return measure
 
@@ -72,7 +72,7 @@ def test_there_are_as_many_rounds_as_time_and_limits_allow(played):
 def test_each_setting_begins_a_round_in_turn():
     order = []
     timing.time_in_rounds(
-        "abc", order.append, lambda: None, device=CPU, seconds=0.0, least_rounds=3, warm_up=0
+        "abc", order.append, lambda _: None, device=CPU, seconds=0.0, least_rounds=3, warm_up=0
     )
     assert "".join(order) == "abcbcacab"
 

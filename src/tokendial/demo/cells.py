@@ -94,14 +94,13 @@ def _precision(run: Run) -> Precision:
     layer = torch.nn.Linear(384, 1536, device=device)
     tokens = torch.randn(32 * 65, 384, device=device)
     choices: tuple[Precision, ...] = ("fp32", "bf16")
-    chosen = list(choices[:1])
 
-    def multiply() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=chosen[0] == "bf16"):
+    def multiply(precision: Precision) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             layer(tokens).sum().backward()
 
     timings = time_in_rounds(
-        choices, lambda choice: chosen.__setitem__(0, choice), multiply, device=device, seconds=0.1
+        choices, lambda precision: precision, multiply, device=device, seconds=0.1
     )
     return min(zip(timings, choices, strict=True), key=lambda pair: pair[0].seconds)[1]
 

@@ -4,11 +4,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+Prepared = TypeVar("Prepared")
 
 DISTURBED_SPREAD = 0.2
 """Spread (see `Timing`) above which a time is unreliable. On an idle machine it is below 0.1."""
@@ -44,8 +45,8 @@ class Timing:
 
 def time_in_rounds(
     settings: Sequence[T],
-    prepare: Callable[[T], object],
-    run: Callable[[], object],
+    prepare: Callable[[T], Prepared],
+    run: Callable[[Prepared], object],
     *,
     device: torch.device,
     seconds: float = 1.0,
@@ -62,7 +63,7 @@ def time_in_rounds(
 
     Args:
         settings: The settings to compare, at least one.
-        prepare: Switches to a setting. This is not timed.
+        prepare: Switches to a setting, and returns what `run` gets. This is not timed.
         run: Does the work. It is timed until the device has finished.
         device: The device that does the work.
         seconds: Time in seconds to spend on each setting, unless `least_rounds` take longer.
@@ -76,7 +77,7 @@ def time_in_rounds(
     Example:
         >>> import torch
         >>> sizes = time_in_rounds(
-        ...     [64, 128], lambda n: None, lambda: None, device=torch.device("cpu"), seconds=0.0
+        ...     [64, 128], torch.randn, torch.sort, device=torch.device("cpu"), seconds=0.0
         ... )
         >>> len(sizes)
         2
@@ -91,8 +92,7 @@ def time_in_rounds(
         times = [0.0] * len(settings)
         first = len(rounds) % len(settings)
         for place in order[first:] + order[:first]:
-            prepare(settings[place])
-            times[place] = _seconds(run, device)
+            times[place] = _seconds(run, prepare(settings[place]), device)
         rounds.append(times)
     columns = list(zip(*rounds[warm_up:], strict=True))
     firsts = columns[0]
@@ -121,11 +121,11 @@ def percentiles(values: Sequence[float], *which: int) -> list[float]:
     return [cuts[percent - 1] for percent in which]
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def _seconds(run: Callable[[Prepared], object], prepared: Prepared, device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()  # work that was queued before is not part of the run
     start = time.perf_counter()
-    run()
+    run(prepared)
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - start

@@ -1,7 +1,7 @@
 """Calibration of a cascade for a run, beside what fixed degrees give at the same time."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,22 +217,18 @@ def time_cascade(
     batch = itertools.chain.from_iterable(
         itertools.repeat(images, len(settings)) for images in itertools.cycle(batches)
     )
-    present: tuple[int | None, Tensor] = (None, batches[0])
 
-    def prepare(setting: int | None) -> None:
-        nonlocal present
-        present = (setting, next(batch).to(cascade.device))
-        if setting is not None:
-            model.set_degree(setting)
-
-    def run() -> None:
-        setting, images = present
-        cascade(images) if setting is None else model(images)
+    def prepare(setting: int | None) -> Callable[[], Tensor]:
+        images = next(batch).to(cascade.device)
+        if setting is None:
+            return lambda: cascade(images)
+        model.set_degree(setting)
+        return lambda: model(images)
 
     return time_in_rounds(
         settings,
         prepare,
-        run,
+        lambda answer: answer(),
         device=cascade.device,
         seconds=0.0,
         least_rounds=len(batches),

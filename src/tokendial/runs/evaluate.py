@@ -259,7 +259,7 @@ def time_degrees(model: InferenceModel, images: Tensor, degrees: Sequence[int]) 
     return time_in_rounds(
         degrees,
         model.set_degree,
-        lambda: model(images),
+        lambda _: model(images),
         device=images.device,
         seconds=_TIMING_SECONDS,
     )

@@ -271,7 +271,7 @@ def _rows(
     timings = time_in_rounds(
         degrees,
         dial.set_degree,
-        lambda: source.run(inputs),
+        lambda _: source.run(inputs),
         device=next(iter(inputs.values())).device,
         seconds=_TIMING_SECONDS,
     )

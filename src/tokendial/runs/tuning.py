@@ -252,18 +252,17 @@ class _Runtimes:
 
     def measure(self, ways: Sequence[Way]) -> dict[Way, float]:
         """Seconds of a batch in each way; all of them take turns."""
-        present = self.started[ways[0].schedule, ways[0].runtime]
 
-        def switch(way: Way) -> None:
-            nonlocal present
-            present = self.started[way.schedule, way.runtime]
-            present.set_degree(way.degrees[0])
+        def switch(way: Way) -> InferenceModel:
+            model = self.started[way.schedule, way.runtime]
+            model.set_degree(way.degrees[0])
+            return model
 
         with torch.inference_mode():
             timings = time_in_rounds(
                 ways,
                 switch,
-                lambda: present(self.images),
+                lambda model: model(self.images),
                 device=self.images.device,
                 seconds=_SECONDS,
             )

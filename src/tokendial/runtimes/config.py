@@ -14,6 +14,7 @@ from torch import Tensor
 from tokendial.checks import check_choice
 from tokendial.extras import check_installed
 from tokendial.measure.timing import time_in_rounds
+from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.runtimes import onnxruntime_sessions, openvino_sessions
 from tokendial.runtimes.bundles import find_or_export
@@ -142,15 +143,16 @@ class Runtime:
         turns: list[tuple[RuntimeName, int]] = [
             (name, degree) for name in started for degree in {degrees[0], degrees[-1]}
         ]
-        present = started[turns[0][0]]
 
-        def switch(turn: tuple[RuntimeName, int]) -> None:
-            nonlocal present
-            present = started[turn[0]]
-            present.set_degree(turn[1])
+        def switch(turn: tuple[RuntimeName, int]) -> InferenceModel:
+            name, degree = turn
+            started[name].set_degree(degree)
+            return started[name]
 
         with torch.inference_mode():
-            timings = time_in_rounds(turns, switch, lambda: present(images), device=images.device)
+            timings = time_in_rounds(
+                turns, switch, lambda present: present(images), device=images.device
+            )
         seconds = dict.fromkeys(started, 0.0)
         for (name, _), timing in zip(turns, timings, strict=True):
             seconds[name] += timing.seconds

@@ -97,7 +97,7 @@ class Stopwatch:
         timings = time_in_rounds(
             schedules,
             self.scheduled_model.use,
-            lambda: self.scheduled_model.model(self.images),
+            lambda model: model(self.images),
             device=self.images.device,
             seconds=self.seconds,
             least_rounds=MIN_ROUNDS,

@@ -78,7 +78,7 @@ def _try(name: str, fast: TreatableModel, example: Tensor, use: Callable[[bool],
     without, treated = time_in_rounds(
         (False, True),
         use,
-        lambda: fast(example),
+        lambda _: fast(example),
         device=example.device,
         seconds=0.0,
         least_rounds=_TURNS,
