@@ -104,6 +104,7 @@ PUBLIC = {
     "load": "model.loading",
     "load_reference": "reference",
     "optimize": "tune.optimized_vit",
+    "patches_in_boxes": "model.protect",
     "register": "methods",
     "video_vit": "backbones.pooling",
     "wrap": "model.wrap",

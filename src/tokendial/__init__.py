@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.model.attach import attached as attached
     from tokendial.model.dial_vit import DialViT as DialViT
     from tokendial.model.loading import load as load
+    from tokendial.model.protect import patches_in_boxes as patches_in_boxes
     from tokendial.model.wrap import wrap as wrap
     from tokendial.open_vocabulary import ProxyCLIP as ProxyCLIP
     from tokendial.open_vocabulary import ProxyCLIPConfig as ProxyCLIPConfig
@@ -83,6 +84,7 @@ _NAMES = {
     "model.attach": "AttachedDial attach attached",
     "model.dial_vit": "DialViT",
     "model.loading": "load",
+    "model.protect": "patches_in_boxes",
     "model.wrap": "wrap",
     "open_vocabulary": "ProxyCLIP ProxyCLIPConfig",
     "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame PiToMe PruneMerge Reducer"

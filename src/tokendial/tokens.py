@@ -253,6 +253,44 @@ class Tokens:
     selected: Tensor | None = None
     """[B, N] 1 for tokens that the last FFN processed, 0 for skipped ones; None: it processed all.
     """
+    num_protected: int = 0
+    """Number of leading patch tokens that no reduction may touch."""
+
+    def with_protected(self, mask_BL: Tensor) -> "Tokens":
+        """The same tokens, with some patches before the others, where no reduction touches them.
+
+        Args:
+            mask_BL: True for patches that are to be protected. As many are protected in every image
+                as in the one with the most; the others get some of their first patches as well.
+
+        Raises:
+            ValueError: If the mask has another shape.
+        """
+        wanted = (self.x.shape[0], self.x.shape[1] - self.prefix)
+        if mask_BL.shape != wanted:
+            raise ValueError(
+                f"mask must have {wanted[1]} patches for each of {wanted[0]} images, got "
+                f"{list(mask_BL.shape)}."
+            )
+        order_BL = mask_BL.to(self.x.device).int().argsort(dim=1, descending=True, stable=True)
+        prefix = torch.arange(self.prefix, device=order_BL.device).expand(order_BL.shape[0], -1)
+        order_BN = torch.cat([prefix, self.prefix + order_BL], dim=1)
+        origin = None if self.origin is None else order_BN.argsort(dim=1).gather(1, self.origin)
+        return dataclasses.replace(
+            self,
+            x=take(self.x, order_BN),
+            size=None if self.size is None else self.size.gather(1, order_BN),
+            origin=origin,
+            position=None if self.rope is None else order_BL,
+            num_protected=int(mask_BL.sum(dim=1).max()),
+        )
+
+    @property
+    def guarded(self) -> "Tokens":
+        """These tokens as reductions see them: protected patches count as prefix tokens."""
+        if not self.num_protected:
+            return self
+        return dataclasses.replace(self, prefix=self.prefix + self.num_protected)
 
     def with_tracking(self, *, follow_fused: bool = True) -> "Tokens":
         """The same tokens, with `origin` and `lost` kept up to date from here on.

@@ -1,10 +1,11 @@
 """`attach`: turn the dial of the ViTs inside of a larger model, which stays as it is."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.kinds import SUPPORTED
@@ -127,6 +128,26 @@ class AttachedDial:
         check_degree(degree, self.degrees)
         for tower in self.towers:
             tower.set_degree(degree)
+
+    @contextmanager
+    def protecting(self, mask: Tensor) -> Iterator[None]:
+        """Leave chosen patches alone in all towers while a block of code runs.
+
+        Args:
+            mask: See `DialViT.protecting`.
+
+        Raises:
+            ValueError: If it is no such mask, or a tower cannot protect patches: its attention is
+                in windows, or it pads batches.
+        """
+        dials = [tower._dial for tower in self.towers]
+        try:
+            for dial in dials:
+                dial.protect(mask)
+            yield
+        finally:
+            for dial in dials:
+                dial.protect(None)
 
     def cost(self, degree: int | None = None) -> Cost:
         """Cost of one image in each of the towers, together; the rest of the model is left out.

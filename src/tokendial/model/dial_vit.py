@@ -33,6 +33,7 @@ from tokendial.model.heads import check_headless, head_names, head_size, reset_h
 from tokendial.model.hub import push_files
 from tokendial.model.intermediates import collect_intermediates
 from tokendial.model.model_cost import model_cost
+from tokendial.model.protect import check_mask, protect
 from tokendial.model.saved_model import SavedModel, trained_tensors
 from tokendial.model.sharing import add_user, check_sharing, remove_user
 from tokendial.passes import ForwardPass
@@ -72,6 +73,7 @@ class DialViT(nn.Module):
         """The backbone, an ordinary timm or transformers model."""
         self.compensation: Compensation | None = None
         """The attached compensator, which follows the dial; None: there is none."""
+        self._protected: Tensor | None = None
         self._source = BackboneSource(self.anatomy, backbone)
         self._adapters = AdapterSet(self.anatomy, reduce, adapt, decode)
         self._degree = 0
@@ -104,13 +106,56 @@ class DialViT(nn.Module):
         """The tokens that leave the last block, tracked if a decoder reads them."""
         run_block, depth = self._block_function(), len(self.anatomy.blocks)
         skips = self.skip_unread_patches and self._reads_prefix_only
-        tokens = self.anatomy.embed(images)
-        if self.decoder is not None:
-            # A decoder needs every position back.
-            tokens = tokens.with_tracking(follow_fused=False)
+        # A decoder needs every position back.
+        tokens = self._first_tokens(images, track=self.decoder is not None, follow_fused=False)
         for layer in range(1, depth + 1):
             tokens = run_block(layer, tokens, prefix_only=skips and layer == depth).tokens
         return tokens
+
+    def _first_tokens(self, images: Tensor, *, track: bool, follow_fused: bool) -> Tokens:
+        """The tokens that enter the first block."""
+        tokens = self.anatomy.embed(images)
+        if track:
+            tokens = tokens.with_tracking(follow_fused=follow_fused)
+        if self._protected is not None and self.degree:
+            tokens = protect(tokens, self._protected)
+        return tokens
+
+    @contextmanager
+    def protecting(self, mask: Tensor) -> Iterator[None]:
+        """Leave chosen patches alone while a block of code runs.
+
+        Each of them stays a token of its own: it is not dropped, merges into none, and absorbs
+        none. Fewer tokens are left to reduce, so a degree may reduce less. In a batch, as many
+        patches are protected in every image as in the one with the most.
+
+        Args:
+            mask: Bool, True for patches to protect: [rows, columns] for all images, or
+                [B, rows, columns]. `patches_in_boxes` makes one from boxes.
+
+        Raises:
+            ValueError: If it is no such mask, the reduction method cannot protect patches, or an
+                adapter needs the grid of patches.
+
+        Example:
+            >>> import timm, torch, tokendial as td
+            >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+            >>> model = td.wrap(vit, reduce=td.ToMe(r=6)).eval()
+            >>> mask = td.patches_in_boxes([[(0, 0, 32, 32)]], (64, 64), (4, 4))
+            >>> with model.protecting(mask):
+            ...     logits = model(torch.randn(1, 3, 64, 64))
+        """
+        check_mask(mask, self.reducer)
+        if self.adapter.needs_grid:
+            raise ValueError(
+                f"{type(self.adapt_config).__name__} needs the grid of patches, which protected "
+                "ones leave."
+            )
+        before, self._protected = self._protected, mask
+        try:
+            yield
+        finally:
+            self._protected = before
 
     def steps(
         self,
@@ -139,9 +184,7 @@ class DialViT(nn.Module):
         if dropped not in ("own", "fused"):
             raise ValueError(f"dropped must be one of own, fused, got {dropped!r}.")
         run_block = self._block_function()
-        tokens = self.anatomy.embed(images)
-        if track:
-            tokens = tokens.with_tracking(follow_fused=dropped == "fused")
+        tokens = self._first_tokens(images, track=track, follow_fused=dropped == "fused")
         for layer in range(1, len(self.anatomy.blocks) + 1):
             step = run_block(layer, tokens, needs)
             tokens = step.tokens

@@ -16,6 +16,7 @@ from tokendial.adapt.base import Adapter
 from tokendial.attention import PYTORCH_KERNEL
 from tokendial.backbones import Anatomy
 from tokendial.model.blocks import BlockRunner
+from tokendial.model.protect import protect
 from tokendial.model.tower_dial import DialedPart, TowerDial
 from tokendial.reduce.base import ReducerConfig
 from tokendial.reduce.tome import ToMeReducer
@@ -82,8 +83,12 @@ class BlocksDial(TowerDial):
         # No method without weights reads rows and columns, and blocks do not know them.
         grid = (1, x_BPD.shape[1] - prefix)
         tokens = Tokens(self._patches_last(x_BPD), prefix, grid).with_tracking(follow_fused=False)
+        if self.protected is not None:
+            tokens = protect(tokens, self.protected)
         if valid_BP is None:
             return tokens
+        if self.protected is not None:
+            raise ValueError("batches with padding cannot protect patches.")
         if not isinstance(self.reducer, ToMeReducer) or not self.reducer.proportional_attention:
             raise ValueError(
                 "batches with padding need reduce=td.ToMe(...) with proportional attention, got "

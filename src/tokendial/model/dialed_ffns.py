@@ -34,6 +34,18 @@ class FFNsDial(TowerDial):
             encoder.input_shape,
         )
 
+    def protect(self, mask: Tensor | None) -> None:
+        """Refuse a mask: windows need every token in its place.
+
+        Raises:
+            ValueError: If there is a mask.
+        """
+        if mask is not None:
+            raise ValueError(
+                f"{type(self.vit).__name__} cannot protect patches: its windows need every token "
+                "in its place."
+            )
+
     def run(self, part: DialedPart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an FFN [B, H, W, D] on merged tokens, and return its output at every position."""
         x: Tensor = args[0]

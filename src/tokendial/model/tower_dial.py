@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokendial.measure.cost import Cost, count_macs
 from tokendial.model.dial import check_degree
+from tokendial.model.protect import check_mask
 from tokendial.reduce.base import Reducer
 from tokendial.shape import ViTShape
 
@@ -41,6 +42,8 @@ class TowerDial(ABC):
         """Sizes of the ViT."""
         self.input_shape = input_shape
         """Shape of an image of the configured size, [C, H, W]."""
+        self.protected: Tensor | None = None
+        """Mask of patches that are left alone; None: there are none."""
         self.counts: list[int] | None = None
         """If it is a list, each layer adds the number of tokens that leave it."""
 
@@ -61,6 +64,16 @@ class TowerDial(ABC):
         """Turn the dial; raise a ValueError if there is no such degree."""
         check_degree(degree, self.reducer.degrees)
         self.degree = degree
+
+    def protect(self, mask: Tensor | None) -> None:
+        """Leave the patches of a mask alone from now on; None: no patches.
+
+        Raises:
+            ValueError: If it is no mask, or the dial cannot protect patches.
+        """
+        if mask is not None:
+            check_mask(mask, self.reducer)
+        self.protected = mask
 
     def cost(self) -> Cost:
         """Cost of one image of the configured size at the present degree."""

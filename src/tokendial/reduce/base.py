@@ -59,6 +59,9 @@ class Reducer(nn.Module, ABC):
     """Whether each token counts the patches that it stands for (`Tokens.size`)."""
     keeps_grid: bool = False
     """Whether all tokens leave every block, so that adapters can read the complete patch grid."""
+    protects: bool = True
+    """Whether the method can leave chosen patches alone: it reduces what follows the prefix tokens,
+    wherever it stands."""
     extra_passes: frozenset[str] = frozenset()
     """Optional passes of `TrainingPasses` that `losses` reads: "complete", "teacher"."""
     proportional_attention: bool = False

@@ -105,6 +105,7 @@ class KeepPredictor(nn.Module):
 class DynamicViTReducer(Reducer):
     """Runs DynamicViT. The degree is the position in the list of keep rates of `make_rate_dial`."""
 
+    protects = False
     extra_passes = frozenset({"teacher"})
 
     def __init__(self, config: DynamicViT, vit: ViTShape) -> None:

@@ -66,6 +66,7 @@ class Selector(Reducer):
     """
 
     keeps_grid = True
+    protects = False
     temperature = 5.0
     """Temperature of the sigmoid in training."""
     dispatchers: nn.ModuleList
