@@ -54,7 +54,7 @@ def patches_in_boxes(
         grid: Rows and columns of patches.
 
     Returns:
-        [B, rows, columns], bool.
+        [B, rows, columns], bool, on the CPU.
 
     Raises:
         ValueError: If a box has no pixel in the image.
@@ -65,7 +65,7 @@ def patches_in_boxes(
     """
     height, width = image_size
     rows, columns = grid
-    mask = torch.zeros(len(boxes), rows, columns, dtype=torch.bool)
+    mask = torch.zeros(len(boxes), rows, columns, dtype=torch.bool, device="cpu")
     for number, of_image in enumerate(boxes):
         for left, top, right, bottom in of_image:
             if not (max(left, 0) < min(right, width) and max(top, 0) < min(bottom, height)):
