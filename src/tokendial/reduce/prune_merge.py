@@ -214,15 +214,18 @@ def prune_and_merge(
     if prune_kept == merge_kept:
         return Grouping.keep_only(keep, num_tokens)
     x_BND = x_BND.detach().float()
-    unit_BND = x_BND / torch.linalg.vector_norm(x_BND, dim=-1, keepdim=True)
-    similarity, partner = best_partners(
-        take(unit_BND, src), take(unit_BND, keep[:, num_prefix_tokens:])
-    )
+    scale_BN = 1.0 / torch.linalg.vector_norm(x_BND, dim=-1)
+    stays = torch.zeros_like(scale_BN).scatter(1, keep[:, num_prefix_tokens:], 1.0) > 0
+    # Few tokens look for a partner, so all tokens are compared, and those that do not stay hidden:
+    # that is faster than to copy the ones that stay.
+    similarity, partner = best_partners(take(x_BND, src), x_BND, scale_BN, ~stays)
+    place = torch.zeros_like(partner[:, :1]).expand(-1, num_tokens)
+    place = place.scatter(1, keep, torch.arange(num_stay, device=keep.device).expand_as(keep))
     return Grouping(
         keep,
         src,
-        num_prefix_tokens + partner,
+        place.gather(1, partner),
         num_tokens,
-        weight=torch.ones_like(x_BND[..., 0]),
-        absorbed_share=similarity.clamp(min=0.0),
+        weight=torch.ones_like(scale_BN),
+        absorbed_share=(similarity * scale_BN.gather(1, src)).clamp(min=0.0),
     )

@@ -370,15 +370,34 @@ def find_most_similar(
     return best_partners(sources, targets)
 
 
-def best_partners(sources_BAC: Tensor, targets_BEC: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest product of each source with a target, and the number of that target; [B, A] each."""
+def best_partners(
+    sources_BAC: Tensor,
+    targets_BEC: Tensor,
+    factor_BE: Tensor | None = None,
+    hidden_BE: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Highest product of each source with a target, and the number of that target; [B, A] each.
+
+    Args:
+        sources_BAC: Features of the sources.
+        targets_BEC: Features of the targets.
+        factor_BE: What the products with each target are multiplied by; None: 1.
+        hidden_BE: True for targets that no source is to find; None: there are none.
+    """
     targets = targets_BEC.transpose(-1, -2)
+
+    def products(sources: Tensor) -> Tensor:
+        found = sources @ targets
+        if factor_BE is not None:
+            found = found * factor_BE[:, None]
+        return found if hidden_BE is None else found.masked_fill(hidden_BE[:, None], -torch.inf)
+
     # All similarities of a large image would take more memory than its features, so they are
     # computed for a chunk of the sources at a time.
     chunk_size = max(1, MAX_SIMILARITIES // targets.shape[2])
     if sources_BAC.shape[1] <= chunk_size:
-        best, partner = (sources_BAC @ targets).max(dim=-1)
+        best, partner = products(sources_BAC).max(dim=-1)
         return best, partner
-    found = [(chunk @ targets).max(dim=-1) for chunk in torch.split(sources_BAC, chunk_size, dim=1)]
+    found = [products(chunk).max(dim=-1) for chunk in torch.split(sources_BAC, chunk_size, dim=1)]
     best_chunks, partner_chunks = zip(*found, strict=True)
     return torch.cat(best_chunks, dim=1), torch.cat(partner_chunks, dim=1)
