@@ -19,6 +19,14 @@ def _tome(patches: int, **settings: Any) -> list[ReducerConfig]:
     return [td.ToMe(r=r, **settings) for r in range(1, patches // 2 + 1)]
 
 
+def _pitome(patches: int) -> list[ReducerConfig]:
+    return [td.PiToMe(r=r) for r in range(1, patches // 2 + 1)]
+
+
+def _prune_merge(patches: int) -> list[ReducerConfig]:
+    return [td.PruneMerge(r=r) for r in range(1, patches // 2 + 1)]
+
+
 def _ffn_merge(patches: int) -> list[ReducerConfig]:
     """Half of the tokens can merge with a stride of 2; a stride of 4 goes on from there."""
     half = patches // 2
@@ -36,9 +44,13 @@ def _evit_each(patches: int, **settings: Any) -> list[ReducerConfig]:
 FAMILIES: dict[str, Callable[[int], list[ReducerConfig]]] = {
     "ToMe": _tome,
     "ToMe, random pairs": functools.partial(_tome, matching="random"),
+    "ToMe, sizes by similarity": functools.partial(_tome, sizes="similarity"),
+    "PiToMe": _pitome,
+    "PruneMerge, half dropped": _prune_merge,
     "FFN merging": _ffn_merge,
     "EViT in 3 layers, fuse": _evit_layers,
     "EViT in 3 layers, drop": functools.partial(_evit_layers, rest="drop"),
+    "EViT in 3 layers by shift, fuse": functools.partial(_evit_layers, score="shift"),
     "EViT in each layer, fuse": _evit_each,
     "EViT in each layer, drop": functools.partial(_evit_each, rest="drop"),
 }
