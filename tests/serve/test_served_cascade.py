@@ -1,11 +1,12 @@
 """A server with a cascade: the degrees in its answers, metrics, and what is refused."""
 
+import math
 import shutil
 from unittest import mock
 
 import pytest
 from served_runs import alone, write_run
-from serving import at_once, file, picture, serving, until
+from serving import at_once, file, form, picture, serving, until
 
 from tokendial.cascade import CascadeCalibration, CascadeStages
 from tokendial.runs import Run
@@ -80,6 +81,9 @@ def test_an_embedding_gets_no_second_answer(server):
     reply = server.ask("/v1/embeddings", file(picture()), "image/png")
     (found,) = reply.json["data"]
     assert (found["degree"], found["unsure_at"]) == (3, [])
+    for _ in range(25):  # embeddings are neither sure nor unsure: too few answers to judge by
+        server.ask("/v1/embeddings", *form(*[file(picture())] * 4))
+    assert math.isnan(metric(server, "tokendial_unsure_share"))
 
 
 def test_new_weights_need_a_new_calibration(run, tmp_path):

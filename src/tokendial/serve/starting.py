@@ -129,14 +129,15 @@ def _dial_degrees(
 def _how_sure(
     supervisor: Supervisor, images: Sequence[Any], outputs: Sequence[Tensor]
 ) -> Sequence[float]:
-    """How sure the model is of each output. An embedding gets no second answer."""
-    stages = _stages(supervisor)
-    return [
-        math.inf
-        if isinstance(image, ImageToEmbed)
-        else float(stages.how_sure(output.unsqueeze(0))[0])
-        for image, output in zip(images, outputs, strict=True)
-    ]
+    """How sure the model is of each output. Of an embedding, infinitely: it has one answer."""
+    sure = [math.inf] * len(images)
+    classified = [i for i, image in enumerate(images) if not isinstance(image, ImageToEmbed)]
+    if classified:
+        logits = torch.stack([outputs[i] for i in classified])
+        found = _stages(supervisor).how_sure(logits).tolist()
+        for place, value in zip(classified, found, strict=True):
+            sure[place] = value
+    return sure
 
 
 def _one_image_s(supervisor: Supervisor, name: str, degree: int) -> float:

@@ -361,7 +361,9 @@ class Engine:
                 self._scheduler.finish(batch, None, ended)
                 self._give_up(batch.parts, error, again=batch.again)
             return
-        sure = self._how_sure(images, outputs) if self._how_sure else ()
+        second = self._scheduler.second_answers
+        judged = second is not None and second.may_follow(batch.degree)
+        sure = self._how_sure(images, outputs) if self._how_sure and judged else ()
         waited_s = tuple(began - request.arrived for request, _ in batch.parts)
         results = [
             request.owner.joined(

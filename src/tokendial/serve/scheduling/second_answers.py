@@ -97,22 +97,30 @@ class SecondAnswers:
         unsure = sum(self._first) / len(self._first) if enough else None
         return CascadeStatus(self.sent_on, self.share, unsure, self.drifted)
 
+    def may_follow(self, degree: int) -> bool:
+        """Whether a second answer may follow one at this degree."""
+        return degree in self.degrees[:-1]
+
     def judge(self, batch: Batch, sure: Sequence[float], now: float) -> list[Verdict]:
         """Decide for each image of a batch that has run whether it gets a second answer.
 
         Args:
             batch: The batch. Requests that asked for its degree are not looked at.
-            sure: How sure the model is of each answer.
+            sure: How sure the model is of each answer; infinity: the image has no second answer.
+                May be empty if `may_follow` says that none has.
             now: The time.
         """
-        stages = self._stages()
-        if batch.degree not in stages.degrees[:-1]:
+        if not self.may_follow(batch.degree):
             return ["sure"] * len(batch.parts)
+        stages = self._stages()
         stage = stages.degrees.index(batch.degree)
         verdicts: list[Verdict] = []
         for (request, index), of_image in zip(batch.parts, sure, strict=True):
-            unsure = of_image < stages.thresholds[stage] and request.degree is None
-            if stage == 0 and request.degree is None:
+            if request.degree is not None or math.isinf(of_image):
+                verdicts.append("sure")
+                continue
+            unsure = of_image < stages.thresholds[stage]
+            if stage == 0:
                 self._first.append(unsure)
                 self._watch(stages)
             verdicts.append("unsure" if unsure else "sure")
