@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokendial.backbones import same_backbone
-from tokendial.methods import to_json
+from tokendial.methods import from_json, to_json
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce.base import DIAL_RATES
 
@@ -41,7 +41,8 @@ def check_origin(origin: Origin, model: DialViT, *, strict: bool) -> None:
     """
     if model.reduce_config is None:
         raise ValueError("this compensator needs a model with a reduction method, got none.")
-    trained = _without_degree(origin.reduce)
+    # Settings that the file's version did not have are at their defaults.
+    trained = _without_degree(to_json("reduce", from_json("reduce", origin.reduce)))
     given = _without_degree(to_json("reduce", model.reduce_config))
     if differing := [n for n in trained | given if trained.get(n) != given.get(n)]:
         listed = ", ".join(f"{n} {trained.get(n)} there, {given.get(n)} here" for n in differing)
