@@ -68,16 +68,24 @@ def load_of(asked: argparse.Namespace, rate: float) -> Load:
     return Load(times, seconds, 0.0, seconds)
 
 
-def dials(degrees: tuple[int, ...], *, cascade: bool) -> dict[str, list[str]]:
+def dials(
+    degrees: tuple[int, ...], *, cascade: bool = False, runtime: str | None = None
+) -> dict[str, list[str]]:
     """Return the options of `tokendial serve` for each policy.
 
     Args:
         degrees: Degrees that the server offers.
         cascade: Whether the run has a cascade.
+        runtime: A runtime to compare with.
     """
     fixed = (degrees[0], degrees[len(degrees) // 2], degrees[-1])
     policies = {f"degree {degree}": ["--degree", str(degree)] for degree in fixed}
-    return policies | {"controller": []} | ({"cascade": ["--cascade"]} if cascade else {})
+    policies["controller"] = []
+    if cascade:
+        policies["cascade"] = ["--cascade"]
+    if runtime:
+        policies[f"controller, {runtime}"] = ["--runtime", runtime]
+    return policies
 
 
 def main(arguments: list[str]) -> None:
@@ -93,7 +101,8 @@ def main(arguments: list[str]) -> None:
     print(f"degree 0 answers {found:.0f} images/s", flush=True)
     load = load_of(asked, found / each)
     results: dict[str, LoadOutcome] = {}
-    for policy, dial in dials(degrees, cascade=run.cascade_file.is_file()).items():
+    policies = dials(degrees, cascade=run.cascade_file.is_file(), runtime=asked.runtime)
+    for policy, dial in policies.items():
         print(f"{policy}: {len(load.times)} requests in {load.seconds:.0f} s", flush=True)
         with serve([asked.run], *told, *dial) as server:
             play_closed(
@@ -137,6 +146,9 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--low", type=float, default=0.3, help="rate around the step, in capacities"
+    )
+    parser.add_argument(
+        "--runtime", help="also play the load to a server with this --runtime, such as auto"
     )
     parser.add_argument("--load", type=float, default=3.0, help="rate in the step, in capacities")
     parser.add_argument(

@@ -119,10 +119,11 @@ def test_every_policy_gets_the_same_load(command, scenes):
     assert [row["back_s"] is None for row in rows.values()] == [False, True, True, True]
 
 
-def test_a_run_with_a_cascade_gets_a_server_with_it():
-    dials = serving.dials((0, 2, 4), cascade=True)
-    assert list(dials) == ["degree 0", "degree 2", "degree 4", "controller", "cascade"]
+def test_a_cascade_and_a_runtime_get_servers_of_their_own():
+    dials = serving.dials((0, 2, 4), cascade=True, runtime="auto")
+    assert list(dials)[:4] == ["degree 0", "degree 2", "degree 4", "controller"]
     assert dials["cascade"] == ["--cascade"]
+    assert dials["controller, auto"] == ["--runtime", "auto"]
 
 
 def test_capacity_is_not_above_what_the_server_can_do(scenes):
