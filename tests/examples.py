@@ -62,8 +62,9 @@ PAIRS = {
     for reduce in REDUCERS
     for adapt in ADAPTERS
     if not (adapt in ON_THE_GRID and reduce in SHRINKING)
-    # FrameByFrame only calls another method; that method has pairs of its own.
-    and (reduce != "frame_by_frame" or adapt == "dense_adapter")
+    # FrameByFrame only calls another method, and the other two reduce where ToMe does: adapters see
+    # no difference.
+    and (reduce not in {"frame_by_frame", "pitome", "prune_merge"} or adapt == "dense_adapter")
 }
 
 
