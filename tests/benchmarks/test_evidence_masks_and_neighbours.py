@@ -180,11 +180,12 @@ def test_results_of_two_models_never_share_a_file():
 def test_a_line_of_the_table_shows_one_method_along_the_dial():
     value = Interval(0.5, 0.4, 0.6)
 
-    def row(method: str, difference: float) -> dict[str, object]:
+    def row(method: str, difference: float, cost: float = 0.9) -> dict[str, object]:
         change = Interval(difference, difference, difference)
         names = ("same degree, minus degree 0", "stored, minus degree 0")
         row = {"data": "elpv", "method": method, "same degree": value, "agreement": value}
-        return row | {"cosine": value} | dict.fromkeys(names, change)
+        row |= {"cosine": value, "wanted": 0.9, "cost": cost}
+        return row | dict.fromkeys(names, change)
 
     falling = [row(method, -cost) for method in ("ToMe", "EViT") for cost in (0.1, 0.2, 0.3, 0.4)]
     lines = cells([row("none", 0.0), *falling])
@@ -194,3 +195,6 @@ def test_a_line_of_the_table_shows_one_method_along_the_dial():
     ]
     assert "50.0 (40.0, 60.0)" in lines[0][1]
     assert {len(line) for line in lines} == {len(HEADER)}
+    assert "at" not in "".join(lines[1][2:6])
+    far = cells([row("none", 0.0), *(row("smaller images", -0.1, cost=0.77) for _ in range(4))])
+    assert all(text.endswith(" at 77%") for text in far[1][2:6])
