@@ -13,6 +13,7 @@ from tokendial.runs import Run
 from tokendial.serve import starting
 from tokendial.serve.scheduling.cost_model import CostModel
 from tokendial.serve.settings import check_settings
+from tokendial.serve.workers.models import load_models
 from tokendial.serve.workers.served_runs import ServedRuns
 
 
@@ -106,6 +107,14 @@ def test_new_weights_need_a_new_calibration(run, tmp_path):
         assert served.supervisor.catalog.models["pets"].cascade.thresholds == (0.5,)
     finally:
         served.close()
+
+
+def test_degrees_of_the_cascade_are_offered_on_a_long_dial(run, monkeypatch):
+    """A long dial is offered at about ten of its degrees, and at those of the cascade."""
+    monkeypatch.setattr("tokendial.serve.workers.models.degrees_to_show", lambda *_: [0, 4, 8])
+    catalog = load_models({"a": run}, cascade=True).catalog
+    assert catalog.degrees == (0, 3, 4, 8)
+    assert tuple(catalog.models["a"].gmacs) == (0, 3, 4, 8)
 
 
 @pytest.mark.parametrize(

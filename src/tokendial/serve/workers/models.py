@@ -143,6 +143,11 @@ def _load(runs: Mapping[str, Run], compensator: Path | None, cascade: bool) -> L
     # old revision, and the next reload reads the new weights.
     revisions = {name: run.revision() for name, run in runs.items()}
     model, adapters, degrees, bridge = _build_model(runs, compensator)
+    stages = None
+    if cascade:
+        ((name, run),) = runs.items()
+        stages = _stages(run, model, revisions[name])
+        degrees = tuple(sorted({*degrees, *stages.degrees}))
     models = {}
     for name, run in runs.items():
         model.set_adapter(adapters[name])
@@ -155,7 +160,7 @@ def _load(runs: Mapping[str, Run], compensator: Path | None, cascade: bool) -> L
             {degree: model.cost(degree).gmacs for degree in degrees},
             _measured_accuracy(run, bridged=compensator is not None),
             run.value_range(),
-            _stages(run, model, revisions[name]) if cascade else None,
+            stages,
         )
     catalog = ModelCatalog(models, degrees, model.anatomy.input_shape)
     return LoadedModels(catalog, model, model, bridge)
