@@ -7,7 +7,8 @@ import pytest
 import tokendial as td
 from tokendial.runs import Run, tuning
 from tokendial.runs.evaluate import evaluate_loader, validation_set
-from tokendial.runs.tuning import Way, tune_run
+from tokendial.runs.tuning import tune_run
+from tokendial.runs.ways import Way
 from tokendial.runtimes import Runtime
 
 # The exporter's own warnings are no concern of these tests.

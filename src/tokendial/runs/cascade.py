@@ -3,18 +3,14 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from tokendial.cascade import Cascade, CascadeCalibration, ScoreName, choose_thresholds
-from tokendial.cascade.answers import answers, are_same
 from tokendial.cascade.thresholds import read_promise
 from tokendial.measure import Interval, Timing, bootstrap_interval, mean_difference, time_in_rounds
 from tokendial.measure.timing import percentiles
-from tokendial.model.dial import InferenceModel
 from tokendial.runs.degrees import spread_degrees
 from tokendial.runs.device import default_device
 from tokendial.runs.evaluate import (
@@ -25,6 +21,7 @@ from tokendial.runs.evaluate import (
     validation_set,
 )
 from tokendial.runs.run import Run
+from tokendial.runs.stored_logits import collect_logits, right_answers
 from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import Classification
 
@@ -125,7 +122,12 @@ def calibrate_cascade(
     fast = runtime.start(model, example, degrees=fixed, folder=run.runtime_folder)
     cascade = Cascade(fast, degrees, score=score, multi_label=task.multi_label)
     counter = StepCounter(progress, len(fixed) * len(loader))
-    logits, labels = _logits(fast, fixed, loader, counter)
+
+    def show(degree: int) -> None:
+        counter.text = f"degree {degree}"
+        counter.step()
+
+    logits, labels = collect_logits(fast, fixed, loader, task, before_batch=show)
     observations = cascade.compare([logits[degree] for degree in degrees], labels, harm)
     found = choose_thresholds(observations, harm, allowed, confidence=confidence)
     cascade.calibration = found
@@ -133,10 +135,7 @@ def calibrate_cascade(
     counter.show("measuring the time of one image")
     one_by_one = torch.split(first_images(loader, model, _TIMED), 1)
     timings = time_cascade(cascade, fixed, one_by_one)
-    right = {
-        degree: are_same(answers(each, multi_label=task.multi_label), labels.long()).float()
-        for degree, each in logits.items()
-    }
+    right = {degree: right_answers(task, each, labels) for degree, each in logits.items()}
     costs = {degree: model.cost(degree).gmacs for degree in fixed}
     stages = observations.stage_of(found.thresholds)
     return _report(cascade, stages, right, costs, timings)
@@ -178,24 +177,6 @@ def _report(
         minus_fixed=mean_difference(answered, _mixture(right, mean_ms, first_row.mean_ms)),
         minus_random=mean_difference(answered, (shares[:, None] * of_stages).sum(dim=0)),
     )
-
-
-@torch.no_grad()
-def _logits(
-    model: InferenceModel, degrees: Sequence[int], loader: DataLoader[Any], counter: StepCounter
-) -> tuple[dict[int, Tensor], Tensor]:
-    """Logits [N, K] of all images at each degree, and the labels; on the CPU."""
-    model.eval()
-    found: dict[int, list[Tensor]] = {degree: [] for degree in degrees}
-    labels = []
-    for images, targets in loader:
-        for degree, logits in found.items():
-            model.set_degree(degree)
-            counter.text = f"degree {degree}"
-            logits.append(model(images.to(model.device)).float().cpu())
-            counter.step()
-        labels.append(targets)
-    return {degree: torch.cat(logits) for degree, logits in found.items()}, torch.cat(labels)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,9 +14,10 @@ from tokendial.export_files import export
 from tokendial.extras import check_installed
 from tokendial.measure import Interval, mean_difference
 from tokendial.model.dial import InferenceModel
-from tokendial.runs.evaluate import main_score, validation_set
+from tokendial.runs.evaluate import evaluate_loader, main_score, validation_set
 from tokendial.runs.export_facts import run_facts
 from tokendial.runs.run import Run
+from tokendial.runs.stored_logits import collect_logits, right_answers, scores_of
 from tokendial.runtimes import ExportedViT
 from tokendial.runtimes.onnxruntime_sessions import open_file, quantized
 from tokendial.tasks import Classification, Task
@@ -99,18 +99,13 @@ def export_int8(
     return Int8File(out, degree, metric, main_score(before), main_score(after), interval)
 
 
-@torch.no_grad()
 def _scores(
     task: Task, model: InferenceModel, loader: DataLoader[Any]
 ) -> tuple[dict[str, float], Tensor | None]:
     """Metrics over a loader, and for classification whether each image is right (1 or 0)."""
-    metrics, right = task.metrics(), []
-    for images, targets in loader:
-        logits = task.predict(model, images).float()
-        if isinstance(targets, Tensor):
-            targets = targets.long()
-        metrics.update(logits, targets)
-        if isinstance(task, Classification) and not task.multi_label:
-            right.append((logits.argmax(-1) == targets).float())
-    scores = {name: float(value) for name, value in metrics.compute().items()}
-    return scores, torch.cat(right) if right else None
+    if not isinstance(task, Classification):
+        return evaluate_loader(model, loader, task), None
+    degree = model.degree
+    logits, labels = collect_logits(model, [degree], loader, task)
+    right = None if task.multi_label else right_answers(task, logits[degree], labels)
+    return scores_of(task, logits[degree], labels), right

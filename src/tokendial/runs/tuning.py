@@ -4,18 +4,17 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tokendial.cascade import Cascade, choose_thresholds
-from tokendial.cascade.answers import answers, are_same
-from tokendial.measure import Interval, mean_difference, time_in_rounds
+from tokendial.measure import Interval, mean_difference
 from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.cascade import time_cascade
@@ -24,50 +23,20 @@ from tokendial.runs.derived_run import write_derived_run
 from tokendial.runs.evaluate import evaluate_loader, first_images, main_score, validation_set
 from tokendial.runs.fit import fit_run
 from tokendial.runs.run import Run
+from tokendial.runs.stored_logits import collect_logits, right_answers, scores_of
+from tokendial.runs.ways import BASE, RUNTIMES, Schedule, StartedRuntimes, Way
 from tokendial.runtimes import Runtime
 from tokendial.tasks import Classification, Task
 
 TUNED_FILE = "tuned.json"
 """File in the folder of a tuned model: what was tried, and how to run the best of it."""
 _DEGREES = 7
-_SECONDS = 0.3
-"""Time to spend on measuring each way."""
 _TIMED = 20
 """Batches that a cascade is timed on."""
 _FITTING = 0.3
 """Share of the time that the search of schedules may take."""
 _FITTED_IN = 2
 """Number of runtimes, the fastest ones, in which fitted schedules are tried."""
-_BASE = Runtime()
-"""What all ways are compared with, at degree 0."""
-RUNTIMES = (
-    _BASE,
-    Runtime("torch", "bf16"),
-    Runtime("onnxruntime"),
-    Runtime("onnxruntime", "int8"),
-    Runtime("openvino"),
-    Runtime("openvino", "bf16"),
-)
-"""The runtimes that are tried, where they are installed."""
-Schedule = Literal["own", "fitted"]
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way to run a model."""
-
-    schedule: Schedule
-    """own: the reduction method as it is. fitted: how many tokens each layer removes was searched
-    for the cost of each degree."""
-    runtime: Runtime
-    """Where and how it computes."""
-    degrees: tuple[int, ...]
-    """The degree; two are a cascade of the first and the last."""
-
-    def __str__(self) -> str:
-        kind = "cascade" if len(self.degrees) > 1 else "degree"
-        dial = "→".join(map(str, self.degrees)) + " (fitted)" * (self.schedule == "fitted")
-        return f"{self.runtime.name} {self.runtime.precision}, {kind} {dial}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +120,9 @@ def tune_run(
     task, loader = validation_set(run, model, batch_size)
     example = first_images(loader, model, batch_size)
     degrees = spread_degrees(model, _DEGREES)
-    base = Way("own", _BASE, (0,))
+    base = Way("own", BASE, (0,))
     with tempfile.TemporaryDirectory() as folder:
-        runtimes = _Runtimes(example, Path(folder), time_is_up, note, notes)
+        runtimes = StartedRuntimes(example, Path(folder), time_is_up, note, notes)
         runtimes.start("own", model, degrees, RUNTIMES)
         ways = [Way("own", r, (d,)) for _, r in runtimes.started for d in degrees]
         note(f"measuring {len(ways)} ways in turns")
@@ -215,60 +184,6 @@ def _fitted(
     return Run(folder).model().eval()
 
 
-class _Runtimes:
-    """Models that are started in runtimes, and their times."""
-
-    def __init__(
-        self,
-        images: Tensor,
-        folder: Path,
-        time_is_up: Callable[[], bool],
-        note: Callable[[str], None],
-        notes: list[str],
-    ) -> None:
-        self.images, self.folder = images, folder
-        self.time_is_up, self.note, self.notes = time_is_up, note, notes
-        self.started: dict[tuple[Schedule, Runtime], InferenceModel] = {}
-
-    def start(
-        self,
-        schedule: Schedule,
-        model: DialViT,
-        degrees: Sequence[int],
-        runtimes: Iterable[Runtime],
-    ) -> None:
-        """Start a model in each runtime; those that cannot are noted."""
-        for runtime in runtimes:
-            name = f"{runtime.name} {runtime.precision}, {schedule} schedules"
-            self.note(f"starting {name}")
-            try:
-                if self.time_is_up() and runtime != _BASE:
-                    raise ValueError("no time left.")
-                self.started[schedule, runtime] = runtime.start(
-                    model, self.images, degrees=degrees, folder=self.folder / schedule
-                )
-            except ValueError as error:
-                self.notes.append(f"{name}: {error}")
-
-    def measure(self, ways: Sequence[Way]) -> dict[Way, float]:
-        """Seconds of a batch in each way; all of them take turns."""
-
-        def switch(way: Way) -> InferenceModel:
-            model = self.started[way.schedule, way.runtime]
-            model.set_degree(way.degrees[0])
-            return model
-
-        with torch.inference_mode():
-            timings = time_in_rounds(
-                ways,
-                switch,
-                lambda model: model(self.images),
-                device=self.images.device,
-                seconds=_SECONDS,
-            )
-        return {way: timing.seconds for way, timing in zip(ways, timings, strict=True)}
-
-
 class _Trial:
     """Evaluates ways on the validation set, each of them once."""
 
@@ -300,19 +215,16 @@ class _Trial:
 
     def row(self, way: Way) -> TunedRow:
         """Evaluate a way of one degree."""
-        model = self.started[way.schedule, way.runtime]
-        model.set_degree(way.degrees[0])
+        if way == self.base.way and self.metric:  # it was the first
+            return self.base
+        model, degree = self.started[way.schedule, way.runtime], way.degrees[0]
         if not isinstance(self.task, Classification):
+            model.set_degree(degree)
             scores = evaluate_loader(model, self.loader, self.task)
             return self._row(way, self.speedup(way), scores, None)
-        model.eval()
-        logits, labels = [], []
-        with torch.no_grad():
-            for images, targets in self.loader:
-                logits.append(self.task.predict(model, images).float())
-                labels.append(targets)
-        self.logits[way], self.labels = torch.cat(logits), torch.cat(labels)
-        return self._classified(way, self.speedup(way), self.logits[way])
+        logits, self.labels = collect_logits(model, [degree], self.loader, self.task)
+        self.logits[way] = logits[degree]
+        return self._classified(way, self.speedup(way), logits[degree])
 
     def cascade_row(self, cheap: Way, max_loss: float, least: float) -> TunedRow | None:
         """Evaluate the cascade from a way to degree 0 in the same runtime.
@@ -351,13 +263,11 @@ class _Trial:
 
     def _classified(self, way: Way, speedup: float, logits: Tensor) -> TunedRow:
         assert isinstance(self.task, Classification)
-        metrics = self.task.metrics()
-        metrics.update(logits, self.labels.long())
-        scores = {name: float(value) for name, value in metrics.compute().items()}
+        scores = scores_of(self.task, logits, self.labels)
         lost = None
         if not self.task.multi_label and self.base.way in self.logits:
             base_right, right = (
-                are_same(answers(each), self.labels.long()).float()
+                right_answers(self.task, each, self.labels)
                 for each in (self.logits[self.base.way], logits)
             )
             lost = mean_difference(base_right, right)
