@@ -80,7 +80,7 @@ def main() -> None:
 
     degrees = [0, 8, 16, 24]
     timings = time_in_rounds(
-        degrees, dial.set_degree, lambda: pipe(photos[0]), device=torch.device("cpu"), seconds=0.3
+        degrees, dial.set_degree, lambda _: pipe(photos[0]), device=torch.device("cpu"), seconds=0.3
     )
     dial.set_degree(0)
     whole = depths(pipe, photos)

@@ -51,7 +51,7 @@ def main() -> None:
     dial = td.attach(pipe.model, td.ToMe(r=8))
     degrees = [0, 4, 8, 13]
     timings = time_in_rounds(
-        degrees, dial.set_degree, lambda: pipe(photos), device=torch.device("cpu"), seconds=0.2
+        degrees, dial.set_degree, lambda _: pipe(photos), device=torch.device("cpu"), seconds=0.2
     )
     print("degree  GMACs  same class  speed")
     for degree, timing in zip(degrees, timings, strict=True):

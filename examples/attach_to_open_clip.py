@@ -65,7 +65,7 @@ def main() -> None:
         timings = time_in_rounds(
             degrees,
             dial.set_degree,
-            lambda: clip.encode_image(batch),
+            lambda _: clip.encode_image(batch),
             device=batch.device,
             seconds=0.2,
         )

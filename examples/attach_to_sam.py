@@ -76,7 +76,7 @@ def main() -> None:
         timings = time_in_rounds(
             degrees,
             dial.set_degree,
-            lambda: model.get_image_embeddings(image),
+            lambda _: model.get_image_embeddings(image),
             device=image.device,
             seconds=arguments.seconds,
         )

@@ -50,7 +50,7 @@ def main() -> None:
     batch, degrees = images[:32], [0, 2, 4, 8]
     with torch.no_grad():
         timings = time_in_rounds(
-            degrees, model.set_degree, lambda: model(batch), device=batch.device, seconds=0.2
+            degrees, model.set_degree, lambda _: model(batch), device=batch.device, seconds=0.2
         )
         print("degree  MMACs  accuracy  speed")
         for degree, timing in zip(degrees, timings, strict=True):

@@ -285,11 +285,8 @@ class Tokens:
             num_protected=int(mask_BL.sum(dim=1).max()),
         )
 
-    @property
     def guarded(self) -> "Tokens":
         """These tokens as reductions see them: protected patches count as prefix tokens."""
-        if not self.num_protected:
-            return self
         return dataclasses.replace(self, prefix=self.prefix + self.num_protected)
 
     def with_tracking(self, *, follow_fused: bool = True) -> "Tokens":

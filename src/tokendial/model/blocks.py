@@ -80,7 +80,8 @@ class BlockRunner:
 
         # 3. A reduction between attention and FFN (ToMe, EViT).
         if acting is not None:
-            grouping = acting.group(layer, degree, tokens.guarded, attended)
+            seen = tokens.guarded() if tokens.num_protected else tokens
+            grouping = acting.group(layer, degree, seen, attended)
             if grouping is not None:
                 tokens = tokens.apply_grouping(grouping, track_size=acting.tracks_size)
 
@@ -129,7 +130,8 @@ class BlockRunner:
         adapter, ran = self.adapter, None
         if acting is not None:
             ffn = partial(self._ffn_branch, layer)
-            ran = acting.around_ffn(layer, self.degree, tokens.guarded, attended, ffn)
+            seen = tokens.guarded() if tokens.num_protected else tokens
+            ran = acting.around_ffn(layer, self.degree, seen, attended, ffn)
         if ran is None:
             ffn_input = self.anatomy.ffn_input(layer, tokens.x)
             out = adapter.after_ffn(layer, self.anatomy.ffn_branch(layer, ffn_input))

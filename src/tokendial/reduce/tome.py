@@ -339,7 +339,6 @@ def in_float32(function: Callable[..., T]) -> Callable[..., T]:
     return wrapped
 
 
-@in_float32
 def find_most_similar(
     metric_BNC: Tensor, source: slice | Tensor, target: slice | Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -356,6 +355,11 @@ def find_most_similar(
         The highest cosine of each source, and the number of that target among the targets;
         [B, sources] each.
     """
+    device = metric_BNC.device.type
+    # As `in_float32`, without one more call in every layer.
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return find_most_similar(metric_BNC, source, target)
     metric_BNC = metric_BNC.float()
     unit = metric_BNC / torch.linalg.vector_norm(metric_BNC, dim=-1, keepdim=True)
     if should_fuse(unit):
@@ -367,6 +371,9 @@ def find_most_similar(
         sources, targets = unit.index_select(1, source), unit.index_select(1, target)
     else:
         sources, targets = unit[:, source], unit[:, target]
+    if sources.shape[1] * targets.shape[1] <= MAX_SIMILARITIES:
+        best, partner = (sources @ targets.transpose(-1, -2)).max(dim=-1)
+        return best, partner
     return best_partners(sources, targets)
 
 
@@ -386,18 +393,19 @@ def best_partners(
     """
     targets = targets_BEC.transpose(-1, -2)
 
-    def products(sources: Tensor) -> Tensor:
-        found = sources @ targets
-        if factor_BE is not None:
-            found = found * factor_BE[:, None]
-        return found if hidden_BE is None else found.masked_fill(hidden_BE[:, None], -torch.inf)
-
     # All similarities of a large image would take more memory than its features, so they are
     # computed for a chunk of the sources at a time.
     chunk_size = max(1, MAX_SIMILARITIES // targets.shape[2])
-    if sources_BAC.shape[1] <= chunk_size:
-        best, partner = products(sources_BAC).max(dim=-1)
-        return best, partner
-    found = [products(chunk).max(dim=-1) for chunk in torch.split(sources_BAC, chunk_size, dim=1)]
-    best_chunks, partner_chunks = zip(*found, strict=True)
-    return torch.cat(best_chunks, dim=1), torch.cat(partner_chunks, dim=1)
+    best, partner = [], []
+    for chunk in torch.split(sources_BAC, chunk_size, dim=1):
+        products = chunk @ targets
+        if factor_BE is not None:
+            products = products * factor_BE[:, None]
+        if hidden_BE is not None:
+            products = products.masked_fill(hidden_BE[:, None], -torch.inf)
+        found = products.max(dim=-1)
+        best.append(found.values)
+        partner.append(found.indices)
+    if len(best) == 1:
+        return best[0], partner[0]
+    return torch.cat(best, dim=1), torch.cat(partner, dim=1)
