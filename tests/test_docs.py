@@ -84,7 +84,7 @@ def without_downloads(create_model: Any) -> Any:
     made: dict[str, Any] = {}
 
     def create(name: str, pretrained: bool = False, **arguments: Any) -> Any:
-        key = f"{name} {sorted(arguments.items())}"
+        key = f"{name} {sorted(arguments.items())} {torch.get_default_device()}"
         if key not in made:
             torch.manual_seed(0)
             made[key] = create_model(name, pretrained=False, **arguments)
