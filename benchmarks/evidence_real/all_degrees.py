@@ -6,7 +6,6 @@ update of the sandwich runs four degrees, so "short_sandwich" has a quarter of i
 the time of the others.
 """
 
-import functools
 import itertools
 from typing import Any
 
@@ -17,10 +16,11 @@ from benchmarks.evidence_real.classifiers import (
     DIALS,
     Classifier,
     Setting,
+    compute,
     predict,
     resampling,
 )
-from benchmarks.evidence_real.common import SEEDS, Options, in_processes, in_threads
+from benchmarks.evidence_real.common import SEEDS, Options
 from benchmarks.evidence_real.mismatch import DATA, classifier, degrees
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
@@ -48,19 +48,13 @@ def questions() -> list[tuple[Classifier, Setting]]:
 
 def main(options: Options) -> None:
     """Train, predict, and write the table."""
-    classifiers = dict.fromkeys(one for one, _ in questions())
-    in_threads(lambda one: one.train(options), classifiers, options)
-    in_processes(functools.partial(_predict, options=options), questions(), options)
+    compute(questions(), options)
     rows = [
         row(data, dial, degree, options)
         for data, dial in itertools.product(DATA, DIALS)
         for degree in degrees(dial)
     ]
     write_table("all_degrees", HEADER, [each["cells"] for each in rows], {"rows": rows})
-
-
-def _predict(question: tuple[Classifier, Setting], options: Options) -> None:
-    predict(*question, options)
 
 
 def row(data: str, dial: str, degree: int, options: Options) -> dict[str, Any]:

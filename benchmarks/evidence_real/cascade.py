@@ -18,13 +18,19 @@ from torch import Tensor
 
 import tokendial as td
 from benchmarks.evidence_real.all_degrees import METHOD, of_kind
-from benchmarks.evidence_real.classifiers import DIALS, Classifier, Setting, predict, resampling
+from benchmarks.evidence_real.classifiers import (
+    DIALS,
+    Classifier,
+    Setting,
+    compute,
+    predict,
+    resampling,
+)
 from benchmarks.evidence_real.common import (
     SEEDS,
     Options,
     cached,
     in_processes,
-    in_threads,
 )
 from benchmarks.evidence_real.mismatch import DATA, classifier, degrees
 from benchmarks.evidence_real.results import write_table
@@ -33,6 +39,7 @@ from tokendial.cascade import Observations, choose_thresholds
 from tokendial.cascade.answers import answers, are_same, how_sure
 from tokendial.measure import time_in_rounds
 from tokendial.runs import Run
+from tokendial.runs.cascade import right_at_time
 
 ALLOWED = 0.05
 """Share of the answers that may be others than those of degree 0."""
@@ -84,24 +91,20 @@ def questions() -> list[Question]:
 
 def main(options: Options) -> None:
     """Train, predict, measure times, and write the table."""
-    models = dict.fromkeys(question.classifier(seed) for seed in SEEDS for question in questions())
-    in_threads(lambda one: one.train(options), models, options)
-    settings = dict.fromkeys(
-        (question.classifier(seed), Setting(question.dial, degree))
-        for seed in SEEDS
-        for question in questions()
-        for degree in degrees(question.dial)
+    compute(
+        (
+            (question.classifier(seed), Setting(question.dial, degree))
+            for seed in SEEDS
+            for question in questions()
+            for degree in degrees(question.dial)
+        ),
+        options,
     )
-    in_processes(functools.partial(_predict, options=options), settings, options)
     seconds = {dial: image_seconds(dial, options) for dial in DIALS}
     rows = in_processes(
         functools.partial(row, seconds=seconds, options=options), questions(), options
     )
     write_table("cascade", HEADER, [each["cells"] for each in rows], {"rows": rows, "s": seconds})
-
-
-def _predict(asked: tuple[Classifier, Setting], options: Options) -> None:
-    predict(*asked, options)
 
 
 def image_seconds(dial: str, options: Options) -> dict[int, float]:
@@ -164,10 +167,10 @@ def _of_seed(
 ) -> dict[str, Any]:
     logits, labels = question.logits(seed, options)
     given = {degree: answers(each) for degree, each in logits.items()}
-    right = {
-        degree: are_same(each, torch.from_numpy(labels)).double().numpy()
-        for degree, each in given.items()
+    correct = {
+        degree: are_same(each, torch.from_numpy(labels)).double() for degree, each in given.items()
     }
+    right = {degree: each.numpy() for degree, each in correct.items()}
     changed = ~are_same(given[question.cheap], given[0])
     all_images = Observations(how_sure(logits[question.cheap], "margin")[None], changed[None])
     stages = _stages_in_halves(all_images, seed)
@@ -177,7 +180,9 @@ def _of_seed(
         "right": {
             "cascade": np.where(stages, right[0], right[question.cheap]),
             "whole": right[0],
-            "fixed": fixed_at(time_s, right, seconds),
+            "fixed": right_at_time(
+                correct, {degree: seconds[degree] for degree in correct}, time_s
+            ).numpy(),
             "random": sent_on * right[0] + (1 - sent_on) * right[question.cheap],
         },
         "sent on": sent_on,
@@ -208,24 +213,6 @@ def broken_promises(found: Observations, seed: int) -> int:
         thresholds = choose_thresholds(found.of(drawn), "changed", ALLOWED, seed=number).thresholds
         broken += float(found.is_harmed(thresholds).double().mean()) > ALLOWED
     return broken
-
-
-def fixed_at(time_s: float, right: dict[int, np.ndarray], seconds: dict[int, float]) -> np.ndarray:
-    """How often each image is right if two fixed degrees share the images to take a given time.
-
-    Above the time of degree 0 that degree answers all, below that of the cheapest that one.
-
-    Args:
-        time_s: Mean seconds of an image.
-        right: Whether each image is right (1 or 0) [N], by degree.
-        seconds: Seconds of an image by degree.
-    """
-    times = sorted((seconds[degree], degree) for degree in right)
-    for (low, faster), (high, slower) in itertools.pairwise(times):
-        if low <= time_s <= high:
-            share = (time_s - low) / (high - low)
-            return share * right[slower] + (1 - share) * right[faster]
-    return right[times[-1][1] if time_s > times[-1][0] else times[0][1]]
 
 
 def balanced_share(right: np.ndarray, labels: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """Fine-tuned classifiers of the tables, and their predictions on images that they never saw."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tokendial as td
-from benchmarks.evidence_real.common import Options, cached, train
+from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads, train
 from tokendial.measure import Resampling
 from tokendial.methods import to_json
 from tokendial.runs import Run
@@ -149,6 +150,18 @@ def _predict(
     with torch.autocast("cpu", torch.bfloat16):
         logits = [model(batch).float() for batch in images.split(64)]
     return {"logits": torch.cat(logits).numpy(), "labels": labels.numpy()}
+
+
+def compute(questions: Iterable[tuple[Classifier, Setting]], options: Options) -> None:
+    """Train classifiers and predict with them, as far as that is not done."""
+    asked = list(dict.fromkeys(questions))
+    trained = dict.fromkeys(classifier for classifier, _ in asked)
+    in_threads(lambda classifier: classifier.train(options), trained, options)
+    in_processes(functools.partial(_predict_one, options=options), asked, options)
+
+
+def _predict_one(question: tuple[Classifier, Setting], options: Options) -> None:
+    predict(*question, options)
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """Table: models that run at another degree of the dial than they were trained at."""
 
-import functools
 import itertools
 from collections.abc import Iterable
 from typing import Any
@@ -11,10 +10,11 @@ from benchmarks.evidence_real.classifiers import (
     DIALS,
     Classifier,
     Setting,
+    compute,
     predict,
     resampling,
 )
-from benchmarks.evidence_real.common import SEEDS, Options, in_processes, in_threads
+from benchmarks.evidence_real.common import SEEDS, Options
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import (
     Metric,
@@ -54,7 +54,6 @@ def trainings(data: Iterable[str] = DATA, methods: Iterable[str] = METHODS) -> l
 
 def main(options: Options) -> None:
     """Train, predict, and write the table."""
-    in_threads(lambda one: one.train(options), trainings(), options)
     questions = [
         (one, Setting(dial, degree))
         for one in trainings()
@@ -62,13 +61,9 @@ def main(options: Options) -> None:
         if one.dial in (None, dial)
         for degree in degrees(dial)
     ]
-    in_processes(functools.partial(_predict, options=options), questions, options)
+    compute(questions, options)
     rows = [row for data in DATA for row in table(data, options)]
     write_table("mismatch", HEADER, [row["cells"] for row in rows], {"rows": rows})
-
-
-def _predict(question: tuple[Classifier, Setting], options: Options) -> None:
-    predict(*question, options)
 
 
 def table(data: str, options: Options) -> list[dict[str, Any]]:

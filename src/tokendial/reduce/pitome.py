@@ -21,7 +21,7 @@ from tokendial.attention import ByProducts
 from tokendial.checks import check_count, check_fraction
 from tokendial.methods import register
 from tokendial.reduce.base import Reducer
-from tokendial.reduce.schedules import ScheduledConfig, freeze_removal, make_schedule_dial
+from tokendial.reduce.schedules import ScheduledConfig, freeze_removal, make_removal_dial
 from tokendial.reduce.tome import MAX_SIMILARITIES, best_partners, in_float32, max_merged
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens, take
@@ -118,13 +118,10 @@ class PiToMeReducer(Reducer):
             self.degree = self._ratios.index(float(config.keep_ratio))
             self.degrees = tuple(range(len(self._ratios)))
             return
-        r = freeze_removal(config.r)
-        if isinstance(r, int):
-            self.degrees, self.degree = tuple(range(max_merged(vit.num_patches) + 1)), r
-            self._schedules = [[degree] * vit.depth for degree in self.degrees]
-        else:
-            self._schedules = make_schedule_dial(r, vit, max_merged)
-            self.degrees, self.degree = tuple(range(len(self._schedules))), 1
+        self._schedules, self.degree = make_removal_dial(
+            freeze_removal(config.r), vit, max_merged, highest=max_merged(vit.num_patches)
+        )
+        self.degrees = tuple(range(len(self._schedules)))
 
     def num_merged(self, layer: int, degree: int, num_patches: int) -> int:
         """Number of tokens that `layer` merges of `num_patches` patch tokens."""
@@ -176,8 +173,6 @@ def energy(unit_BLC: Tensor, margin: float) -> Tensor:
     # All similarities of a large image would take more memory than its features, so they are
     # computed for a chunk of the tokens at a time.
     chunk_size = max(1, MAX_SIMILARITIES // unit_BLC.shape[1])
-    if unit_BLC.shape[1] <= chunk_size:
-        return _energy(unit_BLC, every, margin)
     chunks = torch.split(unit_BLC, chunk_size, dim=1)
     return torch.cat([_energy(chunk, every, margin) for chunk in chunks], dim=1)
 

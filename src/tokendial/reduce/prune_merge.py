@@ -29,7 +29,7 @@ from tokendial.reduce.schedules import (
     PerLayer,
     ScheduledConfig,
     freeze_removal,
-    make_schedule_dial,
+    make_removal_dial,
     patches_after_layers,
 )
 from tokendial.reduce.tome import best_partners, in_float32
@@ -152,13 +152,10 @@ class PruneMergeReducer(Reducer):
         self.config = config
         self.proportional_attention = config.proportional_attention
         self.needs = frozenset({SCORES[config.score]})
-        r = freeze_removal(config.r)
-        if isinstance(r, int):
-            self.degrees, self.degree = tuple(range(vit.num_patches // 2 + 1)), r
-            self.schedules = [[degree] * vit.depth for degree in self.degrees]
-        else:
-            self.schedules = make_schedule_dial(r, vit, config.max_removed)
-            self.degrees, self.degree = tuple(range(len(self.schedules))), 1
+        self.schedules, self.degree = make_removal_dial(
+            freeze_removal(config.r), vit, config.max_removed, highest=vit.num_patches // 2
+        )
+        self.degrees = tuple(range(len(self.schedules)))
 
     def reduces_in(self, layer: int, degree: int) -> bool:
         """Whether the schedule removes tokens in `layer`."""

@@ -100,6 +100,25 @@ def make_schedule_dial(
     return dial
 
 
+def make_removal_dial(
+    r: Removal, vit: ViTShape, max_removed: Callable[[int], int], *, highest: int
+) -> tuple[list[list[int]], int]:
+    """Return the tokens to remove in each layer at each degree, and the degree that `r` describes.
+
+    Args:
+        r: One number, which is its own degree, or schedules, see `make_schedule_dial`.
+        vit: The backbone.
+        max_removed: See `make_schedule_dial`.
+        highest: Highest degree of a dial of single numbers.
+
+    Raises:
+        ValueError: If schedules do not fit, see `make_schedule_dial`.
+    """
+    if isinstance(r, int):
+        return [[degree] * vit.depth for degree in range(highest + 1)], r
+    return make_schedule_dial(r, vit, max_removed), 1
+
+
 def patches_after_layers(
     num_patches: int, removed: Sequence[int], max_removed: Callable[[int], int]
 ) -> tuple[int, ...]:

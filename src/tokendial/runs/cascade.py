@@ -174,7 +174,7 @@ def _report(
         degrees="→".join(map(str, cascade.degrees)),
         calibration=cascade.calibration,
         rows=[first_row, *(rows[degree] for degree in sorted(rows, reverse=True))],
-        minus_fixed=mean_difference(answered, _mixture(right, mean_ms, first_row.mean_ms)),
+        minus_fixed=mean_difference(answered, right_at_time(right, mean_ms, first_row.mean_ms)),
         minus_random=mean_difference(answered, (shares[:, None] * of_stages).sum(dim=0)),
     )
 
@@ -222,13 +222,21 @@ def _row(name: str, right: Tensor, last: Tensor, gmacs: float, timing: Timing) -
     return CascadeRow(name, accuracy, mean_difference(right, last), gmacs, timing)
 
 
-def _mixture(right: dict[int, Tensor], mean_ms: dict[int, float], wanted_ms: float) -> Tensor:
-    """How often each image is right if two fixed degrees share the images to take a given time."""
-    by_time = sorted(mean_ms, key=mean_ms.__getitem__)
-    wanted_ms = min(max(wanted_ms, mean_ms[by_time[0]]), mean_ms[by_time[-1]])
+def right_at_time(right: dict[int, Tensor], times: dict[int, float], wanted: float) -> Tensor:
+    """How often each image is right [N] if two fixed degrees share the images to take a given time.
+
+    Above the time of the slowest degree that one answers all, below that of the fastest this one.
+
+    Args:
+        right: Whether each image is right (1 or 0) [N], by degree.
+        times: Mean time of an image by degree, in any unit.
+        wanted: Mean time of an image, in the same unit.
+    """
+    by_time = sorted(times, key=times.__getitem__)
+    wanted = min(max(wanted, times[by_time[0]]), times[by_time[-1]])
     for faster, slower in itertools.pairwise(by_time):
-        low, high = mean_ms[faster], mean_ms[slower]
-        if low <= wanted_ms <= high and high > low:
-            share = (wanted_ms - low) / (high - low)
+        low, high = times[faster], times[slower]
+        if low <= wanted <= high and high > low:
+            share = (wanted - low) / (high - low)
             return share * right[slower] + (1 - share) * right[faster]
     return right[by_time[-1]]

@@ -211,10 +211,10 @@ class SecondAnswers:
 
     def _limit(self, degree: int) -> float:
         """How sure an unsure answer may be to be sent on: a quantile of the last ones."""
-        recent = sorted(self._unsure[degree])
-        count = math.ceil(self.share * len(recent))
         if self.share >= 1:
             return math.inf
+        recent = sorted(self._unsure[degree])
+        count = math.ceil(self.share * len(recent))
         return recent[count - 1] if count else -math.inf
 
     def _watch(self, stages: CascadeStages) -> None:
