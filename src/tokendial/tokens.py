@@ -254,14 +254,19 @@ class Tokens:
     """[B, N] 1 for tokens that the last FFN processed, 0 for skipped ones; None: it processed all.
     """
     num_protected: int = 0
-    """Number of leading patch tokens that no reduction may touch."""
+    """Number of patch tokens that no reduction may touch: the leading ones, unless `protected` says
+    which."""
+    protected: Tensor | None = None
+    """[B, L] True for protected patches that stay in their places; None: they stand in front."""
 
-    def with_protected(self, mask_BL: Tensor) -> "Tokens":
-        """The same tokens, with some patches before the others, where no reduction touches them.
+    def with_protected(self, mask_BL: Tensor, *, in_place: bool) -> "Tokens":
+        """The same tokens, with patches that no reduction may touch.
 
         Args:
-            mask_BL: True for patches that are to be protected. As many are protected in every image
-                as in the one with the most; the others get some of their first patches as well.
+            mask_BL: True for patches that are to be protected.
+            in_place: Whether all patches stay where they are, in their grid. If not, protected ones
+                go before the others. As many are protected in every image then as in the one with
+                the most; the others get some of their first patches as well.
 
         Raises:
             ValueError: If the mask has another shape.
@@ -272,7 +277,11 @@ class Tokens:
                 f"mask must have {wanted[1]} patches for each of {wanted[0]} images, got "
                 f"{list(mask_BL.shape)}."
             )
-        order_BL = mask_BL.to(self.x.device).int().argsort(dim=1, descending=True, stable=True)
+        mask_BL = mask_BL.to(self.x.device)
+        most = int(mask_BL.sum(dim=1).max())
+        if in_place:
+            return dataclasses.replace(self, protected=mask_BL, num_protected=most)
+        order_BL = mask_BL.int().argsort(dim=1, descending=True, stable=True)
         prefix = torch.arange(self.prefix, device=order_BL.device).expand(order_BL.shape[0], -1)
         order_BN = torch.cat([prefix, self.prefix + order_BL], dim=1)
         origin = None if self.origin is None else order_BN.argsort(dim=1).gather(1, self.origin)
@@ -282,11 +291,13 @@ class Tokens:
             size=None if self.size is None else self.size.gather(1, order_BN),
             origin=origin,
             position=None if self.rope is None else order_BL,
-            num_protected=int(mask_BL.sum(dim=1).max()),
+            num_protected=most,
         )
 
     def guarded(self) -> "Tokens":
-        """These tokens as reductions see them: protected patches count as prefix tokens."""
+        """These tokens as reductions see them: protected patches in front are prefix tokens."""
+        if self.protected is not None:
+            return self
         return dataclasses.replace(self, prefix=self.prefix + self.num_protected)
 
     def with_tracking(self, *, follow_fused: bool = True) -> "Tokens":

@@ -21,6 +21,11 @@ METHODS = {
     "evit argmax": td.EViT(keep_rate=0.2, layers=(1, 3), rest="argmax"),
     "prune_merge": td.PruneMerge(r=20),
     "ffn_merge": td.FFNMerge(r=16),
+    "dynamicvit": td.DynamicViT(keep_rate=0.3, layers=(2, 3)),
+    "dyt": td.DyT(target_ratio=0.3),
+    "dyt topk": td.DyT(target_ratio=0.3, selection="topk"),
+    "dar": td.DAR(target_ratio=0.3),
+    "dar topk": td.DAR(target_ratio=0.3, selection="topk"),
 }
 MODELS = {name: td.wrap(tiny_vit(), reduce=method).eval() for name, method in METHODS.items()}
 PLAIN = td.wrap(tiny_vit()).eval()
@@ -58,6 +63,8 @@ def test_protected_patches_stay_tokens_of_their_own(name, mask, shared):
             assert (counts[held] == 1).all()
             if tokens.size is not None:
                 assert (tokens.size[image, held] == 1).all()
+            if tokens.selected is not None:
+                assert (tokens.selected[image, held] == 1).all()
             if number == 0:  # attention saw all tokens, and the FFN sees each token alone
                 protected = tokens.x[image, held]
                 torch.testing.assert_close(
@@ -110,6 +117,37 @@ def test_as_many_patches_are_protected_in_each_image():
     assert first.tokens.x.shape[1] == 65 - 8  # half of the sixteen that are left
 
 
+@pytest.mark.parametrize("selection", ["threshold", "topk"])
+@torch.no_grad()
+def test_patches_are_protected_beside_adapters_that_read_the_grid(selection):
+    reduce = td.DAR(target_ratio=0.3, selection=selection)
+    model = td.wrap(tiny_vit(), reduce=reduce, adapt=td.DARAdapter()).eval()
+    model.set_degree(0)
+    whole = model(images())
+    model.set_degree(model.degrees[-1])
+    mask = td.patches_in_boxes([[(0, 0, 8, 32)], []], (32, 32), (8, 8))
+    with model.protecting(mask):
+        steps = list(model.steps(images(), track=True))
+    patches = steps[-1].tokens.selected[:, 1:].reshape(2, 8, 8)
+    assert (patches[0, :, :2] == 1).all()
+    assert (patches[1] == 0).any()
+    with model.protecting(torch.ones(8, 8, dtype=torch.bool)):
+        torch.testing.assert_close(model(images()), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [td.DynamicViT(keep_rate=0.3, layers=(2,)), td.DyT(), td.DAR()])
+def test_patches_are_protected_in_training(method):
+    model = td.wrap(tiny_vit(), reduce=method).train()
+    mask = torch.rand(2, 8, 8) < 0.5
+    with model.protecting(mask):
+        tokens = list(model.steps(images(), track=True))[-1].tokens
+    seen = tokens.selected if tokens.policy is None else tokens.policy
+    held = tokens.origin[:, 1:][mask.flatten(1)]
+    image = torch.arange(2).repeat_interleave(mask.sum((1, 2)))
+    assert (seen[image, held] == 1).all()
+    assert (seen == 0).any()
+
+
 def test_attached_dials_protect_too():
     for name in ("CLIP", "DINOv2 features", "timm ViT", "open_clip"):
         model, pictures = whole_model(name)
@@ -146,8 +184,12 @@ def test_boxes_become_the_patches_that_they_touch():
         (td.ToMe(), None, torch.ones(64, dtype=torch.bool), r"got torch.bool \[64\]"),
         (td.ToMe(), None, torch.ones(9, 9, dtype=torch.bool), "must have 64 patches for each of 2"),
         (td.ToMe(), None, torch.ones(3, 8, 8, dtype=torch.bool), r"2 images, got \[3, 64\]"),
-        (td.DyT(), None, torch.ones(8, 8, dtype=torch.bool), "DyT cannot protect patches"),
-        (td.DynamicViT(layers=(2,)), None, torch.ones(8, 8, dtype=torch.bool), "DynamicViT cannot"),
+        (
+            td.FrameByFrame(reduce=td.ToMe(r=4)),
+            None,
+            torch.ones(8, 8, dtype=torch.bool),
+            "FrameByFrame cannot protect patches; use the method that it runs alone",
+        ),
         (
             td.FFNMerge(r=16, step=16),
             td.ConvPass(dim=4),

@@ -118,7 +118,7 @@ class DialViT(nn.Module):
         if track:
             tokens = tokens.with_tracking(follow_fused=follow_fused)
         if self._protected is not None and self.degree:
-            tokens = protect(tokens, self._protected)
+            tokens = protect(tokens, self._protected, self.reducer)
         return tokens
 
     @contextmanager
@@ -126,8 +126,9 @@ class DialViT(nn.Module):
         """Leave chosen patches alone while a block of code runs.
 
         Each of them stays a token of its own: it is not dropped, merges into none, and absorbs
-        none. Fewer tokens are left to reduce, so a degree may reduce less. In a batch, as many
-        patches are protected in every image as in the one with the most.
+        none, and every FFN processes it. Fewer tokens are left to reduce, so a degree may reduce
+        less. In a batch, methods that drop or merge protect as many patches in every image as in
+        the one with the most.
 
         Args:
             mask: Bool, True for patches to protect: [rows, columns] for all images, or
@@ -146,7 +147,8 @@ class DialViT(nn.Module):
             ...     logits = model(torch.randn(1, 3, 64, 64))
         """
         check_mask(mask, self.reducer)
-        if self.adapter.needs_grid:
+        in_place = self.reducer is not None and self.reducer.protects_in_place
+        if self.adapter.needs_grid and not in_place:
             raise ValueError(
                 f"{type(self.adapt_config).__name__} needs the grid of patches, which protected "
                 "ones leave."

@@ -84,7 +84,7 @@ class BlocksDial(TowerDial):
         grid = (1, x_BPD.shape[1] - prefix)
         tokens = Tokens(self._patches_last(x_BPD), prefix, grid).with_tracking(follow_fused=False)
         if self.protected is not None:
-            tokens = protect(tokens, self.protected)
+            tokens = protect(tokens, self.protected, self.reducer)
         if valid_BP is None:
             return tokens
         if self.protected is not None:

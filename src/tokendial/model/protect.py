@@ -20,24 +20,24 @@ def check_mask(mask: Tensor, reducer: Reducer | None) -> None:
         )
     if reducer is not None and not reducer.protects:
         name = type(reducer).__name__.removesuffix("Reducer")
-        raise ValueError(
-            f"{name} cannot protect patches; ToMe, PiToMe, EViT, PruneMerge and FFNMerge can."
-        )
+        raise ValueError(f"{name} cannot protect patches; use the method that it runs alone.")
 
 
-def protect(tokens: Tokens, mask: Tensor) -> Tokens:
+def protect(tokens: Tokens, mask: Tensor, reducer: Reducer | None) -> Tokens:
     """The tokens that enter the first block, with the patches of a mask protected.
 
     Args:
         tokens: Tokens of B images.
         mask: [rows, columns] for all images, or [B, rows, columns].
+        reducer: The reduction method, which says where it looks for them.
 
     Raises:
         ValueError: If the mask does not have the patches of these images.
     """
     images = tokens.x.shape[0]
     each = mask.expand(images, -1, -1) if mask.dim() == 2 else mask
-    return tokens.with_protected(each.flatten(1))
+    in_place = reducer is not None and reducer.protects_in_place
+    return tokens.with_protected(each.flatten(1), in_place=in_place)
 
 
 def patches_in_boxes(

@@ -61,7 +61,9 @@ class Reducer(nn.Module, ABC):
     """Whether all tokens leave every block, so that adapters can read the complete patch grid."""
     protects: bool = True
     """Whether the method can leave chosen patches alone: it reduces what follows the prefix tokens,
-    wherever it stands."""
+    wherever it stands, or reads `Tokens.protected`."""
+    protects_in_place: bool = False
+    """Whether protected patches stay in their grid, and `Tokens.protected` says which they are."""
     extra_passes: frozenset[str] = frozenset()
     """Optional passes of `TrainingPasses` that `losses` reads: "complete", "teacher"."""
     proportional_attention: bool = False

@@ -105,7 +105,6 @@ class KeepPredictor(nn.Module):
 class DynamicViTReducer(Reducer):
     """Runs DynamicViT. The degree is the position in the list of keep rates of `make_rate_dial`."""
 
-    protects = False
     extra_passes = frozenset({"teacher"})
 
     def __init__(self, config: DynamicViT, vit: ViTShape) -> None:
@@ -134,13 +133,16 @@ class DynamicViTReducer(Reducer):
             scores = self.predictors[stage](patches, before)
             # Gradients of the drawn decision are those of the soft decision (straight-through).
             drawn = F.gumbel_softmax(scores, hard=True)[..., 0] * before
-            policy = torch.cat([tokens.policy[:, : tokens.prefix], drawn], dim=1)
+            always, drawn = before[:, : tokens.num_protected], drawn[:, tokens.num_protected :]
+            policy = torch.cat([tokens.policy[:, : tokens.prefix], always, drawn], dim=1)
             return replace(tokens, policy=policy)
         scores = self.predictors[stage](patches, torch.ones_like(patches[..., 0]))[..., 0]
         rows, columns = tokens.grid
-        patches_at_first = tokens.grids * rows * columns
+        patches_at_first = tokens.grids * rows * columns - tokens.num_protected
         count = max(1, int(patches_at_first * self.rates[degree] ** (stage + 1)))
-        keep = best_tokens(scores, count, tokens.prefix)
+        # The predictor sees protected patches too; they are kept whatever it says.
+        first = tokens.num_protected
+        keep = best_tokens(scores[:, first:], count, tokens.prefix + first)
         return tokens.apply_grouping(Grouping.keep_only(keep, tokens.x.shape[1]))
 
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class Selector(Reducer):
     """
 
     keeps_grid = True
-    protects = False
+    protects_in_place = True
     temperature = 5.0
     """Temperature of the sigmoid in training."""
     dispatchers: nn.ModuleList
@@ -134,10 +134,13 @@ class Selector(Reducer):
     ) -> tuple[Tensor, Tensor | None]:
         """Run the FFN on the selected patch tokens and on all prefix tokens."""
         logits_BL = self.logits(layer, tokens)
+        if tokens.protected is not None:
+            logits_BL = logits_BL.masked_fill(tokens.protected, torch.inf)
         # The meta device counts costs and has no values to compare with a threshold: there, the
         # fraction of the degree decides.
         if not self.training and (self.config.selection == "topk" or logits_BL.is_meta):
             count = num_kept_tokens(logits_BL.shape[1], self.share(degree))
+            count = max(count, tokens.num_protected)
             return _run_ffn_on_best(ffn, tokens, logits_BL, count)
         logits_BL = logits_BL - self.threshold(degree)
         always = logits_BL.new_ones(logits_BL.shape[0], tokens.prefix)
