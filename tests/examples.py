@@ -30,6 +30,9 @@ REDUCERS = {
     "ffn_merge": td.FFNMerge(r=16),
     "pitome": td.PiToMe(r=8),
     "prune_merge": td.PruneMerge(r=8),
+    "learnt_metric": td.LearntMetric(r=8, dim=8),
+    # Windows have to divide every grid that the tests use; test_in_windows.py has more of them.
+    "in_windows": td.InWindows(reduce=td.ToMe(r=8), windows=(1, 1)),
     "frame_by_frame": td.FrameByFrame(reduce=td.ToMe(r=8)),
 }
 ADAPTERS = {
@@ -56,15 +59,16 @@ ADAPTERS = {
 }
 # Adapters that need the complete token grid, and reducers that do not keep it.
 ON_THE_GRID = {"dar", "convpass"}
-SHRINKING = {"tome", "pitome", "prune_merge", "evit", "dynamicvit", "frame_by_frame"}
+AS_TOME = {"frame_by_frame", "in_windows", "pitome", "prune_merge", "learnt_metric"}
+SHRINKING = {"tome", "evit", "dynamicvit"} | AS_TOME
 PAIRS = {
     f"{reduce}-{adapt}": (REDUCERS[reduce], ADAPTERS[adapt])
     for reduce in REDUCERS
     for adapt in ADAPTERS
     if not (adapt in ON_THE_GRID and reduce in SHRINKING)
-    # FrameByFrame only calls another method, and the other two reduce where ToMe does: adapters see
-    # no difference.
-    and (reduce not in {"frame_by_frame", "pitome", "prune_merge"} or adapt == "dense_adapter")
+    # FrameByFrame and InWindows only call another method, and the others reduce where ToMe does:
+    # adapters see no difference.
+    and (reduce not in AS_TOME or adapt == "dense_adapter")
 }
 
 

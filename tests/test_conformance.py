@@ -208,7 +208,8 @@ def replay_choices(monkeypatch, model):
     if hasattr(model.reducer, "logits"):
         logits = model.reducer.logits
         monkeypatch.setattr(model.reducer, "logits", lambda n, x: same(("logits", n), logits(n, x)))
-    for number, predictor in enumerate(getattr(model.reducer, "predictors", ())):
+    scorers = [*getattr(model.reducer, "predictors", ()), *getattr(model.reducer, "metrics", ())]
+    for number, predictor in enumerate(scorers):
         scores = predictor.forward
         monkeypatch.setattr(
             predictor, "forward", lambda *a, n=number, f=scores: same(("scores", n), f(*a))

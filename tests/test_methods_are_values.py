@@ -84,7 +84,18 @@ SETTINGS = {
         "first_layers": st.integers(0, 12) | st.none(),
         "proportional_attention": flags,
     },
+    td.LearntMetric: {
+        "r": r,
+        "dim": counts,
+        "targets": counts,
+        "temperatures": st.lists(st.floats(0.01, 1.0), min_size=2, max_size=2),
+        "proportional_attention": flags,
+    },
     td.FFNMerge: {"r": st.integers(0, 9).map(lambda n: 32 * n), "step": st.just(32), **matching},
+    td.InWindows: {
+        "reduce": st.sampled_from([td.ToMe(r=[8, 1]), {"name": "evit", "r": [[1], [2]]}]),
+        "windows": st.lists(counts, min_size=2, max_size=2),
+    },
     td.FrameByFrame: {
         "reduce": st.sampled_from([td.ToMe(r=[8, 1]), {"name": "evit", "r": [[1], [2]]}])
     },
@@ -133,7 +144,7 @@ SETTINGS = {
     },
     td.UpConvDecoder: {"num_classes": counts, "channels": st.lists(counts, min_size=1)},
 }
-REQUIRED = {"reduce", "method"}  # of FrameByFrame and PEFT, which have no default
+REQUIRED = {"reduce", "method"}  # of FrameByFrame, InWindows and PEFT, which have no default
 
 
 @st.composite

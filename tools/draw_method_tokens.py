@@ -29,10 +29,12 @@ UNTRAINED = {
     "ffn-merge": td.FFNMerge(r=60),
     "pitome": td.PiToMe(r=10),
     "prune-merge": td.PruneMerge(r=10),
+    "in-windows": td.InWindows(reduce=td.ToMe(r=3), windows=(2, 2)),
 }
 COUNTING = ("adapt={name: adaptformer, dim: 16}", f"data.img_size={SIDE}", "data.train_size=500")
 TRAINED = {
     "dynamicvit": ("demo", ("reduce={name: dynamicvit, keep_rate: 0.6}", *COUNTING)),
+    "learnt-metric": ("demo", ("reduce={name: learnt_metric, r: 10}", *COUNTING)),
     "dyt": ("demo", ("reduce={name: dyt, target_ratio: 0.5}", *COUNTING)),
     "dar": ("demo_masks", (f"data.img_size={SIDE}", "data.train_size=400")),
 }

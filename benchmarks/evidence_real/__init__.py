@@ -27,6 +27,7 @@ TABLES = {
     "dense_trained": "masks of DAR and DAR*, and of what they are compared with",
     "diversity": "diversity of attention by layer, with and without reduction",
     "zero_training": "nearest neighbours and agreement of reduction methods without training",
+    "compare_reducers": "reduction methods with constant and with fitted schedules, untrained",
 }
 
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__)
-        print("\n".join(f"  {table:16}{text}" for table, text in TABLES.items()))
+        print("\n".join(f"  {table:18}{text}" for table, text in TABLES.items()))
         return
     if name not in TABLES:
         raise ValueError(f"TABLE must be one of {', '.join(TABLES)}, got {name}.")

@@ -136,15 +136,19 @@ def _macs(side: int, options: Options) -> int:
 
 @torch.inference_mode()
 def compute_features(
-    data: str, reduction: Reduction, options: Options, *, precision: str
+    data: str,
+    side: int,
+    config: ReducerConfig | None,
+    options: Options,
+    *,
+    precision: str = "bf16",
 ) -> dict[str, np.ndarray]:
-    """Class tokens after the final norm of training and test images."""
-    side, config, share = setting(reduction, options)
+    """Class tokens after the final norm of training and test images, shown at a side in pixels."""
     model = td.wrap(backbone(side, options), reduce=config).eval()
     model.skip_unread_patches = True
     mean_, std = (torch.tensor(v).view(3, 1, 1) for v in model.anatomy.statistics)
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-    found: dict[str, np.ndarray] = {"share": np.array(share)}
+    found: dict[str, np.ndarray] = {}
     for part, (images, labels) in load_data(data, options).items():
         features = []
         for batch in images.split(64):
@@ -159,9 +163,15 @@ def compute_features(
 def features(
     data: str, reduction: Reduction, options: Options, *, precision: str = "bf16"
 ) -> dict[str, np.ndarray]:
-    """What `compute_features` returns, from its file if it was computed before."""
+    """Features of a reduction and its "share" of the cost, from a file if computed before."""
     path = options.out / "zero_training" / data / f"{reduction.name}-{precision}.npz"
-    return cached(path, lambda: compute_features(data, reduction, options, precision=precision))
+
+    def compute() -> dict[str, np.ndarray]:
+        side, config, share = setting(reduction, options)
+        found = compute_features(data, side, config, options, precision=precision)
+        return {"share": np.array(share), **found}
+
+    return cached(path, compute)
 
 
 def compute(data: str, options: Options) -> None:

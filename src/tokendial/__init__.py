@@ -52,11 +52,14 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.reduce import EViT as EViT
     from tokendial.reduce import FFNMerge as FFNMerge
     from tokendial.reduce import FrameByFrame as FrameByFrame
+    from tokendial.reduce import InWindows as InWindows
+    from tokendial.reduce import LearntMetric as LearntMetric
     from tokendial.reduce import PiToMe as PiToMe
     from tokendial.reduce import PruneMerge as PruneMerge
     from tokendial.reduce import Reducer as Reducer
     from tokendial.reduce import ReducerConfig as ReducerConfig
     from tokendial.reduce import ToMe as ToMe
+    from tokendial.reduce import preset as preset
     from tokendial.reference import load_reference as load_reference
     from tokendial.runtimes import ExportedViT as ExportedViT
     from tokendial.runtimes import Runtime as Runtime
@@ -87,8 +90,8 @@ _NAMES = {
     "model.protect": "patches_in_boxes",
     "model.wrap": "wrap",
     "open_vocabulary": "ProxyCLIP ProxyCLIPConfig",
-    "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame PiToMe PruneMerge Reducer"
-    " ReducerConfig ToMe",
+    "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame InWindows LearntMetric PiToMe"
+    " PruneMerge Reducer ReducerConfig ToMe preset",
     "reference": "load_reference",
     "runtimes": "ExportedViT Runtime",
     "shape": "ViTShape",

@@ -28,6 +28,8 @@ class ByProducts:
     """[B, H, N, N] the whole attention map; rows are queries."""
     shift: Tensor | None = None
     """[B, N] length of what the attention branch adds to each token. The block measures it."""
+    attention_input: Tensor | None = None
+    """[B, N, D] normalised tokens that attention reads. The block hands them over."""
 
 
 @dataclass(frozen=True, slots=True)

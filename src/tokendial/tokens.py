@@ -282,6 +282,14 @@ class Tokens:
         if in_place:
             return dataclasses.replace(self, protected=mask_BL, num_protected=most)
         order_BL = mask_BL.int().argsort(dim=1, descending=True, stable=True)
+        return dataclasses.replace(self.reordered(order_BL), num_protected=most)
+
+    def reordered(self, order_BL: Tensor) -> "Tokens":
+        """The same tokens, patches in another order; for tokens that enter the first block.
+
+        Args:
+            order_BL: The patch that comes to each place.
+        """
         prefix = torch.arange(self.prefix, device=order_BL.device).expand(order_BL.shape[0], -1)
         order_BN = torch.cat([prefix, self.prefix + order_BL], dim=1)
         origin = None if self.origin is None else order_BN.argsort(dim=1).gather(1, self.origin)
@@ -291,7 +299,6 @@ class Tokens:
             size=None if self.size is None else self.size.gather(1, order_BN),
             origin=origin,
             position=None if self.rope is None else order_BL,
-            num_protected=most,
         )
 
     def guarded(self) -> "Tokens":

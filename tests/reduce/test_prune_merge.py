@@ -153,8 +153,8 @@ def test_a_backbone_without_a_class_token_needs_the_mean():
     [
         ({"r": -1}, "r must be an integer of at least 0"),
         ({"prune_share": 1.5}, r"prune_share must lie in \[0, 1\], got 1.5"),
-        ({"pruned": [1]}, "pruned must be a list of numbers, and so must r"),
-        ({"pruned": 1, "r": [2]}, "pruned must be a list of numbers"),
+        ({"pruned": [1]}, "pruned must be a list of integers, and so must r"),
+        ({"pruned": 1, "r": [2]}, "pruned must be a list of integers"),
         (
             {"pruned": [3], "r": [2]},
             r"pruned must be at most r in each layer, got \[3\] and r=\[2\]",

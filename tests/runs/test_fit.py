@@ -63,9 +63,25 @@ def test_images_of_a_folder_replace_missing_training_images(cli, run, digits, tm
     assert td.load(moved / "fitted").degrees == (0, 1)
 
 
+def test_a_fit_starts_from_an_earlier_one(fit, run, tmp_path):
+    whole = run.model().cost(0).gmacs
+    assert fit("--gmacs", 0.7 * whole, "--out", tmp_path / "first")[0] == 0
+    first = td.load(tmp_path / "first").reduce_config.r
+    again = ("--start-from", tmp_path / "first", "--reduce", "pitome", "--out", tmp_path / "next")
+    code, _, err = fit("--gmacs", 0.7 * whole, *again)
+    assert (code, err) == (0, "")
+    told = json.loads((tmp_path / "next" / "fit.json").read_text())
+    assert list(first[0]) in [point["removed"] for point in told["searched"]]
+    assert told["reduce"]["name"] == "pitome"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--gmacs", "0.001", "--start-from", "vit_unknown"],
+            "start_from must be a folder that holds a fit, or a backbone with a preset (vit_small",
+        ),
         ([], "give one of speedup, latency_ms, gmacs"),
         (["--speedup", "fast"], "speedup must look like 2 or 1.5,2,3, got 'fast'"),
         (["--speedup", "-1"], "speedup must be above 0, got -1"),

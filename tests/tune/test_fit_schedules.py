@@ -40,6 +40,56 @@ def test_counted_budgets_are_kept_and_become_degrees(reduce):
 
 
 @torch.no_grad()
+def test_budgets_of_a_model_in_half_precision_are_counted():
+    model = td.wrap(tiny_vit(depth=2)).eval().bfloat16()
+    fitted = td.fit(model, images(8), gmacs=0.7 * model.cost().gmacs, minutes=0.05)
+    assert td.wrap(model.vit, reduce=fitted.reduce).cost(1).gmacs <= fitted.degrees[0].budget
+
+
+@torch.no_grad()
+def test_other_images_decide_between_the_best_schedules():
+    """What the search likes best on its own eight images is not the best on the others here."""
+    model = td.wrap(tiny_vit(depth=3)).eval()
+    seen = torch.cat([images(8), 3 * images(32).flip(1) + 1])
+    fitted = td.fit(model, seen, gmacs=0.6 * model.cost().gmacs, minutes=0.05)
+    (found,) = (degree.found for degree in fitted.degrees)
+    others = seen[fitted.images :][: fitted.images_judged]
+
+    def divergence(removed):
+        reduced = td.wrap(model.vit, reduce=td.ToMe(r=list(removed))).eval()
+        p, q = model(others).log_softmax(-1), reduced(others).log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    allowed = [point for point in fitted.searched if point.cost <= found.cost]
+    favourite = min(allowed, key=lambda point: point.divergence)
+    assert favourite.removed != found.removed
+    assert found.divergence == pytest.approx(divergence(found.removed), rel=1e-3)
+    assert found.divergence < divergence(favourite.removed)
+
+
+@torch.no_grad()
+def test_the_schedules_of_the_method_are_compared_too():
+    model = td.wrap(tiny_vit(depth=3)).eval()
+    start = td.ToMe(r=[[0.0, 0.5, 0.0]])
+    settings = {"gmacs": 0.8 * model.cost().gmacs, "minutes": 0.05}
+    fitted = td.fit(model, images(8), reduce=start, **settings)
+    # Scaled to the budget, only the second layer removes tokens.
+    removed = max(
+        (point.removed for point in fitted.searched if not point.removed[0] + point.removed[2]),
+        key=sum,
+    )
+    others = {point.removed for point in td.fit(model, images(8), **settings).searched}
+    assert removed[1] > 1
+    assert removed not in others
+
+
+def test_schedules_of_more_layers_than_the_model_has_are_refused():
+    model = td.wrap(tiny_vit(depth=2))
+    with pytest.raises(ValueError, match=r"r must have at most 2 entries \(one per layer\), got 3"):
+        td.fit(model, images(2), gmacs=0.01, reduce=td.ToMe(r=[1, 1, 1]))
+
+
+@torch.no_grad()
 def test_agreement_is_that_of_the_model_with_itself():
     model = td.wrap(tiny_vit(depth=2)).eval()
     seen = images(8)
@@ -188,7 +238,8 @@ def test_a_model_without_a_head_agrees_by_what_it_gives(agree_by, settings):
     dial = td.wrap(copy.deepcopy(vit), reduce=fitted.reduce, **settings).eval()
     if model.decoder:
         dial.decoder.load_state_dict(model.decoder.state_dict())
-    divergence, same = by_hand(expected, *outputs_of(dial, expected, seen))
+    assert (fitted.images, fitted.images_judged) == (8, 8)
+    divergence, same = by_hand(expected, *outputs_of(dial, expected, seen[8:]))
     found = fitted.degrees[0].found
     assert divergence > 1e-4
     assert same < 1
@@ -214,7 +265,7 @@ def test_as_many_maps_are_compared_as_memory_allows(monkeypatch):
     notes = []
     fitted = td.fit(model, images(16), agree_by="feature_map", note=notes.append, **settings)
     assert fitted.images == 8
-    assert "searching on 8 of 16 images" in notes
+    assert "searching on 8 of 16 images, judging on 8 others" in notes
     assert any("1 - cosine" in note for note in notes)
 
 
@@ -252,6 +303,7 @@ def fitted_at(cost, *, spread=0.0):
         unreduced=10.0,
         batch_size=8,
         images=8,
+        images_judged=8,
         degrees=(FittedDegree(1, 1.5, point, None),),
         searched=(),
         constants=(),

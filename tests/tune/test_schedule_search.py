@@ -99,6 +99,25 @@ def test_without_time_the_best_start_is_found():
     assert table.schedule_cost(found) <= 0.8 * table.schedule_cost(space.none)
 
 
+@pytest.mark.parametrize("share", [0.7, 0.9])
+def test_a_given_schedule_is_scaled_to_the_limit(share):
+    """Without time, a schedule of another cost leads to one that no simple schedule equals."""
+    weights = [4.0, 4.0, 0.1, 4.0, 4.0]
+    simple = space_of("tome")
+    table = table_of(simple, 0.0)
+    least, whole = (table.schedule_cost(s) for s in (simple.strongest, simple.none))
+    most = least + share * (whole - least)
+    given = ScheduleSpace(td.ToMe(r=[1, 1, 6, 1, 1]), simple.shape)
+    divergences = []
+    for space in (simple, given):
+        judge = judge_of(space, weights)
+        search = ScheduleSearch(space, table, judge, time_is_up=lambda: True)
+        found = search.run(most)
+        assert table.schedule_cost(found) <= most
+        divergences.append(search.divergence(found))
+    assert divergences[1] < divergences[0]
+
+
 class Known:
     """A meter of blocks whose costs are known; every second round something else is running."""
 

@@ -50,7 +50,16 @@ def fit(
     reduce: Annotated[
         str | None,
         typer.Option(
-            help="Reduction method, tome or evit (default: the run's, or tome if it has none)."
+            help="Reduction method, one that removes tokens by number: tome, evit, pitome or "
+            "prune_merge (default: the run's, or tome if it has none)."
+        ),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Schedules to start the search from: a folder that an earlier fit wrote, or the "
+            "name of a backbone with a preset, such as vit_small_patch14_dinov2 (default: those "
+            "of MODEL, if it was fitted)."
         ),
     ] = None,
     agree_by: Annotated[
@@ -109,6 +118,7 @@ def fit(
         folder,
         {kind: _numbers(kind, text) for kind, text in budgets.items() if text is not None},
         reduce=reduce,
+        start_from=start_from,
         agree_by=agree_by.value if agree_by else None,
         calibration=calibration,
         images=images,

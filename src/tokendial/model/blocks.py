@@ -97,6 +97,8 @@ class BlockRunner:
         heads, attended = self._attend(layer, x, tokens, needs, prefix_only)
         if prefix_only:
             tokens, x = tokens.prefix_only(), x[:, : tokens.prefix]
+        if "attention_input" in needs:
+            attended.attention_input = x
         change = self.anatomy.attention_branch(layer, heads, x)
         if "shift" in needs:
             attended.shift = torch.linalg.vector_norm(change.detach(), dim=-1, dtype=torch.float32)
@@ -119,7 +121,7 @@ class BlockRunner:
             dropout=dropout,
             size_BM=tokens.size if weighs_sizes else None,
             policy_BN=tokens.policy,
-            needs=needs - {"shift"},
+            needs=needs - {"shift", "attention_input"},
             kernel=self.kernel,
         )
 

@@ -8,7 +8,10 @@ from tokendial.reduce.dyt import DyT
 from tokendial.reduce.evit import EViT
 from tokendial.reduce.ffn_merge import FFNMerge
 from tokendial.reduce.frame_by_frame import FrameByFrame
+from tokendial.reduce.in_windows import InWindows
+from tokendial.reduce.learnt_metric import LearntMetric
 from tokendial.reduce.pitome import PiToMe
+from tokendial.reduce.presets import preset
 from tokendial.reduce.prune_merge import PruneMerge
 from tokendial.reduce.tome import ToMe
 from tokendial.shape import ViTShape
@@ -21,6 +24,8 @@ __all__ = [
     "FFNMerge",
     "ForwardPass",
     "FrameByFrame",
+    "InWindows",
+    "LearntMetric",
     "PiToMe",
     "PruneMerge",
     "Reducer",
@@ -28,4 +33,5 @@ __all__ = [
     "ToMe",
     "TrainingPasses",
     "ViTShape",
+    "preset",
 ]

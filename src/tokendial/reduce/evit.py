@@ -59,10 +59,11 @@ class EViT(ScheduledConfig):
     fraction per layer of `layers`. None if `r` is set."""
     layers: tuple[int, ...] = (4, 7, 10)
     """Layers that reduce, counted from 1. Not used if `r` is set: then all layers reduce."""
-    r: int | Sequence[int] | Sequence[Sequence[int]] | None = None
+    r: int | Sequence[int | float] | Sequence[Sequence[int | float]] | None = None
     """Tokens that each layer removes, instead of a keep rate: one number for all layers; a list
     with one number per layer (missing last layers remove none); or a list of such lists, one for
-    each degree from 1 up, from the most to the least expensive."""
+    each degree from 1 up, from the most to the least expensive. In a list, a float is a share of
+    the image's patches."""
     rest: Literal["merge", "argmax", "drop"] = "merge"
     """What happens to the tokens that are not kept: "merge" fuses them into one token, "argmax"
     keeps one more token (the most attended of them), "drop" removes them all."""

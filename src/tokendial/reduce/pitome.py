@@ -37,10 +37,11 @@ most half of its tokens."""
 class PiToMe(ScheduledConfig):
     """PiToMe: merge tokens that many others resemble, in each layer, between attention and FFN."""
 
-    r: int | Sequence[int] | Sequence[Sequence[int]] | None = None
+    r: int | Sequence[int | float] | Sequence[Sequence[int | float]] | None = None
     """Tokens that each layer merges: one number for all layers; a list with one number per layer
     (missing last layers merge none); or a list of such lists, one for each degree from 1 up, from
-    the most to the least expensive. None: 8, unless `keep_ratio` is set."""
+    the most to the least expensive. In a list, a float is a share of the image's patches. None: 8,
+    unless `keep_ratio` is set."""
     keep_ratio: float | None = None
     """Instead of `r`: fraction of the patch tokens that each layer keeps, in [0.5, 1]. The paper
     has 0.9 to 0.95."""

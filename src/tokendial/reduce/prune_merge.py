@@ -42,10 +42,10 @@ from tokendial.tokens import Grouping, Tokens, take
 class PruneMerge(ScheduledConfig):
     """PruneMerge: in each layer, drop the least attended tokens and merge the next ones."""
 
-    r: int | Sequence[int] | Sequence[Sequence[int]] = 8
+    r: int | Sequence[int | float] | Sequence[Sequence[int | float]] = 8
     """Tokens that each layer removes: one number for all layers; a list with one number per layer
     (missing last layers remove none); or a list of such lists, one for each degree from 1 up, from
-    the most to the least expensive."""
+    the most to the least expensive. In a list, a float is a share of the image's patches."""
     prune_share: float = 0.5
     """Share of the removed tokens that is dropped, in [0, 1], rounded down to whole tokens. The
     others are merged into the most similar token that stays."""
@@ -64,9 +64,11 @@ class PruneMerge(ScheduledConfig):
             raise ValueError(f"prune_share must lie in [0, 1], got {share!r}.")
         if self.pruned is not None:
             pruned = freeze_removal(self.pruned)
-            if not (isinstance(pruned, PerLayer) and isinstance(self.r, PerLayer)):
+            if not (isinstance(pruned, PerLayer) and isinstance(self.r, PerLayer)) or any(
+                isinstance(each, float) for each in (*pruned, *self.r)
+            ):
                 raise ValueError(
-                    "pruned must be a list of numbers, and so must r, got "
+                    "pruned must be a list of integers, and so must r, got "
                     f"pruned={self.pruned!r} and r={self.r!r}."
                 )
             if len(pruned) > len(self.r) or any(

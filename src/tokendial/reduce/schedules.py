@@ -1,8 +1,12 @@
-"""Schedules: how many tokens each layer removes, written as one list or one list per degree."""
+"""Schedules: how many tokens each layer removes, written as one list or one list per degree.
+
+A layer's entry is a number of tokens (an integer), or a share of the image's patches (a float) that
+means the same at every image size.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Self, TypeAlias, TypeGuard
+from typing import Any, Self, TypeAlias, TypeGuard
 
 from tokendial.reduce.base import ReducerConfig
 from tokendial.shape import ViTShape
@@ -10,6 +14,21 @@ from tokendial.shape import ViTShape
 
 class ScheduledConfig(ReducerConfig):
     """Settings that can say how many tokens each layer removes. `td.fit` finds such schedules."""
+
+    r: Any
+    """Tokens that each layer removes: one number, one schedule, one schedule for each degree, or
+    None where the settings say it in another way."""
+
+    def schedules(self, vit: ViTShape) -> list[list[int]]:
+        """Tokens that each layer of a backbone removes at degree 1, 2, ...; [] unless `r` is lists.
+
+        Raises:
+            ValueError: If the lists do not fit the backbone, see `make_schedule_dial`.
+        """
+        r = None if self.r is None else freeze_removal(self.r)
+        if r is None or isinstance(r, int):
+            return []
+        return make_schedule_dial(r, vit, self.max_removed)[1:]
 
     @abstractmethod
     def max_removed(self, num_patches: int) -> int:
@@ -24,8 +43,10 @@ class ScheduledConfig(ReducerConfig):
         """
 
 
-class PerLayer(tuple[int, ...]):
-    """Number of tokens to remove in each layer, from the first on; an unchangeable list.
+class PerLayer(tuple[int | float, ...]):
+    """What to remove in each layer, from the first on; an unchangeable list.
+
+    An integer is a number of tokens, a float a share of the patches that enter the first layer.
 
     It is a class of its own because `ToMe` reads a plain tuple of two numbers as (r, inflection).
     It prints as a list, so that the printed form of a method can be read back.
@@ -36,6 +57,27 @@ class PerLayer(tuple[int, ...]):
     def __repr__(self) -> str:
         return repr(list(self))
 
+    def counts(self, num_patches: int) -> list[int]:
+        """Number of tokens to remove in each layer.
+
+        Shares add up before they are rounded, so that many small ones are not lost.
+
+        Args:
+            num_patches: Patch tokens that enter the first layer.
+
+        Example:
+            >>> PerLayer([0.1, 0.1, 3]).counts(16)
+            [2, 1, 3]
+        """
+        counts, share = [], 0.0
+        for each in self:
+            if isinstance(each, int):
+                counts.append(each)
+            else:
+                counts.append(round((share + each) * num_patches) - round(share * num_patches))
+                share += each
+        return counts
+
 
 Removal: TypeAlias = int | PerLayer | tuple[PerLayer, ...]
 """Tokens to remove: one number for every layer, one per layer, or one list for each degree."""
@@ -45,12 +87,13 @@ def freeze_removal(r: object) -> Removal:
     """Return the checked and hashable form of `r`.
 
     Args:
-        r: One number, a list with one number per layer, or a list of such lists, one for each
-            degree from 1 up. Tuples may stand for lists.
+        r: One number of tokens, a list with one entry per layer, or a list of such lists, one for
+            each degree from 1 up. In a list, a float is a share of the image's patches. Tuples may
+            stand for lists.
 
     Raises:
-        ValueError: If a number is no integer of at least 0, a list is empty, or a list holds both
-            lists and numbers.
+        ValueError: If a number is below 0, a share is above 1, a list is empty, or a list holds
+            both lists and numbers.
     """
     if type(r) is int and r >= 0:
         return r
@@ -59,14 +102,18 @@ def freeze_removal(r: object) -> Removal:
     if isinstance(r, list | tuple) and r and all(map(_is_schedule, r)):
         return tuple(map(PerLayer, r))
     raise ValueError(
-        f"r must be an integer of at least 0, or a list of them (or of such lists), got {r!r}."
+        "r must be an integer of at least 0, or a list of integers of at least 0 and shares of the "
+        f"patches in [0.0, 1.0] (or a list of such lists), got {r!r}."
     )
 
 
-def _is_schedule(value: object) -> TypeGuard[Sequence[int]]:
+def _is_schedule(value: object) -> TypeGuard[Sequence[int | float]]:
     if not isinstance(value, list | tuple) or not value:
         return False
-    return all(type(count) is int and count >= 0 for count in value)
+    return all(
+        (type(each) is int and each >= 0) or (type(each) is float and 0.0 <= each <= 1.0)
+        for each in value
+    )
 
 
 def make_schedule_dial(
@@ -88,7 +135,8 @@ def make_schedule_dial(
     if (longest := max(map(len, schedules))) > vit.depth:
         raise ValueError(f"r must have at most {vit.depth} entries (one per layer), got {longest}.")
     dial = [[0] * vit.depth]
-    dial += [[*schedule, *[0] * (vit.depth - len(schedule))] for schedule in schedules]
+    for schedule in schedules:
+        dial.append([*schedule.counts(vit.num_patches), *[0] * (vit.depth - len(schedule))])
     kept = [sum(patches_after_layers(vit.num_patches, schedule, max_removed)) for schedule in dial]
     for degree in range(2, len(dial)):
         if kept[degree] > kept[degree - 1]:

@@ -41,10 +41,11 @@ T = TypeVar("T")
 class ToMe(ScheduledConfig):
     """ToMe: merge the `r` most similar pairs of tokens in each layer, between attention and FFN."""
 
-    r: int | Sequence[int] | Sequence[Sequence[int]] | tuple[int, float] = 8
+    r: int | Sequence[int | float] | Sequence[Sequence[int | float]] | tuple[int, float] = 8
     """Tokens that each layer merges: one number for all layers; a list with one number per layer
     (missing last layers merge none); or a list of such lists, one for each degree from 1 up, from
-    the most to the least expensive. In Python, a tuple (r, inflection) sets both fields."""
+    the most to the least expensive. In a list, a float is a share of the image's patches: 0.05 of
+    196 are 10 tokens. In Python, a tuple (r, inflection) sets both fields."""
     inflection: float = 0.0
     """Slope of `r` over the layers, in [-1, 1]: 0 merges `r` tokens in each layer, 1 merges from 0
     in the first to 2r in the last layer, -1 from 2r to 0. Needs `r` to be one number."""

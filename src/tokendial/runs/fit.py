@@ -11,12 +11,16 @@ from torch import Tensor
 from tokendial.data.readers.images import list_images, read_image
 from tokendial.data.transforms.image import Transform
 from tokendial.methods import from_json
+from tokendial.model.dial_vit import DialViT
+from tokendial.reduce.presets import all_presets, preset
+from tokendial.reduce.schedules import ScheduledConfig
 from tokendial.runs.derived_run import write_derived_run
 from tokendial.runs.device import default_device
 from tokendial.runs.model_source import ModelSource, OpenedModel
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification
 from tokendial.tune import DTYPES, AgreeBy, FitResult, Precision, fit
+from tokendial.tune.fit_arguments import method_to_fit
 
 FIT_FILE = "fit.json"
 """File that records the search beside a fitted model. A fit may replace folders that hold it."""
@@ -28,6 +32,7 @@ def fit_run(
     budgets: dict[str, list[float]],
     *,
     reduce: str | None = None,
+    start_from: str | None = None,
     agree_by: AgreeBy | None = None,
     calibration: Path | None = None,
     images: int = 256,
@@ -46,8 +51,11 @@ def fit_run(
             run, any other is a saved model.
         budgets: One of the keys speedup, latency_ms and gmacs, with its values; see
             `tokendial.fit`.
-        reduce: Name of the reduction method, "tome" or "evit". None means the model's method, or
-            tome if it has none.
+        reduce: Name of the reduction method, such as "tome" or "evit". None means the model's
+            method, or tome if it has none.
+        start_from: Where the search finds schedules to start from: a folder that holds a fit, or a
+            backbone with a preset, see `tokendial.preset`. None means those of the model's method
+            if it lists any.
         agree_by: What schedules are compared by: "logits", "embeddings", "neighbours",
             "feature_map" or "masks"; see `tokendial.fit`. None means what fits the model.
         calibration: Folder of images that schedules are compared on. None means the run's training
@@ -80,7 +88,7 @@ def fit_run(
         speedup=budgets.get("speedup"),
         latency_ms=budgets.get("latency_ms"),
         gmacs=budgets.get("gmacs"),
-        reduce=from_json("reduce", {"name": reduce}) if reduce else None,
+        reduce=_method(opened.model, reduce, start_from),
         agree_by=agree_by,
         multi_label=isinstance(task, Classification) and task.multi_label,
         batch_size=batch_size,
@@ -91,6 +99,25 @@ def fit_run(
     record = json.dumps(result.to_json(), indent=2) + "\n"
     write_derived_run(fitted, opened.run, out, files={FIT_FILE: record})
     return result
+
+
+def _method(model: DialViT, name: str | None, start_from: str | None) -> ScheduledConfig | None:
+    """The method to find schedules for, with those that the search is to start from."""
+    named = from_json("reduce", {"name": name}) if name else None
+    if start_from is None:
+        return named
+    fitted = Path(start_from) / FIT_FILE
+    if fitted.is_file():
+        start = from_json("reduce", json.loads(fitted.read_text())["reduce"])
+    elif start_from.partition(".")[0] in all_presets():
+        start = preset(start_from)
+    else:
+        raise ValueError(
+            f"start_from must be a folder that holds a fit, or a backbone with a preset "
+            f"({', '.join(all_presets())}), got {start_from}."
+        )
+    method = method_to_fit(model, named or (None if model.reduce_config else start))
+    return method.with_schedules(start.r)
 
 
 def _sample_images(opened: OpenedModel, folder: Path | None, count: int, seed: int) -> Tensor:

@@ -134,7 +134,8 @@ class MacCounter:
         model = self.scheduled_model.use(schedule)
 
         def run(call: nn.Module) -> Iterator[Step]:
-            images = torch.empty(1, *model.anatomy.input_shape, device="meta")
+            dtype = next(call.parameters()).dtype
+            images = torch.empty(1, *model.anatomy.input_shape, device="meta", dtype=dtype)
             return islice(model.steps(images), last)
 
         return [float(macs) for macs in count_macs_by_part(model, run)[first - 1 :]]

@@ -33,7 +33,8 @@ def method_to_fit(model: DialViT, reduce: ScheduledConfig | None) -> ScheduledCo
     """Return the method to find schedules for: `reduce`, the model's own one, or ToMe.
 
     Raises:
-        ValueError: If it does not remove tokens by number, or the model's own has weights.
+        ValueError: If it does not remove tokens by number, its schedules do not fit the model, or
+            the model's own method has weights.
     """
     own = model.reduce_config
     if model.reducer and next(model.reducer.parameters(), None) is not None:
@@ -46,6 +47,7 @@ def method_to_fit(model: DialViT, reduce: ScheduledConfig | None) -> ScheduledCo
             f"reduce must be a method that removes tokens by number, such as ToMe or EViT, got "
             f"{type(method).__name__}."
         )
+    method.schedules(model.anatomy.shape)  # an error if they do not fit
     return method
 
 

@@ -67,7 +67,10 @@ class FitResult:
     batch_size: int
     """Images per batch."""
     images: int
-    """Number of images that schedules were compared on."""
+    """Number of images that the search compared schedules on."""
+    images_judged: int
+    """Number of images that `degrees` and `constants` were compared on; images of the search only
+    where there were too few others."""
     degrees: tuple[FittedDegree, ...]
     """The found degrees, from the mildest budget to the hardest."""
     searched: tuple[FitPoint, ...]

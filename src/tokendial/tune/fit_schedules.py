@@ -1,5 +1,6 @@
 """`fit`: find the schedule that agrees best with the unreduced model within a budget."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce.schedules import ScheduledConfig
-from tokendial.tune.agreement import AgreeBy, AgreementMeter, choose_comparison
+from tokendial.tune.agreement import AgreeBy, Agreement, AgreementMeter, choose_comparison
 from tokendial.tune.block_costs import CostTable, coarse_counts, measure_blocks
 from tokendial.tune.cost_meters import MIN_ROUNDS, CostMeter, MacCounter, Stopwatch, try_schedules
 from tokendial.tune.fit_arguments import Budget, check_model, method_to_fit, read_budgets
@@ -34,7 +35,15 @@ _NEAR = (0.85, 0.93, 1.0, 1.08, 1.18)
 _NEAR_BUDGET = (0.95, 1.0)
 """The same as multiples of the budget: a search on a busy machine can end far below it."""
 _CURVE = 8
+"""Constant schedules on the curve beside the fitted ones."""
 _FEWEST_IMAGES = 8
+_JUDGED_PER_SEARCHED = 3
+"""Images that the best schedules are judged on, for each one that the search uses, at most."""
+_JUDGED_SCHEDULES = 8
+"""Schedules of each search that are judged."""
+
+Judge = Callable[[Schedule], Agreement]
+"""Measures the agreement of a schedule, once for each."""
 
 
 @torch.no_grad()
@@ -61,13 +70,16 @@ def fit(
     Args:
         model: A model of images: a classifier, a model without a head, or one with a decoder. Its
             own reduction method must have no weights.
-        images: Normalised images [N, 3, H, W] like those of later use; a few hundred. As many are
-            used as the time allows.
+        images: Normalised images [N, 3, H, W] like those of later use; a few hundred. The search
+            uses as many as the time allows, at most half. The others decide between the best
+            schedules that it finds: on its own images a search of many schedules ends with one that
+            happens to suit them.
         speedup: Budget as a multiple of the unreduced model's speed.
         latency_ms: Budget in milliseconds per batch.
         gmacs: Budget in 1e9 multiply-accumulates per image. They are counted; nothing is timed.
         reduce: The method to find schedules for. By default the model's own, or ToMe if it
-            has none.
+            has none. If it lists schedules, such as those of `tokendial.preset` or of an earlier
+            fit, the search starts from them too, scaled to the budget.
         agree_by: What schedules are compared by with the unreduced model. "logits": divergence of
             the classes. "embeddings": cosine similarity of the pooled features. "neighbours": how
             many of the (up to 10) nearest images among `images` stay the same. "feature_map":
@@ -103,14 +115,27 @@ def fit(
         meter = MacCounter(scheduled_model) if kind == "gmacs" else stopwatch
         fitting = _BudgetFit(space, meter, kind, budgets, minutes, note)
         some = fitting.affordable(stopwatch, len(images))
-        agreement_meter = AgreementMeter(
-            scheduled_model,
-            torch.split(images[:some], batch_size),
-            agree_by=agree_by,
-            multi_label=multi_label,
+        others = images[some : some + _JUDGED_PER_SEARCHED * some]
+
+        def meter_of(some_images: Tensor) -> AgreementMeter:
+            return AgreementMeter(
+                scheduled_model,
+                torch.split(some_images, batch_size),
+                agree_by=agree_by,
+                multi_label=multi_label,
+            )
+
+        searched_on = meter_of(images[:some])
+        judged_on = meter_of(others) if len(others) >= _FEWEST_IMAGES else searched_on
+        note(
+            f"searching on {searched_on.num_images} of {len(images)} images, judging on "
+            f"{judged_on.num_images}" + (" others" if judged_on is not searched_on else "")
         )
-        note(f"searching on {agreement_meter.num_images} of {len(images)} images")
-        return fitting.run(agreement_meter, batch_size)
+        return fitting.run(searched_on, judged_on, batch_size)
+
+
+def _point(schedule: Schedule, share: float, agreement: Agreement) -> FitPoint:
+    return FitPoint(schedule, share, agreement.divergence, agreement.top1)
 
 
 class _BudgetFit:
@@ -164,7 +189,7 @@ class _BudgetFit:
         return 1 / budget if self.kind == "speedup" else budget / self.unreduced
 
     def affordable(self, stopwatch: Stopwatch, images: int) -> int:
-        """Number of images that leave time for the searches and the final comparison."""
+        """Number of images that leave time for the searches, judging and the final comparison."""
         batch = min(stopwatch.single_cost(self.space.none) for _ in range(3))
         per_image = batch / len(stopwatch.images)
         # Each search ends with a comparison of two schedules; the last one compares all of them.
@@ -172,14 +197,25 @@ class _BudgetFit:
         follows = ((1 + MIN_ROUNDS) * compared + _CURVE) * batch
         self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
         wanted = (_SCHEDULES + _SCHEDULES_PER_LAYER * self.space.shape.depth) * len(self.limits)
+        judged = (_JUDGED_SCHEDULES + 1) * len(self.limits) + _CURVE
         left = self.end - self._elapsed()
-        return min(images, max(_FEWEST_IMAGES, int(left / wanted / per_image)))
+        some = int(left / (wanted + _JUDGED_PER_SEARCHED * judged) / per_image)
+        return min(max(images // 2, min(images, _FEWEST_IMAGES)), max(_FEWEST_IMAGES, some))
 
-    def run(self, agreement_meter: AgreementMeter, batch_size: int) -> FitResult:
-        """Find a schedule for each budget, and compare all of them end to end."""
+    def run(
+        self, searched_on: AgreementMeter, judged_on: AgreementMeter, batch_size: int
+    ) -> FitResult:
+        """Find a schedule for each budget, and compare all of them end to end.
+
+        Args:
+            searched_on: Measures the agreement of the many schedules of a search.
+            judged_on: Measures that of the few best, on other images.
+            batch_size: Images per batch.
+        """
         search = ScheduleSearch(
-            self.space, self.table, agreement_meter, time_is_up=lambda: self._elapsed() > self.until
+            self.space, self.table, searched_on, time_is_up=lambda: self._elapsed() > self.until
         )
+        judge: Judge = functools.cache(judged_on)
         found: dict[float, Schedule] = {}
         last = None
         # The hardest budget first: its schedule is allowed for the others, so that none is worse.
@@ -189,12 +225,46 @@ class _BudgetFit:
             strict=True,
         ):
             seconds = max(0.0, self.end - self._elapsed()) / left
-            found[budget] = last = self._search_within(search, limit, last, seconds)
+            best = self._search_within(search, limit, last, seconds)
+            found[budget] = last = self._best_judged(search, judge, best, last)
             self.note(
                 f"{self.kind} {budget:g}: {len(search.known)} schedules compared, "
-                f"{agreement_meter.comparison.divergence_title} {search.divergence(last):.4f}"
+                f"{judged_on.comparison.divergence_title} {judge(last).divergence:.4f}"
             )
-        return self._compare(search, found, batch_size, agreement_meter)
+        rows = self._compare(found, judge)
+        spread = self.meter.spread
+        constants = self._curve(self.space.all_linear(), min(self.limits.values()))
+        return FitResult(
+            reduce=self.space.reduce.with_schedules([row.found.removed for row in rows]),
+            kind=self.kind,
+            unreduced=self.unreduced,
+            batch_size=batch_size,
+            images=searched_on.num_images,
+            images_judged=judged_on.num_images,
+            degrees=tuple(rows),
+            searched=tuple(_point(s, self._share(s), at) for s, at in search.known.items()),
+            constants=tuple(_point(s, self._share(s), judge(s)) for s in constants),
+            table=self.table,
+            spread=spread,
+            agree_by=judged_on.agree_by,
+        )
+
+    def _best_judged(
+        self, search: ScheduleSearch, judge: Judge, found: Schedule, harder: Schedule | None
+    ) -> Schedule:
+        """The best on other images of the schedules that a search liked and that cost no more."""
+        most = self.table.schedule_cost(found)
+        kept = sum(self.space.tokens_left(harder or self.space.strongest))
+        liked = sorted(
+            (
+                schedule
+                for schedule in search.known
+                if self.table.schedule_cost(schedule) <= most
+                and sum(self.space.tokens_left(schedule)) >= kept
+            ),
+            key=search.divergence,
+        )
+        return min([found, *liked[:_JUDGED_SCHEDULES]], key=lambda s: judge(s).divergence)
 
     def _search_within(
         self, search: ScheduleSearch, limit: float, harder: Schedule | None, seconds: float
@@ -240,25 +310,14 @@ class _BudgetFit:
         """Estimated cost of a schedule as a fraction of the unreduced cost."""
         return self.table.schedule_cost(schedule) / self.table.schedule_cost(self.space.none)
 
-    def _compare(
-        self,
-        search: ScheduleSearch,
-        found: dict[float, Schedule],
-        batch_size: int,
-        agreement_meter: AgreementMeter,
-    ) -> FitResult:
+    def _compare(self, found: dict[float, Schedule], judge: Judge) -> list[FittedDegree]:
         """Compare the found schedules with constant ones end to end, and choose the better ones."""
         lines = self.space.all_linear()
         near = {s for item in found.items() for s in self._near(lines, *item)}
         compared = list(dict.fromkeys([self.space.none, *found.values(), *near]))
-        costs, spread = self.meter.compare(compared), self.meter.spread
+        costs = self.meter.compare(compared)
+        self.unreduced = self._in_unit(costs[0])
         shares = {schedule: cost / costs[0] for schedule, cost in zip(compared, costs, strict=True)}
-
-        def point(schedule: Schedule, share: float) -> FitPoint:
-            search.divergence(schedule)
-            agreement = search.known[schedule]
-            return FitPoint(schedule, share, agreement.divergence, agreement.top1)
-
         rows: list[FittedDegree] = []
         chosen, kept = self.space.strongest, 0
         for number, (budget, schedule) in enumerate(found.items()):
@@ -267,28 +326,13 @@ class _BudgetFit:
             options = [s for s in (schedule, constant, chosen) if s in shares]
             chosen = min(
                 (s for s in options if sum(self.space.tokens_left(s)) >= kept),
-                key=search.divergence,
+                key=lambda s: judge(s).divergence,
             )
             kept = sum(self.space.tokens_left(chosen))
-            beside = point(constant, shares[constant]) if constant else None
-            row = FittedDegree(len(found) - number, budget, point(chosen, shares[chosen]), beside)
-            rows.append(row)
-        curve = self._curve(lines, min(self.limits.values()))
-        constants = tuple(point(schedule, self._share(schedule)) for schedule in curve)
-        rows.reverse()
-        return FitResult(
-            reduce=self.space.reduce.with_schedules([row.found.removed for row in rows]),
-            kind=self.kind,
-            unreduced=self._in_unit(costs[0]),
-            batch_size=batch_size,
-            images=agreement_meter.num_images,
-            degrees=tuple(rows),
-            searched=tuple(point(schedule, self._share(schedule)) for schedule in search.known),
-            constants=constants,
-            table=self.table,
-            spread=spread,
-            agree_by=agreement_meter.agree_by,
-        )
+            beside = _point(constant, shares[constant], judge(constant)) if constant else None
+            best = _point(chosen, shares[chosen], judge(chosen))
+            rows.append(FittedDegree(len(found) - number, budget, best, beside))
+        return rows[::-1]
 
     def _near(self, lines: list[Schedule], budget: float, schedule: Schedule) -> list[Schedule]:
         """Constant schedules that cost about as much as the found one, or as the budget."""

@@ -1,10 +1,11 @@
 """The search for the schedule with the best agreement within a cost limit.
 
-It starts from the mildest schedules within the limit of several kinds: the same number in each
-layer, numbers that fall or rise linearly with depth, and the result of a dynamic programme over
-(layer, tokens left). The programme assumes that the divergences of single layers add up, which they
-nearly do. A layer's divergence is measured by reducing in that layer alone, at two fractions of the
-tokens, and modelled as a power of the fraction.
+It starts from the mildest schedules within the limit of several kinds: those that the method lists,
+scaled to the limit; the same number in each layer; numbers that fall or rise linearly with depth;
+and the result of a dynamic programme over (layer, tokens left). The programme assumes that the
+divergences of single layers add up, which they nearly do. A layer's divergence is measured by
+reducing in that layer alone, at two fractions of the tokens, and modelled as a power of the
+fraction.
 
 Starting from the best of these, pairs of layers exchange tokens: one removes fewer, the other as
 many more as the cost limit requires. Pairs are tried in the order of the divergence that each
@@ -82,12 +83,26 @@ class ScheduleSearch:
         return best
 
     def starts(self, fits: Fits) -> Iterator[Schedule]:
-        """Schedules to start from; the first one is constant over the layers."""
+        """Schedules to start from; the first ones are those that the method lists."""
+        for given in self.space.given:
+            yield self._scale(given, fits)
         for slope in _SLOPES:
             if mildest := next((s for s in self.space.all_linear(slope) if fits(s)), None):
                 yield mildest
         if not self.time_is_up():
             yield from self.by_layers(fits)
+
+    def _scale(self, schedule: Schedule, fits: Fits) -> Schedule:
+        """The mildest multiple of a schedule that fits, or the strongest one if none does."""
+        fitting, low, high = self.space.strongest, 0.0, 2.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            scaled = self.space.scaled(schedule, middle)
+            if fits(scaled):
+                high, fitting = middle, scaled
+            else:
+                low = middle
+        return fitting
 
     def exchange(self, best: Schedule, amount: int, fits: Fits) -> Schedule:
         """Exchange `amount` tokens between layers as long as that lowers the divergence."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tokendial.reduce.schedules import ScheduledConfig, patches_after_layers
+from tokendial.reduce.schedules import PerLayer, ScheduledConfig, patches_after_layers
 from tokendial.reduce.tome import merge_schedule
 from tokendial.shape import ViTShape
 
@@ -17,7 +17,7 @@ class ScheduleSpace:
     """The schedules that a reduction method allows in a model."""
 
     reduce: ScheduledConfig
-    """The method. Its own numbers of tokens are ignored."""
+    """The method. If it lists schedules, they are where a search starts."""
     shape: ViTShape
     """Shape of the model."""
 
@@ -41,6 +41,17 @@ class ScheduleSpace:
         """All distinct schedules of one inflection, from removing nothing to the most."""
         rs = range(self.reduce.max_removed(self.shape.num_patches) + 1)
         return list(dict.fromkeys(self.linear(r, inflection) for r in rs))
+
+    @cached_property
+    def given(self) -> list[Schedule]:
+        """The schedules that the method lists."""
+        return [self.normalise(schedule) for schedule in self.reduce.schedules(self.shape)]
+
+    def scaled(self, schedule: Schedule, factor: float) -> Schedule:
+        """The schedule with `factor` times as many tokens removed in each layer."""
+        patches = self.shape.num_patches
+        shares = PerLayer(min(1.0, factor * removed / patches) for removed in schedule)
+        return self.normalise(shares.counts(patches))
 
     @cached_property
     def none(self) -> Schedule:

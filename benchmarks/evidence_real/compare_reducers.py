@@ -1,0 +1,243 @@
+"""Table: reduction methods with constant and with fitted schedules, without training.
+
+Every method that removes tokens by number runs with the same number in each layer, and with the
+schedule that `tokendial.fit` found at the same cost on 128 training images without their labels.
+ToMe runs with the shipped preset, too, which was fitted on other pictures at another size. The test
+images are judged as in the table `zero_training`: "changed" are answers of nearest neighbours that
+are others than at degree 0. Speed is measured in turns, in bfloat16, when nothing else runs.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import tokendial as td
+from benchmarks.evidence_real.common import BACKBONE, Options, cached, in_processes
+from benchmarks.evidence_real.matched_costs import Reduction, nearest
+from benchmarks.evidence_real.results import plain, write_table
+from benchmarks.evidence_real.statistics import interval, mean, resampled_scores
+from benchmarks.evidence_real.zero_training import (
+    DATA,
+    IMG_SIZE,
+    backbone,
+    compute_features,
+    features,
+    load_data,
+    per_image,
+    resampling,
+)
+from tokendial.measure.timing import time_in_rounds
+from tokendial.methods import to_json
+from tokendial.reduce.schedules import ScheduledConfig
+from tokendial.tune.schedules import ScheduleSpace
+
+COSTS = (0.8, 0.6, 0.4)
+"""Wanted multiply-accumulates, as shares of those at degree 0."""
+METHODS: dict[str, ScheduledConfig] = {
+    "ToMe": td.ToMe(),
+    "PiToMe": td.PiToMe(),
+    "PruneMerge, half dropped": td.PruneMerge(),
+    "EViT in each layer, drop": td.EViT(r=8, rest="drop"),
+    "EViT in each layer, fuse": td.EViT(r=8),
+}
+BASELINE = ("ToMe", "constant")
+_IMAGES, _MINUTES = 128, 30.0
+"""Training images of a fit, and its time limit."""
+_BATCH, _SECONDS = 8, 4.0
+"""Images of a timed batch, and the time for each setting."""
+HEADER = ("data", "method", "schedule", *(f"{100 * cost:.0f} %: accuracy" for cost in COSTS),
+          *(f"{100 * cost:.0f} %: changed" for cost in COSTS),
+          "60 %: changed / constant ToMe's",
+          *(f"{100 * c:.0f} %: speed" for c in COSTS))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with a schedule of a wanted cost."""
+
+    method: str
+    """One of `METHODS`."""
+    schedule: str
+    """"constant", "fitted" or "preset"."""
+    cost: float
+    """One of `COSTS`."""
+
+    @property
+    def name(self) -> str:
+        """Name for files."""
+        words = f"{self.method}-{self.schedule}-{100 * self.cost:.0f}"
+        return words.lower().replace(",", "").replace(" ", "_")
+
+
+def kinds() -> list[tuple[str, str]]:
+    """Each method with the kinds of its schedules."""
+    return [*itertools.product(METHODS, ("constant", "fitted")), ("ToMe", "preset")]
+
+
+def fitted(data: str, method: str, options: Options) -> dict[str, Any]:
+    """The schedules that a fit finds for a data set, by cost, from a file if found before."""
+    name = Setting(method, "fitted", 1.0).name
+    path = options.out / "compare_reducers" / data / f"{name}.json"
+
+    def compute() -> dict[str, Any]:
+        images, _ = load_data(data, options)["train"]
+        drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_IMAGES]
+        model = td.wrap(backbone(IMG_SIZE, options)).eval()
+        mean_, std = (torch.tensor(v).view(3, 1, 1) for v in model.anatomy.statistics)
+        found = td.fit(
+            model,
+            (images[drawn] / 255 - mean_) / std,
+            gmacs=[cost * model.cost().gmacs for cost in COSTS],
+            reduce=METHODS[method],
+            minutes=_MINUTES,
+            batch_size=32,
+        )
+        rows = zip(COSTS, found.degrees, strict=True)
+        return {str(cost): list(row.found.removed) for cost, row in rows}
+
+    return cached(path, compute)
+
+
+def share(config: ScheduledConfig, options: Options) -> float:
+    """Cost at degree 1 or at its r, as a share of that at degree 0."""
+    model = td.wrap(backbone(IMG_SIZE, options), reduce=config)
+    return model.cost().macs / model.cost(0).macs
+
+
+def reduce_config(setting: Setting, data: str, options: Options) -> ScheduledConfig:
+    """A method with the schedule of a setting."""
+    method = METHODS[setting.method]
+    if setting.schedule == "fitted":
+        found = fitted(data, setting.method, options)
+        return method.with_schedules([found[str(setting.cost)]])
+    space = ScheduleSpace(method, td.wrap(backbone(IMG_SIZE, options)).anatomy.shape)
+    if setting.schedule == "constant":
+        schedules = space.all_linear()[1:]
+    else:
+        speeds = td.preset(BACKBONE).r
+        near = min(
+            speeds, key=lambda r: abs(share(method.with_schedules([r]), options) - setting.cost)
+        )
+        patches = space.shape.num_patches
+        counts = space.normalise(near.counts(patches))
+        schedules = [space.scaled(counts, percent / 100) for percent in range(20, 200)]
+    configs = [method.with_schedules([schedule]) for schedule in schedules]
+    best = nearest(lambda i: share(configs[i], options), len(configs), setting.cost)
+    return configs[best]
+
+
+def values(setting: Setting, data: str, options: Options) -> dict[str, Any]:
+    """Features of a setting, its "share" of the cost, and its method, from a file if there."""
+    path = options.out / "compare_reducers" / data / f"{setting.name}.npz"
+
+    def compute() -> dict[str, Any]:
+        config = reduce_config(setting, data, options)
+        found = compute_features(data, IMG_SIZE, config, options)
+        return {"share": np.array(share(config, options)), **found}
+
+    return cached(path, compute)
+
+
+def compute(item: tuple[str, str], options: Options) -> None:
+    """Compute what the table needs of a data set and a method."""
+    data, method = item
+    for schedule in (schedule for name, schedule in kinds() if name == method):
+        for cost in COSTS:
+            values(Setting(method, schedule, cost), data, options)
+
+
+def speeds(options: Options) -> dict[str, float]:
+    """Speed of every setting (with the schedules of solar cells) as a multiple of degree 0's."""
+    settings = [Setting(*kind, cost) for kind in kinds() for cost in COSTS]
+
+    def compute() -> dict[str, float]:
+        images = load_data("elpv", options)["test"][0][:_BATCH] / 255
+        vit = backbone(IMG_SIZE, options)
+        configs = [None, *(reduce_config(setting, "elpv", options) for setting in settings)]
+
+        def prepare(config: ScheduledConfig | None) -> td.DialViT:
+            return td.wrap(vit, reduce=config).eval()
+
+        @torch.inference_mode()
+        def run(model: td.DialViT) -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                model(images)
+
+        timings = time_in_rounds(configs, prepare, run, device=images.device, seconds=_SECONDS)
+        first, *others = (timing.seconds for timing in timings)
+        return {s.name: first / seconds for s, seconds in zip(settings, others, strict=True)}
+
+    return cached(options.out / "compare_reducers" / "speeds.json", compute)
+
+
+def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
+    """The rows of a data set."""
+    full, draws = features(data, Reduction(), options), resampling(data, options)
+    unreduced, fast = per_image(full, full), speeds(options)
+
+    def scores(of_images: np.ndarray) -> np.ndarray:
+        return resampled_scores(draws, mean, [of_images], np.zeros(len(of_images)))
+
+    rows, changed = [], {}
+    for (method, schedule), cost in itertools.product(kinds(), COSTS):
+        setting = Setting(method, schedule, cost)
+        found = values(setting, data, options)
+        each = per_image(found, full)
+        changed[method, schedule, cost] = scores(1 - each["agreement"])
+        with np.errstate(divide="ignore", invalid="ignore"):  # draws without a changed answer
+            ratio = changed[method, schedule, cost] / changed[(*BASELINE, cost)]
+        rows.append(
+            {
+                "data": data,
+                "method": method,
+                "schedule": schedule,
+                "wanted": cost,
+                "cost": float(found["share"]),
+                "accuracy": interval(scores(each["same degree"])),
+                "accuracy minus degree 0": interval(
+                    scores(each["same degree"] - unreduced["same degree"])
+                ),
+                "changed": interval(changed[method, schedule, cost]),
+                "changed / ToMe's": interval(ratio),
+                "cosine": interval(scores(each["cosine"])),
+                "speed": fast[setting.name],
+                "reduce": to_json("reduce", reduce_config(setting, data, options)),
+            }
+        )
+    return rows
+
+
+def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A line for each method and kind of schedule of one data set."""
+    lines = []
+    for _, group in itertools.groupby(rows, key=lambda row: (row["method"], row["schedule"])):
+        along = list(group)
+        ratio = next(row["changed / ToMe's"] for row in along if row["wanted"] == 0.6)
+        lines.append(
+            (
+                along[0]["data"],
+                along[0]["method"],
+                along[0]["schedule"],
+                *(row["accuracy minus degree 0"].percent(sign=True) for row in along),
+                *(row["changed"].percent() for row in along),
+                f"{ratio.value:.2f} ({ratio.low:.2f}, {ratio.high:.2f})",
+                *(f"{row['speed']:.2f}x" for row in along),
+            )
+        )
+    return lines
+
+
+def main(options: Options) -> None:
+    """Compute the features of all settings, time them, and write the table."""
+    # The slowest items first, so that no process is left with one at the end.
+    items = list(itertools.product(reversed(DATA), METHODS))
+    in_processes(functools.partial(compute, options=options), items, options)
+    torch.set_num_threads(1)
+    by_data = [rows_of(data, options) for data in DATA]
+    lines = itertools.chain.from_iterable(map(cells, by_data))
+    rows = list(itertools.chain.from_iterable(by_data))
+    write_table("compare_reducers", HEADER, lines, {"costs": COSTS, "rows": plain(rows)})
