@@ -31,6 +31,7 @@ REDUCERS = {
     "pitome": td.PiToMe(r=8),
     "prune_merge": td.PruneMerge(r=8),
     "learnt_metric": td.LearntMetric(r=8, dim=8),
+    "stack": td.Stack(methods=[td.ToMe(r=8), td.FFNMerge(r=8)]),
     # Windows have to divide every grid that the tests use; test_in_windows.py has more of them.
     "in_windows": td.InWindows(reduce=td.ToMe(r=8), windows=(1, 1)),
     "frame_by_frame": td.FrameByFrame(reduce=td.ToMe(r=8)),
@@ -59,15 +60,15 @@ ADAPTERS = {
 }
 # Adapters that need the complete token grid, and reducers that do not keep it.
 ON_THE_GRID = {"dar", "convpass"}
-AS_TOME = {"frame_by_frame", "in_windows", "pitome", "prune_merge", "learnt_metric"}
+AS_TOME = {"stack", "frame_by_frame", "in_windows", "pitome", "prune_merge", "learnt_metric"}
 SHRINKING = {"tome", "evit", "dynamicvit"} | AS_TOME
 PAIRS = {
     f"{reduce}-{adapt}": (REDUCERS[reduce], ADAPTERS[adapt])
     for reduce in REDUCERS
     for adapt in ADAPTERS
     if not (adapt in ON_THE_GRID and reduce in SHRINKING)
-    # FrameByFrame and InWindows only call another method, and the others reduce where ToMe does:
-    # adapters see no difference.
+    # FrameByFrame, InWindows and Stack only call other methods, and the rest of them reduce where
+    # ToMe does: adapters see no difference.
     and (reduce not in AS_TOME or adapt == "dense_adapter")
 }
 

@@ -90,6 +90,7 @@ PUBLIC = {
     "ReducerConfig": "reduce.base",
     "Runtime": "runtimes.config",
     "SSF": "adapt.ssf",
+    "Stack": "reduce.stack",
     "ToCom": "compensate.config",
     "ToMe": "reduce.tome",
     "Tokens": "tokens",

@@ -92,6 +92,10 @@ SETTINGS = {
         "proportional_attention": flags,
     },
     td.FFNMerge: {"r": st.integers(0, 9).map(lambda n: 32 * n), "step": st.just(32), **matching},
+    td.Stack: {
+        "methods": st.just((td.ToMe(r=[8, 1]), {"name": "dyt", "target_ratio": 0.5})).map(list),
+        "dial": st.lists(st.tuples(counts, counts), min_size=1, max_size=3) | st.none(),
+    },
     td.InWindows: {
         "reduce": st.sampled_from([td.ToMe(r=[8, 1]), {"name": "evit", "r": [[1], [2]]}]),
         "windows": st.lists(counts, min_size=2, max_size=2),
@@ -144,7 +148,11 @@ SETTINGS = {
     },
     td.UpConvDecoder: {"num_classes": counts, "channels": st.lists(counts, min_size=1)},
 }
-REQUIRED = {"reduce", "method"}  # of FrameByFrame, InWindows and PEFT, which have no default
+REQUIRED = {
+    "reduce",
+    "method",
+    "methods",
+}  # of FrameByFrame, InWindows, PEFT and Stack, which have no default
 
 
 @st.composite

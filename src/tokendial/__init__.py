@@ -58,6 +58,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.reduce import PruneMerge as PruneMerge
     from tokendial.reduce import Reducer as Reducer
     from tokendial.reduce import ReducerConfig as ReducerConfig
+    from tokendial.reduce import Stack as Stack
     from tokendial.reduce import ToMe as ToMe
     from tokendial.reduce import preset as preset
     from tokendial.reference import load_reference as load_reference
@@ -91,7 +92,7 @@ _NAMES = {
     "model.wrap": "wrap",
     "open_vocabulary": "ProxyCLIP ProxyCLIPConfig",
     "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame InWindows LearntMetric PiToMe"
-    " PruneMerge Reducer ReducerConfig ToMe preset",
+    " PruneMerge Reducer ReducerConfig Stack ToMe preset",
     "reference": "load_reference",
     "runtimes": "ExportedViT Runtime",
     "shape": "ViTShape",

@@ -30,6 +30,9 @@ class ByProducts:
     """[B, N] length of what the attention branch adds to each token. The block measures it."""
     attention_input: Tensor | None = None
     """[B, N, D] normalised tokens that attention reads. The block hands them over."""
+    reduced: "ByProducts | None" = None
+    """What is left of them after a reduction between attention and FFN, for a method that runs the
+    FFN; set by `tokendial.Stack`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from tokendial.backbones import video_vit
 from tokendial.decode import DecoderConfig
 from tokendial.measure.cost import count_macs
 from tokendial.reduce.base import ReducerConfig
+from tokendial.reduce.dyt import DyTReducer
 
 AGREES = ("exact", "within 2%")
 """Verdicts of values that agree with the paper."""
@@ -263,11 +264,11 @@ def count_model(model: td.DialViT) -> ModelCounts:
     if isinstance(model.adapt_config, td.LoRA | td.SSF | td.FacT):
         model.merge_adapters()
     cost = model.cost()
-    dispatcher = model.reducer if isinstance(model.reduce_config, td.DyT) else None
+    dispatchers = [part for part in model.modules() if isinstance(part, DyTReducer)]
     return ModelCounts(
         embed_dim=model.anatomy.shape.embed_dim,
         params=cost.trainable_params,
-        dispatchers=sum(p.numel() for p in dispatcher.parameters()) if dispatcher else 0,
+        dispatchers=sum(p.numel() for part in dispatchers for p in part.parameters()),
         macs=cost.macs,
     )
 

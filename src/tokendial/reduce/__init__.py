@@ -13,6 +13,7 @@ from tokendial.reduce.learnt_metric import LearntMetric
 from tokendial.reduce.pitome import PiToMe
 from tokendial.reduce.presets import preset
 from tokendial.reduce.prune_merge import PruneMerge
+from tokendial.reduce.stack import Stack
 from tokendial.reduce.tome import ToMe
 from tokendial.shape import ViTShape
 
@@ -30,6 +31,7 @@ __all__ = [
     "PruneMerge",
     "Reducer",
     "ReducerConfig",
+    "Stack",
     "ToMe",
     "TrainingPasses",
     "ViTShape",

@@ -59,6 +59,8 @@ class Reducer(nn.Module, ABC):
     """Whether each token counts the patches that it stands for (`Tokens.size`)."""
     keeps_grid: bool = False
     """Whether all tokens leave every block, so that adapters can read the complete patch grid."""
+    reads_grid: bool = False
+    """Whether the method itself needs the complete patch grid in every block."""
     protects: bool = True
     """Whether the method can leave chosen patches alone: it reduces what follows the prefix tokens,
     wherever it stands, or reads `Tokens.protected`."""

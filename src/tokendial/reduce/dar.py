@@ -52,6 +52,8 @@ class Dispatcher(nn.Conv2d):
 class DARReducer(Selector):
     """Runs DAR, with one 3x3 convolution of 9 D + 1 parameters per layer."""
 
+    reads_grid = True
+
     def __init__(self, config: DAR, vit: ViTShape) -> None:
         super().__init__(config, vit)
         self.dispatchers = nn.ModuleList(
@@ -74,10 +76,10 @@ def ada_loss(selected_BL: Tensor, target: float) -> Tensor:
     """Squared difference of the fraction of selected tokens and the target, mean over images.
 
     Args:
-        selected_BL: Decisions [B, depth, L].
+        selected_BL: Decisions [B, ...] of all layers.
         target: The fraction to reach, in (0, 1].
 
     Source:
         DAR's code (AdaLoss). DyT's loss takes one fraction of the whole batch instead.
     """
-    return torch.mean((selected_BL.mean(dim=(1, 2)) - target) ** 2)
+    return torch.mean((selected_BL.flatten(1).mean(dim=1) - target) ** 2)

@@ -85,7 +85,7 @@ def rate_loss(
     """Squared difference of the fraction of selected tokens in the batch and the target.
 
     Args:
-        selected_BL: Decisions [B, depth, L].
+        selected_BL: Decisions [B, ...] of all layers.
         target: The fraction to reach, in (0, 1].
         minimal: Lower bound on each decision.
         minimal_weight: Weight of the penalty max(0, minimal - decision), summed over all decisions

@@ -199,7 +199,9 @@ def _run_ffn_on_best(
 
 
 def selected_patches(outcome: ForwardPass) -> Tensor:
-    """Return the decisions on the patch tokens of every layer, [B, depth, L]: 1 selected, 0 not.
+    """Return the decisions on the patch tokens of all layers, [B, depth * L]: 1 selected, 0 not.
+
+    In a `Stack`, later layers may have fewer tokens.
 
     Raises:
         ValueError: If the pass selected no tokens, because it ran at degree 0.
@@ -209,4 +211,4 @@ def selected_patches(outcome: ForwardPass) -> Tensor:
             "degree must be at least 1 in training, so that tokens are selected; got 0."
         )
     masks = [t.selected[:, t.prefix :] for t in outcome.tokens if t.selected is not None]
-    return torch.stack(masks, dim=1)
+    return torch.cat(masks, dim=1)
