@@ -137,7 +137,7 @@ def _predict(
     classifier: Classifier, setting: Setting, options: Options, part: str
 ) -> dict[str, np.ndarray]:
     run = Run(options.out / "runs" / classifier.name)
-    model = _model(run.folder, setting.dial).eval()
+    model = load_model(run.folder, setting.dial).eval()
     if model.reducer is not None:
         model.set_degree(classifier.degree if setting.dial is None else setting.degree)
     if setting.compensator:
@@ -146,10 +146,17 @@ def _predict(
         model.set_degree(classifier.degree)
         compensator.attach(model, classifier.degree)
         model.set_degree(setting.degree)
-    images, labels = _images(run.folder, part)
+    logits, labels = run_model(model, run.folder, part)
+    return {"logits": logits, "labels": labels}
+
+
+@torch.inference_mode()
+def run_model(model: td.DialViT, folder: Path, part: str = "test") -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N, classes] and labels [N] of a model on a part of a run's data."""
+    images, labels = _images(folder, part)
     with torch.autocast("cpu", torch.bfloat16):
         logits = [model(batch).float() for batch in images.split(64)]
-    return {"logits": torch.cat(logits).numpy(), "labels": labels.numpy()}
+    return torch.cat(logits).numpy(), labels.numpy()
 
 
 def compute(questions: Iterable[tuple[Classifier, Setting]], options: Options) -> None:
@@ -174,7 +181,8 @@ def resampling(data: str, images: int, seeds: int, options: Options) -> Resampli
     return Resampling(images, seeds, groups=names, resamples=RESAMPLES)
 
 
-def _model(folder: Path, dial: str | None) -> td.DialViT:
+def load_model(folder: Path, dial: str | None) -> td.DialViT:
+    """The last model of a run, with a dial of `DIALS` or its own."""
     run = Run(folder)
     return td.load(run.last, reduce=DIALS[dial]) if dial else td.load(run.last)
 

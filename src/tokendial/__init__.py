@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.model.attach import attach as attach
     from tokendial.model.attach import attached as attached
     from tokendial.model.dial_vit import DialViT as DialViT
+    from tokendial.model.difference import Difference as Difference
+    from tokendial.model.difference import difference as difference
     from tokendial.model.loading import load as load
     from tokendial.model.protect import patches_in_boxes as patches_in_boxes
     from tokendial.model.wrap import wrap as wrap
@@ -87,6 +89,7 @@ _NAMES = {
     "methods": "register",
     "model.attach": "AttachedDial attach attached",
     "model.dial_vit": "DialViT",
+    "model.difference": "Difference difference",
     "model.loading": "load",
     "model.protect": "patches_in_boxes",
     "model.wrap": "wrap",
