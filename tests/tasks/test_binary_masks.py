@@ -7,8 +7,11 @@ from examples import golden, split
 
 import tokendial as td
 from tokendial.data import MaskAugment
+from tokendial.data.readers.mask_files import IGNORED
+from tokendial.runs.recipe import check_recipe
+from tokendial.runs.run import task_of
 from tokendial.tasks import BinaryMasks, FeatureDistillation
-from tokendial.tasks.binary_masks import dice_loss
+from tokendial.tasks.mask_losses import MASK_LOSSES, PUBLISHED
 from tokendial.tasks.metrics import MaskMetrics
 
 CASE, TENSORS = golden("sod_metrics")
@@ -57,16 +60,61 @@ def test_metrics_are_means_over_images_whatever_the_batches_and_sizes():
     assert 0 < resized.compute()["mae"] < 1
 
 
-def test_losses_equal_the_reference():
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({"bce": 1.0}, ["mask_loss_bce"]),
+        ({"dice": 0.5}, ["mask_loss_dice"]),
+        ({"iou": 1.0}, ["IOULoss"]),
+        ({"ual": 1.0}, ["UALLoss"]),
+        ({"weighted_bce": 1.0}, ["WeightedBCEWithLogitsLoss"]),
+        ({"weighted_bce": 1.0, "iou": 1.0}, ["WeightedBCEWithLogitsLoss", "IOULoss"]),
+        (PUBLISHED, ["mask_loss_bce", "mask_loss_dice"]),
+    ],
+)
+def test_losses_equal_the_reference(weights, expected):
     _, tensors = golden("dar_losses")
-    logits, inside = tensors["input.pred_logits"].squeeze(1), tensors["input.label"]
-    close = {"rtol": 1e-5, "atol": 0}
-    torch.testing.assert_close(
-        0.5 * dice_loss(logits, inside), tensors["output.mask_loss_dice"], **close
+    loss = BinaryMasks(MaskAugment(), weights).loss(
+        tensors["input.pred_logits"], tensors["input.label"].long()
     )
-    expected = tensors["output.mask_loss_bce"] + tensors["output.mask_loss_dice"]
-    loss = BinaryMasks(MaskAugment()).loss(tensors["input.pred_logits"], inside.long())
-    torch.testing.assert_close(loss, expected, **close)
+    wanted = sum(tensors[f"output.{name}"] for name in expected)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", MASK_LOSSES)
+def test_ignored_pixels_change_no_loss(name):
+    """The logits there do not count, whatever they are."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 12, 12, generator=generator)
+    targets = (torch.rand(2, 12, 12, generator=generator) < 0.4).long()
+    targets[:, :4] = IGNORED
+    task = BinaryMasks(MaskAugment(), {name: 1.0})
+    losses = []
+    for there in (0.0, 7.0, -7.0):
+        logits[:, :, :4] = there
+        losses.append(task.loss(logits, targets))
+    assert losses[0] > 0
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(losses[2], losses[0])
+    assert task.loss(logits, torch.full_like(targets, IGNORED)).isfinite()
+
+
+def test_a_recipe_names_its_losses():
+    model = {"name": "vit_tiny_patch16_224", "weights": None}
+    fields = {"model": model, "output": "runs/x", "adapt": {"name": "linear"}}
+    fields["mask_losses"] = {"weighted_bce": 1, "iou": 1}
+    masks = {"decode": {"name": "linear"}, "data": {"name": "scene_masks"}}
+    recipe = check_recipe(fields | masks)
+    task = task_of(recipe, 1, multi_label=False, dense=True, video=False)
+    assert task.losses == {"weighted_bce": 1.0, "iou": 1.0}
+    with pytest.raises(ValueError, match="mask_losses is for masks of one class, .* 3 classes"):
+        task_of(recipe, 3, multi_label=False, dense=True, video=False)
+    with pytest.raises(ValueError, match="mask_losses needs a decoder"):
+        check_recipe(fields | {"data": {"name": "scenes"}})
+    with pytest.raises(ValueError, match=r"mask_losses.*'bce', 'weighted_bce', 'dice', 'iou' or"):
+        check_recipe(fields | masks | {"mask_losses": {"focal": 1}})
+    with pytest.raises(ValueError, match="mask_losses"):
+        check_recipe(fields | masks | {"mask_losses": {"bce": 0}})
 
 
 def test_the_distillation_loss_equals_the_reference():

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PositiveFloat,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -27,6 +28,7 @@ from tokendial.data.transforms.masks import MaskAugment
 from tokendial.methods import method_class, method_names
 from tokendial.runs.method_field import method_field
 from tokendial.tasks.classification import ClassMetric
+from tokendial.tasks.mask_losses import MaskLoss
 from tokendial.tune import Precision
 
 KINDS = ("reduce", "adapt", "decode", "data", "compensate")
@@ -269,6 +271,10 @@ class Recipe(BaseRecipe):
     """Decoder for mask tasks: its name and its settings. null: classification, with a head."""
     dense: MaskAugment = MaskAugment()
     """Mask tasks: augmentation of images with their masks, and how test images are processed."""
+    mask_losses: dict[MaskLoss, PositiveFloat] | None = Field(None, min_length=1)
+    """Binary masks: weight of each loss in training. bce: binary cross-entropy; weighted_bce: the
+    same with more weight near edges; dice; iou: 1 - intersection over union; ual: how undecided
+    pixels are. null: bce 1 and dice 0.5, as published for DAR."""
     clip: Clip = Clip()
     """Videos: which frames a clip consists of, and how many views of a test video are averaged."""
     distill: DistillSection | None = None
@@ -289,6 +295,8 @@ class Recipe(BaseRecipe):
             raise ValueError("dense needs a decoder, but decode is null")
         if self.decode is None and self.distill is not None:
             raise ValueError("distill needs a decoder, but decode is null")
+        if self.decode is None and self.mask_losses is not None:
+            raise ValueError("mask_losses needs a decoder, but decode is null")
         return self
 
     @model_validator(mode="after")

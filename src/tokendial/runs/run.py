@@ -25,6 +25,7 @@ from tokendial.model.loading import load
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.recipe import BaseRecipe, Recipe, check_recipe, check_section
 from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task, VideoClassification
+from tokendial.tasks.mask_losses import PUBLISHED
 
 _MAY_DIFFER = ("output", "train.workers", "train.trackers")
 """Fields of a recipe that may change when a run is resumed: they do not affect the weights."""
@@ -394,7 +395,12 @@ def task_of(
             class_weights=class_weights,
         )
     if num_classes == 1:
-        return BinaryMasks(recipe.dense)
+        return BinaryMasks(recipe.dense, recipe.mask_losses or PUBLISHED)
+    if recipe.mask_losses is not None:
+        raise ValueError(
+            f"mask_losses is for masks of one class, but the data {type(recipe.data).__name__} "
+            f"have {num_classes} classes."
+        )
     return Segmentation(num_classes, recipe.dense)
 
 

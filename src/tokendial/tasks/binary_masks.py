@@ -5,8 +5,7 @@ Fine-Tuning in ViT for Pixel-Level Tasks" (DAR), CVPR 2025, and the authors' cod
 those of pysodmetrics, which published leaderboards use.
 """
 
-# Shape legend: B batch, H and W pixels.
-
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 import torch
@@ -17,9 +16,7 @@ from tokendial.data.readers.mask_files import IGNORED
 from tokendial.data.transforms.masks import MaskAugment
 from tokendial.tasks.base import Metrics
 from tokendial.tasks.dense_prediction import DensePrediction, resize_maps
-
-BCE_WEIGHT, DICE_WEIGHT = 1.0, 0.5
-_DICE_EPS = 1e-3
+from tokendial.tasks.mask_losses import PUBLISHED, MaskLoss, mask_loss
 
 
 class BinaryMasks(DensePrediction):
@@ -27,16 +24,18 @@ class BinaryMasks(DensePrediction):
 
     mask_padding = 0
 
-    def __init__(self, augment: MaskAugment) -> None:
+    def __init__(self, augment: MaskAugment, losses: Mapping[MaskLoss, float] = PUBLISHED) -> None:
         """Set up the task.
 
         Args:
             augment: How images and masks are augmented, and how test images are prepared.
+            losses: Weight of each loss in training.
 
         Raises:
             ValueError: If pysodmetrics is not installed.
         """
         super().__init__(1, augment)
+        self.losses = losses
         if find_spec("py_sod_metrics") is None:
             raise ValueError(
                 "evaluating binary masks needs pysodmetrics, which is not installed: "
@@ -44,9 +43,9 @@ class BinaryMasks(DensePrediction):
             )
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return binary cross-entropy plus half the Dice loss, over the pixels not ignored.
+        """Return the weighted sum of the losses, over the pixels that are not ignored.
 
-        It is 0 for a batch in which all pixels are ignored.
+        With the published ones it is 0 for a batch in which all pixels are ignored.
 
         Args:
             logits: Logits [B, 1, h, w] at the decoder's resolution.
@@ -54,9 +53,7 @@ class BinaryMasks(DensePrediction):
         """
         logits = resize_maps(logits.float(), targets.shape[-2:]).squeeze(1)
         inside, counted = (targets == 1).float(), (targets != IGNORED).float()
-        total = F.binary_cross_entropy_with_logits(logits, inside, counted, reduction="sum")
-        cross_entropy = total / counted.sum().clamp(min=1)
-        return BCE_WEIGHT * cross_entropy + DICE_WEIGHT * dice_loss(logits, inside, counted)
+        return mask_loss(logits, inside, counted, self.losses)
 
     def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
         """Return the fraction of correct pixels among those that are not ignored."""
@@ -70,25 +67,6 @@ class BinaryMasks(DensePrediction):
         from tokendial.tasks.metrics import MaskMetrics
 
         return MaskMetrics()
-
-
-def dice_loss(logits_BHW: Tensor, inside_BHW: Tensor, counted_BHW: Tensor | None = None) -> Tensor:
-    """Return 1 minus twice the intersection over the sum of both areas, averaged over images.
-
-    Args:
-        logits_BHW: Logits of being inside.
-        inside_BHW: Target: 1 inside, 0 elsewhere.
-        counted_BHW: 0 at ignored pixels, 1 elsewhere; None ignores no pixel.
-
-    Source:
-        DAR's code: probabilities are not squared, and 1e-3 is added to numerator and denominator.
-    """
-    probability = logits_BHW.sigmoid()
-    if counted_BHW is not None:
-        probability = probability * counted_BHW
-    intersection = (probability * inside_BHW).sum((1, 2))
-    areas = probability.sum((1, 2)) + inside_BHW.sum((1, 2))
-    return torch.mean(1 - (2 * intersection + _DICE_EPS) / (areas + _DICE_EPS))
 
 
 class FeatureDistillation(nn.Module):
