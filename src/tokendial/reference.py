@@ -34,6 +34,10 @@ _ADAPTER = (
     (r"blocks\.(\d+)\.adapt(?:mlp|er)\.down_proj\.(\w+)", r"adapter.down.\1.\2"),
     (r"blocks\.(\d+)\.adapt(?:mlp|er)\.up_proj\.(\w+)", r"adapter.up.\1.\2"),
 )
+_OPTIONS = (
+    (r"blocks\.(\d+)\.adaptmlp\.adapter_layer_norm_before\.(\w+)", r"adapter.norms.\1.\2"),
+    (r"blocks\.(\d+)\.adaptmlp\.scale", r"adapter.scales.\1"),
+)
 _DISPATCHER = (r"blocks\.(\d+)\.mlp_token_select\.mlp_head\.(\w+)", r"reducer.dispatchers.\1.\2")
 _POOLING = (
     (r"query_token", "vit.head.query"),
@@ -53,8 +57,8 @@ SYSTEMS = {
             (r"score_predictor\.(\d+)\.out_conv\.(.+)", r"reducer.predictors.\1.outside.\2"),
         )
     ),
-    "dyt": System((*_ADAPTER, _DISPATCHER)),
-    "dyt_video": System((*_ADAPTER, _DISPATCHER, *_POOLING)),
+    "dyt": System((*_ADAPTER, *_OPTIONS, _DISPATCHER)),
+    "dyt_video": System((*_ADAPTER, *_OPTIONS, _DISPATCHER, *_POOLING)),
     "dar": System(
         (
             *_ADAPTER,

@@ -2,8 +2,8 @@
 
 Source: Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition",
 NeurIPS 2022, https://arxiv.org/abs/2205.13535, section 3.2: the branch reads the un-normalised
-tokens that enter the FFN, without a LayerNorm of its own. Departure: no dropout in the branch (the
-authors' code: 0.1).
+tokens that enter the FFN. Dropout, a LayerNorm and a learnt scale are options of the authors' code,
+which trains with a dropout of 0.1.
 
 With `experts` above 1 it is the MoE adapter of DyT: Zhao et al., "Dynamic Tuning Towards Parameter
 and Inference Efficiency for ViT Adaptation", NeurIPS 2024, https://arxiv.org/abs/2403.11808. For
@@ -15,13 +15,14 @@ tokens is our reading of the paper.
 # Shape legend: B batch, N tokens, D embed_dim, E experts, I and O inputs and outputs of a layer.
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig, Bottlenecks
-from tokendial.checks import check_bottleneck, check_count
+from tokendial.checks import check_bottleneck, check_choice, check_count, check_dropout
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens
@@ -34,30 +35,57 @@ class AdaptFormer(AdapterConfig):
 
     dim: int = 64
     """Width of the bottleneck between `down` and `up`."""
-    scale: float = 0.1
-    """Factor on the output of the bottleneck, above 0."""
+    scale: float | Literal["learnt"] = 0.1
+    """Factor on the output of the bottleneck, above 0; "learnt" is one factor per layer that learns
+    and starts at 1."""
     experts: int = 1
     """Number of bottlenecks in each layer, whose weights a router mixes for each image."""
+    dropout: float = 0.0
+    """Probability of dropout between `down` and `up` in training, in [0, 1)."""
+    layer_norm: Literal["none", "in", "out"] = "none"
+    """Where the branch has a LayerNorm: nowhere, before `down` ("in"), or on its output ("out")."""
 
     def __post_init__(self) -> None:
-        check_bottleneck(self.dim, self.scale)
+        check_bottleneck(self.dim, 1.0 if self.scale == "learnt" else self.scale)
         check_count("experts", self.experts)
+        check_dropout("dropout", self.dropout)
+        check_choice("layer_norm", self.layer_norm, ("none", "in", "out"))
+        if self.experts > 1 and (self.scale == "learnt" or self.layer_norm != "none"):
+            raise ValueError(
+                "experts above 1 need a number as scale and layer_norm none, got "
+                f"experts={self.experts}, scale={self.scale!r}, layer_norm={self.layer_norm!r}."
+            )
 
     def build(self, vit: ViTShape) -> "AdaptFormerAdapter | MixedAdaptFormer":
         """Make the bottlenecks, and with several experts the routers."""
         if self.experts > 1:
             return MixedAdaptFormer(vit, self)
-        return AdaptFormerAdapter(vit, self.dim, self.scale)
+        return AdaptFormerAdapter(vit, self)
 
 
 class AdaptFormerAdapter(Bottlenecks):
     """Runs AdaptFormer with one bottleneck per layer."""
 
+    def __init__(self, vit: ViTShape, config: AdaptFormer) -> None:
+        scale = 1.0 if isinstance(config.scale, str) else config.scale
+        super().__init__(vit, config.dim, scale, dropout=config.dropout)
+        self.layer_norm = config.layer_norm
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(vit.embed_dim) for _ in range(vit.depth) if config.layer_norm != "none"
+        )
+        self.scales = nn.ParameterList(
+            torch.ones(1) for _ in range(vit.depth) if config.scale == "learnt"
+        )
+
     def beside_ffn(
         self, layer: int, tokens: Tokens, ffn_input: Tensor | None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return the output of this layer's bottleneck."""
-        return self.bottleneck(layer, tokens.x), tokens.carried
+        x = self.norms[layer - 1](tokens.x) if self.layer_norm == "in" else tokens.x
+        out = self.bottleneck(layer, x)
+        if len(self.scales):
+            out = self.scales[layer - 1] * out
+        return self.norms[layer - 1](out) if self.layer_norm == "out" else out, tokens.carried
 
 
 class MixedAdaptFormer(Adapter):
@@ -67,10 +95,9 @@ class MixedAdaptFormer(Adapter):
 
     def __init__(self, vit: ViTShape, config: AdaptFormer) -> None:
         super().__init__()
-        self.scale = config.scale
-        self.experts = nn.ModuleList(
-            Bottlenecks(vit, config.dim, config.scale) for _ in range(config.experts)
-        )
+        self.scale: Any = config.scale  # a number: it is not learnt here
+        self.dropout = config.dropout
+        self.experts = nn.ModuleList(Bottlenecks(vit, config.dim) for _ in range(config.experts))
         self.routers = nn.ModuleList(
             nn.Linear(vit.embed_dim, config.experts) for _ in range(vit.depth)
         )
@@ -90,4 +117,5 @@ class MixedAdaptFormer(Adapter):
             out: Tensor = x_BND @ mixed_BOI.transpose(1, 2) + (share_BE @ bias_EO).unsqueeze(1)
             return out
 
-        return self.scale * linear("up", linear("down", tokens.x).relu()), tokens.carried
+        hidden = F.dropout(linear("down", tokens.x).relu(), self.dropout, self.training)
+        return self.scale * linear("up", hidden), tokens.carried

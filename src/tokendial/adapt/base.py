@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.shape import ViTShape
@@ -127,17 +128,20 @@ class Bottlenecks(Adapter):
     A new bottleneck returns zeros.
     """
 
-    def __init__(self, vit: ViTShape, dim: int, scale: float = 1.0) -> None:
+    def __init__(
+        self, vit: ViTShape, dim: int, scale: float = 1.0, *, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.dropout = scale, dropout
         self.down = nn.ModuleList(nn.Linear(vit.embed_dim, dim) for _ in range(vit.depth))
         self.up = nn.ModuleList(nn.Linear(dim, vit.embed_dim) for _ in range(vit.depth))
         for down, up in zip(self.down, self.up, strict=True):
             init_bottleneck(down, up)  # type: ignore[arg-type]  # ModuleList forgets its type
 
     def bottleneck(self, layer: int, x: Tensor) -> Tensor:
-        """Return `scale * up(ReLU(down(x)))` with the weights of one layer (counted from 1)."""
-        out: Tensor = self.up[layer - 1](self.down[layer - 1](x).relu())
+        """Return `scale * up(dropout(ReLU(down(x))))` of one layer (counted from 1)."""
+        hidden = F.dropout(self.down[layer - 1](x).relu(), self.dropout, self.training)
+        out: Tensor = self.up[layer - 1](hidden)
         return self.scale * out
 
 

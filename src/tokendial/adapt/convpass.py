@@ -2,17 +2,18 @@
 
 Source: Jie and Deng, "Convolutional Bypasses Are Better Vision Transformer Adapters", 2022,
 https://arxiv.org/abs/2207.07039, section 3.2: both bypasses read the normalised tokens; each prefix
-token passes the convolution as an image of one pixel. Departure: no dropout in the bypass (the
-authors' code: 0.1).
+token passes the convolution as an image of one pixel. The authors' code trains with a dropout of
+0.1.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.adapt.base import Adapter, AdapterConfig
-from tokendial.checks import check_bottleneck
+from tokendial.checks import check_bottleneck, check_dropout
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens, from_grid, to_grid
@@ -27,9 +28,12 @@ class ConvPass(AdapterConfig):
     """Number of channels of the convolution in each bypass."""
     scale: float = 1.0
     """Factor on the output of each bypass, above 0."""
+    dropout: float = 0.0
+    """Probability of dropout before `up` in training, in [0, 1)."""
 
     def __post_init__(self) -> None:
         check_bottleneck(self.dim, self.scale)
+        check_dropout("dropout", self.dropout)
 
     def build(self, vit: ViTShape) -> "Bypasses":
         """Make two bypasses per layer."""
@@ -39,8 +43,9 @@ class ConvPass(AdapterConfig):
 class Bypass(nn.Module):
     """One bypass, with 2 * D * dim + 9 * dim ** 2 + 2 * dim + D parameters."""
 
-    def __init__(self, embed_dim: int, dim: int) -> None:
+    def __init__(self, embed_dim: int, dim: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = dropout
         self.down = nn.Linear(embed_dim, dim)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.up = nn.Linear(dim, embed_dim)
@@ -66,7 +71,8 @@ class Bypass(nn.Module):
         pixels = first.reshape(images * prefix, width, 1, 1)
         first = self.conv(pixels).reshape(images, prefix, width) if prefix else first
         patches = from_grid(self.conv(to_grid(patches, grid)), patches.shape[1])
-        out: Tensor = self.up(_quick_gelu(torch.cat([first, patches], dim=1)))
+        hidden = _quick_gelu(torch.cat([first, patches], dim=1))
+        out: Tensor = self.up(F.dropout(hidden, self.dropout, self.training))
         return out
 
 
@@ -80,7 +86,9 @@ class Bypasses(Adapter):
         super().__init__()
         self.scale = config.scale
         self.attention, self.ffn = (
-            nn.ModuleList(Bypass(vit.embed_dim, config.dim) for _ in range(vit.depth))
+            nn.ModuleList(
+                Bypass(vit.embed_dim, config.dim, config.dropout) for _ in range(vit.depth)
+            )
             for _ in range(2)
         )
 

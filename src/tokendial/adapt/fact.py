@@ -4,8 +4,7 @@ Source: Jie and Deng, "FacT: Factor-Tuning for Lightweight Adaptation on Vision 
 2023, https://arxiv.org/abs/2212.03145, section 3.2: the query, key, value and output matrices and
 the four D x D parts of each FFN matrix (12 matrices per layer) share two factors. In the
 tensor-train form (TT) each matrix has its own core; in the Tucker form (TK) each core is a mix of
-shared cores.
-Departure: no dropout in the updates (the authors' code: 0.1).
+shared cores. The authors' code trains with a dropout of 0.1.
 """
 
 # Shape legend: D embed_dim, R rank, M matrices of D x D in one layer of the backbone.
@@ -15,11 +14,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokendial.adapt.base import AdapterConfig
 from tokendial.adapt.hooks import HookedAdapter, OutputTransform
-from tokendial.checks import check_choice, check_count, check_positive
+from tokendial.checks import check_choice, check_count, check_dropout, check_positive
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -35,11 +35,14 @@ class FacT(AdapterConfig):
     """Factor on the updates, above 0."""
     kind: Literal["tt", "tk"] = "tt"
     """Factorisation of the updates: "tt" (tensor train) or "tk" (Tucker)."""
+    dropout: float = 0.0
+    """Probability of dropout after the core in training, in [0, 1)."""
 
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
         check_positive("scale", self.scale)
         check_choice("kind", self.kind, ("tt", "tk"))
+        check_dropout("dropout", self.dropout)
 
     def build(self, vit: ViTShape) -> "Factors":
         """Make the shared factors; the cores are made when the adapter is installed."""
@@ -129,6 +132,7 @@ class _Update(OutputTransform):
         cores = self._cores(output.shape[-1] // factors.embed_dim)
         hidden = factors.left(x.reshape(*x.shape[:-1], self.parts, factors.embed_dim))
         mixed = torch.einsum("...pi,poij->...oj", hidden, cores.to(hidden.dtype))
+        mixed = F.dropout(mixed, factors.config.dropout, factors.training)
         update: Tensor = factors.right(mixed).flatten(-2)
         return output + factors.config.scale * update
 
