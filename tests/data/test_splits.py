@@ -7,7 +7,7 @@ from torch.utils.data import Subset
 
 from tokendial.data import Splits
 from tokendial.data.sets.labelled_images import ImageFiles
-from tokendial.data.splits import balanced_weights, warn_of_absent_classes
+from tokendial.data.splits import balanced_weights, few_per_class, warn_of_absent_classes
 
 
 def files(*labels):
@@ -70,3 +70,29 @@ def test_balanced_weights_are_those_of_scikit_learn(indices):
 def test_balanced_weights_need_labels_of_every_class(train, kind, message):
     with pytest.raises(ValueError, match=f"train.class_weights=balanced .*{message}"):
         balanced_weights(splits(train, **kind))
+
+
+def test_a_few_samples_of_each_class_are_drawn_and_more_include_them():
+    labels = [0] * 40 + [1] * 20 + [2] * 3
+    drawn = [few_per_class(splits(files(*labels)), count, seed=5) for count in (2, 8)]
+    few, more = ([labels[i] for i in each.train.indices] for each in drawn)
+    assert few == [0, 0, 1, 1, 2, 2]
+    assert more == [0] * 8 + [1] * 8 + [2] * 3
+    assert set(drawn[0].train.indices) < set(drawn[1].train.indices)
+    other = few_per_class(splits(files(*labels)), 2, seed=6)
+    assert other.train.indices != drawn[0].train.indices
+    subset = splits(Subset(files(*labels), list(range(35, 63))))
+    assert [label for _, label in few_per_class(subset, 1, seed=0).train.dataset.dataset.files]
+    assert len(few_per_class(subset, 1, seed=0).train) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (splits(files(0), multi_label=True), "one label per image, got 4"),
+        (splits([]), "labels are known before all of it is read, got 4"),
+    ],
+)
+def test_few_samples_need_labels_that_are_known(data, message):
+    with pytest.raises(ValueError, match=f"train.images_per_class needs data .*{message}"):
+        few_per_class(data, 4, seed=0)

@@ -141,6 +141,15 @@ def test_a_model_that_is_evaluated_once_is_the_last_one(recipe_file, tmp_path):
     assert all(torch.equal(w, best[n]) for n, w in weights(once).items())
 
 
+def test_a_run_on_a_few_images_of_each_class_knows_them_later(recipe_file, tmp_path):
+    few = ["train.images_per_class=6", f"output={tmp_path / 'few'}", "train.epochs=1"]
+    run = train(read_recipe(str(recipe_file), few), quiet=True)
+    seen = run.data()
+    assert len(seen.train) == 6 * 4
+    assert seen.train.indices == FineTuning(run.recipe()).data.train.indices
+    assert len(seen.val) == 4 * 20
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGXCPU"])
 def test_blocks_inside_each_other_are_all_asked_to_stop(name):
     with stop_requests() as outer:

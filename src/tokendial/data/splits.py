@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -57,6 +57,33 @@ def hold_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int],
         held += of_class[: min(round(share * len(of_class)), len(of_class) - 1)].tolist()
     kept = np.setdiff1d(np.arange(len(label_array)), held)
     return kept.tolist(), sorted(held)
+
+
+def few_per_class(splits: Splits, count: int, seed: int) -> Splits:
+    """The same splits with a few random training samples of each class, for few-shot learning.
+
+    A seed draws nested sets: 4 of each class are among its 8.
+
+    Args:
+        splits: The splits.
+        count: Samples of each class, at least 1. Classes with fewer keep all.
+        seed: Seed of the random draw.
+
+    Raises:
+        ValueError: If samples do not have one label each, or the labels are not known without
+            reading all samples.
+    """
+    field = "train.images_per_class"
+    if splits.multi_label or splits.dense:
+        raise ValueError(f"{field} needs data with one label per image, got {count}.")
+    labels = _labels(splits.train)
+    if labels is None:
+        raise ValueError(
+            f"{field} needs data whose labels are known before all of it is read, got {count}."
+        )
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(np.flatnonzero(labels == n))[:count] for n in np.unique(labels)]
+    return replace(splits, train=Subset(splits.train, np.sort(np.concatenate(drawn)).tolist()))
 
 
 def balanced_weights(splits: Splits) -> tuple[float, ...]:

@@ -175,6 +175,9 @@ class TrainSection(_Section):
     """Weight of each class in the cross-entropy of images with one label. A list: one number above
     0 per class, in the order of the classes. balanced: N / (C x n) for a class with n of the N
     training images, which gives all C classes the same share of the loss. null: weights of 1."""
+    images_per_class: int | None = Field(None, ge=1)
+    """Few-shot: train on so many images of each class only, drawn with the recipe's seed. null: on
+    all."""
     teacher: str | None = None
     """Folder of a saved model of the same shape: the teacher whose logits and tokens DynamicViT
     distils. null: no teacher."""
@@ -347,7 +350,9 @@ class CompensateRecipe(BaseRecipe):
             raise ValueError("reduce must be a reduction method, got null")
         if self.model.weights is None:
             raise ValueError("model.weights must name pre-trained weights, got null")
-        for name in ("degree", "degrees", "teacher", "layer_decay", "class_weights"):
+        for name in (
+            "degree", "degrees", "teacher", "layer_decay", "class_weights", "images_per_class",
+        ):  # fmt: skip
             if (value := getattr(self.train, name)) is not None:
                 raise ValueError(f"train.{name} has no meaning for a compensator, got {value}")
         return self

@@ -16,7 +16,7 @@ import yaml
 from tokendial.atomic import atomic_write, leftover_files
 from tokendial.data.readers.files import resolve_paths
 from tokendial.data.readers.pixels import ValueRange
-from tokendial.data.splits import Splits, warn_of_absent_classes
+from tokendial.data.splits import Splits, few_per_class, warn_of_absent_classes
 from tokendial.data.transforms.clip import Clip
 from tokendial.measure import Cost
 from tokendial.model.dial_vit import DialViT
@@ -209,6 +209,8 @@ class Run:
                 f"data: the classes are no longer those that {self.folder} was trained on "
                 f"({len(then)} then, {len(now)} now; what differs: {min(changed)})."
             )
+        if (count := recipe.train.images_per_class) is not None:
+            splits = few_per_class(splits, count, recipe.seed)
         warn_of_absent_classes(splits)
         return splits
 

@@ -9,7 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from tokendial.data.splits import Splits, balanced_weights, warn_of_absent_classes
+from tokendial.data.splits import (
+    Splits,
+    balanced_weights,
+    few_per_class,
+    warn_of_absent_classes,
+)
 from tokendial.measure import ShareMeter, calibrate
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.loading import load
@@ -69,6 +74,8 @@ class FineTuning:
                 "data: classification needs at least 2 classes to tell apart, got 1: "
                 f"{self.data.classes[0]!r}."
             )
+        if (count := self.settings.images_per_class) is not None:
+            self.data = few_per_class(self.data, count, recipe.seed)
         warn_of_absent_classes(self.data)
         weights = self.settings.class_weights
         self.task = task_of(
