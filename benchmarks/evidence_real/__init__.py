@@ -20,6 +20,7 @@ TABLES = {
     "mismatch": "accuracy of models that run at another degree than they were trained at",
     "tocom": "accuracy that a compensator recovers, which was trained without labels",
     "difference": "the gap between two degrees, carried over from one data set to another",
+    "few_shot": "models of a few images per class at another degree, with a compensator",
     "all_degrees": "accuracy of models that were trained for all degrees at once",
     "cascade": "a cascade beside fixed degrees at the same time, and whether its bound holds",
     "sparse_tuning": "Sparse-Tuning and other fine-tuning: accuracy, time and memory, speed",

@@ -24,6 +24,10 @@ DIALS: dict[str, td.ToMe | td.EViT] = {"tome": td.ToMe(r=6), "evit": td.EViT(r=6
 twice as many are left."""
 EPOCHS = 4
 """Epochs of models that run along a dial: there are many of them."""
+FEW_SEEN = 2000
+"""Images that a training on a few images of each class sees."""
+CLASSES = {"elpv": 2, "stamps": 25}
+"""Classes of each data set."""
 ALL_DEGREES: dict[str, dict[str, Any]] = {
     "random": {"train.degrees": {"random": True}},
     "sandwich": {"train.degrees": {"sandwich": 2}},
@@ -57,6 +61,9 @@ class Classifier:
     trained at `degree`."""
     img_size: int = 112
     """Side of the images in pixels."""
+    images_per_class: int | None = None
+    """Images of each class that it is trained on, for as many epochs as `FEW_SEEN` needs; None: all
+    images."""
     by_recipe: bool = False
     """Whether it has the epochs of its recipe and all training images, instead of `EPOCHS` and all
     but `HOLDOUT`."""
@@ -67,6 +74,7 @@ class Classifier:
         dial = f"{self.dial}{self.degree}" if self.dial else "plain"
         kind = f"-{self.all_degrees}" if self.all_degrees else ""
         kind += "-recipe" if self.by_recipe else ""
+        kind += f"-few{self.images_per_class}" if self.images_per_class else ""
         return f"{self.data}-{self.method}-{dial}-{self.img_size}-{self.seed}{kind}"
 
     def train(self, options: Options) -> Path:
@@ -80,6 +88,10 @@ class Classifier:
         }
         if not self.by_recipe:
             settings["train.epochs"] = EPOCHS
+        if self.images_per_class:
+            seen = FEW_SEEN // (self.images_per_class * CLASSES[self.data])
+            settings |= {"train.images_per_class": self.images_per_class, "train.epochs": seen}
+            settings["train.batch_size"] = 8
         if self.method in RECIPES:
             settings["reduce"] = None
         if self.dial:

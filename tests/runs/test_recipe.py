@@ -250,6 +250,18 @@ def test_recipes_are_listed_and_described(cli):
     assert cli("recipes", "none")[::2] == (2, "error: no such recipe: none.\n")
 
 
+def test_a_printed_recipe_says_which_recipe_sets_a_field(cli):
+    printed = cli("recipes", "dyt/vtab_r07")[1]
+    lines = {line.strip() for line in printed.splitlines()}
+    assert "target_ratio: 0.7  # dyt/vtab_r07" in lines
+    assert "lr: 0.001  # dyt/vtab" in lines
+    assert "min_lr: 0.0" in lines  # a default
+    # Another method drops what the base says of its own.
+    printed = cli("recipes", "baselines/vtab/convpass")[1]
+    assert "  scale: 1.0\n  dropout: 0.1  # baselines/vtab/convpass\n" in printed
+    assert "reduce: null  # baselines/vtab/convpass" in printed
+
+
 @pytest.mark.parametrize(
     ("name", "open_field", "kind"),
     [

@@ -1,6 +1,7 @@
 """Commands that train, or describe what is trained: train, compensate, recipes, demo."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -122,7 +123,9 @@ def recipes(
     else:
         for line in describe(find_recipe(name)[0]).splitlines():
             print(f"# {line}".rstrip())
-        print()
+        print(
+            "#\n# A comment behind a field names the recipe that sets it; others have defaults.\n"
+        )
         print(_all_fields(name), end="")
 
 
@@ -132,7 +135,12 @@ def _all_fields(name: str) -> str:
     from pydantic import ValidationError
 
     from tokendial.runs.recipe import CompensateRecipe, Recipe, check_section
-    from tokendial.runs.recipe_file import apply_overrides, explicit_fields, find_recipe
+    from tokendial.runs.recipe_file import (
+        apply_overrides,
+        explicit_fields,
+        field_origins,
+        find_recipe,
+    )
 
     data = explicit_fields(name)
     data.setdefault("output", f"runs/{find_recipe(name)[1]}")
@@ -152,7 +160,22 @@ def _all_fields(name: str) -> str:
             section = section[parent]
         del section[last]
     notes = "".join(f"# {field} is required; this recipe does not set it.\n" for field in missing)
-    return notes + yaml.safe_dump(fields, sort_keys=False)
+    return notes + _with_origins(yaml.safe_dump(fields, sort_keys=False), field_origins(name))
+
+
+def _with_origins(text: str, origins: dict[str, str]) -> str:
+    """YAML with a comment behind each field that a recipe sets."""
+    lines: list[str] = []
+    above: list[str] = []
+    for line in text.splitlines():
+        found = re.match(r"( *)(\w+):", line)
+        if found:
+            # Sections are indented by two spaces each.
+            above = [*above[: len(found[1]) // 2], found[2]]
+            if (name := origins.get(".".join(above))) is not None:
+                line = f"{line}  # {name}"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def _print_recipes(descriptions: dict[str, str]) -> None:

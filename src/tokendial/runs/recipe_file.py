@@ -129,15 +129,55 @@ def explicit_fields(name: str | Path) -> dict[str, Any]:
     return _resolve_base(find_recipe(name)[0])
 
 
-def _resolve_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The fields of a file over those of its base; `above` are the files that lead here."""
+def field_origins(name: str | Path) -> dict[str, str]:
+    """Which recipe sets each field that is not a default, by dotted field.
+
+    Args:
+        name: A YAML file, or the name of a shipped recipe.
+
+    Raises:
+        ValueError: If there is no such recipe, or a file cannot be read.
+    """
+    names = {file.resolve(): shipped for shipped, file in shipped_recipes().items()}
+    origins: dict[str, str] = {}
+    merged: dict[str, Any] = {}
+    for path, data in _chain(find_recipe(name)[0]):
+        merged = _merge_fields(merged, data)
+        origins |= dict.fromkeys(_leaves(data), names.get(path, path.name))
+    return {field: origins[field] for field in _leaves(merged)}
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all fields that are no sections."""
+    names = []
+    for name, value in data.items():
+        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else []
+        names += inner or [f"{prefix}{name}"]
+    return names
+
+
+def _resolve_base(path: Path) -> dict[str, Any]:
+    """The fields of a file over those of its base."""
+    merged: dict[str, Any] = {}
+    for _, data in _chain(path):
+        merged = _merge_fields(merged, data)
+    return merged
+
+
+def _chain(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and its bases with their own fields, the last base first.
+
+    Args:
+        path: The file.
+        above: Files that lead here.
+    """
     path = path.resolve()
     if path in above:
         raise ValueError(f"recipe {path}: base leads back to itself.")
     data = _read(path)
     base = data.pop("base", None)
     if base is None:
-        return data
+        return [(path, data)]
     if not isinstance(base, str):
         raise ValueError(f"recipe {path}: base must be the name of a recipe, got {base!r}.")
     in_folder = path.parent / base
@@ -147,7 +187,7 @@ def _resolve_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         base_file = base_file or find_recipe(base)[0]
     except ValueError:
         raise ValueError(f"recipe {path}: base: no such recipe: {base}.") from None
-    return _merge_fields(_resolve_base(base_file, (*above, path)), data)
+    return [*_chain(base_file, (*above, path)), (path, data)]
 
 
 def _merge_fields(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
