@@ -30,6 +30,7 @@ REDUCERS = {
     "ffn_merge": td.FFNMerge(r=16),
     "pitome": td.PiToMe(r=8),
     "prune_merge": td.PruneMerge(r=8),
+    "pyra": td.PYRA(r=8),
     "learnt_metric": td.LearntMetric(r=8, dim=8),
     "stack": td.Stack(methods=[td.ToMe(r=8), td.FFNMerge(r=8)]),
     # Windows have to divide every grid that the tests use; test_in_windows.py has more of them.
@@ -60,7 +61,15 @@ ADAPTERS = {
 }
 # Adapters that need the complete token grid, and reducers that do not keep it.
 ON_THE_GRID = {"dar", "convpass"}
-AS_TOME = {"stack", "frame_by_frame", "in_windows", "pitome", "prune_merge", "learnt_metric"}
+AS_TOME = {
+    "stack",
+    "frame_by_frame",
+    "in_windows",
+    "pitome",
+    "prune_merge",
+    "learnt_metric",
+    "pyra",
+}
 SHRINKING = {"tome", "evit", "dynamicvit"} | AS_TOME
 PAIRS = {
     f"{reduce}-{adapt}": (REDUCERS[reduce], ADAPTERS[adapt])

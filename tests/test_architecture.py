@@ -83,6 +83,7 @@ PUBLIC = {
     "MaskTransformer": "decode.segmenter",
     "OptimizedViT": "tune.optimized_vit",
     "PEFT": "adapt.peft",
+    "PYRA": "reduce.pyra",
     "PiToMe": "reduce.pitome",
     "ProxyCLIP": "open_vocabulary.proxy_clip",
     "ProxyCLIPConfig": "open_vocabulary.config",

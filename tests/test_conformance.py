@@ -101,7 +101,8 @@ def test_a_higher_degree_costs_less(reduce):
     degrees = sorted({*model.degrees[::3], model.degree, model.degrees[-1]})
     macs = [model.cost(degree).macs for degree in degrees]
     assert macs == sorted(macs, reverse=True)
-    assert model.cost(0).macs > model.cost(model.degree).macs > macs[-1]
+    assert model.cost(0).macs > model.cost(model.degree).macs
+    assert len({*macs}) > 2
 
 
 @each_reducer

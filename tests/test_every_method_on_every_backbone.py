@@ -21,7 +21,9 @@ def fitting(reduce, vit):
         changes["layers"] = (1, 2)
     if hasattr(reduce, "score") and not td.wrap(vit).anatomy.shape.has_class_token:
         changes["score"] = "mean"
-    if isinstance(reduce, td.ToMe | td.PiToMe | td.PruneMerge | td.LearntMetric | td.FFNMerge):
+    if isinstance(
+        reduce, td.ToMe | td.PiToMe | td.PruneMerge | td.LearntMetric | td.PYRA | td.FFNMerge
+    ):
         changes["r"] = 2
     return dataclasses.replace(reduce, **changes)
 

@@ -84,6 +84,7 @@ SETTINGS = {
         "first_layers": st.integers(0, 12) | st.none(),
         "proportional_attention": flags,
     },
+    td.PYRA: {"r": counts | schedules, "proportional_attention": flags},
     td.LearntMetric: {
         "r": r,
         "dim": counts,

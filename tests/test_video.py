@@ -305,7 +305,9 @@ def fitting(reduce):
         changes = {"score": "mean", "fuse_weights": "normalised"}
     if isinstance(reduce, td.PruneMerge):
         changes = {"score": "mean"}
-    if isinstance(reduce, td.ToMe | td.PiToMe | td.PruneMerge | td.LearntMetric | td.FFNMerge):
+    if isinstance(
+        reduce, td.ToMe | td.PiToMe | td.PruneMerge | td.LearntMetric | td.PYRA | td.FFNMerge
+    ):
         changes["r"] = 3
     return dataclasses.replace(reduce, **changes)
 

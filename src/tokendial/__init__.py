@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.open_vocabulary import ProxyCLIP as ProxyCLIP
     from tokendial.open_vocabulary import ProxyCLIPConfig as ProxyCLIPConfig
     from tokendial.reduce import DAR as DAR
+    from tokendial.reduce import PYRA as PYRA
     from tokendial.reduce import DynamicViT as DynamicViT
     from tokendial.reduce import DyT as DyT
     from tokendial.reduce import EViT as EViT
@@ -94,7 +95,7 @@ _NAMES = {
     "model.protect": "patches_in_boxes",
     "model.wrap": "wrap",
     "open_vocabulary": "ProxyCLIP ProxyCLIPConfig",
-    "reduce": "DAR DynamicViT DyT EViT FFNMerge FrameByFrame InWindows LearntMetric PiToMe"
+    "reduce": "DAR PYRA DynamicViT DyT EViT FFNMerge FrameByFrame InWindows LearntMetric PiToMe"
     " PruneMerge Reducer ReducerConfig Stack ToMe preset",
     "reference": "load_reference",
     "runtimes": "ExportedViT Runtime",

@@ -13,12 +13,14 @@ from tokendial.reduce.learnt_metric import LearntMetric
 from tokendial.reduce.pitome import PiToMe
 from tokendial.reduce.presets import preset
 from tokendial.reduce.prune_merge import PruneMerge
+from tokendial.reduce.pyra import PYRA
 from tokendial.reduce.stack import Stack
 from tokendial.reduce.tome import ToMe
 from tokendial.shape import ViTShape
 
 __all__ = [
     "DAR",
+    "PYRA",
     "DyT",
     "DynamicViT",
     "EViT",

@@ -186,7 +186,7 @@ def _join_groupings(grouping: Grouping, tokens: Tokens) -> Grouping:
     """Join the groupings of the parts to one grouping of each image or clip."""
     if type(grouping) is not Grouping:
         raise ValueError(
-            "this method merges softly in training, which it cannot do in parts: train it without."
+            "this method changes tokens as they merge, which it cannot do in parts: use it alone."
         )
     grids, prefix = tokens.grids, tokens.prefix
     old, new = grouping.num_tokens - prefix, grouping.keep.shape[1] - prefix
