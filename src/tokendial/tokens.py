@@ -277,8 +277,8 @@ class Tokens:
                 f"mask must have {wanted[1]} patches for each of {wanted[0]} images, got "
                 f"{list(mask_BL.shape)}."
             )
-        mask_BL = mask_BL.to(self.x.device)
         most = int(mask_BL.sum(dim=1).max())
+        mask_BL = mask_BL.to(self.x.device)
         if in_place:
             return dataclasses.replace(self, protected=mask_BL, num_protected=most)
         order_BL = mask_BL.int().argsort(dim=1, descending=True, stable=True)
