@@ -90,6 +90,7 @@ PUBLIC = {
     "PruneMerge": "reduce.prune_merge",
     "Reducer": "reduce.base",
     "ReducerConfig": "reduce.base",
+    "ResTuning": "adapt.res_tuning",
     "Runtime": "runtimes.config",
     "SSF": "adapt.ssf",
     "Stack": "reduce.stack",

@@ -33,14 +33,13 @@ TRAINED_IN_BACKBONE = {
     td.LoRA: r".*lora_[AB].*|head.*",
     td.PEFT: r".*hada_w.*|head.*",
 }
-WITHOUT_PROMPTS = {
+# New prompts and a new bypass change the outputs from the start.
+NEUTRAL = {
     name: (reduce, adapt)
     for name, (reduce, adapt) in PAIRS.items()
-    if not isinstance(adapt, td.VPT)
+    if not isinstance(adapt, td.VPT | td.ResTuning)
 }
-each_pair_without_prompts = pytest.mark.parametrize(
-    ("reduce", "adapt"), WITHOUT_PROMPTS.values(), ids=WITHOUT_PROMPTS
-)
+each_neutral_pair = pytest.mark.parametrize(("reduce", "adapt"), NEUTRAL.values(), ids=NEUTRAL)
 SHAPE = {"img_size": (36, 28), "reg_tokens": 2}  # 9 x 7 patches of 4 pixels
 each_adapter = pytest.mark.parametrize("adapt", ADAPTERS.values(), ids=ADAPTERS)
 
@@ -235,7 +234,7 @@ def test_half_precision_stays_as_close_as_plain_timm(reduce, monkeypatch):
     assert error <= 1.5 * plain_error
 
 
-@each_pair_without_prompts
+@each_neutral_pair
 @torch.no_grad()
 def test_a_fresh_adapter_is_the_identity(reduce, adapt):
     """Catches: an adapter whose last layer does not start at zero. VPT is exempt: attention reads

@@ -124,6 +124,7 @@ SETTINGS = {
     td.Houlsby: {"dim": counts, "scale": factors},
     td.VPT: {"prompts": counts, "deep": flags},
     td.SSF: {"patch_embedding": flags},
+    td.ResTuning: {"dim": counts},
     td.FacT: {
         "rank": counts,
         "scale": factors,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.adapt import LastBlocks as LastBlocks
     from tokendial.adapt import LinearProbe as LinearProbe
     from tokendial.adapt import LoRA as LoRA
+    from tokendial.adapt import ResTuning as ResTuning
     from tokendial.backbones import Backbone as Backbone
     from tokendial.backbones import convert_weights as convert_weights
     from tokendial.backbones import video_vit as video_vit
@@ -79,7 +80,7 @@ __version__ = "0.2.0"
 _NAMES = {
     "adapt": (
         "PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit ConvPass DARAdapter DenseAdapter "
-        "FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA"
+        "FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA ResTuning"
     ),
     "backbones": "Backbone convert_weights video_vit",
     "cascade": "Cascade CascadeCalibration",

@@ -10,6 +10,7 @@ from tokendial.adapt.houlsby import Houlsby
 from tokendial.adapt.lora import LoRA
 from tokendial.adapt.peft import PEFT
 from tokendial.adapt.plain import BitFit, FullFineTuning, LastBlocks, LinearProbe
+from tokendial.adapt.res_tuning import ResTuning
 from tokendial.adapt.ssf import SSF
 from tokendial.adapt.vpt import VPT
 
@@ -30,4 +31,5 @@ __all__ = [
     "LastBlocks",
     "LinearProbe",
     "LoRA",
+    "ResTuning",
 ]

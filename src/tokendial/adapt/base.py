@@ -31,7 +31,7 @@ class Adapter(nn.Module):
     """Holds the weights of a fine-tuning method, and applies them at its hooks.
 
     A method overrides the hooks that it needs; the others change nothing. A new adapter leaves the
-    outputs of the model unchanged (except `VPT`).
+    outputs of the model unchanged (except `VPT` and `ResTuning`).
     """
 
     needs_grid: ClassVar[bool] = False
