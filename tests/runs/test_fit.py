@@ -73,6 +73,10 @@ def test_a_fit_starts_from_an_earlier_one(fit, run, tmp_path):
     told = json.loads((tmp_path / "next" / "fit.json").read_text())
     assert list(first[0]) in [point["removed"] for point in told["searched"]]
     assert told["reduce"]["name"] == "pitome"
+    (tmp_path / "next" / "fit.json").write_text("{}")
+    code, _, err = fit("--gmacs", 0.7 * whole, "--start-from", tmp_path / "next", "--out", "x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "next/fit.json holds no fit" in err
 
 
 @pytest.mark.parametrize(

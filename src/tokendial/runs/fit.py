@@ -108,7 +108,10 @@ def _method(model: DialViT, name: str | None, start_from: str | None) -> Schedul
         return named
     fitted = Path(start_from) / FIT_FILE
     if fitted.is_file():
-        start = from_json("reduce", json.loads(fitted.read_text())["reduce"])
+        try:
+            start = from_json("reduce", json.loads(fitted.read_text())["reduce"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"start_from: {fitted} holds no fit: {error}.") from None
     elif start_from.partition(".")[0] in all_presets():
         start = preset(start_from)
     else:
