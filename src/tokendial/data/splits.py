@@ -73,14 +73,7 @@ def few_per_class(splits: Splits, count: int, seed: int) -> Splits:
         ValueError: If samples do not have one label each, or the labels are not known without
             reading all samples.
     """
-    field = "train.images_per_class"
-    if splits.multi_label or splits.dense:
-        raise ValueError(f"{field} needs data with one label per image, got {count}.")
-    labels = _labels(splits.train)
-    if labels is None:
-        raise ValueError(
-            f"{field} needs data whose labels are known before all of it is read, got {count}."
-        )
+    labels = _single_labels(splits, f"train.images_per_class={count}")
     rng = np.random.default_rng(seed)
     drawn = [rng.permutation(np.flatnonzero(labels == n))[:count] for n in np.unique(labels)]
     return replace(splits, train=Subset(splits.train, np.sort(np.concatenate(drawn)).tolist()))
@@ -94,20 +87,14 @@ def balanced_weights(splits: Splits) -> tuple[float, ...]:
             all samples, or a class has no training sample.
     """
     field = "train.class_weights=balanced"
-    if splits.multi_label or splits.dense:
-        raise ValueError(f"{field} needs data with one label per image.")
-    labels = _labels(splits.train)
-    if labels is None:
-        raise ValueError(
-            f"{field} needs data whose labels are known before all of it is read; give the "
-            f"{len(splits.classes)} weights as numbers."
-        )
+    weights = f"; give the {len(splits.classes)} weights as numbers"
+    labels = _single_labels(splits, field, otherwise=weights)
     counts = np.bincount(labels, minlength=len(splits.classes))
     if not counts.all():
         absent = splits.classes[int(counts.argmin())]
         raise ValueError(f"{field} needs training images of each class, but {absent!r} has none.")
-    weights: list[float] = (len(labels) / (len(counts) * counts)).tolist()
-    return tuple(weights)
+    found: list[float] = (len(labels) / (len(counts) * counts)).tolist()
+    return tuple(found)
 
 
 def warn_of_absent_classes(splits: Splits) -> None:
@@ -132,6 +119,18 @@ def warn_of_absent_classes(splits: Splits) -> None:
             which = f"{absent.size:,} of {len(splits.classes):,} classes ({names}{more})"
             has = "has" if absent.size == 1 else "have"
             _LOG.warning("%s %s no samples to %s on: %s", which, has, verb, consequence)
+
+
+def _single_labels(splits: Splits, field: str, otherwise: str = "") -> np.ndarray:
+    """The class of each training sample; a ValueError about a field if there is no such thing."""
+    if splits.multi_label or splits.dense:
+        raise ValueError(f"{field} needs data with one label per image.")
+    labels = _labels(splits.train)
+    if labels is None:
+        raise ValueError(
+            f"{field} needs data whose labels are known before all of it is read{otherwise}."
+        )
+    return labels
 
 
 def _labels(part: Dataset[tuple[Any, Any]]) -> np.ndarray | None:
