@@ -1,7 +1,7 @@
 """Weights start as the authors' code draws them: deviations of everything that methods bring.
 
-SSF is the exception: the authors draw its scales and shifts with a deviation of 0.02, here every
-adapter but prompts starts as the identity.
+SSF is the exception: the authors draw its scales and shifts with a deviation of 0.02, here that is
+an option, and by default every adapter but prompts starts as the identity.
 """
 
 import re
@@ -55,6 +55,7 @@ ADAPTERS = {
     ),
     "vpt": (td.VPT(prompts=8), {"prompts": uniform((6 / (3 * PATCH**2 + D)) ** 0.5)}),
     "ssf": (td.SSF(), {".*": 0.0}),
+    "ssf as published": (td.SSF(init_std=0.02), {r".*scale": 0.02, r".*shift": 0.02}),
     "fact": (
         td.FacT(rank=12),
         # Of 12 cores in each block the last four, of the FFN's second layer, read four inputs.

@@ -123,7 +123,7 @@ SETTINGS = {
     td.DARAdapter: {"dims": st.lists(counts, min_size=2, max_size=2), "scale": factors},
     td.Houlsby: {"dim": counts, "scale": factors},
     td.VPT: {"prompts": counts, "deep": flags},
-    td.SSF: {"patch_embedding": flags},
+    td.SSF: {"patch_embedding": flags, "init_std": st.floats(0.0, 1.0)},
     td.ResTuning: {"dim": counts},
     td.FacT: {
         "rank": counts,

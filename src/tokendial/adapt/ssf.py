@@ -2,8 +2,8 @@
 
 Source: Lian et al., "Scaling & Shifting Your Features", NeurIPS 2022,
 https://arxiv.org/abs/2210.08823, section 3.2: scale and shift act after each norm, each linear
-layer and the patch embedding. Departure: scales start at 1 and shifts at 0, so that the model
-starts unchanged (the authors' code draws both with a standard deviation of 0.02).
+layer and the patch embedding. By default scales start at 1 and shifts at 0, so that the model
+starts unchanged; `init_std=0.02` draws them as the authors' code does.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tokendial.adapt.base import AdapterConfig
 from tokendial.adapt.hooks import HookedAdapter, OutputTransform
+from tokendial.checks import check_not_negative
 from tokendial.methods import register
 from tokendial.shape import ViTShape
 
@@ -26,6 +27,11 @@ class SSF(AdapterConfig):
     patch_embedding: bool = True
     """Whether the patch embedding is scaled and shifted too. Some published parameter counts leave
     it out."""
+    init_std: float = 0.0
+    """Standard deviation of new scales around 1 and of new shifts around 0, at least 0."""
+
+    def __post_init__(self) -> None:
+        check_not_negative("init_std", self.init_std)
 
     def build(self, vit: ViTShape) -> "ScalesAndShifts":
         """Make the adapter; its weights are made when it is installed."""
@@ -35,11 +41,14 @@ class SSF(AdapterConfig):
 class ScaleShift(OutputTransform):
     """Computes `scale * output + shift` for the output of a layer, channel by channel."""
 
-    def __init__(self, width: int, dim: int) -> None:
+    def __init__(self, width: int, dim: int, std: float) -> None:
         super().__init__()
         self.shape = (-1,) + (1,) * (-dim - 1)
         self.scale = nn.Parameter(torch.ones(width))
         self.shift = nn.Parameter(torch.zeros(width))
+        if std:
+            nn.init.normal_(self.scale, mean=1.0, std=std)
+            nn.init.normal_(self.shift, std=std)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Return the scaled and shifted output; `x` is not used."""
@@ -74,7 +83,7 @@ class ScalesAndShifts(HookedAdapter):
             if isinstance(module, nn.Conv2d) and not self.config.patch_embedding:
                 continue
             if width and (id(module) in inside or not isinstance(module, nn.Linear)):
-                layer = ScaleShift(width, dim)
+                layer = ScaleShift(width, dim, self.config.init_std)
                 self.layers[name.replace(".", "-")] = layer
                 self.act_on(module, layer)
 
