@@ -57,7 +57,8 @@ SETTINGS = {
         "shrink": st.sampled_from([None, [0, 5], (2, 9)]),
     },
     td.DynamicViT: {
-        "keep_rate": fractions,
+        "keep_rate": fractions | st.just([0.7, 0.5, 0.2]),
+        "ratio_over": st.sampled_from(["image", "batch"]),
         "layers": layers,
         "ratio_weight": factors,
         "distill_weight": factors,

@@ -32,19 +32,20 @@ def test_a_masked_attention_layer_equals_the_reference(masked):
     torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
 
 
-def reference_model(**settings):
+def reference_model(keep_rate=0.7, **settings):
     meta, tensors = golden("dynamicvit_vit")
     sizes = {k: v for k, v in meta["settings"]["model"].items() if k != "mlp_ratio"}
     vit = tiny_vit(**sizes)
-    model = td.wrap(vit, reduce=td.DynamicViT(keep_rate=0.7, layers=(2, 3, 4), **settings))
+    model = td.wrap(vit, reduce=td.DynamicViT(keep_rate=keep_rate, layers=(2, 3, 4), **settings))
     state = split(tensors, "weight.") | split(tensors, "extra.")
     td.load_reference(model, state, system="dynamicvit")
     return tensors, model
 
 
+@pytest.mark.parametrize("keep_rate", [0.7, [0.7, 0.49, 0.343]])
 @torch.no_grad()
-def test_inference_equals_the_reference():
-    tensors, model = reference_model()
+def test_inference_equals_the_reference(keep_rate):
+    tensors, model = reference_model(keep_rate)
     model.eval()
     steps = list(model.steps(tensors["input"], track=True))
     counts = [step.tokens.x.shape[1] for step in steps]
@@ -110,6 +111,20 @@ def test_losses_equal_the_reference(kind, monkeypatch):
         torch.testing.assert_close(total, expected["total"], **close)
 
 
+def test_the_ratio_loss_over_the_batch_lets_images_differ(monkeypatch):
+    """Of one image both losses are the same; of several, the mean of squares is the larger one."""
+    losses = {}
+    for over in ("image", "batch"):
+        tensors, model = reference_model(ratio_over=over, keep_rate=[0.7, 0.5, 0.3])
+        student = train_pass(model, tensors, monkeypatch)
+        losses[over] = losses_of(model, tensors, student)["ratio"].item()
+        kept = [student.tokens[layer - 1].policy[:, 1:].mean(1) for layer in (2, 3, 4)]
+    shares = [each - rate for each, rate in zip(kept, (0.7, 0.5, 0.3), strict=True)]
+    by_batch = torch.stack([each.mean() for each in shares]).square().mean()
+    assert losses["batch"] == pytest.approx(2.0 * by_batch.item(), rel=1e-4)
+    assert losses["image"] > losses["batch"]
+
+
 def test_gradients_of_the_predictors_equal_the_reference(monkeypatch):
     tensors, model = reference_model(token_loss="mse")
     student = train_pass(model, tensors, monkeypatch)
@@ -120,6 +135,15 @@ def test_gradients_of_the_predictors_equal_the_reference(monkeypatch):
         name = name.replace("in_conv", "inside").replace("out_conv", "outside")
         gradient = model.reducer.predictors.get_parameter(name).grad
         torch.testing.assert_close(gradient, value, rtol=1e-3, atol=1e-7)
+
+
+def test_listed_shares_are_off_or_on():
+    model = td.wrap(tiny_vit(), reduce=td.DynamicViT(keep_rate=[0.75, 0.25], layers=(2, 4)))
+    assert (model.degrees, model.degree) == ((0, 1), 1)
+    assert model.cost().tokens_per_layer == (65, 49, 49, 17)
+    for wrong in ([0.5], [0.2, 0.5], [1.2, 0.5]):
+        with pytest.raises(ValueError, match="keep_rate must"):
+            td.DynamicViT(keep_rate=wrong, layers=(2, 4))
 
 
 def test_counts_follow_the_dial_and_the_image():

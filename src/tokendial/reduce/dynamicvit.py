@@ -11,7 +11,9 @@ by zero).
 
 # Shape legend: B batch, N tokens (prefix + patch), L patch tokens, D embed_dim.
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +45,10 @@ from tokendial.tokens import Grouping, Tokens
 class DynamicViT(ReducerConfig):
     """DynamicViT: before the i-th of `layers`, keep the fraction keep_rate ** i of all patches."""
 
-    keep_rate: float = 0.7
-    """Fraction of the present patch tokens that each layer of `layers` keeps, in (0, 1]."""
+    keep_rate: float | Sequence[float] = 0.7
+    """Fraction of the present patch tokens that each layer of `layers` keeps, in (0, 1]; or a list:
+    for each layer of `layers` the fraction of all patches, falling. With a list the dial is off or
+    on."""
     layers: tuple[int, ...] = (4, 7, 10)
     """Layers before which tokens are dropped, counted from 1, in rising order."""
     ratio_weight: float = 2.0
@@ -53,6 +57,9 @@ class DynamicViT(ReducerConfig):
     distill_weight: float = 0.5
     """Weight of the distillation of logits and of tokens from `train.teacher`, at least 0. Without
     a teacher it has no effect."""
+    ratio_over: Literal["image", "batch"] = "image"
+    """Whether that loss compares the fraction of each image with the target, or the mean fraction
+    of the batch (an option of the authors' code)."""
     token_loss: str = "mse"
     """Loss for the distillation of tokens: "mse" is the mean squared error of their features, "kl"
     the divergence of the softmax over their features."""
@@ -62,10 +69,25 @@ class DynamicViT(ReducerConfig):
         check_layers(self.layers)
         if list(self.layers) != sorted(self.layers):
             raise ValueError(f"layers must rise, got {self.layers}.")
-        check_fraction("keep_rate", self.keep_rate)
+        self._freeze_keep_rate()
+        check_choice("ratio_over", self.ratio_over, ("image", "batch"))
         check_not_negative("ratio_weight", self.ratio_weight)
         check_not_negative("distill_weight", self.distill_weight)
         check_choice("token_loss", self.token_loss, ("mse", "kl"))
+
+    def _freeze_keep_rate(self) -> None:
+        if not isinstance(self.keep_rate, list | tuple):
+            check_fraction("keep_rate", self.keep_rate)
+            return
+        rates = tuple(self.keep_rate)
+        for rate in rates:
+            check_fraction("keep_rate", rate)
+        if len(rates) != len(self.layers) or list(rates) != sorted(rates, reverse=True):
+            raise ValueError(
+                f"keep_rate must have one falling entry for each of the {len(self.layers)} layers, "
+                f"got {list(rates)}."
+            )
+        object.__setattr__(self, "keep_rate", rates)
 
     def build(self, vit: ViTShape) -> "DynamicViTReducer":
         """Make the predictors. Raises a ValueError if a layer does not exist."""
@@ -103,7 +125,11 @@ class KeepPredictor(nn.Module):
 
 
 class DynamicViTReducer(Reducer):
-    """Runs DynamicViT. The degree is the position in the list of keep rates of `make_rate_dial`."""
+    """Runs DynamicViT.
+
+    The degree is the position in the list of keep rates of `make_rate_dial`. With a list of keep
+    rates degree 0 drops nothing, and degree 1 keeps the listed fractions.
+    """
 
     extra_passes = frozenset({"teacher"})
 
@@ -111,8 +137,14 @@ class DynamicViTReducer(Reducer):
         super().__init__()
         check_layers_exist(config.layers, vit.depth)
         self.config = config
-        self.rates, self.degree = make_rate_dial(config.keep_rate)
-        self.degrees = tuple(range(len(self.rates)))
+        stages = range(1, len(config.layers) + 1)
+        if isinstance(config.keep_rate, Sequence):
+            self.kept = [(1.0,) * len(config.layers), tuple(config.keep_rate)]
+            self.degree = 1
+        else:
+            rates, self.degree = make_rate_dial(config.keep_rate)
+            self.kept = [tuple(rate**stage for stage in stages) for rate in rates]
+        self.degrees = tuple(range(len(self.kept)))
         self.predictors = nn.ModuleList(KeepPredictor(vit.embed_dim) for _ in config.layers)
         init_linears(self)
 
@@ -139,7 +171,7 @@ class DynamicViTReducer(Reducer):
         scores = self.predictors[stage](patches, torch.ones_like(patches[..., 0]))[..., 0]
         rows, columns = tokens.grid
         patches_at_first = tokens.grids * rows * columns - tokens.num_protected
-        count = max(1, int(patches_at_first * self.rates[degree] ** (stage + 1)))
+        count = max(1, int(patches_at_first * self.kept[degree][stage]))
         # The predictor sees protected patches too; they are kept whatever it says.
         first = tokens.num_protected
         keep = best_tokens(scores[:, first:], count, tokens.prefix + first)
@@ -148,9 +180,12 @@ class DynamicViTReducer(Reducer):
     def losses(self, passes: TrainingPasses) -> dict[str, Tensor]:
         """Return the loss on the fractions of kept tokens; with a teacher also distillation."""
         config, student, teacher = self.config, passes.student, passes.teacher
-        rate = self.rates[student.degree]
+        targets = self.kept[student.degree]
         policies = [self._policy(student.tokens[layer - 1]) for layer in config.layers]
-        shares = [policy.mean(dim=1) - rate ** (i + 1) for i, policy in enumerate(policies)]
+        over = 1 if config.ratio_over == "image" else (0, 1)
+        shares = [
+            policy.mean(dim=over) - target for policy, target in zip(policies, targets, strict=True)
+        ]
         losses = {"ratio": config.ratio_weight * torch.stack(shares).square().mean()}
         if teacher is None or not config.distill_weight:
             return losses
