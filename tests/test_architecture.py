@@ -53,6 +53,7 @@ PUBLIC = {
     "BitFit": "adapt.plain",
     "Cascade": "cascade.cascade",
     "CascadeCalibration": "cascade.thresholds",
+    "Combined": "adapt.combined",
     "Compensator": "compensate.compensator",
     "ConvPass": "adapt.convpass",
     "DAR": "reduce.dar",

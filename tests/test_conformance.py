@@ -31,6 +31,7 @@ TRAINED_IN_BACKBONE = {
     td.BitFit: r".*bias|head.*",
     td.LastBlocks: r"blocks\.[23]\..*|head.*",
     td.LoRA: r".*lora_[AB].*|head.*",
+    td.Combined: r".*lora_[AB].*|head.*",
     td.PEFT: r".*hada_w.*|head.*",
 }
 # New prompts and a new bypass change the outputs from the start.

@@ -125,6 +125,9 @@ SETTINGS = {
     td.Houlsby: {"dim": counts, "scale": factors},
     td.VPT: {"prompts": counts, "deep": flags},
     td.SSF: {"patch_embedding": flags, "init_std": st.floats(0.0, 1.0)},
+    td.Combined: {
+        "methods": st.just((td.VPT(prompts=2), {"name": "adaptformer", "dim": 4})).map(list)
+    },
     td.ResTuning: {"dim": counts},
     td.FacT: {
         "rank": counts,
@@ -162,11 +165,8 @@ SETTINGS = {
     },
     td.UpConvDecoder: {"num_classes": counts, "channels": st.lists(counts, min_size=1)},
 }
-REQUIRED = {
-    "reduce",
-    "method",
-    "methods",
-}  # of FrameByFrame, InWindows, PEFT and Stack, which have no default
+# Of Combined, FrameByFrame, InWindows, PEFT and Stack, which have no default.
+REQUIRED = {"reduce", "method", "methods"}
 
 
 @st.composite

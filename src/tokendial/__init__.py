@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.adapt import AdapterConfig as AdapterConfig
     from tokendial.adapt import AdaptFormer as AdaptFormer
     from tokendial.adapt import BitFit as BitFit
+    from tokendial.adapt import Combined as Combined
     from tokendial.adapt import ConvPass as ConvPass
     from tokendial.adapt import DARAdapter as DARAdapter
     from tokendial.adapt import DenseAdapter as DenseAdapter
@@ -79,8 +80,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
 __version__ = "0.2.0"
 _NAMES = {
     "adapt": (
-        "PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit ConvPass DARAdapter DenseAdapter "
-        "FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA ResTuning"
+        "PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit Combined ConvPass DARAdapter "
+        "DenseAdapter FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA ResTuning"
     ),
     "backbones": "Backbone convert_weights video_vit",
     "cascade": "Cascade CascadeCalibration",

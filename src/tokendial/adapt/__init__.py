@@ -2,6 +2,7 @@
 
 from tokendial.adapt.adaptformer import AdaptFormer
 from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.adapt.combined import Combined
 from tokendial.adapt.convpass import ConvPass
 from tokendial.adapt.dar import DARAdapter
 from tokendial.adapt.dense import DenseAdapter
@@ -22,6 +23,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "BitFit",
+    "Combined",
     "ConvPass",
     "DARAdapter",
     "DenseAdapter",

@@ -6,7 +6,6 @@ which the config builds for a backbone.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,17 +33,17 @@ class Adapter(nn.Module):
     outputs of the model unchanged (except `VPT` and `ResTuning`).
     """
 
-    needs_grid: ClassVar[bool] = False
+    needs_grid: bool = False
     """Whether the adapter reads the patch tokens as a complete grid. Reductions that remove tokens
     are then refused."""
-    depends_on_other_tokens: ClassVar[bool] = False
+    depends_on_other_tokens: bool = False
     """Whether the adapter's output for one token depends on the other tokens."""
-    reads_ffn_input: ClassVar[bool] = False
+    reads_ffn_input: bool = False
     """Whether `beside_ffn` reads the normalised tokens that enter the FFN."""
     decayed_parameters: tuple[str, ...] = ()
     """Names of the adapter's parameters that weight decay treats like the weight of a layer. Other
     parameters that are no layer's weight have no weight decay."""
-    in_backbone: ClassVar[bool] = False
+    in_backbone: bool = False
     """Whether the adapter works by layers or hooks that it puts into the backbone."""
     is_additive: bool = True
     """Whether the adapter only adds something to the outputs of the backbone's layers, and this
