@@ -49,6 +49,7 @@ ADAPTERS = {
     "vpt": td.VPT(prompts=3),
     "vpt_shallow": td.VPT(prompts=3, deep=False),
     "ssf": td.SSF(),
+    "released_dense_adapter": td.ReleasedDenseAdapter(dims=(6, 4)),
     "combined": td.Combined(methods=[td.LoRA(rank=2), td.AdaptFormer(dim=6)]),
     "res_tuning": td.ResTuning(dim=6),
     "fact": td.FacT(rank=3),

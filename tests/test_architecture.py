@@ -91,6 +91,7 @@ PUBLIC = {
     "PruneMerge": "reduce.prune_merge",
     "Reducer": "reduce.base",
     "ReducerConfig": "reduce.base",
+    "ReleasedDenseAdapter": "adapt.dense_released",
     "ResTuning": "adapt.res_tuning",
     "Runtime": "runtimes.config",
     "SSF": "adapt.ssf",

@@ -128,6 +128,7 @@ SETTINGS = {
     td.Combined: {
         "methods": st.just((td.VPT(prompts=2), {"name": "adaptformer", "dim": 4})).map(list)
     },
+    td.ReleasedDenseAdapter: {"dims": st.lists(counts, min_size=2, max_size=2)},
     td.ResTuning: {"dim": counts},
     td.FacT: {
         "rank": counts,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.adapt import LastBlocks as LastBlocks
     from tokendial.adapt import LinearProbe as LinearProbe
     from tokendial.adapt import LoRA as LoRA
+    from tokendial.adapt import ReleasedDenseAdapter as ReleasedDenseAdapter
     from tokendial.adapt import ResTuning as ResTuning
     from tokendial.backbones import Backbone as Backbone
     from tokendial.backbones import convert_weights as convert_weights
@@ -81,7 +82,8 @@ __version__ = "0.2.0"
 _NAMES = {
     "adapt": (
         "PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit Combined ConvPass DARAdapter "
-        "DenseAdapter FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA ResTuning"
+        "DenseAdapter FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA "
+        "ReleasedDenseAdapter ResTuning"
     ),
     "backbones": "Backbone convert_weights video_vit",
     "cascade": "Cascade CascadeCalibration",

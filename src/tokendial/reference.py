@@ -51,6 +51,9 @@ SYSTEMS = {
     "tome": System(),
     "evit": System(),
     "tocom": System(),
+    "sparse_tuning": System(
+        ((r"blocks\.(\d+)\.adaptmlp\.((?:down|up)\d\.\w+)", r"adapter.layers.\1.\2"),)
+    ),
     "dynamicvit": System(
         (
             (r"score_predictor\.(\d+)\.in_conv\.(.+)", r"reducer.predictors.\1.inside.\2"),
@@ -90,11 +93,12 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
     Args:
         model: A model wrapped with the system's method and adapter: DyT with `AdaptFormer`
             (dyt_video: on a model of `video_vit`), DAR with `DARAdapter` and, for a complete
-            segmentation model, `DARDecoder`. For ToCom, a compensator is attached to the model,
+            segmentation model, `DARDecoder`; Sparse-Tuning's released code with
+            `ReleasedDenseAdapter`. For ToCom, a compensator is attached to the model,
             which counts as fine-tuned at degree 0.
         state_dict: Tensors by the implementation's names, or a checkpoint that holds them under
             "model".
-        system: tome, evit, dynamicvit, dyt, dyt_video, dar or tocom.
+        system: tome, evit, dynamicvit, dyt, dyt_video, dar, tocom or sparse_tuning.
 
     Raises:
         ValueError: If the system is unknown, names are missing or unexpected, shapes differ, or

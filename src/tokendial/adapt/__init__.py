@@ -6,6 +6,7 @@ from tokendial.adapt.combined import Combined
 from tokendial.adapt.convpass import ConvPass
 from tokendial.adapt.dar import DARAdapter
 from tokendial.adapt.dense import DenseAdapter
+from tokendial.adapt.dense_released import ReleasedDenseAdapter
 from tokendial.adapt.fact import FacT
 from tokendial.adapt.houlsby import Houlsby
 from tokendial.adapt.lora import LoRA
@@ -33,5 +34,6 @@ __all__ = [
     "LastBlocks",
     "LinearProbe",
     "LoRA",
+    "ReleasedDenseAdapter",
     "ResTuning",
 ]
