@@ -104,7 +104,7 @@ class ReleasedDenseAdapters(Adapter):
 
     def after_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Add the sum of a group to the tokens that leave its last block."""
-        if layer % self.group_size:
-            return tokens
+        if layer % self.group_size or _CARRIED not in tokens.carried:
+            return tokens  # a last group of one block has no sum
         carried = dict(tokens.carried)
         return replace(tokens, x=tokens.x + carried.pop(_CARRIED), carried=carried)
