@@ -36,13 +36,18 @@ METHODS = {
     "evit shift": td.EViT(keep_rate=0.6, layers=(1, 2), score="shift"),
     "pitome": td.PiToMe(r=8),
     "prune_merge": td.PruneMerge(r=8),
+    "learnt_metric": td.LearntMetric(r=8, dim=8),
+    "pyra": td.PYRA(r=8),
+    "in_windows": td.InWindows(reduce=td.ToMe(r=2)),
+    "stack": td.Stack(methods=[td.ToMe(r=8), td.DyT(selection="topk")]),
 }
 
 
 CASES = [("tome", 0), ("tome", 8), ("tome", 32), ("evit", 2), ("evit", 9), ("evit each", 8),
          ("dynamicvit", 3), ("dynamicvit", 9), ("dar", 3), ("dar", 9), ("dyt", 5), ("dyt topk", 4),
          ("dyt topk", 9), ("ffn_merge", 16), ("ffn_merge", 32),
-         ("pitome", 8), ("prune_merge", 8), ("tome similarity", 8), ("evit shift", 3)]  # fmt: skip
+         ("pitome", 8), ("prune_merge", 8), ("tome similarity", 8), ("evit shift", 3),
+         ("learnt_metric", 8), ("pyra", 8), ("in_windows", 2), ("stack", 8)]  # fmt: skip
 
 
 # Operators that TensorRT 8.5 runs, by docs/operators.md of onnx-tensorrt, without control flow; the
