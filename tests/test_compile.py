@@ -28,6 +28,10 @@ ONE_GRAPH = {
     "evit shift": td.EViT(r=8, score="shift"),
     "pitome": td.PiToMe(keep_ratio=0.9),
     "prune_merge": td.PruneMerge(r=8),
+    "learnt_metric": td.LearntMetric(r=8, dim=8),
+    "pyra": td.PYRA(r=8),
+    "in_windows": td.InWindows(reduce=td.ToMe(r=2)),
+    "stack": td.Stack(methods=[td.ToMe(r=8), td.FFNMerge(r=8)]),
 }
 # The compiler's own warnings, of the machine and of Python, are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
