@@ -137,7 +137,10 @@ def test_recipes_of_dar_train_what_was_published():
             "reduce.keep_rates=0.5",
             r"reduce.keep_rates is not a field of evit; did you mean reduce.keep_rate\?$",
         ),
-        ("adapt=8", "adapt: must be a mapping with a name, one of adaptformer, bitfit, convpass"),
+        (
+            "adapt=8",
+            "adapt: must be a mapping with a name, one of adaptformer, bitfit, combined, convpass",
+        ),
         ("data.root=null", "data.root: Input should be a valid string, got None"),
         ("train.lr", "an override must look like train.epochs=10, got 'train.lr'"),
         ("seed.x=1", "seed.x: seed is not a mapping"),
