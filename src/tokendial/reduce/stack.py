@@ -75,7 +75,7 @@ class StackReducer(Reducer):
         super().__init__()
         self.methods = nn.ModuleList(method.build(vit) for method in config.methods)
         names = [type(method).__name__ for method in config.methods]
-        self._check_places(names)
+        self._number_at = self._places(names)
         reducers = self._reducers
         self.needs = frozenset().union(*(method.needs for method in reducers))
         self.extra_passes = frozenset().union(*(method.extra_passes for method in reducers))
@@ -102,32 +102,33 @@ class StackReducer(Reducer):
     def _reducers(self) -> list[Reducer]:
         return list(self.methods)  # type: ignore[arg-type]  # a ModuleList names no type
 
-    def _check_places(self, names: Sequence[str]) -> None:
-        taken: dict[str, str] = {}
-        for name, method in zip(names, self._reducers, strict=True):
+    def _places(self, names: Sequence[str]) -> dict[str, int]:
+        """The number of the method that acts at each place; a ValueError if methods collide."""
+        numbers: dict[str, int] = {}
+        for number, (name, method) in enumerate(zip(names, self._reducers, strict=True)):
             for place, words in _PLACES.items():
                 if getattr(type(method), place) is getattr(Reducer, place):
                     continue
-                if place in taken:
+                if place in numbers:
                     raise ValueError(
-                        f"methods: {taken[place]} and {name} both act {words}, so they cannot be "
-                        "stacked."
+                        f"methods: {names[numbers[place]]} and {name} both act {words}, so they "
+                        "cannot be stacked."
                     )
-                taken[place] = name
+                numbers[place] = number
             shrinking = [n for n, m in zip(names, self._reducers, strict=True) if not m.keeps_grid]
             if method.reads_grid and shrinking:
                 raise ValueError(
                     f"methods: {name} reads the grid of patches, which {shrinking[0]} does not "
                     "keep."
                 )
+        return numbers
 
     def _at(self, degree: int, layer: int, place: str) -> tuple[Reducer, int] | None:
         """The method that acts in a layer at a place, and its degree; None: none does."""
-        for method, own in zip(self._reducers, self.table[degree], strict=True):
-            acts = getattr(type(method), place) is not getattr(Reducer, place)
-            if acts and own and method.reduces_in(layer, own):
-                return method, own
-        return None
+        if (number := self._number_at.get(place)) is None:
+            return None
+        method, own = self._reducers[number], self.table[degree][number]
+        return (method, own) if own and method.reduces_in(layer, own) else None
 
     def reduces_in(self, layer: int, degree: int) -> bool:
         """Whether any of the methods reduces in `layer`."""
