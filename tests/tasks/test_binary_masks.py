@@ -60,6 +60,58 @@ def test_metrics_are_means_over_images_whatever_the_batches_and_sizes():
     assert 0 < resized.compute()["mae"] < 1
 
 
+def dar_measures(logits, targets):
+    metrics = BinaryMasks(MaskAugment(), measures="dar").metrics()
+    metrics.update(logits, targets)
+    return metrics.compute()
+
+
+@pytest.mark.parametrize("number", range(12), ids=CASE["settings"]["map_names"])
+def test_dars_measures_equal_those_of_its_code(number):
+    logits = torch.logit(TENSORS["input.pred"][number].double())
+    found = dar_measures(logits[None, None], TENSORS["input.gt"][[number]])
+    assert set(found) == set(NAMES.values())
+    for theirs, ours in NAMES.items():
+        if CASE["settings"]["map_names"][number] in CASE["unstable"].get(
+            f"output.dar.{theirs}", ()
+        ):
+            continue
+        expected = TENSORS[f"output.dar.{theirs}"][number]
+        torch.testing.assert_close(found[ours], expected, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_dars_measures_of_small_maps_are_means_over_images():
+    logits = torch.logit(TENSORS["input.pred_lowres"].double())[:, None]
+    found = dar_measures(logits, TENSORS["input.gt"])
+    for theirs, ours in NAMES.items():
+        expected = TENSORS[f"output.dar_lowres_dataset.{theirs}"]
+        tolerance = 5e-3 if ours == "weighted_f" else 1e-4
+        torch.testing.assert_close(found[ours], expected, atol=tolerance, rtol=0)
+
+
+def test_ignored_pixels_change_none_of_dars_measures():
+    logits, mask = logits_of(TENSORS["input.pred_uint8"])[:1, None], TENSORS["input.gt"][:1].long()
+    mask[:, :8] = IGNORED
+    first = dar_measures(logits, mask)
+    logits[:, :, :8] = -logits[:, :, :8]
+    assert first["mae"] > 0
+    assert dar_measures(logits, mask) == first
+
+
+def test_a_recipe_chooses_whose_measures():
+    model = {"name": "vit_tiny_patch16_224", "weights": None}
+    fields = {"model": model, "output": "runs/x", "adapt": {"name": "linear"}}
+    masks = {"decode": {"name": "linear"}, "data": {"name": "scene_masks"}}
+    recipe = check_recipe(fields | masks | {"mask_measures": "dar"})
+    assert task_of(recipe, 1, multi_label=False, dense=True, video=False).measures == "dar"
+    with pytest.raises(ValueError, match="mask_measures is for masks of one class, .* 3 classes"):
+        task_of(recipe, 3, multi_label=False, dense=True, video=False)
+    with pytest.raises(ValueError, match="mask_measures needs a decoder"):
+        check_recipe(fields | {"data": {"name": "scenes"}, "mask_measures": "dar"})
+    with pytest.raises(ValueError, match=r"mask_measures.*'pysodmetrics' or 'dar'"):
+        check_recipe(fields | masks | {"mask_measures": "leaderboard"})
+
+
 @pytest.mark.parametrize(
     ("weights", "expected"),
     [

@@ -27,6 +27,7 @@ from tokendial.data.transforms.image import Augment
 from tokendial.data.transforms.masks import MaskAugment
 from tokendial.methods import method_class, method_names
 from tokendial.runs.method_field import method_field
+from tokendial.tasks.binary_masks import MaskMeasures
 from tokendial.tasks.classification import ClassMetric
 from tokendial.tasks.mask_losses import MaskLoss
 from tokendial.tune import Precision
@@ -278,6 +279,9 @@ class Recipe(BaseRecipe):
     """Binary masks: weight of each loss in training. bce: binary cross-entropy; weighted_bce: the
     same with more weight near edges; dice; iou: 1 - intersection over union; ual: how undecided
     pixels are. null: bce 1 and dice 0.5, as published for DAR."""
+    mask_measures: MaskMeasures | None = None
+    """Binary masks: whose code's measures the evaluation computes. dar: those of DAR's code, whose
+    numbers its paper reports. null: pysodmetrics, which leaderboards use."""
     clip: Clip = Clip()
     """Videos: which frames a clip consists of, and how many views of a test video are averaged."""
     distill: DistillSection | None = None
@@ -298,8 +302,9 @@ class Recipe(BaseRecipe):
             raise ValueError("dense needs a decoder, but decode is null")
         if self.decode is None and self.distill is not None:
             raise ValueError("distill needs a decoder, but decode is null")
-        if self.decode is None and self.mask_losses is not None:
-            raise ValueError("mask_losses needs a decoder, but decode is null")
+        for name in ("mask_losses", "mask_measures"):
+            if self.decode is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs a decoder, but decode is null")
         return self
 
     @model_validator(mode="after")

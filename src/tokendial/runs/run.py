@@ -397,12 +397,15 @@ def task_of(
             class_weights=class_weights,
         )
     if num_classes == 1:
-        return BinaryMasks(recipe.dense, recipe.mask_losses or PUBLISHED)
-    if recipe.mask_losses is not None:
-        raise ValueError(
-            f"mask_losses is for masks of one class, but the data {type(recipe.data).__name__} "
-            f"have {num_classes} classes."
+        return BinaryMasks(
+            recipe.dense, recipe.mask_losses or PUBLISHED, recipe.mask_measures or "pysodmetrics"
         )
+    for name in ("mask_losses", "mask_measures"):
+        if getattr(recipe, name) is not None:
+            raise ValueError(
+                f"{name} is for masks of one class, but the data {type(recipe.data).__name__} have "
+                f"{num_classes} classes."
+            )
     return Segmentation(num_classes, recipe.dense)
 
 

@@ -2,11 +2,12 @@
 
 Source of the losses and their weights: "Rethinking Token Reduction with Parameter-Efficient
 Fine-Tuning in ViT for Pixel-Level Tasks" (DAR), CVPR 2025, and the authors' code. The metrics are
-those of pysodmetrics, which published leaderboards use.
+those of pysodmetrics, which published leaderboards use, or those of DAR's code.
 """
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +19,33 @@ from tokendial.tasks.base import Metrics
 from tokendial.tasks.dense_prediction import DensePrediction, resize_maps
 from tokendial.tasks.mask_losses import PUBLISHED, MaskLoss, mask_loss
 
+MaskMeasures = Literal["pysodmetrics", "dar"]
+"""Which code's measures of binary masks."""
+
 
 class BinaryMasks(DensePrediction):
     """Dense prediction of one logit per pixel: whether the pixel is inside."""
 
     mask_padding = 0
 
-    def __init__(self, augment: MaskAugment, losses: Mapping[MaskLoss, float] = PUBLISHED) -> None:
+    def __init__(
+        self,
+        augment: MaskAugment,
+        losses: Mapping[MaskLoss, float] = PUBLISHED,
+        measures: MaskMeasures = "pysodmetrics",
+    ) -> None:
         """Set up the task.
 
         Args:
             augment: How images and masks are augmented, and how test images are prepared.
             losses: Weight of each loss in training.
+            measures: Whose measures the evaluation computes.
 
         Raises:
             ValueError: If pysodmetrics is not installed.
         """
         super().__init__(1, augment)
-        self.losses = losses
+        self.losses, self.measures = losses, measures
         if find_spec("py_sod_metrics") is None:
             raise ValueError(
                 "evaluating binary masks needs pysodmetrics, which is not installed: "
@@ -64,6 +74,10 @@ class BinaryMasks(DensePrediction):
 
     def metrics(self) -> Metrics:
         """Return S-measure, F-measures, E-measures and mean absolute error."""
+        if self.measures == "dar":
+            from tokendial.tasks.dar_metrics import DARMaskMetrics
+
+            return DARMaskMetrics()
         from tokendial.tasks.metrics import MaskMetrics
 
         return MaskMetrics()
