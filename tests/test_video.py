@@ -265,6 +265,40 @@ def test_positions_of_videomae_are_refused_if_they_were_learnt(tmp_path, name, s
         load_weights(vit, tmp_path)
 
 
+@torch.no_grad()
+def test_learnt_positions_of_videomae_load(tmp_path):
+    fixed = tubelets()
+    state = videomae_names(fixed.state_dict(), "fine-tuned")
+    shift = torch.randn_like(fixed.patch_embed.positions)
+    state["pos_embed"] = fixed.patch_embed.positions + shift
+    save_file(state, tmp_path / "model.safetensors")
+    learnt = tubelets(learnt_positions=True)
+    load_weights(learnt, tmp_path)
+    assert not torch.allclose(learnt.eval()(clips()), fixed.eval()(clips()), atol=1e-2)
+    fixed.patch_embed.positions += shift
+    torch.testing.assert_close(learnt(clips()), fixed(clips()))
+    state.pop("pos_embed")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing.* the first is patch_embed\.positions"):
+        load_weights(tubelets(learnt_positions=True), tmp_path)
+
+
+def test_a_model_with_learnt_positions_is_saved_and_trains_them_only_when_all_weights_train(
+    tmp_path,
+):
+    args = {k: v for k, v in TUBELETS.items() if k != "frames"} | {"learnt_positions": True}
+    backbone = Backbone(name="videomae_small_patch16_224", weights=None, args=args, frames=4)
+    model = td.wrap(backbone.create(), adapt=td.LinearProbe())
+    name = "vit.patch_embed.positions"
+    assert name not in {n for n, p in model.named_parameters() if p.requires_grad}
+    whole = td.wrap(backbone.create(), adapt=td.FullFineTuning(), backbone=backbone)
+    with torch.no_grad():
+        dict(whole.named_parameters())[name].add_(0.1)
+    whole.save_pretrained(tmp_path)
+    loaded = td.load(tmp_path)
+    torch.testing.assert_close(loaded.state_dict()[name], whole.state_dict()[name])
+
+
 def test_what_videomaes_pre_training_alone_needs_is_left_out_and_named(tmp_path, caplog):
     vit = tubelets()
     save_file(videomae_names(vit.state_dict(), "pre-trained"), tmp_path / "model.safetensors")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokendial.backbones.loading import warn_of_unused_weights
+from tokendial.backbones.loading import rename_registers, warn_of_unused_weights
 from tokendial.compensate import Compensator
 from tokendial.model.dial_vit import DialViT
 from tokendial.weights import check_finite
@@ -94,8 +94,8 @@ def load_reference(model: DialViT, state_dict: Mapping[str, Any], system: str) -
         model: A model wrapped with the system's method and adapter: DyT with `AdaptFormer`
             (dyt_video: on a model of `video_vit`), DAR with `DARAdapter` and, for a complete
             segmentation model, `DARDecoder`; Sparse-Tuning's released code with
-            `ReleasedDenseAdapter`. For ToCom, a compensator is attached to the model,
-            which counts as fine-tuned at degree 0.
+            `ReleasedDenseAdapter`. For ToCom, a compensator is attached to the model, which counts
+            as fine-tuned at degree 0.
         state_dict: Tensors by the implementation's names, or a checkpoint that holds them under
             "model".
         system: tome, evit, dynamicvit, dyt, dyt_video, dar, tocom or sparse_tuning.
@@ -126,6 +126,7 @@ def _load(model: DialViT, state_dict: Mapping[str, Any], system: str) -> None:
         if name not in only_in_training
     }
     check_finite(renamed, f"this {system} state dict", own)
+    rename_registers(renamed, prefix="vit.")
     trained_only = names.frozen_left_out and not any(name.startswith("vit.") for name in renamed)
     missing = [
         name

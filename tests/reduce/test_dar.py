@@ -105,6 +105,27 @@ def test_a_batch_equals_the_reference_image_by_image(size):
     torch.testing.assert_close(outcome.features[:, 1:], expected["x_norm_patchtokens"], **close)
 
 
+@torch.no_grad()
+def test_register_tokens_equal_the_reference():
+    meta, tensors = golden("dar_registers")
+    cfg = meta["settings"]["backbone_cfg"]
+    sizes = {name: cfg[name] for name in ("embed_dim", "depth", "num_heads", "img_size")}
+    vit = timm.create_model(
+        "vit_small_patch14_reg4_dinov2", patch_size=cfg["patch_size"], num_classes=0, **sizes
+    )
+    model = td.wrap(vit, reduce=td.DAR(target_ratio=0.5), adapt=td.DARAdapter(dims=(12, 8)))
+    td.load_reference(model, split(tensors, "weight.") | split(tensors, "extra."), system="dar")
+    outcome = model.eval().forward_pass(tensors["input"])
+    masks = torch.stack([tokens.selected for tokens in outcome.tokens], dim=1)
+    assert masks[..., :5].all()
+    assert torch.equal(masks[..., 5:], tensors["output.eval.token_select"].squeeze(-1))
+    close = {"atol": 2e-4, "rtol": 0}
+    expected = split(tensors, "output.eval.")
+    torch.testing.assert_close(outcome.tokens[-1].x, expected["x_prenorm"], **close)
+    torch.testing.assert_close(outcome.features[:, 1:5], expected["x_norm_regtokens"], **close)
+    torch.testing.assert_close(outcome.features[:, 5:], expected["x_norm_patchtokens"], **close)
+
+
 def test_training_equals_the_reference(monkeypatch):
     tensors, model = reference_backbone()
     replay_noise(monkeypatch, tensors["input.train.logistic_noise"])

@@ -147,12 +147,8 @@ def convert_to_timm_names(
         return filter_videomae(state, vit, left_out), []
     # timm's filters assume that positions form a square, or have the size in the model's name, so
     # positions are kept away from them.
+    rename_registers(state)
     positions = state.pop("pos_embed", None)
-    if positions is not None and "register_tokens" in state:
-        # timm adds the class token's position to the token itself.
-        state["reg_token"] = state.pop("register_tokens")
-        state["cls_token"] = state["cls_token"] + positions[:, :1]
-        positions = positions[:, 1:]
     family: Any = eva if isinstance(vit, Eva) else vision_transformer
     # timm's filters silently drop tensors that they do not know. The autograd graph of the outputs
     # shows which inputs were used.
@@ -173,6 +169,22 @@ def convert_to_timm_names(
     ]
     named = {name: value.detach() for name, value in named.items()}
     return named | ({} if positions is None else {"pos_embed": positions}), unused
+
+
+def rename_registers(state: dict[str, Tensor], prefix: str = "") -> None:
+    """Change register tokens of DINOv2's code to timm's form in place, if there are any.
+
+    There, positions hold that of the class token. timm adds it to the token itself.
+
+    Args:
+        state: Tensors by name.
+        prefix: What stands before the names of the backbone.
+    """
+    registers, positions = f"{prefix}register_tokens", f"{prefix}pos_embed"
+    if registers in state and positions in state and state[positions].ndim == 3:
+        state[f"{prefix}reg_token"] = state.pop(registers)
+        state[f"{prefix}cls_token"] = state[f"{prefix}cls_token"] + state[positions][:, :1]
+        state[positions] = state[positions][:, 1:]
 
 
 def _sources_of(outputs: Iterable[Tensor]) -> set[Tensor]:

@@ -1,4 +1,4 @@
-"""VideoMAE's ViT as a timm model, with tubelets, fixed positions and average pooling.
+"""VideoMAE's ViT as a timm model, with tubelets, fixed or learnt positions and average pooling.
 
 Source: Tong et al., "VideoMAE", NeurIPS 2022, https://arxiv.org/abs/2203.12602, and its code. Its
 keys have no bias; here the bias is zero, which gives the same attention.
@@ -34,6 +34,7 @@ class TubeletEmbed(nn.Module):
         embed_dim: int,
         frames: int,
         tubelet: int,
+        learnt_positions: bool = False,
         bias: bool = True,
         dynamic_img_pad: bool = False,
         device: Any = None,
@@ -59,7 +60,10 @@ class TubeletEmbed(nn.Module):
             in_chans, embed_dim, cut, stride=cut, bias=bias, device=device, dtype=dtype
         )
         table = sine_positions(self.num_patches, embed_dim).to(device, dtype)
-        self.register_buffer("positions", table, persistent=False)
+        if learnt_positions:
+            self.positions = nn.Parameter(table)
+        else:
+            self.register_buffer("positions", table, persistent=False)
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return rows and columns of patches in a frame of this size."""
@@ -98,6 +102,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create(name: str, pretrained: bool, sizes: dict[str, int], kwargs: dict[str, Any]) -> Any:
     tubelets = {"frames": kwargs.pop("frames", 16), "tubelet": kwargs.pop("tubelet", 2)}
+    tubelets["learnt_positions"] = kwargs.pop("learnt_positions", False)
     fixed = {
         "embed_layer": partial(TubeletEmbed, **tubelets),
         "pos_embed": "none",
@@ -152,12 +157,14 @@ def filter_videomae(
         left_out: Counter that is raised for each tensor that only pre-training needs.
 
     Raises:
-        ValueError: If the checkpoint has learned positions.
+        ValueError: If the checkpoint has learnt positions, and the model does not.
     """
     named: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.startswith(_ONLY_IN_PRETRAINING):
             left_out[name.split(".")[0]] += 1
+        elif name == "pos_embed" and isinstance(vit.patch_embed.positions, nn.Parameter):
+            named["patch_embed.positions"] = value
         elif name == "pos_embed":
             _check_fixed(value)
         else:
@@ -174,4 +181,7 @@ def _check_fixed(positions: Tensor) -> None:
     """Raise a ValueError unless positions are the fixed sines and cosines of the model."""
     fixed = sine_positions(*positions.shape[1:]) if positions.ndim == 3 else positions.new_zeros(())
     if fixed.shape != positions.shape or not torch.allclose(positions.float(), fixed, atol=1e-2):
-        raise ValueError("its positions (pos_embed) were learnt, those of this model are fixed")
+        raise ValueError(
+            "its positions (pos_embed) were learnt, those of this model are fixed: create it with "
+            "learnt_positions=True (in a recipe: model.args.learnt_positions)"
+        )
