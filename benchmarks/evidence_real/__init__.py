@@ -24,6 +24,7 @@ TABLES = {
     "all_degrees": "accuracy of models that were trained for all degrees at once",
     "cascade": "a cascade beside fixed degrees at the same time, and whether its bound holds",
     "sparse_tuning": "Sparse-Tuning and other fine-tuning: accuracy, time and memory, speed",
+    "best_rates": "Sparse-Tuning and five methods, each at its best of three learning rates",
     "at_224": "fine-tuning at 224 pixels: accuracy, time and memory, speed",
     "dense": "masks of a saliency model along the dial, without training",
     "dense_trained": "masks of DAR and DAR*, and of what they are compared with",

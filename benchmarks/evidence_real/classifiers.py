@@ -64,6 +64,8 @@ class Classifier:
     images_per_class: int | None = None
     """Images of each class that it is trained on, for as many epochs as `FEW_SEEN` needs; None: all
     images."""
+    lr: float | None = None
+    """Learning rate; None: that of the recipe."""
     by_recipe: bool = False
     """Whether it has the epochs of its recipe and all training images, instead of `EPOCHS` and all
     but `HOLDOUT`."""
@@ -75,6 +77,7 @@ class Classifier:
         kind = f"-{self.all_degrees}" if self.all_degrees else ""
         kind += "-recipe" if self.by_recipe else ""
         kind += f"-few{self.images_per_class}" if self.images_per_class else ""
+        kind += f"-lr{self.lr:g}" if self.lr else ""
         return f"{self.data}-{self.method}-{dial}-{self.img_size}-{self.seed}{kind}"
 
     def train(self, options: Options) -> Path:
@@ -99,6 +102,8 @@ class Classifier:
             settings["train.degree"] = self.degree
         if self.all_degrees:
             settings |= ALL_DEGREES[self.all_degrees]
+        if self.lr:
+            settings["train.lr"] = self.lr
         if self.data != "elpv":  # cells have no top; photographs do
             settings["augment.vertical_flip"] = 0.0
         recipe = RECIPES.get(self.method, self.method)
@@ -171,16 +176,18 @@ def run_model(model: td.DialViT, folder: Path, part: str = "test") -> tuple[np.n
     return torch.cat(logits).numpy(), labels.numpy()
 
 
-def compute(questions: Iterable[tuple[Classifier, Setting]], options: Options) -> None:
-    """Train classifiers and predict with them, as far as that is not done."""
+def compute(
+    questions: Iterable[tuple[Classifier, Setting]], options: Options, part: str = "test"
+) -> None:
+    """Train classifiers and predict a part of the data, as far as that is not done."""
     asked = list(dict.fromkeys(questions))
     trained = dict.fromkeys(classifier for classifier, _ in asked)
     in_threads(lambda classifier: classifier.train(options), trained, options)
-    in_processes(functools.partial(_predict_one, options=options), asked, options)
+    in_processes(functools.partial(_predict_one, options=options, part=part), asked, options)
 
 
-def _predict_one(question: tuple[Classifier, Setting], options: Options) -> None:
-    predict(*question, options)
+def _predict_one(question: tuple[Classifier, Setting], options: Options, part: str) -> None:
+    predict(*question, options, part)
 
 
 @functools.cache
