@@ -1,4 +1,4 @@
-"""SynQT: the whole model equals the authors' code; queries read tokens, which do not notice them."""
+"""SynQT: the model equals the authors' code; queries read tokens, which do not notice them."""
 
 import re
 
@@ -224,6 +224,14 @@ def test_other_heads_are_refused(name):
         td.wrap(**REFUSED[name](), adapt=td.SynQT())
 
 
+def test_its_new_head_reads_the_class_token_too():
+    model = randomised()
+    model.reset_classifier(3)
+    assert model(images()).shape == (2, 3)
+    with pytest.raises(ValueError, match="global_pool must be token or None, got 'avg'"):
+        model.reset_classifier(3, global_pool="avg")
+
+
 def test_a_model_without_a_final_norm_is_refused():
     vit = tiny_vit()
     vit.norm = torch.nn.Identity()
@@ -258,7 +266,9 @@ FITS = {
 
 @pytest.mark.parametrize("name", EVERY)
 def test_backbones_whose_head_reads_the_class_token(name):
-    """The trained norm has to be the one before the head, or it gets no gradient."""
+    """The trained norm has to be the one before the head: one before the blocks would need
+    gradients through them.
+    """
     vit, size = backbone(name)
     adapt = td.SynQT(queries=2, dim=4, attention_dim=2)
     if name not in FITS:
@@ -269,6 +279,7 @@ def test_backbones_whose_head_reads_the_class_token(name):
     model(images(2, *size)).square().sum().backward()
     for parameter in model.trainable_parameters():
         assert parameter.grad.abs().sum() > 0
+    assert not next(model.steps(images(2, *size))).tokens.x.requires_grad
     for degree in (0, 2):
         model.set_degree(degree)
         assert model.eval()(images(2, *size)).isfinite().all()

@@ -212,8 +212,8 @@ class AdapterSet:
             )
         if adapter.replaces_class_token and not (decode is None and self._reads_class_token()):
             raise ValueError(
-                f"{type(adapt).__name__} needs a model with one head, or none, that reads the class "
-                "token alone: not a decoder, two heads, pooled patches or a clip."
+                f"{type(adapt).__name__} needs a model with one head, or none, that reads the "
+                "class token alone: not a decoder, two heads, pooled patches or a clip."
             )
         decoder = decode.build(shape) if decode else None
         return AdapterSlot(adapt, adapter, reducer, size, decode, decoder)
