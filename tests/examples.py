@@ -52,6 +52,7 @@ ADAPTERS = {
     "released_dense_adapter": td.ReleasedDenseAdapter(dims=(6, 4)),
     "combined": td.Combined(methods=[td.LoRA(rank=2), td.AdaptFormer(dim=6)]),
     "res_tuning": td.ResTuning(dim=6),
+    "synqt": td.SynQT(queries=2, dim=6, attention_dim=3),
     "fact": td.FacT(rank=3),
     "fact_tk": td.FacT(rank=3, kind="tk"),
     "convpass": td.ConvPass(dim=4),
@@ -62,6 +63,8 @@ ADAPTERS = {
     "linear": td.LinearProbe(),
     "full": td.FullFineTuning(),
 }
+# Adapters that need a model whose head reads the class token alone.
+FOR_THE_CLASS_TOKEN = {"synqt"}
 # Adapters that need the complete token grid, and reducers that do not keep it.
 ON_THE_GRID = {"dar", "convpass"}
 AS_TOME = {

@@ -96,6 +96,7 @@ PUBLIC = {
     "Runtime": "runtimes.config",
     "SSF": "adapt.ssf",
     "Stack": "reduce.stack",
+    "SynQT": "adapt.synqt",
     "ToCom": "compensate.config",
     "ToMe": "reduce.tome",
     "Tokens": "tokens",

@@ -94,6 +94,15 @@ def test_a_policy_hides_tokens_from_all_others():
     torch.testing.assert_close(out, attend(*kept)[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("count", [3, 6])
+def test_queries_that_are_no_tokens_read_the_kept_ones_only(count):
+    q, k, v = qkv(6)
+    policy = torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0, 1.0]]).expand(2, -1)
+    kept = [part[:, :, policy[0] > 0] for part in (k, v)]
+    out, _ = attend(q[:, :, :count], k, v, policy_BN=policy, of_tokens=False)
+    torch.testing.assert_close(out, attend(q[:, :, :count], *kept)[0], atol=1e-5, rtol=0)
+
+
 def test_the_scale_is_the_one_given():
     q, k, v = qkv()
     out, attended = attend(q, k, v, scale=1.0, needs=BY_PRODUCTS)

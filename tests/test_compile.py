@@ -53,6 +53,14 @@ def test_methods_are_one_graph_at_every_degree(reduce):
     compare(model, images(), degrees=degrees, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.parametrize("name", ["vit", "rope mixed"])
+@torch.no_grad()
+def test_queries_that_read_the_blocks_are_in_the_graph(name):
+    vit, size = backbone(name)
+    model = td.wrap(vit, reduce=td.ToMe(r=3), adapt=td.SynQT(queries=2, dim=4))
+    compare(model, images(2, *size), degrees=(0, 3), fullgraph=True, backend="aot_eager")
+
+
 @pytest.mark.parametrize(
     "name",
     [

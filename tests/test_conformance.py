@@ -33,12 +33,13 @@ TRAINED_IN_BACKBONE = {
     td.LoRA: r".*lora_[AB].*|head.*",
     td.Combined: r".*lora_[AB].*|head.*",
     td.PEFT: r".*hada_w.*|head.*",
+    td.SynQT: r"norm\..*|head.*",
 }
-# New prompts and adapters that add up whole tokens change the outputs from the start.
+# New prompts, queries and adapters that add up whole tokens change the outputs from the start.
 NEUTRAL = {
     name: (reduce, adapt)
     for name, (reduce, adapt) in PAIRS.items()
-    if not isinstance(adapt, td.VPT | td.ResTuning | td.ReleasedDenseAdapter)
+    if not isinstance(adapt, td.VPT | td.ResTuning | td.ReleasedDenseAdapter | td.SynQT)
 }
 each_neutral_pair = pytest.mark.parametrize(("reduce", "adapt"), NEUTRAL.values(), ids=NEUTRAL)
 SHAPE = {"img_size": (36, 28), "reg_tokens": 2}  # 9 x 7 patches of 4 pixels
@@ -260,7 +261,8 @@ def objective(model):
 def test_gradients_reach_what_trains_and_nothing_else(reduce, adapt):
     """Catches: a weight that is not used or is detached; a backbone that is not frozen."""
     # Average pooling also reads the patch tokens of the last layer, on which some adapters act.
-    model = randomised(reduce, adapt, global_pool="avg").train()
+    pooling = "token" if isinstance(adapt, td.SynQT) else "avg"
+    model = randomised(reduce, adapt, global_pool=pooling).train()
     objective(model).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -169,6 +169,23 @@ def test_torchs_own_format_gives_the_same_logits_and_leaves_the_model_alone(tmp_
     torch.testing.assert_close(graph(images(3)), model(images(3)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "run_file"),
+    [
+        ("model.onnx", run),
+        ("model.pt2", lambda path, pictures: torch.export.load(path).module()(pictures)),
+    ],
+)
+@torch.no_grad()
+def test_queries_that_read_the_blocks_are_in_the_file(name, run_file, tmp_path):
+    torch.manual_seed(0)
+    adapt = td.SynQT(queries=2, dim=4, attention_dim=2)
+    model = td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=8), adapt=adapt).eval()
+    found = export(model, tmp_path / name)
+    ours = model(images(3))
+    torch.testing.assert_close(run_file(found.path, images(3)), ours, atol=1e-5, rtol=0)
+
+
 @torch.no_grad()
 def test_a_bundle_holds_the_weights_once_and_says_how_to_call_it(tmp_path):
     model = td.wrap(tiny_vit(depth=1), reduce=td.ToMe(r=8)).eval()

@@ -55,6 +55,17 @@ ADAPTERS = {
     ),
     "vpt": (td.VPT(prompts=8), {"prompts": uniform((6 / (3 * PATCH**2 + D)) ** 0.5)}),
     "ssf": (td.SSF(), {".*": 0.0}),
+    "synqt": (
+        td.SynQT(queries=8),
+        {
+            r"vectors": uniform(1.0),
+            r".*(scale|norm.*)": 0.0,
+            r".*attention\..*\.down.*": inputs(D),
+            r".*attention\..*\.up.*": inputs(8),
+            r".*(down|gates).*": inputs(D),
+            r".*up.*": inputs(48),
+        },
+    ),
     "ssf as published": (td.SSF(init_std=0.02), {r".*scale": 0.02, r".*shift": 0.02}),
     "fact": (
         td.FacT(rank=12),

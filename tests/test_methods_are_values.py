@@ -130,6 +130,16 @@ SETTINGS = {
     },
     td.ReleasedDenseAdapter: {"dims": st.lists(counts, min_size=2, max_size=2)},
     td.ResTuning: {"dim": counts},
+    td.SynQT: {
+        "queries": counts,
+        "dim": counts,
+        "attention_dim": counts,
+        "feature_scale": factors,
+        "attention_scale": factors,
+        "ffn_scale": factors,
+        "dropout": dropouts,
+        "drop_path": dropouts,
+    },
     td.FacT: {
         "rank": counts,
         "scale": factors,

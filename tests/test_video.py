@@ -7,7 +7,16 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from examples import ADAPTERS, REDUCERS, golden, perturbed, replay_noise, split, tiny_vit
+from examples import (
+    ADAPTERS,
+    FOR_THE_CLASS_TOKEN,
+    REDUCERS,
+    golden,
+    perturbed,
+    replay_noise,
+    split,
+    tiny_vit,
+)
 from safetensors.torch import save_file
 from torch.nn.functional import multi_head_attention_forward
 
@@ -367,7 +376,7 @@ def test_reduction_of_clips(method, kind):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", sorted(ADAPTERS.keys() - FOR_THE_CLASS_TOKEN))
 def test_adapters_on_clips(method, kind, tmp_path):
     adapt = ADAPTERS[method]
     model = td.wrap(MODELS[kind](), reduce=td.DyT(), adapt=adapt).train()
@@ -381,6 +390,13 @@ def test_adapters_on_clips(method, kind, tmp_path):
     loaded = td.load(tmp_path, vit=MODELS[kind]())
     with torch.no_grad():
         torch.testing.assert_close(loaded(clips()), model.eval()(clips()))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("method", sorted(FOR_THE_CLASS_TOKEN))
+def test_adapters_for_the_class_token_refuse_clips(method, kind):
+    with pytest.raises(ValueError, match=r"reads the class token\s+alone: not .* a clip"):
+        td.wrap(MODELS[kind](), adapt=ADAPTERS[method])
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.adapt import LoRA as LoRA
     from tokendial.adapt import ReleasedDenseAdapter as ReleasedDenseAdapter
     from tokendial.adapt import ResTuning as ResTuning
+    from tokendial.adapt import SynQT as SynQT
     from tokendial.backbones import Backbone as Backbone
     from tokendial.backbones import convert_weights as convert_weights
     from tokendial.backbones import video_vit as video_vit
@@ -83,7 +84,7 @@ _NAMES = {
     "adapt": (
         "PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit Combined ConvPass DARAdapter "
         "DenseAdapter FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA "
-        "ReleasedDenseAdapter ResTuning"
+        "ReleasedDenseAdapter ResTuning SynQT"
     ),
     "backbones": "Backbone convert_weights video_vit",
     "cascade": "Cascade CascadeCalibration",

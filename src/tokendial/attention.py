@@ -67,6 +67,7 @@ def attend(
     policy_BN: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
     kernel: AttentionKernel = PYTORCH_KERNEL,
+    of_tokens: bool = True,
 ) -> tuple[Tensor, ByProducts]:
     """Attention of every token to every token.
 
@@ -85,6 +86,8 @@ def attend(
             kernel can do this.
         needs: Which of `BY_PRODUCTS` to return.
         kernel: How to compute the output.
+        of_tokens: Whether the queries are those of the tokens that have the keys. If not, a policy
+            leaves no query a token of its own to attend to.
 
     Returns:
         Weighted values of all heads, [B, N, H * C], before the output projection; and the requested
@@ -115,7 +118,9 @@ def attend(
         out = out[..., : v_BHMC.shape[-1]]
     else:
         logits = (q_BHNC * scale) @ k_BHMC.transpose(-2, -1)
-        weights = masked_softmax(logits if bias is None else logits + bias, policy_BN)
+        weights = masked_softmax(
+            logits if bias is None else logits + bias, policy_BN, of_tokens=of_tokens
+        )
         out = F.dropout(weights, dropout).to(v_BHMC.dtype) @ v_BHMC
     attended = ByProducts()
     if "mean_keys" in needs:
@@ -166,32 +171,35 @@ def _unfused(
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(q_BHNC.shape)
 
 
-def masked_softmax(logits_BHNN: Tensor, policy_BN: Tensor, eps: float = 1e-6) -> Tensor:
+def masked_softmax(
+    logits_BHNM: Tensor, policy_BM: Tensor, eps: float = 1e-6, *, of_tokens: bool = True
+) -> Tensor:
     """Softmax over the keys that the policy keeps and, in each row, the token itself.
 
     The policy is multiplied in, so that gradients reach it. A mask of minus infinity on the logits
     would block them.
 
     Args:
-        logits_BHNN: Scaled attention logits.
-        policy_BN: 1 for kept tokens, 0 for dropped ones.
+        logits_BHNM: Scaled attention logits.
+        policy_BM: 1 for kept tokens, 0 for dropped ones.
         eps: Weight that is spread evenly over all keys, so that no row sums to zero.
+        of_tokens: Whether row n belongs to the token of key n. If not, the policy alone counts.
 
     Returns:
-        [B, H, N, N] float32 attention weights.
+        [B, H, N, M] float32 attention weights.
 
     Source:
         Rao et al., "DynamicViT", NeurIPS 2021, https://arxiv.org/abs/2106.02034, equations 10 and
         11; the authors' code for `eps` and for the maximum over all keys.
     """
-    num_tokens = logits_BHNN.shape[-1]
-    itself = torch.eye(num_tokens, device=logits_BHNN.device)
-    keep_BN = policy_BN.float()[:, None, None, :]
-    keep = keep_BN + (1.0 - keep_BN) * itself
-    logits = logits_BHNN.float()
+    num_keys = logits_BHNM.shape[-1]
+    keep = policy_BM.float()[:, None, None, :]
+    if of_tokens:
+        keep = keep + (1.0 - keep) * torch.eye(num_keys, device=logits_BHNM.device)
+    logits = logits_BHNM.float()
     exponential = (logits - logits.amax(dim=-1, keepdim=True)).exp() * keep
     total = exponential.sum(dim=-1, keepdim=True)
-    return (exponential + eps / num_tokens) / (total + eps)
+    return (exponential + eps / num_keys) / (total + eps)
 
 
 def _weights(q_BHMC: Tensor, k_BHNC: Tensor, scale: float, bias: Tensor | None) -> Tensor:

@@ -241,6 +241,9 @@ class Tokens:
     count as dropped."""
     carried: dict[str, Tensor] = field(default_factory=dict)
     """Named features [B, N, *] that follow the tokens through each reduction."""
+    aside: dict[str, Tensor] = field(default_factory=dict)
+    """Named features [B, *, D] of the whole image, for later blocks. They belong to no token, so
+    reductions leave them as they are."""
     rope: Tensor | None = None
     """Table of positions that the backbone reads in its blocks: the rotary table over the original
     patches, or what YOLOS adds between blocks. None: the backbone reads none."""

@@ -14,6 +14,7 @@ from tokendial.adapt.peft import PEFT
 from tokendial.adapt.plain import BitFit, FullFineTuning, LastBlocks, LinearProbe
 from tokendial.adapt.res_tuning import ResTuning
 from tokendial.adapt.ssf import SSF
+from tokendial.adapt.synqt import SynQT
 from tokendial.adapt.vpt import VPT
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "LoRA",
     "ReleasedDenseAdapter",
     "ResTuning",
+    "SynQT",
 ]

@@ -5,7 +5,7 @@ which the config builds for a backbone.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Adapter(nn.Module):
     """Holds the weights of a fine-tuning method, and applies them at its hooks.
 
     A method overrides the hooks that it needs; the others change nothing. A new adapter leaves the
-    outputs of the model unchanged (except `VPT` and `ResTuning`).
+    outputs of the model unchanged (except `VPT`, `ResTuning` and `SynQT`).
     """
 
     needs_grid: bool = False
@@ -38,6 +38,11 @@ class Adapter(nn.Module):
     are then refused."""
     depends_on_other_tokens: bool = False
     """Whether the adapter's output for one token depends on the other tokens."""
+    asks_blocks: bool = False
+    """Whether `ask_block` is called: the adapter sends queries of its own through the blocks."""
+    replaces_class_token: bool = False
+    """Whether the adapter puts a feature of its own into the place of the class token after the
+    last block. Models whose head reads anything else are then refused."""
     reads_ffn_input: bool = False
     """Whether `beside_ffn` reads the normalised tokens that enter the FFN."""
     decayed_parameters: tuple[str, ...] = ()
@@ -84,6 +89,23 @@ class Adapter(nn.Module):
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the tokens that enter `layer` (counted from 1), after a reduction before it."""
         return tokens
+
+    def ask_block(
+        self, layer: int, tokens: Tokens, ask: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Send queries through a block beside its tokens, if `asks_blocks` is set.
+
+        Args:
+            layer: The block, counted from 1.
+            tokens: The tokens that enter the block, un-normalised.
+            ask: Runs the frozen block on queries [B, Q, D], which read the keys and values of the
+                tokens, while no token reads them. Returns what attention adds to the queries and
+                what the FFN then adds to these sums, [B, Q, D] each.
+
+        Returns:
+            What later blocks find in `Tokens.aside`.
+        """
+        return tokens.aside
 
     def beside_attention(self, layer: int, x_BND: Tensor, tokens: Tokens) -> Tensor | None:
         """Return what is added to the output of attention, [B, N, D], or None for nothing.

@@ -4,7 +4,7 @@ Source: DyT's code trains AdaptFormer together with prompts, and NOAH (Zhang et 
 Search", 2022, https://arxiv.org/abs/2206.04673) adapters, LoRA and prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,11 @@ class CombinedAdapter(Adapter):
                 f"methods: {inside[0]} and {inside[1]} both act inside of the backbone's layers; "
                 "one such method at most can be combined with others."
             )
+        replacing = sum(adapter.replaces_class_token for adapter in adapters)
+        if replacing > 1:
+            raise ValueError("methods: two of them replace the class token; one at most can.")
+        self.replaces_class_token = bool(replacing)
+        self.asks_blocks = any(adapter.asks_blocks for adapter in adapters)
         self.needs_grid = any(adapter.needs_grid for adapter in adapters)
         self.depends_on_other_tokens = any(a.depends_on_other_tokens for a in adapters)
         self.reads_ffn_input = any(adapter.reads_ffn_input for adapter in adapters)
@@ -88,6 +93,16 @@ class CombinedAdapter(Adapter):
         for adapter in self._adapters:
             tokens = adapter.before_block(layer, tokens)
         return tokens
+
+    def ask_block(
+        self, layer: int, tokens: Tokens, ask: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Let each adapter that has queries send them through the block."""
+        aside = tokens.aside
+        for adapter in self._adapters:
+            if adapter.asks_blocks:
+                aside = aside | adapter.ask_block(layer, tokens, ask)
+        return aside
 
     def beside_attention(self, layer: int, x_BND: Tensor, tokens: Tokens) -> Tensor | None:
         """Return the sum of what the adapters add to attention."""

@@ -210,8 +210,19 @@ class AdapterSet:
                 f"{type(adapt).__name__} needs the tokens of all patches in every layer, but "
                 f"{type(self.reduce).__name__} takes some away; use it with DAR, DyT or FFNMerge."
             )
+        if adapter.replaces_class_token and not (decode is None and self._reads_class_token()):
+            raise ValueError(
+                f"{type(adapt).__name__} needs a model with one head, or none, that reads the "
+                "class token alone: not a decoder, two heads, pooled patches or a clip."
+            )
         decoder = decode.build(shape) if decode else None
         return AdapterSlot(adapt, adapter, reducer, size, decode, decoder)
+
+    def _reads_class_token(self) -> bool:
+        """Whether the model's logits are those of the class token alone."""
+        anatomy = self.anatomy
+        one_head = len(anatomy.heads) < 2  # the second one reads a distillation token
+        return anatomy.shape.has_class_token and anatomy.head_reads_prefix_only and one_head
 
     def _check_new(self, name: object) -> None:
         """Raise a ValueError unless `name` can be the name of another adapter."""

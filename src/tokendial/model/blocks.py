@@ -1,5 +1,6 @@
 """One block of a ViT: attention, reduction, FFN, and the adapter beside them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -94,7 +95,7 @@ class BlockRunner:
     ) -> tuple[Tokens, ByProducts]:
         """Tokens after attention and its residual connection."""
         x = self.anatomy.attention_input(layer, tokens.x)
-        heads, attended = self._attend(layer, x, tokens, needs, prefix_only)
+        heads, attended, tokens = self._attend(layer, x, tokens, needs, prefix_only)
         if prefix_only:
             tokens, x = tokens.prefix_only(), x[:, : tokens.prefix]
         if "attention_input" in needs:
@@ -108,22 +109,53 @@ class BlockRunner:
 
     def _attend(
         self, layer: int, x: Tensor, tokens: Tokens, needs: frozenset[str], prefix_only: bool
-    ) -> tuple[Tensor, ByProducts]:
+    ) -> tuple[Tensor, ByProducts, Tokens]:
         """Outputs of all heads. Queries, keys and values are freed when this returns."""
         q, k, v = self.anatomy.qkv(layer, x, tokens)
         scale, dropout = self.anatomy.attention_settings(layer)
         weighs_sizes = self.reducer is not None and self.reducer.proportional_attention
-        return attend(
-            q[:, :, : tokens.prefix] if prefix_only else q,
-            k,
-            v,
+        attention = partial(
+            attend,
+            k_BHMC=k,
+            v_BHMC=v,
             scale=scale,
             dropout=dropout,
             size_BM=tokens.size if weighs_sizes else None,
             policy_BN=tokens.policy,
-            needs=needs - {"shift", "attention_input"},
             kernel=self.kernel,
         )
+        heads, attended = attention(
+            q[:, :, : tokens.prefix] if prefix_only else q,
+            needs=needs - {"shift", "attention_input"},
+        )
+        if self.adapter.asks_blocks:
+            ask = partial(self._ask, layer, tokens, attention)
+            tokens = replace(tokens, aside=self.adapter.ask_block(layer, tokens, ask))
+        return heads, attended, tokens
+
+    def _ask(
+        self,
+        layer: int,
+        tokens: Tokens,
+        attention: Callable[..., tuple[Tensor, ByProducts]],
+        queries_BQD: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What attention and FFN add to queries of the adapter, [B, Q, D] each.
+
+        The queries read the keys and values of the tokens. No token reads them. Where the model
+        rotates patches by their positions, queries are not rotated, like prefix tokens.
+        """
+        anatomy, nowhere = self.anatomy, None
+        if tokens.rope is not None:
+            nowhere = queries_BQD.new_zeros(len(queries_BQD), 0, dtype=torch.long)
+        asking = replace(tokens, x=queries_BQD, prefix=queries_BQD.shape[1], position=nowhere)
+        x = anatomy.attention_input(layer, queries_BQD)
+        # The keys and values of the queries themselves are not needed.
+        q, _, _ = anatomy.qkv(layer, x, asking)
+        heads, _ = attention(q, of_tokens=False)
+        of_attention = anatomy.attention_branch(layer, heads, x)
+        ffn_input = anatomy.ffn_input(layer, queries_BQD + of_attention)
+        return of_attention, anatomy.ffn_branch(layer, ffn_input)
 
     def _ffn(
         self, layer: int, tokens: Tokens, attended: ByProducts, acting: Reducer | None

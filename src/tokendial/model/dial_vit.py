@@ -443,9 +443,10 @@ class DialViT(nn.Module):
             global_pool: How tokens are pooled before the head; None: as before.
 
         Raises:
-            ValueError: If the backbone is not of timm, takes clips, or the model has a decoder.
+            ValueError: If the backbone is not of timm, takes clips, or the model has a decoder; or
+                the adapter needs a head that reads the class token, and `global_pool` is another.
         """
-        reset_head(self.anatomy, self.decoder, num_classes, global_pool)
+        reset_head(self.anatomy, self.adapter, self.decoder, num_classes, global_pool)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks in the backward pass instead of keeping their activations."""

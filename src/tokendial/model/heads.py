@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from tokendial.adapt.base import Adapter
 from tokendial.backbones import Anatomy
 from tokendial.decode import DecoderConfig
 
@@ -47,9 +48,18 @@ def timm_method(vit: nn.Module, name: str, decoder: nn.Module | None) -> Callabl
 
 
 def reset_head(
-    anatomy: Anatomy, decoder: nn.Module | None, num_classes: int, global_pool: str | None
+    anatomy: Anatomy,
+    adapter: Adapter,
+    decoder: nn.Module | None,
+    num_classes: int,
+    global_pool: str | None,
 ) -> None:
     """Put a new head into the backbone; see `DialViT.reset_classifier`."""
+    if adapter.replaces_class_token and global_pool not in (None, "token"):
+        raise ValueError(
+            f"global_pool must be token or None, got {global_pool!r}: this adapter needs a head "
+            "that reads the class token."
+        )
     if anatomy.frames is not None:
         raise ValueError(
             "the head of a video model cannot be reset: add_adapter(..., num_classes=...) "
