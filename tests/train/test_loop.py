@@ -303,6 +303,17 @@ def test_only_matrices_decay(recipe_file):
     assert {id(model.vit.pos_embed), id(model.vit.cls_token), id(model.vit.head.bias)} <= exempt
 
 
+def test_everything_decays_if_the_recipe_says_so(recipe_file):
+    recipe = read_recipe(recipe_file, ["train.decay=all"])
+    assert recipe.train.decay == "all"
+    model = build_model(recipe, 4)
+    (decayed,) = parameter_groups(model, 0.05, 1e-3, vectors_decay=True)
+    assert decayed["weight_decay"] == 0.05
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in model.trainable_parameters()}
+    with pytest.raises(ValueError, match="'matrices' or 'all'"):
+        read_recipe(recipe_file, ["train.decay=none"])
+
+
 def test_the_rate_of_the_backbone_falls_towards_the_input(vit):
     model = td.wrap(vit, adapt=td.FullFineTuning())
     groups = parameter_groups(model, 0.05, lr=1.0, layer_decay=0.5)

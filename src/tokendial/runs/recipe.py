@@ -156,8 +156,10 @@ class TrainSection(_Section):
     """Layer-wise learning rate decay of the backbone, in (0, 1]: the rate of each block is this
     factor times the rate of the next block. Adapters and heads keep lr. null: 1, no decay."""
     weight_decay: float = Field(0.05, ge=0.0)
-    """Weight decay of AdamW for weight matrices. Biases, norms, tokens, position embeddings and
-    other vectors never decay."""
+    """Weight decay of AdamW."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What decays. matrices: weight matrices only; biases, norms, tokens, positions and other
+    vectors do not. all: everything that trains, as in the code of DyT and Sparse-Tuning."""
     clip_grad: float | None = Field(None, gt=0.0)
     """Largest allowed norm of the gradient; larger gradients are scaled down to it. null: no
     clipping."""

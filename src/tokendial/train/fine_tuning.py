@@ -101,10 +101,12 @@ class FineTuning:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trainable parameters: adapters, heads, decoders, reducers, distillation heads."""
         settings = self.settings
-        decay, lr = settings.weight_decay, settings.lr
-        groups = parameter_groups(self.model, decay, lr, settings.layer_decay)
+        decay, lr, vectors_decay = settings.weight_decay, settings.lr, settings.decay == "all"
+        groups = parameter_groups(
+            self.model, decay, lr, settings.layer_decay, vectors_decay=vectors_decay
+        )
         if self.distillation:
-            groups += decay_groups(self.distillation, decay, lr)
+            groups += decay_groups(self.distillation, decay, lr, vectors_decay=vectors_decay)
         return groups
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:

@@ -15,7 +15,12 @@ from tokendial.train.checkpoint import trainable
 
 
 def parameter_groups(
-    model: DialViT, weight_decay: float, lr: float, layer_decay: float | None = None
+    model: DialViT,
+    weight_decay: float,
+    lr: float,
+    layer_decay: float | None = None,
+    *,
+    vectors_decay: bool = False,
 ) -> list[dict[str, Any]]:
     """Trainable parameters of a model, grouped by weight decay and learning rate.
 
@@ -26,6 +31,7 @@ def parameter_groups(
         layer_decay: Factor by which the learning rate of the backbone falls from each block to the
             block before it, as in the fine-tuning recipes of BEiT and MAE. Heads, adapters and
             reducers keep `lr`. None means 1.
+        vectors_decay: Whether everything else decays, too.
     """
     block_numbers = {
         id(parameter): number
@@ -45,13 +51,15 @@ def parameter_groups(
         layer = block_numbers.get(id(parameter), depth if id(parameter) in after_blocks else 0)
         return lr * layer_decay ** (depth + 1 - layer)
 
-    return decay_groups(model, weight_decay, rate)
+    return decay_groups(model, weight_decay, rate, vectors_decay=vectors_decay)
 
 
 def decay_groups(
     module: nn.Module,
     weight_decay: float,
     rate: float | Callable[[str, nn.Parameter], float],
+    *,
+    vectors_decay: bool = False,
 ) -> list[dict[str, Any]]:
     """Trainable parameters of a module, grouped by weight decay and learning rate.
 
@@ -64,11 +72,12 @@ def decay_groups(
         module: The module.
         weight_decay: Weight decay of the matrices.
         rate: Learning rate of all parameters, or a function of name and parameter that gives it.
+        vectors_decay: Whether everything else decays, too.
     """
     matrices = {id(parameter) for parameter in _matrices(module)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(module).items():
-        decay = weight_decay if id(parameter) in matrices else 0.0
+        decay = weight_decay if vectors_decay or id(parameter) in matrices else 0.0
         lr = rate(name, parameter) if callable(rate) else rate
         groups.setdefault((decay, lr), []).append(parameter)
     return [
