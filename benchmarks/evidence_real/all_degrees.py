@@ -9,21 +9,18 @@ the time of the others.
 import itertools
 from typing import Any
 
-import numpy as np
-
 from benchmarks.evidence_real.classifiers import (
     ALL_DEGREES,
     DIALS,
     Classifier,
     Setting,
+    bootstrap,
     compute,
-    predict,
-    resampling,
 )
 from benchmarks.evidence_real.common import SEEDS, Options
 from benchmarks.evidence_real.mismatch import DATA, classifier, degrees
 from benchmarks.evidence_real.results import write_table
-from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
+from benchmarks.evidence_real.statistics import balanced_accuracy, interval
 
 METHOD = "adaptformer"
 KINDS = ("trained there", "trained at 0", *ALL_DEGREES)
@@ -59,21 +56,13 @@ def main(options: Options) -> None:
 
 def row(data: str, dial: str, degree: int, options: Options) -> dict[str, Any]:
     """Balanced accuracy of all kinds at a degree, and their differences to the first kind."""
-    found = {kind: replicates(kind, data, dial, degree, options) for kind in KINDS}
+    found = {}
+    for kind in KINDS:
+        asked = [(of_kind(kind, data, dial, degree, seed), Setting(dial, degree)) for seed in SEEDS]
+        found[kind] = bootstrap(asked, balanced_accuracy, options)
     matched = found[KINDS[0]]
     scores = [interval(values) for values in found.values()]
     differences = [interval(found[kind] - matched) for kind in KINDS[1:]]
     cells = [data, dial, str(degree), *(f"{100 * score.value:.1f}" for score in scores)]
     cells += [difference.percent(sign=True) for difference in differences]
     return {"cells": cells, "differences": [difference.value for difference in differences]}
-
-
-def replicates(kind: str, data: str, dial: str, degree: int, options: Options) -> np.ndarray:
-    """Bootstrap replicates of balanced accuracy."""
-    found = [
-        predict(of_kind(kind, data, dial, degree, seed), Setting(dial, degree), options)
-        for seed in SEEDS
-    ]
-    logits, labels = [logits for logits, _ in found], found[0][1]
-    draws = resampling(data, len(labels), len(SEEDS), options)
-    return resampled_scores(draws, balanced_accuracy, logits, labels)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence_real.classifiers import Classifier, Setting, compute, predict, resampling
+from benchmarks.evidence_real.classifiers import Classifier, Setting, bootstrap, compute, predict
 from benchmarks.evidence_real.common import Options
 from benchmarks.evidence_real.results import plain, write_table
-from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
+from benchmarks.evidence_real.statistics import balanced_accuracy, interval
 
 DATA = ("elpv", "stamps")
 METHODS = ("sparse_tuning", "adaptformer", "lora", "vpt", "ssf", "convpass")
@@ -47,20 +47,13 @@ def best_rate(data: str, method: str, options: Options) -> float:
     return RATES[int(np.argmax(held_out_scores(data, method, options)))]
 
 
-def replicates(data: str, method: str, options: Options) -> np.ndarray:
-    """Bootstrap replicates of the balanced accuracy of a method at its best rate."""
-    found = [
-        predict(one, Setting(), options)
-        for one in finals(data, method, best_rate(data, method, options))
-    ]
-    labels = found[0][1]
-    draws = resampling(data, len(labels), len(SEEDS), options)
-    return resampled_scores(draws, balanced_accuracy, [logits for logits, _ in found], labels)
-
-
 def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
     """One row for each method."""
-    found = {method: replicates(data, method, options) for method in METHODS}
+    found = {}
+    for method in METHODS:
+        at_best = finals(data, method, best_rate(data, method, options))
+        asked = [(one, Setting()) for one in at_best]
+        found[method] = bootstrap(asked, balanced_accuracy, options)
     return [
         {
             "data": data,

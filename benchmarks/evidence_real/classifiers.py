@@ -1,7 +1,7 @@
 """Fine-tuned classifiers of the tables, and their predictions on images that they never saw."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tokendial as td
 from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads, train
+from benchmarks.evidence_real.statistics import Metric, resampled_scores
 from tokendial.measure import Resampling
 from tokendial.methods import to_json
 from tokendial.runs import Run
@@ -188,6 +189,27 @@ def compute(
 
 def _predict_one(question: tuple[Classifier, Setting], options: Options, part: str) -> None:
     predict(*question, options, part)
+
+
+def bootstrap(
+    asked: Sequence[tuple[Classifier, Setting]], metric: Metric, options: Options
+) -> np.ndarray:
+    """Bootstrap replicates of the score of one model with several seeds, on the test set.
+
+    All models of a data set see the same draws, so differences of replicates are paired.
+
+    Args:
+        asked: The classifier of each seed, and how it runs.
+        metric: The score.
+        options: The options.
+
+    Returns:
+        [1 + number of draws], as `resampled_scores`.
+    """
+    found = [predict(*each, options) for each in asked]
+    labels = found[0][1]
+    draws = resampling(asked[0][0].data, len(labels), len(asked), options)
+    return resampled_scores(draws, metric, [logits for logits, _ in found], labels)
 
 
 @functools.cache

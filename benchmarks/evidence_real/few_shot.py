@@ -8,13 +8,10 @@ training. The models run at the highest degree without and with the compensator 
 import itertools
 from typing import Any
 
-import numpy as np
-
-from benchmarks.evidence_real.classifiers import DIALS, Classifier, Setting, compute, predict
-from benchmarks.evidence_real.classifiers import resampling as draws_of
+from benchmarks.evidence_real.classifiers import DIALS, Classifier, Setting, bootstrap, compute
 from benchmarks.evidence_real.common import Options, in_threads
 from benchmarks.evidence_real.results import plain, write_table
-from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
+from benchmarks.evidence_real.statistics import balanced_accuracy, interval
 from benchmarks.evidence_real.tocom import METHOD, train_compensator
 
 DATA = ("elpv", "stamps")
@@ -44,16 +41,10 @@ def settings_of(dial: str, options: Options) -> dict[str, Setting]:
 
 def row_of(data: str, shots: int, dial: str, options: Options) -> dict[str, Any]:
     """A row: balanced accuracy at degree 0, and paired differences to it."""
-    logits: dict[str, list[np.ndarray]] = {}
-    labels = np.empty(0)
-    for seed in SEEDS:
-        for name, setting in settings_of(dial, options).items():
-            found, labels = predict(few(data, shots, seed), setting, options)
-            logits.setdefault(name, []).append(found)
-    draws = draws_of(data, len(labels), len(SEEDS), options)
+    models = [few(data, shots, seed) for seed in SEEDS]
     found = {
-        name: resampled_scores(draws, balanced_accuracy, each, labels)
-        for name, each in logits.items()
+        name: bootstrap([(one, setting) for one in models], balanced_accuracy, options)
+        for name, setting in settings_of(dial, options).items()
     }
     return {
         "data": data,

@@ -10,9 +10,8 @@ from benchmarks.evidence_real.classifiers import (
     DIALS,
     Classifier,
     Setting,
+    bootstrap,
     compute,
-    predict,
-    resampling,
 )
 from benchmarks.evidence_real.common import SEEDS, Options
 from benchmarks.evidence_real.results import write_table
@@ -21,7 +20,6 @@ from benchmarks.evidence_real.statistics import (
     auroc,
     balanced_accuracy,
     interval,
-    resampled_scores,
 )
 
 DATA = ("elpv", "stamps")
@@ -87,12 +85,7 @@ def replicates(
     data: str, method: str, dial: str, source: int, target: int, options: Options
 ) -> dict[str, np.ndarray]:
     """Bootstrap replicates of each metric: trained at `source`, run at `target`."""
-    found = [
-        predict(classifier(data, method, dial, source, seed), Setting(dial, target), options)
-        for seed in SEEDS
+    asked = [
+        (classifier(data, method, dial, source, seed), Setting(dial, target)) for seed in SEEDS
     ]
-    logits, labels = [logits for logits, _ in found], found[0][1]
-    draws = resampling(data, len(labels), len(SEEDS), options)
-    return {
-        name: resampled_scores(draws, metric, logits, labels) for name, metric in METRICS.items()
-    }
+    return {name: bootstrap(asked, metric, options) for name, metric in METRICS.items()}

@@ -9,23 +9,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import tokendial as td
 from benchmarks.evidence_real.classifiers import (
     Classifier,
     Setting,
+    bootstrap,
     predict,
-    resampling,
 )
 from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import (
+    Metric,
     accuracy,
     auroc,
     balanced_accuracy,
     interval,
-    resampled_scores,
 )
 from benchmarks.memory import peak_of
 from tokendial.measure import Timing, time_in_rounds
@@ -76,23 +77,15 @@ def row(
 ) -> dict[str, Any]:
     """A row of the table; its accuracy is compared with that of the method `base`."""
 
-    def outputs(name: str) -> tuple[list[Any], Any]:
-        found = [predict(trained(name, seed, side), Setting(), options) for seed in SEEDS]
-        return [logits for logits, _ in found], found[0][1]
+    def found(name: str, metric: Metric) -> np.ndarray:
+        asked = [(trained(name, seed, side), Setting()) for seed in SEEDS]
+        return bootstrap(asked, metric, options)
 
-    logits, labels = outputs(method)
-    draws = resampling("elpv", len(labels), len(SEEDS), options)
-    scores = [
-        interval(resampled_scores(draws, metric, logits, labels))
-        for metric in (accuracy, balanced_accuracy, auroc)
-    ]
+    scores = [interval(found(method, metric)) for metric in (accuracy, balanced_accuracy, auroc)]
     cells = [method, f"{speeds['trained'] / 1e6:.2f}", f"{speeds['gmacs']:.2f}"]
     cells += [score.percent() for score in scores]
     if method != base:
-        other, _ = outputs(base)
-        difference = resampled_scores(draws, accuracy, logits, labels) - resampled_scores(
-            draws, accuracy, other, labels
-        )
+        difference = found(method, accuracy) - found(base, accuracy)
         cells.append(interval(difference).percent(sign=True))
     else:
         cells.append("-")

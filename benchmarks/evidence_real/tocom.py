@@ -21,8 +21,8 @@ from benchmarks.evidence_real.classifiers import (
     DIALS,
     Classifier,
     Setting,
+    bootstrap,
     predict,
-    resampling,
 )
 from benchmarks.evidence_real.common import (
     SEEDS,
@@ -39,7 +39,7 @@ from benchmarks.evidence_real.mismatch import (
     trainings,
 )
 from benchmarks.evidence_real.results import write_table
-from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
+from benchmarks.evidence_real.statistics import balanced_accuracy, interval
 from tokendial.atomic import atomic_write
 from tokendial.data import Augment, Unlabelled
 from tokendial.data.transforms.image import eval_transform, on_image
@@ -187,16 +187,16 @@ def scores(
     data: str, dial: str, source: int, target: int, compensator: Path, options: Options
 ) -> Sequence[np.ndarray]:
     """Bootstrap replicates of balanced accuracy: matched, mismatched, compensated."""
-    outputs: list[list[np.ndarray]] = [[], [], []]
+    asked = []
     for seed in SEEDS:
         mismatched = classifier(data, METHOD, dial, source, seed)
-        settings = (
-            (classifier(data, METHOD, dial, target, seed), Setting(dial, target)),
-            (mismatched, Setting(dial, target)),
-            (mismatched, best_scale(mismatched, dial, target, compensator, options)),
+        asked.append(
+            (
+                (classifier(data, METHOD, dial, target, seed), Setting(dial, target)),
+                (mismatched, Setting(dial, target)),
+                (mismatched, best_scale(mismatched, dial, target, compensator, options)),
+            )
         )
-        for found, (one, setting) in zip(outputs, settings, strict=True):
-            logits, labels = predict(one, setting, options)
-            found.append(logits)
-    draws = resampling(data, len(labels), len(SEEDS), options)
-    return [resampled_scores(draws, balanced_accuracy, each, labels) for each in outputs]
+    return [
+        bootstrap(of_seeds, balanced_accuracy, options) for of_seeds in zip(*asked, strict=True)
+    ]

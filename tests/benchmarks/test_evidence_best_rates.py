@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.evidence_real import best_rates
+from benchmarks.evidence_real import best_rates, classifiers
 from benchmarks.evidence_real.classifiers import Setting
 from benchmarks.evidence_real.common import Options
 from tokendial.measure import Resampling
@@ -25,7 +25,7 @@ def store(options, classifier, part, right):
 def options(tmp_path, monkeypatch):
     found = Options(out=tmp_path)
     draws = lambda data, images, seeds, options: Resampling(images, seeds)  # noqa: E731
-    monkeypatch.setattr(best_rates, "resampling", draws)
+    monkeypatch.setattr(classifiers, "resampling", draws)
     for method in best_rates.METHODS:
         held_out = (
             {3e-4: 12, 1e-3: 16, 3e-3: 16} if method == "vpt" else {3e-4: 8, 1e-3: 9, 3e-3: 10}
