@@ -2,8 +2,9 @@
 
 Every method that removes tokens by number runs with the same number in each layer, and with the
 schedule that `tokendial.fit` found at the same cost on 128 training images without their labels.
-ToMe runs with the shipped preset, too, which was fitted on other pictures at another size. The test
-images are judged as in the table `zero_training`: "changed" are answers of nearest neighbours that
+ToMe runs with the shipped preset, too, which was fitted on other pictures at another size. Beside
+them stands what anyone can do without a method: smaller images at degree 0. The test images are
+judged as in the table `zero_training`: "changed" are answers of nearest neighbours that
 are others than at degree 0. Speed is measured in turns, in bfloat16, when nothing else runs.
 """
 
@@ -14,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tvf
 
 import tokendial as td
 from benchmarks.evidence_real.common import BACKBONE, Options, cached, in_processes
@@ -23,12 +27,14 @@ from benchmarks.evidence_real.statistics import interval, mean, resampled_scores
 from benchmarks.evidence_real.zero_training import (
     DATA,
     IMG_SIZE,
+    SMALLER,
     backbone,
     compute_features,
     features,
     load_data,
     per_image,
     resampling,
+    side_and_config,
 )
 from tokendial.measure.timing import time_in_rounds
 from tokendial.methods import to_json
@@ -60,9 +66,9 @@ class Setting:
     """A method with a schedule of a wanted cost."""
 
     method: str
-    """One of `METHODS`."""
+    """One of `METHODS`, or `SMALLER`."""
     schedule: str
-    """"constant", "fitted" or "preset"."""
+    """"constant", "fitted" or "preset"; "none" for smaller images."""
     cost: float
     """One of `COSTS`."""
 
@@ -74,8 +80,9 @@ class Setting:
 
 
 def kinds() -> list[tuple[str, str]]:
-    """Each method with the kinds of its schedules."""
-    return [*itertools.product(METHODS, ("constant", "fitted")), ("ToMe", "preset")]
+    """Each method with the kinds of its schedules, and smaller images."""
+    methods = itertools.product(METHODS, ("constant", "fitted"))
+    return [*methods, ("ToMe", "preset"), (SMALLER, "none")]
 
 
 def fitted(data: str, method: str, options: Options) -> dict[str, Any]:
@@ -108,6 +115,7 @@ def share(config: ScheduledConfig, options: Options) -> float:
     return model.cost().macs / model.cost(0).macs
 
 
+@functools.cache
 def reduce_config(setting: Setting, data: str, options: Options) -> ScheduledConfig:
     """A method with the schedule of a setting."""
     method = METHODS[setting.method]
@@ -131,7 +139,9 @@ def reduce_config(setting: Setting, data: str, options: Options) -> ScheduledCon
 
 
 def values(setting: Setting, data: str, options: Options) -> dict[str, Any]:
-    """Features of a setting, its "share" of the cost, and its method, from a file if there."""
+    """Features of a setting and its "share" of the cost, from a file if computed before."""
+    if setting.method == SMALLER:
+        return features(data, Reduction(SMALLER, setting.cost), options)
     path = options.out / "compare_reducers" / data / f"{setting.name}.npz"
 
     def compute() -> dict[str, Any]:
@@ -150,24 +160,37 @@ def compute(item: tuple[str, str], options: Options) -> None:
             values(Setting(method, schedule, cost), data, options)
 
 
+def side_of(setting: Setting, options: Options) -> int:
+    """Side of the images in pixels."""
+    if setting.method != SMALLER:
+        return IMG_SIZE
+    return side_and_config(Reduction(SMALLER, setting.cost), options)[0]
+
+
 def speeds(options: Options) -> dict[str, float]:
     """Speed of every setting (with the schedules of solar cells) as a multiple of degree 0's."""
     settings = [Setting(*kind, cost) for kind in kinds() for cost in COSTS]
 
     def compute() -> dict[str, float]:
-        images = load_data("elpv", options)["test"][0][:_BATCH] / 255
-        vit = backbone(IMG_SIZE, options)
-        configs = [None, *(reduce_config(setting, "elpv", options) for setting in settings)]
+        full = load_data("elpv", options)["test"][0][:_BATCH] / 255
+        ways: list[tuple[int, ScheduledConfig | None]] = [(IMG_SIZE, None)]
+        for setting in settings:
+            smaller = setting.method == SMALLER
+            config = None if smaller else reduce_config(setting, "elpv", options)
+            ways.append((side_of(setting, options), config))
 
-        def prepare(config: ScheduledConfig | None) -> td.DialViT:
-            return td.wrap(vit, reduce=config).eval()
+        def prepare(way: tuple[int, ScheduledConfig | None]) -> tuple[td.DialViT, Tensor]:
+            side, config = way
+            model = td.wrap(backbone(side, options), reduce=config).eval()
+            return model, tvf.resize(full, [side, side], antialias=True)
 
         @torch.inference_mode()
-        def run(model: td.DialViT) -> None:
+        def run(prepared: tuple[td.DialViT, Tensor]) -> None:
+            model, images = prepared
             with torch.autocast("cpu", torch.bfloat16):
                 model(images)
 
-        timings = time_in_rounds(configs, prepare, run, device=images.device, seconds=_SECONDS)
+        timings = time_in_rounds(ways, prepare, run, device=full.device, seconds=_SECONDS)
         first, *others = (timing.seconds for timing in timings)
         return {s.name: first / seconds for s, seconds in zip(settings, others, strict=True)}
 
@@ -205,7 +228,10 @@ def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
                 "changed / ToMe's": interval(ratio),
                 "cosine": interval(scores(each["cosine"])),
                 "speed": fast[setting.name],
-                "reduce": to_json("reduce", reduce_config(setting, data, options)),
+                "img_size": side_of(setting, options),
+                "reduce": None
+                if method == SMALLER
+                else to_json("reduce", reduce_config(setting, data, options)),
             }
         )
     return rows
@@ -231,13 +257,47 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
+def figure_of(by_data: list[list[dict[str, Any]]]) -> Figure:
+    """Changed answers over the cost, a plot for each data set; fitted schedules are solid lines."""
+    figure = Figure(figsize=(1 + 4 * len(by_data), 5.4), layout="constrained")
+    axes = figure.subplots(1, len(by_data), squeeze=False)[0]
+    colors = {SMALLER: "black"} | {m: f"C{number}" for number, m in enumerate(METHODS)}
+    styles = {"none": "-", "fitted": "-", "constant": ":", "preset": "--"}
+    for axis, rows in zip(axes, by_data, strict=True):
+        for (method, schedule), group in itertools.groupby(
+            rows, key=lambda row: (row["method"], row["schedule"])
+        ):
+            along = list(group)
+            changed = [row["changed"] for row in along]
+            axis.errorbar(
+                [100 * row["cost"] for row in along],
+                [100 * each.value for each in changed],
+                [
+                    [100 * (each.value - each.low) for each in changed],
+                    [100 * (each.high - each.value) for each in changed],
+                ],
+                color=colors[method],
+                linestyle=styles[schedule],
+                capsize=2,
+                linewidth=1.2,
+                elinewidth=0.5,
+                label=method if schedule == "none" else f"{method}, {schedule}",
+            )
+        axis.set(title=rows[0]["data"], xlabel="cost (% of degree 0)")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("changed answers (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    return figure
+
+
 def main(options: Options) -> None:
-    """Compute the features of all settings, time them, and write the table."""
+    """Compute the features of all settings, time them, and write the table and a plot."""
     # The slowest items first, so that no process is left with one at the end.
-    items = list(itertools.product(reversed(DATA), METHODS))
+    items = list(itertools.product(reversed(DATA), (*METHODS, SMALLER)))
     in_processes(functools.partial(compute, options=options), items, options)
     torch.set_num_threads(1)
     by_data = [rows_of(data, options) for data in DATA]
     lines = itertools.chain.from_iterable(map(cells, by_data))
     rows = list(itertools.chain.from_iterable(by_data))
-    write_table("compare_reducers", HEADER, lines, {"costs": COSTS, "rows": plain(rows)})
+    results = {"costs": COSTS, "rows": plain(rows)}
+    write_table("compare_reducers", HEADER, lines, results, figure_of(by_data))

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks.evidence_real.common import markdown
 from benchmarks.report import write_json
 from tokendial.atomic import atomic_write
@@ -11,21 +13,29 @@ from tokendial.measure import Interval
 
 
 def write_table(
-    name: str, header: Sequence[str], rows: Iterable[Sequence[str]], results: Mapping[str, Any]
+    name: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    results: Mapping[str, Any],
+    figure: Figure | None = None,
 ) -> None:
-    """Print a table, and write evidence_real_NAME_HARDWARE_DATE.json and .md.
+    """Print a table, and write evidence_real_NAME_HARDWARE_DATE.json, .md and, if drawn, .png.
 
     Args:
         name: Name of the table.
         header: Titles of its columns.
         rows: Its cells.
         results: The numbers behind it, for the JSON file.
+        figure: A plot of them.
     """
     text = markdown(header, rows)
     print(text)
     path = write_json(f"evidence_real_{name}", results)
     with atomic_write(path.with_suffix(".md")) as temporary:
         temporary.write_text(text + "\n")
+    if figure is not None:
+        with atomic_write(path.with_suffix(".png")) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
 
 
 def plain(value: Any) -> Any:

@@ -118,7 +118,9 @@ def all_reductions() -> list[Reduction]:
     return reductions([SMALLER, *FAMILIES])
 
 
-def setting(reduction: Reduction, options: Options) -> tuple[int, ReducerConfig | None, float]:
+def side_and_config(
+    reduction: Reduction, options: Options
+) -> tuple[int, ReducerConfig | None, float]:
     """Side of the images, the reduction's setting, and its cost as a share of that at degree 0."""
     if reduction.family != SMALLER:
         return IMG_SIZE, *reduce_config(reduction, backbone(IMG_SIZE, options))
@@ -167,7 +169,7 @@ def features(
     path = options.out / "zero_training" / data / f"{reduction.name}-{precision}.npz"
 
     def compute() -> dict[str, np.ndarray]:
-        side, config, share = setting(reduction, options)
+        side, config, share = side_and_config(reduction, options)
         found = compute_features(data, side, config, options, precision=precision)
         return {"share": np.array(share), **found}
 
@@ -226,7 +228,7 @@ def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
             row[name] = _interval(draws, values[name])
         for name in ("same degree", "stored"):
             row[f"{name}, minus degree 0"] = _interval(draws, values[name] - unreduced[name])
-        row["img_size"], config, _ = setting(reduction, options)
+        row["img_size"], config, _ = side_and_config(reduction, options)
         row["reduce"] = to_json("reduce", config) if config else None
         rows.append(row)
     return rows
