@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as tvf
 
 import tokendial as td
 from tokendial.data import SceneMasks, Scenes
@@ -60,9 +61,8 @@ def trained(name: str, folder: Path) -> td.DialViT:
 @torch.no_grad()
 def draw(model: td.DialViT, image: Image.Image, file: Path) -> None:
     """Write the panels as a PNG with few colours."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in model.anatomy.statistics)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    tensor = (pixels.reshape(SIDE, SIDE, 3).permute(2, 0, 1) / 255 - mean) / std
+    pixels = tvf.pil_to_tensor(image) / 255
+    tensor = tvf.normalize(pixels, *model.anatomy.statistics)
     figure = token_figure(model.eval(), tensor, input_pixels(model, tensor))
     picture = io.BytesIO()
     figure.savefig(picture, dpi=DPI)

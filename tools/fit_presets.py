@@ -46,8 +46,7 @@ def normalised(paths: Sequence[Path], model: td.DialViT) -> Tensor:
     """The pictures as a model reads them, [N, 3, side, side]."""
     resize = ResizeImage((IMG_SIZE, IMG_SIZE))
     images = torch.stack([tvf.pil_to_tensor(resize(read_image(path))) for path in paths])
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in model.anatomy.statistics)
-    return (images / 255 - mean) / std
+    return tvf.normalize(images / 255, *model.anatomy.statistics)
 
 
 def nearest_constant(space: ScheduleSpace, meter: MacCounter, most: float) -> Schedule:

@@ -94,10 +94,9 @@ def fitted(data: str, method: str, options: Options) -> dict[str, Any]:
         images, _ = load_data(data, options)["train"]
         drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_IMAGES]
         model = td.wrap(backbone(IMG_SIZE, options)).eval()
-        mean_, std = (torch.tensor(v).view(3, 1, 1) for v in model.anatomy.statistics)
         found = td.fit(
             model,
-            (images[drawn] / 255 - mean_) / std,
+            tvf.normalize(images[drawn] / 255, *model.anatomy.statistics),
             gmacs=[cost * model.cost().gmacs for cost in COSTS],
             reduce=METHODS[method],
             minutes=_MINUTES,

@@ -148,7 +148,6 @@ def compute_features(
     """Class tokens after the final norm of training and test images, shown at a side in pixels."""
     model = td.wrap(backbone(side, options), reduce=config).eval()
     model.skip_unread_patches = True
-    mean_, std = (torch.tensor(v).view(3, 1, 1) for v in model.anatomy.statistics)
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
     found: dict[str, np.ndarray] = {}
     for part, (images, labels) in load_data(data, options).items():
@@ -156,8 +155,9 @@ def compute_features(
         for batch in images.split(64):
             if side != IMG_SIZE:
                 batch = tvf.resize(batch, [side, side], antialias=True)
+            batch = tvf.normalize(batch / 255, *model.anatomy.statistics)
             with autocast:
-                features.append(model((batch / 255 - mean_) / std).float())
+                features.append(model(batch).float())
         found[part], found[f"{part} labels"] = torch.cat(features).numpy(), labels.numpy()
     return found
 
