@@ -231,13 +231,13 @@ class _BudgetFit:
                 f"{self.kind} {budget:g}: {len(search.known)} schedules compared, "
                 f"{judged_on.comparison.divergence_title} {judge(last).divergence:.4f}"
             )
-        rows = self._compare(found, judge)
+        rows, unreduced = self._compare(found, judge)
         spread = self.meter.spread
         constants = self._curve(self.space.all_linear(), min(self.limits.values()))
         return FitResult(
             reduce=self.space.reduce.with_schedules([row.found.removed for row in rows]),
             kind=self.kind,
-            unreduced=self.unreduced,
+            unreduced=unreduced,
             batch_size=batch_size,
             images=searched_on.num_images,
             images_judged=judged_on.num_images,
@@ -310,13 +310,18 @@ class _BudgetFit:
         """Estimated cost of a schedule as a fraction of the unreduced cost."""
         return self.table.schedule_cost(schedule) / self.table.schedule_cost(self.space.none)
 
-    def _compare(self, found: dict[float, Schedule], judge: Judge) -> list[FittedDegree]:
-        """Compare the found schedules with constant ones end to end, and choose the better ones."""
+    def _compare(
+        self, found: dict[float, Schedule], judge: Judge
+    ) -> tuple[list[FittedDegree], float]:
+        """Compare the found schedules with constant ones end to end, and choose the better ones.
+
+        Returns:
+            A row for each budget, and the cost of the unreduced model in the unit of the budgets.
+        """
         lines = self.space.all_linear()
         near = {s for item in found.items() for s in self._near(lines, *item)}
         compared = list(dict.fromkeys([self.space.none, *found.values(), *near]))
         costs = self.meter.compare(compared)
-        self.unreduced = self._in_unit(costs[0])
         shares = {schedule: cost / costs[0] for schedule, cost in zip(compared, costs, strict=True)}
         rows: list[FittedDegree] = []
         chosen, kept = self.space.strongest, 0
@@ -332,7 +337,7 @@ class _BudgetFit:
             beside = _point(constant, shares[constant], judge(constant)) if constant else None
             best = _point(chosen, shares[chosen], judge(chosen))
             rows.append(FittedDegree(len(found) - number, budget, best, beside))
-        return rows[::-1]
+        return rows[::-1], self._in_unit(costs[0])
 
     def _near(self, lines: list[Schedule], budget: float, schedule: Schedule) -> list[Schedule]:
         """Constant schedules that cost about as much as the found one, or as the budget."""
