@@ -34,11 +34,13 @@ TRAINED_IN_BACKBONE = {
     td.Combined: r".*lora_[AB].*|head.*",
     td.PEFT: r".*hada_w.*|head.*",
 }
-# New prompts and adapters that add up whole tokens change the outputs from the start.
+NOAHS = td.NOAH | td.NOAHSupernet
+# New prompts, NOAH's matrices, and adapters that add up whole tokens change the outputs from the
+# start.
 NEUTRAL = {
     name: (reduce, adapt)
     for name, (reduce, adapt) in PAIRS.items()
-    if not isinstance(adapt, td.VPT | td.ResTuning | td.ReleasedDenseAdapter)
+    if not isinstance(adapt, td.VPT | NOAHS | td.ResTuning | td.ReleasedDenseAdapter)
 }
 each_neutral_pair = pytest.mark.parametrize(("reduce", "adapt"), NEUTRAL.values(), ids=NEUTRAL)
 SHAPE = {"img_size": (36, 28), "reg_tokens": 2}  # 9 x 7 patches of 4 pixels

@@ -10,6 +10,7 @@ from tokendial.adapt.dense_released import ReleasedDenseAdapter
 from tokendial.adapt.fact import FacT
 from tokendial.adapt.houlsby import Houlsby
 from tokendial.adapt.lora import LoRA
+from tokendial.adapt.noah import NOAH, NOAHSupernet
 from tokendial.adapt.peft import PEFT
 from tokendial.adapt.plain import BitFit, FullFineTuning, LastBlocks, LinearProbe
 from tokendial.adapt.res_tuning import ResTuning
@@ -17,6 +18,7 @@ from tokendial.adapt.ssf import SSF
 from tokendial.adapt.vpt import VPT
 
 __all__ = [
+    "NOAH",
     "PEFT",
     "SSF",
     "VPT",
@@ -34,6 +36,7 @@ __all__ = [
     "LastBlocks",
     "LinearProbe",
     "LoRA",
+    "NOAHSupernet",
     "ReleasedDenseAdapter",
     "ResTuning",
 ]

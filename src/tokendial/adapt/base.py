@@ -30,7 +30,7 @@ class Adapter(nn.Module):
     """Holds the weights of a fine-tuning method, and applies them at its hooks.
 
     A method overrides the hooks that it needs; the others change nothing. A new adapter leaves the
-    outputs of the model unchanged (except `VPT` and `ResTuning`).
+    outputs of the model unchanged (except `VPT`, `NOAH` and `ResTuning`).
     """
 
     needs_grid: bool = False
