@@ -155,7 +155,7 @@ class NOAHSupernet(AdapterConfig):
 
     def subnet(self, widths: dict[str, tuple[int, ...]]) -> NOAH:
         """Return the method that has these widths and the other settings of the supernet."""
-        return NOAH(**widths, dropout=self.dropout, target_modules=self.target_modules)  # type: ignore[arg-type]  # of each kind by its name
+        return NOAH(**widths, dropout=self.dropout, target_modules=self.target_modules)
 
     def build(self, vit: ViTShape) -> "PromptModules":
         """Make the weights of the largest subnet.
