@@ -176,6 +176,9 @@ class PromptModules(HookedAdapter):
     It has D parameters for each prompt, (inputs + outputs) * R for LoRA of each layer (4 * D * R
     for timm's `qkv`), and 2 * D * dim + dim + D for each adapter. New prompts change the outputs of
     the model, and so do new matrices.
+
+    A supernet remembers one pass. So where activations are recomputed in the backward pass, that
+    of a pass has to run before the next pass.
     """
 
     def __init__(self, largest: NOAH, vit: ViTShape, supernet: NOAHSupernet | None = None) -> None:
@@ -247,7 +250,7 @@ class PromptModules(HookedAdapter):
             return tokens
         if count and (before := self._prompts_before(layer)):
             tokens = tokens.without_prompts(before)
-        prompts_BPD = self.prompts[str(layer)][:count].expand(len(tokens.x), -1, -1)
+        prompts_BPD = self.prompts[str(layer)][:count].expand(tokens.x.shape[0], -1, -1)
         return tokens.with_prompts(F.dropout(prompts_BPD, self.config.dropout, self.training))
 
     def after_ffn(self, layer: int, out: Tensor) -> Tensor:
