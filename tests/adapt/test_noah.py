@@ -133,6 +133,19 @@ def test_each_pass_in_training_draws_a_subnet_by_the_global_generator():
             assert kind[depth:] == (0,) * (4 - depth)
 
 
+def test_a_pass_in_training_computes_what_the_drawn_subnet_computes_in_evaluation():
+    model = supernet(depths=(1, 4))
+    perturbed(model.adapter, std=0.3)
+    drawn = set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        trained, widths = model.train()(images()), model.adapter.active
+        model.eval().adapter.use(td.NOAH(**widths._asdict()))
+        torch.testing.assert_close(trained, model(images()))
+        drawn |= {name for name, kind in widths._asdict().items() if 0 in kind}
+    assert drawn == {"prompts", "rank", "dim"}
+
+
 def test_a_pass_trains_the_first_rows_and_columns_and_gives_all_others_zero_gradients():
     model = supernet(depths=(1, 4))
     perturbed(model.adapter)
