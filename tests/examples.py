@@ -53,6 +53,8 @@ ADAPTERS = {
     "combined": td.Combined(methods=[td.LoRA(rank=2), td.AdaptFormer(dim=6)]),
     "res_tuning": td.ResTuning(dim=6),
     "synqt": td.SynQT(queries=2, dim=6, attention_dim=3),
+    "noah": td.NOAH(prompts=[2, 0, 3, 0], rank=[0, 2, 0, 1], dim=[3, 0, 1, 0]),
+    "noah_supernet": td.NOAHSupernet(prompts=(2, 3), rank=(1, 2), dim=(2, 4), depths=(4,)),
     "fact": td.FacT(rank=3),
     "fact_tk": td.FacT(rank=3, kind="tk"),
     "convpass": td.ConvPass(dim=4),

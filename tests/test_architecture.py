@@ -81,6 +81,8 @@ PUBLIC = {
     "InWindows": "reduce.in_windows",
     "LearntMetric": "reduce.learnt_metric",
     "LoRA": "adapt.lora",
+    "NOAH": "adapt.noah",
+    "NOAHSupernet": "adapt.noah",
     "MaskTransformer": "decode.segmenter",
     "OptimizedViT": "tune.optimized_vit",
     "PEFT": "adapt.peft",

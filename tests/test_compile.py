@@ -81,6 +81,17 @@ def test_other_kinds_of_backbones_are_one_graph(name):
     compare(model, images(2, *size), degrees=(0, 3), fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.parametrize(
+    "adapt",
+    [td.NOAH(prompts=[2, 0], rank=[0, 2], dim=3), td.NOAHSupernet(depths=(1,))],
+    ids=["noah", "noah_supernet"],
+)
+@torch.no_grad()
+def test_adapters_whose_widths_differ_by_block_are_one_graph(adapt):
+    model = perturbed(td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=8), adapt=adapt))
+    compare(model, images(), degrees=(0, 8), fullgraph=True, backend="aot_eager")
+
+
 @pytest.mark.parametrize("reduce", [td.ToMe(r=8), td.DyT()], ids=["tome", "dyt"])
 @torch.no_grad()
 def test_the_default_compiler_equals_eager(reduce):

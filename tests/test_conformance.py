@@ -35,11 +35,14 @@ TRAINED_IN_BACKBONE = {
     td.PEFT: r".*hada_w.*|head.*",
     td.SynQT: r"norm\..*|head.*",
 }
-# New prompts, queries and adapters that add up whole tokens change the outputs from the start.
+NOAHS = td.NOAH | td.NOAHSupernet
+# New prompts, queries, NOAH's matrices, and adapters that add up whole tokens change the outputs
+# from the start.
+CHANGING = td.VPT | NOAHS | td.ResTuning | td.ReleasedDenseAdapter | td.SynQT
 NEUTRAL = {
     name: (reduce, adapt)
     for name, (reduce, adapt) in PAIRS.items()
-    if not isinstance(adapt, td.VPT | td.ResTuning | td.ReleasedDenseAdapter | td.SynQT)
+    if not isinstance(adapt, CHANGING)
 }
 each_neutral_pair = pytest.mark.parametrize(("reduce", "adapt"), NEUTRAL.values(), ids=NEUTRAL)
 SHAPE = {"img_size": (36, 28), "reg_tokens": 2}  # 9 x 7 patches of 4 pixels

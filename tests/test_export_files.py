@@ -10,7 +10,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from examples import images, tiny_vit
+from examples import images, perturbed, tiny_vit
 from limits import files_of_at_most
 from PIL import Image
 
@@ -157,6 +157,21 @@ def test_onnx_gives_the_same_logits_for_any_batch(name, degree, tmp_path):
     assert name in ("dar", "dyt") or all(
         re.fullmatch(r"(\d+\*)?batch", side) for side in sides(graph)
     )
+
+
+@torch.no_grad()
+def test_a_subnet_of_a_supernet_is_exported(tmp_path):
+    model = td.wrap(tiny_vit(depth=2), reduce=td.ToMe(r=8), adapt=td.NOAHSupernet(depths=(1,)))
+    perturbed(model.adapter)
+    largest = model.eval()(images(3))
+    model.adapter.use(td.NOAH(prompts=[5, 0], rank=[1, 0], dim=0))
+    expected = model(images(3))
+    assert (expected - largest).abs().amax() > 1e-3
+    for name in ("model.onnx", "model.pt2"):
+        found = export(model, tmp_path / name)
+        graph = torch.export.load(found.path).module() if name.endswith("pt2") else None
+        logits = graph(images(3)) if graph else run(found.path, images(3))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Weights start as the authors' code draws them: deviations of everything that methods bring.
 
 SSF is the exception: the authors draw its scales and shifts with a deviation of 0.02, here that is
-an option, and by default every adapter but prompts starts as the identity.
+an option. By default every adapter but prompts and NOAH starts as the identity.
 """
 
 import re
@@ -83,6 +83,15 @@ ADAPTERS = {
             r"right\.weight": 0.0,
             "cores": uniform((6 / (2 * 12 * 12)) ** 0.5),
             "mix": uniform((6 / (12 + 24)) ** 0.5),
+        },
+    ),
+    "noah": (
+        td.NOAH(prompts=20, rank=8, dim=8),
+        # The authors draw 100 prompts in each block, and use the first ones.
+        {
+            r"prompts.*": uniform((6 / (101 * D)) ** 0.5),
+            r".*weight": 0.02,
+            r".*bias": 0.0,
         },
     ),
     "convpass": (

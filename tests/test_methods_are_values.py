@@ -38,6 +38,7 @@ selection = {
     "selection": st.sampled_from(["threshold", "topk"]),
 }
 dropouts = st.floats(0.0, 1.0, exclude_max=True)
+widths = removals | st.lists(removals, min_size=1, max_size=4)
 targets = st.lists(st.sampled_from(["qkv", "proj", "fc1"]), min_size=1, unique=True)
 SETTINGS = {
     td.ToMe: {
@@ -139,6 +140,18 @@ SETTINGS = {
         "ffn_scale": factors,
         "dropout": dropouts,
         "drop_path": dropouts,
+    },
+    td.NOAH: {
+        "prompts": widths,
+        "rank": widths,
+        "dim": widths,
+        "dropout": dropouts,
+        "target_modules": targets,
+    },
+    td.NOAHSupernet: {
+        **dict.fromkeys(("prompts", "rank", "dim", "depths"), st.lists(counts, min_size=1)),
+        "dropout": dropouts,
+        "target_modules": targets,
     },
     td.FacT: {
         "rank": counts,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAMES
     from tokendial import checks as checks
+    from tokendial.adapt import NOAH as NOAH
     from tokendial.adapt import PEFT as PEFT
     from tokendial.adapt import SSF as SSF
     from tokendial.adapt import VPT as VPT
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
     from tokendial.adapt import LastBlocks as LastBlocks
     from tokendial.adapt import LinearProbe as LinearProbe
     from tokendial.adapt import LoRA as LoRA
+    from tokendial.adapt import NOAHSupernet as NOAHSupernet
     from tokendial.adapt import ReleasedDenseAdapter as ReleasedDenseAdapter
     from tokendial.adapt import ResTuning as ResTuning
     from tokendial.adapt import SynQT as SynQT
@@ -82,8 +84,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares it with _NAM
 __version__ = "0.2.0"
 _NAMES = {
     "adapt": (
-        "PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit Combined ConvPass DARAdapter "
-        "DenseAdapter FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA "
+        "NOAH PEFT SSF VPT AdaptFormer Adapter AdapterConfig BitFit Combined ConvPass DARAdapter "
+        "DenseAdapter FacT FullFineTuning Houlsby LastBlocks LinearProbe LoRA NOAHSupernet "
         "ReleasedDenseAdapter ResTuning SynQT"
     ),
     "backbones": "Backbone convert_weights video_vit",

@@ -335,6 +335,7 @@ def _adapter(config: dict[str, Any], row: str) -> AdapterConfig:
         "ConvPass": lambda: td.ConvPass(dim=config["dim"]),
         "FacT-TT": lambda: td.FacT(rank=config["rank"]),
         "SynQT": lambda: td.SynQT(queries=config["queries"]),
+        "NOAH:": lambda: td.NOAH(prompts=config["prompts"], rank=config["rank"], dim=config["dim"]),
         "Dense": lambda: _dense_adapter(config),
     }
     return makers[kind.replace(",", " ").split()[0]]()

@@ -363,9 +363,13 @@ class Tokens:
         prefix = torch.arange(self.prefix, device=self.x.device).expand(self.x.shape[0], -1)
         return self.apply_grouping(Grouping.keep_only(prefix, self.x.shape[1]))
 
-    def with_prompts(self, prompts_PD: Tensor) -> "Tokens":
-        """The same tokens, with prompts (equal for all images) as the last prefix tokens."""
-        at, count = self.prefix, len(prompts_PD)
+    def with_prompts(self, prompts: Tensor) -> "Tokens":
+        """The same tokens, with prompts as the last prefix tokens.
+
+        Args:
+            prompts: [P, D] for all images, or [B, P, D].
+        """
+        at, count = self.prefix, prompts.shape[-2]
 
         def insert(values: Tensor, new: Tensor | float) -> Tensor:
             between = values.new_zeros(values.shape[0], count, *values.shape[2:]) + new
@@ -373,7 +377,7 @@ class Tokens:
 
         return dataclasses.replace(
             self,
-            x=insert(self.x, prompts_PD.to(self.x.dtype)),
+            x=insert(self.x, prompts.to(self.x.dtype)),
             prefix=at + count,
             size=None if self.size is None else insert(self.size, 1.0),
             policy=None if self.policy is None else insert(self.policy, 1.0),

@@ -183,6 +183,7 @@ def roots(tmp_path_factory) -> dict[str, Path]:
     write_food101(folder / "food101", pieces, dishes[:TRAIN], dishes[TRAIN:])
     lines = [f"images/{number}.jpg {label}" for number, label in enumerate(LABELS)]
     lists = {"train800val200.txt": lines[:TRAIN], "test.txt": lines[TRAIN:]}
+    lists |= {"train800.txt": lines[:TRAIN], "val200.txt": lines[TRAIN:]}
     write_vtab(folder / "vtab", pieces, "cifar", lists)
     for task, images in FGVC.items():
         write_fgvc(folder / task, pieces, images, TRAIN, TEST)

@@ -10,6 +10,7 @@ from tokendial.adapt.dense_released import ReleasedDenseAdapter
 from tokendial.adapt.fact import FacT
 from tokendial.adapt.houlsby import Houlsby
 from tokendial.adapt.lora import LoRA
+from tokendial.adapt.noah import NOAH, NOAHSupernet
 from tokendial.adapt.peft import PEFT
 from tokendial.adapt.plain import BitFit, FullFineTuning, LastBlocks, LinearProbe
 from tokendial.adapt.res_tuning import ResTuning
@@ -18,6 +19,7 @@ from tokendial.adapt.synqt import SynQT
 from tokendial.adapt.vpt import VPT
 
 __all__ = [
+    "NOAH",
     "PEFT",
     "SSF",
     "VPT",
@@ -35,6 +37,7 @@ __all__ = [
     "LastBlocks",
     "LinearProbe",
     "LoRA",
+    "NOAHSupernet",
     "ReleasedDenseAdapter",
     "ResTuning",
     "SynQT",

@@ -30,7 +30,7 @@ class Adapter(nn.Module):
     """Holds the weights of a fine-tuning method, and applies them at its hooks.
 
     A method overrides the hooks that it needs; the others change nothing. A new adapter leaves the
-    outputs of the model unchanged (except `VPT`, `ResTuning` and `SynQT`).
+    outputs of the model unchanged (except `VPT`, `NOAH`, `ResTuning` and `SynQT`).
     """
 
     needs_grid: bool = False

@@ -20,13 +20,14 @@ class OutputTransform(nn.Module):
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Return the transformed output of the layer, from its input `x` and its `output`."""
 
-    @abstractmethod
     def merged_parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """Return parameters by name with which `module` alone gives the transformed output.
 
         Raises:
-            ValueError: If `module` lacks a parameter that this needs, such as a bias.
+            ValueError: If the transform cannot be merged, or `module` lacks a parameter that this
+                needs, such as a bias.
         """
+        raise ValueError(f"{type(self).__name__} cannot be merged into the backbone's weights.")
 
 
 class _OutputHook:

@@ -90,7 +90,7 @@ class PEFTLayers(Adapter):
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        _check_targets(vit, self.target_modules)
+        check_targets(vit, self.target_modules)
         try:
             peft.inject_adapter_in_model(self.peft_config, vit)
         except (ValueError, KeyError, AttributeError) as error:
@@ -138,7 +138,7 @@ class PEFTLayers(Adapter):
         self._base_weights, self.merged = [], False
 
 
-def _check_targets(vit: nn.Module, targets: tuple[str, ...]) -> None:
+def check_targets(vit: nn.Module, targets: tuple[str, ...]) -> None:
     """Raise a ValueError unless each target is the last part of the name of a linear layer."""
     linear = [name for name, part in vit.named_modules() if isinstance(part, nn.Linear)]
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
