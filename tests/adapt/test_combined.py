@@ -86,6 +86,8 @@ def test_combined_adapters_take_turns_with_others():
         ([td.LoRA()], "methods must be two or more fine-tuning methods"),
         (3, "methods must be two or more fine-tuning methods, got 3"),
         ([td.LoRA(), td.ToMe()], "methods must be two or more"),
+        ([td.VPT(prompts=2), td.VPT(prompts=3, deep=False)], "2 of them add prompts; one at most"),
+        ([td.VPT(prompts=2), td.NOAH(rank=0)], "2 of them add prompts; one at most"),
         ([td.LoRA(), td.SSF()], "LoRA and SSF both act inside of the backbone's layers"),
     ],
 )

@@ -241,7 +241,7 @@ def test_a_model_without_a_final_norm_is_refused():
 
 def test_two_of_them_are_refused():
     both = td.Combined(methods=[td.SynQT(queries=1), td.SynQT(queries=2)])
-    with pytest.raises(ValueError, match="two of them replace the class token"):
+    with pytest.raises(ValueError, match="2 of them replace the class token"):
         td.wrap(tiny_vit(), adapt=both)
 
 

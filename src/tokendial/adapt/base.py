@@ -38,6 +38,8 @@ class Adapter(nn.Module):
     are then refused."""
     depends_on_other_tokens: bool = False
     """Whether the adapter's output for one token depends on the other tokens."""
+    adds_prompts: bool = False
+    """Whether the adapter adds prompt tokens."""
     asks_blocks: bool = False
     """Whether `ask_block` is called: the adapter sends queries of its own through the blocks."""
     replaces_class_token: bool = False

@@ -24,7 +24,7 @@ class Combined(AdapterConfig):
     methods: Sequence[Any]
     """The methods, such as `[VPT(prompts=8), AdaptFormer(dim=8)]`, or their plain-JSON forms; at
     least two, of which one at most may put layers or hooks into the backbone (LoRA, PEFT, SSF,
-    FacT)."""
+    FacT, NOAH), and one at most may add prompts (VPT, NOAH)."""
 
     def __post_init__(self) -> None:
         methods = self.methods if isinstance(self.methods, list | tuple) else ()
@@ -63,10 +63,10 @@ class CombinedAdapter(Adapter):
                 f"methods: {inside[0]} and {inside[1]} both act inside of the backbone's layers; "
                 "one such method at most can be combined with others."
             )
-        replacing = sum(adapter.replaces_class_token for adapter in adapters)
-        if replacing > 1:
-            raise ValueError("methods: two of them replace the class token; one at most can.")
-        self.replaces_class_token = bool(replacing)
+        self.adds_prompts = _one_of("add prompts", [a.adds_prompts for a in adapters])
+        self.replaces_class_token = _one_of(
+            "replace the class token", [a.replaces_class_token for a in adapters]
+        )
         self.asks_blocks = any(adapter.asks_blocks for adapter in adapters)
         self.needs_grid = any(adapter.needs_grid for adapter in adapters)
         self.depends_on_other_tokens = any(a.depends_on_other_tokens for a in adapters)
@@ -131,6 +131,13 @@ class CombinedAdapter(Adapter):
         for adapter in reversed(self._adapters):
             tokens = adapter.after_block(layer, tokens)
         return tokens
+
+
+def _one_of(what: str, which: Sequence[bool]) -> bool:
+    """Whether one method does something; a ValueError if more than one does."""
+    if sum(which) > 1:
+        raise ValueError(f"methods: {sum(which)} of them {what}; one at most can.")
+    return any(which)
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:

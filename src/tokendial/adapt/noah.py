@@ -181,6 +181,8 @@ class PromptModules(HookedAdapter):
     of a pass has to run before the next pass.
     """
 
+    adds_prompts = True
+
     def __init__(self, largest: NOAH, vit: ViTShape, supernet: NOAHSupernet | None = None) -> None:
         super().__init__()
         self.config, self.supernet = largest, supernet

@@ -44,6 +44,8 @@ class Prompts(Adapter):
     Unlike other new adapters, new prompts change the outputs of the model: attention reads them.
     """
 
+    adds_prompts = True
+
     def __init__(self, config: VPT, vit: ViTShape) -> None:
         super().__init__()
         self.config, self.depth = config, vit.depth
