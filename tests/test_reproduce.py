@@ -43,7 +43,7 @@ def test_values_that_should_agree_do_and_exact_ones_to_the_last_digit(printed):
             assert float(row[f"{kind}_difference"]) == pytest.approx(float(ours) - paper)
             allowed = ("exact",) if verdict == "exact" else ("exact", "within 2%")
             assert agreement(paper, float(ours)) in allowed, name
-    assert checked == 143
+    assert checked == 144
 
 
 def test_the_real_models_equal_the_formulas(printed):

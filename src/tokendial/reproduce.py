@@ -313,6 +313,8 @@ def _reducer(config: dict[str, Any]) -> ReducerConfig | None:
         return td.DynamicViT(keep_rate=rate, layers=layers)
     if kind.startswith("ToMe merge before each FFN"):
         return td.FFNMerge(r=config["r"])
+    if kind == "PYRA":
+        return td.PYRA(r=config["r"])
     if kind.startswith("ToMe"):
         return td.ToMe(r=config["r"])
     if kind.startswith("DyT"):
@@ -334,6 +336,7 @@ def _adapter(config: dict[str, Any], row: str) -> AdapterConfig:
         "all": td.BitFit,
         "ConvPass": lambda: td.ConvPass(dim=config["dim"]),
         "FacT-TT": lambda: td.FacT(rank=config["rank"]),
+        "ResTuning": lambda: td.ResTuning(dim=config["dim"]),
         "SynQT": lambda: td.SynQT(queries=config["queries"]),
         "NOAH:": lambda: td.NOAH(prompts=config["prompts"], rank=config["rank"], dim=config["dim"]),
         "Dense": lambda: _dense_adapter(config),
