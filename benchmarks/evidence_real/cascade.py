@@ -27,7 +27,7 @@ from benchmarks.evidence_real.classifiers import (
     resampling,
 )
 from benchmarks.evidence_real.common import (
-    SEEDS,
+    THREE_SEEDS,
     Options,
     cached,
     in_processes,
@@ -94,7 +94,7 @@ def main(options: Options) -> None:
     compute(
         (
             (question.classifier(seed), Setting(question.dial, degree))
-            for seed in SEEDS
+            for seed in THREE_SEEDS
             for question in questions()
             for degree in degrees(question.dial)
         ),
@@ -117,7 +117,7 @@ def image_seconds(dial: str, options: Options) -> dict[int, float]:
 @torch.inference_mode()
 def _measured(dial: str, options: Options) -> dict[str, float]:
     torch.set_num_threads(1)
-    run = Run(options.out / "runs" / classifier(DATA[0], METHOD, dial, 0, SEEDS[0]).name)
+    run = Run(options.out / "runs" / classifier(DATA[0], METHOD, dial, 0, THREE_SEEDS[0]).name)
     model = td.load(run.last, reduce=DIALS[dial]).eval()
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, *model.anatomy.image_size, generator=generator)
@@ -137,9 +137,9 @@ def row(
     question: Question, seconds: dict[str, dict[int, float]], options: Options
 ) -> dict[str, Any]:
     """One row: shares, time, and differences of balanced accuracy."""
-    of_seeds = [_of_seed(question, seed, seconds[question.dial], options) for seed in SEEDS]
-    labels = question.logits(SEEDS[0], options)[1]
-    draws = resampling(question.data, len(labels), len(SEEDS), options)
+    of_seeds = [_of_seed(question, seed, seconds[question.dial], options) for seed in THREE_SEEDS]
+    labels = question.logits(THREE_SEEDS[0], options)[1]
+    draws = resampling(question.data, len(labels), len(THREE_SEEDS), options)
 
     def replicates(name: str) -> np.ndarray:
         return resampled_scores(

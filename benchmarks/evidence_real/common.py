@@ -24,7 +24,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 BACKBONE = "vit_small_patch14_dinov2"
 SEEDS = (0, 1)
-"""Seeds of the trainings, where a table names no others."""
+"""Seeds of the trainings of tables that have many of them."""
+THREE_SEEDS = (0, 1, 2)
+"""Seeds of the trainings of the other tables."""
 
 
 @dataclass(frozen=True)

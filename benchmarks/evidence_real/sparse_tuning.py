@@ -19,7 +19,7 @@ from benchmarks.evidence_real.classifiers import (
     bootstrap,
     predict,
 )
-from benchmarks.evidence_real.common import Options, cached, in_processes, in_threads
+from benchmarks.evidence_real.common import THREE_SEEDS, Options, cached, in_processes, in_threads
 from benchmarks.evidence_real.results import write_table
 from benchmarks.evidence_real.statistics import (
     Metric,
@@ -34,7 +34,6 @@ from tokendial.runs import Run
 from tokendial.train.attention import choose_attention
 from tokendial.train.objective import Objective
 
-SEEDS = (0, 1, 2)
 METHODS = ("linear", "adaptformer", "lora", "sparse_tuning", "full")
 BATCH = 32
 HEADER = ("method", "trained (M)", "GMACs", "accuracy", "balanced accuracy", "AUROC")
@@ -56,7 +55,7 @@ def write(name: str, side: int, methods: Sequence[str], options: Options) -> Non
 
     The second method is what the others are compared with, on the same images.
     """
-    classifiers = [trained(*each, side) for each in itertools.product(methods, SEEDS)]
+    classifiers = [trained(*each, side) for each in itertools.product(methods, THREE_SEEDS)]
     classifiers.sort(key=lambda one: one.seed)
     in_threads(lambda one: one.train(options), classifiers, options)
     in_processes(functools.partial(_predict, options=options), classifiers, options)
@@ -78,7 +77,7 @@ def row(
     """A row of the table; its accuracy is compared with that of the method `base`."""
 
     def found(name: str, metric: Metric) -> np.ndarray:
-        asked = [(trained(name, seed, side), Setting()) for seed in SEEDS]
+        asked = [(trained(name, seed, side), Setting()) for seed in THREE_SEEDS]
         return bootstrap(asked, metric, options)
 
     scores = [interval(found(method, metric)) for metric in (accuracy, balanced_accuracy, auroc)]
@@ -128,7 +127,8 @@ def speed(methods: Sequence[str], side: int, options: Options) -> dict[str, dict
     """Time and memory of a training step and images/s afterwards; the methods take turns."""
     torch.set_num_threads(1)
     models = [
-        Measured(options.out / "runs" / trained(method, SEEDS[0], side).name) for method in methods
+        Measured(options.out / "runs" / trained(method, THREE_SEEDS[0], side).name)
+        for method in methods
     ]
     for model in models:  # the first update creates the state of the optimizer
         model.train()
