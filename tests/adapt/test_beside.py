@@ -92,8 +92,9 @@ def test_prompts_do_not_shift_rotary_positions(name, monkeypatch):
     without.set_degree(0)
     attend = blocks.attend
 
-    def without_prompts(q, k, v, **options):
+    def without_prompts(q, k_BHMC, v_BHMC, **options):
         first = model.anatomy.shape.num_prefix_tokens
+        k, v = k_BHMC, v_BHMC
         if q.shape[2] > without_tokens:
             k, v = (torch.cat([p[:, :, :first], p[:, :, first + 2 :]], 2) for p in (k, v))
         return attend(q, k, v, **options)

@@ -57,12 +57,12 @@ class Widths(NamedTuple):
 class NOAH(AdapterConfig):
     """NOAH: prompts, LoRA and adapters, each with a width for every block."""
 
-    prompts: int | tuple[int, ...] = 5
+    prompts: int | Sequence[int] = 5
     """Number of prompt tokens of each block: a list with one number for each block, or one number
     for all. They replace those of the blocks before. A block with 0 keeps those."""
-    rank: int | tuple[int, ...] = 5
+    rank: int | Sequence[int] = 5
     """Rank of LoRA in each block: a list, or one number for all blocks. 0: none there."""
-    dim: int | tuple[int, ...] = 5
+    dim: int | Sequence[int] = 5
     """Width of the adapter after the FFN of each block: a list, or one number for all blocks. 0:
     none there."""
     dropout: float = 0.0
@@ -117,13 +117,13 @@ class NOAHSupernet(AdapterConfig):
     ones of the model. Otherwise the largest subnet runs, or the one of `PromptModules.use`.
     """
 
-    prompts: tuple[int, ...] = (1, 5, 10)
+    prompts: Sequence[int] = (1, 5, 10)
     """Numbers of prompts that a block can have, each at least 1."""
-    rank: tuple[int, ...] = (1, 5, 10)
+    rank: Sequence[int] = (1, 5, 10)
     """Ranks that LoRA can have in a block, each at least 1."""
-    dim: tuple[int, ...] = (1, 5, 10)
+    dim: Sequence[int] = (1, 5, 10)
     """Widths that the adapter of a block can have, each at least 1."""
-    depths: tuple[int, ...] = (3, 6, 9, 12)
+    depths: Sequence[int] = (3, 6, 9, 12)
     """How many blocks, from the first on, can have prompts, LoRA or adapters; each at least 1."""
     dropout: float = 0.0
     """Probability of dropout in training, in [0, 1); see `NOAH`."""
@@ -343,8 +343,8 @@ def _choose(options: Sequence[int]) -> int:
     return options[int(torch.randint(len(options), ()))]
 
 
-def _as_tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
+def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
 def _check_numbers(name: str, value: object, *, at_least: int) -> None:
