@@ -110,9 +110,11 @@ def _hold(folder: Path) -> None:
         time.sleep(_TIMEOUT_S)
 
 
-def wait_until(happened: Callable[[], object], process: BaseProcess) -> None:
-    """Wait until `happened()`; raise an error if the process ends first, or after two minutes."""
-    deadline = time.monotonic() + 120
+def wait_until(
+    happened: Callable[[], object], process: BaseProcess, seconds: float = 120.0
+) -> None:
+    """Wait until `happened()`; raise an error if the process ends first or the time is over."""
+    deadline = time.monotonic() + seconds
     while not happened():
         assert process.is_alive()
         assert time.monotonic() < deadline

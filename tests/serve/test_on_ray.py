@@ -74,7 +74,8 @@ def cluster(pets, tmp_path_factory):
     log = out / "stdout"
     process = start(out, "serve", f"pets={pets.folder}", "--ray", "--replicas", 2, *options)
     try:
-        wait_until(lambda: log.exists() and "serving pets" in log.read_text(), process)
+        # Two replicas and the front start one after the other; beside other tests that takes long.
+        wait_until(lambda: log.exists() and "serving pets" in log.read_text(), process, seconds=400)
         yield Cluster(process, port)
         os.kill(process.pid, signal.SIGTERM)
         assert ended(process) == 0
