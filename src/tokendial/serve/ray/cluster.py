@@ -51,6 +51,8 @@ def serve_on_ray(deployment: RayDeployment, ready: Callable[[], None]) -> None:
                 print(UNPROTECTED_WARNING.format(settings.host), file=sys.stderr)
     # By default, Ray sends statistics about its use to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # On a busy machine, the process that takes the requests needs more than Ray's 5 s to start.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # Anyone who reaches Ray's dashboard can run programs; a cluster of one's own needs none.
     dashboard = None if joins else False
