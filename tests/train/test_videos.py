@@ -11,7 +11,8 @@ import yaml
 from clips import encode, panned
 
 import tokendial as td
-from tokendial.runs import CompensateRecipe, Run, read_recipe
+from tokendial.runs import CompensateRecipe, Run, read_recipe, tuning
+from tokendial.runtimes import Runtime
 from tokendial.train.compensator_training import CompensatorTraining
 from tokendial.train.fine_tuning import FineTuning
 
@@ -123,6 +124,28 @@ def test_compensators_refuse_videos(folder, tmp_path):
     recipe = read_recipe("tocom_scenes", [data, "output=none"], kind=CompensateRecipe)
     with pytest.raises(ValueError, match="compensators are trained on images"):
         CompensatorTraining(recipe)
+
+
+def test_a_run_on_videos_is_fitted_and_tuned(run, folder, tmp_path, cli, monkeypatch):
+    fitted, budget = tmp_path / "fitted", 0.8 * run.model().cost(0).gmacs
+    code, out, err = cli("fit", run.folder, "--gmacs", budget, "--minutes", 0.1, "--out", fitted)
+    assert (code, err) == (0, "")
+    assert "same answer" in out
+    assert Run(fitted).model().cost(1).gmacs <= budget
+    assert cli("predict", fitted, folder / "val")[0] == 0
+    calibration = ("--calibration", folder / "val", "--out", tmp_path / "by folder")
+    assert cli("fit", run.folder, "--gmacs", budget, "--minutes", 0.1, *calibration)[0] == 0
+    empty = ("--calibration", tmp_path, "--out", tmp_path / "none")
+    code, _, err = cli("fit", run.folder, "--gmacs", budget, *empty)
+    assert (code, err) == (2, f"error: calibration: {tmp_path} holds no videos.\n")
+
+    monkeypatch.setattr(tuning, "RUNTIMES", (Runtime(), Runtime("torch", "bf16")))
+    tuned = tmp_path / "tuned"
+    arguments = ("--max-loss", 100, "--speedup", 0, "--batch-size", 4, "--out", tuned)
+    code, out, err = cli("tune", run.folder, *arguments)
+    assert code == 0, err
+    assert "cascade" not in out
+    assert cli("predict", tuned, folder / "val")[0] == 0
 
 
 def test_commands_for_images_refuse_runs_on_videos(run, folder, cli):

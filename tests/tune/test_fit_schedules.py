@@ -1,6 +1,7 @@
 """Fitting a model: it is left alone, and keeps to budgets that can be counted."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -289,10 +290,27 @@ def test_neighbours_need_two_images():
         td.fit(td.wrap(tiny_vit(num_classes=0)), images(1), gmacs=0.01)
 
 
-def test_clips_raise():
-    model = td.wrap(td.video_vit(tiny_vit(), frames=2, num_classes=5))
-    with pytest.raises(ValueError, match="fit needs a model of images, this one takes clips"):
-        td.fit(model, images(2), gmacs=0.01)
+@pytest.mark.parametrize("agree_by", ["logits", "embeddings", "feature_map"])
+@torch.no_grad()
+def test_a_model_of_clips_is_fitted_on_clips(agree_by):
+    model = td.wrap(td.video_vit(tiny_vit(depth=3), frames=2, num_classes=5)).eval()
+    clips = images(48).unflatten(0, (24, 2))
+    budget = 0.7 * model.cost().gmacs
+    fitted = td.fit(model, clips, gmacs=budget, agree_by=agree_by, minutes=0.05)
+    (row,) = fitted.degrees
+    dial = td.wrap(model.vit, reduce=fitted.reduce).eval()
+    assert dial.cost(1).gmacs <= budget
+    dial.set_degree(1)
+    others = clips[fitted.images :][: fitted.images_judged]
+    if agree_by == "feature_map":
+        pairs = dial.feature_map(others), model.feature_map(others)
+        cosine = torch.cosine_similarity(*(each.movedim(2, -1) for each in pairs), dim=-1)
+        assert row.found.top1 == pytest.approx(float(cosine.mean()), abs=1e-5)
+    if agree_by == "logits":
+        same = model(others).argmax(1) == dial(others).argmax(1)
+        assert row.found.top1 == pytest.approx(float(same.float().mean()))
+    with pytest.raises(ValueError, match=re.escape("images must be [N, T, 3, H, W] with N > 0")):
+        td.fit(model, images(8), gmacs=budget)
 
 
 def fitted_at(cost, *, spread=0.0):

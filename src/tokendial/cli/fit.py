@@ -73,8 +73,8 @@ def fit(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of images to compare schedules on (default: the run's training images; "
-            "a model of no run needs it)."
+            help="Folder of images, or of videos, to compare schedules on (default: the run's "
+            "training images; a model of no run needs it)."
         ),
     ] = None,
     images: Annotated[

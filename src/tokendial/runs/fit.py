@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokendial.data.readers.images import list_images, read_image
+from tokendial.data.readers.video import VideoFile, list_videos
 from tokendial.data.transforms.image import Transform
 from tokendial.methods import from_json
 from tokendial.model.dial_vit import DialViT
@@ -19,6 +20,7 @@ from tokendial.runs.device import default_device
 from tokendial.runs.model_source import ModelSource, OpenedModel
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification
+from tokendial.tasks.dense_prediction import DensePrediction
 from tokendial.tune import DTYPES, AgreeBy, FitResult, Precision, fit
 from tokendial.tune.fit_arguments import method_to_fit
 
@@ -46,7 +48,7 @@ def fit_run(
     """Search token schedules for a model, and save the model with them.
 
     Args:
-        source: A run on images, whose best model is fitted, or another model.
+        source: A run, whose best model is fitted, or another model of images.
         out: Folder for the fitted model, made if it is missing. That of a run can be used like a
             run, any other is a saved model.
         budgets: One of the keys speedup, latency_ms and gmacs, with its values; see
@@ -58,9 +60,11 @@ def fit_run(
             if it lists any.
         agree_by: What schedules are compared by: "logits", "embeddings", "neighbours",
             "feature_map" or "masks"; see `tokendial.fit`. None means what fits the model.
-        calibration: Folder of images that schedules are compared on. None means the run's training
-            images, without augmentation. A model of no run needs a folder.
-        images: Number of images that schedules are compared on, at most.
+        calibration: Folder of images, or of videos for a run on them, that schedules are compared
+            on. None means the run's training images, without augmentation. A model of no run needs
+            a folder.
+        images: Number of images that schedules are compared on, at most. Of a video, it is the
+            middle clip.
         seed: Seed of the random choice of images.
         batch_size: Images per batch.
         precision: Floating-point format of weights and activations.
@@ -72,14 +76,14 @@ def fit_run(
         The result of the search, as `tokendial.fit` gives it.
 
     Raises:
-        ValueError: If the model takes videos, there are no images, `out` holds other files, or
+        ValueError: If there are no images, one cannot be read, `out` holds other files, or
             `tokendial.fit` raises one.
     """
     if isinstance(source, Run):
         source = ModelSource(name=str(source.folder))
     if out.exists() and not (out / FIT_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and holds no fit.")
-    opened = source.open()
+    opened = source.open(videos=True)
     task = opened.run.task() if opened.run else None
     sample = _sample_images(opened, calibration, images, seed)
     result = fit(
@@ -95,7 +99,7 @@ def fit_run(
         minutes=minutes,
         note=note,
     )
-    fitted = source.open(result.reduce).model
+    fitted = source.open(result.reduce, videos=True).model
     record = json.dumps(result.to_json(), indent=2) + "\n"
     write_derived_run(fitted, opened.run, out, files={FIT_FILE: record})
     return result
@@ -124,7 +128,7 @@ def _method(model: DialViT, name: str | None, start_from: str | None) -> Schedul
 
 
 def _sample_images(opened: OpenedModel, folder: Path | None, count: int, seed: int) -> Tensor:
-    """At most `count` random images [N, 3, H, W], prepared without augmentation."""
+    """At most `count` random images [N, 3, H, W], or clips, prepared without augmentation."""
     if count < 1:
         raise ValueError(f"images must be at least 1, got {count}.")
     transform = _transform(opened)
@@ -136,11 +140,16 @@ def _sample_images(opened: OpenedModel, folder: Path | None, count: int, seed: i
     if folder is not None:
         if not folder.is_dir():
             raise ValueError(f"calibration: no such folder: {folder}.")
-        files = list_images(folder)
+        takes_videos = opened.model.anatomy.frames is not None
+        files = list_videos(folder) if takes_videos else list_images(folder)
         if not files:
-            raise ValueError(f"calibration: {folder} holds no images.")
-        images = [read_image(files[index], opened.value_range) for index in sample(len(files))]
-        return torch.stack([transform(image) for image in images])
+            kind = "videos" if takes_videos else "images"
+            raise ValueError(f"calibration: {folder} holds no {kind}.")
+
+        def read(file: Path) -> Any:
+            return VideoFile(file) if takes_videos else read_image(file, opened.value_range)
+
+        return torch.stack([transform(read(files[index])) for index in sample(len(files))])
     if opened.run is None:
         raise ValueError("calibration must be a folder of images: the model is of no run.")
     try:
@@ -152,9 +161,10 @@ def _sample_images(opened: OpenedModel, folder: Path | None, count: int, seed: i
 
 def _transform(opened: OpenedModel) -> Transform:
     """How images are prepared; of a run that sees windows, the window in the middle."""
-    if opened.run is None:
+    task = opened.run.task() if opened.run else None
+    if not isinstance(task, DensePrediction):
         return opened.transform
-    prepare = opened.run.task().image_transform(opened.model.anatomy)
+    prepare = task.image_transform(opened.model.anatomy)
     height, width = opened.model.anatomy.image_size
 
     def window(image: Any) -> Tensor:

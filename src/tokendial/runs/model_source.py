@@ -20,12 +20,13 @@ from tokendial.tasks.dense_prediction import DensePrediction, input_format
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model of images, ready for inference, and how its images are prepared."""
+    """A model, ready for inference, and how its images or videos are prepared."""
 
     model: DialViT
     """The model on the CPU, at the degree that it was saved at."""
     transform: Transform
-    """Turns a PIL image into the input [3, H, W] of the model; every image gets the same size."""
+    """Turns a PIL image into the input [3, H, W] of the model; every image gets the same size. For
+    a run on videos, turns a video into its middle clip [T, 3, H, W]."""
     value_range: ValueRange
     """Pixel values that are black and white in images of more than 8 bits."""
     run: Run | None
@@ -56,15 +57,17 @@ class ModelSource:
         weights = self.weights and _absolute(self.weights)
         return replace(self, name=_absolute(self.name), weights=weights)
 
-    def open(self, reduce: ReducerConfig | None = None) -> OpenedModel:
+    def open(self, reduce: ReducerConfig | None = None, *, videos: bool = False) -> OpenedModel:
         """Load the model.
 
         Args:
             reduce: Reduction method in place of the model's own one. None: the method of the run or
                 saved model; no reduction for a backbone.
+            videos: Whether a run on videos may be opened. Only a run says how they are prepared.
 
         Raises:
-            ValueError: If there is no such model, it takes videos, or a setting does not fit it.
+            ValueError: If there is no such model, it takes videos and may not, or a setting does
+                not fit it.
         """
         if not self.is_folder:
             return self._open_backbone(reduce)
@@ -76,7 +79,7 @@ class ModelSource:
                 )
         run = Run(self.name)
         if run.recipe_file.is_file():
-            return _open_run(run, reduce)
+            return _open_run(run, reduce, videos)
         if not (Path(self.name) / CONFIG).is_file():
             raise ValueError(f"{self.name} holds neither a run nor a saved model.")
         model = load(self.name, reduce=reduce)
@@ -113,14 +116,16 @@ def _absolute(place: str) -> str:
     return str(Path(place).resolve()) if Path(place).exists() else place
 
 
-def _open_run(run: Run, reduce: ReducerConfig | None) -> OpenedModel:
+def _open_run(run: Run, reduce: ReducerConfig | None, videos: bool) -> OpenedModel:
     task = run.task()
-    if isinstance(task, VideoClassification):
+    if isinstance(task, VideoClassification) and not videos:
         raise ValueError(f"{run.folder} is a run on videos; a model of images is needed.")
     model = run.model(reduce)
-    if isinstance(task, DensePrediction):
+    if isinstance(task, VideoClassification):
+        transform = task.clip_transform(model.anatomy)
+    elif isinstance(task, DensePrediction):
         whole = replace(task.augment, test="whole")
-        transform: Transform = MaskImageTransform(whole, input_format(model.anatomy))
+        transform = MaskImageTransform(whole, input_format(model.anatomy))
     else:
         assert isinstance(task, Classification)
         transform = task.image_transform(model.anatomy)

@@ -26,7 +26,7 @@ from tokendial.runs.run import Run
 from tokendial.runs.stored_logits import collect_logits, right_answers, scores_of
 from tokendial.runs.ways import BASE, RUNTIMES, Schedule, StartedRuntimes, Way
 from tokendial.runtimes import Runtime
-from tokendial.tasks import Classification, Task
+from tokendial.tasks import Classification, Task, VideoClassification
 
 TUNED_FILE = "tuned.json"
 """File in the folder of a tuned model: what was tried, and how to run the best of it."""
@@ -94,7 +94,7 @@ def tune_run(
     from the fastest on until one is within the loss. The faster ones are then tried as cascades.
 
     Args:
-        run: A run on images.
+        run: A run. Cascades are tried for those that classify images.
         speedup: How many times as fast as degree 0 in PyTorch and float32 it has to be at least.
         max_loss: How much of the main metric, and of the accuracy, may be lost: 0.01 for one point.
         out: Folder for the tuned model; None: "tuned" in the folder of the run.
@@ -107,10 +107,10 @@ def tune_run(
         with the cascade and with `tuned.json`.
 
     Raises:
-        ValueError: If the run is on videos, a number is out of range, or `out` holds other files.
+        ValueError: If a number is out of range, or `out` holds other files.
     """
     out = out or run.folder / "tuned"
-    _check(run, speedup, max_loss, out)
+    _check(speedup, max_loss, out)
     begin, notes = time.monotonic(), list[str]()
 
     def time_is_up() -> bool:
@@ -161,13 +161,11 @@ def tune_run(
     return found
 
 
-def _check(run: Run, speedup: float, max_loss: float, out: Path) -> None:
+def _check(speedup: float, max_loss: float, out: Path) -> None:
     """Raise a ValueError unless `tune_run` can do what it is asked for."""
     for name, value in (("speedup", speedup), ("max_loss", max_loss)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least 0, got {value}.")
-    if run.has_videos():
-        raise ValueError(f"{run.folder} is a run on videos; tune needs a run on images.")
     if out.exists() and not (out / TUNED_FILE).exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and holds no tuned model.")
 
@@ -299,7 +297,10 @@ def _evaluate(
             break
         note(f"evaluating {way}")
         rows.append(trial.row(way))
-    if not isinstance(trial.task, Classification) or not max_loss:
+    classifies_images = isinstance(trial.task, Classification) and not isinstance(
+        trial.task, VideoClassification
+    )
+    if not classifies_images or not max_loss:
         return rows
     # The last way is the fastest one within the loss, if any is: a cascade has to be faster.
     least = rows[-1].speedup if rows and rows[-1].most_lost <= max_loss else speedup

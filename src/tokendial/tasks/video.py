@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,6 +72,13 @@ class VideoClassification(Classification):
         """Return the transform of a video to its views [V, T, 3, H, W]."""
         size, statistics = anatomy.image_size, anatomy.statistics
         return ClipTestTransform(self.clip, _num_frames(anatomy), size, *statistics)
+
+    def clip_transform(self, anatomy: Anatomy) -> Transform:
+        """Return the transform of a video to one clip [T, 3, H, W]: the middle view."""
+        one_view = replace(self.clip, test_clips=1, test_crops=1)
+        size, statistics = anatomy.image_size, anatomy.statistics
+        views = ClipTestTransform(one_view, _num_frames(anatomy), size, *statistics)
+        return lambda video: views(video)[0]
 
     def eval_batch_size(self, batch_size: int) -> int:
         """Return how many videos have together as many views as a training batch has clips."""

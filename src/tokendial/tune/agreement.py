@@ -159,8 +159,11 @@ def _same_neighbours(embeddings_BD: Tensor, unreduced_BD: Tensor) -> float:
 
 
 def compare_feature_maps(map_BDhw: Tensor, unreduced_BDhw: Tensor) -> Agreement:
-    """1 - cosine similarity at each position, and the cosine similarity."""
-    cosine = float(F.cosine_similarity(map_BDhw, unreduced_BDhw, dim=1).mean())
+    """1 - cosine similarity at each position, and the cosine similarity.
+
+    Maps of clips are [B, T, D, h, w].
+    """
+    cosine = float(F.cosine_similarity(map_BDhw, unreduced_BDhw, dim=-3).mean())
     return Agreement(max(0.0, 1 - cosine), cosine)
 
 

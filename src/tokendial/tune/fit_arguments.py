@@ -55,8 +55,6 @@ def check_model(
     model: DialViT, images: Tensor, agree_by: AgreeBy, batch_size: int, minutes: float
 ) -> None:
     """Raise a ValueError unless `fit` supports the model and the settings."""
-    if model.anatomy.frames is not None:
-        raise ValueError("fit needs a model of images, this one takes clips.")
     if model.adapter.needs_grid:
         raise ValueError(
             f"{type(model.adapt_config).__name__} needs the tokens of all patches in every layer."
@@ -65,8 +63,10 @@ def check_model(
         raise ValueError("fit needs a model without a compensator: detach it first.")
     if model.anatomy.shape.depth < 2:
         raise ValueError("fit needs a model of at least 2 blocks, got 1.")
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be [N, 3, H, W] with N > 0, got {list(images.shape)}.")
+    clips = model.anatomy.frames is not None
+    if images.ndim != (5 if clips else 4) or not len(images):
+        expected = "[N, T, 3, H, W]" if clips else "[N, 3, H, W]"
+        raise ValueError(f"images must be {expected} with N > 0, got {list(images.shape)}.")
     if agree_by in ("embeddings", "neighbours") and len(images) < 2:
         raise ValueError(f"agree_by {agree_by} needs at least 2 images, got {len(images)}.")
     if batch_size < 1:

@@ -68,9 +68,10 @@ def fit(
     left unchanged.
 
     Args:
-        model: A model of images: a classifier, a model without a head, or one with a decoder. Its
-            own reduction method must have no weights.
-        images: Normalised images [N, 3, H, W] like those of later use; a few hundred. The search
+        model: A classifier, a model without a head, or one with a decoder. Its own reduction method
+            must have no weights.
+        images: Normalised images [N, 3, H, W], or clips [N, T, 3, H, W] of a video model, like
+            those of later use; a few hundred. The search
             uses as many as the time allows, at most half. The others decide between the best
             schedules that it finds: on its own images a search of many schedules ends with one that
             happens to suit them.
