@@ -16,9 +16,9 @@ from benchmarks.memory import peak_of
 from benchmarks.options import DTYPES, add_model, comma_separated, options, parse_options
 from benchmarks.plots import bar_figure
 from benchmarks.report import Column, Report, Row
+from tokendial.attention import AttentionKernel
 from tokendial.data.transforms.image import Augment
 from tokendial.tasks.classification import Classification
-from tokendial.train.attention import choose_attention
 from tokendial.train.objective import Objective
 
 DENSE, PLAIN = td.DenseAdapter(dim=32), td.AdaptFormer(dim=64, scale=0.1)
@@ -56,8 +56,8 @@ class Training:
         task = Classification(100, multi_label=False, augment=Augment())
         self.objective = Objective(self.model, task).to(asked.device).train()
         self.device, self.dtype = torch.device(asked.device), DTYPES[asked.dtype]
-        if "fused" not in method:
-            choose_attention(self.objective, self.device, asked.dtype)
+        if "fused" in method:
+            self.model.attention_kernel = AttentionKernel(fused=True)
         self.optimizer = torch.optim.AdamW(self.model.trainable_parameters(), lr=1e-4)
         height, width = self.model.anatomy.image_size
         self.images = torch.randn(asked.batch, 3, height, width, device=asked.device)

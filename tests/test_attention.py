@@ -86,6 +86,39 @@ def test_sizes_in_the_keys_weigh_like_a_mask(fused, scale):
         torch.testing.assert_close(getattr(in_keys, name), getattr(plain, name))
 
 
+def fused_in_training(dtype=torch.bfloat16, count=9, kernel=None):
+    """Whether the backward pass is that of fused attention; its gradients are compared as well."""
+    parts = [part.to(dtype).requires_grad_() for part in qkv(count)]
+    out, _ = attend(*parts, kernel=kernel or AttentionKernel())
+    names, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    wanted = attend(*exact, kernel=AttentionKernel(fused=True))[0]
+    # The sum of all outputs would have no gradient in the queries.
+    factor = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).double()
+    tolerance = 0.05 if dtype.itemsize == 2 else 1e-4
+    torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
+    given = torch.autograd.grad((out.double() * factor).sum(), parts)
+    for gradient, other in zip(
+        given, torch.autograd.grad((wanted * factor).sum(), exact), strict=True
+    ):
+        torch.testing.assert_close(gradient.double(), other, atol=tolerance, rtol=tolerance)
+    return any("ScaledDotProduct" in name for name in names)
+
+
+def test_only_half_precision_with_few_tokens_is_trained_unfused_on_a_cpu():
+    """There PyTorch's fused backward pass is slow; elsewhere it is the faster one."""
+    assert not fused_in_training(torch.bfloat16)
+    assert not fused_in_training(torch.float16)
+    assert fused_in_training(torch.float32)
+    assert fused_in_training(torch.bfloat16, count=513)
+    assert fused_in_training(torch.bfloat16, kernel=AttentionKernel(fused=True))
+    assert not fused_in_training(torch.float32, kernel=AttentionKernel(fused=False))
+
+
 def test_a_policy_hides_tokens_from_all_others():
     q, k, v = qkv(6)
     policy = torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0, 1.0]]).expand(2, -1)

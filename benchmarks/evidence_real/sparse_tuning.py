@@ -31,7 +31,6 @@ from benchmarks.evidence_real.statistics import (
 from benchmarks.memory import peak_of
 from tokendial.measure import Timing, time_in_rounds
 from tokendial.runs import Run
-from tokendial.train.attention import choose_attention
 from tokendial.train.objective import Objective
 
 METHODS = ("linear", "adaptformer", "lora", "sparse_tuning", "full")
@@ -103,7 +102,6 @@ class Measured:
         self.images = torch.randn(BATCH, 3, *side, generator=torch.Generator().manual_seed(0))
         self.targets = torch.arange(BATCH) % self.model.num_classes
         self.objective = Objective(self.model, run.task())
-        choose_attention(self.objective, torch.device("cpu"), "bf16")
         self.optimizer = torch.optim.AdamW(self.model.trainable_parameters(), lr=1e-6)
 
     def train(self) -> None:

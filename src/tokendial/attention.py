@@ -12,6 +12,9 @@ BY_PRODUCTS = frozenset({"mean_keys", "class_attention", "mean_attention", "atte
 """Names of the tensors that `attend` can return besides its output: the fields of `ByProducts`."""
 _MAX_WEIGHTS = 2**22
 """Unfused attention holds at most this many attention weights at a time (at least one head's)."""
+_MAX_TRAINED = 512
+"""Unfused attention keeps every attention map for the backward pass. Above this number of tokens,
+the maps take more memory than the rest of a training step."""
 
 
 @dataclass(slots=True)
@@ -42,9 +45,10 @@ class AttentionKernel:
     Which one is fastest depends on the machine; `tokendial.optimize` measures it.
     """
 
-    fused: bool = True
-    """Use PyTorch's `scaled_dot_product_attention`, which never holds a whole attention map. If
-    False, matrix products compute the maps, a limited number of them at a time."""
+    fused: bool | None = None
+    """True: use PyTorch's `scaled_dot_product_attention`, which never holds a whole attention map.
+    False: matrix products compute the maps, a limited number of them at a time. None: fused, except
+    where its backward pass is slow: in half precision on a CPU, up to 512 tokens."""
     key_multiple: int = 1
     """Pad keys and values with masked rows until their number is a multiple of this one."""
     sizes_in_keys: bool = False
@@ -53,7 +57,7 @@ class AttentionKernel:
 
 
 PYTORCH_KERNEL = AttentionKernel()
-"""The default: PyTorch's fused attention, with token sizes as a mask."""
+"""The default: mostly PyTorch's fused attention, with token sizes as a mask."""
 
 
 def attend(
@@ -109,7 +113,10 @@ def attend(
             mask = k_BHMC.new_zeros(1, 1, 1, k_BHMC.shape[2]) if bias is None else bias
             mask = F.pad(mask, (0, surplus), value=-torch.inf)
             keys, values = (F.pad(each, (0, 0, 0, surplus)) for each in (k_BHMC, v_BHMC))
-        if kernel.fused or dropout:
+        fused = kernel.fused
+        if fused is None:
+            fused = not _has_slow_backward(queries, keys, values)
+        if fused or dropout:
             out = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
             )
@@ -148,6 +155,18 @@ def _with_sizes(
     bias_BHM1 = bias_B11M.transpose(-2, -1).expand(-1, k_BHMC.shape[1], -1, -1)
     keys = torch.cat([k_BHMC, F.pad(bias_BHM1, (0, channels - 1))], dim=-1)
     return F.pad(q_BHNC, (0, channels), value=1.0), keys, F.pad(v_BHMC, (0, channels))
+
+
+def _has_slow_backward(q_BHNC: Tensor, k_BHMC: Tensor, v_BHMC: Tensor) -> bool:
+    """Whether matrix products are faster than fused attention, the backward pass included.
+
+    On CPUs, PyTorch computes the backward pass of fused attention in half precision slowly: it is
+    half of a training step of ViT-S with 65 tokens (docs/speed.md).
+    """
+    trains = q_BHNC.requires_grad or k_BHMC.requires_grad or v_BHMC.requires_grad
+    half = q_BHNC.dtype in (torch.bfloat16, torch.float16)
+    few = max(q_BHNC.shape[2], k_BHMC.shape[2]) <= _MAX_TRAINED
+    return trains and half and few and q_BHNC.device.type == "cpu"
 
 
 def _unfused(

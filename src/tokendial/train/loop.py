@@ -24,7 +24,6 @@ from tokendial.runs.run import Run
 from tokendial.signals import StopRequest, stop_requests
 from tokendial.tasks import Classification
 from tokendial.tasks.metric_titles import metric_title
-from tokendial.train.attention import choose_attention
 from tokendial.train.batches import EpochSampler, TimedBatches, train_loader
 from tokendial.train.checkpoint import (
     Ema,
@@ -117,7 +116,6 @@ class Trainer:
         self._make_loaders()
         self.updates = self.sampler.updates * settings.epochs
         optimizer = torch.optim.AdamW(job.parameter_groups())
-        choose_attention(job.objective, self.accelerator.device, settings.precision)
         self.model, self.optimizer = self.accelerator.prepare(job.objective, optimizer)
         self.scheduler = cosine_schedule(optimizer, settings, self.sampler.updates)
         self.ema = Ema(job.module, settings.ema) if settings.ema else None
