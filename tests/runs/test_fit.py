@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -79,9 +80,34 @@ def test_a_fit_starts_from_an_earlier_one(fit, run, tmp_path):
     assert "next/fit.json holds no fit" in err
 
 
+def test_a_run_is_fitted_for_another_runtime(fit, run, tmp_path, monkeypatch):
+    """Exports take long: models of known speed stand in for what the runtime starts."""
+    started = []
+
+    def start(runtime, model, images, *, degrees, quiet):
+        started.append((runtime, images.shape[0]))
+        seconds = 1e-4 * sum(model.cost().tokens_per_layer)
+        return lambda images: time.sleep(seconds)
+
+    monkeypatch.setattr(td.Runtime, "start", start)
+    out = tmp_path / "fitted"
+    arguments = ("--speedup", "1.2", "--runtime", "onnxruntime", "--precision", "int8")
+    code, printed, err = fit(*arguments, "--batch-size", 2, "--out", out)
+    assert (code, err) == (0, "")
+    assert "timing up to" in printed
+    assert set(started) == {(td.Runtime("onnxruntime", "int8"), 2)}
+    told = json.loads((out / "fit.json").read_text())
+    assert (told["runtime"], told["precision"]) == ("onnxruntime", "int8")
+    model = Run(out).model()
+    assert sum(model.cost(0).tokens_per_layer) > 1.1 * sum(model.cost(1).tokens_per_layer)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--speedup", "2", "--runtime", "auto"], "runtime must be one of onnxruntime, openvino"),
+        (["--gmacs", "1", "--runtime", "openvino"], "gmacs are counted, not timed: runtime"),
+        (["--speedup", "2", "--precision", "int8"], "precision in torch must be one of"),
         (
             ["--gmacs", "0.001", "--start-from", "vit_unknown"],
             "start_from must be a folder that holds a fit, or a backbone with a preset (vit_small",

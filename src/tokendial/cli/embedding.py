@@ -13,6 +13,7 @@ from tokendial.cli.options import (
     Degree,
     ImageSize,
     ModelName,
+    PlainPrecisionOption,
     RuntimeName,
     RuntimeOption,
     RuntimePrecision,
@@ -60,13 +61,7 @@ def embed(
     img_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
     runtime: RuntimeOption = RuntimeName.torch,
-    precision: Annotated[
-        RuntimePrecision,
-        typer.Option(
-            help="Format of weights and activations: fp32, bf16 or fp16 in torch, fp32 or int8 in "
-            "onnxruntime, fp32 or bf16 in openvino."
-        ),
-    ] = RuntimePrecision.fp32,
+    precision: PlainPrecisionOption = RuntimePrecision.fp32,
     ray: Annotated[
         bool, typer.Option("--ray", help="Use all GPUs of a Ray cluster, by Ray Data.")
     ] = False,

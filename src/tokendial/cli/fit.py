@@ -9,7 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from tokendial.cli.app import USE_PANEL, app
-from tokendial.cli.options import ImageSize, ModelName, Precision, Weights
+from tokendial.cli.options import (
+    ImageSize,
+    ModelName,
+    PlainPrecisionOption,
+    RuntimeName,
+    RuntimePrecision,
+    Weights,
+    runtime_of,
+)
 
 if TYPE_CHECKING:
     from tokendial.tune import FitPoint, FitResult
@@ -81,9 +89,14 @@ def fit(
         int, typer.Option(min=1, help="Number of images to compare schedules on, at most.")
     ] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 8,
-    precision: Annotated[
-        Precision, typer.Option(help="Floating-point format of weights and activations.")
-    ] = Precision.fp32,
+    runtime: Annotated[
+        RuntimeName,
+        typer.Option(
+            help="Program whose times the budget is for: torch, onnxruntime or openvino. In the "
+            "last two, each schedule that is timed is exported first: give it more --minutes."
+        ),
+    ] = RuntimeName.torch,
+    precision: PlainPrecisionOption = RuntimePrecision.fp32,
     minutes: Annotated[float, typer.Option(help="Time limit of the whole search.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random choice of images.")] = 0,
     weights: Weights = None,
@@ -124,7 +137,7 @@ def fit(
         images=images,
         seed=seed,
         batch_size=batch_size,
-        precision=precision.value,
+        runtime=runtime_of(runtime, precision, optimize=False, compile=False),
         minutes=minutes,
         note=lambda text: console.print(text, highlight=False),
     )

@@ -66,6 +66,13 @@ Degrees = Annotated[
         "degree, also of a long dial)."
     ),
 ]
+CompensatorFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--compensator",
+        help="Folder of a compensator, which adapts the model to the degree (default: none).",
+    ),
+]
 Optimize = Annotated[
     bool,
     typer.Option(
@@ -125,6 +132,15 @@ PrecisionOption = Annotated[
         "and int8, which computes linear layers in 8 bits.",
     ),
 ]
+PlainPrecisionOption = Annotated[
+    RuntimePrecision,
+    typer.Option(
+        "--precision",
+        help="Format of weights and activations: fp32, bf16 or fp16 in torch, fp32 or int8 in "
+        "onnxruntime, fp32 or bf16 in openvino.",
+    ),
+]
+"""Of commands that run the plain model in torch, where a half precision is nothing more."""
 
 
 def runtime_of(

@@ -19,9 +19,11 @@ from tokendial.runs.derived_run import write_derived_run
 from tokendial.runs.device import default_device
 from tokendial.runs.model_source import ModelSource, OpenedModel
 from tokendial.runs.run import Run
+from tokendial.runtimes import Runtime
+from tokendial.runtimes.config import PLAIN
 from tokendial.tasks import Classification
 from tokendial.tasks.dense_prediction import DensePrediction
-from tokendial.tune import DTYPES, AgreeBy, FitResult, Precision, fit
+from tokendial.tune import DTYPES, AgreeBy, FitResult, fit
 from tokendial.tune.fit_arguments import method_to_fit
 
 FIT_FILE = "fit.json"
@@ -40,7 +42,7 @@ def fit_run(
     images: int = 256,
     seed: int = 0,
     batch_size: int = 8,
-    precision: Precision = "fp32",
+    runtime: Runtime = PLAIN,
     device: str | None = None,
     minutes: float = 5.0,
     note: Callable[[str], None] = lambda text: None,
@@ -67,8 +69,10 @@ def fit_run(
             middle clip.
         seed: Seed of the random choice of images.
         batch_size: Images per batch.
-        precision: Floating-point format of weights and activations.
-        device: Device to compute on. None means the accelerator if there is one, else the CPU.
+        runtime: Where and how the model computes when it is timed. In PyTorch the model is fitted
+            in the runtime's precision, without `optimize`.
+        device: Device to compute on in PyTorch. None means the accelerator if there is one, else
+            the CPU.
         minutes: Time limit of the whole search.
         note: Called with a line of text when a stage of the search begins.
 
@@ -83,11 +87,16 @@ def fit_run(
         source = ModelSource(name=str(source.folder))
     if out.exists() and not (out / FIT_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and holds no fit.")
+    in_torch = runtime.name == "torch"
+    if runtime.optimize or runtime.compile:
+        raise ValueError("a fit runs the plain model in torch, not an optimised or compiled one.")
     opened = source.open(videos=True)
     task = opened.run.task() if opened.run else None
     sample = _sample_images(opened, calibration, images, seed)
     result = fit(
-        opened.model.to(device or default_device(), DTYPES[precision]),
+        opened.model.to(
+            device or default_device(), DTYPES[runtime.precision] if in_torch else torch.float32
+        ),
         sample,
         speedup=budgets.get("speedup"),
         latency_ms=budgets.get("latency_ms"),
@@ -97,11 +106,13 @@ def fit_run(
         multi_label=isinstance(task, Classification) and task.multi_label,
         batch_size=batch_size,
         minutes=minutes,
+        runtime=None if in_torch else runtime,
         note=note,
     )
     fitted = source.open(result.reduce, videos=True).model
-    record = json.dumps(result.to_json(), indent=2) + "\n"
-    write_derived_run(fitted, opened.run, out, files={FIT_FILE: record})
+    record = result.to_json() | {"runtime": runtime.name, "precision": runtime.precision}
+    text = json.dumps(record, indent=2) + "\n"
+    write_derived_run(fitted, opened.run, out, files={FIT_FILE: text})
     return result
 
 

@@ -77,6 +77,7 @@ class Runtime:
         *,
         degrees: Sequence[int] | None = None,
         folder: Path | None = None,
+        quiet: bool = False,
     ) -> DialViT | OptimizedViT | ExportedViT:
         """Make a model ready for inference.
 
@@ -89,6 +90,7 @@ class Runtime:
                 size are the fastest.
             degrees: Degrees to make ready; None: all.
             folder: Where exported files are kept for the next start; None: they are deleted.
+            quiet: Do not print that files are exported.
 
         Returns:
             The model itself if nothing is to be done, or something that is called like it and has
@@ -107,7 +109,7 @@ class Runtime:
             return self._optimized(model, images, degrees)
         check_installed(self.name, *_EXPORT_PACKAGES, self.name)
         with tempfile.TemporaryDirectory() as temporary:
-            files = find_or_export(model, degrees, folder or Path(temporary))
+            files = find_or_export(model, degrees, folder or Path(temporary), quiet=quiet)
             given = images.cpu().float().numpy()
             sessions = {
                 degree: _OPENERS[self.name](path, self.precision, given)

@@ -18,9 +18,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import mean, median
 
-from tokendial.tune.cost_meters import CostMeter
+from tokendial.tune.cost_meters import LayerMeter
 from tokendial.tune.schedules import Schedule, ScheduleSpace
 
+_TIMED_COUNTS, _COUNTED_COUNTS = 32, 8
+"""Approximate numbers of token counts in the first table: of times, and of exact costs."""
+_ROUNDS = 9
+"""Rounds in which times are measured, if there is time for them."""
+_REFINING_ROUNDS = 2
 _PLAIN = 2
 """Number of consecutive blocks without reduction in one measurement."""
 
@@ -66,6 +71,36 @@ class CostTable:
         self._step = _interpolate(self.step, num_patches)
 
 
+class BlockCosts:
+    """Measures the costs of blocks, by the number of tokens that enter them."""
+
+    def __init__(self, space: ScheduleSpace, meter: LayerMeter) -> None:
+        self.meter, self.table = meter, CostTable(space)
+
+    def measure(self, late: Callable[[], bool], note: Callable[[str], None]) -> None:
+        """Measure blocks at numbers of tokens that are spread over all."""
+        exact = self.meter.exact
+        counts = coarse_counts(
+            self.table.space.shape.num_patches, _COUNTED_COUNTS if exact else _TIMED_COUNTS
+        )
+        note(f"measuring blocks at {len(counts)} numbers of tokens")
+        measure_blocks(
+            self.table,
+            self.meter,
+            counts,
+            enough=lambda rounds: exact or late() or rounds >= _ROUNDS,
+        )
+
+    def refine(self, schedule: Schedule) -> None:
+        """Measure the blocks of a schedule, too, unless costs are exact."""
+        if not self.meter.exact:
+            space = self.table.space
+            counts = set(space.tokens_left(schedule)) - {space.shape.num_patches}
+            measure_blocks(
+                self.table, self.meter, counts, enough=lambda rounds: rounds >= _REFINING_ROUNDS
+            )
+
+
 def coarse_counts(num_patches: int, counts: int) -> list[int]:
     """About `counts` evenly spaced numbers of tokens, for the first table of a model.
 
@@ -77,7 +112,7 @@ def coarse_counts(num_patches: int, counts: int) -> list[int]:
 
 
 def measure_blocks(
-    table: CostTable, meter: CostMeter, counts: Iterable[int], *, enough: Callable[[int], bool]
+    table: CostTable, meter: LayerMeter, counts: Iterable[int], *, enough: Callable[[int], bool]
 ) -> None:
     """Measure blocks that the given numbers of tokens enter, and add them to the table.
 

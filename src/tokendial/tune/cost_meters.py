@@ -55,6 +55,15 @@ class CostMeter(Protocol):
     """Whether repeated measurements give the same number."""
     spread: float
     """Largest quartile spread of the times in the last comparison, see `Timing`. 0 if exact."""
+    start_seconds: float
+    """Seconds that it takes to make a schedule ready to be measured."""
+
+    def compare(self, schedules: Sequence[Schedule]) -> list[float]:
+        """Costs of forward passes by several schedules, to be compared."""
+
+
+class LayerMeter(CostMeter, Protocol):
+    """Measures the costs of single layers as well."""
 
     def layer_costs(self, schedule: Schedule, first: int, last: int) -> list[float]:
         """Costs of the layers `first` to `last`; `first` is at least 2."""
@@ -62,14 +71,12 @@ class CostMeter(Protocol):
     def single_cost(self, schedule: Schedule) -> float:
         """Cost of one forward pass."""
 
-    def compare(self, schedules: Sequence[Schedule]) -> list[float]:
-        """Costs of forward passes by several schedules, to be compared."""
-
 
 class Stopwatch:
     """Measures the seconds that a batch takes, on the device and in the dtype of the model."""
 
     exact = False
+    start_seconds = 0.0
 
     def __init__(self, scheduled_model: ScheduledModel, images: Tensor, seconds: float) -> None:
         """Set up measurements.
@@ -125,6 +132,7 @@ class MacCounter:
 
     exact = True
     spread = 0.0
+    start_seconds = 0.0
 
     def __init__(self, scheduled_model: ScheduledModel) -> None:
         self.scheduled_model = scheduled_model

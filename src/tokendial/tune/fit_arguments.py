@@ -9,7 +9,9 @@ from tokendial.model.dial_vit import DialViT
 from tokendial.reduce import ToMe
 from tokendial.reduce.schedules import ScheduledConfig
 from tokendial.tune.agreement import AgreeBy
+from tokendial.tune.runtime_costs import RuntimeChoice
 
+_RUNTIMES = ("onnxruntime", "openvino")
 Budget = float | Sequence[float]
 """One value of a budget, or several."""
 
@@ -49,6 +51,16 @@ def method_to_fit(model: DialViT, reduce: ScheduledConfig | None) -> ScheduledCo
         )
     method.schedules(model.anatomy.shape)  # an error if they do not fit
     return method
+
+
+def check_runtime(runtime: RuntimeChoice | None, kind: str) -> None:
+    """Raise a ValueError unless budgets of this kind can be met in the runtime."""
+    if runtime is None:
+        return
+    if runtime.name not in _RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(_RUNTIMES)}, got {runtime.name}.")
+    if kind == "gmacs":
+        raise ValueError(f"gmacs are counted, not timed: runtime {runtime.name} has no use there.")
 
 
 def check_model(

@@ -11,15 +11,20 @@ from torch import Tensor
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce.schedules import ScheduledConfig
 from tokendial.tune.agreement import AgreeBy, Agreement, AgreementMeter, choose_comparison
-from tokendial.tune.block_costs import CostTable, coarse_counts, measure_blocks
-from tokendial.tune.cost_meters import MIN_ROUNDS, CostMeter, MacCounter, Stopwatch, try_schedules
-from tokendial.tune.fit_arguments import Budget, check_model, method_to_fit, read_budgets
+from tokendial.tune.block_costs import BlockCosts
+from tokendial.tune.cost_meters import MIN_ROUNDS, MacCounter, Stopwatch, try_schedules
+from tokendial.tune.fit_arguments import (
+    Budget,
+    check_model,
+    check_runtime,
+    method_to_fit,
+    read_budgets,
+)
 from tokendial.tune.fit_result import FitPoint, FitResult, FittedDegree
+from tokendial.tune.runtime_costs import RuntimeChoice, RuntimeCosts, RuntimeStopwatch
 from tokendial.tune.schedule_search import ScheduleSearch
 from tokendial.tune.schedules import Schedule, ScheduleSpace
 
-_TIMED_COUNTS, _COUNTED_COUNTS = 32, 8
-_ROUNDS = 9
 _TABLE_SHARE, _LAST_SHARE, _COMPARING_SHARE = 0.25, 0.15, 0.005
 """Fractions of the time: for the cost table, at least for the final comparison, and for each
 schedule in a comparison."""
@@ -27,11 +32,11 @@ _SCHEDULES, _SCHEDULES_PER_LAYER = 40, 8
 """Approximate number of schedules that one search compares."""
 _CORRECTIONS, _MARGIN = 4, 0.002
 """Maximum searches per budget; each retry lowers the target by this fraction."""
-_REFINING_ROUNDS = 2
 _BELOW, _ABOVE = 0.97, 1.01
 """Range of the measured cost, as a multiple of the budget, in which a search is accepted."""
 _NEAR = (0.85, 0.93, 1.0, 1.08, 1.18)
-"""Costs, as multiples of the found schedule's, of the constant schedules measured beside it."""
+"""Costs, as multiples of the found schedule's, of the constant schedules measured beside it, unless
+each takes long to start."""
 _NEAR_BUDGET = (0.95, 1.0)
 """The same as multiples of the budget: a search on a busy machine can end far below it."""
 _CURVE = 8
@@ -59,6 +64,7 @@ def fit(
     multi_label: bool = False,
     batch_size: int = 8,
     minutes: float = 5.0,
+    runtime: RuntimeChoice | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> FitResult:
     """Find how many tokens each layer should remove, without training and without labels.
@@ -91,10 +97,14 @@ def fit(
             itself.
         batch_size: Images per batch, for times and in the search.
         minutes: Time limit for everything. The search ends earlier if it finds nothing better.
+        runtime: A `Runtime` of onnxruntime or OpenVINO whose times the budgets are for. Each
+            schedule that is timed has to be exported, so it takes more minutes. Agreement is
+            measured in PyTorch. None: PyTorch.
         note: Called with a line of text at each step, to show progress.
 
     Raises:
-        ValueError: If the model, the method or a budget is not allowed, or cannot be reached.
+        ValueError: If the model, the method, the runtime or a budget is not allowed, or cannot be
+            reached.
 
     Example:
         >>> import timm, torch, tokendial as td
@@ -105,6 +115,7 @@ def fit(
         True
     """
     kind, budgets = read_budgets(speedup=speedup, latency_ms=latency_ms, gmacs=gmacs)
+    check_runtime(runtime, kind)
     space = ScheduleSpace(method_to_fit(model, reduce), model.anatomy.shape)
     agree_by = choose_comparison(model, agree_by)
     check_model(model, images, agree_by, batch_size, minutes)
@@ -113,8 +124,14 @@ def fit(
     with try_schedules(model, space) as scheduled_model:
         batch = images[torch.arange(batch_size) % len(images)]
         stopwatch = Stopwatch(scheduled_model, batch, seconds=_COMPARING_SHARE * 60 * minutes)
-        meter = MacCounter(scheduled_model) if kind == "gmacs" else stopwatch
-        fitting = _BudgetFit(space, meter, kind, budgets, minutes, note)
+        costs: BlockCosts | RuntimeCosts
+        if kind == "gmacs":
+            costs = BlockCosts(space, MacCounter(scheduled_model))
+        elif runtime is None:
+            costs = BlockCosts(space, stopwatch)
+        else:
+            costs = RuntimeCosts(scheduled_model, RuntimeStopwatch(scheduled_model, batch, runtime))
+        fitting = _BudgetFit(space, costs, kind, budgets, minutes, note)
         some = fitting.affordable(stopwatch, len(images))
         others = images[some : some + _JUDGED_PER_SEARCHED * some]
 
@@ -145,24 +162,20 @@ class _BudgetFit:
     def __init__(
         self,
         space: ScheduleSpace,
-        meter: CostMeter,
+        costs: BlockCosts | RuntimeCosts,
         kind: str,
         budgets: list[float],
         minutes: float,
         note: Callable[[str], None],
     ) -> None:
         """Measure the cost table, and check that the budgets can be reached."""
-        self.space, self.meter, self.kind, self.note = space, meter, kind, note
+        self.space, self.costs, self.kind, self.note = space, costs, kind, note
+        self.table, self.meter = costs.table, costs.meter
         self.start, self.seconds = time.monotonic(), 60 * minutes
         self.end = self.until = 0.0
         """Seconds after the start at which all searches, and the present one, have to end."""
-        self.table = CostTable(space)
-        counts = coarse_counts(
-            space.shape.num_patches, _COUNTED_COUNTS if meter.exact else _TIMED_COUNTS
-        )
-        note(f"measuring blocks at {len(counts)} numbers of tokens")
-        measure_blocks(self.table, meter, counts, enough=self._enough)
-        whole, least = meter.compare([space.none, space.strongest])
+        costs.measure(lambda: self._elapsed() > _TABLE_SHARE * self.seconds, note)
+        whole, least = self.meter.compare([space.none, space.strongest])
         self.unreduced = self._in_unit(whole)
         self.limits = {budget: self._limit(budget, least / whole) for budget in budgets}
 
@@ -172,10 +185,6 @@ class _BudgetFit:
 
     def _elapsed(self) -> float:
         return time.monotonic() - self.start
-
-    def _enough(self, rounds: int) -> bool:
-        late = self._elapsed() > _TABLE_SHARE * self.seconds
-        return self.meter.exact or late or rounds >= _ROUNDS
 
     def _limit(self, budget: float, least: float) -> float:
         """The budget as a fraction of the unreduced cost; a ValueError if it cannot be reached."""
@@ -194,8 +203,9 @@ class _BudgetFit:
         batch = min(stopwatch.single_cost(self.space.none) for _ in range(3))
         per_image = batch / len(stopwatch.images)
         # Each search ends with a comparison of two schedules; the last one compares all of them.
-        compared = 1 + (2 + 1 + len(_NEAR) + len(_NEAR_BUDGET)) * len(self.limits)
+        compared = 1 + (2 + 1 + len(self._near_found) + len(_NEAR_BUDGET)) * len(self.limits)
         follows = ((1 + MIN_ROUNDS) * compared + _CURVE) * batch
+        follows += compared * self.meter.start_seconds
         self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
         wanted = (_SCHEDULES + _SCHEDULES_PER_LAYER * self.space.shape.depth) * len(self.limits)
         judged = (_JUDGED_SCHEDULES + 1) * len(self.limits) + _CURVE
@@ -296,12 +306,8 @@ class _BudgetFit:
         return min(kept or [best], key=search.divergence)
 
     def _measure(self, schedule: Schedule) -> float:
-        """Add a schedule's blocks to the table, and measure its fraction of the unreduced cost."""
-        if not self.meter.exact:
-            counts = set(self.space.tokens_left(schedule)) - {self.space.shape.num_patches}
-            measure_blocks(
-                self.table, self.meter, counts, enough=lambda rounds: rounds >= _REFINING_ROUNDS
-            )
+        """Add a schedule to the table, and measure its fraction of the unreduced cost."""
+        self.costs.refine(schedule)
         if schedule == self.space.none:
             return 1.0  # on a busy machine, the clock could show it faster than itself
         none, cost = self.meter.compare([self.space.none, schedule])
@@ -340,9 +346,14 @@ class _BudgetFit:
             rows.append(FittedDegree(len(found) - number, budget, best, beside))
         return rows[::-1], self._in_unit(costs[0])
 
+    @property
+    def _near_found(self) -> tuple[float, ...]:
+        """Costs of constant schedules beside a found one, as multiples of its cost."""
+        return () if self.meter.start_seconds else _NEAR
+
     def _near(self, lines: list[Schedule], budget: float, schedule: Schedule) -> list[Schedule]:
         """Constant schedules that cost about as much as the found one, or as the budget."""
-        wanted = [self._share(schedule) * part for part in _NEAR]
+        wanted = [self._share(schedule) * part for part in self._near_found]
         wanted += [self.limits[budget] * part for part in _NEAR_BUDGET]
         return [min(lines[1:], key=lambda s: abs(self._share(s) - share)) for share in wanted]
 
