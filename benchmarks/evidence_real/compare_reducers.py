@@ -108,15 +108,17 @@ def fitted(data: str, method: str, options: Options) -> dict[str, Any]:
     return cached(path, compute)
 
 
-def share(config: ScheduledConfig, options: Options) -> float:
+def share(config: ScheduledConfig | None, options: Options) -> float:
     """Cost at degree 1 or at its r, as a share of that at degree 0."""
     model = td.wrap(backbone(IMG_SIZE, options), reduce=config)
     return model.cost().macs / model.cost(0).macs
 
 
 @functools.cache
-def reduce_config(setting: Setting, data: str, options: Options) -> ScheduledConfig:
-    """A method with the schedule of a setting."""
+def reduce_config(setting: Setting, data: str, options: Options) -> ScheduledConfig | None:
+    """A method with the schedule of a setting; None for smaller images."""
+    if setting.method == SMALLER:
+        return None
     method = METHODS[setting.method]
     if setting.schedule == "fitted":
         found = fitted(data, setting.method, options)
@@ -174,9 +176,7 @@ def speeds(options: Options) -> dict[str, float]:
         full = load_data("elpv", options)["test"][0][:_BATCH] / 255
         ways: list[tuple[int, ScheduledConfig | None]] = [(IMG_SIZE, None)]
         for setting in settings:
-            smaller = setting.method == SMALLER
-            config = None if smaller else reduce_config(setting, "elpv", options)
-            ways.append((side_of(setting, options), config))
+            ways.append((side_of(setting, options), reduce_config(setting, "elpv", options)))
 
         def prepare(way: tuple[int, ScheduledConfig | None]) -> tuple[td.DialViT, Tensor]:
             side, config = way
@@ -207,6 +207,7 @@ def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
     rows, changed = [], {}
     for (method, schedule), cost in itertools.product(kinds(), COSTS):
         setting = Setting(method, schedule, cost)
+        config = reduce_config(setting, data, options)
         found = values(setting, data, options)
         each = per_image(found, full)
         changed[method, schedule, cost] = scores(1 - each["agreement"])
@@ -228,9 +229,7 @@ def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
                 "cosine": interval(scores(each["cosine"])),
                 "speed": fast[setting.name],
                 "img_size": side_of(setting, options),
-                "reduce": None
-                if method == SMALLER
-                else to_json("reduce", reduce_config(setting, data, options)),
+                "reduce": config and to_json("reduce", config),
             }
         )
     return rows

@@ -307,7 +307,7 @@ def test_everything_decays_if_the_recipe_says_so(recipe_file):
     recipe = read_recipe(recipe_file, ["train.decay=all"])
     assert recipe.train.decay == "all"
     model = build_model(recipe, 4)
-    (decayed,) = parameter_groups(model, 0.05, 1e-3, vectors_decay=True)
+    (decayed,) = parameter_groups(model, 0.05, 1e-3, vector_decay=0.05)
     assert decayed["weight_decay"] == 0.05
     assert {id(p) for p in decayed["params"]} == {id(p) for p in model.trainable_parameters()}
     with pytest.raises(ValueError, match="'matrices' or 'all'"):

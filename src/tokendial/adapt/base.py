@@ -168,6 +168,21 @@ class Bottlenecks(Adapter):
         return self.scale * out
 
 
+class ResidualBottleneck(nn.Module):
+    """x + up(GELU(down(x))), with 2 * D * dim + dim + D parameters."""
+
+    def __init__(self, embed_dim: int, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(embed_dim, dim), nn.Linear(dim, embed_dim)
+        self.activation, self.drop = nn.GELU(), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features [..., D] to [..., D], with dropout after both layers."""
+        hidden = self.drop(self.activation(self.down(x)))
+        out: Tensor = x + self.drop(self.up(hidden))
+        return out
+
+
 def init_bottleneck(down: nn.Linear, up: nn.Linear) -> None:
     """Initialise a bottleneck that returns zeros: Kaiming for `down`, zeros for `up` and biases."""
     nn.init.kaiming_uniform_(down.weight, a=5**0.5)

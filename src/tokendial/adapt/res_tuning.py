@@ -16,9 +16,9 @@ Departure: where a reduction drops or merges tokens, their features in the bypas
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.adapt.base import Adapter, AdapterConfig, ResidualBottleneck
 from tokendial.checks import check_count
 from tokendial.methods import register
 from tokendial.shape import ViTShape
@@ -43,23 +43,6 @@ class ResTuning(AdapterConfig):
         return ResTuningBypass(self, vit)
 
 
-class ResidualBottleneck(nn.Module):
-    """x + up(GELU(down(x))), with 2 * D * dim + dim + D parameters."""
-
-    def __init__(self, embed_dim: int, dim: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(embed_dim, dim), nn.Linear(dim, embed_dim)
-        self.activation = nn.GELU()
-        for linear in (self.down, self.up):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.normal_(linear.bias, std=1e-6)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Map tokens [B, N, D] to [B, N, D]."""
-        out: Tensor = x_BND + self.up(self.activation(self.down(x_BND)))
-        return out
-
-
 class ResTuningBypass(Adapter):
     """Runs ResTuning. `Tokens.carried` holds the bypass.
 
@@ -70,7 +53,7 @@ class ResTuningBypass(Adapter):
         super().__init__()
         self.depth = vit.depth
         self.lateral, self.vertical = (
-            nn.ModuleList(ResidualBottleneck(vit.embed_dim, config.dim) for _ in range(vit.depth))
+            nn.ModuleList(_tuner(vit.embed_dim, config.dim) for _ in range(vit.depth))
             for _ in range(2)
         )
 
@@ -88,3 +71,12 @@ class ResTuningBypass(Adapter):
         if layer == self.depth:
             return replace(tokens, x=bypass, carried=carried)
         return replace(tokens, carried=carried | {_CARRIED: bypass})
+
+
+def _tuner(embed_dim: int, dim: int) -> ResidualBottleneck:
+    """A tuner with the first weights of the authors' code."""
+    tuner = ResidualBottleneck(embed_dim, dim)
+    for linear in (tuner.down, tuner.up):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.normal_(linear.bias, std=1e-6)
+    return tuner

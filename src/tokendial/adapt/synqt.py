@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokendial.adapt.base import Adapter, AdapterConfig
+from tokendial.adapt.base import Adapter, AdapterConfig, ResidualBottleneck
 from tokendial.checks import check_count, check_dropout, check_positive
 from tokendial.methods import register
 from tokendial.shape import ViTShape
@@ -76,28 +76,15 @@ class SynQT(AdapterConfig):
         return SynthesizedQueries(self, vit)
 
 
-class Bottleneck(nn.Module):
-    """x + up(GELU(down(x))), with dropout after both layers."""
-
-    def __init__(self, embed_dim: int, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(embed_dim, dim), nn.Linear(dim, embed_dim)
-        self.activation, self.drop = nn.GELU(), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map features [..., D] to [..., D]."""
-        hidden = self.drop(self.activation(self.down(x)))
-        out: Tensor = x + self.drop(self.up(hidden))
-        return out
-
-
 class QueryAttention(nn.Module):
     """Attention of one head among the queries; bottlenecks take the place of its projections."""
 
     def __init__(self, embed_dim: int, dim: int, dropout: float) -> None:
         super().__init__()
         self.norm_q, self.norm_kv = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
-        self.q, self.k, self.v, self.proj = (Bottleneck(embed_dim, dim, 0.0) for _ in range(4))
+        self.q, self.k, self.v, self.proj = (
+            ResidualBottleneck(embed_dim, dim, 0.0) for _ in range(4)
+        )
         self.dropout = dropout
 
     def forward(self, x_BQD: Tensor) -> Tensor:
@@ -114,10 +101,10 @@ class QuerySynthesis(nn.Module):
 
     def __init__(self, config: SynQT, embed_dim: int) -> None:
         super().__init__()
-        self.first = Bottleneck(embed_dim, config.dim, config.dropout)
+        self.first = ResidualBottleneck(embed_dim, config.dim, config.dropout)
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.attention = QueryAttention(embed_dim, config.attention_dim, config.dropout)
-        self.last = Bottleneck(embed_dim, config.dim, config.dropout)
+        self.last = ResidualBottleneck(embed_dim, config.dim, config.dropout)
         self.attention_scale = nn.Parameter(torch.tensor([float(config.attention_scale)]))
         self.ffn_scale = nn.Parameter(torch.tensor([float(config.ffn_scale)]))
         self.drop = nn.Dropout(config.dropout)
@@ -136,7 +123,7 @@ class FeatureJoin(nn.Module):
     def __init__(self, config: SynQT, embed_dim: int, num_features: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embed_dim)
-        self.bottleneck = Bottleneck(embed_dim, config.dim, config.dropout)
+        self.bottleneck = ResidualBottleneck(embed_dim, config.dim, config.dropout)
         self.gates = nn.Linear(embed_dim, num_features - 1)
         self.activation, self.drop = nn.GELU(), nn.Dropout(config.dropout)
         self.drop_path = config.drop_path

@@ -101,12 +101,13 @@ class FineTuning:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The trainable parameters: adapters, heads, decoders, reducers, distillation heads."""
         settings = self.settings
-        decay, lr, vectors_decay = settings.weight_decay, settings.lr, settings.decay == "all"
+        decay, lr = settings.weight_decay, settings.lr
+        of_vectors = decay if settings.decay == "all" else 0.0
         groups = parameter_groups(
-            self.model, decay, lr, settings.layer_decay, vectors_decay=vectors_decay
+            self.model, decay, lr, settings.layer_decay, vector_decay=of_vectors
         )
         if self.distillation:
-            groups += decay_groups(self.distillation, decay, lr, vectors_decay=vectors_decay)
+            groups += decay_groups(self.distillation, decay, lr, vector_decay=of_vectors)
         return groups
 
     def before_update(self, update: int, updates_per_epoch: int) -> None:

@@ -20,7 +20,7 @@ def parameter_groups(
     lr: float,
     layer_decay: float | None = None,
     *,
-    vectors_decay: bool = False,
+    vector_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Trainable parameters of a model, grouped by weight decay and learning rate.
 
@@ -31,7 +31,7 @@ def parameter_groups(
         layer_decay: Factor by which the learning rate of the backbone falls from each block to the
             block before it, as in the fine-tuning recipes of BEiT and MAE. Heads, adapters and
             reducers keep `lr`. None means 1.
-        vectors_decay: Whether everything else decays, too.
+        vector_decay: Weight decay of everything else.
     """
     block_numbers = {
         id(parameter): number
@@ -51,7 +51,7 @@ def parameter_groups(
         layer = block_numbers.get(id(parameter), depth if id(parameter) in after_blocks else 0)
         return lr * layer_decay ** (depth + 1 - layer)
 
-    return decay_groups(model, weight_decay, rate, vectors_decay=vectors_decay)
+    return decay_groups(model, weight_decay, rate, vector_decay=vector_decay)
 
 
 def decay_groups(
@@ -59,25 +59,25 @@ def decay_groups(
     weight_decay: float,
     rate: float | Callable[[str, nn.Parameter], float],
     *,
-    vectors_decay: bool = False,
+    vector_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Trainable parameters of a module, grouped by weight decay and learning rate.
 
     Weight matrices decay: those of linear layers and convolutions, those that PEFT adds to them,
     and those that an adapter lists in `decayed_parameters`. Everything else consists of vectors,
-    whatever its shape, and does not decay: biases, norms, scales, tokens, prompts, queries,
-    positions, class embeddings.
+    whatever its shape, and does not decay by default: biases, norms, scales, tokens, prompts,
+    queries, positions, class embeddings.
 
     Args:
         module: The module.
         weight_decay: Weight decay of the matrices.
         rate: Learning rate of all parameters, or a function of name and parameter that gives it.
-        vectors_decay: Whether everything else decays, too.
+        vector_decay: Weight decay of everything else.
     """
     matrices = {id(parameter) for parameter in _matrices(module)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trainable(module).items():
-        decay = weight_decay if vectors_decay or id(parameter) in matrices else 0.0
+        decay = weight_decay if id(parameter) in matrices else vector_decay
         lr = rate(name, parameter) if callable(rate) else rate
         groups.setdefault((decay, lr), []).append(parameter)
     return [
