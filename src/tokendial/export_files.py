@@ -202,7 +202,8 @@ def _export(
             written = BytesIO()
             torch.export.save(program, written, extra_files={FACTS: json.dumps(contents)})
             temporary.write_bytes(written.getbuffer())
-            run = torch.export.load(temporary).module()
+            # As bytes, because torch warns of files whose names end otherwise.
+            run = torch.export.load(BytesIO(temporary.read_bytes())).module()
         given = [_as_tuple(run(images)) for images in tried]
         wanted = [_as_tuple(module(images)) for images in tried]
         pairs = [

@@ -1,6 +1,7 @@
-"""Read weight files without executing code in them, and check that their numbers are finite."""
+"""Read weight files without executing code in them, check that numbers are finite, hash tensors."""
 
 import argparse
+import hashlib
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,15 @@ from torch import Tensor
 
 _LFS_POINTER = b"version https://git-lfs"
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_file(path: Path) -> dict[str, Any]:

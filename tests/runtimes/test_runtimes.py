@@ -130,14 +130,22 @@ def test_nothing_to_do_leaves_the_model_as_it_is():
     assert td.Runtime("onnxruntime")
 
 
-def test_a_compensated_model_stays_in_torch(tmp_path, capsys):
+def test_a_compensator_is_in_the_exported_files(tmp_path):
     model = new_model()
     compensator = td.Compensator(td.ToCom(rank=2), depth=2, embed_dim=model.embed_dim, steps=8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in compensator.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    plain = start(tmp_path, "onnxruntime", model=model)
     compensator.attach(model, 0)
-    with pytest.raises(ValueError, match="runtime: a model with a compensator runs in torch only"):
-        start(tmp_path, "openvino", model=model)
-    assert isinstance(start(tmp_path, "auto", model=model), td.OptimizedViT)
-    assert "openvino: left out: runtime: a model with a compensator" in capsys.readouterr().err
+    started = start(tmp_path, "onnxruntime", model=model)
+    # Files without the compensator are not taken for those with it, nor those of another factor.
+    assert largest_difference(model, started, 4) < 1e-4
+    assert largest_difference(model, plain, 4) > 1e-2
+    model.set_degree(0)
+    compensator.scale *= 2
+    assert largest_difference(model, start(tmp_path, "onnxruntime", model=model), 4) < 1e-4
 
 
 def test_mistakes_are_told(kept):

@@ -22,6 +22,7 @@ from tokendial.cli.evaluation_output import (
     write_picture,
 )
 from tokendial.cli.options import (
+    CompensatorFolder,
     Compile,
     Degree,
     Degrees,
@@ -219,6 +220,7 @@ def predict(
         ),
     ],
     degree: Degree = None,
+    compensator: CompensatorFolder = None,
     form: Annotated[
         Format, typer.Option("--format", help="Output format: CSV, or one JSON object per line.")
     ] = Format.csv,
@@ -279,14 +281,30 @@ def predict(
     if out is None:
         sources = find_videos(paths) if opened.has_videos() else find_sources(paths)
         if ray:
-            answers = predict_on_ray(opened, sources, degree=degree, top=top)
+            answers = predict_on_ray(
+                opened, sources, degree=degree, top=top, compensator=compensator
+            )
         else:
             answers = run_prediction(
-                opened, sources, degree=degree, top=top, runtime=chosen, cascade=cascade
+                opened,
+                sources,
+                degree=degree,
+                top=top,
+                runtime=chosen,
+                cascade=cascade,
+                compensator=compensator,
             )
     else:
         files = find_videos(paths) if opened.has_videos() else find_images(paths)
-        answers = predict_masks(opened, files, out, degree=degree, overlay=overlay, tiles=tiles)
+        answers = predict_masks(
+            opened,
+            files,
+            out,
+            degree=degree,
+            overlay=overlay,
+            tiles=tiles,
+            compensator=compensator,
+        )
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
     for index, answer in enumerate(answers):
@@ -359,6 +377,7 @@ _ENDINGS = {ExportFormat.onnx: "onnx", ExportFormat.pt2: "pt2", ExportFormat.ope
 def export(
     run: RunFolder,
     degree: Degree = None,
+    compensator: CompensatorFolder = None,
     degrees: Annotated[
         str | None,
         typer.Option(
@@ -399,16 +418,20 @@ def export(
     from tokendial.export_files import export as export_model
     from tokendial.export_files import export_bundle
     from tokendial.runs import Run
+    from tokendial.runs.compensated import load_compensated
     from tokendial.runs.degrees import degrees_to_show
     from tokendial.runs.export_facts import run_facts
 
     opened = Run(run)
     if int8:
-        if degrees is not None or batch is not None or to is not ExportFormat.onnx:
-            raise ValueError("int8 writes one ONNX file: leave out --degrees, --batch and --to.")
+        others = (degrees, batch, compensator)
+        if any(other is not None for other in others) or to is not ExportFormat.onnx:
+            raise ValueError(
+                "int8 writes one ONNX file: leave out --degrees, --batch, --to and --compensator."
+            )
         _export_int8(opened, degree, max_loss, out)
         return
-    model, folder = opened.model(), run / "export"
+    model, folder = load_compensated(opened, compensator), run / "export"
     facts = run_facts(opened, model)
     if degrees is None:
         path = out or folder / f"degree_{model.degree if degree is None else degree}.{_ENDINGS[to]}"

@@ -20,6 +20,11 @@ class WeightDifference(Protocol):
     """The low-rank difference of q and v weights that a compensator has for two degrees."""
 
     depth: int
+    steps: int
+
+    @property
+    def revision(self) -> str:
+        """A text that differs from that of any other difference."""
 
     def check_degrees(self, source: int, target: int) -> None:
         """Raise a ValueError unless the compensator bridges both degrees."""
@@ -44,6 +49,16 @@ class Attachment:
     ) -> None:
         self.compensator, self.model, self.source, self.merge = compensator, model, source, merge
         self._projections: list[_Projection] = []
+
+    @property
+    def steps(self) -> int:
+        """Highest degree that the compensator bridges."""
+        return self.compensator.steps
+
+    @property
+    def revision(self) -> str:
+        """A text that differs from that of any other attachment."""
+        return f"{self.compensator.revision} {self.source}"
 
     def start(self) -> None:
         """Find the layers of the active adapter; apply the difference for the present degree."""

@@ -29,7 +29,7 @@ from tokendial.model.dial_vit import DialViT
 from tokendial.model.files import check_field, check_numbers, config_errors, read_files, write_files
 from tokendial.model.hub import push_files
 from tokendial.reduce.base import ReducerConfig
-from tokendial.weights import check_finite
+from tokendial.weights import check_finite, hash_tensors
 
 
 class Compensator(nn.Module):
@@ -234,6 +234,11 @@ class Compensator(nn.Module):
         """
         self._attachment(model)
         return search_scale(self, model, loader, degree, scales)
+
+    @property
+    def revision(self) -> str:
+        """A hash of settings, factor and weights."""
+        return f"{self.config} {self.scale} {hash_tensors(self.state_dict())}"
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder."""

@@ -16,6 +16,14 @@ class Compensation(Protocol):
     def in_weights(self) -> bool:
         """Whether the model's weights are changed now. If not, outputs of layers are."""
 
+    @property
+    def steps(self) -> int:
+        """Highest degree that is compensated for."""
+
+    @property
+    def revision(self) -> str:
+        """A text that differs from that of any other compensation."""
+
     def start(self) -> None:
         """Start to compensate, at the present degree of the model."""
 

@@ -461,7 +461,13 @@ class DialViT(nn.Module):
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """Degrees that the dial offers, from 0 (no reduction) to the cheapest."""
+        """Degrees that the dial offers, from 0 (no reduction) to the cheapest. With a compensator:
+        those that it reaches."""
+        offered = self._reducer_degrees
+        return offered[: self.compensation.steps + 1] if self.compensation else offered
+
+    @property
+    def _reducer_degrees(self) -> tuple[int, ...]:
         return self.reducer.degrees if self.reducer else (0,)
 
     @property
@@ -479,7 +485,7 @@ class DialViT(nn.Module):
         Raises:
             ValueError: If it is not one of `degrees`, or an attached compensator does not reach it.
         """
-        check_degree(degree, self.degrees)
+        check_degree(degree, self._reducer_degrees)
         degree = int(degree)
         if self.compensation:
             self.compensation.set_degree(degree)
@@ -499,7 +505,7 @@ class DialViT(nn.Module):
         """
         before = self.degree
         if degree is not None:
-            check_degree(degree, self.degrees)
+            check_degree(degree, self._reducer_degrees)
             # Not set_degree: a compensator's weights need not change to be counted.
             self._degree = int(degree)
 

@@ -54,8 +54,8 @@ class ModelSource:
 
     def absolute(self) -> "ModelSource":
         """The same source for processes of another working folder."""
-        weights = self.weights and _absolute(self.weights)
-        return replace(self, name=_absolute(self.name), weights=weights)
+        weights = self.weights and absolute(self.weights)
+        return replace(self, name=absolute(self.name), weights=weights)
 
     def open(self, reduce: ReducerConfig | None = None, *, videos: bool = False) -> OpenedModel:
         """Load the model.
@@ -111,7 +111,7 @@ class ModelSource:
         return OpenedModel(model, _plain_transform(model), None, None)
 
 
-def _absolute(place: str) -> str:
+def absolute(place: str) -> str:
     """The absolute path of a file or folder; anything else, such as a model's name, as it is."""
     return str(Path(place).resolve()) if Path(place).exists() else place
 

@@ -13,6 +13,7 @@ from tokendial.data.readers.images import ImageError
 from tokendial.data.readers.video import VideoError, VideoFile
 from tokendial.data.sets.shards import ShardImage
 from tokendial.model.dial import InferenceModel
+from tokendial.runs.compensated import load_compensated
 from tokendial.runs.device import default_device
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.run import Run
@@ -53,15 +54,21 @@ class ClassPredictor:
         device: str | None = None,
         runtime: Runtime = PLAIN,
         cascade: bool = False,
+        compensator: str | Path | None = None,
     ) -> None:
         """Load the model. The arguments are those of `predict`.
 
         Raises:
             ValueError: If the run has no model or predicts masks, it has no cascade that fits where
-                one is asked for, or `degree` or `top` is out of range.
+                one is asked for, the compensator does not fit it, or `degree` or `top` is out of
+                range.
         """
         self.device, self.top = device or default_device(), top
-        model = run.model().to(self.device)
+        if cascade and compensator:
+            raise ValueError(
+                "a cascade is calibrated without a compensator: leave out one of both."
+            )
+        model = load_compensated(run, compensator, self.device)
         if degree is not None:
             if cascade:
                 raise ValueError(f"degree cannot be combined with cascade, got {degree}.")
@@ -135,6 +142,7 @@ def predict(
     device: str | None = None,
     runtime: Runtime = PLAIN,
     cascade: bool = False,
+    compensator: str | Path | None = None,
 ) -> Iterator[Answer]:
     """Predict the classes of images or videos, one answer per source, in their order.
 
@@ -149,6 +157,7 @@ def predict(
         device: Device to compute on. None means the accelerator if there is one, else the CPU.
         runtime: Where and how the model computes.
         cascade: Answer by the run's cascade, which `calibrate_cascade` writes, at no one degree.
+        compensator: Folder of a compensator, which adapts the model to the degree. None: without.
     """
     predictor = ClassPredictor(
         run,
@@ -158,6 +167,7 @@ def predict(
         device=device,
         runtime=runtime,
         cascade=cascade,
+        compensator=compensator,
     )
     remaining = iter(sources)
     while batch := list(islice(remaining, predictor.batch_size)):

@@ -18,6 +18,7 @@ from tokendial.data.readers.images import (
 )
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.windows import predict_windows
+from tokendial.runs.compensated import load_compensated
 from tokendial.runs.device import default_device
 from tokendial.runs.mask_images import mask_image, mask_share, overlay_mask
 from tokendial.runs.run import Run
@@ -52,6 +53,7 @@ def predict_masks(
     overlay: bool = False,
     tiles: bool = False,
     device: str | None = None,
+    compensator: str | Path | None = None,
 ) -> Iterator[MaskFile | ImageError]:
     """Predict the masks of images and write them to `out`, one answer per file, in their order.
 
@@ -66,10 +68,12 @@ def predict_masks(
         tiles: Whether to run the model on overlapping windows of the image at its own resolution,
             instead of resizing it. Use this for small objects in large images.
         device: Device to compute on. None means the accelerator if there is one, else the CPU.
+        compensator: Folder of a compensator, which adapts the model to the degree. None: without.
 
     Raises:
-        ValueError: If the run predicts classes, the degree is not offered, images lie in `out`
-            itself, or the logits of an image in windows would take more than 2 GiB.
+        ValueError: If the run predicts classes, the compensator does not fit it, the degree is not
+            offered, images lie in `out` itself, or the logits of an image in windows would take
+            more than 2 GiB.
     """
     task = run.task()
     if not isinstance(task, BinaryMasks | Segmentation):
@@ -81,7 +85,7 @@ def predict_masks(
             f"out must be another folder than that of the images, {in_out[0]} is in it."
         )
     device = device or default_device()
-    model = run.model().to(device)
+    model = load_compensated(run, compensator, device)
     if degree is not None:
         model.set_degree(degree)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,14 @@ import torch
 
 from tokendial.export_files import BUNDLE, export_bundle
 from tokendial.model.dial_vit import DialViT
+from tokendial.weights import hash_tensors
 
 _REVISION = "revision"
 
 
-def find_or_export(model: DialViT, degrees: Sequence[int], folder: Path) -> dict[int, Path]:
+def find_or_export(
+    model: DialViT, degrees: Sequence[int], folder: Path, *, quiet: bool = False
+) -> dict[int, Path]:
     """Return an exported file for each degree, which are written if they are missing.
 
     Args:
@@ -25,6 +28,7 @@ def find_or_export(model: DialViT, degrees: Sequence[int], folder: Path) -> dict
         degrees: Degrees to find.
         folder: Holds a bundle for each set of degrees, in folders of their own. Bundles of other
             weights, and those that a new one replaces, are deleted.
+        quiet: Do not print that files are exported.
 
     Returns:
         The path of the ONNX file of each degree. Files give logits and embeddings.
@@ -32,15 +36,14 @@ def find_or_export(model: DialViT, degrees: Sequence[int], folder: Path) -> dict
     Raises:
         ValueError: If the model cannot be exported.
     """
-    if model.compensation is not None:
-        raise ValueError("runtime: a model with a compensator runs in torch only.")
     revision = _revision(model)
     for bundle, contents in _bundles(folder):
         files = {int(degree): bundle / name for degree, name in contents["files"].items()}
         if contents.get(_REVISION) == revision and set(degrees) <= set(files):
             return {degree: files[degree] for degree in degrees}
     listed = ", ".join(map(str, degrees))
-    print(f"exporting the model at degree {listed}: once for these weights", file=sys.stderr)
+    if not quiet:
+        print(f"exporting the model at degree {listed}: once for these weights", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{revision}-{hashlib.sha256(listed.encode()).hexdigest()[:6]}"
     # A bundle appears whole under its name, or not at all.
@@ -67,7 +70,8 @@ def _revision(model: DialViT) -> str:
     digest.update(repr(model.anatomy.input_shape).encode())
     for config in (model.reduce_config, model.adapt_config, model.decode_config, model.backbone):
         digest.update(repr(config).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    if model.compensation:
+        digest.update(model.compensation.revision.encode())
+    with model.own_weights():
+        digest.update(hash_tensors(model.state_dict()).encode())
     return digest.hexdigest()[:12]

@@ -215,8 +215,7 @@ def _build_model(
             raise ValueError(f"compensator: runs were trained at different degrees ({listed}).")
         source = sources.pop()
         plugin.attach(model, source)
-        offered = degrees_to_show(model, "all", model.degrees[: plugin.steps + 1])
-        return model, adapters, tuple(offered), (plugin, source)
+        return model, adapters, tuple(degrees_to_show(model, "all")), (plugin, source)
     # Each degree is timed at start-up, and neighbouring degrees of a long dial hardly differ.
     return model, adapters, tuple(degrees_to_show(model, "all")), None
 
