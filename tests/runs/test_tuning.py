@@ -1,8 +1,12 @@
+import csv
+import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 import tokendial as td
 from tokendial.runs import Run, tuning
@@ -86,6 +90,43 @@ def test_the_command_says_how_to_run_the_best_way(copied, digits, cli, monkeypat
     assert len(out.splitlines()) == 81
 
 
+def test_a_compensator_is_tried(copied, digits, cli, monkeypatch, tmp_path):
+    """Only ways with it are left to choose from, and degree 1 is said to be the fastest."""
+    monkeypatch.setattr(tuning, "RUNTIMES", (Runtime(),))
+    plugin = td.Compensator.for_model(copied.model(), td.ToCom(rank=2), steps=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in plugin.parameters():
+            parameter += 3 * torch.randn(parameter.shape, generator=generator)
+    plugin.save_pretrained(tmp_path / "plugin")
+    evaluate = tuning._evaluate
+
+    def evaluate_compensated(trial, *arguments):
+        base = trial.seconds[trial.base.way]
+        ways = [way for way in trial.seconds if way.schedule == "compensated"]
+        assert {way.degrees for way in ways} == {(0,), (1,), (2,)}
+        trial.seconds = {way: base / (1 + (way.degrees == (1,))) for way in ways}
+        trial.seconds[trial.base.way] = base
+        return evaluate(trial, *arguments)
+
+    monkeypatch.setattr(tuning, "_evaluate", evaluate_compensated)
+    out = tmp_path / "tuned"
+    chosen = ("--max-loss", 100, "--speedup", 0, "--out", out)
+    code, printed, err = cli("tune", copied.folder, *chosen, "--compensator", tmp_path / "plugin")
+    assert code == 0, err
+    record = json.loads((out / "tuned.json").read_text())
+    assert record["compensator"] == str(tmp_path / "plugin")
+    (row,) = record["tried"]
+    assert row["way"] == "torch fp32, degree 1 (compensated)"
+    # The printed command gives the score that was measured: the run keeps its trained degree.
+    words = re.search(r"tokendial (predict .*)", printed)[1].replace("IMAGES", str(digits / "val"))
+    code, given, err = cli(*words.split())
+    assert code == 0, err
+    rows = list(csv.DictReader(io.StringIO(given)))
+    right = [row["class"] == Path(row["path"]).parent.name for row in rows]
+    assert sum(right) / len(right) == pytest.approx(row["accuracy"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -109,3 +150,4 @@ def test_a_way_reads_like_what_it_is():
     fast = Runtime("openvino", "bf16")
     assert str(Way("own", fast, (5,))) == "openvino bf16, degree 5"
     assert str(Way("fitted", fast, (5, 0))) == "openvino bf16, cascade 5→0 (fitted)"
+    assert str(Way("compensated", fast, (5,))) == "openvino bf16, degree 5 (compensated)"

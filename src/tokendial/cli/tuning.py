@@ -27,6 +27,9 @@ def tune(
             help="How many times as fast as degree 0 in PyTorch and float32 it has to be at least."
         ),
     ] = 1.0,
+    compensator: Annotated[
+        str | None, typer.Option(help="Folder of a compensator to try, too (default: none).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 8,
     minutes: Annotated[float, typer.Option(help="Time after which nothing new is started.")] = 15.0,
     out: Annotated[
@@ -35,8 +38,9 @@ def tune(
 ) -> None:
     """Find the fastest way to run a model on this machine's CPU within a loss.
 
-    Tries fitted schedules, the installed runtimes in each precision, and cascades on the validation
-    images, and writes the best of them as a run. Exit code 1 if nothing reaches what is asked for.
+    Tries fitted schedules, the installed runtimes in each precision, a compensator if one is given,
+    and cascades on the validation images, and writes the best of them as a run. Exit code 1 if
+    nothing reaches what is asked for.
     """
     from tokendial.runs import Run
     from tokendial.runs.tuning import tune_run
@@ -47,6 +51,7 @@ def tune(
         speedup=speedup,
         max_loss=max_loss / 100,
         out=out,
+        compensator=compensator,
         batch_size=batch_size,
         minutes=minutes,
         note=lambda text: console.print(text, highlight=False),
@@ -62,10 +67,13 @@ def tune(
         raise typer.Exit(1)
     folder = out or run / "tuned"
     way = found.best.way
-    cascade = " --cascade" if len(way.degrees) > 1 else ""
+    words = ["--cascade"] if len(way.degrees) > 1 else []
+    if way.schedule == "compensated":
+        words += [f"--degree {way.degrees[0]} --compensator {compensator}"]
     print(
         f"wrote {folder}: tokendial predict {folder} IMAGES --runtime {way.runtime.name} "
-        f"--precision {way.runtime.precision}{cascade}"
+        f"--precision {way.runtime.precision}",
+        *words,
     )
 
 

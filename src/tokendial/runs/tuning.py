@@ -18,6 +18,7 @@ from tokendial.measure import Interval, mean_difference
 from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.cascade import time_cascade
+from tokendial.runs.compensated import load_compensated
 from tokendial.runs.degrees import spread_degrees
 from tokendial.runs.derived_run import write_derived_run
 from tokendial.runs.evaluate import evaluate_loader, first_images, main_score, validation_set
@@ -35,8 +36,8 @@ _TIMED = 20
 """Batches that a cascade is timed on."""
 _FITTING = 0.3
 """Share of the time that the search of schedules may take."""
-_FITTED_IN = 2
-"""Number of runtimes, the fastest ones, in which fitted schedules are tried."""
+_MORE_IN = 2
+"""Number of runtimes, the fastest ones, in which fitted schedules and compensators are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +84,25 @@ def tune_run(
     speedup: float = 1.0,
     max_loss: float = 0.01,
     out: Path | None = None,
+    compensator: str | Path | None = None,
     batch_size: int = 8,
     minutes: float = 15.0,
     note: Callable[[str], None] = lambda text: None,
 ) -> TunedRun:
     """Find the fastest way to run a run's best model on this machine's CPU within a loss; save it.
 
-    Tried are: the degrees of the dial, fitted schedules of the same costs, the installed runtimes
-    in each of their precisions, and cascades to degree 0. All are timed in turns, and evaluated
-    from the fastest on until one is within the loss. The faster ones are then tried as cascades.
+    Tried are: the degrees of the dial, fitted schedules of the same costs, a compensator if there
+    is one, the installed runtimes in each of their precisions, and cascades to degree 0. All are
+    timed in turns, and evaluated from the fastest on until one is within the loss. The faster ones
+    are then tried as cascades.
 
     Args:
         run: A run. Cascades are tried for those that classify images.
         speedup: How many times as fast as degree 0 in PyTorch and float32 it has to be at least.
         max_loss: How much of the main metric, and of the accuracy, may be lost: 0.01 for one point.
         out: Folder for the tuned model; None: "tuned" in the folder of the run.
+        compensator: Folder of a compensator to try. The tuned model is saved without it. None:
+            none.
         batch_size: Images per forward pass, for times and metrics.
         minutes: Time after which nothing new is started.
         note: Called with a line of text when a stage begins.
@@ -107,7 +112,8 @@ def tune_run(
         with the cascade and with `tuned.json`.
 
     Raises:
-        ValueError: If a number is out of range, or `out` holds other files.
+        ValueError: If a number is out of range, the compensator does not fit the run, or `out`
+            holds other files.
     """
     out = out or run.folder / "tuned"
     _check(speedup, max_loss, out)
@@ -116,7 +122,10 @@ def tune_run(
     def time_is_up() -> bool:
         return time.monotonic() - begin > 60 * minutes
 
-    model = run.model().eval()
+    bridged = load_compensated(run, compensator).eval() if compensator else None
+    unreduced = run.recipe().reduce is None
+    model = run.model(bridged.reduce_config if bridged and unreduced else None).eval()
+    trained = 0 if unreduced else model.degree
     task, loader = validation_set(run, model, batch_size)
     example = first_images(loader, model, batch_size)
     degrees = spread_degrees(model, _DEGREES)
@@ -127,13 +136,22 @@ def tune_run(
         ways = [Way("own", r, (d,)) for _, r in runtimes.started for d in degrees]
         note(f"measuring {len(ways)} ways in turns")
         seconds = runtimes.measure(ways)
+        fastest = sorted(
+            {way.runtime for way in ways},
+            key=lambda r: sum(seconds[w] for w in ways if w.runtime == r),
+        )[:_MORE_IN]
+        if bridged is not None:
+            reached = sorted({*degrees} & {*bridged.degrees})
+            runtimes.start("compensated", bridged, reached, fastest)
+            # A compensator costs nothing.
+            seconds |= {
+                replace(way, schedule="compensated"): seconds[way]
+                for way in ways
+                if ("compensated", way.runtime) in runtimes.started and way.degrees[0] in reached
+            }
         note("searching schedules")
         try:
             fitted = _fitted(run, model, degrees, Path(folder, "fit"), minutes * _FITTING)
-            fastest = sorted(
-                {way.runtime for way in ways},
-                key=lambda r: sum(seconds[w] for w in ways if w.runtime == r),
-            )[:_FITTED_IN]
             runtimes.start("fitted", fitted, list(fitted.degrees), fastest)
             ways = [
                 Way("fitted", r, (d,))
@@ -156,8 +174,12 @@ def tune_run(
     rows.sort(key=lambda row: -row.speedup)
     found = TunedRun(trial.metric, trial.base.score, rows, best, notes)
     if best is not None:
-        tuned = model if best.way.schedule == "own" else fitted
-        _write(run, tuned, trial.cascades.get(best.way), found, out)
+        tuned = fitted if best.way.schedule == "fitted" else model
+        compensated = best.way.schedule == "compensated"
+        # A compensator leads from the degree that a run says it was trained at.
+        degree = trained if compensated else best.way.degrees[0]
+        cascade = trial.cascades.get(best.way)
+        _write(run, tuned, degree, cascade, found, out, compensator if compensated else None)
     return found
 
 
@@ -307,6 +329,8 @@ def _evaluate(
     for row in list(rows):
         if row.most_lost <= max_loss or not row.way.degrees[0] or time_is_up():
             continue
+        if row.way.schedule == "compensated":  # its own degree 0 would have to be the second stage
+            continue
         note(f"calibrating a cascade from {row.way}")
         try:
             if (found := trial.cascade_row(row.way, max_loss, least)) is not None:
@@ -317,15 +341,24 @@ def _evaluate(
     return rows
 
 
-def _write(run: Run, model: DialViT, cascade: Cascade | None, found: TunedRun, out: Path) -> None:
+def _write(
+    run: Run,
+    model: DialViT,
+    degree: int,
+    cascade: Cascade | None,
+    found: TunedRun,
+    out: Path,
+    compensator: str | Path | None,
+) -> None:
     """Save the chosen model as a run, with its cascade and with what was tried."""
     assert found.best is not None
     way = found.best.way
-    model.set_degree(way.degrees[0])
+    model.set_degree(degree)
     record = {
         "runtime": way.runtime.name,
         "precision": way.runtime.precision,
         "degrees": list(way.degrees),
+        "compensator": str(compensator) if compensator else None,
         "metric": found.metric,
         "base": found.base_score,
         "tried": [
@@ -335,7 +368,7 @@ def _write(run: Run, model: DialViT, cascade: Cascade | None, found: TunedRun, o
         "left out": found.notes,
     }
     files = {TUNED_FILE: json.dumps(record, indent=2) + "\n"}
-    write_derived_run(model, run, out, degree=way.degrees[0], files=files)
+    write_derived_run(model, run, out, degree=degree, files=files)
     written = Run(out)
     written.cascade_file.unlink(missing_ok=True)
     if cascade is not None:

@@ -26,7 +26,7 @@ RUNTIMES = (
     Runtime("openvino", "bf16"),
 )
 """The runtimes that are tried, where they are installed."""
-Schedule = Literal["own", "fitted"]
+Schedule = Literal["own", "fitted", "compensated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Way:
 
     schedule: Schedule
     """own: the reduction method as it is. fitted: how many tokens each layer removes was searched
-    for the cost of each degree."""
+    for the cost of each degree. compensated: as it is, with a compensator."""
     runtime: Runtime
     """Where and how it computes."""
     degrees: tuple[int, ...]
@@ -43,8 +43,9 @@ class Way:
 
     def __str__(self) -> str:
         kind = "cascade" if len(self.degrees) > 1 else "degree"
-        dial = "→".join(map(str, self.degrees)) + " (fitted)" * (self.schedule == "fitted")
-        return f"{self.runtime.name} {self.runtime.precision}, {kind} {dial}"
+        dial = "→".join(map(str, self.degrees))
+        schedule = "" if self.schedule == "own" else f" ({self.schedule})"
+        return f"{self.runtime.name} {self.runtime.precision}, {kind} {dial}{schedule}"
 
 
 class StartedRuntimes:

@@ -13,7 +13,7 @@ work, which is counted. The other five numbers are fitted to the times; none is 
 import time
 from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class RuntimeChoice(Protocol):
     """A `tokendial.Runtime`."""
 
     @property
-    def name(self) -> Any:
+    def name(self) -> str:
         """Name of the runtime."""
 
     def start(
@@ -71,6 +71,7 @@ class RuntimeStopwatch:
         """
         self.scheduled_model, self.images, self.runtime = scheduled_model, images, runtime
         self.spread = 0.0
+        """Largest quartile spread of all comparisons, because each schedule is compared once."""
         begin = time.monotonic()
         self._unreduced = self._start(scheduled_model.space.none)
         self.start_seconds = time.monotonic() - begin
