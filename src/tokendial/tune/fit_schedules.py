@@ -77,10 +77,9 @@ def fit(
         model: A classifier, a model without a head, or one with a decoder. Its own reduction method
             must have no weights.
         images: Normalised images [N, 3, H, W], or clips [N, T, 3, H, W] of a video model, like
-            those of later use; a few hundred. The search
-            uses as many as the time allows, at most half. The others decide between the best
-            schedules that it finds: on its own images a search of many schedules ends with one that
-            happens to suit them.
+            those of later use; a few hundred. The search uses as many as the time allows, at most
+            half. The others decide between the best schedules that it finds: on its own images a
+            search of many schedules ends with one that happens to suit them.
         speedup: Budget as a multiple of the unreduced model's speed.
         latency_ms: Budget in milliseconds per batch.
         gmacs: Budget in 1e9 multiply-accumulates per image. They are counted; nothing is timed.

@@ -109,20 +109,21 @@ class RuntimeStopwatch:
 
 def example_schedules(space: ScheduleSpace) -> list[Schedule]:
     """Schedules that tell the parts of a pass's time apart, the most telling ones first."""
-    patches, lines = space.shape.num_patches, space.all_linear()
-    early = [space.shortest_to(round(share * patches)) for share in _EARLY]
-    depth = space.shape.depth
-    whole = [space.normalise([*first, *[0] * (depth - len(first))][:depth]) for first in early]
+    patches, depth, lines = space.shape.num_patches, space.shape.depth, space.all_linear()
+
+    def padded(first: Sequence[int]) -> Schedule:
+        return space.normalise([*first, *[0] * depth][:depth])
+
+    early = [padded(space.shortest_to(round(share * patches))) for share in _EARLY]
     constant = [lines[round(share * (len(lines) - 1))] for share in _CONSTANT]
-    # One token in each layer shows what the steps cost by themselves.
-    one = space.linear(1)
+    # One token in each layer shows what the steps cost by themselves, many in one layer what the
+    # FFNs save behind it.
+    one, many = space.linear(1), max(1, space.reduce.max_removed(patches) // 2)
+    single = [padded([*[0] * before, many]) for before in (depth // 2, 1)]
     sloping = [space.linear(max(1, max(constant[0]) // 2), slope) for slope in (-1.0, 1.0)]
-    # Many in one layer in the middle, and in the last one.
-    some = max(1, space.reduce.max_removed(patches) // 2)
-    single = [tuple(some * (layer == at) for layer in range(depth)) for at in (depth // 2, 1)]
-    mixed = [whole[0], one, constant[0], whole[1], constant[1], single[0]]
-    rest = [constant[2], sloping[0], whole[2], sloping[1], constant[3], single[1]]
-    return [each for each in dict.fromkeys([*mixed, *rest]) if any(each)]
+    first = [early[0], one, constant[0], early[1], constant[1], single[0]]
+    rest = [constant[2], sloping[0], early[2], sloping[1], constant[3], single[1]]
+    return [each for each in dict.fromkeys([*first, *rest]) if any(each)]
 
 
 class RuntimeCosts:
