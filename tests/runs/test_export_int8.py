@@ -74,5 +74,5 @@ def test_mistakes_are_told(cli, run, tmp_path):
     code, _, err = cli("export", run.folder, "--int8", "--degrees", "0,8")
     assert (code, err.strip()) == (
         2,
-        "error: int8 writes one ONNX file: leave out --degrees, --batch and --to.",
+        "error: int8 writes one ONNX file: leave out --degrees, --batch, --to and --compensator.",
     )
