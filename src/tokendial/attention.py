@@ -115,7 +115,8 @@ def attend(
             keys, values = (F.pad(each, (0, 0, 0, surplus)) for each in (k_BHMC, v_BHMC))
         fused = kernel.fused
         if fused is None:
-            fused = not _has_slow_backward(queries, keys, values)
+            trains = queries.requires_grad or keys.requires_grad or values.requires_grad
+            fused = not (trains and _has_slow_backward(queries, keys))
         if fused or dropout:
             out = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
@@ -157,16 +158,15 @@ def _with_sizes(
     return F.pad(q_BHNC, (0, channels), value=1.0), keys, F.pad(v_BHMC, (0, channels))
 
 
-def _has_slow_backward(q_BHNC: Tensor, k_BHMC: Tensor, v_BHMC: Tensor) -> bool:
-    """Whether matrix products are faster than fused attention, the backward pass included.
+def _has_slow_backward(q_BHNC: Tensor, k_BHMC: Tensor) -> bool:
+    """Whether matrix products train faster than fused attention.
 
     On CPUs, PyTorch computes the backward pass of fused attention in half precision slowly: it is
     half of a training step of ViT-S with 65 tokens (docs/speed.md).
     """
-    trains = q_BHNC.requires_grad or k_BHMC.requires_grad or v_BHMC.requires_grad
     half = q_BHNC.dtype in (torch.bfloat16, torch.float16)
     few = max(q_BHNC.shape[2], k_BHMC.shape[2]) <= _MAX_TRAINED
-    return trains and half and few and q_BHNC.device.type == "cpu"
+    return half and few and q_BHNC.device.type == "cpu"
 
 
 def _unfused(
