@@ -148,7 +148,6 @@ def test_a_fit_measures_in_the_runtime_and_leaves_the_model_alone():
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_schedules_are_timed_in_a_real_runtime():
-    pytest.importorskip("onnxruntime")
     model = td.wrap(tiny_vit(depth=2)).eval()
     with try_schedules(model, ScheduleSpace(td.ToMe(), model.anatomy.shape)) as scheduled_model:
         stopwatch = RuntimeStopwatch(scheduled_model, images(2), td.Runtime("onnxruntime"))

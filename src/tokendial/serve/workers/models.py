@@ -209,15 +209,15 @@ def _build_model(
         model.load_adapter(adapters[name], run.best)
         _, config, _ = read_files(run.best, kind="model")
         sources.add(config["degree"])
+    bridge = None
     if plugin:
         if len(sources) > 1:
             listed = ", ".join(map(str, sorted(sources)))
             raise ValueError(f"compensator: runs were trained at different degrees ({listed}).")
-        source = sources.pop()
-        plugin.attach(model, source)
-        return model, adapters, tuple(degrees_to_show(model, "all")), (plugin, source)
+        bridge = plugin, sources.pop()
+        plugin.attach(model, bridge[1])
     # Each degree is timed at start-up, and neighbouring degrees of a long dial hardly differ.
-    return model, adapters, tuple(degrees_to_show(model, "all")), None
+    return model, adapters, tuple(degrees_to_show(model, "all")), bridge
 
 
 def _measured_accuracy(run: Run, *, bridged: bool) -> dict[int, float]:
