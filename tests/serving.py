@@ -93,6 +93,23 @@ class Serving:
         connection.sendall(text)
         return connection
 
+    def begin(self, body: bytes, image_bytes: int) -> socket.socket:
+        """Send the head of a request to predict a PNG file, and some of the file, not all of it.
+
+        Returns once the request has been accepted: a server asks for the body only then.
+        """
+        head = (
+            "POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+            f"Content-Type: image/png\r\nContent-Length: {image_bytes}\r\n\r\n"
+        )
+        connection = self.connect(head.encode())
+        asked = b""
+        while not asked.endswith(b"\r\n\r\n"):
+            asked += connection.recv(1)
+        assert asked.startswith(b"HTTP/1.1 100 "), asked
+        connection.sendall(body)
+        return connection
+
     @property
     def decoders(self) -> psutil.Process:
         """The process that forks decoders."""

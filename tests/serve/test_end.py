@@ -13,21 +13,14 @@ from serving import everything, file, picture, serving, until
 from tokendial.serve.http.server import Server
 from tokendial.serve.settings import check_settings
 
-HEAD = (
-    b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
-    b"Content-Length: %d\r\n\r\n"
-)
-
 
 def test_accepted_requests_are_answered_and_new_ones_refused(pets):
     image = file(picture())
-    request = HEAD % len(image) + image
-    with serving({"pets": pets}) as server:
+    with serving({"pets": pets}) as server, ExitStack() as closing:
         with server.busy():
-            queued = server.connect(request)
+            queued = closing.enter_context(server.begin(image, len(image)))
             until(lambda: server.engine.status().queued == 1)
-            begun = server.connect(request[:-10])
-            until(lambda: len(server.server.server_state.tasks) == 2)
+            begun = closing.enter_context(server.begin(image[:-10], len(image)))
             server.server.handle_exit(signal.SIGTERM, None)
             until(lambda: server.ask("/readyz").status == 503)
             reply = server.predict(image)
@@ -35,7 +28,7 @@ def test_accepted_requests_are_answered_and_new_ones_refused(pets):
             assert int(reply.headers["retry-after"]) >= 1
             assert reply.headers["connection"] == "close"
             assert server.ask("/healthz").status == 200
-            begun.sendall(request[-10:])
+            begun.sendall(image[-10:])
             until(lambda: server.engine.status().queued == 2)
         for connection in (queued, begun):
             assert everything(connection).startswith(b"HTTP/1.1 200 ")
@@ -45,10 +38,9 @@ def test_accepted_requests_are_answered_and_new_ones_refused(pets):
 
 
 def test_a_second_signal_ends_it_at_once(pets):
-    with serving({"pets": pets}) as server:
+    with serving({"pets": pets}) as server, ExitStack() as closing:
         with server.busy():
-            connection = server.connect(HEAD % 9 + b"1")
-            until(lambda: server.server.server_state.tasks)
+            connection = closing.enter_context(server.begin(b"1", 9))
             for _ in range(2):
                 server.server.handle_exit(signal.SIGTERM, None)
             server.thread.join(60)
@@ -59,9 +51,9 @@ def test_a_second_signal_ends_it_at_once(pets):
 def test_the_end_comes_whatever_clients_do(pets):
     pages = 500 * b"GET /page/page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with serving({"pets": pets}, timeout_s=4) as server, ExitStack() as closing:
-        sent = (b"", pages, HEAD % 9 + b"1")
-        _, unread, _ = (closing.enter_context(server.connect(some)) for some in sent)
-        until(lambda: server.server.server_state.tasks)  # the body that does not come
+        closing.enter_context(server.connect())
+        unread = closing.enter_context(server.connect(pages))
+        closing.enter_context(server.begin(b"1", 9))
         until(lambda: select.select([unread], [], [], 0)[0])  # the pages that nobody reads
         server.server.handle_exit(signal.SIGTERM, None)
         server.thread.join(60)
