@@ -30,6 +30,7 @@ TABLES = {
     "dense_trained": "masks of DAR and DAR*, and of what they are compared with",
     "diversity": "diversity of attention by layer, with and without reduction",
     "zero_training": "nearest neighbours and agreement of reduction methods without training",
+    "embeddings": "embeddings along the dial, with a compensator or a trained adapter",
     "compare_reducers": "reduction methods with constant and with fitted schedules, untrained",
 }
 

@@ -39,6 +39,7 @@ from tokendial.data.transforms.image import ResizeImage
 from tokendial.measure import Interval, Resampling
 from tokendial.measure.neighbours import predict_classes
 from tokendial.methods import to_json
+from tokendial.model.dial_vit import DialViT
 from tokendial.reduce import ReducerConfig
 from tokendial.runs.recipe import check_method
 
@@ -96,15 +97,15 @@ def load_data(data: str, options: Options) -> dict[str, tuple[Tensor, Tensor]]:
     return {"train": pixels(splits.train), "test": pixels(splits.val)}
 
 
-def resampling(data: str, options: Options) -> Resampling:
-    """Draws of a data set's test images; of stamps all pictures of an object are drawn together."""
+def resampling(data: str, options: Options, seeds: int = 1) -> Resampling:
+    """Draws of test images and seeds; of stamps all pictures of an object are drawn together."""
     size = len(features(data, Reduction(), options)["test labels"])
     if data != "stamps":
-        return Resampling(size, 1)
+        return Resampling(size, seeds)
     pictures = check_method("data", STAMPS).build(0).val.pictures
     path = options.out / "zero_training" / data / "objects.json"
     objects = cached(path, lambda: {"names": [pictures.compose(i).name for i in range(size)]})
-    return Resampling(size, 1, groups=objects["names"])
+    return Resampling(size, seeds, groups=objects["names"])
 
 
 @functools.lru_cache(maxsize=4)
@@ -136,7 +137,6 @@ def _macs(side: int, options: Options) -> int:
     return macs
 
 
-@torch.inference_mode()
 def compute_features(
     data: str,
     side: int,
@@ -147,6 +147,14 @@ def compute_features(
 ) -> dict[str, np.ndarray]:
     """Class tokens after the final norm of training and test images, shown at a side in pixels."""
     model = td.wrap(backbone(side, options), reduce=config).eval()
+    return embed_parts(model, data, options, side=side, precision=precision)
+
+
+@torch.inference_mode()
+def embed_parts(
+    model: DialViT, data: str, options: Options, *, side: int = IMG_SIZE, precision: str = "bf16"
+) -> dict[str, np.ndarray]:
+    """Embeddings and labels of training and test images by a model, at its present degree."""
     model.skip_unread_patches = True
     autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
     found: dict[str, np.ndarray] = {}

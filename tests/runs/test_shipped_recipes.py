@@ -147,10 +147,13 @@ def test_compensators_have_the_parameters_of_the_page(name):
     assert line.endswith(f" {sum(p.numel() for p in plugin.parameters()):,} |")
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("real/elpv/")])
-def test_models_of_the_solar_cells_have_the_weights_and_the_cost_of_the_page(name):
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.startswith(("real/elpv/", "real/embeddings"))]
+)
+def test_models_of_112_pixels_have_the_weights_and_the_cost_of_the_page(name):
+    classes = 0 if name == "real/embeddings" else 2
     with torch.device("meta"):
-        cost = build_model(read_recipe(name, ["model.weights=null"]), 2).cost()
+        cost = build_model(read_recipe(name, ["model.weights=null"]), classes).cost()
     (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))
     _, trained, gmacs, *_ = line.strip("| ").split(" | ")
     fixed = {"real/elpv/linear": "the head", "real/elpv/full": "all"}
@@ -251,8 +254,12 @@ def shrunk(name: str, roots: dict[str, Path], weights: dict[str, Path]) -> list[
     if data not in ("image_folder", "unlabelled", "pairs"):
         out.append("data.check=false")
     headless = "dinov2" if "dinov2" in fields["model"]["name"] else "none"
-    file = weights[headless if fields.get("loss") == "features" else "head"]
-    out.append(f"model.weights={file if compensates else 'null'}")
+    keeps_embeddings = data == "unlabelled" and not compensates
+    if keeps_embeddings:
+        out.append("data.val_every=3")  # so that there are enough images to compare
+    without_head = keeps_embeddings or fields.get("loss") == "features"
+    file = weights[headless if without_head else "head"]
+    out.append(f"model.weights={file if compensates or keeps_embeddings else 'null'}")
     out += ["model.img_size=32", *(f"model.args.{key}={value}" for key, value in SMALL.items())]
     if fields["reduce"] and fields["reduce"]["name"] == "ffn_merge":
         out += ["reduce.r=16", "reduce.step=1"]  # of 64 patches, where there are 1,024

@@ -196,7 +196,7 @@ def test_empty_and_full_masks_have_finite_losses_and_metrics(inside):
     metrics = task.metrics()
     metrics.update(logits.detach(), targets)
     assert all(torch.isfinite(value) for value in metrics.compute().values())
-    assert task.batch_accuracy(torch.full((2, 1, 4, 4), 9.0), targets) == inside
+    assert task.batch_score(torch.full((2, 1, 4, 4), 9.0), targets) == inside
 
 
 def test_the_loss_leaves_out_ignored_pixels():
@@ -213,7 +213,7 @@ def test_the_loss_leaves_out_ignored_pixels():
     assert logits.grad[..., 5:].abs().sum() == 0
     assert logits.grad[..., :5].abs().min() > 0
     right = torch.where(targets == 1, 9.0, -9.0)[:, None]
-    assert task.batch_accuracy(right, targets) == 1.0
+    assert task.batch_score(right, targets) == 1.0
     assert task.loss(logits, torch.full((2, 8, 8), 255)) == 0
 
 

@@ -30,7 +30,7 @@ def test_the_loss_leaves_out_ignored_pixels():
     torch.testing.assert_close(task.loss(logits, targets), expected)
     assert task.loss(logits, torch.full((2, 8, 8), 255)) == 0
     right = F.one_hot(targets.clamp(max=2), 3).movedim(-1, 1).float()
-    assert task.batch_accuracy(right, targets) == 1.0
+    assert task.batch_score(right, targets) == 1.0
 
 
 @pytest.mark.parametrize("num_classes", [2, 150])

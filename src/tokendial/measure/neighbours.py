@@ -17,6 +17,9 @@ from tokendial.checks import check_count
 
 NEIGHBOURS = 20
 """Number of neighbours that vote."""
+MIN_IMAGES = 3
+"""Smallest number of images that `embedding_scores` compares."""
+_COMPARED = 10
 _TEMPERATURE = 0.07
 _CHUNK = 1000
 
@@ -111,6 +114,42 @@ def predict_left_out(
     classes = F.one_hot(labels_N).float()
     nearest = _nearest_others(embeddings_ND, neighbours)
     return torch.cat([_vote(values, classes[indices]) for values, indices in nearest])
+
+
+def embedding_scores(
+    embeddings_ND: Tensor, unreduced_ND: Tensor, labels_N: Tensor | None = None
+) -> dict[str, float]:
+    """Compare embeddings with those that the same images have without reduction.
+
+    Args:
+        embeddings_ND: Embeddings of at least `MIN_IMAGES` images.
+        unreduced_ND: Their embeddings without reduction.
+        labels_N: Classes of the images, from 0. None: they have none.
+
+    Returns:
+        same_neighbours: the fraction of the 10 nearest other images of an image (of few images,
+        half of the others) that are the same, mean over images. cosine: the mean cosine similarity.
+        With classes also neighbour_accuracy: the fraction of images whose class the vote of the 20
+        nearest other images gives.
+
+    Raises:
+        ValueError: If there are fewer images.
+    """
+    if len(embeddings_ND) < MIN_IMAGES:
+        raise ValueError(
+            f"images must be at least {MIN_IMAGES}, because nearest neighbours of embeddings are "
+            f"compared, got {len(embeddings_ND)}."
+        )
+    others = len(embeddings_ND) - 1
+    overlap = neighbour_overlap(
+        embeddings_ND, unreduced_ND, neighbours=min(_COMPARED, max(1, others // 2))
+    )
+    cosine = F.cosine_similarity(embeddings_ND, unreduced_ND, dim=1)
+    scores = {"same_neighbours": float(overlap.mean()), "cosine": float(cosine.mean())}
+    if labels_N is not None:
+        voted = predict_left_out(embeddings_ND, labels_N, neighbours=min(NEIGHBOURS, others))
+        scores["neighbour_accuracy"] = float((voted == labels_N).float().mean())
+    return scores
 
 
 def _vote(similarity_MK: Tensor, classes_MKC: Tensor) -> Tensor:

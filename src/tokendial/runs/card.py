@@ -68,7 +68,10 @@ def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
     recipe = run.recipe()
     best = run.best_record()
     classes = run.classes()
-    listed_classes = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    learnt, use = "to keep its embeddings when tokens are reduced", "embed"
+    if classes:
+        listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        learnt, use = f"{len(classes)}\nclasses: {listed}", "predict"
     methods = {
         "reduction": model.reduce_config,
         "fine-tuning": model.adapt_config,
@@ -90,8 +93,7 @@ base_model: {recipe.model.name}
 
 # {run.folder.name}
 
-`{recipe.model.name}`, fine-tuned with Tokendial on {type(recipe.data).__name__} ({len(classes)}
-classes: {listed_classes}).
+`{recipe.model.name}`, fine-tuned with Tokendial on {type(recipe.data).__name__} ({learnt}).
 
 {listed_methods}
 - {costs[0].params / 1e6:.2f} M parameters, {costs[0].trainable_params / 1e6:.3f} M of them \
@@ -125,7 +127,7 @@ model = td.load("{run.best}")  # ready for inference, at degree {model.degree}
 model.set_degree({model.degrees[-1]})  # turn the dial
 ```
 
-    tokendial predict {run.folder} {files}/
+    tokendial {use} {run.folder} {files}/
 
 ## To be written
 

@@ -1,4 +1,4 @@
-"""The model of a run with a compensator."""
+"""Models of runs with a compensator."""
 
 from pathlib import Path
 
@@ -28,9 +28,24 @@ def load_compensated(
     if compensator is None:
         return run.model().to(device)
     plugin = Compensator.from_pretrained(compensator).to(device)
-    unreduced = run.recipe().reduce is None
-    model = run.model(plugin.reduce_config if unreduced else None).to(device)
-    if unreduced:
-        model.set_degree(0)
+    model = load_to_compensate(run, plugin).to(device)
     plugin.attach(model, model.degree)
+    return model
+
+
+def load_to_compensate(run: Run, compensator: Compensator) -> DialViT:
+    """Load the best model of a run, ready for a compensator to be attached.
+
+    A run that was trained without reduction gets the compensator's reduction method, and degree 0.
+
+    Returns:
+        The model, at the degree that the compensator leads from: the one that it was trained at.
+
+    Raises:
+        ValueError: If the run has no model.
+    """
+    if run.recipe().reduce is not None:
+        return run.model()
+    model = run.model(compensator.reduce_config)
+    model.set_degree(0)
     return model

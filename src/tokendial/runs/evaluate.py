@@ -106,10 +106,12 @@ def evaluate_loader(
     metrics = task.metrics().to(device)
     model.eval()
     for images, targets in loader:
-        with autocast():
-            logits = task.predict(model, images.to(device))
+        images = images.to(device)
         if isinstance(targets, Tensor):
             targets = targets.to(device).long()
+        with autocast():
+            logits = task.predict(model, images)
+            targets = task.batch_targets(images, targets)
         metrics.update(logits.float(), targets)
         if confusion is not None:
             confusion.update(logits.float().cpu(), targets.cpu())

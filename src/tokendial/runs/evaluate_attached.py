@@ -23,12 +23,12 @@ from tokendial.measure.agreement import (
     mask_agreement,
 )
 from tokendial.measure.cost import count_macs_in_parts
+from tokendial.measure.neighbours import embedding_scores
 from tokendial.model.attach import AttachedDial, attach
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.evaluate import ProgressCallback, StepCounter, main_score, no_progress
-from tokendial.runs.evaluate_embeddings import embedding_scores
 from tokendial.runs.image_model import ImageModel, Inputs, Output, OutputKind
 from tokendial.tune import DTYPES, Precision
 
@@ -45,8 +45,6 @@ _AGREEMENT: dict[OutputKind, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
 features only where there is no padding."""
 _PADDING_MASK = "pixel_attention_mask"
 """Name of the input that is 0 where patches are padding, in models that take patches."""
-_LEAST_EMBEDDINGS = 3
-"""Smallest number of images whose nearest neighbours can be compared."""
 _NOISE = 0.01
 """Difference between two calls, as a fraction of the largest value, that rounding explains."""
 _TIMING_SECONDS = 1.0
@@ -227,11 +225,6 @@ class _Agreement:
         for degree in degrees:
             row: dict[str, float] = {}
             if embeddings:
-                if (count := len(embeddings[degree])) < _LEAST_EMBEDDINGS:
-                    raise ValueError(
-                        f"images must be at least {_LEAST_EMBEDDINGS}, because nearest neighbours "
-                        f"of embeddings are compared, got {count}."
-                    )
                 row |= embedding_scores(embeddings[degree], embeddings[0])
             row |= {name: float(torch.cat(self._scores[degree, name]).mean()) for name in names}
             rows.append(row)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tokendial.compensate import Compensator
 from tokendial.measure import Timing
 from tokendial.model.dial_vit import DialViT
+from tokendial.runs.compensated import load_to_compensate
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.evaluate import (
@@ -95,11 +96,8 @@ def evaluate_compensator(
     compensator = compensator.to(on).eval()
     rows: list[CompensatedRow] = []
     for number, run in enumerate(runs):
-        unreduced = run.recipe().reduce is None
-        model = run.model(compensator.reduce_config if unreduced else None).to(on)
-        source = 0 if unreduced else model.degree
-        if sources is not None:
-            source = sources[number]
+        model = load_to_compensate(run, compensator).to(on)
+        source = model.degree if sources is None else sources[number]
         targets = degrees_to_show(model, degrees, model.degrees[: compensator.steps + 1])
         rows += _rows_of_run(run, model, compensator, source, targets, batch_size, progress)
     return rows

@@ -4,12 +4,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.data.readers.images import ImageError
-from tokendial.measure import neighbour_overlap, predict_left_out
-from tokendial.measure.neighbours import NEIGHBOURS
+from tokendial.measure.neighbours import MIN_IMAGES, embedding_scores
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
@@ -23,9 +21,6 @@ from tokendial.runs.evaluate import (
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.model_source import ModelSource
 from tokendial.runs.predict import Source
-
-_COMPARED = 10
-"""Nearest neighbours of an image that are compared."""
 
 
 def evaluate_embeddings(
@@ -41,10 +36,7 @@ def evaluate_embeddings(
 ) -> list[DegreeRow]:
     """Compare the embeddings of a model at several degrees with those at degree 0.
 
-    The scores of each degree are: same_neighbours, the fraction of the 10 nearest other images (by
-    cosine similarity) that are the same as at degree 0; cosine, the mean cosine similarity to the
-    embedding at degree 0; with labels also neighbour_accuracy, the fraction of images whose class
-    the vote of their 20 nearest other images gives.
+    The scores of each degree are those of `tokendial.measure.neighbours.embedding_scores`.
 
     Args:
         source: Where the model comes from: a run, a saved model, or a backbone by its name.
@@ -64,8 +56,8 @@ def evaluate_embeddings(
         ValueError: If there is no such model, a degree is not offered, an image cannot be read, or
             there are too few images or another number of labels.
     """
-    if len(images) < 3:
-        raise ValueError(f"images must be at least 3, got {len(images)}.")
+    if len(images) < MIN_IMAGES:
+        raise ValueError(f"images must be at least {MIN_IMAGES}, got {len(images)}.")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels must be {len(images)}, one for each image, got {len(labels)}.")
     opened = source.open(reduce)
@@ -117,31 +109,6 @@ def _readable(entry: Tensor | ImageError) -> Tensor:
     if isinstance(entry, ImageError):
         raise entry
     return entry
-
-
-def embedding_scores(
-    embeddings_ND: Tensor, unreduced_ND: Tensor, classes_N: Tensor | None = None
-) -> dict[str, float]:
-    """Compare embeddings with those of the same images at degree 0.
-
-    Args:
-        embeddings_ND: Embeddings of at least 3 images.
-        unreduced_ND: Their embeddings at degree 0.
-        classes_N: Class of each image, from 0. None: the images have no classes.
-
-    Returns:
-        The scores that `evaluate_embeddings` describes, by name.
-    """
-    others = len(embeddings_ND) - 1
-    overlap = neighbour_overlap(
-        embeddings_ND, unreduced_ND, neighbours=min(_COMPARED, max(1, others // 2))
-    )
-    cosine = F.cosine_similarity(embeddings_ND, unreduced_ND, dim=1)
-    scores = {"same_neighbours": float(overlap.mean()), "cosine": float(cosine.mean())}
-    if classes_N is not None:
-        voted = predict_left_out(embeddings_ND, classes_N, neighbours=min(NEIGHBOURS, others))
-        scores["neighbour_accuracy"] = float((voted == classes_N).float().mean())
-    return scores
 
 
 def labels_by_folder(images: Sequence[Source]) -> list[str] | None:

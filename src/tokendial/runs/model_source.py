@@ -14,7 +14,7 @@ from tokendial.model.loading import load
 from tokendial.model.wrap import wrap
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.run import Run
-from tokendial.tasks import Classification, VideoClassification
+from tokendial.tasks import Classification, Embeddings, VideoClassification
 from tokendial.tasks.dense_prediction import DensePrediction, input_format
 
 
@@ -127,7 +127,7 @@ def _open_run(run: Run, reduce: ReducerConfig | None, videos: bool) -> OpenedMod
         whole = replace(task.augment, test="whole")
         transform = MaskImageTransform(whole, input_format(model.anatomy))
     else:
-        assert isinstance(task, Classification)
+        assert isinstance(task, Classification | Embeddings)
         transform = task.image_transform(model.anatomy)
     return OpenedModel(model, transform, run.value_range(), run)
 

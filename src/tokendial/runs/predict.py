@@ -18,7 +18,7 @@ from tokendial.runs.device import default_device
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.run import Run
 from tokendial.runtimes import PLAIN, Runtime
-from tokendial.tasks import Classification, VideoClassification
+from tokendial.tasks import Classification, Embeddings, VideoClassification
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class ClassPredictor:
             checked = Cascade.load(model, run.cascade_file, revision=run.revision())
             degrees = checked.degrees
         self.classes, task = run.classes(), run.task()
+        if isinstance(task, Embeddings):
+            raise ValueError(f"{run.folder} has no classes to predict: use tokendial embed.")
         if not isinstance(task, Classification):
             raise ValueError(
                 f"{run.folder} predicts masks, not classes: give a folder for them (--out)."

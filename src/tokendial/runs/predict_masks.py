@@ -71,13 +71,13 @@ def predict_masks(
         compensator: Folder of a compensator, which adapts the model to the degree. None: without.
 
     Raises:
-        ValueError: If the run predicts classes, the compensator does not fit it, the degree is not
+        ValueError: If the run predicts no masks, the compensator does not fit it, the degree is not
             offered, images lie in `out` itself, or the logits of an image in windows would take
             more than 2 GiB.
     """
     task = run.task()
     if not isinstance(task, BinaryMasks | Segmentation):
-        raise ValueError(f"{run.folder} predicts classes, not masks.")
+        raise ValueError(f"{run.folder} predicts no masks.")
     files = list(files)
     # A mask could overwrite an image that has its name.
     if in_out := [path for path in files if path.parent.resolve() == out.resolve()]:

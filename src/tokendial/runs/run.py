@@ -24,7 +24,14 @@ from tokendial.model.files import CONFIG, WEIGHTS, files_revision
 from tokendial.model.loading import load
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.recipe import BaseRecipe, Recipe, check_recipe, check_section
-from tokendial.tasks import BinaryMasks, Classification, Segmentation, Task, VideoClassification
+from tokendial.tasks import (
+    BinaryMasks,
+    Classification,
+    Embeddings,
+    Segmentation,
+    Task,
+    VideoClassification,
+)
 from tokendial.tasks.mask_losses import PUBLISHED
 
 _MAY_DIFFER = ("output", "train.workers", "train.trackers")
@@ -363,7 +370,7 @@ def task_of(
 
     Args:
         recipe: The recipe.
-        num_classes: Number of classes in the data.
+        num_classes: Number of classes in the data; 0 for images without labels.
         multi_label: Whether an image can have several classes.
         dense: Whether the targets are masks.
         video: Whether the data are videos.
@@ -388,6 +395,8 @@ def task_of(
         )
     if recipe.clip != Clip():
         raise ValueError(f"clip is for videos, but the data {type(recipe.data).__name__} are not.")
+    if num_classes == 0:
+        return _embeddings_task(recipe)
     if not dense:
         return Classification(
             num_classes,
@@ -407,6 +416,27 @@ def task_of(
                 f"{num_classes} classes."
             )
     return Segmentation(num_classes, recipe.dense)
+
+
+def _embeddings_task(recipe: Recipe) -> Embeddings:
+    """The task of images without labels; a ValueError about a field that has no meaning for it."""
+    why = (
+        f"for the data {type(recipe.data).__name__}, which have no labels: the model learns to "
+        "keep its embeddings when tokens are reduced"
+    )
+    if recipe.reduce is None:
+        raise ValueError(f"reduce must be a reduction method {why}; got null.")
+    if recipe.model.weights is None:
+        raise ValueError(f"model.weights must name pre-trained weights {why}; got null.")
+    for name, value in (
+        ("metrics", recipe.metrics),
+        ("train.class_weights", recipe.train.class_weights),
+        ("train.images_per_class", recipe.train.images_per_class),
+        ("train.teacher", recipe.train.teacher),
+    ):
+        if value is not None:
+            raise ValueError(f"{name} must be null {why}; got {value!r}.")
+    return Embeddings(recipe.model.backbone(0), recipe.augment)
 
 
 def dotted_fields(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tokendial.cascade import Cascade, choose_thresholds
+from tokendial.compensate import Compensator
 from tokendial.measure import Interval, mean_difference
 from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.cascade import time_cascade
-from tokendial.runs.compensated import load_compensated
+from tokendial.runs.compensated import load_compensated, load_to_compensate
 from tokendial.runs.degrees import spread_degrees
 from tokendial.runs.derived_run import write_derived_run
 from tokendial.runs.evaluate import evaluate_loader, first_images, main_score, validation_set
@@ -123,9 +124,9 @@ def tune_run(
         return time.monotonic() - begin > 60 * minutes
 
     bridged = load_compensated(run, compensator).eval() if compensator else None
-    unreduced = run.recipe().reduce is None
-    model = run.model(bridged.reduce_config if bridged and unreduced else None).eval()
-    trained = 0 if unreduced else model.degree
+    plugin = Compensator.from_pretrained(compensator) if compensator else None
+    model = (load_to_compensate(run, plugin) if plugin else run.model()).eval()
+    trained = model.degree
     task, loader = validation_set(run, model, batch_size)
     example = first_images(loader, model, batch_size)
     degrees = spread_degrees(model, _DEGREES)

@@ -28,7 +28,9 @@ class Task(Protocol):
     """A task that a model is trained for: transforms, loss, inference and metrics."""
 
     num_classes: int
-    """Number of classes, which is the number of logits or of logit maps."""
+    """Number of classes, which is the number of logits or of logit maps. 0: there are none."""
+    score_name: str
+    """Name of the quantity that `batch_score` returns, such as "accuracy"."""
 
     def eval_batch_size(self, batch_size: int) -> int:
         """Return the number of samples in an evaluation batch, given that of a training batch."""
@@ -45,11 +47,17 @@ class Task(Protocol):
     def mix_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return a training batch with its samples mixed (mixup, cutmix), if the task does so."""
 
+    def batch_targets(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Return what logits are compared with: the targets of the data, or what a teacher says."""
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a batch."""
 
-    def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
-        """Return the fraction of correct predictions in a training batch."""
+    def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the mean loss of logits that learn to be those of a teacher."""
+
+    def batch_score(self, logits: Tensor, targets: Tensor) -> float:
+        """Return the score of a training batch, at most 1, such as its accuracy."""
 
     def predict(self, model: InferenceModel, images: Tensor) -> Tensor:
         """Return the logits of a batch that `eval_transform` or `image_transform` prepared."""

@@ -65,7 +65,7 @@ class BinaryMasks(DensePrediction):
         inside, counted = (targets == 1).float(), (targets != IGNORED).float()
         return mask_loss(logits, inside, counted, self.losses)
 
-    def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
+    def batch_score(self, logits: Tensor, targets: Tensor) -> float:
         """Return the fraction of correct pixels among those that are not ignored."""
         predicted = resize_maps(logits.float(), targets.shape[-2:]).squeeze(1) > 0
         counted = targets != IGNORED

@@ -8,6 +8,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 
 from tokendial.backbones.anatomy import Anatomy
+from tokendial.compensate.distillation import binary_distillation, soft_distillation
 from tokendial.data.transforms.image import (
     Augment,
     PairTransform,
@@ -25,6 +26,8 @@ ClassMetric = Literal["accuracy", "accuracy_top5", "balanced_accuracy", "f1", "a
 
 class Classification:
     """Classification of images: transforms, mixup and cutmix, loss and metrics."""
+
+    score_name = "accuracy"
 
     def __init__(
         self,
@@ -120,6 +123,10 @@ class Classification:
         images, targets = self.mix(images, targets)
         return images, targets
 
+    def batch_targets(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Return the labels as they are."""
+        return targets
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy of a batch (binary cross-entropy with several labels).
 
@@ -140,6 +147,15 @@ class Classification:
         )
         return losses.mean()
 
+    def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the Kullback-Leibler divergence, mean over images.
+
+        With several labels it is that of each label's sigmoid, mean over labels too.
+        """
+        if self.multi_label:
+            return binary_distillation(student, teacher)
+        return soft_distillation(student, teacher, mean_over="batch")
+
     def metrics(self) -> Metrics:
         """Return new metrics: those that were chosen, or else the usual ones."""
         from tokendial.tasks.metrics import class_metrics
@@ -151,7 +167,7 @@ class Classification:
         """Return probabilities [B, num_classes]: softmax, or sigmoid with several labels."""
         return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
 
-    def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
+    def batch_score(self, logits: Tensor, targets: Tensor) -> float:
         """Return the training accuracy; a mixed target counts as its class of largest weight."""
         if self.multi_label:
             return float(((logits > 0) == (targets > 0)).float().mean())

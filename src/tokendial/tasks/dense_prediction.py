@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.backbones.anatomy import Anatomy
+from tokendial.compensate.distillation import binary_distillation, soft_distillation
 from tokendial.data.transforms.masks import (
     InputFormat,
     MaskAugment,
@@ -21,6 +22,7 @@ from tokendial.model.windows import predict_windows
 class DensePrediction:
     """Base class of tasks with masks: transforms, and inference on whole images or in windows."""
 
+    score_name = "accuracy"
     mask_padding: int
     """Value of a mask where a small image is padded."""
 
@@ -52,6 +54,22 @@ class DensePrediction:
     def mix_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch as it is."""
         return images, targets
+
+    def batch_targets(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Return the masks as they are."""
+        return targets
+
+    def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the Kullback-Leibler divergence, mean over images and positions.
+
+        Args:
+            student: Logits [B, K, h, w]; of a single map, the sigmoids are compared.
+            teacher: Logits of the same shape.
+        """
+        if student.shape[1] == 1:
+            return binary_distillation(student, teacher)
+        rows = [logits.movedim(1, -1).flatten(0, -2) for logits in (student, teacher)]
+        return soft_distillation(*rows, mean_over="batch")
 
     def predict(self, model: InferenceModel, images: Tensor) -> Tensor:
         """Return logits [B, K, h, w] at the decoder's resolution, or [B, K, H, W] from windows.

@@ -23,6 +23,7 @@ from torchmetrics.classification import (
 from torchmetrics.utilities import dim_zero_cat
 
 from tokendial.data.readers.mask_files import IGNORED
+from tokendial.measure.neighbours import embedding_scores
 from tokendial.tasks.dense_prediction import best_class, resize_maps
 
 _THRESHOLDS = 256
@@ -220,6 +221,32 @@ class PixelMetrics(MulticlassConfusionMatrix):
         _log_class_share("mean_iou", ~iou.isnan(), reason)
         per_class = {f"iou_{number}": value for number, value in enumerate(iou)}
         return {"mean_iou": iou.nanmean(), "pixel_accuracy": correct.sum() / total} | per_class
+
+
+class EmbeddingMetrics(Metric):
+    """Agreement of embeddings with targets of the same images: cosine and nearest neighbours."""
+
+    embeddings: list[Tensor]
+    targets: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("embeddings", default=[], dist_reduce_fx="cat")
+        self.add_state("targets", default=[], dist_reduce_fx="cat")
+
+    def update(self, embeddings: Tensor, targets: Tensor) -> None:
+        """Add embeddings and targets, both [B, D]."""
+        self.embeddings.append(embeddings.detach())
+        self.targets.append(targets)
+
+    def compute(self) -> dict[str, float]:
+        """Return cosine, which selects the best epoch, and same_neighbours.
+
+        Raises:
+            ValueError: If there are fewer than three images.
+        """
+        scores = embedding_scores(dim_zero_cat(self.embeddings), dim_zero_cat(self.targets))
+        return {name: scores[name] for name in ("cosine", "same_neighbours")}
 
 
 class MaskMetrics(Metric):

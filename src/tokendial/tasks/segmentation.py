@@ -26,7 +26,7 @@ class Segmentation(DensePrediction):
         total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         return total / (targets != IGNORED).sum().clamp(min=1)
 
-    def batch_accuracy(self, logits: Tensor, targets: Tensor) -> float:
+    def batch_score(self, logits: Tensor, targets: Tensor) -> float:
         """Return the fraction of correct pixels among those that are not ignored."""
         counted = targets != IGNORED
         predicted = resize_maps(logits.float(), targets.shape[-2:]).argmax(1)

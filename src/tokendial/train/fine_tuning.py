@@ -1,4 +1,8 @@
-"""Fine-tuning: the job that trains adapters, heads and decoders on labelled data."""
+"""Fine-tuning: the job that trains adapters, heads and decoders.
+
+On labelled data it trains for their task. On images without labels it trains a backbone without a
+head to keep its embeddings when tokens are reduced.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from tokendial.data.splits import (
     warn_of_absent_classes,
 )
 from tokendial.measure import ShareMeter, calibrate
+from tokendial.measure.neighbours import MIN_IMAGES
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.loading import load
 from tokendial.model.wrap import wrap
@@ -60,15 +65,11 @@ def train(recipe: Recipe, *, quiet: bool = False) -> Run:
 
 
 class FineTuning:
-    """The job of fine-tuning a wrapped model on labelled data."""
-
-    score_name = "accuracy"
+    """The job of fine-tuning a wrapped model: on labelled data, or to keep its embeddings."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.settings = recipe, recipe.train
         self.data: Splits = recipe.data.build(recipe.seed)
-        if not self.data.classes:
-            raise ValueError("data: fine-tuning needs labelled images; these have no classes.")
         if len(self.data.classes) == 1 and not self.data.dense:
             raise ValueError(
                 "data: classification needs at least 2 classes to tell apart, got 1: "
@@ -89,6 +90,8 @@ class FineTuning:
         self.model = build_model(recipe, len(self.data.classes))
         self.anatomy = self.model.anatomy
         _check_frames(self.data, self.anatomy.frames)
+        if not self.data.classes:
+            _check_embeddings(self.data, self.model)
         teacher = load(self.settings.teacher) if self.settings.teacher else None
         self.distillation = _distillation(recipe, self.model) if recipe.distill else None
         objective = Objective(self.model, self.task, teacher, self.distillation)
@@ -119,6 +122,11 @@ class FineTuning:
             self.several.draw_degrees(self.recipe.seed, update)
 
     @property
+    def score_name(self) -> str:
+        """Name of the score of a training batch."""
+        return self.task.score_name
+
+    @property
     def passes(self) -> int:
         """One pass for each degree of the present update."""
         return len(self.several.degrees) if self.several else 1
@@ -129,12 +137,13 @@ class FineTuning:
             self.several.number = number
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixup and cutmix, if the recipe asks for them."""
-        return self.task.mix_batch(images, targets)
+        """Mixup and cutmix, if the recipe asks for them; targets of a teacher if there is one."""
+        images, targets = self.task.mix_batch(images, targets)
+        return images, self.task.batch_targets(images, targets)
 
     def batch_score(self, outputs: Tensor, targets: Tensor) -> float:
-        """Fraction of right answers in a training batch."""
-        return self.task.batch_accuracy(outputs, targets)
+        """Score of a training batch: the fraction of right answers, if there are any."""
+        return self.task.batch_score(outputs, targets)
 
     def validation_scores(
         self, loader: DataLoader[Any], accelerator: Accelerator
@@ -201,6 +210,21 @@ def _check_frames(data: Splits, frames: int | None) -> None:
         )
     if not data.video and frames is not None:
         raise ValueError(f"data must be a data set of videos for a model of {frames} frames.")
+
+
+def _check_embeddings(data: Splits, model: DialViT) -> None:
+    """Raise a ValueError if there is nothing to learn from images without labels."""
+    if model.degree == 0:
+        raise ValueError(
+            "train.degree must be at least 1 for images without labels, got 0: the model learns to "
+            "keep its embeddings when tokens are reduced."
+        )
+    count = len(data.val)  # type: ignore[arg-type]
+    if count < MIN_IMAGES:
+        raise ValueError(
+            f"data: embeddings are compared on at least {MIN_IMAGES} validation images, got "
+            f"{count}."
+        )
 
 
 def _distillation(recipe: Recipe, model: DialViT) -> Distillation:

@@ -63,7 +63,7 @@ class Job(Protocol):
         """
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment a training batch as a whole, as mixup does."""
+        """Augment a training batch as a whole, as mixup does, and complete its targets."""
 
     def batch_score(self, outputs: Tensor, targets: Tensor) -> float:
         """Score of a training batch, in [0, 1], such as its accuracy."""

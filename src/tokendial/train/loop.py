@@ -233,7 +233,8 @@ class Trainer:
             # Dropout, stochastic depth and mixup draw after this. Seeding here makes a resumed run
             # draw the same numbers as one that was not interrupted.
             seed_all(self.recipe.seed, self.position.update, part, self.accelerator.process_index)
-            images, targets = self.job.augment_batch(images, targets)
+            with self.accelerator.autocast():
+                images, targets = self.job.augment_batch(images, targets)
             with self.accelerator.accumulate(self.model):
                 for number in range(self.job.passes):
                     loss, score = self._pass(number, images, targets)

@@ -3,10 +3,8 @@
 import numpy as np
 from torch import Tensor, nn
 
-from tokendial.compensate.distillation import binary_distillation, soft_distillation
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.recipe import DegreesSection
-from tokendial.tasks import Classification
 from tokendial.train.objective import Objective
 
 
@@ -73,16 +71,8 @@ class SeveralDegrees(nn.Module):
         else:
             assert self._taught is not None
             loss, logits = self.objective(images, targets, self.settings.task_weight)
-            loss = loss + self._distillation(logits, self._taught)
+            loss = loss + self.objective.task.distillation(logits, self._taught)
         return loss / len(self.degrees), logits
-
-    def _distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Kullback-Leibler divergence, mean over images (and over the positions of masks)."""
-        task = self.objective.task
-        if student.shape[1] == 1 or (isinstance(task, Classification) and task.multi_label):
-            return binary_distillation(student, teacher)
-        rows = [logits.movedim(1, -1).flatten(0, -2) for logits in (student, teacher)]
-        return soft_distillation(rows[0], rows[1], mean_over="batch")
 
 
 def _highest_degree(model: DialViT) -> int:

@@ -25,7 +25,10 @@ from tokendial.methods import register
 @register("data", "unlabelled")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unlabelled:
-    """All images below a folder, without labels; enough to train a compensator."""
+    """All images below a folder, without labels.
+
+    They are enough to train a compensator, or an adapter that keeps a backbone's embeddings.
+    """
 
     root: str = field(metadata=PATH)
     """Folder of the images; it is searched recursively."""

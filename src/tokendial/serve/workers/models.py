@@ -14,6 +14,7 @@ from tokendial.errors import error_message
 from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.files import read_files
+from tokendial.runs.compensated import load_to_compensate
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
@@ -180,7 +181,9 @@ def _served_task(run: Run) -> ServedTask:
     if isinstance(task, VideoClassification):
         raise ValueError(f"{run.folder} is a run on videos; only runs on images can be served.")
     if not isinstance(task, Classification | BinaryMasks | Segmentation):
-        raise ValueError(f"{run.folder}: a {type(task).__name__} cannot be served.")
+        raise ValueError(
+            f"{run.folder} predicts neither classes nor masks, so it cannot be served."
+        )
     if not isinstance(task, Classification) and task.augment.test != "whole":
         raise ValueError(
             f"{run.folder}: dense.augment.test must be whole to be served, it is "
@@ -200,9 +203,8 @@ def _build_model(
     """
     first = next(iter(runs.values()))
     plugin = Compensator.from_pretrained(compensator).eval() if compensator else None
-    unreduced = plugin is not None and first.recipe().reduce is None
-    model = first.model(plugin.reduce_config if plugin and unreduced else None).eval()
-    sources = {0 if unreduced else model.degree}
+    model = (load_to_compensate(first, plugin) if plugin else first.model()).eval()
+    sources = {model.degree}
     adapters = dict.fromkeys(runs, model.active_adapter)
     for name, run in list(runs.items())[1:]:
         adapters[name] = f"run {name}"
