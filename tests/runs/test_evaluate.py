@@ -398,7 +398,7 @@ def test_a_compensator_is_detached_when_the_evaluation_with_it_fails(monkeypatch
     model = td.wrap(tiny_vit(), reduce=td.ToMe(r=4))
     plugin = td.Compensator.for_model(model, td.ToCom())
     recipe = SimpleNamespace(reduce=model.reduce_config, output="run")
-    run = SimpleNamespace(recipe=lambda: recipe, model=lambda reduce: model)
+    run = SimpleNamespace(recipe=lambda: recipe, model=lambda: model)
 
     def scores(model, loader, task, after_batch):
         if model.compensation:

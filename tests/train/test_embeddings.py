@@ -134,7 +134,10 @@ def test_commands_take_the_run_or_say_what_to_use(run, photos, tmp_path, cli):
     assert f"tokendial embed {run.folder} images/" in card
     for command, message in (
         (["predict", where, str(photos)], "has no classes to predict: use tokendial embed."),
-        (["predict", where, str(photos), "--out", f"{tmp_path}/masks"], "predicts no masks."),
+        (
+            ["predict", where, str(photos), "--out", f"{tmp_path}/masks"],
+            "predicts embeddings, not masks.",
+        ),
         (["cascade", where, "--degrees", "4,0", "--max-changed", "0.1"], "classifies images"),
         (["serve", where], "predicts neither classes nor masks, so it cannot be served."),
     ):
@@ -154,7 +157,6 @@ def test_commands_take_the_run_or_say_what_to_use(run, photos, tmp_path, cli):
         ("train.images_per_class=4", "train.images_per_class must be null for the data Un"),
         ("augment.mixup=0.2", "augment: mixup, cutmix and smoothing need images with labels."),
         ("data.val_every=60", "compared on at least 3 validation images, got 2."),
-        ("decode={name: linear}", "decode must be null for the data Unlabelled"),
     ],
 )
 def test_what_does_not_fit_is_refused(photos, tmp_path, override, message):

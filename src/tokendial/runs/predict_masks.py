@@ -22,7 +22,7 @@ from tokendial.runs.compensated import load_compensated
 from tokendial.runs.device import default_device
 from tokendial.runs.mask_images import mask_image, mask_share, overlay_mask
 from tokendial.runs.run import Run
-from tokendial.tasks import BinaryMasks, Segmentation
+from tokendial.tasks import BinaryMasks, Embeddings, Segmentation
 from tokendial.tasks.dense_prediction import input_format
 
 _MAX_LOGIT_BYTES = 2**31
@@ -77,7 +77,8 @@ def predict_masks(
     """
     task = run.task()
     if not isinstance(task, BinaryMasks | Segmentation):
-        raise ValueError(f"{run.folder} predicts no masks.")
+        given = "embeddings" if isinstance(task, Embeddings) else "classes"
+        raise ValueError(f"{run.folder} predicts {given}, not masks.")
     files = list(files)
     # A mask could overwrite an image that has its name.
     if in_out := [path for path in files if path.parent.resolve() == out.resolve()]:
