@@ -99,7 +99,7 @@ def test_a_compensator_is_tried(copied, digits, cli, monkeypatch, tmp_path):
         for parameter in plugin.parameters():
             parameter += 3 * torch.randn(parameter.shape, generator=generator)
     plugin.save_pretrained(tmp_path / "plugin")
-    evaluate = tuning._evaluate
+    evaluate = tuning.evaluate_ways
 
     def evaluate_compensated(trial, *arguments):
         base = trial.seconds[trial.base.way]
@@ -109,7 +109,7 @@ def test_a_compensator_is_tried(copied, digits, cli, monkeypatch, tmp_path):
         trial.seconds[trial.base.way] = base
         return evaluate(trial, *arguments)
 
-    monkeypatch.setattr(tuning, "_evaluate", evaluate_compensated)
+    monkeypatch.setattr(tuning, "evaluate_ways", evaluate_compensated)
     out = tmp_path / "tuned"
     chosen = ("--max-loss", 100, "--speedup", 0, "--out", out)
     code, printed, err = cli("tune", copied.folder, *chosen, "--compensator", tmp_path / "plugin")

@@ -4,31 +4,23 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from tokendial.cascade import Cascade, choose_thresholds
+from tokendial.cascade import Cascade
 from tokendial.compensate import Compensator
-from tokendial.measure import Interval, mean_difference
-from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
-from tokendial.runs.cascade import time_cascade
 from tokendial.runs.compensated import load_compensated, load_to_compensate
 from tokendial.runs.degrees import spread_degrees
 from tokendial.runs.derived_run import write_derived_run
-from tokendial.runs.evaluate import evaluate_loader, first_images, main_score, validation_set
+from tokendial.runs.evaluate import first_images, validation_set
 from tokendial.runs.fit import fit_run
 from tokendial.runs.run import Run
-from tokendial.runs.stored_logits import collect_logits, right_answers, scores_of
-from tokendial.runs.ways import BASE, RUNTIMES, Schedule, StartedRuntimes, Way
-from tokendial.runtimes import Runtime
-from tokendial.tasks import Classification, Task, VideoClassification
+from tokendial.runs.trial import Trial, TunedRow, evaluate_ways
+from tokendial.runs.ways import BASE, RUNTIMES, StartedRuntimes, Way
 
 TUNED_FILE = "tuned.json"
 """File in the folder of a tuned model: what was tried, and how to run the best of it."""
@@ -39,28 +31,6 @@ _FITTING = 0.3
 """Share of the time that the search of schedules may take."""
 _MORE_IN = 2
 """Number of runtimes, the fastest ones, in which fitted schedules and compensators are tried."""
-
-
-@dataclass(frozen=True, slots=True)
-class TunedRow:
-    """One way to run a model, measured and evaluated."""
-
-    way: Way
-    """The way."""
-    speedup: float
-    """How many times as fast it is as degree 0 in PyTorch and float32."""
-    score: float
-    """The run's main metric on the validation set."""
-    lost: float
-    """What it loses of that at degree 0 in PyTorch and float32."""
-    accuracy_lost: Interval | None
-    """Accuracy lost, paired by image; None unless the task is classification with one label."""
-
-    @property
-    def most_lost(self) -> float:
-        """What is lost of the main metric or of the accuracy, whichever lost more. Another metric
-        alone can rise while many answers change, if the classes are not balanced."""
-        return max(self.lost, self.accuracy_lost.value if self.accuracy_lost else self.lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +138,8 @@ def tune_run(
             notes.append(f"fitted schedules: {error}")
             fitted = model
         batches = torch.split(first_images(loader, model, _TIMED * batch_size), batch_size)
-        trial = _Trial(task, loader, runtimes.started, seconds, base, batches)
-        rows = _evaluate(trial, speedup, max_loss, time_is_up, note, notes)
+        trial = Trial(task, loader, runtimes.started, seconds, base, batches)
+        rows = evaluate_ways(trial, speedup, max_loss, time_is_up, note, notes)
     fits = [row for row in rows if row.most_lost <= max_loss and row.speedup >= speedup]
     best = max(fits, key=lambda row: row.speedup, default=None)
     rows.sort(key=lambda row: -row.speedup)
@@ -203,143 +173,6 @@ def _fitted(
     gmacs = [model.cost(degree).gmacs for degree in between[len(between) > 1 :: 2]]
     fit_run(run, folder, {"gmacs": gmacs}, device="cpu", minutes=minutes)
     return Run(folder).model().eval()
-
-
-class _Trial:
-    """Evaluates ways on the validation set, each of them once."""
-
-    def __init__(
-        self,
-        task: Task,
-        loader: DataLoader[Any],
-        started: Mapping[tuple[Schedule, Runtime], InferenceModel],
-        seconds: dict[Way, float],
-        base: Way,
-        batches: Sequence[Tensor],
-    ) -> None:
-        self.task, self.loader, self.started, self.seconds = task, loader, started, seconds
-        self.batches = batches
-        """Batches that cascades are timed on."""
-        self.metric = ""
-        self.logits: dict[Way, Tensor] = {}
-        """Logits [N, K] of ways that were evaluated, if the task is classification."""
-        self.labels = torch.empty(0)
-        self.cascades: dict[Way, Cascade] = {}
-        """Calibrated cascades."""
-        self.base = TunedRow(base, 1.0, 0.0, 0.0, None)
-        """Degree 0 in PyTorch and float32."""
-        self.base = self.row(base)
-
-    def speedup(self, way: Way) -> float:
-        """How many times as fast a way of one degree is as the base."""
-        return self.seconds[self.base.way] / self.seconds[way]
-
-    def row(self, way: Way) -> TunedRow:
-        """Evaluate a way of one degree."""
-        if way == self.base.way and self.metric:  # it was the first
-            return self.base
-        model, degree = self.started[way.schedule, way.runtime], way.degrees[0]
-        if not isinstance(self.task, Classification):
-            model.set_degree(degree)
-            scores = evaluate_loader(model, self.loader, self.task)
-            return self._row(way, self.speedup(way), scores, None)
-        logits, self.labels = collect_logits(model, [degree], self.loader, self.task)
-        self.logits[way] = logits[degree]
-        return self._classified(way, self.speedup(way), logits[degree])
-
-    def cascade_row(self, cheap: Way, max_loss: float, least: float) -> TunedRow | None:
-        """Evaluate the cascade from a way to degree 0 in the same runtime.
-
-        Args:
-            cheap: The way of its first stage.
-            max_loss: Largest share of lost answers.
-            least: Speed-up that it has to exceed; None is returned if the times of its degrees and
-                the share that is sent on say that it cannot.
-
-        Raises:
-            ValueError: If there are too few images to calibrate it.
-        """
-        assert isinstance(self.task, Classification)
-        whole = replace(cheap, schedule="own", degrees=(0,))
-        if whole not in self.logits:
-            self.row(whole)
-        way = replace(cheap, degrees=(*cheap.degrees, 0))
-        cascade = Cascade(
-            self.started[way.schedule, way.runtime],
-            way.degrees,
-            multi_label=self.task.multi_label,
-        )
-        both = torch.stack([self.logits[cheap], self.logits[whole]])
-        observations = cascade.compare(list(both), self.labels, "lost")
-        cascade.calibration = found = choose_thresholds(observations, "lost", max_loss)
-        self.cascades[way] = cascade
-        stages = observations.stage_of(found.thresholds)
-        expected = self.seconds[cheap] + float(stages.float().mean()) * self.seconds[whole]
-        if self.seconds[self.base.way] / expected <= least:
-            return None
-        ours, its = (sum(each.times) for each in time_cascade(cascade, [0], self.batches))
-        seconds = self.seconds[whole] * ours / its
-        logits = both[stages, torch.arange(len(stages))]
-        return self._classified(way, self.seconds[self.base.way] / seconds, logits)
-
-    def _classified(self, way: Way, speedup: float, logits: Tensor) -> TunedRow:
-        assert isinstance(self.task, Classification)
-        scores = scores_of(self.task, logits, self.labels)
-        lost = None
-        if not self.task.multi_label and self.base.way in self.logits:
-            base_right, right = (
-                right_answers(self.task, each, self.labels)
-                for each in (self.logits[self.base.way], logits)
-            )
-            lost = mean_difference(base_right, right)
-        return self._row(way, speedup, scores, lost)
-
-    def _row(
-        self, way: Way, speedup: float, scores: dict[str, float], lost: Interval | None
-    ) -> TunedRow:
-        self.metric, score = next(iter(scores)), main_score(scores)
-        base_score = score if way == self.base.way else self.base.score
-        return TunedRow(way, speedup, score, base_score - score, lost)
-
-
-def _evaluate(
-    trial: _Trial,
-    speedup: float,
-    max_loss: float,
-    time_is_up: Callable[[], bool],
-    note: Callable[[str], None],
-    notes: list[str],
-) -> list[TunedRow]:
-    """Evaluate ways from the fastest on until one is within the loss, then faster cascades."""
-    rows: list[TunedRow] = []
-    for way in sorted(trial.seconds, key=trial.seconds.__getitem__):
-        if trial.speedup(way) < speedup or (rows and rows[-1].most_lost <= max_loss):
-            break
-        if time_is_up():
-            notes.append(f"not evaluated for want of time: {way} and slower ones")
-            break
-        note(f"evaluating {way}")
-        rows.append(trial.row(way))
-    classifies_images = isinstance(trial.task, Classification) and not isinstance(
-        trial.task, VideoClassification
-    )
-    if not classifies_images or not max_loss:
-        return rows
-    # The last way is the fastest one within the loss, if any is: a cascade has to be faster.
-    least = rows[-1].speedup if rows and rows[-1].most_lost <= max_loss else speedup
-    for row in list(rows):
-        if row.most_lost <= max_loss or not row.way.degrees[0] or time_is_up():
-            continue
-        if row.way.schedule == "compensated":  # its own degree 0 would have to be the second stage
-            continue
-        note(f"calibrating a cascade from {row.way}")
-        try:
-            if (found := trial.cascade_row(row.way, max_loss, least)) is not None:
-                rows.append(found)
-        except ValueError as error:
-            notes.append(f"cascades: {error}")
-            break
-    return rows
 
 
 def _write(
