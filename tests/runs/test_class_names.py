@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.segmentation import MeanIoU
 from typer.testing import CliRunner
+from whole_models import WHOLE
 
 import tokendial as td
 from tokendial.cli import app
@@ -156,6 +157,13 @@ def test_models_are_loaded_from_folders_of_transformers(tmp_path):
     with pytest.raises(ValueError, match="proxy weights must be left out"):
         load_proxy(str(tmp_path / "dino"), "file.safetensors")
 
+    sam = WHOLE["SAM"].build()
+    sam.save_pretrained(tmp_path / "sam")
+    proxy = load_proxy(str(tmp_path / "sam"))
+    found = proxy.vision_encoder.patch_embed.projection.weight
+    assert torch.equal(found, sam.vision_encoder.patch_embed.projection.weight)
+    assert not proxy.training
+
 
 @pytest.fixture
 def folders(tmp_path):
@@ -252,6 +260,10 @@ def test_the_command_measures_mean_iou_at_each_degree(folders):
         (lambda f: load_clip(str(f / "images")), "there is no config.json in it"),
         (lambda f: load_clip("ViT-B-16", str(f / "proxy.safetensors")), "clip 'ViT-B-16': "),
         (lambda f: load_proxy("vit_tinny_patch16_224"), "is not a timm model; did you mean"),
+        (
+            lambda f: load_proxy("samvit_base_patch16", "no.pt"),
+            "pretrained or a weight file, got 'no.pt'",
+        ),
         (lambda f: load_proxy(str(f / "images")), "there is no config.json in it"),
         (lambda f: load_proxy(saved_bert(f)), "'transformers.BertModel' is not a class"),
         (lambda f: load_clip(saved_bert(f)), "a folder of a CLIP model, .* holds another one"),

@@ -80,6 +80,7 @@ class Cascade:
                 "sure the model is."
             )
         self.model = model
+        """The model. Another one of the same logits may take its place, as that of a runtime."""
         self.stages = CascadeStages(tuple(degrees), score, multi_label)
         """Degrees, score and thresholds."""
 

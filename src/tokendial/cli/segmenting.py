@@ -28,13 +28,21 @@ _ClipWeights = Annotated[
 ]
 _Proxy = Annotated[
     str,
-    typer.Option(help="Self-supervised model: a name of timm, or a local folder of transformers."),
+    typer.Option(
+        help="Self-supervised model, or SAM's encoder: a name of timm, or a local folder of "
+        "transformers."
+    ),
 ]
 _ProxyWeights = Annotated[
     str, typer.Option(help="Weights for a name of timm: pretrained, or a local file.")
 ]
 _ProxyDegree = Annotated[
-    int, typer.Option(min=0, help="Tokens that ToMe merges in each block of the proxy.")
+    int,
+    typer.Option(
+        min=0,
+        help="Tokens that ToMe merges in each block of the proxy; with SAM's encoder, tokens that "
+        "merge for each FFN.",
+    ),
 ]
 _Threshold = Annotated[
     float,
@@ -170,17 +178,19 @@ def _load_model(
     """Load both models, with ToMe at degree 0 in each."""
     from tokendial.open_vocabulary import ProxyCLIP, ProxyCLIPConfig
     from tokendial.open_vocabulary.loading import load_clip, load_proxy
-    from tokendial.reduce import ToMe
+    from tokendial.open_vocabulary.proxies import is_windowed
+    from tokendial.reduce import FFNMerge, ToMe
     from tokendial.runs.device import default_device
 
     config = ProxyCLIPConfig(threshold=threshold)
     if clip_weights is None and not Path(clip).is_dir():
         clip_weights = "openai"
+    proxy_model = load_proxy(proxy, proxy_weights)
     model = ProxyCLIP(
         load_clip(clip, clip_weights),
-        load_proxy(proxy, proxy_weights),
+        proxy_model,
         reduce=ToMe(r=0),
-        proxy_reduce=ToMe(r=0),
+        proxy_reduce=FFNMerge(r=0) if is_windowed(proxy_model) else ToMe(r=0),
         config=config,
     )
     return model.eval().to(default_device())

@@ -5,11 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import timm
 from torch import nn
 
 from tokendial.backbones import Backbone
 from tokendial.errors import error_message
 from tokendial.extras import check_installed
+
+_WINDOWED = (
+    *("SamModel", "SamVisionModel", "SamHQModel", "SamHQVisionModel"),
+    *("VitDetModel", "VitDetBackbone"),
+)
+"""Classes of transformers that hold an encoder with attention in windows."""
 
 
 def load_clip(source: str, weights: str | None = None) -> nn.Module:
@@ -33,22 +40,15 @@ def load_clip(source: str, weights: str | None = None) -> nn.Module:
         return _load_open_clip(f"local-dir:{folder}", None)
     if folder_config(folder).get("model_type") != "clip":
         raise ValueError(f"clip must be a folder of a CLIP model, {folder} holds another one.")
-    check_installed(f"clip {source!r}", "transformers")
-    from transformers import CLIPModel
-
-    try:
-        clip: nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # reading unsuitable files
-        raise ValueError(f"clip {source!r}: {error_message(error)}") from error
-    return clip.eval()
+    return _load_transformers("clip", "CLIPModel", folder)
 
 
 def load_proxy(source: str, weights: str = "pretrained") -> nn.Module:
     """Load a proxy in evaluation mode; it takes windows of any size that fits its patches.
 
     Args:
-        source: Name of a timm model, such as "vit_base_patch8_224.dino"; or a local folder of a
-            model of transformers, such as Dinov2Model.
+        source: Name of a timm model, such as "vit_base_patch8_224.dino" or "samvit_base_patch16";
+            or a local folder of a model of transformers, such as Dinov2Model or SamModel.
         weights: With a name: "pretrained" for timm's own, or a weight file.
 
     Raises:
@@ -56,12 +56,44 @@ def load_proxy(source: str, weights: str = "pretrained") -> nn.Module:
     """
     folder = Path(source)
     if not folder.is_dir():
+        if source.partition(".")[0] in timm.list_models(module="vision_transformer_sam"):
+            return _load_sam_of_timm(source, weights)
         args = {"num_classes": 0, "dynamic_img_size": True}
         return Backbone(name=source, weights=weights, args=args).create().eval()
     if weights != "pretrained":
         raise ValueError(f"proxy weights must be left out, because {source} is a folder with them.")
-    names = folder_config(folder).get("architectures") or ["?"]
-    return Backbone(name=f"transformers.{names[0]}", weights=str(folder)).create().eval()
+    name, *_ = folder_config(folder).get("architectures") or ["?"]
+    if name in _WINDOWED:
+        return _load_transformers("proxy", name, folder)
+    return Backbone(name=f"transformers.{name}", weights=str(folder)).create().eval()
+
+
+def _load_transformers(kind: str, name: str, folder: Path) -> nn.Module:
+    """Load a folder of a class of transformers in evaluation mode."""
+    check_installed(f"{kind} {str(folder)!r}", "transformers")
+    import transformers
+
+    try:
+        model: nn.Module = getattr(transformers, name).from_pretrained(
+            folder, local_files_only=True
+        )
+    except Exception as error:  # reading unsuitable files
+        raise ValueError(f"{kind} {str(folder)!r}: {error_message(error)}") from error
+    return model.eval()
+
+
+def _load_sam_of_timm(name: str, weights: str) -> nn.Module:
+    """Load SAM's encoder of timm in evaluation mode. It is no backbone that `wrap` takes."""
+    own = weights == "pretrained"
+    if not own and not Path(weights).is_file():
+        raise ValueError(f"proxy weights must be pretrained or a weight file, got {weights!r}.")
+    try:
+        sam = timm.create_model(
+            name, pretrained=own, num_classes=0, checkpoint_path="" if own else weights
+        )
+    except Exception as error:  # reading, downloading or unsuitable files
+        raise ValueError(f"proxy {name!r}: {error_message(error)}") from error
+    return sam.eval()
 
 
 def _load_open_clip(name: str, weights: str | None) -> nn.Module:

@@ -22,25 +22,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from tokendial.backbones import Anatomy
 from tokendial.measure.cost import Cost
 from tokendial.model.dial_vit import DialViT
-from tokendial.model.features import restored_map
 from tokendial.model.model_cost import model_cost
 from tokendial.model.windows import predict_windows
 from tokendial.model.wrap import wrap
 from tokendial.open_vocabulary.class_lists import ClassNames, check_classes, imagenet_prompts
 from tokendial.open_vocabulary.clip_parts import Tokenizer, clip_parts, text_embeddings
 from tokendial.open_vocabulary.config import ProxyCLIPConfig
+from tokendial.open_vocabulary.proxies import (
+    Statistics,
+    check_not_wrapped,
+    open_proxy,
+    patch_sides,
+    run_blocks,
+)
 from tokendial.open_vocabulary.proxy_attention import proxy_attention
 from tokendial.reduce.base import ReducerConfig
 from tokendial.tokens import from_grid, to_grid
-
-Statistics = tuple[Sequence[float], Sequence[float]]
-"""Mean and standard deviation of each channel."""
 
 
 class ProxyCLIP(nn.Module):
@@ -54,9 +55,12 @@ class ProxyCLIP(nn.Module):
         clip: A CLIP model of open_clip with a VisionTransformer of its own, or CLIPModel of
             transformers.
         proxy: A ViT such as DINO or DINOv2 that `wrap` takes and that takes windows of
-            `config.window` pixels (timm: created with dynamic_img_size=True), or a `DialViT`.
+            `config.window` pixels (timm: created with dynamic_img_size=True), or a `DialViT`. Or
+            the encoder of SAM or ViTDet, or a model that holds one, such as SamModel of
+            transformers: windows are resized to the size that it was made for.
         reduce: Reduction method of CLIP's image tower; None: no tokens are removed there.
-        proxy_reduce: Reduction method of the proxy; None: no tokens are removed there.
+        proxy_reduce: Reduction method of the proxy; None: no tokens are removed there. Encoders of
+            SAM and ViTDet take `FFNMerge` only, which stays in them as by `attach`.
         clip_tower: CLIP's image tower if it is wrapped already, for instance fine-tuned with an
             adapter; then `reduce` is None.
         tokenizer: Turns prompts into the input of the text tower; None: the one that belongs to
@@ -98,21 +102,21 @@ class ProxyCLIP(nn.Module):
         self._parts = clip_parts(clip, tokenizer)
         self.config = ProxyCLIPConfig() if config is None else config
         """Settings."""
-        _check_wrapped("reduce", reduce, "clip_tower", clip_tower)
-        if clip_tower is not None and clip_tower.vit is not self._parts.tower:
-            raise ValueError("clip_tower must be the wrapped image tower of clip, not another one.")
-        if isinstance(proxy, DialViT):
-            _check_wrapped("proxy_reduce", proxy_reduce, "proxy", proxy)
+        if clip_tower is not None:
+            check_not_wrapped("reduce", reduce, "clip_tower")
+            if clip_tower.vit is not self._parts.tower:
+                raise ValueError(
+                    "clip_tower must be the wrapped image tower of clip, not another one."
+                )
         self.clip = clip
         """The CLIP model, whose text tower encodes the class names."""
         self.tower = clip_tower or wrap(self._parts.tower, reduce=reduce)
         """CLIP's image tower under the dial."""
-        self.proxy = proxy if isinstance(proxy, DialViT) else wrap(proxy, reduce=proxy_reduce)
-        """The self-supervised model under the dial."""
+        self._proxy = open_proxy(proxy, proxy_reduce)
+        self.proxy = self._proxy.module
+        """The self-supervised model under the dial: a `DialViT`, or SAM's encoder."""
         if len(self.tower.anatomy.blocks) < 2:
             raise ValueError("clip must have at least 2 blocks in its image tower, got 1.")
-        if self.proxy.anatomy.frames is not None:
-            raise ValueError("proxy must take images, but this model takes clips.")
         self.classes: tuple[tuple[str, ...], ...] = ()
         """Names of each class; none before `set_classes`."""
         self._text: Tensor | None
@@ -120,7 +124,7 @@ class ProxyCLIP(nn.Module):
         self.register_buffer("_text", None, persistent=False)
         self.register_buffer("_class_of_name", torch.zeros(0, dtype=torch.long), persistent=False)
         if proxy_statistics is None:
-            proxy_statistics = _statistics(self.proxy.anatomy)
+            proxy_statistics = self._proxy.statistics
         self._clip_mean: Tensor
         self._clip_std: Tensor
         self._proxy_mean: Tensor
@@ -274,8 +278,8 @@ class ProxyCLIP(nn.Module):
         anatomy, last = self.tower.anatomy, len(self.tower.anatomy.blocks)
         clip_images = (images - self._clip_mean) / self._clip_std
         proxy_images = (images - self._proxy_mean) / self._proxy_std
-        features, proxy_tokens = _run(self.proxy, proxy_images, norm=True)
-        patches, tokens = _run(self.tower, clip_images, last - 1)
+        features, proxy_tokens = self._proxy.features(proxy_images)
+        patches, tokens = run_blocks(self.tower, clip_images, last - 1)
         x = from_grid(patches, patches.shape[-2] * patches.shape[-1])
         projection, rows = anatomy.query_value(last)["value"]
         values = projection(anatomy.attention_input(last, x))[..., rows]
@@ -291,7 +295,8 @@ class ProxyCLIP(nn.Module):
 
     def _pad(self, windows: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Pad windows on all sides; also return the rows and columns before the window."""
-        multiple = math.lcm(self.config.multiple, *_patch_sizes(self.tower, self.proxy))
+        sides = (*patch_sides(self.tower), *self._proxy.patch_sides)
+        multiple = math.lcm(self.config.multiple, *sides)
         height, width = windows.shape[-2:]
         more_rows, more_columns = -height % multiple, -width % multiple
         top, left = more_rows // 2, more_columns // 2
@@ -315,7 +320,7 @@ class ProxyCLIP(nn.Module):
     @property
     def proxy_degrees(self) -> tuple[int, ...]:
         """Degrees of the proxy, from 0 (no reduction) to the cheapest."""
-        return self.proxy.degrees
+        return self._proxy.degrees
 
     @property
     def degree(self) -> int:
@@ -325,7 +330,7 @@ class ProxyCLIP(nn.Module):
     @property
     def proxy_degree(self) -> int:
         """Position of the dial of the proxy."""
-        return self.proxy.degree
+        return self._proxy.degree
 
     def set_degree(self, degree: int) -> None:
         """Turn the dial of CLIP's image tower.
@@ -341,7 +346,7 @@ class ProxyCLIP(nn.Module):
         Raises:
             ValueError: If it is not one of `proxy_degrees`.
         """
-        self.proxy.set_degree(degree)
+        self._proxy.set_degree(degree)
 
     def cost(self) -> Cost:
         """Parameters, multiply-accumulates and tokens of one window at the present degrees.
@@ -363,65 +368,10 @@ class ProxyCLIP(nn.Module):
         return model_cost(self, run, degree=self.degree, input_shape=(3, side, side), heads=())
 
 
-def _run(
-    model: DialViT, images: Tensor, last: int | None = None, *, norm: bool = False
-) -> tuple[Tensor, list[int]]:
-    """Run the first blocks of a model.
-
-    Args:
-        model: The model.
-        images: Its images, normalised.
-        last: The last block to run, counted from 1; None: all.
-        norm: Apply the final norm.
-
-    Returns:
-        The feature map with all reductions undone, and the number of tokens that leave each block.
-    """
-    depth = len(model.anatomy.blocks) if last is None else last
-    counts, tokens = [], None
-    for step in model.steps(images, track=True, dropped="own"):
-        tokens = step.tokens
-        counts.append(tokens.x.shape[1])
-        if step.layer == depth:
-            break
-    assert tokens is not None
-    return restored_map(model.anatomy, tokens, norm=norm), counts
-
-
 def _grid(maps: Tensor) -> tuple[int, int]:
     """Rows and columns of feature maps."""
     rows, columns = maps.shape[-2:]
     return rows, columns
-
-
-def _patch_sizes(*models: DialViT) -> list[int]:
-    """Sides of the patches of models."""
-    sides: list[int] = []
-    for model in models:
-        convolution = next((p for p in model.vit.parameters() if p.ndim >= 4), None)
-        if convolution is not None:
-            sides += convolution.shape[-2:]
-        else:  # patches are embedded by a linear layer
-            height, width = model.anatomy.image_size
-            sides.append(round(math.sqrt(height * width / model.anatomy.shape.num_patches)))
-    return sides
-
-
-def _statistics(anatomy: Anatomy) -> Statistics:
-    """Mean and deviation of the images that a proxy takes."""
-    # Models of transformers do not name theirs. Those of DINO, DINOv2 and DINOv3 are ImageNet's.
-    if type(anatomy.vit).__module__.startswith("transformers."):
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return anatomy.statistics
-
-
-def _check_wrapped(reduce_name: str, reduce: Any, name: str, wrapped: DialViT | None) -> None:
-    """Raise a ValueError if a model that is wrapped already is given a reduction method."""
-    if wrapped is not None and reduce is not None:
-        raise ValueError(
-            f"{reduce_name} must be None, because {name} is wrapped already; wrap it with "
-            f"reduce={type(reduce).__name__}(...) instead."
-        )
 
 
 def _check_images(images: Any) -> None:

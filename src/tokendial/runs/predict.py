@@ -73,10 +73,9 @@ class ClassPredictor:
             if cascade:
                 raise ValueError(f"degree cannot be combined with cascade, got {degree}.")
             model.set_degree(degree)
-        degrees: tuple[int, ...] = (model.degree,)
+        self._cascade: Cascade | None = None
         if cascade:
-            checked = Cascade.load(model, run.cascade_file, revision=run.revision())
-            degrees = checked.degrees
+            self._cascade = Cascade.load(model, run.cascade_file, revision=run.revision())
         self.classes, task = run.classes(), run.task()
         if isinstance(task, Embeddings):
             raise ValueError(f"{run.folder} has no classes to predict: use tokendial embed.")
@@ -91,10 +90,12 @@ class ClassPredictor:
         """Images, or videos, in one forward pass."""
         self._transform = task.image_transform(model.anatomy)
         example = torch.zeros(self.batch_size, *model.anatomy.input_shape, device=self.device)
+        degrees = self._cascade.degrees if self._cascade else (model.degree,)
         self.model: InferenceModel = runtime.start(
             model, example, degrees=degrees, folder=run.runtime_folder
         )
-        self._cascade = Cascade.load(self.model, run.cascade_file) if cascade else None
+        if self._cascade:
+            self._cascade.model = self.model
         self._takes_videos = isinstance(task, VideoClassification)
         self._read_image = ImageReader(self._transform, run.value_range())
 
