@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import tokendial as td
@@ -18,6 +19,7 @@ from tokendial.runs import Run, read_recipe
 from tokendial.runs.evaluate import evaluate, validation_set
 from tokendial.runs.export_facts import run_facts
 from tokendial.train import train
+from tokendial.train.fine_tuning import FineTuning
 
 RECIPE = {
     "model": {"name": "scenes_vit", "weights": "shipped"},
@@ -93,8 +95,6 @@ def test_a_run_is_judged_by_the_backbone_itself(run):
 def test_the_loss_of_degree_0_is_that_to_the_backbone_and_others_learn_from_it(
     photos, tmp_path, degrees
 ):
-    from tokendial.train.fine_tuning import FineTuning
-
     given = f"train.degrees={json.dumps(degrees)}"
     job = FineTuning(recipe(tmp_path, photos, given))
     several = job.objective
@@ -156,7 +156,8 @@ def test_commands_take_the_run_or_say_what_to_use(run, photos, tmp_path, cli):
         ("train.class_weights=balanced", "train.class_weights must be null for the data Unl"),
         ("train.images_per_class=4", "train.images_per_class must be null for the data Un"),
         ("augment.mixup=0.2", "augment: mixup, cutmix and smoothing need images with labels."),
-        ("data.val_every=60", "compared on at least 3 validation images, got 2."),
+        ("data.val_every=60", "compared on at least 3 validation images, got 2;"),
+        ("adapt={name: linear}", "adapt must be a method that trains more than a head"),
     ],
 )
 def test_what_does_not_fit_is_refused(photos, tmp_path, override, message):
@@ -165,7 +166,38 @@ def test_what_does_not_fit_is_refused(photos, tmp_path, override, message):
     assert not Run(tmp_path / "run").recipe_file.exists()
 
 
+def test_the_backbone_is_found_from_any_folder(photos, tmp_path, monkeypatch):
+    """Its weights are named relative to the folder where training was started."""
+    started = tmp_path / "started"
+    started.mkdir()
+    monkeypatch.chdir(started)
+    save_file(backbone().state_dict(), "weights.safetensors")
+    settings = ("model.weights=weights.safetensors", "train.epochs=1")
+    trained = train(recipe(tmp_path, photos, *settings), quiet=True)
+    before = evaluate(trained, "4")[0].scores
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.safetensors").write_text("another file")
+    assert evaluate(Run(trained.folder), "4")[0].scores == before
+
+
+def test_loading_the_backbone_draws_no_random_numbers(photos, tmp_path):
+    """A resumed run would draw others for dropout than one that was not interrupted."""
+    job = FineTuning(recipe(tmp_path, photos))
+    images = torch.randn(2, 3, *job.anatomy.image_size)
+    before = torch.random.get_rng_state()
+    job.augment_batch(images, torch.zeros(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_degree_0_leaves_nothing_to_learn(photos, tmp_path):
     settings = ("train.degrees=null", "train.degree=0")
     with pytest.raises(ValueError, match=r"train\.degree must be at least 1 for images without"):
         train(recipe(tmp_path, photos, *settings), quiet=True)
+
+
+def test_a_method_that_compares_logits_has_to_leave_that_out(photos, tmp_path):
+    settings = ("train.degrees=null", "reduce={name: dyt}")
+    with pytest.raises(ValueError, match=r"reduce\.complete must be false for images without"):
+        train(recipe(tmp_path, photos, *settings), quiet=True)
+    without = ("train.degrees=null", "reduce={name: dyt, complete: false}", "train.epochs=1")
+    assert train(recipe(tmp_path, photos, *without), quiet=True).finished

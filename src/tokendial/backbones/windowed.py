@@ -1,22 +1,31 @@
 """Encoders with attention in windows: SAM's and ViTDet's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import pair
 from tokendial.shape import ViTShape
 
-WINDOWED: dict[str, tuple[str, str]] = {
-    "SamVisionEncoder": ("transformers", "layers"),
-    "SamHQVisionEncoder": ("transformers", "layers"),
-    "VitDetModel": ("transformers", "encoder.layer"),
-    "VitDetBackbone": ("transformers", "encoder.layer"),
-    "VisionTransformerSAM": ("timm", "blocks"),
-}
-"""The library of each class, and the path of its blocks, which have their FFN as `mlp`."""
+WINDOWED: dict[str, tuple[str, str, Callable[[Any, Tensor], Tensor]]] = {
+    "SamVisionEncoder": (
+        "transformers", "layers", lambda vit, images: vit(images).last_hidden_state,
+    ),
+    "SamHQVisionEncoder": (
+        "transformers", "layers", lambda vit, images: vit(images).last_hidden_state,
+    ),
+    "VitDetModel": (
+        "transformers", "encoder.layer", lambda vit, images: vit(images).last_hidden_state,
+    ),
+    "VitDetBackbone": (
+        "transformers", "encoder.layer", lambda vit, images: vit(images).feature_maps[-1],
+    ),
+    "VisionTransformerSAM": ("timm", "blocks", lambda vit, images: vit.forward_features(images)),
+}  # fmt: skip
+"""The library of each class, the path of its blocks, which have their FFN as `mlp`, and how it
+gives a feature map."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class WindowedEncoder:
     @classmethod
     def of(cls, vit: Any) -> "WindowedEncoder | None":
         """The parts of an encoder; None if `vit` is something else."""
-        library, path = WINDOWED.get(type(vit).__name__, ("", ""))
+        library, path, _ = WINDOWED.get(type(vit).__name__, ("", "", None))
         if not library or type(vit).__module__.partition(".")[0] != library:
             return None
         blocks: Any = vit.get_submodule(path)
@@ -57,3 +66,9 @@ class WindowedEncoder:
             ),
             input_shape=(channels, *size),
         )
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """The feature map [B, D, rows, columns] of images of the configured size; SAM's is that
+        after its neck."""
+        _, _, give_map = WINDOWED[type(self.vit).__name__]
+        return give_map(self.vit, images)

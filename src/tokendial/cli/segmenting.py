@@ -29,8 +29,8 @@ _ClipWeights = Annotated[
 _Proxy = Annotated[
     str,
     typer.Option(
-        help="Self-supervised model, or SAM's encoder: a name of timm, or a local folder of "
-        "transformers."
+        help="Self-supervised model such as DINO, or the encoder of SAM or ViTDet: a name of timm, "
+        "or a local folder of transformers."
     ),
 ]
 _ProxyWeights = Annotated[
@@ -80,7 +80,9 @@ def segment(
         Path | None, typer.Option(help="Folder to write to (default: beside each image).")
     ] = None,
 ) -> None:
-    """Find the pixels of classes that are given by names, with CLIP and DINO; nothing is trained.
+    """Find the pixels of classes that are given by names, with CLIP and a proxy such as DINO.
+
+    Nothing is trained.
 
     Writes NAME.mask.png (class indices) and NAME.classes.png (the image, its mask and a legend) for
     each image, and prints the share of each class. Exit code 1 if some files could not be read.
@@ -175,7 +177,7 @@ def segment_eval(
 def _load_model(
     clip: str, clip_weights: str | None, proxy: str, proxy_weights: str, threshold: float
 ) -> "ProxyCLIP":
-    """Load both models, with ToMe at degree 0 in each."""
+    """Load both models, with a dial at degree 0 in each."""
     from tokendial.open_vocabulary import ProxyCLIP, ProxyCLIPConfig
     from tokendial.open_vocabulary.loading import load_clip, load_proxy
     from tokendial.open_vocabulary.proxies import is_windowed

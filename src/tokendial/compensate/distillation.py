@@ -1,4 +1,4 @@
-"""Distillation losses for training a compensator."""
+"""Distillation losses: of compensators, and between the degrees of one model."""
 
 # Shape legend: B batch, K classes.
 

@@ -44,7 +44,7 @@ def load_clip(source: str, weights: str | None = None) -> nn.Module:
 
 
 def load_proxy(source: str, weights: str = "pretrained") -> nn.Module:
-    """Load a proxy in evaluation mode; it takes windows of any size that fits its patches.
+    """Load a proxy in evaluation mode. A ViT takes images of any size that its patches divide.
 
     Args:
         source: Name of a timm model, such as "vit_base_patch8_224.dino" or "samvit_base_patch16";
@@ -74,12 +74,17 @@ def _load_transformers(kind: str, name: str, folder: Path) -> nn.Module:
     import transformers
 
     try:
-        model: nn.Module = getattr(transformers, name).from_pretrained(
-            folder, local_files_only=True
+        model, facts = getattr(transformers, name).from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # reading unsuitable files
         raise ValueError(f"{kind} {str(folder)!r}: {error_message(error)}") from error
-    return model.eval()
+    if missing := sorted(facts["missing_keys"]):
+        raise ValueError(
+            f"{kind} {str(folder)!r} lacks {len(missing)} weights, such as {missing[0]}."
+        )
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 def _load_sam_of_timm(name: str, weights: str) -> nn.Module:
@@ -88,8 +93,10 @@ def _load_sam_of_timm(name: str, weights: str) -> nn.Module:
     if not own and not Path(weights).is_file():
         raise ValueError(f"proxy weights must be pretrained or a weight file, got {weights!r}.")
     try:
+        # As timm's own weights, so that the names of SAM's published files are translated.
+        overlay = None if own else {"file": weights}
         sam = timm.create_model(
-            name, pretrained=own, num_classes=0, checkpoint_path="" if own else weights
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay
         )
     except Exception as error:  # reading, downloading or unsuitable files
         raise ValueError(f"proxy {name!r}: {error_message(error)}") from error

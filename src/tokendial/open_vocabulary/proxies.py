@@ -1,10 +1,9 @@
-"""The proxies of ProxyCLIP: ViTs such as DINO's, and encoders with attention in windows (SAM's).
+"""The proxies of ProxyCLIP: ViTs such as DINO's, and SAM's and ViTDet's encoders.
 
-Source of how SAM's encoder is used: the authors' code of ProxyCLIP (see `proxy_clip.py`). Windows
-are resized to the size that the encoder was made for, and its map after the neck is what counts.
+Source of how SAM's encoder is used: the authors' code of ProxyCLIP (see `proxy_clip.py`). Images
+are resized to the size that the encoder was made for; its feature map tells what belongs together.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 from tokendial.backbones.towers import find_towers
 from tokendial.backbones.windowed import WindowedEncoder
+from tokendial.model.attach import AttachedDial, attach, attached
 from tokendial.model.dial import check_degree
 from tokendial.model.dial_vit import DialViT
-from tokendial.model.dialed_ffns import FFNsDial
-from tokendial.model.features import restored_map
 from tokendial.model.tower_dial import DialedPart
 from tokendial.model.wrap import wrap
+from tokendial.open_vocabulary.towers import check_no_dial, patch_sides, run_blocks
 from tokendial.reduce.base import ReducerConfig
 
 Statistics = tuple[Sequence[float], Sequence[float]]
@@ -27,9 +26,9 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 
 class Proxy(Protocol):
-    """A model whose patches tell which of them belong together."""
+    """A model whose features tell which patches of an image belong together."""
 
-    module: Any
+    model: Any
     """The model itself."""
 
     @property
@@ -38,7 +37,7 @@ class Proxy(Protocol):
 
     @property
     def patch_sides(self) -> tuple[int, ...]:
-        """Numbers of pixels that must divide the sides of windows; empty if any side will do."""
+        """Numbers of pixels that must divide the sides of images; empty if any side will do."""
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -59,23 +58,23 @@ class Proxy(Protocol):
         """
 
 
-def open_proxy(model: nn.Module, reduce: ReducerConfig | None) -> Proxy:
-    """Give a model a dial, if a reduction method is given, and make it a proxy.
+def make_proxy(model: nn.Module, reduce: ReducerConfig | None) -> Proxy:
+    """Make a model a proxy, with a dial if a reduction method is given.
 
     Raises:
         ValueError: If it is not supported, it has a dial already and `reduce` is not None, or it
             takes clips.
     """
     if isinstance(model, DialViT):
-        check_not_wrapped("proxy_reduce", reduce, "proxy")
+        check_no_dial("proxy_reduce", reduce, "proxy")
         return ViTProxy(model)
     if encoder := _windowed_encoder(model):
-        return WindowedProxy(model, encoder, reduce)
+        return EncoderProxy(model, encoder, reduce)
     return ViTProxy(wrap(model, reduce=reduce))
 
 
 def is_windowed(model: nn.Module) -> bool:
-    """Whether a proxy is, or holds, an encoder with attention in windows."""
+    """Whether a model is, or holds, an encoder such as SAM's, whose attention is in windows."""
     return _windowed_encoder(model) is not None
 
 
@@ -86,12 +85,12 @@ def _windowed_encoder(model: nn.Module) -> WindowedEncoder | None:
 
 
 class ViTProxy:
-    """A wrapped ViT: the patches of a window have the size that the ViT gives them."""
+    """A wrapped ViT, which takes images of any size that its patches divide."""
 
-    def __init__(self, module: DialViT) -> None:
-        if module.anatomy.frames is not None:
+    def __init__(self, model: DialViT) -> None:
+        if model.anatomy.frames is not None:
             raise ValueError("proxy must take images, but this model takes clips.")
-        self.module = module
+        self.model = model
 
     @property
     def statistics(self) -> Statistics:
@@ -99,47 +98,44 @@ class ViTProxy:
 
         Models of transformers do not name theirs. Those of DINO, DINOv2 and DINOv3 are ImageNet's.
         """
-        if type(self.module.vit).__module__.startswith("transformers."):
+        if type(self.model.vit).__module__.startswith("transformers."):
             return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-        return self.module.anatomy.statistics
+        return self.model.anatomy.statistics
 
     @property
     def patch_sides(self) -> tuple[int, ...]:
         """Sides of its patches."""
-        return patch_sides(self.module)
+        return patch_sides(self.model)
 
     @property
     def degrees(self) -> tuple[int, ...]:
         """Degrees of its dial."""
-        return self.module.degrees
+        return self.model.degrees
 
     @property
     def degree(self) -> int:
         """Position of its dial."""
-        return self.module.degree
+        return self.model.degree
 
     def set_degree(self, degree: int) -> None:
         """Turn its dial; raise a ValueError if there is no such degree."""
-        self.module.set_degree(degree)
+        self.model.set_degree(degree)
 
     def features(self, images: Tensor) -> tuple[Tensor, list[int]]:
         """The map of the last block after the final norm, and the numbers of tokens."""
-        return run_blocks(self.module, images, norm=True)
+        return run_blocks(self.model, images, norm=True)
 
 
-class WindowedProxy:
-    """SAM's or ViTDet's encoder, whose FFNs run on merged tokens; its dial is in place.
-
-    The dial stays in the encoder, as one of `attach` does.
-    """
+class EncoderProxy:
+    """SAM's or ViTDet's encoder, or a model that holds it. Its dial stays in it, as by `attach`."""
 
     def __init__(
-        self, module: nn.Module, encoder: WindowedEncoder, reduce: ReducerConfig | None
+        self, model: nn.Module, encoder: WindowedEncoder, reduce: ReducerConfig | None
     ) -> None:
         """Set up the proxy.
 
         Args:
-            module: The encoder, or a model that holds it.
+            model: The encoder, or a model that holds it.
             encoder: The encoder.
             reduce: FFNMerge, which is the only method that fits; None: the dial that the encoder
                 has already, if it has one.
@@ -147,15 +143,13 @@ class WindowedProxy:
         Raises:
             ValueError: If another method is given, or the encoder has a dial already.
         """
-        self.module, self._encoder = module, encoder
-        self._dial: Any = None
-        first = encoder.ffns[0]
-        if isinstance(first, DialedPart):
-            check_not_wrapped("proxy_reduce", reduce, "proxy")
-            self._dial = first.tower_dial
+        self.model, self._encoder = model, encoder
+        self._dial: AttachedDial | None = None
+        if isinstance(encoder.ffns[0], DialedPart):
+            check_no_dial("proxy_reduce", reduce, "proxy")
+            self._dial = attached(model)
         elif reduce is not None:
-            self._dial = FFNsDial(encoder, reduce)
-            self._dial.enter()
+            self._dial = attach(model, reduce)
 
     @property
     def statistics(self) -> Statistics:
@@ -165,13 +159,13 @@ class WindowedProxy:
 
     @property
     def patch_sides(self) -> tuple[int, ...]:
-        """Empty: windows are resized."""
+        """Empty: images are resized."""
         return ()
 
     @property
     def degrees(self) -> tuple[int, ...]:
         """Degrees of its dial."""
-        return self._dial.reducer.degrees if self._dial else (0,)
+        return self._dial.degrees if self._dial else (0,)
 
     @property
     def degree(self) -> int:
@@ -185,57 +179,9 @@ class WindowedProxy:
             self._dial.set_degree(degree)
 
     def features(self, images: Tensor) -> tuple[Tensor, list[int]]:
-        """The map after the neck, at the encoder's own size, and the numbers of tokens."""
-        vit: Any = self._encoder.vit
-        resized = F.interpolate(images, self._encoder.input_shape[1:], mode="bilinear")
-        if hasattr(vit, "forward_features"):  # timm's forward pools the map
-            maps = vit.forward_features(resized)
-        else:
-            out = vit(resized)
-            maps = out.feature_maps[-1] if hasattr(out, "feature_maps") else out.last_hidden_state
+        """The encoder's map of images that are resized to its size, and the numbers of tokens."""
+        encoder = self._encoder
+        size = encoder.input_shape[1:]
+        maps = encoder.feature_map(F.interpolate(images, size, mode="bilinear"))
         # Merged tokens are restored after each FFN.
-        return maps, [self._encoder.shape.num_patches] * self._encoder.shape.depth
-
-
-def run_blocks(
-    model: DialViT, images: Tensor, last: int | None = None, *, norm: bool = False
-) -> tuple[Tensor, list[int]]:
-    """Run the first blocks of a model.
-
-    Args:
-        model: The model.
-        images: Its images, normalised.
-        last: The last block to run, counted from 1; None: all.
-        norm: Apply the final norm.
-
-    Returns:
-        The feature map with all reductions undone, and the number of tokens that leave each block.
-    """
-    depth = len(model.anatomy.blocks) if last is None else last
-    counts, tokens = [], None
-    for step in model.steps(images, track=True, dropped="own"):
-        tokens = step.tokens
-        counts.append(tokens.x.shape[1])
-        if step.layer == depth:
-            break
-    assert tokens is not None
-    return restored_map(model.anatomy, tokens, norm=norm), counts
-
-
-def patch_sides(model: DialViT) -> tuple[int, ...]:
-    """Height and width of a model's patches in pixels."""
-    convolution = next((p for p in model.vit.parameters() if p.ndim >= 4), None)
-    if convolution is not None:
-        return tuple(convolution.shape[-2:])
-    # Patches are embedded by a linear layer.
-    height, width = model.anatomy.image_size
-    return (round(math.sqrt(height * width / model.anatomy.shape.num_patches)),)
-
-
-def check_not_wrapped(reduce_name: str, reduce: ReducerConfig | None, name: str) -> None:
-    """Raise a ValueError if a model that has a dial already is given a reduction method."""
-    if reduce is not None:
-        raise ValueError(
-            f"{reduce_name} must be None, because {name} is wrapped already; wrap it with "
-            f"reduce={type(reduce).__name__}(...) instead."
-        )
+        return maps, [encoder.shape.num_patches] * encoder.shape.depth

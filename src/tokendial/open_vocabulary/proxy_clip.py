@@ -32,14 +32,9 @@ from tokendial.model.wrap import wrap
 from tokendial.open_vocabulary.class_lists import ClassNames, check_classes, imagenet_prompts
 from tokendial.open_vocabulary.clip_parts import Tokenizer, clip_parts, text_embeddings
 from tokendial.open_vocabulary.config import ProxyCLIPConfig
-from tokendial.open_vocabulary.proxies import (
-    Statistics,
-    check_not_wrapped,
-    open_proxy,
-    patch_sides,
-    run_blocks,
-)
+from tokendial.open_vocabulary.proxies import Statistics, make_proxy
 from tokendial.open_vocabulary.proxy_attention import proxy_attention
+from tokendial.open_vocabulary.towers import check_no_dial, patch_sides, run_blocks
 from tokendial.reduce.base import ReducerConfig
 from tokendial.tokens import from_grid, to_grid
 
@@ -103,7 +98,7 @@ class ProxyCLIP(nn.Module):
         self.config = ProxyCLIPConfig() if config is None else config
         """Settings."""
         if clip_tower is not None:
-            check_not_wrapped("reduce", reduce, "clip_tower")
+            check_no_dial("reduce", reduce, "clip_tower")
             if clip_tower.vit is not self._parts.tower:
                 raise ValueError(
                     "clip_tower must be the wrapped image tower of clip, not another one."
@@ -112,11 +107,11 @@ class ProxyCLIP(nn.Module):
         """The CLIP model, whose text tower encodes the class names."""
         self.tower = clip_tower or wrap(self._parts.tower, reduce=reduce)
         """CLIP's image tower under the dial."""
-        self._proxy = open_proxy(proxy, proxy_reduce)
-        self.proxy = self._proxy.module
-        """The self-supervised model under the dial: a `DialViT`, or SAM's encoder."""
         if len(self.tower.anatomy.blocks) < 2:
             raise ValueError("clip must have at least 2 blocks in its image tower, got 1.")
+        self._features_of = make_proxy(proxy, proxy_reduce)
+        self.proxy = self._features_of.model
+        """The self-supervised model under the dial: a `DialViT`, or SAM's encoder."""
         self.classes: tuple[tuple[str, ...], ...] = ()
         """Names of each class; none before `set_classes`."""
         self._text: Tensor | None
@@ -124,7 +119,7 @@ class ProxyCLIP(nn.Module):
         self.register_buffer("_text", None, persistent=False)
         self.register_buffer("_class_of_name", torch.zeros(0, dtype=torch.long), persistent=False)
         if proxy_statistics is None:
-            proxy_statistics = self._proxy.statistics
+            proxy_statistics = self._features_of.statistics
         self._clip_mean: Tensor
         self._clip_std: Tensor
         self._proxy_mean: Tensor
@@ -278,7 +273,7 @@ class ProxyCLIP(nn.Module):
         anatomy, last = self.tower.anatomy, len(self.tower.anatomy.blocks)
         clip_images = (images - self._clip_mean) / self._clip_std
         proxy_images = (images - self._proxy_mean) / self._proxy_std
-        features, proxy_tokens = self._proxy.features(proxy_images)
+        features, proxy_tokens = self._features_of.features(proxy_images)
         patches, tokens = run_blocks(self.tower, clip_images, last - 1)
         x = from_grid(patches, patches.shape[-2] * patches.shape[-1])
         projection, rows = anatomy.query_value(last)["value"]
@@ -295,7 +290,7 @@ class ProxyCLIP(nn.Module):
 
     def _pad(self, windows: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Pad windows on all sides; also return the rows and columns before the window."""
-        sides = (*patch_sides(self.tower), *self._proxy.patch_sides)
+        sides = (*patch_sides(self.tower), *self._features_of.patch_sides)
         multiple = math.lcm(self.config.multiple, *sides)
         height, width = windows.shape[-2:]
         more_rows, more_columns = -height % multiple, -width % multiple
@@ -320,7 +315,7 @@ class ProxyCLIP(nn.Module):
     @property
     def proxy_degrees(self) -> tuple[int, ...]:
         """Degrees of the proxy, from 0 (no reduction) to the cheapest."""
-        return self._proxy.degrees
+        return self._features_of.degrees
 
     @property
     def degree(self) -> int:
@@ -330,7 +325,7 @@ class ProxyCLIP(nn.Module):
     @property
     def proxy_degree(self) -> int:
         """Position of the dial of the proxy."""
-        return self._proxy.degree
+        return self._features_of.degree
 
     def set_degree(self, degree: int) -> None:
         """Turn the dial of CLIP's image tower.
@@ -346,7 +341,7 @@ class ProxyCLIP(nn.Module):
         Raises:
             ValueError: If it is not one of `proxy_degrees`.
         """
-        self._proxy.set_degree(degree)
+        self._features_of.set_degree(degree)
 
     def cost(self) -> Cost:
         """Parameters, multiply-accumulates and tokens of one window at the present degrees.

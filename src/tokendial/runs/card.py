@@ -68,10 +68,10 @@ def _card(run: Run, model: DialViT, costs: list[Cost]) -> str:
     recipe = run.recipe()
     best = run.best_record()
     classes = run.classes()
-    learnt, use = "to keep its embeddings when tokens are reduced", "embed"
+    purpose, use = "to keep its embeddings when tokens are reduced", "embed"
     if classes:
         listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-        learnt, use = f"{len(classes)}\nclasses: {listed}", "predict"
+        purpose, use = f"{len(classes)}\nclasses: {listed}", "predict"
     methods = {
         "reduction": model.reduce_config,
         "fine-tuning": model.adapt_config,
@@ -93,7 +93,7 @@ base_model: {recipe.model.name}
 
 # {run.folder.name}
 
-`{recipe.model.name}`, fine-tuned with Tokendial on {type(recipe.data).__name__} ({learnt}).
+`{recipe.model.name}`, fine-tuned with Tokendial on {type(recipe.data).__name__} ({purpose}).
 
 {listed_methods}
 - {costs[0].params / 1e6:.2f} M parameters, {costs[0].trainable_params / 1e6:.3f} M of them \

@@ -72,7 +72,8 @@ class DegreeRow:
     @property
     def accuracy(self) -> float:
         """Value of the task's main metric, the first one: accuracy unless the recipe's `metrics`
-        name another, S-measure for binary masks, mean IoU for masks of classes."""
+        name another, S-measure for binary masks, mean IoU for masks of classes, the cosine to the
+        frozen backbone for embeddings."""
         return main_score(self.scores)
 
 

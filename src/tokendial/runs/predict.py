@@ -59,9 +59,9 @@ class ClassPredictor:
         """Load the model. The arguments are those of `predict`.
 
         Raises:
-            ValueError: If the run has no model or predicts masks, it has no cascade that fits where
-                one is asked for, the compensator does not fit it, or `degree` or `top` is out of
-                range.
+            ValueError: If the run has no model or predicts no classes, it has no cascade that fits
+                where one is asked for, the compensator does not fit it, or `degree` or `top` is out
+                of range.
         """
         self.device, self.top = device or default_device(), top
         if cascade and compensator:

@@ -34,8 +34,8 @@ def predict_on_ray(
         compensator: Folder of a compensator, which adapts the model to the degree. None: without.
 
     Raises:
-        ValueError: If Ray is missing, the run has no model or predicts masks, the compensator does
-            not fit it, or `degree` or `top` is out of range.
+        ValueError: If Ray is missing, the run has no model or predicts no classes, the compensator
+            does not fit it, or `degree` or `top` is out of range.
     """
     check_ray()
     settings: dict[str, Any] = {"degree": degree, "top": top, "batch_size": batch_size}

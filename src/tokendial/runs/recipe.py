@@ -269,12 +269,14 @@ class BaseRecipe(_Section):
 
 
 class Recipe(BaseRecipe):
-    """A recipe of `tokendial train`: fine-tuning on labelled data."""
+    """A recipe of `tokendial train`: fine-tuning on labelled data, or on images without labels to
+    keep the backbone's embeddings when tokens are reduced."""
 
     adapt: method_field("adapt")  # type: ignore[valid-type]
     """Fine-tuning method: its name and its settings."""
     decode: method_field("decode") = None  # type: ignore[valid-type]
-    """Decoder for mask tasks: its name and its settings. null: classification, with a head."""
+    """Decoder for mask tasks: its name and its settings. null: classification, with a head; no head
+    for images without labels."""
     dense: MaskAugment = MaskAugment()
     """Mask tasks: augmentation of images with their masks, and how test images are processed."""
     mask_losses: dict[MaskLoss, PositiveFloat] | None = Field(None, min_length=1)

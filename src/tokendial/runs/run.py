@@ -253,7 +253,7 @@ class Run:
 
     def task(self) -> Task:
         """The task of the run. Raises a ValueError if the folder holds no run."""
-        recipe, kind = self.recipe(), _parse_file(self.classes_file, json.loads)
+        recipe, kind = self._recipe_with_weights(), _parse_file(self.classes_file, json.loads)
         return task_of(
             recipe,
             len(kind["classes"]),
@@ -263,6 +263,17 @@ class Run:
             video=self.has_videos(),
             class_weights=kind.get("class_weights"),
         )
+
+    def _recipe_with_weights(self) -> Recipe:
+        """The recipe; the weights of its backbone are looked up where training was started."""
+        recipe, started = self.recipe(), self._working_folder()
+        weights = recipe.model.weights
+        if started is None or weights in (None, "pretrained", "shipped"):
+            return recipe
+        if not (started / weights).exists():
+            return recipe
+        section = recipe.model.model_copy(update={"weights": str(started / weights)})
+        return recipe.model_copy(update={"model": section})
 
     def model(self, reduce: ReducerConfig | None = None) -> DialViT:
         """Load the best model of the run, ready for inference.
@@ -379,6 +390,10 @@ def task_of(
     Raises:
         ValueError: If the recipe does not fit the data.
     """
+    if num_classes == 0 and (dense or video):
+        raise ValueError(
+            f"data: {type(recipe.data).__name__} must have classes; only images can be without."
+        )
     if dense != (recipe.decode is not None):
         needed, have = ("a decoder", "") if dense else ("null", "no ")
         raise ValueError(

@@ -144,15 +144,27 @@ def evaluate_ways(
     max_loss: float,
     time_is_up: Callable[[], bool],
     note: Callable[[str], None],
-    notes: list[str],
+    left_out: list[str],
 ) -> list[TunedRow]:
-    """Evaluate ways from the fastest on until one is within the loss, then faster cascades."""
+    """Evaluate ways from the fastest on until one is within the loss, then faster cascades.
+
+    Args:
+        trial: The trial, which knows the time of each way.
+        speedup: How many times as fast as the base a way has to be at least.
+        max_loss: How much may be lost.
+        time_is_up: Whether nothing new may be started.
+        note: Called with a line of text when a way is evaluated.
+        left_out: List to add to what was not tried, and why.
+
+    Returns:
+        What was evaluated, from the fastest way on; cascades are last.
+    """
     rows: list[TunedRow] = []
     for way in sorted(trial.seconds, key=trial.seconds.__getitem__):
         if trial.speedup(way) < speedup or (rows and rows[-1].most_lost <= max_loss):
             break
         if time_is_up():
-            notes.append(f"not evaluated for want of time: {way} and slower ones")
+            left_out.append(f"not evaluated for want of time: {way} and slower ones")
             break
         note(f"evaluating {way}")
         rows.append(trial.row(way))
@@ -173,6 +185,6 @@ def evaluate_ways(
             if (found := trial.cascade_row(row.way, max_loss, least)) is not None:
                 rows.append(found)
         except ValueError as error:
-            notes.append(f"cascades: {error}")
+            left_out.append(f"cascades: {error}")
             break
     return rows

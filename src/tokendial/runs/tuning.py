@@ -93,10 +93,10 @@ def tune_run(
     def time_is_up() -> bool:
         return time.monotonic() - begin > 60 * minutes
 
-    bridged = load_compensated(run, compensator).eval() if compensator else None
     plugin = Compensator.from_pretrained(compensator) if compensator else None
     model = (load_to_compensate(run, plugin) if plugin else run.model()).eval()
     trained = model.degree
+    bridged = load_compensated(run, compensator).eval() if compensator else None
     task, loader = validation_set(run, model, batch_size)
     example = first_images(loader, model, batch_size)
     degrees = spread_degrees(model, _DEGREES)

@@ -23,7 +23,7 @@ from tokendial.tasks.base import Metrics
 
 
 class Embeddings:
-    """Distillation of a backbone without a head; it needs no labels.
+    """Training a backbone without a head to give its own embeddings; it needs no labels.
 
     The targets are the embeddings that the pre-trained backbone gives by itself, with all of its
     tokens and without an adapter. It is loaded a second time for this.
@@ -47,8 +47,10 @@ class Embeddings:
         self.backbone, self.augment = backbone, augment
 
     @cached_property
-    def _teacher(self) -> DialViT:
-        return wrap(self.backbone.create()).eval().requires_grad_(False)
+    def _frozen(self) -> DialViT:
+        """The backbone by itself; loading it draws no random numbers from those of the training."""
+        with torch.random.fork_rng(devices=[]):
+            return wrap(self.backbone.create()).eval().requires_grad_(False)
 
     def eval_batch_size(self, batch_size: int) -> int:
         """Return the training batch size: all images have one size."""
@@ -73,7 +75,7 @@ class Embeddings:
     @torch.no_grad()
     def batch_targets(self, images: Tensor, targets: Tensor) -> Tensor:
         """Return the backbone's own embeddings [B, D] of the images; `targets` says nothing."""
-        return self._teacher.to(images.device).embeddings(images).float()
+        return self._frozen.to(images.device).embeddings(images).float()
 
     def predict(self, model: InferenceModel, images: Tensor) -> Tensor:
         """Return embeddings [B, D]."""

@@ -31,7 +31,7 @@ class TrainingDisplay:
             done: Updates finished so far.
             images: Images in this update, of all processes together.
             loss: Mean loss of the update.
-            score: Mean training score of the update, in [0, 1].
+            score: Mean training score of the update, at most 1.
         """
         self._images += images
         speed = self._images / max(time.monotonic() - self._start, 1e-9)

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import Subset
 
+from tokendial.measure.neighbours import MIN_IMAGES
 from tokendial.runs.recipe import BaseRecipe
 from tokendial.train.job import Job
 from tokendial.train.loop import Trainer
@@ -22,7 +23,7 @@ class DryRun:
     """The result of a dry run."""
 
     metrics: dict[str, Any]
-    """Record of its only epoch: the training loss, and scores on one batch."""
+    """Record of its only epoch: the training loss, and scores on one batch or a few images."""
     seconds: float
     """Seconds that the dry run took, with start and evaluation."""
 
@@ -50,7 +51,7 @@ def dry_run(recipe: BaseRecipe, make_job: Callable[[Any], Any]) -> DryRun | None
         short = recipe.model_copy(update=changes)
         job: Job = make_job(short)
         batch = settings.batch_size * Accelerator().num_processes
-        _shorten_data(job, train=_UPDATES * settings.accumulate * batch, val=batch)
+        _shorten_data(job, train=_UPDATES * settings.accumulate * batch, val=max(batch, MIN_IMAGES))
         trainer = Trainer(short, job, quiet=True)
         records = trainer.run_to_end().metrics()
     if not trainer.is_main:

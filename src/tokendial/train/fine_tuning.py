@@ -137,7 +137,8 @@ class FineTuning:
             self.several.number = number
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixup and cutmix, if the recipe asks for them; targets of a teacher if there is one."""
+        """Mixup and cutmix, if the recipe asks for them; without labels, the targets are the
+        embeddings of the frozen backbone."""
         images, targets = self.task.mix_batch(images, targets)
         return images, self.task.batch_targets(images, targets)
 
@@ -213,17 +214,28 @@ def _check_frames(data: Splits, frames: int | None) -> None:
 
 
 def _check_embeddings(data: Splits, model: DialViT) -> None:
-    """Raise a ValueError if there is nothing to learn from images without labels."""
+    """Raise a ValueError if a model cannot learn from images without labels."""
     if model.degree == 0:
         raise ValueError(
-            "train.degree must be at least 1 for images without labels, got 0: the model learns to "
-            "keep its embeddings when tokens are reduced."
+            "train.degree must be at least 1 for images without labels, got 0 (from the recipe or "
+            "from the settings of reduce): the model learns to keep its embeddings when tokens are "
+            "reduced."
+        )
+    if not any(True for _ in model.trainable_parameters()):
+        raise ValueError(
+            "adapt must be a method that trains more than a head for images without labels, got "
+            f"{type(model.adapt_config).__name__}."
+        )
+    if model.reducer and "complete" in model.reducer.extra_passes:
+        raise ValueError(
+            "reduce.complete must be false for images without labels, got true: it compares the "
+            "logits of classes."
         )
     count = len(data.val)  # type: ignore[arg-type]
     if count < MIN_IMAGES:
         raise ValueError(
             f"data: embeddings are compared on at least {MIN_IMAGES} validation images, got "
-            f"{count}."
+            f"{count}; take more images, or a smaller data.val_every."
         )
 
 

@@ -63,10 +63,10 @@ class Job(Protocol):
         """
 
     def augment_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment a training batch as a whole, as mixup does, and complete its targets."""
+        """Augment a training batch as a whole, as mixup does; return images and targets."""
 
     def batch_score(self, outputs: Tensor, targets: Tensor) -> float:
-        """Score of a training batch, in [0, 1], such as its accuracy."""
+        """Score of a training batch, at most 1, such as its accuracy."""
 
     def validation_scores(
         self, loader: DataLoader[Any], accelerator: Accelerator
