@@ -7,24 +7,16 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from tokendial.backbones.anatomy import Anatomy
 from tokendial.compensate.distillation import binary_distillation, soft_distillation
-from tokendial.data.transforms.image import (
-    Augment,
-    PairTransform,
-    Transform,
-    eval_transform,
-    on_image,
-    train_transform,
-)
-from tokendial.model.dial import InferenceModel
+from tokendial.data.transforms.image import Augment
 from tokendial.tasks.base import Metrics
+from tokendial.tasks.whole_images import WholeImages
 
 ClassMetric = Literal["accuracy", "accuracy_top5", "balanced_accuracy", "f1", "auroc"]
 """Name of a metric for images with one label."""
 
 
-class Classification:
+class Classification(WholeImages):
     """Classification of images: transforms, mixup and cutmix, loss and metrics."""
 
     score_name = "accuracy"
@@ -94,27 +86,6 @@ class Classification:
                 f"train.class_weights must be {self.num_classes} numbers, one for each class, got "
                 f"{len(weights)}."
             )
-
-    def train_transform(self, anatomy: Anatomy) -> PairTransform:
-        """Return the random transform of a training image; its label stays as it is."""
-        return on_image(train_transform(self.augment, anatomy.image_size, *anatomy.statistics))
-
-    def eval_transform(self, anatomy: Anatomy) -> PairTransform:
-        """Return the transform of a test image; its label stays as it is."""
-        return on_image(self.image_transform(anatomy))
-
-    def image_transform(self, anatomy: Anatomy) -> Transform:
-        """Return the transform of an image that has no label."""
-        return eval_transform(self.augment, anatomy.image_size, *anatomy.statistics)
-
-    def eval_batch_size(self, batch_size: int) -> int:
-        """Return the training batch size: all images have one size."""
-        return batch_size
-
-    def predict(self, model: InferenceModel, images: Tensor) -> Tensor:
-        """Return logits [B, num_classes]."""
-        logits: Tensor = model(images)
-        return logits
 
     def mix_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Apply mixup or cutmix to an even number of images; targets become [B, num_classes]."""

@@ -7,22 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokendial.backbones import Backbone
-from tokendial.backbones.anatomy import Anatomy
-from tokendial.data.transforms.image import (
-    Augment,
-    PairTransform,
-    Transform,
-    eval_transform,
-    on_image,
-    train_transform,
-)
-from tokendial.model.dial import InferenceModel
+from tokendial.data.transforms.image import Augment
 from tokendial.model.dial_vit import DialViT
 from tokendial.model.wrap import wrap
 from tokendial.tasks.base import Metrics
+from tokendial.tasks.whole_images import WholeImages
 
 
-class Embeddings:
+class Embeddings(WholeImages):
     """Training a backbone without a head to give its own embeddings; it needs no labels.
 
     The targets are the embeddings that the pre-trained backbone gives by itself, with all of its
@@ -52,22 +44,6 @@ class Embeddings:
         with torch.random.fork_rng(devices=[]):
             return wrap(self.backbone.create()).eval().requires_grad_(False)
 
-    def eval_batch_size(self, batch_size: int) -> int:
-        """Return the training batch size: all images have one size."""
-        return batch_size
-
-    def train_transform(self, anatomy: Anatomy) -> PairTransform:
-        """Return the random transform of a training image."""
-        return on_image(train_transform(self.augment, anatomy.image_size, *anatomy.statistics))
-
-    def eval_transform(self, anatomy: Anatomy) -> PairTransform:
-        """Return the transform of a test image."""
-        return on_image(self.image_transform(anatomy))
-
-    def image_transform(self, anatomy: Anatomy) -> Transform:
-        """Return the transform, without randomness, of an image."""
-        return eval_transform(self.augment, anatomy.image_size, *anatomy.statistics)
-
     def mix_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch as it is."""
         return images, targets
@@ -76,11 +52,6 @@ class Embeddings:
     def batch_targets(self, images: Tensor, targets: Tensor) -> Tensor:
         """Return the backbone's own embeddings [B, D] of the images; `targets` says nothing."""
         return self._frozen.to(images.device).embeddings(images).float()
-
-    def predict(self, model: InferenceModel, images: Tensor) -> Tensor:
-        """Return embeddings [B, D]."""
-        embeddings: Tensor = model(images)
-        return embeddings
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return 1 - cosine similarity of embeddings and targets, both [B, D], mean over images."""
