@@ -127,3 +127,32 @@ def test_pretrained_weights_without_the_hub_are_one_line_and_code_2(tmp_path):
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'? See tokendial --help."),
+        (["train"], "Missing argument 'RECIPE'. See tokendial train --help."),
+        (["demo", "--fulll"], "No such option: --fulll (Possible options: --full). See tokend"),
+        (
+            ["demo", "--task", "cats"],
+            "'--task': 'cats' is not one of 'counting', 'masks', 'cells'.",
+        ),
+        (["eval", "run", "--batch-size", "0"], "'--batch-size': Input should be greater than or"),
+        (["eval", "run", "--batch-size", "0"], "equal to 1, got '0'. See tokendial eval --help."),
+        (["data", "chek"], "No such command 'chek'. Did you mean 'check'? See tokendial data --h"),
+    ],
+)
+def test_a_mistyped_command_is_one_line_and_code_2(cli, arguments, message):
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_no_arguments_give_the_help(cli):
+    code, out, err = cli("data")
+    assert code == 2
+    assert "Usage: tokendial data" in out + err

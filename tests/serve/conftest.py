@@ -1,4 +1,4 @@
-"""Two runs on one backbone, and one that gives masks."""
+"""Two runs on one backbone, one that gives masks, and one that keeps embeddings."""
 
 import pytest
 from examples import perturbed
@@ -43,5 +43,30 @@ def masks(tmp_path_factory) -> Run:
     }
     run = Run(folder)
     run.claim(check_recipe(recipe), ["thing"], dense=True)
+    model.save_pretrained(run.best)
+    return run
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory) -> Run:
+    """A run that was trained to keep the embeddings of its backbone."""
+    model = perturbed(
+        td.wrap(
+            backbone(num_classes=0),
+            reduce=td.ToMe(r=4),
+            adapt=td.LoRA(rank=2),
+            backbone=described(num_classes=0),
+        )
+    )
+    folder = tmp_path_factory.mktemp("embedder") / "run"
+    recipe = {
+        "output": str(folder),
+        "model": MODEL | {"weights": "vit.safetensors"},
+        "reduce": {"name": "tome", "r": 4},
+        "adapt": {"name": "lora", "rank": 2},
+        "data": {"name": "unlabelled", "root": "."},
+    }
+    run = Run(folder)
+    run.claim(check_recipe(recipe), ())
     model.save_pretrained(run.best)
     return run

@@ -96,6 +96,24 @@ def test_a_model_of_masks_gives_the_embeddings_of_its_backbone(masks):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{}, {"own_process": True, "runtime": Runtime(optimize=True)}],
+    ids=["plain", "optimised"],
+)
+def test_a_model_that_keeps_embeddings_gives_them_on_each_path(embedder, options):
+    with serving({"kept": embedder}, **options) as server:
+        (model,) = server.ask("/v1/models").json["models"]
+        assert (model["kind"], model["classes"]) == ("embeddings", [])
+        for path, rows in (("embeddings", "data"), ("predict", "predictions")):
+            reply = server.ask(f"/v1/{path}?degree=3", *form(file(picture()), file(picture(1))))
+            assert reply.status == 200, reply.body
+            check(reply.json[rows], embedder, [picture(), picture(1)], 3)
+        view = server.ask("/v1/tokens?degree=3", file(picture()), PNG).json
+        check([view["prediction"]], embedder, [picture()], 3)
+        assert view["layers"][-1]["tokens"] < view["layers"][0]["tokens"]
+
+
+@pytest.mark.parametrize(
     ("query", "status", "code", "field"),
     [
         ("degree=99", 422, "invalid", "degree"),

@@ -316,3 +316,25 @@ def test_a_mask_lies_over_the_image(browser, locked):
         expect(box.locator("p")).to_have_text(f"Inside: {100 * share:.1f} % of the image")
         assert box.locator("canvas").evaluate("c => [c.width, c.height]") == [50, 40]
         page.failures.clear()  # before there was a key
+
+
+def test_an_embedding_is_compared_with_that_of_degree_0(browser, embedder):
+    with serving({"kept": embedder}) as running, opened(browser, running) as page:
+        page.choose("thing.png", file(picture()))
+        shown(page, 0)
+        similarity = page.find("article.reduced dl").get_by_text("Similarity to degree 0")
+        expect(similarity.locator("xpath=..")).to_contain_text("1.0000")
+        page.find("#dial").focus()
+        page.page.keyboard.press("End")
+        last = embedder.model().degrees[-1]
+        shown(page, last)
+        both = [
+            running.ask(f"/v1/predict?degree={degree}", file(picture()), "image/png").json[
+                "predictions"
+            ][0]["embedding"]
+            for degree in (last, 0)
+        ]
+        reduced, full = (np.asarray(each) / np.linalg.norm(each) for each in both)
+        assert f"{reduced @ full:.4f}" != "1.0000"
+        expect(similarity.locator("xpath=..")).to_contain_text(f"{reduced @ full:.4f}")
+        expect(page.find("#said")).to_contain_text(f"similarity to degree 0 {reduced @ full:.4f}")

@@ -18,6 +18,10 @@ INSPECT_PANEL = "Inspect and convert"
 """Titles of the groups that `tokendial --help` lists the commands in."""
 
 
+_click: Any = sys.modules[typer.BadParameter.__module__]
+"""The errors of Click: of the package, or of the copy that newer versions of Typer hold."""
+
+
 class _Interrupted(BaseException):
     """A Ctrl-C under a name that Typer does not handle: Typer would end without a message."""
 
@@ -38,13 +42,27 @@ class _Commands(TyperGroup):
 
 @contextmanager
 def _errors_past_typer() -> Iterator[None]:
-    """Turn the two errors that Typer would handle itself into others, which it lets pass."""
+    """Turn the errors that Typer would handle itself into others, which it lets pass."""
     try:
         yield
     except KeyboardInterrupt:
         raise _Interrupted from None
     except EOFError as error:  # Typer would report it as an abort by the user
         raise ValueError(str(error) or "a file ends too early.") from error
+    except _click.NoArgsIsHelpError:
+        raise
+    except _click.UsageError as error:  # Typer would draw a box of several lines
+        raise ValueError(_usage_message(error)) from None
+
+
+def _usage_message(error: Any) -> str:
+    """The message of a usage error: the option, its value, what is allowed, where to read on."""
+    mistake: str = error.format_message().replace("Value error, ", "").rstrip(".")
+    if hasattr(error.__cause__, "errors"):  # of pydantic, whose text does not name the value
+        given = repr(error.__cause__.errors()[0]["input"])
+        mistake += "" if given in mistake else f", got {given}"
+    mistake += "" if mistake.endswith("?") else "."
+    return f"{mistake} See {error.ctx.command_path} --help."
 
 
 app = typer.Typer(
@@ -67,7 +85,7 @@ def main() -> None:
     """Run the command line. A user's mistake is one line on stderr, with exit code 2."""
     try:
         try:
-            app()
+            app(prog_name="tokendial")
         finally:
             _flush_stdout()
     except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe

@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from tokendial.cli.app import INSPECT_PANEL, app
-from tokendial.cli.options import Degrees, Precision
+from tokendial.cli.options import Degrees
 
 
 @app.command(rich_help_panel=INSPECT_PANEL)
@@ -41,8 +41,9 @@ def attach(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call of the model.")] = 8,
     precision: Annotated[
-        Precision, typer.Option(help="Floating-point format of weights and activations.")
-    ] = Precision.fp32,
+        Literal["fp32", "bf16", "fp16"],
+        typer.Option(help="Floating-point format of weights and activations."),
+    ] = "fp32",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for attached.csv and attached.png (default: none is written)."),
@@ -83,7 +84,7 @@ def attach(
             degrees,
             towers=tower or None,
             batch_size=batch_size,
-            precision=precision.value,
+            precision=precision,
             progress=shown.update,
         )
     shape = " x ".join(map(str, found.timed_shape))

@@ -1,7 +1,6 @@
 """The command that lets a cheap degree answer, and a better one where it is unsure: cascade."""
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -12,22 +11,12 @@ from tokendial.cli.evaluation_output import write_picture
 from tokendial.cli.options import (
     PrecisionOption,
     RunFolder,
-    RuntimeName,
     RuntimeOption,
-    RuntimePrecision,
     runtime_of,
 )
 
 if TYPE_CHECKING:
     from tokendial.runs.cascade import CascadeReport
-
-
-class Score(StrEnum):
-    """How sure the model is of an answer."""
-
-    margin = "margin"
-    probability = "probability"
-    entropy = "entropy"
 
 
 @app.command(rich_help_panel=USE_PANEL)
@@ -58,11 +47,12 @@ def cascade(
         float, typer.Option(help="Probability with which the promise is to hold.")
     ] = 0.95,
     score: Annotated[
-        Score, typer.Option(help="How sure the model is: margin of the two likeliest classes, ...")
-    ] = Score.margin,
+        Literal["margin", "probability", "entropy"],
+        typer.Option(help="How sure the model is: margin of the two likeliest classes, ..."),
+    ] = "margin",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
-    runtime: RuntimeOption = RuntimeName.torch,
-    precision: PrecisionOption = RuntimePrecision.fp32,
+    runtime: RuntimeOption = "torch",
+    precision: PrecisionOption = "fp32",
 ) -> None:
     """Let a cheap degree answer, and a better one for the images that it is unsure of.
 
@@ -85,7 +75,7 @@ def cascade(
             max_changed=max_changed,
             max_lost=max_lost,
             confidence=confidence,
-            score=score.value,
+            score=score,
             batch_size=batch_size,
             runtime=runtime_of(runtime, precision, False, False),
             progress=shown.update,

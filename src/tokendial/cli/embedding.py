@@ -1,9 +1,8 @@
 """The command that writes embeddings of images: embed."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -14,19 +13,9 @@ from tokendial.cli.options import (
     ImageSize,
     ModelName,
     PlainPrecisionOption,
-    RuntimeName,
     RuntimeOption,
-    RuntimePrecision,
     Weights,
 )
-
-
-class Features(StrEnum):
-    """What an embedding is."""
-
-    pooled = "pooled"
-    mean = "mean"
-    map = "map"
 
 
 @app.command(rich_help_panel=USE_PANEL)
@@ -44,12 +33,12 @@ def embed(
     ],
     degree: Degree = None,
     features: Annotated[
-        Features,
+        Literal["pooled", "mean", "map"],
         typer.Option(
             help="pooled: what the head reads, or a model without a head gives; mean: the mean of "
             "the features of all positions; map: the features of each position."
         ),
-    ] = Features.pooled,
+    ] = "pooled",
     reduce: Annotated[
         str | None,
         typer.Option(
@@ -60,8 +49,8 @@ def embed(
     weights: Weights = None,
     img_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
-    runtime: RuntimeOption = RuntimeName.torch,
-    precision: PlainPrecisionOption = RuntimePrecision.fp32,
+    runtime: RuntimeOption = "torch",
+    precision: PlainPrecisionOption = "fp32",
     ray: Annotated[
         bool, typer.Option("--ray", help="Use all GPUs of a Ray cluster, by Ray Data.")
     ] = False,
@@ -82,10 +71,10 @@ def embed(
     settings = EmbedSettings(
         degree=degree,
         reduce=from_json("reduce", {"name": reduce}) if reduce else None,
-        features=features.value,
+        features=features,
         batch_size=batch_size,
-        precision=precision.value,
-        runtime=runtime.value,
+        precision=precision,
+        runtime=runtime,
     )
     with progress_bar(Console(stderr=True)) as shown:
         written = embed_to_file(

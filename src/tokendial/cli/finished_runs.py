@@ -5,9 +5,8 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -30,9 +29,7 @@ from tokendial.cli.options import (
     Optimize,
     PrecisionOption,
     RunFolder,
-    RuntimeName,
     RuntimeOption,
-    RuntimePrecision,
     Weights,
     runtime_of,
 )
@@ -40,13 +37,6 @@ from tokendial.cli.options import (
 if TYPE_CHECKING:
     from tokendial.runs import Run
     from tokendial.runs.model_source import ModelSource
-
-
-class Format(StrEnum):
-    """Output formats of predictions."""
-
-    csv = "csv"
-    jsonl = "jsonl"
 
 
 @app.command("eval", rich_help_panel=USE_PANEL)
@@ -87,8 +77,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     optimize: Optimize = False,
     compile: Compile = False,
-    runtime: RuntimeOption = RuntimeName.torch,
-    precision: PrecisionOption = RuntimePrecision.fp32,
+    runtime: RuntimeOption = "torch",
+    precision: PrecisionOption = "fp32",
 ) -> None:
     """Measure accuracy, cost and speed of a run at several degrees of the dial.
 
@@ -222,8 +212,9 @@ def predict(
     degree: Degree = None,
     compensator: CompensatorFolder = None,
     form: Annotated[
-        Format, typer.Option("--format", help="Output format: CSV, or one JSON object per line.")
-    ] = Format.csv,
+        Literal["csv", "jsonl"],
+        typer.Option("--format", help="Output format: CSV, or one JSON object per line."),
+    ] = "csv",
     top: Annotated[int, typer.Option(min=1, help="Number of most probable classes per file.")] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Masks: folder to write them to, as PNG files.")
@@ -251,8 +242,8 @@ def predict(
     ] = False,
     optimize: Optimize = False,
     compile: Compile = False,
-    runtime: RuntimeOption = RuntimeName.torch,
-    precision: PrecisionOption = RuntimePrecision.fp32,
+    runtime: RuntimeOption = "torch",
+    precision: PrecisionOption = "fp32",
 ) -> None:
     """Predict the class, or the mask, of images or videos.
 
@@ -308,13 +299,13 @@ def predict(
     failed = False
     writer = csv.writer(sys.stdout, lineterminator="\n")
     for index, answer in enumerate(answers):
-        if index == 0 and form is Format.csv:
+        if index == 0 and form == "csv":
             names = ["class", "probability"] if out is None else ["mask", "share"]
             writer.writerow(["path", *names, *["degree"] * cascade])
         if isinstance(answer, ImageError | VideoError):
             failed = True
             print(f"error: {answer}", file=sys.stderr)
-        elif form is Format.jsonl:
+        elif form == "jsonl":
             print(json.dumps(dataclasses.asdict(answer)))
         elif isinstance(answer, MaskFile):
             writer.writerow([answer.path, answer.mask, f"{answer.share:.4f}"])
@@ -362,15 +353,7 @@ def show(
     print(f"wrote {out}")
 
 
-class ExportFormat(StrEnum):
-    """File formats of exported models."""
-
-    onnx = "onnx"
-    pt2 = "pt2"
-    openvino = "openvino"
-
-
-_ENDINGS = {ExportFormat.onnx: "onnx", ExportFormat.pt2: "pt2", ExportFormat.openvino: "xml"}
+_ENDINGS = {"onnx": "onnx", "pt2": "pt2", "openvino": "xml"}
 
 
 @app.command(rich_help_panel=USE_PANEL)
@@ -385,8 +368,9 @@ def export(
         ),
     ] = None,
     to: Annotated[
-        ExportFormat, typer.Option(help="File format: ONNX, pt2 of torch.export, or OpenVINO.")
-    ] = (ExportFormat.onnx),
+        Literal["onnx", "pt2", "openvino"],
+        typer.Option(help="File format: ONNX, pt2 of torch.export, or OpenVINO."),
+    ] = "onnx",
     batch: Annotated[
         int | None,
         typer.Option(min=1, help="Fixed number of images per call (default: any number)."),
@@ -425,7 +409,7 @@ def export(
     opened = Run(run)
     if int8:
         others = (degrees, batch, compensator)
-        if any(other is not None for other in others) or to is not ExportFormat.onnx:
+        if any(other is not None for other in others) or to != "onnx":
             raise ValueError(
                 "int8 writes one ONNX file: leave out --degrees, --batch, --to and --compensator."
             )
@@ -437,7 +421,7 @@ def export(
         path = out or folder / f"degree_{model.degree if degree is None else degree}.{_ENDINGS[to]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         files = [export_model(model, path, degree=degree, batch=batch, facts=facts)]
-    elif degree is not None or to is not ExportFormat.onnx:
+    elif degree is not None or to != "onnx":
         raise ValueError("degrees writes a bundle of ONNX files: leave out --degree and --to.")
     else:
         wanted = degrees_to_show(model, degrees)

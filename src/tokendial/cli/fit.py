@@ -1,8 +1,7 @@
 """The command that searches token schedules for a budget: fit."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -13,24 +12,13 @@ from tokendial.cli.options import (
     ImageSize,
     ModelName,
     PlainPrecisionOption,
-    RuntimeName,
-    RuntimePrecision,
+    RuntimeChoice,
     Weights,
     runtime_of,
 )
 
 if TYPE_CHECKING:
     from tokendial.tune import FitPoint, FitResult
-
-
-class AgreeBy(StrEnum):
-    """What schedules are compared by."""
-
-    logits = "logits"
-    embeddings = "embeddings"
-    neighbours = "neighbours"
-    feature_map = "feature_map"
-    masks = "masks"
 
 
 @app.command(rich_help_panel=USE_PANEL)
@@ -71,7 +59,7 @@ def fit(
         ),
     ] = None,
     agree_by: Annotated[
-        AgreeBy | None,
+        Literal["logits", "embeddings", "neighbours", "feature_map", "masks"] | None,
         typer.Option(
             help="What schedules are compared by with the model that removes nothing: the classes, "
             "the embeddings, which images are nearest neighbours, the features at each position, "
@@ -90,13 +78,13 @@ def fit(
     ] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 8,
     runtime: Annotated[
-        RuntimeName,
+        RuntimeChoice,
         typer.Option(
             help="Program whose times the budget is for: torch, onnxruntime or openvino. In the "
             "last two, each schedule that is timed is exported first: give it more --minutes."
         ),
-    ] = RuntimeName.torch,
-    precision: PlainPrecisionOption = RuntimePrecision.fp32,
+    ] = "torch",
+    precision: PlainPrecisionOption = "fp32",
     minutes: Annotated[float, typer.Option(help="Time limit of the whole search.")] = 5.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random choice of images.")] = 0,
     weights: Weights = None,
@@ -132,7 +120,7 @@ def fit(
         {kind: _numbers(kind, text) for kind, text in budgets.items() if text is not None},
         reduce=reduce,
         start_from=start_from,
-        agree_by=agree_by.value if agree_by else None,
+        agree_by=agree_by,
         calibration=calibration,
         images=images,
         seed=seed,

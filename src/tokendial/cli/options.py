@@ -1,8 +1,7 @@
 """Arguments and options that several commands share."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -87,36 +86,10 @@ Compile = Annotated[
         help="Also try torch.compile, which takes about a minute per degree; implies --optimize.",
     ),
 ]
-
-
-class Precision(StrEnum):
-    """Floating-point formats that models can compute in."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class RuntimePrecision(StrEnum):
-    """Formats of numbers that runtimes can compute in."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    int8 = "int8"
-
-
-class RuntimeName(StrEnum):
-    """Programs that models can compute in."""
-
-    torch = "torch"
-    onnxruntime = "onnxruntime"
-    openvino = "openvino"
-    auto = "auto"
-
-
+RuntimeChoice = Literal["torch", "onnxruntime", "openvino", "auto"]
+PrecisionChoice = Literal["fp32", "bf16", "fp16", "int8"]
 RuntimeOption = Annotated[
-    RuntimeName,
+    RuntimeChoice,
     typer.Option(
         "--runtime",
         help="Program that computes the model. onnxruntime and openvino run exported files on the "
@@ -124,7 +97,7 @@ RuntimeOption = Annotated[
     ),
 ]
 PrecisionOption = Annotated[
-    RuntimePrecision,
+    PrecisionChoice,
     typer.Option(
         "--precision",
         help="Format of weights and activations. In torch, bf16 and fp16 imply --optimize, and "
@@ -133,7 +106,7 @@ PrecisionOption = Annotated[
     ),
 ]
 PlainPrecisionOption = Annotated[
-    RuntimePrecision,
+    PrecisionChoice,
     typer.Option(
         "--precision",
         help="Format of weights and activations: fp32, bf16 or fp16 in torch, fp32 or int8 in "
@@ -144,9 +117,9 @@ PlainPrecisionOption = Annotated[
 
 
 def runtime_of(
-    runtime: RuntimeName, precision: RuntimePrecision, optimize: bool, compile: bool
+    runtime: RuntimeChoice, precision: PrecisionChoice, optimize: bool, compile: bool
 ) -> "Runtime":
     """The runtime that --runtime, --precision, --optimize and --compile stand for."""
     from tokendial.runtimes import Runtime
 
-    return Runtime(runtime.value, precision.value, optimize, compile)
+    return Runtime(runtime, precision, optimize, compile)

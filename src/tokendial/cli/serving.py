@@ -21,9 +21,7 @@ from tokendial.cli.options import (
     Compile,
     Optimize,
     PrecisionOption,
-    RuntimeName,
     RuntimeOption,
-    RuntimePrecision,
     runtime_of,
 )
 
@@ -88,8 +86,8 @@ def _serve_command(
     ],
     optimize: Optimize = False,
     compile: Compile = False,
-    runtime: RuntimeOption = RuntimeName.torch,
-    precision: PrecisionOption = RuntimePrecision.fp32,
+    runtime: RuntimeOption = "torch",
+    precision: PrecisionOption = "fp32",
     api_keys: Annotated[
         Path | None,
         typer.Option(

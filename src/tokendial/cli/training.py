@@ -4,9 +4,8 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -185,23 +184,15 @@ def _print_recipes(descriptions: dict[str, str]) -> None:
     Console().print(table)
 
 
-class DemoTask(StrEnum):
-    """Tasks of the demo."""
-
-    counting = "counting"
-    masks = "masks"
-    cells = "cells"
-
-
 @app.command(rich_help_panel=TRAIN_PANEL)
 def demo(
     task: Annotated[
-        DemoTask,
+        Literal["counting", "masks", "cells"],
         typer.Option(
             help="counting: Sparse-Tuning and a compensator, for classes. masks: DAR, for masks. "
             "cells: a real model (DINOv2) on real pictures (solar cells)."
         ),
-    ] = DemoTask.counting,
+    ] = "counting",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -225,12 +216,12 @@ def demo(
     """
     from tokendial.demo import run_cells_demo, run_demo, run_masks_demo
 
-    if full and task is not DemoTask.cells:
-        raise ValueError(f"--full is for --task cells, got --task {task.value}.")
-    if task is DemoTask.cells:
+    if full and task != "cells":
+        raise ValueError(f"--full is for --task cells, got --task {task}.")
+    if task == "cells":
         folder = out or Path("demo_cells_full" if full else "demo_cells")
         run_until_stopped(lambda: run_cells_demo(folder, full=full))
-    elif task is DemoTask.masks:
+    elif task == "masks":
         run_until_stopped(lambda: run_masks_demo(out or Path("demo_masks")))
     else:
         run_until_stopped(lambda: run_demo(out or Path("demo")))

@@ -240,13 +240,17 @@ class EmbeddingMetrics(Metric):
         self.targets.append(targets)
 
     def compute(self) -> dict[str, float]:
-        """Return cosine, which selects the best epoch, and same_neighbours.
+        """Return what `embedding_scores` names cosine, which selects the best epoch, and
+        same_neighbours. The names here tell what is compared with: the frozen backbone.
 
         Raises:
             ValueError: If there are fewer than three images.
         """
         scores = embedding_scores(dim_zero_cat(self.embeddings), dim_zero_cat(self.targets))
-        return {name: scores[name] for name in ("cosine", "same_neighbours")}
+        return {
+            "cosine_to_frozen": scores["cosine"],
+            "neighbours_of_frozen": scores["same_neighbours"],
+        }
 
 
 class MaskMetrics(Metric):

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from tokendial.serve.http.errors import refusal_error, retry_after_header
 from tokendial.serve.http.openapi import IMAGE_BODIES, error_responses
 from tokendial.serve.http.prediction import PredictionHandler
-from tokendial.serve.http.schemas import ClassesPrediction, MaskPrediction, PredictOptions
+from tokendial.serve.http.schemas import Prediction, PredictOptions
 from tokendial.serve.problems import ProblemError
 from tokendial.serve.scheduling.engine import Engine
 from tokendial.serve.scheduling.requests import RequestRefusedError
@@ -42,7 +42,7 @@ class Tokens(TokenView):
     """Multiply-accumulates of the image, in 1e9."""
     image: str
     """The image as the model sees it: base64 of a PNG."""
-    prediction: ClassesPrediction | MaskPrediction
+    prediction: Prediction
     """The prediction, as `/v1/predict` gives it. Its degree is that of the view."""
 
 

@@ -32,6 +32,7 @@ from tokendial.serve.http.schemas import (
     MaskPrediction,
     ModelChoice,
     PredictBody,
+    Prediction,
     Predictions,
     PredictOptions,
 )
@@ -122,12 +123,7 @@ class PredictionHandler:
         memory: RequestMemory = request.state.memory
 
         async def describe(done: _Computed[EmbeddingOptions]) -> Embeddings:
-            data = []
-            for index, result in enumerate(done.results):
-                memory.take(_NUMBER_BYTES * result.output.numel())
-                embedding = _written_embedding(result.output, done.options.encoding_format)
-                data.append(Embedding(**_computed_fields(result), index=index, embedding=embedding))
-                await asyncio.sleep(0)  # many images must not block the event loop
+            data = await _described_embeddings(done.results, done.options.encoding_format, memory)
             return Embeddings(model=done.name, revision=self._revision(done.name), data=data)
 
         answer, _ = await self._answer(
@@ -277,10 +273,13 @@ class PredictionHandler:
         results: list[ImageResult],
         top: int,
         memory: RequestMemory,
-    ) -> list[ClassesPrediction | MaskPrediction]:
+    ) -> Sequence[Prediction]:
         """Describe the result of each image."""
-        if self._supervisor.catalog.kind(name) == "classes":
-            predictions: list[ClassesPrediction | MaskPrediction] = []
+        kind = self._supervisor.catalog.kind(name)
+        if kind == "embeddings":
+            return await _described_embeddings(results, "float", memory)
+        if kind == "classes":
+            predictions = []
             for result in results:
                 predictions.append(self._classes(name, result, top))
                 await asyncio.sleep(0)  # many classes of many images must not block the event loop
@@ -324,7 +323,9 @@ def prediction_routes(handler: PredictionHandler, settings: Settings) -> APIRout
         openapi_extra=_request_body(PredictBody),
     )
     async def predict(request: Request, options: Annotated[PredictOptions, Query()]) -> Response:
-        """Return classes or masks of one image (its bytes) or several (a form, or JSON).
+        """Return what the model gives for one image (its bytes) or several (a form, or JSON).
+
+        That is classes or a mask, or an embedding if the model was trained to keep embeddings.
 
         A JSON request has its options as fields of the body; all others have query parameters.
         """
@@ -388,6 +389,19 @@ def _computed_fields(result: ImageResult) -> dict[str, Any]:
         "compute_ms": 1000 * result.compute_s,
         "batch": result.batch,
     }
+
+
+async def _described_embeddings(
+    results: Sequence[ImageResult], form: Literal["float", "base64"], memory: RequestMemory
+) -> list[Embedding]:
+    """Describe the embedding of each image, and count the memory that they take."""
+    rows = []
+    for index, result in enumerate(results):
+        memory.take(_NUMBER_BYTES * result.output.numel())
+        embedding = _written_embedding(result.output, form)
+        rows.append(Embedding(**_computed_fields(result), index=index, embedding=embedding))
+        await asyncio.sleep(0)  # many images must not block the event loop
+    return rows
 
 
 def _written_embedding(values: Tensor, form: Literal["float", "base64"]) -> list[float] | str:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from tokendial.serve.problems import Problem
+from tokendial.serve.workers.catalog import AnswerKind
 
 
 class ModelChoice(BaseModel):
@@ -112,17 +113,6 @@ class MaskPrediction(Computed):
     """Fraction of the pixels that lie inside the mask, or have any class but the first."""
 
 
-class Predictions(ResponseBody):
-    """Response of `/v1/predict`."""
-
-    model: str
-    """Name of the model."""
-    revision: str
-    """Short hash of the model's weights."""
-    predictions: list[ClassesPrediction | MaskPrediction]
-    """One prediction per image, in the order of the images."""
-
-
 class Embedding(Computed):
     """The embedding of an image."""
 
@@ -131,6 +121,21 @@ class Embedding(Computed):
     embedding: list[float] | str
     """What the model gives before its classifier: pooled features. A list of numbers, or base64 of
     float32 numbers in little-endian order."""
+
+
+Prediction: TypeAlias = ClassesPrediction | MaskPrediction | Embedding
+"""What a model gives for an image."""
+
+
+class Predictions(ResponseBody):
+    """Response of `/v1/predict`."""
+
+    model: str
+    """Name of the model."""
+    revision: str
+    """Short hash of the model's weights."""
+    predictions: list[Prediction]
+    """One prediction per image, in the order of the images."""
 
 
 class Embeddings(ResponseBody):
@@ -149,7 +154,7 @@ class Model(ResponseBody):
 
     name: str
     """Name of the model."""
-    kind: Literal["classes", "masks"]
+    kind: AnswerKind
     """What the model gives for an image."""
     classes: list[str]
     """Names of the model's classes."""

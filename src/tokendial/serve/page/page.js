@@ -172,9 +172,19 @@ function showAnswers() {
   showBars();
   showLayer();
   for (const side of sides) showPrediction(side, shown[side.name]);
-  const found = view.prediction.classes?.[0];
-  const what = found ? `${found.name}, ${share(found.probability)}` : `mask on ${share(view.prediction.share)}`;
-  $("said").textContent = `Degree ${view.degree}: ${what}, at ${share(costOf(view))} of the cost of degree 0.`;
+  $("said").textContent = `Degree ${view.degree}: ${inWords(view.prediction)}, at ${share(costOf(view))} of the cost of degree 0.`;
+}
+
+function inWords({ classes, share: part, embedding }) {
+  if (embedding) return `similarity to degree 0 ${likeDegree0(embedding)}`;
+  return classes ? `${classes[0].name}, ${share(classes[0].probability)}` : `mask on ${share(part)}`;
+}
+
+/** The cosine similarity of an embedding to the one at degree 0. */
+function likeDegree0(embedding) {
+  const full = shown.full.view.prediction.embedding;
+  const dot = (a, b) => a.reduce((sum, value, index) => sum + value * b[index], 0);
+  return (dot(embedding, full) / Math.sqrt(dot(embedding, embedding) * dot(full, full))).toFixed(4);
 }
 
 const costOf = (view) => view.gmacs / shown.full.view.gmacs;
@@ -190,6 +200,7 @@ function showPrediction({ figure, article }, { view, picture, mask }) {
   fillList(article.querySelector("dl"), [
     ["Latency", `${number(prediction.compute_ms)} ms`, `+ ${number(prediction.queue_ms)} queue`],
     ["Cost", `${Number(view.gmacs.toPrecision(3))} GMACs`, share(costOf(view))],
+    ...(prediction.embedding ? [["Similarity to degree 0", likeDegree0(prediction.embedding)]] : []),
   ]);
 }
 

@@ -9,9 +9,11 @@ from torch import Tensor
 from tokendial.cascade import CascadeStages
 from tokendial.data.readers.pixels import ValueRange
 from tokendial.data.transforms.image import Transform
-from tokendial.tasks import BinaryMasks, Classification, Segmentation
+from tokendial.tasks import BinaryMasks, Classification, Embeddings, Segmentation
 
-ServedTask = Classification | BinaryMasks | Segmentation
+ServedTask = Classification | BinaryMasks | Segmentation | Embeddings
+AnswerKind = Literal["classes", "masks", "embeddings"]
+"""What a model gives for an image."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,19 +96,25 @@ class ModelCatalog:
             top: Number of classes; fewer if the model has fewer.
 
         Raises:
-            ValueError: If the model gives masks.
+            ValueError: If the model does not classify.
         """
         model = self.models[name]
         if not isinstance(model.task, Classification):
-            raise ValueError(f"{name} gives masks, not classes.")
+            raise ValueError(f"{name} gives {self.kind(name)}, not classes.")
         probabilities = model.task.probabilities(logits.unsqueeze(0))[0]
         values, indices = probabilities.topk(min(top, len(model.classes)))
         names = [model.classes[index] for index in indices.tolist()]
         return list(zip(names, values.tolist(), strict=True))
 
-    def kind(self, name: str) -> Literal["classes", "masks"]:
-        """Whether a model gives classes or masks."""
-        return "classes" if isinstance(self.models[name].task, Classification) else "masks"
+    def kind(self, name: str) -> AnswerKind:
+        """What a model gives for an image."""
+        match self.models[name].task:
+            case Classification():
+                return "classes"
+            case Embeddings():
+                return "embeddings"
+            case _:
+                return "masks"
 
     def accuracy(self, name: str, degree: int) -> float | None:
         """Accuracy that `tokendial eval` measured last; None if it was not run."""

@@ -42,7 +42,7 @@ from tokendial.serve.workers.decoder_messages import (
     RenderMask,
     Reply,
 )
-from tokendial.tasks import Classification
+from tokendial.tasks import BinaryMasks, Segmentation
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Image formats that the server accepts, by Pillow's names."""
@@ -127,8 +127,8 @@ def render_mask(model: ServedModel, logits: Tensor, size: tuple[int, int]) -> tu
         A PNG file (probabilities as grey levels, or class indices with a palette), and the fraction
         of the pixels that lie inside, or have any class but the first.
     """
-    if isinstance(model.task, Classification):
-        raise ValueError("model must give masks, got one that gives classes.")
+    if not isinstance(model.task, BinaryMasks | Segmentation):
+        raise ValueError(f"model must give masks, its task is {type(model.task).__name__}.")
     mask = mask_image(model.task, logits, size)
     file = BytesIO()
     mask.save(file, format="PNG")

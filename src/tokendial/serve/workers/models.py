@@ -21,7 +21,7 @@ from tokendial.runs.run import Run
 from tokendial.runtimes import PLAIN, Runtime
 from tokendial.serve.workers.catalog import ModelCatalog, ServedModel, ServedTask
 from tokendial.serve.workers.token_view import TokenView, model_input_png, token_view
-from tokendial.tasks import BinaryMasks, Classification, Segmentation, VideoClassification
+from tokendial.tasks import BinaryMasks, Segmentation, VideoClassification
 
 
 @dataclasses.dataclass(slots=True)
@@ -178,13 +178,9 @@ def _stages(run: Run, model: DialViT, revision: str) -> CascadeStages:
 def _served_task(run: Run) -> ServedTask:
     """The task of a run; a ValueError if it cannot be served."""
     task = run.task()
-    if isinstance(task, VideoClassification):
+    if isinstance(task, VideoClassification) or not isinstance(task, ServedTask):
         raise ValueError(f"{run.folder} is a run on videos; only runs on images can be served.")
-    if not isinstance(task, Classification | BinaryMasks | Segmentation):
-        raise ValueError(
-            f"{run.folder} predicts neither classes nor masks, so it cannot be served."
-        )
-    if not isinstance(task, Classification) and task.augment.test != "whole":
+    if isinstance(task, BinaryMasks | Segmentation) and task.augment.test != "whole":
         raise ValueError(
             f"{run.folder}: dense.augment.test must be whole to be served, it is "
             f"{task.augment.test}: one request could need any number of windows."
