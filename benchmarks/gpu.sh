@@ -21,7 +21,7 @@ quick=("$@")
 # Eager: one image, and batches, in both half precisions, beside plain timm.
 measure eager inference --methods tome --costs 0.75,0.6 --batch 1,64,256 --dtype bf16,fp16 \
     --mode eager --repeats 7
-# Optimised: fused kernels and CUDA graphs.
+# Optimised: what td.optimize keeps of the fused kernels. CUDA graphs come with compiling only.
 measure optimised inference --methods tome --costs 0.75,0.6 --batch 1,64 --dtype bf16 \
     --mode optimised --repeats 7
 measure peers peers "${checkout[@]}" --r 8 --batch 64 --dtype bf16 --mode eager,compiled --repeats 7

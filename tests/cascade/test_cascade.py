@@ -125,6 +125,18 @@ def test_a_cascade_of_other_weights_is_refused(model, tmp_path):
         td.Cascade.load(model, path, revision="abd")
 
 
+def test_a_cascade_of_another_precision_is_refused(model, tmp_path):
+    path = tmp_path / "cascade.json"
+    plain, half = td.Runtime("onnxruntime").numerics, td.Runtime("openvino", "bf16").numerics
+    td.Cascade(model, (12, 0)).save(path, numerics=half)
+    assert td.Cascade.load(model, path, numerics=half).degrees == (12, 0)
+    for other in (plain, td.Runtime("torch", "bf16").numerics):
+        with pytest.raises(ValueError, match=f"calibrated in openvino bf16, not in {other}: ch"):
+            td.Cascade.load(model, path, numerics=other)
+    td.Cascade(model, (12, 0)).save(path)
+    assert td.Cascade.load(model, path, numerics=plain).degrees == (12, 0)
+
+
 @pytest.mark.parametrize("degrees", [(0,), (0, 8), (8, 8), (8, 4, 2, 0)])
 def test_degrees_must_fall(model, degrees):
     with pytest.raises(ValueError, match="degrees must be two or three, the cheapest first"):

@@ -104,6 +104,8 @@ def test_predict_says_what_does_not_go_together(run, digits, cli, tmp_path):
     code, _, err = cli("predict", run.folder, digits / "val", "--cascade", "--ray")
     assert code == 2
     assert "cascade are for classes, predicted by one process" in err
+    code, _, err = cli("predict", run.folder, digits / "val", "--cascade", "--precision", "bf16")
+    assert (code, "calibrated in fp32, not in torch bf16: choose" in err) == (2, True)
     changed = tmp_path / "other"
     shutil.copytree(run.folder, changed)
     (changed / "best/config.json").write_text((run.best / "config.json").read_text() + " ")

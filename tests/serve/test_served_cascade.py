@@ -10,6 +10,7 @@ from serving import at_once, file, form, picture, serving, until
 
 from tokendial.cascade import CascadeCalibration, CascadeStages
 from tokendial.runs import Run
+from tokendial.runtimes import Runtime
 from tokendial.serve import starting
 from tokendial.serve.scheduling.cost_model import CostModel
 from tokendial.serve.settings import check_settings
@@ -131,3 +132,9 @@ def test_what_does_not_go_together_is_refused(run, pets, names, options, message
     runs = {name: {"run": run, "pets": pets}[name] for name in names}
     with pytest.raises(ValueError, match=message), serving(runs, cascade=True, **options):
         pass
+
+
+def test_another_precision_than_that_of_the_calibration_is_refused(run):
+    models = load_models({"pets": run}, cascade=True)
+    with pytest.raises(ValueError, match="calibrated in fp32, not in torch bf16: choose"):
+        models.prepare(Runtime(precision="bf16"))

@@ -229,32 +229,44 @@ class Cascade:
         right = [are_same(each, labels.cpu().long()) for each in given]
         return Observations(sure, torch.stack([~early & right[-1] for early in right[:-1]]))
 
-    def save(self, path: Path, *, revision: str | None = None) -> None:
+    def save(self, path: Path, *, revision: str | None = None, numerics: str = "fp32") -> None:
         """Write degrees, score and calibration into a JSON file.
 
         Args:
             path: The file.
             revision: Revision of the model's weights; `load` can check it.
+            numerics: How the model computes, as `Runtime.numerics` says it; `load` can check it.
         """
-        replace(self.stages, revision=revision).save(path)
+        replace(self.stages, revision=revision, numerics=numerics).save(path)
 
     @classmethod
-    def load(cls, model: InferenceModel, path: Path, *, revision: str | None = None) -> "Cascade":
+    def load(
+        cls,
+        model: InferenceModel,
+        path: Path,
+        *,
+        revision: str | None = None,
+        numerics: str | None = None,
+    ) -> "Cascade":
         """Read what `save` wrote, for the same model.
 
         Args:
             model: The model.
             path: The file.
             revision: Revision of the model's weights; None: not checked.
+            numerics: How the model computes, as `Runtime.numerics` says it; None: not checked.
 
         Raises:
-            ValueError: If there is no such file, or it is no cascade for this model or revision.
+            ValueError: If there is no such file, or it is no cascade for this model, revision or
+                numerics.
         """
         stages = CascadeStages.load(path)
         if revision not in (None, stages.revision):
             raise ValueError(
                 f"{path} was calibrated for other weights; run `tokendial cascade` again."
             )
+        if numerics is not None:
+            stages.check_numerics(numerics)
         try:
             cascade = cls(model, stages.degrees, score=stages.score, multi_label=stages.multi_label)
         except ValueError as error:

@@ -34,6 +34,8 @@ class CascadeStages:
     revision: str | None = None
     """Revision of the weights that it was calibrated for, as `Run.revision` gives it; None: not
     known."""
+    numerics: str = "fp32"
+    """How the model computed in the calibration, as `Runtime.numerics` says it."""
 
     def __post_init__(self) -> None:
         check_choice("score", self.score, SCORES)
@@ -57,6 +59,17 @@ class CascadeStages:
     def how_sure(self, logits: Tensor) -> Tensor:
         """How sure the model is of each answer, [B], from logits [B, ...]; higher is surer."""
         return how_sure(logits, self.score, multi_label=self.multi_label)
+
+    def check_numerics(self, numerics: str) -> None:
+        """Raise a ValueError if the model computes in another way than in the calibration.
+
+        Rounding changes answers, so neither the thresholds nor their bound would hold.
+        """
+        if numerics != self.numerics:
+            raise ValueError(
+                f"the cascade was calibrated in {self.numerics}, not in {numerics}: choose the "
+                "runtime and precision of `tokendial cascade`, or run it again with these."
+            )
 
     def save(self, path: Path) -> None:
         """Write a JSON file."""

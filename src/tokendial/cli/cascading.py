@@ -86,7 +86,9 @@ def cascade(
     plot = run / "eval" / "cascade.png"
     write_picture(cascade_figure(report, title=str(run)), plot)
     print(f"wrote {plot}")
-    print(f"wrote {opened.cascade_file}: tokendial predict {run} IMAGES --cascade")
+    options = "" if runtime == "torch" else f" --runtime {runtime}"
+    options += "" if precision == "fp32" else f" --precision {precision}"
+    print(f"wrote {opened.cascade_file}: tokendial predict {run} IMAGES --cascade{options}")
 
 
 def _table(report: "CascadeReport") -> Table:

@@ -131,7 +131,7 @@ def calibrate_cascade(
     observations = cascade.compare([logits[degree] for degree in degrees], labels, harm)
     found = choose_thresholds(observations, harm, allowed, confidence=confidence)
     cascade.calibration = found
-    cascade.save(run.cascade_file, revision=run.revision())
+    cascade.save(run.cascade_file, revision=run.revision(), numerics=runtime.numerics)
     counter.show("measuring the time of one image")
     one_by_one = torch.split(first_images(loader, model, _TIMED), 1)
     timings = time_cascade(cascade, fixed, one_by_one)

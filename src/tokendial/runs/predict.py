@@ -75,7 +75,9 @@ class ClassPredictor:
             model.set_degree(degree)
         self._cascade: Cascade | None = None
         if cascade:
-            self._cascade = Cascade.load(model, run.cascade_file, revision=run.revision())
+            self._cascade = Cascade.load(
+                model, run.cascade_file, revision=run.revision(), numerics=runtime.numerics
+            )
         self.classes, task = run.classes(), run.task()
         if isinstance(task, Embeddings):
             raise ValueError(f"{run.folder} has no classes to predict: use tokendial embed.")

@@ -206,4 +206,5 @@ def _write(
     written = Run(out)
     written.cascade_file.unlink(missing_ok=True)
     if cascade is not None:
-        cascade.save(written.cascade_file, revision=written.revision())
+        numerics = way.runtime.numerics
+        cascade.save(written.cascade_file, revision=written.revision(), numerics=numerics)

@@ -70,6 +70,11 @@ class Runtime:
     def __bool__(self) -> bool:
         return self != Runtime()
 
+    @property
+    def numerics(self) -> str:
+        """What decides how numbers are rounded: float32 is alike everywhere, the rest is not."""
+        return self.precision if self.precision == "fp32" else f"{self.name} {self.precision}"
+
     def start(
         self,
         model: DialViT,

@@ -56,13 +56,17 @@ class LoadedModels:
             folder: Where exported files are kept for the next start; None: they are not kept.
 
         Raises:
-            ValueError: If a runtime is asked for and there are several runs.
+            ValueError: If a runtime is asked for and there are several runs, or it computes in
+                another way than in the calibration of the cascade.
         """
         if runtime and len(self.catalog.models) > 1:
             raise ValueError(
                 "runtime, optimize, compile and precision are for one run: several runs share one "
                 "model."
             )
+        for model in self.catalog.models.values():
+            if model.cascade is not None:
+                model.cascade.check_numerics(runtime.numerics)
         self.device = device or default_device()
         if self.device != "cpu":
             self._move()
