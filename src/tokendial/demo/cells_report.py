@@ -8,6 +8,7 @@ from tokendial.demo.cells_figures import GRADES
 from tokendial.demo.cells_pictures import draw_figures
 from tokendial.demo.cells_results import CellsResults, five_rows
 from tokendial.demo.cells_scores import CellRow, gain
+from tokendial.demo.output import note_on_times, speed_cell
 from tokendial.measure import Interval
 from tokendial.show.report import Section
 
@@ -75,7 +76,7 @@ def dial_table(
             _rate(row.accuracy),
             *([_rate(row.balanced_accuracy)] * balanced),
             f"{row.images_per_s:.0f}",
-            f"{row.images_per_s / first.images_per_s:.2f}x",
+            speed_cell(row, first),
         )
         for row in rows
     ]
@@ -198,7 +199,8 @@ def _dial(results: CellsResults, figures: dict[str, Figure]) -> Section:
             f"the same trained model runs.\n\n"
             f"In the table, compute is counted, and pictures per second are measured on this "
             f"machine, all degrees in turns. An interval says how much a rate could differ if "
-            f"other cells had been in the test (2,000 random redraws of the cells).\n\n"
+            f"other cells had been in the test (2,000 random redraws of the cells). "
+            f"{note_on_times(rows)}\n\n"
             f"The pictures show which areas are joined after layer {depth // 2}: what has one "
             f"colour and one outline is one area to the model. Uncoloured areas are still seen by "
             f"themselves. Above each picture is the probability of a defect that the model gives."

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from tokendial.compensate import Compensator
-from tokendial.demo.output import print_table, write_report
+from tokendial.demo.output import note_on_times, print_table, speed_cell, write_report
 from tokendial.runs.evaluate_compensator import CompensatedRow, evaluate_compensator
 from tokendial.runs.evaluation_tables import write_rows
 from tokendial.runs.recipe import Recipe
@@ -81,7 +81,7 @@ def _cells(row: CompensatedRow, first: CompensatedRow) -> tuple[str, ...]:
         f"{1000 * row.gmacs:.1f}",
         f"{row.gmacs / first.gmacs:.0%}",
         f"{row.images_per_s:.0f}",
-        f"{row.images_per_s / first.images_per_s:.2f}x",
+        speed_cell(row, first),
         str(row.tokens),
     )
 
@@ -123,7 +123,8 @@ def _sections(
                 "tokens at each of three layers. The model was trained at degree 3. With ToCom, a "
                 "compensator changes queries and values to suit the degree. It was trained once, "
                 "on the pre-trained model and without labels, so it knows nothing of this task. "
-                "Its weights are merged into the model's, so it takes no time."
+                "Its weights are merged into the model's, so it takes no time. "
+                + note_on_times(cells)
             ),
             header=_HEADER,
             rows=cells,

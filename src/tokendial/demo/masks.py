@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tokendial.demo.output import print_table, write_report
+from tokendial.demo.output import note_on_times, print_table, speed_cell, write_report
 from tokendial.runs.evaluate import DegreeRow, evaluate
 from tokendial.runs.evaluation_tables import write_rows
 from tokendial.runs.recipe import Recipe
@@ -81,7 +81,7 @@ def _cells(row: DegreeRow, first: DegreeRow) -> tuple[str, ...]:
         f"{1000 * row.gmacs:.0f}",
         f"{row.gmacs / first.gmacs:.0%}",
         f"{row.images_per_s:.0f}",
-        f"{row.images_per_s / first.images_per_s:.2f}x",
+        speed_cell(row, first),
     )
 
 
@@ -114,7 +114,7 @@ def _sections(
                 f"selects patches: a higher degree has a higher threshold, so FFNs process fewer "
                 f"patches. The thresholds were found on training images. The fractions of patches "
                 f"and the scores are measured on validation images; the cost counts the fractions "
-                f"of the training images."
+                f"of the training images. {note_on_times(cells)}"
             ),
             header=_HEADER,
             rows=cells,
