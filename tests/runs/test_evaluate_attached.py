@@ -8,26 +8,16 @@ import pytest
 import torch
 import transformers
 from examples import perturbed
+from model_folders import SQUARE, save_quietly, write_open_clip_folder, write_transformers_folder
 from PIL import Image
 from safetensors.torch import save_file
-from whole_models import SIDE, TEXT, VISION, WHOLE, whole_model
+from whole_models import TEXT, VISION
 
 import tokendial as td
 from tokendial.measure.agreement import depth_agreement
 from tokendial.model.tower_dial import DialedPart
 from tokendial.runs.evaluate_attached import evaluate_attached
 from tokendial.runs.image_model import open_image_model
-
-SQUARE = {"height": SIDE, "width": SIDE}
-PROCESSORS = {
-    "CLIP": lambda: transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SQUARE),
-    "Depth Anything": lambda: transformers.DPTImageProcessor(
-        size=SQUARE, keep_aspect_ratio=True, ensure_multiple_of=8
-    ),
-    "SAM": lambda: transformers.SamImageProcessor(size={"longest_edge": SIDE}, pad_size=SQUARE),
-    "ViTPose": lambda: transformers.VitPoseImageProcessor(size=SQUARE | {"width": SIDE // 2}),
-    "YOLOS": lambda: transformers.YolosImageProcessor(size=SQUARE),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -54,20 +44,9 @@ def folder_of(tmp_path_factory):
     """Makes the folder of a small model of transformers, and of its image processor."""
 
     def save(name):
-        folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        save_quietly(whole_model(name)[0], folder)
-        make = PROCESSORS.get(name, lambda: transformers.ViTImageProcessor(size=SQUARE))
-        make().save_pretrained(folder)
-        return folder
+        return write_transformers_folder(name, tmp_path_factory.mktemp(name.replace(" ", "_")))
 
     return save
-
-
-def save_quietly(model, folder):
-    """Save a model without the progress bar on stderr, where the errors of commands are read."""
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    transformers.utils.logging.enable_progress_bar()
 
 
 def inputs_of(folder, photos):
@@ -209,13 +188,7 @@ def test_what_is_compared_follows_from_what_the_model_gives(
 
 
 def test_a_folder_of_open_clip(cli, photos, tmp_path):
-    vision = {"image_size": SIDE, "patch_size": 8, "width": 48, "layers": 3, "head_width": 16}
-    text = {"context_length": 8, "vocab_size": 99, "width": 32, "heads": 2, "layers": 2}
-    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
-    (tmp_path / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {}})
-    )
-    save_file(WHOLE["open_clip"].build().state_dict(), tmp_path / "open_clip_model.safetensors")
+    write_open_clip_folder(tmp_path)
     code, printed, _ = cli(
         "attach", tmp_path, "--images", photos, "--degrees", "0,8", "--tower", "visual"
     )

@@ -11,7 +11,6 @@ from tokendial.cli.app import USE_PANEL, app
 from tokendial.cli.options import (
     Degree,
     ImageSize,
-    ModelName,
     PlainPrecisionOption,
     RuntimeOption,
     Weights,
@@ -20,7 +19,15 @@ from tokendial.cli.options import (
 
 @app.command(rich_help_panel=USE_PANEL)
 def embed(
-    model: ModelName,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="Folder of a run, of a saved model, or of a model of transformers or open_clip; "
+            "or name of a backbone: a timm model such as vit_small_patch14_dinov2, or "
+            "transformers.CLASS.",
+        ),
+    ],
     paths: Annotated[
         list[Path], typer.Argument(help="Image files, folders or shards (.tar) of images.")
     ],

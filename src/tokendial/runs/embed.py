@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from tokendial.data.readers.images import ImageError
 from tokendial.model.dial import InferenceModel
 from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.device import default_device
+from tokendial.runs.embed_whole import WholeModel
+from tokendial.runs.image_model import is_image_model
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.model_source import ModelSource
 from tokendial.runs.on_ray import answers_on_ray, check_ray
@@ -62,28 +64,18 @@ class EmbedSettings:
         check_count("batch_size", self.batch_size)
 
 
-class Embedder:
-    """Embeds images with one model."""
+class _DialModel:
+    """A model of a run, a saved model or a backbone that embeds images."""
 
-    def __init__(
-        self, source: ModelSource, settings: EmbedSettings, *, device: str | None = None
-    ) -> None:
-        """Load the model. The arguments are those of `embed`.
-
-        Raises:
-            ValueError: If there is no such model, or a setting does not fit it.
-        """
+    def __init__(self, source: ModelSource, settings: EmbedSettings, device: str) -> None:
         self.settings = settings
         opened = source.open(settings.reduce)
         self.model = opened.model
         if settings.degree is not None:
             self.model.set_degree(settings.degree)
-        self.device = device or default_device()
-        self.dtype = torch.float32
-        if settings.runtime == "torch":
-            self.dtype = DTYPES[settings.precision]
+        self.device, self.dtype = device, _dtype(settings)
         self.model.to(self.device, self.dtype)
-        self._read = ImageReader(opened.transform, opened.value_range)
+        self.prepare, self.value_range = opened.transform, opened.value_range
         self._started: InferenceModel = self.model
         if settings.runtime != "torch":
             example = torch.zeros(
@@ -96,20 +88,9 @@ class Embedder:
                 folder=opened.run.runtime_folder if opened.run else None,
             )
 
-    @torch.no_grad()
-    def __call__(self, sources: Sequence[Source]) -> list[Embedding | ImageError]:
-        """Embed a batch: one answer per source, in their order."""
-        inputs = [self._read(source) for source in sources]
-        readable = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
-        rows = iter(self._embed(torch.stack(readable)) if readable else ())
-        return [
-            # A copy: a row of the batch would keep the whole batch in memory.
-            Embedding(str(source), next(rows).clone()) if isinstance(entry, Tensor) else entry
-            for source, entry in zip(sources, inputs, strict=True)
-        ]
-
-    def _embed(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, self.dtype)
+    def embed(self, rows: Sequence[Tensor]) -> Tensor:
+        """Embeddings of inputs [3, H, W], in float32 on the CPU."""
+        images = torch.stack(list(rows)).to(self.device, self.dtype)
         features = self.settings.features
         if features == "pooled":
             if self._started is not self.model:
@@ -117,6 +98,66 @@ class Embedder:
             return self.model.embeddings(images).float().cpu()
         maps = self.model.feature_map(images).float()
         return (maps.mean(dim=(2, 3)) if features == "mean" else maps).cpu()
+
+
+class Embedder:
+    """Embeds images with one model."""
+
+    def __init__(
+        self, source: ModelSource, settings: EmbedSettings, *, device: str | None = None
+    ) -> None:
+        """Load the model. The arguments are those of `embed`.
+
+        Raises:
+            ValueError: If there is no such model, or a setting does not fit it.
+        """
+        device = device or default_device()
+        self._model: Any
+        if is_image_model(source.name):
+            self._model = _whole_model(source, settings, device)
+            self._read = ImageReader(self._model.prepare, None)
+        else:
+            self._model = _DialModel(source, settings, device)
+            self._read = ImageReader(self._model.prepare, self._model.value_range)
+
+    @torch.no_grad()
+    def __call__(self, sources: Sequence[Source]) -> list[Embedding | ImageError]:
+        """Embed a batch: one answer per source, in their order."""
+        inputs = [self._read(source) for source in sources]
+        readable = [entry for entry in inputs if not isinstance(entry, ImageError)]
+        rows = iter(self._model.embed(readable) if readable else ())
+        return [
+            # A copy: a row of the batch would keep the whole batch in memory.
+            entry if isinstance(entry, ImageError) else Embedding(str(source), next(rows).clone())
+            for source, entry in zip(sources, inputs, strict=True)
+        ]
+
+
+def _whole_model(source: ModelSource, settings: EmbedSettings, device: str) -> WholeModel:
+    """The model of a folder of transformers or open_clip; a ValueError if settings do not fit."""
+    for field, value, allowed in (
+        ("features", settings.features, "pooled"),
+        ("runtime", settings.runtime, "torch"),
+        ("weights", source.weights, None),
+        ("img_size", source.img_size, None),
+    ):
+        if value != allowed:
+            raise ValueError(
+                f"{field} must be {allowed or 'left out'} for a model of transformers or "
+                f"open_clip, got {value}."
+            )
+    return WholeModel(
+        source.name,
+        reduce=settings.reduce,
+        degree=settings.degree,
+        device=device,
+        dtype=_dtype(settings),
+    )
+
+
+def _dtype(settings: EmbedSettings) -> torch.dtype:
+    """Format of the weights in PyTorch; other runtimes start from float32."""
+    return DTYPES[settings.precision] if settings.runtime == "torch" else torch.float32
 
 
 def embed(

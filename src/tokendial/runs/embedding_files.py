@@ -25,6 +25,7 @@ from tokendial.methods import to_json
 from tokendial.model.files import CONFIG, WEIGHTS, files_revision
 from tokendial.runs.embed import Embedding, EmbedSettings, embed
 from tokendial.runs.evaluate import ProgressCallback, no_progress
+from tokendial.runs.image_model import is_image_model
 from tokendial.runs.model_source import ModelSource
 from tokendial.runs.predict import Source
 from tokendial.runs.run import Run
@@ -191,8 +192,13 @@ def _check_out(out: Path, *, continues: bool) -> None:
 def _facts(source: ModelSource, settings: EmbedSettings) -> dict[str, Any]:
     """The model and the settings that embeddings belong to, as plain JSON."""
     facts = dataclasses.asdict(source.absolute())
-    best = Run(source.name).best
-    files = [best / CONFIG, best / WEIGHTS] if source.is_folder else [Path(source.weights or "")]
+    if is_image_model(source.name):
+        files = sorted(path for path in Path(source.name).iterdir() if path.is_file())
+    elif source.is_folder:
+        best = Run(source.name).best
+        files = [best / CONFIG, best / WEIGHTS]
+    else:
+        files = [Path(source.weights or "")]
     facts["revision"] = files_revision(path for path in files if path.is_file())
     fields = ("degree", "features", "precision", "runtime")
     facts |= {field: getattr(settings, field) for field in fields}

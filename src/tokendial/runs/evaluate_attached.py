@@ -29,7 +29,14 @@ from tokendial.reduce.base import ReducerConfig
 from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.evaluate import ProgressCallback, StepCounter, main_score, no_progress
-from tokendial.runs.image_model import ImageModel, Inputs, Output, OutputKind
+from tokendial.runs.image_model import (
+    ImageModel,
+    Inputs,
+    Output,
+    OutputKind,
+    join_by_shape,
+    move_inputs,
+)
 from tokendial.tune import DTYPES, Precision
 
 RELATIVE_ERROR = "relative_error"
@@ -171,16 +178,8 @@ def _batches(
     source: ImageModel, files: Sequence[Path], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Inputs]:
     """Inputs of images, those of one size together."""
-    by_shape: defaultdict[tuple[torch.Size, ...], list[Inputs]] = defaultdict(list)
-    for file in files:
-        inputs = source.prepare(read_image(file))
-        by_shape[tuple(value.shape for value in inputs.values())].append(inputs)
-    for rows in by_shape.values():
-        together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        yield {
-            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-            for name, value in together.items()
-        }
+    for _, inputs in join_by_shape([source.prepare(read_image(file)) for file in files]):
+        yield move_inputs(inputs, device, dtype)
 
 
 class _Agreement:

@@ -1,7 +1,8 @@
 """Whole models in local folders, of transformers or open_clip, as functions of images."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,37 @@ def open_image_model(folder: str | Path) -> ImageModel:
             f"{_OPEN_CLIP_CONFIG} in it."
         )
     return _transformers_model(folder)
+
+
+def is_image_model(folder: str | Path) -> bool:
+    """Whether a folder holds a model that `open_image_model` may open."""
+    folder = Path(folder)
+    if (folder / _OPEN_CLIP_CONFIG).is_file():
+        return True
+    return (folder / "config.json").is_file() and "model_type" in folder_config(folder)
+
+
+def join_by_shape(rows: Sequence[Inputs]) -> list[tuple[list[int], Inputs]]:
+    """Join inputs of one image each to inputs of several images, which must have equal shapes.
+
+    Returns:
+        For each shape the indices of its images in `rows`, and their inputs.
+    """
+    by_shape: defaultdict[tuple[torch.Size, ...], list[int]] = defaultdict(list)
+    for index, inputs in enumerate(rows):
+        by_shape[tuple(value.shape for value in inputs.values())].append(index)
+    return [
+        (indices, {name: torch.cat([rows[i][name] for i in indices]) for name in rows[indices[0]]})
+        for indices in by_shape.values()
+    ]
+
+
+def move_inputs(inputs: Inputs, device: torch.device | str, dtype: torch.dtype) -> Inputs:
+    """Inputs on a device, and in a format of floating-point numbers where they are such."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
 
 
 def _open_clip_model(folder: Path) -> ImageModel:

@@ -1,9 +1,11 @@
 """Images of files and shards as inputs of a model, or the errors of those that cannot be read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
-from torch import Tensor
+from PIL import Image
 
 from tokendial.data.readers.images import (
     ImageError,
@@ -13,19 +15,20 @@ from tokendial.data.readers.images import (
 )
 from tokendial.data.readers.pixels import ValueRange
 from tokendial.data.sets.shards import ShardImage
-from tokendial.data.transforms.image import Transform
+
+Prepared = TypeVar("Prepared")
 
 
 @dataclass(frozen=True, slots=True)
-class ImageReader:
+class ImageReader(Generic[Prepared]):
     """Reads images and prepares them for a model."""
 
-    transform: Transform
-    """Turns a PIL image into the input [3, H, W] of the model."""
+    transform: Callable[[Image.Image], Prepared]
+    """Turns an RGB image into the input of the model."""
     value_range: ValueRange
     """Pixel values that are black and white in images of more than 8 bits."""
 
-    def __call__(self, source: Path | ShardImage) -> Tensor | ImageError:
+    def __call__(self, source: Path | ShardImage) -> Prepared | ImageError:
         """The model's input for an image, or the error if it cannot be read."""
         try:
             if isinstance(source, ShardImage):

@@ -13,6 +13,7 @@ from tokendial.model.files import CONFIG
 from tokendial.model.loading import load
 from tokendial.model.wrap import wrap
 from tokendial.reduce.base import ReducerConfig
+from tokendial.runs.image_model import is_image_model
 from tokendial.runs.run import Run
 from tokendial.tasks import Classification, Embeddings, VideoClassification
 from tokendial.tasks.dense_prediction import DensePrediction, input_format
@@ -39,7 +40,8 @@ class ModelSource:
 
     name: str
     """Folder of a run or of a saved model, or name of a backbone: a timm model such as
-    vit_small_patch14_dinov2, or transformers.CLASS such as transformers.Dinov2Model."""
+    vit_small_patch14_dinov2, or transformers.CLASS such as transformers.Dinov2Model. For embeddings
+    also a folder of transformers or open_clip, see `open_image_model`."""
     weights: str | None = None
     """Weights of a backbone that is given by its name: a file, or for a class of transformers what
     its from_pretrained takes. None: timm's own weights, from the hub."""
@@ -82,6 +84,11 @@ class ModelSource:
             return _open_run(run, reduce, videos)
         if not (Path(self.name) / CONFIG).is_file():
             raise ValueError(f"{self.name} holds neither a run nor a saved model.")
+        if is_image_model(self.name):
+            raise ValueError(
+                f"{self.name} holds a model of transformers or open_clip: `tokendial attach` "
+                "compares its degrees, `tokendial embed` embeds with it."
+            )
         model = load(self.name, reduce=reduce)
         if model.anatomy.frames is not None:
             raise ValueError(f"{self.name} takes videos; a model of images is needed.")
