@@ -1,7 +1,8 @@
 """Models as files for other runtimes: ONNX, OpenVINO's and torch.export's own formats.
 
 A file holds one degree of the dial, for any batch size or a fixed one. Several degrees make a
-bundle: one graph for each degree, and one file with the weights that all graphs share. No graph
+bundle: one graph for each degree, and one file with the weights that all graphs share. A
+torch.export file always holds its own weights, so there are bundles of the other two only. No graph
 contains a scatter with a reduction: ONNX cannot average with it, and some runtimes compute it
 wrongly. Merging is expressed by gathers and a small matrix product instead.
 
@@ -20,12 +21,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tokendial.atomic import atomic_write
+from tokendial.checks import check_choice
 from tokendial.extras import check_installed
 from tokendial.model.dial_vit import DialViT
 
@@ -35,8 +37,10 @@ FACTS = "tokendial.json"
 """Name of the extra file inside a .pt2 file that holds the facts about the model."""
 BUNDLE = "bundle.json"
 """Name of the file in a bundle that lists its files."""
+_BUNDLED = {"onnx": ".onnx", "openvino": ".xml"}
 _WEIGHTS = "weights.bin"
 _SMALL = 1024
+_ALIGNMENT = 64
 _TOLERANCE = 1e-4
 
 
@@ -51,7 +55,7 @@ class ExportedFile:
     gmacs: float
     """Multiply-accumulates for one image, in 1e9."""
     difference: float
-    """Largest difference between the logits of file and model, on random images."""
+    """Largest difference between the outputs of file and model, on random images."""
 
 
 def export(
@@ -62,8 +66,11 @@ def export(
     batch: int | None = None,
     facts: Mapping[str, Any] | None = None,
     embeddings: bool = False,
+    feature_map: bool = False,
 ) -> ExportedFile:
-    """Write a model at one degree to a file, run the file, and compare its logits.
+    """Write a model at one degree to a file, run the file, and compare its outputs.
+
+    The first output is `logits`.
 
     Args:
         model: The model to export; it is left unchanged.
@@ -73,15 +80,18 @@ def export(
         degree: Degree of the dial to export; by default the present one.
         batch: Fixed number of images per call; by default the file takes any number.
         facts: Further facts to store in the file, such as the names of the classes. The degree,
-            `input` [3, H, W], `mean` and `std` are always stored.
-        embeddings: Also give the embeddings [B, D], as a second output.
+            `input` [3, H, W], `mean` and `std`, and the names of the `outputs` are always stored.
+        embeddings: Also give what `DialViT.embeddings` returns, as the output `embeddings`.
+        feature_map: Also give what `DialViT.feature_map` returns, as the output `feature_map`:
+            features at every patch, all reductions undone.
 
     Returns:
-        The file's path, degree and cost, and how far its logits differ.
+        The file's path, degree and cost, and how far its outputs differ.
 
     Raises:
         ValueError: If `out` has another ending, `degree` is not offered, `batch` is below 1, a
-            package is missing, or the file gives other logits than the model (then it is not kept).
+            package is missing, or the file computes something else than the model (then it is not
+            kept).
 
     Example:
         >>> import pathlib, tempfile, timm, tokendial as td
@@ -106,7 +116,7 @@ def export(
     try:
         if degree is not None:
             model.set_degree(degree)
-        return _export(model, path, batch, facts or {}, embeddings)
+        return _export(model, path, batch, facts or {}, output_names(embeddings, feature_map))
     finally:
         model.set_degree(before)
         model.train(training)
@@ -117,85 +127,120 @@ def export_bundle(
     out: str | Path,
     degrees: Sequence[int],
     *,
+    to: Literal["onnx", "openvino"] = "onnx",
     batch: int | None = None,
     facts: Mapping[str, Any] | None = None,
     embeddings: bool = False,
+    feature_map: bool = False,
 ) -> list[ExportedFile]:
-    """Write several degrees as ONNX: `degree_D.onnx` each, `weights.bin` for all, `bundle.json`.
+    """Write several degrees: a graph `degree_D` for each, `weights.bin` for all, `bundle.json`.
 
     Args:
         model: The model to export; it is left unchanged.
-        out: Folder to write to, created if it is missing.
+        out: Folder to write to, created if it is missing. A bundle in it is replaced.
         degrees: Degrees of the dial to export.
+        to: "onnx" for graphs that end in .onnx, "openvino" for .xml.
         batch: Fixed number of images per call; by default the files take any number.
         facts: Further facts to store in the files and in `bundle.json`; see `export`.
-        embeddings: Also give the embeddings, as a second output.
+        embeddings: See `export`.
+        feature_map: See `export`.
 
     Raises:
-        ValueError: As `export` does.
+        ValueError: As `export` does, or if `to` is another format.
     """
+    check_choice("to", to, tuple(_BUNDLED))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     found = [
         export(
             model,
-            folder / f"degree_{degree}.onnx",
+            folder / f"degree_{degree}{_BUNDLED[to]}",
             degree=degree,
             batch=batch,
             facts=facts,
             embeddings=embeddings,
+            feature_map=feature_map,
         )
         for degree in degrees
     ]
-    _share_weights(folder, [each.path for each in found])
-    contents = {
-        "files": {str(each.degree): each.path.name for each in found},
-        "gmacs": {str(each.degree): each.gmacs for each in found},
-        **_image_facts(model),
-        **(facts or {}),
-    }
-    with atomic_write(folder / BUNDLE) as path:
-        path.write_text(json.dumps(contents, indent=2) + "\n")
+    names = {each.degree: each.path.name for each in found}
+    gmacs = {each.degree: each.gmacs for each in found}
+    outputs = output_names(embeddings, feature_map)
+    write_bundle(folder, names, gmacs, {**model_facts(model, outputs), **(facts or {})})
     return found
 
 
-class _WithEmbeddings(nn.Module):
-    """Gives logits and embeddings of images."""
+def write_bundle(
+    folder: Path, names: Mapping[int, str], gmacs: Mapping[int, float], facts: Mapping[str, Any]
+) -> None:
+    """Make a bundle of exported files: their weights move into one file, and a list is written.
 
-    def __init__(self, model: DialViT) -> None:
+    Args:
+        folder: The folder that the files lie in. Other files of an earlier bundle in it are
+            deleted, because the weights that they read are replaced.
+        names: The file of each degree, all of one format.
+        gmacs: Multiply-accumulates of each degree, in 1e9.
+        facts: Facts about the model.
+    """
+    listed = folder / BUNDLE
+    if listed.exists():
+        earlier = set(json.loads(listed.read_text())["files"].values())
+        for name in earlier - set(names.values()):
+            (folder / name).unlink(missing_ok=True)
+    with atomic_write(folder / _WEIGHTS) as shared, shared.open("wb") as file:
+        weights = _SharedWeights(file)
+        for name in names.values():
+            move = _move_openvino_weights if name.endswith(".xml") else _move_onnx_weights
+            move(folder / name, weights)
+    contents = {"files": dict(names), "gmacs": dict(gmacs), **facts}  # JSON has degrees as texts
+    with atomic_write(listed) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def output_names(embeddings: bool = False, feature_map: bool = False) -> list[str]:
+    """Names of the outputs that `export` gives a file, in their order."""
+    further = {"embeddings": embeddings, "feature_map": feature_map}
+    return ["logits", *(name for name, given in further.items() if given)]
+
+
+class _Outputs(nn.Module):
+    """Gives several outputs of a model."""
+
+    def __init__(self, model: DialViT, names: Sequence[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names = model, tuple(names)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.logits_and_embeddings(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        further = {name: True for name in self.names if name != "logits"}
+        outputs = self.model.logits_and_features(images, **further)
+        return tuple(outputs[name] for name in self.names)
 
 
 @torch.no_grad()
 def _export(
-    model: DialViT, path: Path, batch: int | None, facts: Mapping[str, Any], embeddings: bool
+    model: DialViT, path: Path, batch: int | None, facts: Mapping[str, Any], outputs: Sequence[str]
 ) -> ExportedFile:
     # With an example of one image, the exporter would treat the batch size as the constant 1.
     example = _images(model, batch or 2)
     any_number = {0: torch.export.Dim("batch", min=1, max=2**16)}
-    module = _WithEmbeddings(model) if embeddings else model
+    module = _Outputs(model, outputs) if len(outputs) > 1 else model
     skipped = model.skip_unread_patches
-    model.skip_unread_patches = True  # a file gives no features of patches
+    model.skip_unread_patches = True  # unless a feature map is among the outputs
     try:
         program = torch.export.export(
             module, (example,), dynamic_shapes=None if batch else {"images": any_number}
         )
     finally:
         model.skip_unread_patches = skipped
-    contents = {**_image_facts(model), "degree": model.degree, **facts}
-    tried = [_images(model, count) for count in ([batch] if batch else [1, 3])]
+    contents = {**model_facts(model, outputs), "degree": model.degree, **facts}
     with ExitStack() as files:
         temporary = files.enter_context(atomic_write(path))
         if path.suffix == ".onnx":
-            _write_onnx(program, contents, temporary)
+            _write_onnx(program, outputs, contents, temporary)
             run = _onnx_runner(temporary)
         elif path.suffix == ".xml":
             weights = files.enter_context(atomic_write(path.with_suffix(".bin")))
-            _write_openvino(program, contents, temporary, weights)
+            _write_openvino(program, outputs, contents, temporary, weights)
             run = _openvino_runner(temporary, weights)
         else:
             # Written in memory first, because torch's writer ends the process if the disk is full.
@@ -204,15 +249,16 @@ def _export(
             temporary.write_bytes(written.getbuffer())
             # As bytes, because torch warns of files whose names end otherwise.
             run = torch.export.load(BytesIO(temporary.read_bytes())).module()
-        given = [_as_tuple(run(images)) for images in tried]
-        wanted = [_as_tuple(module(images)) for images in tried]
-        pairs = [
-            pair for each in zip(given, wanted, strict=True) for pair in zip(*each, strict=True)
-        ]
-        difference = max(float((a - b).abs().max()) for a, b in pairs)
-        scale = max(1.0, *(float(b.abs().max()) for _, b in pairs))
-        if not difference <= _TOLERANCE * scale:
-            raise ValueError(f"out: {path} would give other logits than the model ({difference}).")
+        difference = 0.0
+        for images in [_images(model, count) for count in ([batch] if batch else [1, 3])]:
+            pairs = zip(outputs, _as_tuple(run(images)), _as_tuple(module(images)), strict=True)
+            for name, given, wanted in pairs:
+                found = float((given - wanted).abs().max())
+                if not found <= _TOLERANCE * max(1.0, float(wanted.abs().max())):
+                    raise ValueError(
+                        f"out: {path} would give other {name} than the model ({found})."
+                    )
+                difference = max(difference, found)
     return ExportedFile(path, model.degree, model.cost().gmacs, difference)
 
 
@@ -227,12 +273,14 @@ def _images(model: DialViT, count: int) -> Tensor:
     return images.to(like.device, like.dtype)
 
 
-def _write_onnx(program: Any, contents: Mapping[str, Any], path: Path) -> None:
+def _write_onnx(
+    program: Any, outputs: Sequence[str], contents: Mapping[str, Any], path: Path
+) -> None:
     written = torch.onnx.export(
         program,
         dynamo=True,
         input_names=["images"],
-        output_names=["logits", "embeddings"][: len(program.graph_signature.user_outputs)],
+        output_names=outputs,
         custom_translation_table={
             torch.ops.aten.sort.default: _sort,
             torch.ops.aten.sort.stable: _stable_sort,
@@ -323,12 +371,14 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
     )
 
 
-def _write_openvino(program: Any, contents: Mapping[str, Any], path: Path, weights: Path) -> None:
+def _write_openvino(
+    program: Any, outputs: Sequence[str], contents: Mapping[str, Any], path: Path, weights: Path
+) -> None:
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder, "model.onnx")
-        _write_onnx(program, {}, onnx)
+        _write_onnx(program, outputs, {}, onnx)
         model = openvino.Core().read_model(onnx)
         for name, value in contents.items():
             model.set_rt_info(json.dumps(value), ["tokendial", name])
@@ -350,30 +400,54 @@ def _openvino_runner(path: Path, weights: Path) -> Callable[[Tensor], tuple[Tens
     return lambda images: tuple(map(torch.from_numpy, session(images.numpy()).values()))
 
 
-def _image_facts(model: DialViT) -> dict[str, Any]:
-    """Shape and normalisation of the images that the model takes."""
+def model_facts(model: DialViT, outputs: Sequence[str]) -> dict[str, Any]:
+    """Shape and normalisation of the images that the model takes, and the names of its outputs."""
     mean, std = model.anatomy.statistics
-    return {"input": list(model.anatomy.input_shape), "mean": list(mean), "std": list(std)}
+    images = {"input": list(model.anatomy.input_shape), "mean": list(mean), "std": list(std)}
+    return images | {"outputs": list(outputs)}
 
 
-def _share_weights(folder: Path, paths: list[Path]) -> None:
-    """Move the weights of several graphs into one file, where each tensor is stored once."""
+class _SharedWeights:
+    """A file in which the weights of several graphs are stored, equal ones once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._places: dict[bytes, int] = {}
+
+    def place(self, data: bytes) -> int:
+        """Offset of a tensor's bytes in the file; they are written if they are new."""
+        key = hashlib.sha256(data).digest()
+        if key not in self._places:
+            # Runtimes that map the file into memory need tensors at multiples of their width.
+            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            self._places[key] = self._file.tell()
+            self._file.write(data)
+        return self._places[key]
+
+
+def _move_onnx_weights(path: Path, weights: _SharedWeights) -> None:
     import onnx
     from onnx.external_data_helper import set_external_data
 
-    places: dict[bytes, int] = {}
-    with atomic_write(folder / _WEIGHTS) as shared, shared.open("wb") as file:
-        for path in paths:
-            graph = onnx.load(path)
-            for tensor in graph.graph.initializer:
-                data = tensor.raw_data
-                if len(data) < _SMALL:
-                    continue
-                key = hashlib.sha256(data).digest()
-                if key not in places:
-                    places[key] = file.tell()
-                    file.write(data)
-                set_external_data(tensor, _WEIGHTS, offset=places[key], length=len(data))
-                tensor.ClearField("raw_data")
-            with atomic_write(path) as temporary:
-                onnx.save(graph, temporary)
+    graph = onnx.load(path)
+    for tensor in graph.graph.initializer:
+        data = tensor.raw_data
+        if len(data) < _SMALL:
+            continue
+        set_external_data(tensor, _WEIGHTS, offset=weights.place(data), length=len(data))
+        tensor.ClearField("raw_data")
+    with atomic_write(path) as temporary:
+        onnx.save(graph, temporary)
+
+
+def _move_openvino_weights(path: Path, weights: _SharedWeights) -> None:
+    own = path.with_suffix(".bin")
+    data = own.read_bytes()
+
+    def moved(place: re.Match[str]) -> str:
+        start, size = map(int, place.groups())
+        return f'offset="{weights.place(data[start : start + size])}" size="{size}"'
+
+    with atomic_write(path) as temporary:
+        temporary.write_text(re.sub(r'offset="(\d+)" size="(\d+)"', moved, path.read_text()))
+    own.unlink()

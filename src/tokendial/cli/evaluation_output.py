@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokendial.runs.evaluate import DegreeRow
     from tokendial.runs.evaluate_attached import AttachedRow
     from tokendial.runs.evaluate_compensator import CompensatedRow
+    from tokendial.runs.export_int8 import Int8File
 
 _MAX_SCORES, _SHOWN_SCORES = 5, 3
 """Up to 5 metrics are all printed; of more, 3 are. Tasks can have one metric per class; the CSV
@@ -56,6 +57,21 @@ def attached_table(rows: "Sequence[AttachedRow]") -> Table:
             f"{row.tower_gmacs:.4g}",
             *_cost_and_speed(row, rows[0]),
         )
+    return table
+
+
+def int8_table(files: "Sequence[Int8File]") -> Table:
+    """The main metric in float32 and in 8 bits at each degree, and the accuracy lost."""
+    from tokendial.tasks.metric_titles import metric_title
+
+    title = metric_title(files[0].metric)
+    intervals = [file.accuracy_lost for file in files if file.accuracy_lost is not None]
+    table = Table("degree", f"{title}, float32", f"{title}, 8 bits")
+    if intervals:
+        table.add_column("accuracy lost in points (95 % interval)")
+    for index, file in enumerate(files):
+        lost = [intervals[index].percent(sign=True)] if intervals else []
+        table.add_row(str(file.degree), f"{file.before:.2%}", f"{file.after:.2%}", *lost)
     return table
 
 

@@ -65,6 +65,9 @@ class InferenceModel(Protocol):
     def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and embeddings of images, from one pass."""
 
+    def feature_map(self, images: Tensor, /) -> Tensor:
+        """Features at every patch, all reductions undone; see `DialViT.feature_map`."""
+
 
 def check_degree(degree: int, degrees: Sequence[int]) -> None:
     """Raise a ValueError unless `degree` is one of those that a dial offers."""

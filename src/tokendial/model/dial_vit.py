@@ -102,12 +102,13 @@ class DialViT(nn.Module):
         """
         return self._logits(self._last_tokens(images))
 
-    def _last_tokens(self, images: Tensor) -> Tokens:
-        """The tokens that leave the last block, tracked if a decoder reads them."""
+    def _last_tokens(self, images: Tensor, *, with_map: bool = False) -> Tokens:
+        """The tokens that leave the last block, tracked if a decoder or a map reads them."""
         run_block, depth = self._block_function(), len(self.anatomy.blocks)
-        skips = self.skip_unread_patches and self._reads_prefix_only
-        # A decoder needs every position back.
-        tokens = self._first_tokens(images, track=self.decoder is not None, follow_fused=False)
+        skips = self.skip_unread_patches and self._reads_prefix_only and not with_map
+        # A decoder and a map need every position back.
+        track = with_map or self.decoder is not None
+        tokens = self._first_tokens(images, track=track, follow_fused=False)
         for layer in range(1, depth + 1):
             tokens = run_block(layer, tokens, prefix_only=skips and layer == depth).tokens
         return tokens
@@ -319,8 +320,26 @@ class DialViT(nn.Module):
 
     def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` and `embeddings` return, from one run of the blocks."""
-        tokens = self._last_tokens(images)
-        return self._logits(tokens), pooled_features(self.anatomy, tokens)
+        outputs = self.logits_and_features(images, embeddings=True)
+        return outputs["logits"], outputs["embeddings"]
+
+    def logits_and_features(
+        self, images: Tensor, *, embeddings: bool = False, feature_map: bool = False
+    ) -> dict[str, Tensor]:
+        """Logits, and further outputs by their names, from one run of the blocks.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            embeddings: Also give what `embeddings` returns.
+            feature_map: Also give what `feature_map` returns.
+        """
+        tokens = self._last_tokens(images, with_map=feature_map)
+        outputs = {"logits": self._logits(tokens)}
+        if embeddings:
+            outputs["embeddings"] = pooled_features(self.anatomy, tokens)
+        if feature_map:
+            outputs["feature_map"] = restored_map(self.anatomy, tokens, norm=True)
+        return outputs
 
     # What timm's models have.
 

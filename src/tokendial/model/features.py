@@ -19,11 +19,14 @@ def restored_map(anatomy: Anatomy, tokens: Tokens, *, norm: bool) -> Tensor:
         norm: Apply the final norm.
 
     Returns:
-        [B * grids, D, rows, columns], without prefix tokens.
+        [B, D, rows, columns], of clips [B, T, D, rows, columns], without prefix tokens.
     """
     rows, columns = tokens.grid
     x = tokens.restore_positions()[:, -tokens.grids * rows * columns :]
-    return to_grid(anatomy.norm(x) if norm else x, tokens.grid)
+    restored = to_grid(anatomy.norm(x) if norm else x, tokens.grid)
+    if anatomy.frames is None:
+        return restored
+    return restored.reshape(-1, anatomy.time_steps, *restored.shape[1:])
 
 
 def collect_maps(
@@ -53,10 +56,7 @@ def collect_maps(
             maps[step.layer] = restored_map(anatomy, step.tokens, norm=norm)
         if step.layer == max(layers):
             break
-    found = [maps[layer] for layer in layers]
-    if anatomy.frames is None:
-        return found
-    return [each.reshape(-1, anatomy.time_steps, *each.shape[1:]) for each in found]
+    return [maps[layer] for layer in layers]
 
 
 def pooled_features(anatomy: Anatomy, tokens: Tokens) -> Tensor:

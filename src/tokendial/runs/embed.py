@@ -59,8 +59,6 @@ class EmbedSettings:
     def __post_init__(self) -> None:
         check_choice("features", self.features, get_args(Features))
         Runtime(self.runtime, self.precision)  # raises if the runtime does not have the precision
-        if self.runtime != "torch" and self.features != "pooled":
-            raise ValueError(f"features must be pooled in {self.runtime}, got {self.features}.")
         check_count("batch_size", self.batch_size)
 
 
@@ -86,6 +84,7 @@ class _DialModel:
                 example,
                 degrees=[self.model.degree],
                 folder=opened.run.runtime_folder if opened.run else None,
+                feature_map=settings.features != "pooled",
             )
 
     def embed(self, rows: Sequence[Tensor]) -> Tensor:
@@ -96,7 +95,7 @@ class _DialModel:
             if self._started is not self.model:
                 return self._started.logits_and_embeddings(images)[1].float().cpu()
             return self.model.embeddings(images).float().cpu()
-        maps = self.model.feature_map(images).float()
+        maps = self._started.feature_map(images).float()
         return (maps.mean(dim=(2, 3)) if features == "mean" else maps).cpu()
 
 

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tokendial.atomic import atomic_write
-from tokendial.export_files import export
+from tokendial.export_files import export, model_facts, output_names, write_bundle
 from tokendial.extras import check_installed
 from tokendial.measure import Interval, mean_difference
 from tokendial.model.dial import InferenceModel
+from tokendial.model.dial_vit import DialViT
 from tokendial.runs.evaluate import evaluate_loader, main_score, validation_set
 from tokendial.runs.export_facts import run_facts
 from tokendial.runs.run import Run
@@ -69,34 +71,85 @@ def export_int8(
     """
     if out is not None and out.suffix != ".onnx":
         raise ValueError(f"out must end in .onnx for int8, got {out}.")
+    trial = _new_trial(run, max_loss, batch_size)
+    degree = trial.model.degree if degree is None else degree
+    return trial.write(degree, out or run.folder / "export" / f"degree_{degree}.int8.onnx")
+
+
+def export_int8_bundle(
+    run: Run,
+    degrees: Sequence[int],
+    out: Path | None = None,
+    *,
+    max_loss: float = 0.01,
+    batch_size: int = 64,
+) -> list[Int8File]:
+    """Write several degrees as `export_int8` does, in a bundle as `export_bundle` writes it.
+
+    Args:
+        run: A run with a model.
+        degrees: Degrees of the dial.
+        out: Folder to write to; None: `export/int8` in the folder of the run. A bundle in it is
+            replaced.
+        max_loss: How much of the main metric each degree may lose, 0.01 for one point.
+        batch_size: Images per forward pass.
+
+    Raises:
+        ValueError: As `export_int8` does. No degree is written if one of them loses too much.
+    """
+    trial, folder = _new_trial(run, max_loss, batch_size), out or run.folder / "export" / "int8"
+    names = {degree: f"degree_{degree}.int8.onnx" for degree in degrees}
+    with tempfile.TemporaryDirectory() as written:
+        found = [trial.write(degree, Path(written, name)) for degree, name in names.items()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names.values():
+            shutil.copyfile(Path(written, name), folder / name)
+    gmacs = {degree: trial.model.cost(degree).gmacs for degree in degrees}
+    write_bundle(folder, names, gmacs, {**model_facts(trial.model, output_names()), **trial.facts})
+    return [replace(each, path=folder / names[each.degree]) for each in found]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """What files in 8 bits are made of and compared with."""
+
+    model: DialViT
+    task: Task
+    loader: DataLoader[Any]
+    facts: Mapping[str, Any]
+    max_loss: float
+
+    def write(self, degree: int, out: Path) -> Int8File:
+        """Write the file of a degree unless it loses too much."""
+        self.model.set_degree(degree)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "model.onnx")
+            export(self.model, file, facts=self.facts)
+            session = open_file(file, "int8", next(iter(self.loader))[0].numpy())
+            before, right_before = _scores(self.task, self.model, self.loader)
+            eight_bits = ExportedViT(self.model.anatomy, {degree: session}, degree)
+            after, right_after = _scores(self.task, eight_bits, self.loader)
+            metric, lost = next(iter(before)), main_score(before) - main_score(after)
+            if lost > self.max_loss:
+                raise ValueError(
+                    f"int8 loses {100 * lost:.1f} points of {metric} at degree {degree} "
+                    f"({100 * main_score(before):.1f} to {100 * main_score(after):.1f}), more than "
+                    f"max_loss ({100 * self.max_loss:g}); nothing was written."
+                )
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(out) as temporary:
+                shutil.copyfile(quantized(file), temporary)
+        interval = None
+        if right_before is not None and right_after is not None:
+            interval = mean_difference(right_before, right_after)
+        return Int8File(out, degree, metric, main_score(before), main_score(after), interval)
+
+
+def _new_trial(run: Run, max_loss: float, batch_size: int) -> _Trial:
     check_installed("int8", "onnx", "onnxscript", "onnxruntime")
     model = run.model().eval()
-    degree = model.degree if degree is None else degree
-    model.set_degree(degree)
-    if out is None:
-        out = run.folder / "export" / f"degree_{degree}.int8.onnx"
-        out.parent.mkdir(parents=True, exist_ok=True)
     task, loader = validation_set(run, model, batch_size)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "model.onnx")
-        export(model, file, facts=run_facts(run, model))
-        session = open_file(file, "int8", next(iter(loader))[0].numpy())
-        before, right_before = _scores(task, model, loader)
-        eight_bits = ExportedViT(model.anatomy, {degree: session}, degree)
-        after, right_after = _scores(task, eight_bits, loader)
-        metric, lost = next(iter(before)), main_score(before) - main_score(after)
-        if lost > max_loss:
-            raise ValueError(
-                f"int8 loses {100 * lost:.1f} points of {metric} at degree {degree} "
-                f"({100 * main_score(before):.1f} to {100 * main_score(after):.1f}), more than "
-                f"max_loss ({100 * max_loss:g}); nothing was written."
-            )
-        with atomic_write(out) as temporary:
-            shutil.copyfile(quantized(file), temporary)
-    interval = None
-    if right_before is not None and right_after is not None:
-        interval = mean_difference(right_before, right_after)
-    return Int8File(out, degree, metric, main_score(before), main_score(after), interval)
+    return _Trial(model, task, loader, run_facts(run, model), max_loss)
 
 
 def _scores(

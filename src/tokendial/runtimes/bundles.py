@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 
-from tokendial.export_files import BUNDLE, export_bundle
+from tokendial.export_files import BUNDLE, export_bundle, output_names
 from tokendial.model.dial_vit import DialViT
 from tokendial.weights import hash_tensors
 
-_REVISION = "revision"
+_REVISION, _OUTPUTS = "revision", "outputs"
 
 
 def find_or_export(
-    model: DialViT, degrees: Sequence[int], folder: Path, *, quiet: bool = False
+    model: DialViT,
+    degrees: Sequence[int],
+    folder: Path,
+    *,
+    feature_map: bool = False,
+    quiet: bool = False,
 ) -> dict[int, Path]:
     """Return an exported file for each degree, which are written if they are missing.
 
@@ -28,30 +33,36 @@ def find_or_export(
         degrees: Degrees to find.
         folder: Holds a bundle for each set of degrees, in folders of their own. Bundles of other
             weights, and those that a new one replaces, are deleted.
+        feature_map: Whether the files give feature maps in place of embeddings.
         quiet: Do not print that files are exported.
 
     Returns:
-        The path of the ONNX file of each degree. Files give logits and embeddings.
+        The path of the ONNX file of each degree. Files give logits, and embeddings or feature maps.
 
     Raises:
         ValueError: If the model cannot be exported.
     """
-    revision = _revision(model)
+    further = {"embeddings": not feature_map, "feature_map": feature_map}
+    revision, outputs = _revision(model), output_names(**further)
     for bundle, contents in _bundles(folder):
         files = {int(degree): bundle / name for degree, name in contents["files"].items()}
-        if contents.get(_REVISION) == revision and set(degrees) <= set(files):
+        serves = set(degrees) <= set(files) and contents.get(_OUTPUTS) == outputs
+        if serves and contents.get(_REVISION) == revision:
             return {degree: files[degree] for degree in degrees}
     listed = ", ".join(map(str, degrees))
     if not quiet:
         print(f"exporting the model at degree {listed}: once for these weights", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{revision}-{hashlib.sha256(listed.encode()).hexdigest()[:6]}"
+    key = f"{listed} {outputs}".encode()
+    name = f"{revision}-{hashlib.sha256(key).hexdigest()[:6]}"
     # A bundle appears whole under its name, or not at all.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
         new = Path(temporary, "bundle")
-        export_bundle(model, new, degrees, facts={_REVISION: revision}, embeddings=True)
+        export_bundle(model, new, degrees, facts={_REVISION: revision}, **further)
         for bundle, contents in list(_bundles(folder)):
             replaced = set(contents["files"]) <= set(map(str, degrees))
+            # Bundles that an earlier version wrote do not say what they give.
+            replaced &= contents.get(_OUTPUTS, outputs) == outputs
             if contents.get(_REVISION) != revision or replaced:
                 shutil.rmtree(bundle, ignore_errors=True)
         new.replace(folder / name)

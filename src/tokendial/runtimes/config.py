@@ -82,6 +82,7 @@ class Runtime:
         *,
         degrees: Sequence[int] | None = None,
         folder: Path | None = None,
+        feature_map: bool = False,
         quiet: bool = False,
     ) -> DialViT | OptimizedViT | ExportedViT:
         """Make a model ready for inference.
@@ -95,6 +96,8 @@ class Runtime:
                 size are the fastest.
             degrees: Degrees to make ready; None: all.
             folder: Where exported files are kept for the next start; None: they are deleted.
+            feature_map: Make `feature_map` of the result ready. Exported files then compute the map
+                in place of embeddings, in every call.
             quiet: Do not print that files are exported.
 
         Returns:
@@ -109,12 +112,14 @@ class Runtime:
             return model
         degrees = sorted({*(model.degrees if degrees is None else degrees)})
         if self.name == "auto":
-            return self._fastest(model, images, degrees, folder)
+            return self._fastest(model, images, degrees, folder, feature_map)
         if self.name == "torch":
             return self._optimized(model, images, degrees)
         check_installed(self.name, *_EXPORT_PACKAGES, self.name)
         with tempfile.TemporaryDirectory() as temporary:
-            files = find_or_export(model, degrees, folder or Path(temporary), quiet=quiet)
+            files = find_or_export(
+                model, degrees, folder or Path(temporary), feature_map=feature_map, quiet=quiet
+            )
             given = images.cpu().float().numpy()
             sessions = {
                 degree: _OPENERS[self.name](path, self.precision, given)
@@ -129,7 +134,12 @@ class Runtime:
         return fast
 
     def _fastest(
-        self, model: DialViT, images: Tensor, degrees: Sequence[int], folder: Path | None
+        self,
+        model: DialViT,
+        images: Tensor,
+        degrees: Sequence[int],
+        folder: Path | None,
+        feature_map: bool,
     ) -> DialViT | OptimizedViT | ExportedViT:
         """Start each runtime that is installed, and keep the one that is fastest along the dial."""
         started: dict[RuntimeName, DialViT | OptimizedViT | ExportedViT] = {}
@@ -140,7 +150,9 @@ class Runtime:
             in_torch = name == "torch"
             runtime = Runtime(name, self.precision, in_torch, in_torch and self.compile)
             try:
-                started[name] = runtime.start(model, images, degrees=degrees, folder=folder)
+                started[name] = runtime.start(
+                    model, images, degrees=degrees, folder=folder, feature_map=feature_map
+                )
             except ValueError as error:
                 print(f"{name}: left out: {error}", file=sys.stderr)
         if not started:
@@ -156,10 +168,11 @@ class Runtime:
             started[name].set_degree(degree)
             return started[name]
 
+        def compute(present: InferenceModel) -> Tensor:
+            return present.feature_map(images) if feature_map else present(images)
+
         with torch.inference_mode():
-            timings = time_in_rounds(
-                turns, switch, lambda present: present(images), device=images.device
-            )
+            timings = time_in_rounds(turns, switch, compute, device=images.device)
         seconds = dict.fromkeys(started, 0.0)
         for (name, _), timing in zip(turns, timings, strict=True):
             seconds[name] += timing.seconds

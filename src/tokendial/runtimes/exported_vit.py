@@ -1,6 +1,6 @@
 """A model that runs in another runtime than PyTorch, from one exported file for each degree."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +12,8 @@ from tokendial.model.dial import check_degree
 if TYPE_CHECKING:
     import numpy as np
 
-Session = Callable[["np.ndarray"], Sequence["np.ndarray"]]
-"""Runs an exported file: images [B, 3, H, W] to logits, and embeddings if the file gives them."""
+Session = Callable[["np.ndarray"], Mapping[str, "np.ndarray"]]
+"""Runs an exported file: images [B, 3, H, W] to its outputs by their names."""
 
 
 class ExportedViT(nn.Module):
@@ -50,13 +50,33 @@ class ExportedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of the model at the present degree."""
-        return self._run(images)[0]
+        (logits,) = self._run(images, "logits")
+        return logits
 
     def logits_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and embeddings of one pass."""
-        logits, embeddings = self._run(images)
+        """Return logits and embeddings of one pass.
+
+        Raises:
+            ValueError: If this was started with feature maps in place of embeddings.
+        """
+        logits, embeddings = self._run(images, "logits", "embeddings")
         return logits, embeddings
 
-    def _run(self, images: Tensor) -> list[Tensor]:
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Return features at every patch; see `DialViT.feature_map`.
+
+        Raises:
+            ValueError: If this was started without feature maps.
+        """
+        (features,) = self._run(images, "feature_map")
+        return features
+
+    def _run(self, images: Tensor, *names: str) -> list[Tensor]:
         given = images.detach().cpu().float().contiguous()
-        return [torch.from_numpy(output) for output in self._sessions[self.degree](given.numpy())]
+        outputs = self._sessions[self.degree](given.numpy())
+        if missing := [name for name in names if name not in outputs]:
+            raise ValueError(
+                f"{missing[0]} is not among the outputs that this was started with: "
+                f"{', '.join(outputs)}."
+            )
+        return [torch.from_numpy(outputs[name]) for name in names]

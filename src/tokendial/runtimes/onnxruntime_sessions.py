@@ -28,8 +28,10 @@ def open_file(path: Path, precision: str, images: "np.ndarray") -> Session:
         path = quantized(path)
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
-    def run(batch: "np.ndarray") -> Any:
-        return session.run(None, {"images": batch})
+    names = [output.name for output in session.get_outputs()]
+
+    def run(batch: "np.ndarray") -> dict[str, Any]:
+        return dict(zip(names, session.run(names, {"images": batch}), strict=True))
 
     return run
 

@@ -51,12 +51,14 @@ def open_file(path: Path, precision: str, images: "np.ndarray") -> Session:
 
     compiled(*images.shape)
 
-    def run(batch: "np.ndarray") -> "list[np.ndarray]":
+    names = [name for output in graph.outputs for name in output.names]
+
+    def run(batch: "np.ndarray") -> "dict[str, np.ndarray]":
         count, size = len(batch), len(images)
         if size / 2 <= count < size:
             batch = np.concatenate([batch, np.zeros_like(images[count:])])
         session = compiled(*batch.shape) if batch.shape == images.shape else compiled()
         results = session(batch)
-        return [results[place][:count] for place in range(len(results))]
+        return {name: results[name][:count] for name in names}
 
     return run

@@ -114,6 +114,12 @@ class OptimizedViT(nn.Module):
             images = images.to(next(self.model.parameters()).dtype)
             return self.model.logits_and_embeddings(images)
 
+    @torch.no_grad()
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Return what `DialViT.feature_map` returns; this is neither compiled nor split."""
+        with use_fused_kernels(self.fused_reduction):
+            return self.model.feature_map(images.to(next(self.model.parameters()).dtype))
+
 
 def optimize(
     model: DialViT,
