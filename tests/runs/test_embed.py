@@ -216,6 +216,25 @@ def test_mistakes_are_reported_before_ray_starts(run, digits):
         list(predict_on_ray(run, files, top=5))
 
 
+def test_a_model_of_no_run_is_calibrated_on_the_first_images(digits, monkeypatch):
+    """Exports take long: the model itself stands in for what the runtime starts."""
+    started = []
+
+    def start(runtime, model, images, *, calibration, **settings):
+        started.append((images, calibration))
+        return model
+
+    monkeypatch.setattr(td.Runtime, "start", start)
+    files = sorted(digits.glob("val/digit 1/*.png"))[:12]
+    settings = EmbedSettings(runtime="openvino", precision="int8", batch_size=8)
+    assert len(list(embed(SHIPPED, files, settings))) == 12
+    ((images, calibration),) = started
+    assert (len(images), calibration) == (8, None)
+    assert images.std() > 0
+    with pytest.raises(ValueError, match="int8 in openvino needs a run here: .* is no run"):
+        list(embed(SHIPPED, files, settings, ray=True))
+
+
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_other_runtimes_give_the_same_embeddings(cli, run, digits, tmp_path):
     folder, found = digits / "val" / "digit 1", {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ from tokendial.runs.inputs import ImageReader
 from tokendial.runs.model_source import ModelSource
 from tokendial.runs.on_ray import answers_on_ray, check_ray
 from tokendial.runs.predict import Source
+from tokendial.runs.training_images import calibration_images
 from tokendial.runtimes import Runtime
 from tokendial.runtimes.config import RuntimeName, RuntimePrecision
 from tokendial.tune import DTYPES
@@ -84,17 +86,17 @@ class Embedder:
             self.dtype = DTYPES[settings.precision]
         self.model.to(self.device, self.dtype)
         self._read = ImageReader(opened.transform, opened.value_range)
-        self._started: InferenceModel = self.model
-        if settings.runtime != "torch":
-            example = torch.zeros(
-                settings.batch_size, *self.model.anatomy.input_shape, device=self.device
-            )
-            self._started = Runtime(settings.runtime, settings.precision).start(
-                self.model,
-                example,
-                degrees=[self.model.degree],
-                folder=opened.run.runtime_folder if opened.run else None,
-            )
+        self._started: InferenceModel | None = None
+        self._run = opened.run
+        self.needs_images = (
+            settings.runtime in ("openvino", "auto")
+            and settings.precision == "int8"
+            and opened.run is None
+        )
+        """Whether the runtime starts with the first batch: no run has images to calibrate on."""
+        if settings.runtime != "torch" and not self.needs_images:
+            shape = settings.batch_size, *self.model.anatomy.input_shape
+            self._started = self._start(torch.zeros(shape, device=self.device))
 
     @torch.no_grad()
     def __call__(self, sources: Sequence[Source]) -> list[Embedding | ImageError]:
@@ -108,12 +110,25 @@ class Embedder:
             for source, entry in zip(sources, inputs, strict=True)
         ]
 
+    def _start(self, images: Tensor) -> InferenceModel:
+        """The model in another runtime than PyTorch, for batches like `images`."""
+        run = self._run
+        return Runtime(self.settings.runtime, self.settings.precision).start(
+            self.model,
+            images,
+            degrees=[self.model.degree],
+            folder=run.runtime_folder if run else None,
+            calibration=partial(calibration_images, run) if run else None,
+        )
+
     def _embed(self, images: Tensor) -> Tensor:
         images = images.to(self.device, self.dtype)
         features = self.settings.features
+        if self.settings.runtime != "torch":
+            if self._started is None:
+                self._started = self._start(images)
+            return self._started.logits_and_embeddings(images)[1].float().cpu()
         if features == "pooled":
-            if self._started is not self.model:
-                return self._started.logits_and_embeddings(images)[1].float().cpu()
             return self.model.embeddings(images).float().cpu()
         maps = self.model.feature_map(images).float()
         return (maps.mean(dim=(2, 3)) if features == "mean" else maps).cpu()
@@ -152,7 +167,12 @@ def embed(
     if ray:
         check_ray()
         # Loading the model here raises errors in one line, before any worker starts.
-        Embedder(source, settings, device="cpu")
+        embedder = Embedder(source, settings, device="cpu")
+        if embedder.needs_images:
+            raise ValueError(
+                "int8 in openvino needs a run here: each process of Ray would calibrate other "
+                f"images than the next, and {source.name} is no run."
+            )
         arguments = {"source": source.absolute(), "settings": settings}
         yield from answers_on_ray(Embedder, arguments, images, settings.batch_size)
         return
