@@ -137,11 +137,13 @@ def check_export(fixtures: Path) -> None:
 
 
 def check_openvino(fixtures: Path) -> None:
-    """Write OpenVINO's format, and compute in OpenVINO."""
-    model, images = tiny_model(), torch.zeros(2, 3, 32, 32)
+    """Write OpenVINO's format, and compute in OpenVINO, also in 8 bits."""
+    model, images = tiny_model(), torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
     assert td.export(model, "model.xml", degree=1).difference < 1e-3
     started = td.Runtime("openvino").start(model, images, degrees=[1])
     assert (started(images) - model(images)).abs().max() < 1e-3
+    rounded = td.Runtime("openvino", "int8").start(model, images, degrees=[1])
+    assert 0 < (rounded(images) - model(images)).abs().max() < 0.5
 
 
 def check_peft(fixtures: Path) -> None:

@@ -10,6 +10,7 @@ EXTRAS = {
     "fastapi": ("fastapi", "serve"),
     "h11": ("h11", "serve"),
     "matplotlib": ("matplotlib", "runs"),
+    "nncf": ("nncf", "openvino"),
     "numpy": ("numpy", "runs"),
     "onnx": ("onnx", "export"),
     "onnx_ir": ("onnx-ir", "export"),

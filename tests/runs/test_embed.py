@@ -216,6 +216,13 @@ def test_mistakes_are_reported_before_ray_starts(run, digits):
         list(predict_on_ray(run, files, top=5))
 
 
+@pytest.mark.parametrize("name", ["openvino", "auto"])
+def test_eight_bits_in_openvino_need_the_images_of_a_run(name):
+    settings = EmbedSettings(runtime=name, precision="int8")
+    with pytest.raises(ValueError, match=f"int8 in {name} needs a run, on whose training images"):
+        list(embed(SHIPPED, [], settings))
+
+
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
 def test_other_runtimes_give_the_same_embeddings(cli, run, digits, tmp_path):
     folder, found = digits / "val" / "digit 1", {}

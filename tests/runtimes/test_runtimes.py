@@ -51,6 +51,7 @@ def largest_difference(model, started, count):
         ("openvino", "fp32", 1e-4),
         ("openvino", "bf16", 0.2),
         ("onnxruntime", "int8", 0.5),
+        ("openvino", "int8", 0.2),
     ],
 )
 def test_a_runtime_gives_the_models_answers_for_any_batch(name, precision, within, count, kept):
@@ -60,6 +61,62 @@ def test_a_runtime_gives_the_models_answers_for_any_batch(name, precision, withi
     if precision != "fp32":
         assert difference > 1e-4  # it does compute in another precision
     assert (started.degrees, started.device.type) == (DEGREES, "cpu")
+
+
+def test_openvino_calibrates_once_on_the_images_that_it_is_given(tmp_path, monkeypatch, capsys):
+    model, asked = new_model(), []
+
+    def ten_images(asked_for):
+        asked.append(asked_for)
+        return images(10)
+
+    def int8(calibration=None):
+        runtime = td.Runtime("openvino", "int8")
+        zeros = torch.zeros_like(images(2))  # what a server starts with
+        return runtime.start(
+            model, zeros, degrees=DEGREES, folder=tmp_path, calibration=calibration
+        )
+
+    with pytest.raises(ValueError, match="calibrated on images .* whose values are all 0"):
+        int8()
+    with monkeypatch.context() as without:
+        without.setattr("tokendial.extras.find_spec", lambda name: None if name == "nncf" else name)
+        with pytest.raises(ValueError, match=r"int8 in openvino needs nncf, .*tokendial\[openvino"):
+            int8(ten_images)
+    started = int8(ten_images)
+    printed = capsys.readouterr()
+    assert (asked, printed.out) == ([model], "")  # for both degrees
+    assert "calibrating degree_8 in 8 bits on 10 images" in printed.err
+    again = int8()  # the files are there: neither images nor NNCF are needed
+    assert "calibrating" not in capsys.readouterr().err
+    assert torch.equal(again(images(2)), started(images(2)))
+
+
+def test_only_linear_layers_of_openvino_are_in_8_bits(kept):
+    openvino = pytest.importorskip("openvino")
+    start(kept, "openvino", "int8")
+    graph = openvino.Core().read_model(next(kept.glob("*/degree_8.int8.xml")))
+
+    def first_input(node, place):
+        """What a product reads, behind the steps that turn stored 8-bit numbers into floats."""
+        node = node.input_value(place).get_node()
+        while node.get_type_name() in ("Convert", "Multiply", "Subtract") and place:
+            node = node.input_value(0).get_node()
+        return node
+
+    products = [node for node in graph.get_ops() if node.get_type_name() == "MatMul"]
+    linear = [n for n in products if first_input(n, 1).get_type_name() == "Constant"]
+    # Queries, keys, values, projection and FFN of two blocks, and the head.
+    assert len(linear) == 2 * 6 + 1
+    assert {first_input(n, 1).get_element_type().to_string() for n in linear} == {"i8"}
+    rounded = [node for node in graph.get_ops() if node.get_type_name() == "FakeQuantize"]
+    readers = {
+        reader.get_node().get_friendly_name()
+        for node in rounded
+        for reader in node.output(0).get_target_inputs()
+    }
+    # Nothing else reads rounded values: not attention, not the comparison of tokens, not gathers.
+    assert readers == {node.get_friendly_name() for node in linear}
 
 
 @torch.no_grad()
@@ -153,6 +210,8 @@ def test_mistakes_are_told(kept):
         td.Runtime("tensorrt")
     with pytest.raises(ValueError, match="precision in onnxruntime must be .* int8, got 'bf16'"):
         td.Runtime("onnxruntime", "bf16")
+    with pytest.raises(ValueError, match="precision in openvino must be .* int8, got 'fp16'"):
+        td.Runtime("openvino", "fp16")
     with pytest.raises(ValueError, match="optimize and compile are for torch, got .* openvino"):
         td.Runtime("openvino", optimize=True)
     started = start(kept, "onnxruntime")

@@ -30,7 +30,7 @@ def test_the_model_process_loads_no_library_that_it_does_not_need(pets, tmp_path
     """The modules are those of a real fork server; model processes are forked from it."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
     load = partial(load_and_report, tmp_path / "modules", {"pets": pets})
-    server = ForkServer(LoadModels(load, PLAIN, None, 1, None))
+    server = ForkServer(LoadModels(load, PLAIN, None, None, 1, None))
     try:
         server.wait()
     finally:

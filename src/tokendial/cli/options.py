@@ -101,8 +101,9 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         help="Format of weights and activations. In torch, bf16 and fp16 imply --optimize, and "
-        "need a processor that supports them. openvino has fp32 and bf16; onnxruntime has fp32 "
-        "and int8, which computes linear layers in 8 bits.",
+        "need a processor that supports them. onnxruntime has fp32 and int8, openvino fp32, bf16 "
+        "and int8. int8 computes linear layers in 8 bits; openvino calibrates it once, on training "
+        "images of the run.",
     ),
 ]
 PlainPrecisionOption = Annotated[
@@ -110,7 +111,7 @@ PlainPrecisionOption = Annotated[
     typer.Option(
         "--precision",
         help="Format of weights and activations: fp32, bf16 or fp16 in torch, fp32 or int8 in "
-        "onnxruntime, fp32 or bf16 in openvino.",
+        "onnxruntime, fp32, bf16 or int8 in openvino.",
     ),
 ]
 """Of commands that run the plain model in torch, where a half precision is nothing more."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,8 @@ from tokendial.runs.inputs import ImageReader
 from tokendial.runs.model_source import ModelSource
 from tokendial.runs.on_ray import answers_on_ray, check_ray
 from tokendial.runs.predict import Source
+from tokendial.runs.run import Run
+from tokendial.runs.training_images import calibration_images
 from tokendial.runtimes import Runtime
 from tokendial.runtimes.config import RuntimeName, RuntimePrecision
 from tokendial.tune import DTYPES
@@ -76,16 +79,24 @@ class _DialModel:
         self.prepare, self.value_range = opened.transform, opened.value_range
         self._started: InferenceModel = self.model
         if settings.runtime != "torch":
-            example = torch.zeros(
-                settings.batch_size, *self.model.anatomy.input_shape, device=self.device
+            self._start(settings, opened.run)
+
+    def _start(self, settings: EmbedSettings, run: Run | None) -> None:
+        """Let another runtime than PyTorch compute the model."""
+        if run is None and settings.precision == "int8" and settings.runtime != "onnxruntime":
+            raise ValueError(
+                f"precision int8 in {settings.runtime} needs a run, on whose training images it is "
+                "calibrated; this model is of no run."
             )
-            self._started = Runtime(settings.runtime, settings.precision).start(
-                self.model,
-                example,
-                degrees=[self.model.degree],
-                folder=opened.run.runtime_folder if opened.run else None,
-                feature_map=settings.features != "pooled",
-            )
+        shape = settings.batch_size, *self.model.anatomy.input_shape
+        self._started = Runtime(settings.runtime, settings.precision).start(
+            self.model,
+            torch.zeros(shape, device=self.device),
+            degrees=[self.model.degree],
+            folder=run.runtime_folder if run else None,
+            feature_map=settings.features != "pooled",
+            calibration=partial(calibration_images, run) if run else None,
+        )
 
     def embed(self, rows: Sequence[Tensor]) -> Tensor:
         """Embeddings of inputs [3, H, W], in float32 on the CPU."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tokendial.data.readers.images import list_images, read_image
 from tokendial.data.readers.video import VideoFile, list_videos
-from tokendial.data.transforms.image import Transform
 from tokendial.methods import from_json
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce.presets import all_presets, preset
@@ -19,10 +18,10 @@ from tokendial.runs.derived_run import write_derived_run
 from tokendial.runs.device import default_device
 from tokendial.runs.model_source import ModelSource, OpenedModel
 from tokendial.runs.run import Run
+from tokendial.runs.training_images import fixed_size_transform, training_images
 from tokendial.runtimes import Runtime
 from tokendial.runtimes.config import PLAIN
 from tokendial.tasks import Classification
-from tokendial.tasks.dense_prediction import DensePrediction
 from tokendial.tune import DTYPES, AgreeBy, FitResult, fit
 from tokendial.tune.fit_arguments import method_to_fit
 
@@ -142,45 +141,26 @@ def _sample_images(opened: OpenedModel, folder: Path | None, count: int, seed: i
     """At most `count` random images [N, 3, H, W], or clips, prepared without augmentation."""
     if count < 1:
         raise ValueError(f"images must be at least 1, got {count}.")
-    transform = _transform(opened)
+    model, run = opened.model, opened.run
+    if folder is None:
+        if run is None:
+            raise ValueError("calibration must be a folder of images: the model is of no run.")
+        try:
+            return training_images(run, model, count=count, seed=seed)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error} Other images can be given by calibration.") from None
+    if not folder.is_dir():
+        raise ValueError(f"calibration: no such folder: {folder}.")
+    takes_videos = model.anatomy.frames is not None
+    files = list_videos(folder) if takes_videos else list_images(folder)
+    if not files:
+        kind = "videos" if takes_videos else "images"
+        raise ValueError(f"calibration: {folder} holds no {kind}.")
+    prepare = fixed_size_transform(run.task(), model) if run else opened.transform
     generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(files), generator=generator)[:count].tolist()
 
-    def sample(total: int) -> list[int]:
-        return torch.randperm(total, generator=generator)[:count].tolist()
+    def read(file: Path) -> Any:
+        return VideoFile(file) if takes_videos else read_image(file, opened.value_range)
 
-    if folder is not None:
-        if not folder.is_dir():
-            raise ValueError(f"calibration: no such folder: {folder}.")
-        takes_videos = opened.model.anatomy.frames is not None
-        files = list_videos(folder) if takes_videos else list_images(folder)
-        if not files:
-            kind = "videos" if takes_videos else "images"
-            raise ValueError(f"calibration: {folder} holds no {kind}.")
-
-        def read(file: Path) -> Any:
-            return VideoFile(file) if takes_videos else read_image(file, opened.value_range)
-
-        return torch.stack([transform(read(files[index])) for index in sample(len(files))])
-    if opened.run is None:
-        raise ValueError("calibration must be a folder of images: the model is of no run.")
-    try:
-        train: Any = opened.run.data().train
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error} Other images can be given by calibration.") from None
-    return torch.stack([transform(train[index][0]) for index in sample(len(train))])
-
-
-def _transform(opened: OpenedModel) -> Transform:
-    """How images are prepared; of a run that sees windows, the window in the middle."""
-    task = opened.run.task() if opened.run else None
-    if not isinstance(task, DensePrediction):
-        return opened.transform
-    prepare = task.image_transform(opened.model.anatomy)
-    height, width = opened.model.anatomy.image_size
-
-    def window(image: Any) -> Tensor:
-        prepared: Tensor = prepare(image)
-        top, left = (prepared.shape[1] - height) // 2, (prepared.shape[2] - width) // 2
-        return prepared[:, top : top + height, left : left + width]
-
-    return window
+    return torch.stack([prepare(read(files[index])) for index in chosen])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tokendial.runs.compensated import load_compensated
 from tokendial.runs.device import default_device
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.run import Run
+from tokendial.runs.training_images import calibration_images
 from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import Classification, Embeddings, VideoClassification
 
@@ -94,7 +96,11 @@ class ClassPredictor:
         example = torch.zeros(self.batch_size, *model.anatomy.input_shape, device=self.device)
         degrees = self._cascade.degrees if self._cascade else (model.degree,)
         self.model: InferenceModel = runtime.start(
-            model, example, degrees=degrees, folder=run.runtime_folder
+            model,
+            example,
+            degrees=degrees,
+            folder=run.runtime_folder,
+            calibration=partial(calibration_images, run),
         )
         if self._cascade:
             self._cascade.model = self.model

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from tokendial.runs.derived_run import write_derived_run
 from tokendial.runs.evaluate import first_images, validation_set
 from tokendial.runs.fit import fit_run
 from tokendial.runs.run import Run
+from tokendial.runs.training_images import calibration_images
 from tokendial.runs.trial import Trial, TunedRow, evaluate_ways
 from tokendial.runs.ways import BASE, RUNTIMES, StartedRuntimes, Way
 
@@ -102,7 +104,8 @@ def tune_run(
     degrees = spread_degrees(model, _DEGREES)
     base = Way("own", BASE, (0,))
     with tempfile.TemporaryDirectory() as folder:
-        runtimes = StartedRuntimes(example, Path(folder), time_is_up, note, notes)
+        calibration = partial(calibration_images, run)
+        runtimes = StartedRuntimes(example, calibration, Path(folder), time_is_up, note, notes)
         runtimes.start("own", model, degrees, RUNTIMES)
         ways = [Way("own", r, (d,)) for _, r in runtimes.started for d in degrees]
         note(f"measuring {len(ways)} ways in turns")

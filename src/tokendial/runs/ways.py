@@ -24,6 +24,7 @@ RUNTIMES = (
     Runtime("onnxruntime", "int8"),
     Runtime("openvino"),
     Runtime("openvino", "bf16"),
+    Runtime("openvino", "int8"),
 )
 """The runtimes that are tried, where they are installed."""
 Schedule = Literal["own", "fitted", "compensated"]
@@ -54,12 +55,13 @@ class StartedRuntimes:
     def __init__(
         self,
         images: Tensor,
+        calibration: Callable[[DialViT], Tensor],
         folder: Path,
         time_is_up: Callable[[], bool],
         note: Callable[[str], None],
         notes: list[str],
     ) -> None:
-        self.images, self.folder = images, folder
+        self.images, self.calibration, self.folder = images, calibration, folder
         self.time_is_up, self.note, self.notes = time_is_up, note, notes
         self.started: dict[tuple[Schedule, Runtime], InferenceModel] = {}
 
@@ -78,7 +80,11 @@ class StartedRuntimes:
                 if self.time_is_up() and runtime != BASE:
                     raise ValueError("no time left.")
                 self.started[schedule, runtime] = runtime.start(
-                    model, self.images, degrees=degrees, folder=self.folder / schedule
+                    model,
+                    self.images,
+                    degrees=degrees,
+                    folder=self.folder / schedule,
+                    calibration=self.calibration,
                 )
             except ValueError as error:
                 self.notes.append(f"{name}: {error}")

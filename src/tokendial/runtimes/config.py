@@ -2,11 +2,12 @@
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,17 +17,20 @@ from tokendial.extras import check_installed
 from tokendial.measure.timing import time_in_rounds
 from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
-from tokendial.runtimes import onnxruntime_sessions, openvino_sessions
+from tokendial.runtimes import onnxruntime_sessions, openvino_int8, openvino_sessions
 from tokendial.runtimes.bundles import find_or_export
 from tokendial.runtimes.exported_vit import ExportedViT
 from tokendial.tune import DTYPES, OptimizedViT, optimize
+
+if TYPE_CHECKING:
+    import numpy as np
 
 RuntimeName = Literal["torch", "onnxruntime", "openvino", "auto"]
 RuntimePrecision = Literal["fp32", "bf16", "fp16", "int8"]
 PRECISIONS: dict[RuntimeName, tuple[RuntimePrecision, ...]] = {
     "torch": ("fp32", "bf16", "fp16"),
     "onnxruntime": ("fp32", "int8"),
-    "openvino": ("fp32", "bf16"),
+    "openvino": ("fp32", "bf16", "int8"),
     "auto": ("fp32", "bf16", "fp16", "int8"),
 }
 """Precisions of each runtime."""
@@ -55,7 +59,8 @@ class Runtime:
     """PyTorch, onnxruntime or OpenVINO; "auto": the fastest one that is installed."""
     precision: RuntimePrecision = "fp32"
     """Precision of weights and activations. In PyTorch, half precision also runs `optimize`. "int8"
-    computes linear layers in 8 bits, the rest in float32."""
+    computes linear layers in 8 bits, the rest in float32. OpenVINO then needs images to measure the
+    ranges of activations on, see `start`."""
     optimize: bool = False
     """PyTorch: run `optimize` on the model first."""
     compile: bool = False
@@ -83,6 +88,7 @@ class Runtime:
         degrees: Sequence[int] | None = None,
         folder: Path | None = None,
         feature_map: bool = False,
+        calibration: Callable[[DialViT], Tensor] | None = None,
         quiet: bool = False,
     ) -> DialViT | OptimizedViT | ExportedViT:
         """Make a model ready for inference.
@@ -98,6 +104,9 @@ class Runtime:
             folder: Where exported files are kept for the next start; None: they are deleted.
             feature_map: Make `feature_map` of the result ready. Exported files then compute the map
                 in place of embeddings, in every call.
+            calibration: Called with the model if OpenVINO has no 8-bit files of it yet. Returns the
+                images [N, 3, H, W] that the ranges of activations are measured on, prepared like
+                those to come; about a hundred are enough. None: `images`.
             quiet: Do not print that files are exported.
 
         Returns:
@@ -105,14 +114,14 @@ class Runtime:
             the same dial.
 
         Raises:
-            ValueError: If a degree is not offered, a package is missing, or the model cannot be
-                exported.
+            ValueError: If a degree is not offered, a package is missing, the model cannot be
+                exported, or all values of the images to calibrate on are equal.
         """
         if not self:
             return model
         degrees = sorted({*(model.degrees if degrees is None else degrees)})
         if self.name == "auto":
-            return self._fastest(model, images, degrees, folder, feature_map)
+            return self._fastest(model, images, degrees, folder, feature_map, calibration)
         if self.name == "torch":
             return self._optimized(model, images, degrees)
         check_installed(self.name, *_EXPORT_PACKAGES, self.name)
@@ -121,6 +130,9 @@ class Runtime:
                 model, degrees, folder or Path(temporary), feature_map=feature_map, quiet=quiet
             )
             given = images.cpu().float().numpy()
+            if (self.name, self.precision) == ("openvino", "int8"):
+                read = partial(calibration, model) if calibration else lambda: images
+                files = _calibrated(files, read, quiet)
             sessions = {
                 degree: _OPENERS[self.name](path, self.precision, given)
                 for degree, path in files.items()
@@ -140,6 +152,7 @@ class Runtime:
         degrees: Sequence[int],
         folder: Path | None,
         feature_map: bool,
+        calibration: Callable[[DialViT], Tensor] | None,
     ) -> DialViT | OptimizedViT | ExportedViT:
         """Start each runtime that is installed, and keep the one that is fastest along the dial."""
         started: dict[RuntimeName, DialViT | OptimizedViT | ExportedViT] = {}
@@ -151,7 +164,12 @@ class Runtime:
             runtime = Runtime(name, self.precision, in_torch, in_torch and self.compile)
             try:
                 started[name] = runtime.start(
-                    model, images, degrees=degrees, folder=folder, feature_map=feature_map
+                    model,
+                    images,
+                    degrees=degrees,
+                    folder=folder,
+                    feature_map=feature_map,
+                    calibration=calibration,
                 )
             except ValueError as error:
                 print(f"{name}: left out: {error}", file=sys.stderr)
@@ -186,6 +204,20 @@ class Runtime:
 
 PLAIN = Runtime()
 """The plain model, in PyTorch."""
+
+
+def _calibrated(
+    files: Mapping[int, Path], images: Callable[[], Tensor], quiet: bool
+) -> dict[int, Path]:
+    """The 8-bit file of OpenVINO for each exported one; images are read if one is missing."""
+
+    @cache
+    def values() -> "np.ndarray":
+        return images().cpu().float().numpy()
+
+    return {
+        degree: openvino_int8.quantized(path, values, quiet=quiet) for degree, path in files.items()
+    }
 
 
 def _first(model: DialViT, degrees: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""Exported files in OpenVINO, in float32 or bfloat16."""
+"""Exported files in OpenVINO, in float32 or bfloat16, or with 8-bit linear layers."""
 
 from functools import cache
 from pathlib import Path
@@ -28,12 +28,13 @@ def open_file(path: Path, precision: str, images: "np.ndarray") -> Session:
     compiled for any size when the first of them comes, which takes as much memory again.
 
     Args:
-        path: The ONNX file.
-        precision: "fp32" or "bf16".
+        path: The ONNX file, or for "int8" the file of `openvino_int8.quantized`.
+        precision: "fp32" or "bf16"; "int8" for a file with 8-bit linear layers and all else in
+            float32.
         images: A batch as it will be given.
     """
     settings = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }

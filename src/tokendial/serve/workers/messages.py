@@ -23,6 +23,7 @@ from torch import Tensor
 from tokendial.runtimes import Runtime
 
 if TYPE_CHECKING:
+    from tokendial.model.dial_vit import DialViT
     from tokendial.serve.workers.catalog import ModelCatalog
     from tokendial.serve.workers.models import LoadedModels
     from tokendial.serve.workers.token_view import TokenView
@@ -40,6 +41,8 @@ class LoadModels:
     """Where and how each model process computes."""
     runtime_folder: Path | None
     """Where exported files are kept for the next start; None: they are not kept."""
+    calibration: "Callable[[DialViT], Tensor] | None"
+    """Function that reads the images that 8-bit files are calibrated on, see `Runtime.start`."""
     max_batch: int
     """Maximum number of images in a batch."""
     threads: int | None

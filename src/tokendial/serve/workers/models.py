@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ class LoadedModels:
         batch: int = 8,
         device: str | None = None,
         folder: Path | None = None,
+        calibration: Callable[[DialViT], Tensor] | None = None,
     ) -> None:
         """Move the models to their device and start the runtime.
 
@@ -54,10 +55,11 @@ class LoadedModels:
             batch: Number of images of the batches to optimise for.
             device: Device to run on; None: the accelerator if there is one, else the CPU.
             folder: Where exported files are kept for the next start; None: they are not kept.
+            calibration: Reads the images that 8-bit files are calibrated on, see `Runtime.start`.
 
         Raises:
-            ValueError: If a runtime is asked for and there are several runs, or it computes in
-                another way than in the calibration of the cascade.
+            ValueError: If a runtime is asked for and there are several runs, it cannot start, or it
+                computes in another way than in the calibration of the cascade.
         """
         if runtime and len(self.catalog.models) > 1:
             raise ValueError(
@@ -72,7 +74,11 @@ class LoadedModels:
             self._move()
         example = torch.zeros(batch, *self.catalog.input_shape, device=self.device)
         self.fast_model = runtime.start(
-            self.model, example, degrees=self.catalog.degrees, folder=folder
+            self.model,
+            example,
+            degrees=self.catalog.degrees,
+            folder=folder,
+            calibration=calibration,
         )
 
     def _move(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tokendial.runs.device import default_device
 from tokendial.runs.run import Run
+from tokendial.runs.training_images import calibration_images
 from tokendial.serve.scheduling.engine import WorkerLostError
 from tokendial.serve.settings import Settings
 from tokendial.serve.workers.catalog import ModelCatalog
@@ -129,8 +130,9 @@ class ServedRuns:
         cascade = settings.cascade
         first = partial(load_models, self._runs, compensator=compensator, cascade=cascade)
         again = partial(_load_open_files, tuple(self._runs), folders, paths, cascade=cascade)
-        kept = next(iter(self._runs.values())).runtime_folder
-        rest = settings.runtime, kept, settings.max_batch, settings.threads
+        run = next(iter(self._runs.values()))
+        images = partial(calibration_images, run)
+        rest = settings.runtime, run.runtime_folder, images, settings.max_batch, settings.threads
         return _ModelSource(LoadModels(first, *rest), LoadModels(again, *rest), files)
 
 

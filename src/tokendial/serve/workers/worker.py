@@ -102,7 +102,9 @@ def run_model_process(
     threading.Thread(target=_send_heartbeats, args=(heartbeats,), daemon=True).start()
     with suppress(EOFError, ConnectionError):  # the server has ended
         try:
-            models.prepare(order.runtime, folder=order.runtime_folder)
+            models.prepare(
+                order.runtime, folder=order.runtime_folder, calibration=order.calibration
+            )
             # The first pass allocates memory, so it is made before a request waits for it.
             catalog = models.catalog
             models.run(catalog.names[0], catalog.degrees[0], torch.zeros_like(images[:1]))
