@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import accelerate
@@ -35,6 +36,15 @@ CASES += [
     for name in ("CLIP", "DINOv2 features", "open_clip", "timm ViT")
     for method in ("pitome", "prune_merge")
 ]
+# It reads the rows and columns of patches, which blocks do not get.
+METHODS |= {"in_windows": td.InWindows(reduce=td.ToMe(r=2))}
+CASES += [
+    (name, "in_windows")
+    for name in (
+        "CLIP", "open_clip", "ViTPose", "DINOv2 feature maps", "DINOv3 features", "YOLOS",
+        "timm ViT", "torchvision",
+    )
+]  # fmt: skip
 WINDOWED = [name for name, kind in WHOLE.items() if kind.windowed]
 
 
@@ -56,7 +66,12 @@ def assert_equal(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], atol: fl
 
 
 def composed(
-    name: str, model: nn.Module, images: Tensor, tower: str, reduce: td.ReducerConfig
+    name: str,
+    model: nn.Module,
+    images: Tensor,
+    tower: str,
+    reduce: td.ReducerConfig,
+    protected: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """What a model answers whose blocks return what a wrapped copy of its ViT gives.
 
@@ -65,7 +80,8 @@ def composed(
     """
     vit = model.get_submodule(tower)
     wrapped = td.wrap(copy.deepcopy(vit), reduce=reduce)
-    with torch.no_grad():
+    protecting = nullcontext() if protected is None else wrapped.protecting(protected)
+    with torch.no_grad(), protecting:
         steps = wrapped.steps(images, track=True, dropped="own")
         restored = [step.tokens.restore_positions() for step in steps]
     if name == "YOLOS":  # the wrapped one has its six detection tokens before the patches
@@ -122,6 +138,29 @@ def test_the_model_runs_under_the_dial_and_is_as_before_without(name, method):
     by_hand = composed(name, model, images, tower, METHODS[method])
     scale = max(float(x.abs().max()) for x in by_hand)
     assert_equal(reduced, by_hand, atol=1e-5 * max(1.0, scale))
+
+
+@pytest.mark.parametrize("name", ["DINOv3 features", "timm Eva", "YOLOS"])
+def test_protected_patches_keep_their_positions(name):
+    """Protected patches move in front of the others, and their rotary positions with them."""
+    model, images = whole_model(name)
+    mask = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3
+    with td.attach(model, td.ToMe(r=6)) as dial, dial.protecting(mask):
+        found, tower = answers(name, model, images), dial.towers[0].name
+    by_hand = composed(name, model, images, tower, td.ToMe(r=6), mask)
+    assert_equal(found, by_hand, atol=1e-5 * max(1.0, *(float(x.abs().max()) for x in by_hand)))
+
+
+def test_a_clip_is_reduced_frame_by_frame():
+    """Compared with a wrapped copy, whose mean weighs tokens by their size."""
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    vit = perturbed(timm.create_model("videomae_small_patch16_224", **sizes, num_classes=5))
+    clips = torch.randn(2, 16, 3, 16, 16)
+    reduce = td.FrameByFrame(reduce=td.ToMe(r=2))
+    wrapped = td.wrap(copy.deepcopy(vit), reduce=reduce).eval()
+    with td.attach(vit, reduce) as dial, torch.no_grad():
+        assert dial.degrees == wrapped.degrees
+        torch.testing.assert_close(vit(clips), wrapped(clips), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -233,6 +272,23 @@ def test_what_does_not_fit_is_refused_in_one_line(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["SigLIP 2", "MAE features"])
+def test_rows_and_columns_that_no_layer_knows_are_refused(name):
+    model, _ = whole_model(name)
+    with pytest.raises(ValueError, match="InWindows needs the rows and columns .* use another") as e:
+        td.attach(model, METHODS["in_windows"])
+    assert "\n" not in str(e.value)
+
+
+@torch.no_grad()
+def test_windows_need_all_patches_of_the_image():
+    vit = tiny_vit()
+    td.attach(vit, td.InWindows(reduce=td.ToMe(r=2)))
+    vit(torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="InWindows needs all patches .* got 60, and .* gave none"):
+        vit.blocks(torch.randn(1, 61, 48))
 
 
 def test_a_model_gets_one_dial_only():

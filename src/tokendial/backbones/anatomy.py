@@ -125,6 +125,14 @@ class Anatomy(ABC):
         """
 
     @property
+    def patch_convolution(self) -> nn.Module | None:
+        """The layer whose output [B, D, rows, columns] holds every patch of an image in its place.
+
+        None: the model has no such layer, or leaves patches out after it.
+        """
+        return None
+
+    @property
     def num_suffix_tokens(self) -> int:
         """How many of the prefix tokens stand behind the patches in the model's own order."""
         return 0

@@ -100,6 +100,11 @@ class HuggingFaceViT(Anatomy):
         return int(self.config.num_channels)
 
     @property
+    def patch_convolution(self) -> nn.Module | None:
+        path = self.names.patch_convolution
+        return None if path is None else self.trunk.get_submodule(path)
+
+    @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.names.statistics if self.in_chans == 3 else super().statistics
 

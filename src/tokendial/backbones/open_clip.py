@@ -81,6 +81,10 @@ class OpenClipViT(Anatomy):
         return int(self.vit.conv1.in_channels)
 
     @property
+    def patch_convolution(self) -> nn.Module:
+        return self.vit.conv1  # type: ignore[no-any-return]
+
+    @property
     def heads(self) -> list[nn.Module]:
         return []  # the projection into the space of the texts is a parameter of the tower
 

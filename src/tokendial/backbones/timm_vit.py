@@ -73,6 +73,11 @@ class TimmAnatomy(Anatomy):
         return int(self.vit.in_chans)
 
     @property
+    def patch_convolution(self) -> nn.Module | None:
+        layer = self.vit.patch_embed.proj
+        return layer if isinstance(layer, nn.Conv2d) else None
+
+    @property
     def heads(self) -> list[nn.Module]:
         return [head for name in HEADS if (head := getattr(self.vit, name, None)) is not None]
 

@@ -87,6 +87,10 @@ class TorchvisionViT(Anatomy):
         return int(self.vit.conv_proj.in_channels)
 
     @property
+    def patch_convolution(self) -> nn.Module:
+        return self.vit.conv_proj  # type: ignore[no-any-return]
+
+    @property
     def heads(self) -> list[nn.Module]:
         return [self.vit.heads.head] if hasattr(self.vit.heads, "head") else []
 
