@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "inference": "images/s of every method and degree, compared with plain timm and with the cost",
     "methods": "speed of every reduction method at the same cost",
+    "step": "time of matching and merging alone, beside ToMe's",
     "resolution": "growth of time and memory with the image size",
     "peers": "speed of plain timm, the authors' ToMe, transformers and Tokendial",
     "attach": "speed of whole models that hold a ViT, untouched and with an attached dial",

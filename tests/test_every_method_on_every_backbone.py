@@ -5,6 +5,7 @@ the test fail.
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def fitting(reduce, vit):
     changes = {}
     if hasattr(reduce, "layers"):
         changes["layers"] = (1, 2)
-    if hasattr(reduce, "score") and not td.wrap(vit).anatomy.shape.has_class_token:
+    if getattr(reduce, "score", None) == "class" and not td.wrap(vit).anatomy.shape.has_class_token:
         changes["score"] = "mean"
     if isinstance(
         reduce, td.ToMe | td.PiToMe | td.PruneMerge | td.LearntMetric | td.PYRA | td.FFNMerge
@@ -28,17 +29,29 @@ def fitting(reduce, vit):
     return dataclasses.replace(reduce, **changes)
 
 
+VARIANTS = {
+    "evit shift": td.EViT(layers=(1, 2), score="shift"),
+    "prune_merge shift": td.PruneMerge(score="shift"),
+    "tome similarity": td.ToMe(sizes="similarity"),
+}
+
+
 def model_of(method, name, square):
     vit, size = backbone(name, square=square)
     torch.manual_seed(0)
-    model = td.wrap(vit, reduce=fitting(REDUCERS[method], vit)).eval()
+    model = td.wrap(vit, reduce=fitting((REDUCERS | VARIANTS)[method], vit)).eval()
     return model, images(3, *size)
 
 
-@pytest.mark.parametrize("square", [True, False], ids=["square", "wide"])
 @pytest.mark.parametrize("name", KINDS)
-# Images have one time step, so frame_by_frame would run its inner method unchanged.
-@pytest.mark.parametrize("method", sorted({*REDUCERS} - {"frame_by_frame"}))
+@pytest.mark.parametrize(
+    ("method", "square"),
+    [
+        # Images have one time step, so frame_by_frame would run its inner method unchanged.
+        *itertools.product(sorted({*REDUCERS} - {"frame_by_frame"}), [True, False]),
+        *itertools.product(VARIANTS, [False]),
+    ],
+)
 @torch.no_grad()
 def test_logits_and_feature_maps(method, name, square):
     """Catches: rows and columns of the grid that are swapped; a method that reduces nothing; images

@@ -74,7 +74,7 @@ SETTINGS = {
     td.DAR: selection,
     td.PruneMerge: {
         "r": r,
-        "prune_share": st.floats(0.0, 1.0),
+        "prune_share": st.floats(0.0, 1.0) | st.lists(st.floats(0.0, 1.0), min_size=1),
         "pruned": schedules | st.none(),
         "score": st.sampled_from(["class", "mean", "shift"]),
         "proportional_attention": flags,

@@ -341,13 +341,20 @@ def test_transformers_gives_the_same_logits(tmp_path):
 # Every method on both.
 
 
+VARIANTS = {
+    "evit shift": td.EViT(layers=(1, 2), score="shift"),
+    "prune_merge shift": td.PruneMerge(score="shift"),
+    "tome similarity": td.ToMe(sizes="similarity"),
+}
+
+
 def fitting(reduce):
     """The example, on sequences of 16 patches a frame or 32 a clip without a class token."""
     changes = {}
-    if isinstance(reduce, td.EViT):
-        changes = {"score": "mean", "fuse_weights": "normalised"}
-    if isinstance(reduce, td.PruneMerge):
+    if getattr(reduce, "score", None) == "class":
         changes = {"score": "mean"}
+    if isinstance(reduce, td.EViT):
+        changes["fuse_weights"] = "normalised"
     if isinstance(
         reduce, td.ToMe | td.PiToMe | td.PruneMerge | td.LearntMetric | td.PYRA | td.FFNMerge
     ):
@@ -356,10 +363,10 @@ def fitting(reduce):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("method", [*sorted({*REDUCERS} - {"in_windows"}), None])
+@pytest.mark.parametrize("method", [*sorted({*REDUCERS} - {"in_windows"}), *VARIANTS, None])
 @torch.no_grad()
 def test_reduction_of_clips(method, kind):
-    reduce = fitting(REDUCERS[method]) if method else None
+    reduce = fitting((REDUCERS | VARIANTS)[method]) if method else None
     torch.manual_seed(0)
     model = td.wrap(MODELS[kind](), reduce=reduce).eval()
     logits = model(clips(3))

@@ -15,6 +15,8 @@ GROWTH = {"time_growth", "mac_growth", "growth_quotient", "reducing_mib", "reduc
 CASES = {
     "inference --methods tome,evit --degrees 3": SPEED | {"dtype", "mode", "batch", "degree"},
     "methods --methods dyt --degrees 5 --dtype bf16": SPEED,
+    "methods --methods pitome,prune_merge --degrees 2": SPEED,
+    "step": {"layer", "patches", "method", "ms", "of_tome"},
     "resolution --methods evit --cost 0.6": SPEED | GROWTH,
     "attach": SPEED | {"model", "tower"},
     "dar": SPEED,
@@ -76,6 +78,9 @@ def test_wrong_settings_are_told_in_one_line(run, capsys):
         "inference --methods tome,nothing": "methods must be some of tome, .*got nothing",
         "inference --dtype int4": "dtype must be some of fp32, bf16, fp16, got int4",
         "inference --methods evit --degrees 1,99": r"degrees of evit must lie in \[0, 9\], got 99",
+        "step --methods dyt": "methods must be some of tome, .*, evit_shift, got dyt",
+        "step --layers 13": r"layers must lie in \[1, 12\].* 13",
+        "step --r 2": "r must leave 2 patch tokens for each of the layers, got -6",
     }.items():
         code, folder = run(line)
         assert code == 2

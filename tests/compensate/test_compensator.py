@@ -122,6 +122,30 @@ def test_merged_and_beside_are_the_same_with_every_method(name):
     assert not torch.equal(_at(model, 8), _at(tuned(METHODS[name])[0], 8))
 
 
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        td.PiToMe(r=8),
+        td.PruneMerge(r=8),
+        td.LearntMetric(r=8, dim=8),
+        td.EViT(r=8, score="shift"),
+        td.ToMe(r=8, sizes="similarity"),
+    ],
+    ids=lambda reduce: type(reduce).__name__,
+)
+@torch.no_grad()
+def test_merged_and_beside_are_the_same_with_other_reductions(reduce):
+    model, plugin = tuned(reduce=reduce)
+    other = copy.deepcopy(model)
+    plain = {degree: _at(model, degree) for degree in (0, 3, 8)}
+    plugin.attach(model, source=0)
+    plugin.attach(other, source=0, merge=False)
+    for degree in (8, 3):
+        assert (_at(model, degree) - plain[degree]).abs().max() > 0.01
+        torch.testing.assert_close(_at(model, degree), _at(other, degree), atol=1e-4, rtol=1e-4)
+    assert torch.equal(_at(model, 0), plain[0])
+
+
 def _at(model, degree):
     model.set_degree(degree)
     return model(images())

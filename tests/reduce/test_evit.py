@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from examples import golden, golden_vit, images, split, tiny_vit
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokendial as td
 from tokendial.attention import attend
@@ -195,6 +198,30 @@ def test_without_class_token_the_mean_attention_can_rank():
 def test_bad_schedules_and_scores_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         td.EViT(**settings)
+
+
+class SquareMaps(TorchDispatchMode):
+    """Counts the tensors that compare each of N tokens with each."""
+
+    def __init__(self, num_tokens):
+        super().__init__()
+        self.num_tokens, self.count = num_tokens, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **kwargs or {})
+        if isinstance(found, torch.Tensor):
+            self.count += found.shape[-2:] == (self.num_tokens, self.num_tokens)
+        return found
+
+
+@pytest.mark.parametrize(("score", "maps"), [("shift", False), ("class", False), ("mean", True)])
+@torch.no_grad()
+def test_only_the_mean_needs_attention_maps(score, maps):
+    model = td.wrap(tiny_vit(), reduce=td.EViT(layers=(2,), score=score)).eval()
+    model.attention_kernel = replace(model.attention_kernel, fused=True)
+    with SquareMaps(65) as made:
+        model(images())
+    assert (made.count > 0) == maps
 
 
 @torch.no_grad()

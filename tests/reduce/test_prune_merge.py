@@ -131,9 +131,28 @@ def test_lists_of_kept_tokens_become_removed_ones():
             td.PruneMerge.from_kept(*lists)
 
 
+def test_other_schedules_drop_the_same_share_in_each_layer():
+    method = td.PruneMerge(r=[0, 5, 3], pruned=[0, 2, 3]).with_schedules([[4, 10, 3, 2]])
+    reducer = td.wrap(tiny_vit(), reduce=method).reducer
+    # A layer that removed nothing drops 5 of 8, the share of all layers together.
+    assert [reducer.num_pruned(*each) for each in ((1, 4), (2, 10), (3, 3), (4, 2))] == [2, 4, 3, 1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_schedule_as_a_degree_is_the_same(name):
+    method = td.PruneMerge.published(name, max(PUBLISHED[name]))
+    with torch.device("meta"):
+        shape = SHAPES[name.split("_")[1]]
+        vit = timm.create_model("vit_base_patch16_224", **shape)
+    reducer = td.wrap(vit, reduce=method.with_schedules([method.r])).reducer
+    assert reducer.schedules[1] == list(method.r)
+    dropped = [reducer.num_pruned(layer, r) for layer, r in enumerate(method.r, start=1)]
+    assert dropped == list(method.pruned)
+
+
 @torch.no_grad()
 def test_the_share_decides_what_is_lost():
-    for share, dropped in ((0.0, 0), (0.5, 6), (1.0, 12)):
+    for share, dropped in ((0.0, 0), (0.5, 6), ([0.0, 0.5, 1.0], 6), ([0.25], 1), (1.0, 12)):
         model = td.wrap(tiny_vit(depth=3), reduce=td.PruneMerge(r=4, prune_share=share)).eval()
         *_, last = model.steps(images(), track=True)
         assert ((last.tokens.origin < 0).sum(1) == dropped).all()
@@ -152,7 +171,9 @@ def test_a_backbone_without_a_class_token_needs_the_mean():
     ("settings", "message"),
     [
         ({"r": -1}, "r must be an integer of at least 0"),
-        ({"prune_share": 1.5}, r"prune_share must lie in \[0, 1\], got 1.5"),
+        ({"prune_share": 1.5}, r"prune_share must lie in \[0, 1\], or be a list .*, got 1.5"),
+        ({"prune_share": [0.5, -1]}, r"one per layer, got \[0.5, -1\]"),
+        ({"prune_share": []}, r"one per layer, got \[\]"),
         ({"pruned": [1]}, "pruned must be a list of integers, and so must r"),
         ({"pruned": 1, "r": [2]}, "pruned must be a list of integers"),
         (
@@ -165,6 +186,11 @@ def test_a_backbone_without_a_class_token_needs_the_mean():
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         td.PruneMerge(**settings)
+
+
+def test_shares_of_more_layers_than_the_model_has_are_refused():
+    with pytest.raises(ValueError, match=r"prune_share must have at most 4 entries .*, got 5"):
+        td.wrap(tiny_vit(), reduce=td.PruneMerge(prune_share=[0.5] * 5))
 
 
 def test_unknown_schedules_are_named():

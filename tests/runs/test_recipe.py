@@ -49,6 +49,12 @@ def test_lists_of_r_are_read_and_written(file, name, r):
     jsonschema.validate(recipe.model_dump(mode="json"), schema)
 
 
+def test_a_list_of_degrees_is_short_for_each(file):
+    recipe = read_recipe(file, ["train.degrees=[0, 4, 8]"])
+    assert recipe == read_recipe(file, ["train.degrees={each: [0, 4, 8]}"])
+    assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
 def test_overrides_reach_every_depth(file):
     recipe = read_recipe(
         file, ["train.epochs=3", "train.lr=1e-4", "reduce.keep_rate=0.5", "model.img_size=[96, 64]"]
@@ -295,7 +301,13 @@ def test_the_schema_accepts_every_shipped_recipe_and_no_mistake(cli):
     schema = jsonschema.Draft202012Validator(json.loads(cli("recipes", "--schema")[1]))
     for file in SHIPPED.rglob("*.yaml"):
         schema.validate(yaml.safe_load(file.read_text()))
-    for wrong in ({"trian": {}}, {"train": {"lr": "fast"}}, {"reduce": {"name": "tomé"}}):
+    schema.validate({"train": {"degrees": [0, 4, 8]}})
+    for wrong in (
+        {"trian": {}},
+        {"train": {"lr": "fast"}},
+        {"train": {"degrees": [0, "low"]}},
+        {"reduce": {"name": "tomé"}},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             schema.validate(wrong)
 

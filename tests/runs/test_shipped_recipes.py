@@ -147,11 +147,14 @@ def test_compensators_have_the_parameters_of_the_page(name):
     assert line.endswith(f" {sum(p.numel() for p in plugin.parameters()):,} |")
 
 
+OF_EMBEDDINGS = ("real/embeddings", "real/learnt_metric")
+
+
 @pytest.mark.parametrize(
-    "name", [name for name in RECIPES if name.startswith(("real/elpv/", "real/embeddings"))]
+    "name", [name for name in RECIPES if name.startswith(("real/elpv/", *OF_EMBEDDINGS))]
 )
 def test_models_of_112_pixels_have_the_weights_and_the_cost_of_the_page(name):
-    classes = 0 if name == "real/embeddings" else 2
+    classes = 0 if name in OF_EMBEDDINGS else 2
     with torch.device("meta"):
         cost = build_model(read_recipe(name, ["model.weights=null"]), classes).cost()
     (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |"))

@@ -76,6 +76,29 @@ def test_the_embeddings_of_high_degrees_come_nearer_to_those_of_the_backbone(run
     assert F.cosine_similarity(embeddings(trained, run), wanted).mean() > found[trained]
 
 
+def test_a_metric_that_learns_alone_is_saved_and_comes_nearer_to_the_backbone(photos, tmp_path):
+    """As recipe real/learnt_metric: a frozen backbone, one degree."""
+    methods = ["reduce={name: learnt_metric, r: 4, dim: 8}", "adapt={name: linear}"]
+    settings = ["train.degrees=null", "train.epochs=2", "train.lr=0.02"]
+    run = train(recipe(tmp_path, photos, *methods, *settings), quiet=True)
+    wanted, model = embeddings(backbone(), run), run.model()
+    vit = backbone().state_dict()
+    assert all(torch.equal(value, vit[name]) for name, value in model.vit.state_dict().items())
+    again = td.load(run.best)
+    pictures = torch.randn(4, 3, *model.anatomy.image_size)
+    assert torch.equal(again(pictures), model(pictures))
+    torch.manual_seed(0)
+    untrained = td.wrap(backbone(), reduce=td.LearntMetric(r=4, dim=8)).eval()
+    found, before = (
+        float(F.cosine_similarity(embeddings(each, run), wanted).mean())
+        for each in (model, untrained)
+    )
+    assert 1 - found < 0.7 * (1 - before)
+    (row,) = evaluate(run, "4", batch_size=16)
+    assert row.scores["cosine_to_frozen"] == pytest.approx(found, abs=1e-5)
+    assert run.best_record()["val_cosine_to_frozen"] == pytest.approx(found, abs=1e-5)
+
+
 def test_a_run_is_judged_by_the_backbone_itself(run):
     wanted, model = embeddings(backbone(), run), run.model()
     for row in evaluate(run, "0,2,4", batch_size=16):

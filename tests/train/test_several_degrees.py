@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import REDUCERS, images, perturbed, tiny_vit
+from examples import ADAPTERS, ON_THE_GRID, REDUCERS, images, perturbed, tiny_vit
 
 import tokendial as td
 from tokendial.data.transforms.image import Augment
@@ -122,9 +122,44 @@ def test_every_method_without_losses_is_trained_along_its_dial(reduce):
     assert all(p.grad is not None for n, p in model.named_parameters() if n in before)
 
 
-@pytest.mark.parametrize("reduce", ["dynamicvit", "dyt", "dar"])
+@pytest.mark.parametrize("adapt", ADAPTERS)
+def test_every_adapter_is_trained_along_the_dial(adapt):
+    reduce = REDUCERS["ffn_merge"] if adapt in ON_THE_GRID else td.ToMe(r=4)
+    model = td.wrap(tiny_vit(), reduce=reduce, adapt=ADAPTERS[adapt])
+    training = several(model, each=(0, model.degree)).train()
+    trained = list(model.trainable_parameters())
+    losses = losses_of(training, 0)
+    assert all(parameter.grad is not None for parameter in trained)
+    torch.optim.SGD(trained, lr=0.01).step()
+    model.zero_grad()
+    # A supernet draws other widths for each pass, and SynQT drops other features.
+    random = adapt in ("noah_supernet", "synqt")
+    assert random or sum(losses_of(training, 0).values()) < sum(losses.values())
+
+
+@pytest.mark.parametrize("reduce", ["learnt_metric", "pyra"])
+def test_weights_of_a_reduction_learn_at_every_degree_above_0(reduce):
+    model = td.wrap(tiny_vit(), reduce=REDUCERS[reduce], adapt=td.LoRA(rank=2)).train()
+    training = several(model, each=(0, 3, 8)).train()
+    training.draw_degrees(0, 0)
+    moved = []
+    for training.number in range(3):
+        model.zero_grad()
+        loss, _ = training(images(), TARGETS)
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.reducer.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        moved.append(any(gradient.any() for gradient in gradients))
+    assert moved == [False, True, True]
+
+
+@pytest.mark.parametrize("reduce", ["dynamicvit", "dyt", "dar", "stack", "in_windows"])
 def test_a_method_that_learns_one_share_is_refused(reduce):
-    model = td.wrap(tiny_vit(), reduce=REDUCERS[reduce])
+    inner = {
+        "stack": td.Stack(methods=[td.ToMe(r=8), td.DyT()]),
+        "in_windows": td.InWindows(reduce=td.DynamicViT(), windows=(2, 2)),
+    }
+    model = td.wrap(tiny_vit(depth=12), reduce=inner.get(reduce, REDUCERS.get(reduce)))
     with pytest.raises(ValueError, match=r"train\.degrees: \w+ learns to select one share"):
         several(model, **SANDWICH)
 
@@ -207,6 +242,8 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(trained, tmp_path):
         (["train.degrees={each: [2]}"], r"each must be two or more rising degrees, got \[2\]"),
         (["train.degrees={each: [-1, 2]}"], r"each must be two or more rising .* got \[-1, 2\]"),
         (["train.degrees={each: [0, 1]}"], r"end with the highest .* 2, got \[0, 1\]"),
+        (["train.degrees=[2, 0]"], r"train\.degrees: each must be .* rising .* got \[2, 0\]"),
+        (["train.degrees=[0, low]"], r"train\.degrees\.each\.1: .* a valid integer.*, got 'low'"),
         (["train.degrees={sandwich: -1}"], r"train\.degrees\.sandwich: .* greater than or equal"),
         (["train.degrees={sandwhich: 2}"], r"did you mean train\.degrees\.sandwich"),
         (["train.degrees={sandwich: 1}", "reduce=null"], "a highest degree .* got no reduction"),

@@ -13,7 +13,16 @@ from tokendial.tune.agreement import binary_logits, compare_logits, compare_mask
 from tokendial.tune.fit_result import FitPoint, FittedDegree
 
 
-@pytest.mark.parametrize("reduce", [td.ToMe(), td.EViT(rest="drop"), td.PiToMe(), td.PruneMerge()])
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        td.ToMe(sizes="similarity"),
+        td.EViT(rest="drop", score="shift"),
+        td.EViT(score="mean"),
+        td.PiToMe(),
+        td.PruneMerge(),
+    ],
+)
 @torch.no_grad()
 def test_counted_budgets_are_kept_and_become_degrees(reduce):
     model = td.wrap(tiny_vit(depth=3), reduce=td.ToMe(r=3), adapt=td.AdaptFormer(dim=4)).train()
@@ -82,6 +91,79 @@ def test_the_schedules_of_the_method_are_compared_too():
     others = {point.removed for point in td.fit(model, images(8), **settings).searched}
     assert removed[1] > 1
     assert removed not in others
+
+
+def vit_that_reads_no_dark_patch():
+    """Nothing attends to patches whose third colour is dark, so dropping them changes nothing."""
+    vit = tiny_vit(depth=3)
+    with torch.no_grad():
+        vit.pos_embed.zero_()
+        vit.cls_token[..., 0] = 0
+        weight = vit.patch_embed.proj.weight
+        weight[0], weight[:, 2], weight[0, 2] = 0, 0, 1 / 16
+        for block in vit.blocks:
+            query, key, _ = block.attn.qkv.weight.chunk(3)
+            query.zero_()
+            key.zero_()[:, 0] = 5
+            block.attn.qkv.bias[:48], block.attn.qkv.bias[48:96] = 1, 0
+            for linear in (block.attn.proj, block.mlp.fc2):
+                linear.weight[0], linear.bias[0] = 0, 0
+    return vit
+
+
+def twins():
+    """Each patch on the left has a twin on the right that is as bright, but dark in one colour."""
+    left = images(8)[..., :16]
+    left[:, 2] = 0.25
+    return torch.cat([left, left * torch.tensor([1.0, 1.0, -1.0]).view(3, 1, 1)], dim=-1)
+
+
+def halves():
+    """Each half has one colour, so its tokens are alike and merging them loses nothing."""
+    return 3 * images(8)[..., :1, :2].repeat_interleave(16, dim=-1).expand(-1, -1, 32, -1)
+
+
+def vit_without_positions():
+    vit = tiny_vit(depth=3)
+    with torch.no_grad():
+        vit.pos_embed.zero_()
+    return vit
+
+
+def vit_without_attention():
+    vit = tiny_vit(depth=3)
+    with torch.no_grad():
+        for block in vit.blocks:
+            block.attn.proj.weight.zero_()
+    return vit
+
+
+@pytest.mark.parametrize(
+    ("vit", "seen", "given", "best"),
+    [
+        (vit_that_reads_no_dark_patch(), twins(), {}, 1.0),
+        (vit_without_positions(), halves(), {}, 0.0),
+        (vit_without_attention(), images(8), {"r": [2, 4], "pruned": [2, 1]}, [1.0, 0.25, 0.5]),
+    ],
+    ids=["dropping is free", "merging is free", "all are free"],
+)
+@torch.no_grad()
+def test_the_share_that_is_dropped_is_found_or_kept(vit, seen, given, best):
+    model = td.wrap(vit).eval()
+    method = td.PruneMerge(**given)
+    notes = []
+    budget = 0.85 * model.cost().gmacs
+    fitted = td.fit(model, seen, gmacs=budget, reduce=method, minutes=0.02, note=notes.append)
+    assert fitted.to_json()["reduce"]["prune_share"] == best
+    assert any("best: " + ("as given" if given else f"prune_share {best:g}") in n for n in notes)
+    (degree,) = fitted.degrees
+    assert degree.found.divergence == pytest.approx(0.0, abs=1e-5)
+    dial = td.wrap(vit, reduce=fitted.reduce).eval()
+    assert dial.cost(1).gmacs <= budget
+    torch.testing.assert_close(dial(seen), model(seen), atol=1e-3, rtol=1e-3)
+    if not given:
+        half = td.wrap(vit, reduce=method.with_schedules([degree.found.removed])).eval()
+        assert (half(seen) - model(seen)).abs().max() > 0.01
 
 
 def test_schedules_of_more_layers_than_the_model_has_are_refused():

@@ -145,6 +145,25 @@ def test_a_fit_measures_in_the_runtime_and_leaves_the_model_alone():
     assert row.found.cost == pytest.approx(1 / row.found.speedup)
 
 
+@torch.no_grad()
+def test_another_variant_of_the_method_is_timed_anew(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        Copies,
+        "start",
+        lambda self, model, images, **_: started.append(model.reducer) or copy.deepcopy(model),
+    )
+    model = td.wrap(tiny_vit(depth=2)).eval()
+    with try_schedules(model, ScheduleSpace(td.PruneMerge(), model.anatomy.shape)) as scheduled:
+        stopwatch = RuntimeStopwatch(scheduled, images(2), Copies())
+        for share in (0.5, 0.5, 1.0):
+            scheduled.method = td.PruneMerge(prune_share=share)
+            stopwatch.compare([scheduled.space.none, scheduled.space.strongest])
+    unreduced, *others = started
+    assert unreduced is None
+    assert [reducer.config.prune_share for reducer in others] == [0.5, 1.0]
+
+
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_schedules_are_timed_in_a_real_runtime():

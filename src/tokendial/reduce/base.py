@@ -69,6 +69,9 @@ class Reducer(nn.Module, ABC):
     wherever it stands, or reads `Tokens.protected`."""
     protects_in_place: bool = False
     """Whether protected patches stay in their grid, and `Tokens.protected` says which they are."""
+    learns_one_share: bool = False
+    """Whether the method's weights learn to select the share of the tokens that `degree` stands
+    for, so that training at several degrees at once would pull them to and fro."""
     extra_passes: frozenset[str] = frozenset()
     """Optional passes of `TrainingPasses` that `losses` reads: "complete", "teacher"."""
     proportional_attention: bool = False

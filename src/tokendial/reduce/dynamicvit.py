@@ -131,6 +131,7 @@ class DynamicViTReducer(Reducer):
     rates degree 0 drops nothing, and degree 1 keeps the listed fractions.
     """
 
+    learns_one_share = True
     extra_passes = frozenset({"teacher"})
 
     def __init__(self, config: DynamicViT, vit: ViTShape) -> None:

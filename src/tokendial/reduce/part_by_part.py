@@ -57,6 +57,7 @@ class PartByPartReducer(Reducer):
         self.tracks_size = self.inner.tracks_size
         self.keeps_grid = self.inner.keeps_grid
         self.reads_grid_shape = self.inner.reads_grid_shape
+        self.learns_one_share = self.inner.learns_one_share
         self.protects = False
         self.proportional_attention = self.inner.proportional_attention
         self.degrees, self.degree = self.inner.degrees, self.inner.degree

@@ -36,6 +36,9 @@ from tokendial.reduce.tome import best_partners, in_float32
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens, take
 
+_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Values of `prune_share` that a fit compares with the given one."""
+
 
 @register("reduce", "prune_merge")
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,10 @@ class PruneMerge(ScheduledConfig):
     """Tokens that each layer removes: one number for all layers; a list with one number per layer
     (missing last layers remove none); or a list of such lists, one for each degree from 1 up, from
     the most to the least expensive. In a list, a float is a share of the image's patches."""
-    prune_share: float = 0.5
-    """Share of the removed tokens that is dropped, in [0, 1], rounded down to whole tokens. The
-    others are merged into the most similar token that stays."""
+    prune_share: float | Sequence[float] = 0.5
+    """Share of the removed tokens that is dropped, in [0, 1], rounded down to whole tokens: one for
+    all layers, or a list with one per layer (missing last layers drop none). The others are merged
+    into the most similar token that stays."""
     pruned: Sequence[int] | None = None
     """Instead of `prune_share`: tokens that each layer drops, at most as many as it removes. `r`
     must be a list with one number per layer then."""
@@ -59,9 +63,15 @@ class PruneMerge(ScheduledConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", freeze_removal(self.r))
-        share = self.prune_share
-        if type(share) not in (int, float) or not 0.0 <= share <= 1.0:
-            raise ValueError(f"prune_share must lie in [0, 1], got {share!r}.")
+        shares: object = self.prune_share
+        each_share = shares if isinstance(shares, list | tuple) and shares else [shares]
+        if not all(type(one) in (int, float) and 0.0 <= one <= 1.0 for one in each_share):
+            raise ValueError(
+                "prune_share must lie in [0, 1], or be a list of such numbers, one per layer, got "
+                f"{shares!r}."
+            )
+        if isinstance(shares, list | tuple):
+            object.__setattr__(self, "prune_share", PerLayer(map(float, shares)))
         if self.pruned is not None:
             pruned = freeze_removal(self.pruned)
             if not (isinstance(pruned, PerLayer) and isinstance(self.r, PerLayer)) or any(
@@ -126,8 +136,29 @@ class PruneMerge(ScheduledConfig):
         return max(0, num_patches - 1)
 
     def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "PruneMerge":
-        """The same method with these schedules as its degrees 1, 2, ..."""
-        return replace(self, r=[list(each) for each in schedules], pruned=None)
+        """The same method with these schedules as its degrees 1, 2, ...
+
+        Of what a layer removes, the same share is dropped as before. Where `pruned` says how many
+        are dropped, a layer that removed nothing gets the share of all layers together.
+        """
+        share = self.prune_share
+        if self.pruned is not None:
+            assert isinstance(self.r, PerLayer)
+            depth = max(len(self.r), *map(len, schedules))
+            removed, dropped = (
+                [*counts, *[0] * (depth - len(counts))] for counts in (self.r, self.pruned)
+            )
+            overall = sum(dropped) / max(1, sum(removed))
+            share = [d / r if r else overall for d, r in zip(dropped, removed, strict=True)]
+        return replace(self, r=[list(each) for each in schedules], prune_share=share, pruned=None)
+
+    def variants(self) -> dict[str, "PruneMerge"]:
+        """The method with other shares of the removed tokens that are dropped."""
+        return {
+            f"prune_share {share:g}": replace(self, prune_share=share, pruned=None)
+            for share in _SHARES
+            if share != self.prune_share or self.pruned is not None
+        }
 
     def build(self, vit: ViTShape) -> "PruneMergeReducer":
         """Make the module.
@@ -157,6 +188,12 @@ class PruneMergeReducer(Reducer):
         self.schedules, self.degree = make_removal_dial(
             freeze_removal(config.r), vit, config.max_removed, highest=vit.num_patches // 2
         )
+        shares = config.prune_share
+        if isinstance(shares, Sequence) and len(shares) > vit.depth:
+            raise ValueError(
+                f"prune_share must have at most {vit.depth} entries (one per layer), got "
+                f"{len(shares)}."
+            )
         self.degrees = tuple(range(len(self.schedules)))
 
     def reduces_in(self, layer: int, degree: int) -> bool:
@@ -165,10 +202,13 @@ class PruneMergeReducer(Reducer):
 
     def num_pruned(self, layer: int, removed: int) -> int:
         """How many of the tokens that `layer` removes are dropped."""
-        config = self.config
-        if config.pruned is None:
-            return math.floor(config.prune_share * removed + 1e-9)
-        return min(removed, config.pruned[layer - 1] if layer <= len(config.pruned) else 0)
+        pruned, share = self.config.pruned, self.config.prune_share
+        if pruned is not None:
+            return min(removed, pruned[layer - 1] if layer <= len(pruned) else 0)
+        if isinstance(share, Sequence):
+            share = share[layer - 1] if layer <= len(share) else 0.0
+        # The epsilon absorbs binary rounding: 0.29 * 100 is 28.999999999999996, not 29.
+        return math.floor(share * removed + 1e-9)
 
     def group(
         self, layer: int, degree: int, tokens: Tokens, attended: ByProducts

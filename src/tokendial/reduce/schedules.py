@@ -42,6 +42,14 @@ class ScheduledConfig(ReducerConfig):
             schedules: Tokens to remove in each layer, from the most to the least expensive.
         """
 
+    def variants(self) -> dict[str, Self]:
+        """The method with other values of a setting that `td.fit` searches beside the schedules.
+
+        Returns:
+            The methods, by what differs in them, such as "prune_share 0.25".
+        """
+        return {}
+
 
 class PerLayer(tuple[int | float, ...]):
     """What to remove in each layer, from the first on; an unchangeable list.

@@ -66,6 +66,7 @@ class Selector(Reducer):
     """
 
     keeps_grid = True
+    learns_one_share = True
     protects_in_place = True
     temperature = 5.0
     """Temperature of the sigmoid in training."""

@@ -100,7 +100,7 @@ class ModelSection(_Section):
 
 class DegreesSection(_Section):
     """Training at several degrees of the dial, up to the highest: that of train.degree. Exactly one
-    of sandwich, random and each is given."""
+    of sandwich, random and each is given; a plain list stands for each."""
 
     sandwich: int | None = Field(None, ge=0)
     """Each update runs degree 0, the highest degree and this many random ones between on the same
@@ -116,6 +116,11 @@ class DegreesSection(_Section):
     task_weight: float = Field(0.0, ge=0.0)
     """sandwich and each: weight of the task's loss at all degrees but the first, added to the
     distillation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_list(cls, value: object) -> object:
+        return {"each": value} if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -134,6 +139,10 @@ class DegreesSection(_Section):
                 f"task_weight is for sandwich and each, got {self.task_weight} with random"
             )
         return self
+
+
+def _allow_list_of_integers(schema: dict[str, Any]) -> None:
+    schema["anyOf"].insert(1, {"type": "array", "items": {"type": "integer"}})
 
 
 class TrainSection(_Section):
@@ -172,8 +181,9 @@ class TrainSection(_Section):
     degree: int | None = Field(None, ge=0)
     """Degree of the dial to train at; 0 trains without reduction. null: the degree that the
     settings of the reduction method stand for."""
-    degrees: DegreesSection | None = None
-    """Train one model for many degrees at once. null: for the one degree above."""
+    degrees: DegreesSection | None = Field(None, json_schema_extra=_allow_list_of_integers)
+    """Train one model for many degrees at once. A list of degrees: in each update, as the field
+    each of the section. null: for the one degree above."""
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None
     """Weight of each class in the cross-entropy of images with one label. A list: one number above
     0 per class, in the order of the classes. balanced: N / (C x n) for a class with n of the N

@@ -72,6 +72,11 @@ class SeveralDegrees(nn.Module):
             assert self._taught is not None
             loss, logits = self.objective(images, targets, self.settings.task_weight)
             loss = loss + self.objective.task.distillation(logits, self._taught)
+        # A low degree may leave weights of the reduction unread, and distributed training expects a
+        # gradient of every parameter.
+        reducer = self.objective.model.reducer
+        assert reducer is not None
+        loss = loss + sum(0.0 * weight.sum() for weight in reducer.parameters())
         return loss / len(self.degrees), logits
 
 
@@ -87,9 +92,9 @@ def _highest_degree(model: DialViT) -> int:
             "train.degrees needs a reduction method and a highest degree of at least 1, got "
             f"{'no reduction' if reducer is None else 'train.degree 0'}."
         )
-    if list(reducer.parameters()):
+    if reducer.learns_one_share:
         raise ValueError(
             f"train.degrees: {type(model.reduce_config).__name__} learns to select one share of "
-            "the tokens, not several; use a method that learns nothing, such as ToMe or EViT."
+            "the tokens, not several; use another method, such as ToMe, EViT or LearntMetric."
         )
     return model.degree

@@ -23,6 +23,8 @@ class ScheduledModel:
 
     def __init__(self, model: DialViT, space: ScheduleSpace) -> None:
         self.model, self.space = model, space
+        self.method = space.reduce
+        """The method that follows the schedules: that of the space, or a variant of it."""
 
     def use(self, schedule: Schedule) -> DialViT:
         """Switch the model to `schedule`, and return it."""
@@ -30,9 +32,7 @@ class ScheduledModel:
         reduces = any(schedule)
         if reduces:
             # Such methods have neither weights nor state, so a new reducer is as good as any.
-            model.reducer = (
-                self.space.reduce.with_schedules([schedule]).build(self.space.shape).eval()
-            )
+            model.reducer = self.method.with_schedules([schedule]).build(self.space.shape).eval()
         model.set_degree(int(reduces))
         return model
 

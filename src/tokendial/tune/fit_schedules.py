@@ -12,7 +12,13 @@ from tokendial.model.dial_vit import DialViT
 from tokendial.reduce.schedules import ScheduledConfig
 from tokendial.tune.agreement import AgreeBy, Agreement, AgreementMeter, choose_comparison
 from tokendial.tune.block_costs import BlockCosts
-from tokendial.tune.cost_meters import MIN_ROUNDS, MacCounter, Stopwatch, try_schedules
+from tokendial.tune.cost_meters import (
+    MIN_ROUNDS,
+    MacCounter,
+    ScheduledModel,
+    Stopwatch,
+    try_schedules,
+)
 from tokendial.tune.fit_arguments import (
     Budget,
     check_model,
@@ -71,7 +77,7 @@ def fit(
 
     Give one kind of budget; each of its values becomes a degree of the dial. Times are measured
     with the model as it is: its device, its dtype, and the present number of threads. The model is
-    left unchanged.
+    left unchanged. Of PruneMerge, the share of tokens that is dropped is searched, too.
 
     Args:
         model: A classifier, a model without a head, or one with a decoder. Its own reduction method
@@ -130,7 +136,7 @@ def fit(
             costs = BlockCosts(space, stopwatch)
         else:
             costs = RuntimeCosts(scheduled_model, RuntimeStopwatch(scheduled_model, batch, runtime))
-        fitting = _BudgetFit(space, costs, kind, budgets, minutes, note)
+        fitting = _BudgetFit(scheduled_model, costs, kind, budgets, minutes, note)
         some = fitting.affordable(stopwatch, len(images))
         others = images[some : some + _JUDGED_PER_SEARCHED * some]
 
@@ -160,7 +166,7 @@ class _BudgetFit:
 
     def __init__(
         self,
-        space: ScheduleSpace,
+        scheduled_model: ScheduledModel,
         costs: BlockCosts | RuntimeCosts,
         kind: str,
         budgets: list[float],
@@ -168,13 +174,14 @@ class _BudgetFit:
         note: Callable[[str], None],
     ) -> None:
         """Measure the cost table, and check that the budgets can be reached."""
-        self.space, self.costs, self.kind, self.note = space, costs, kind, note
+        self.scheduled_model, self.space = scheduled_model, scheduled_model.space
+        self.costs, self.kind, self.note = costs, kind, note
         self.table, self.meter = costs.table, costs.meter
         self.start, self.seconds = time.monotonic(), 60 * minutes
         self.end = self.until = 0.0
         """Seconds after the start at which all searches, and the present one, have to end."""
         costs.measure(lambda: self._elapsed() > _TABLE_SHARE * self.seconds, note)
-        whole, least = self.meter.compare([space.none, space.strongest])
+        whole, least = self.meter.compare([self.space.none, self.space.strongest])
         self.unreduced = self._in_unit(whole)
         self.limits = {budget: self._limit(budget, least / whole) for budget in budgets}
 
@@ -206,7 +213,8 @@ class _BudgetFit:
         follows = ((1 + MIN_ROUNDS) * compared + _CURVE) * batch
         follows += compared * self.meter.start_seconds
         self.end = self.seconds - max(_LAST_SHARE * self.seconds, follows)
-        wanted = (_SCHEDULES + _SCHEDULES_PER_LAYER * self.space.shape.depth) * len(self.limits)
+        searched = _SCHEDULES + _SCHEDULES_PER_LAYER * self.space.shape.depth
+        wanted = (searched + 1 + len(self.space.reduce.variants())) * len(self.limits)
         judged = (_JUDGED_SCHEDULES + 1) * len(self.limits) + _CURVE
         left = self.end - self._elapsed()
         some = int(left / (wanted + _JUDGED_PER_SEARCHED * judged) / per_image)
@@ -222,6 +230,7 @@ class _BudgetFit:
             judged_on: Measures that of the few best, on other images.
             batch_size: Images per batch.
         """
+        self._choose_variant(searched_on)
         search = ScheduleSearch(
             self.space, self.table, searched_on, time_is_up=lambda: self._elapsed() > self.until
         )
@@ -245,7 +254,7 @@ class _BudgetFit:
         spread = self.meter.spread
         constants = self._curve(self.space.all_linear(), min(self.limits.values()))
         return FitResult(
-            reduce=self.space.reduce.with_schedules([row.found.removed for row in rows]),
+            reduce=self.scheduled_model.method.with_schedules([row.found.removed for row in rows]),
             kind=self.kind,
             unreduced=unreduced,
             batch_size=batch_size,
@@ -258,6 +267,28 @@ class _BudgetFit:
             spread=spread,
             agree_by=judged_on.agree_by,
         )
+
+    def _choose_variant(self, meter: AgreementMeter) -> None:
+        """Choose the variant of the method that agrees best where the searches begin.
+
+        The costs of the table are those of the method as given: variants cost nearly the same, and
+        what is found is measured end to end.
+        """
+        if not (variants := self.space.reduce.variants()):
+            return
+        search = ScheduleSearch(self.space, self.table, meter, time_is_up=lambda: True)
+        starts = [search.first_start(self._most(limit)) for limit in self.limits.values()]
+        divergences = {}
+        for name, method in {"as given": self.space.reduce, **variants}.items():
+            self.scheduled_model.method = method
+            divergences[name] = sum(meter(start).divergence for start in starts)
+        best = min(divergences, key=divergences.__getitem__)
+        self.scheduled_model.method = variants.get(best, self.space.reduce)
+        self.note(f"{len(divergences)} settings compared, best: {best}")
+
+    def _most(self, limit: float) -> float:
+        """Cost in the table of a fraction of the unreduced cost."""
+        return limit * self.table.schedule_cost(self.space.none)
 
     def _best_judged(
         self, search: ScheduleSearch, judge: Judge, found: Schedule, harder: Schedule | None
@@ -288,9 +319,7 @@ class _BudgetFit:
         factor, above = 1.0, 1.0 if self.meter.exact else _ABOVE
         kept: list[Schedule] = []
         for attempt in range(_CORRECTIONS):
-            most = (
-                limit / factor * (1 - _MARGIN * attempt) * self.table.schedule_cost(self.space.none)
-            )
+            most = self._most(limit / factor * (1 - _MARGIN * attempt))
             # The first search may take half of the time, each correction half of the remainder.
             self.until = (self._elapsed() + end) / 2
             best = search.run(most, harder)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tokendial.measure.timing import time_in_rounds
 from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
+from tokendial.reduce.schedules import ScheduledConfig
 from tokendial.tune.block_costs import BlockCosts, CostTable, coarse_counts
 from tokendial.tune.cost_meters import MIN_ROUNDS, MacCounter, ScheduledModel
 from tokendial.tune.schedules import Schedule, ScheduleSpace
@@ -54,7 +55,7 @@ class RuntimeStopwatch:
     """Measures the seconds that a batch takes in a runtime.
 
     A model is started for each schedule, timed in turns with the unreduced one, and let go again.
-    Each schedule is measured once.
+    Each schedule is measured once, and again if another variant of the method follows it.
     """
 
     exact = False
@@ -79,14 +80,17 @@ class RuntimeStopwatch:
         none = scheduled_model.space.none
         self.measured: dict[Schedule, float] = {none: self._time(self._unreduced)[0]}
         """Seconds of every schedule that was measured."""
+        self._followed_by: dict[Schedule, ScheduledConfig] = {}
+        """The variant of the method that each of them was measured with."""
 
     def compare(self, schedules: Sequence[Schedule]) -> list[float]:
         """Times of forward passes, each measured in turns with the unreduced model."""
-        none = self.measured[self.scheduled_model.space.none]
+        none, method = self.scheduled_model.space.none, self.scheduled_model.method
         for schedule in schedules:
-            if schedule not in self.measured:
+            if schedule != none and self._followed_by.get(schedule) != method:
                 before, after = self._time(self._unreduced, self._start(schedule))
-                self.measured[schedule] = none * after / before
+                self.measured[schedule] = self.measured[none] * after / before
+                self._followed_by[schedule] = method
         return [self.measured[schedule] for schedule in schedules]
 
     def _start(self, schedule: Schedule) -> InferenceModel:

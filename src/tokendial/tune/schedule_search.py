@@ -82,6 +82,11 @@ class ScheduleSearch:
             best = better
         return best
 
+    def first_start(self, most: float) -> Schedule:
+        """The first of the schedules that a search within a cost limit starts from."""
+        starts = self.starts(lambda schedule: self.table.schedule_cost(schedule) <= most)
+        return next(starts, self.space.strongest)
+
     def starts(self, fits: Fits) -> Iterator[Schedule]:
         """Schedules to start from; the first ones are those that the method lists."""
         for given in self.space.given:
