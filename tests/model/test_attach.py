@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_refused_in_one_line(make, message):
 @pytest.mark.parametrize("name", ["SigLIP 2", "MAE features"])
 def test_rows_and_columns_that_no_layer_knows_are_refused(name):
     model, _ = whole_model(name)
-    with pytest.raises(ValueError, match="InWindows needs the rows and columns .* use another") as e:
+    with pytest.raises(ValueError, match="InWindows needs the rows and columns") as e:
         td.attach(model, METHODS["in_windows"])
     assert "\n" not in str(e.value)
 
