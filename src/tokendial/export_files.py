@@ -174,16 +174,11 @@ class _WithEmbeddings(nn.Module):
 def _export(
     model: DialViT, path: Path, batch: int | None, facts: Mapping[str, Any], embeddings: bool
 ) -> ExportedFile:
-    # With an example of one image, the exporter would treat the batch size as the constant 1.
-    example = _images(model, batch or 2)
-    any_number = {0: torch.export.Dim("batch", min=1, max=2**16)}
     module = _WithEmbeddings(model) if embeddings else model
     skipped = model.skip_unread_patches
     model.skip_unread_patches = True  # a file gives no features of patches
     try:
-        program = torch.export.export(
-            module, (example,), dynamic_shapes=None if batch else {"images": any_number}
-        )
+        program = _traced(module, _images(model, batch or 2), any_number=batch is None)
     finally:
         model.skip_unread_patches = skipped
     contents = {**_image_facts(model), "degree": model.degree, **facts}
@@ -216,6 +211,27 @@ def _export(
     return ExportedFile(path, model.degree, model.cost().gmacs, difference)
 
 
+def write_onnx(module: nn.Module, example: Tensor, path: Path, outputs: Sequence[str]) -> None:
+    """Write any function of images as ONNX, in the way of `export`; nothing is compared.
+
+    Args:
+        module: Takes images [B, 3, H, W].
+        example: At least two images.
+        path: File to write.
+        outputs: Names of the outputs.
+    """
+    _write_onnx(_traced(module, example, any_number=True), {}, path, outputs)
+
+
+def _traced(
+    module: nn.Module, example: Tensor, *, any_number: bool
+) -> torch.export.ExportedProgram:
+    """The graph of a function of images, for the number of the example or for any number."""
+    # With an example of one image, the exporter would treat the batch size as the constant 1.
+    sizes = {"images": {0: torch.export.Dim("batch", min=1, max=2**16)}} if any_number else None
+    return torch.export.export(module, (example,), dynamic_shapes=sizes)
+
+
 def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -227,12 +243,19 @@ def _images(model: DialViT, count: int) -> Tensor:
     return images.to(like.device, like.dtype)
 
 
-def _write_onnx(program: Any, contents: Mapping[str, Any], path: Path) -> None:
+def _write_onnx(
+    program: torch.export.ExportedProgram,
+    contents: Mapping[str, Any],
+    path: Path,
+    outputs: Sequence[str] | None = None,
+) -> None:
+    if outputs is None:
+        outputs = ["logits", "embeddings"][: len(program.graph_signature.user_outputs)]
     written = torch.onnx.export(
         program,
         dynamo=True,
         input_names=["images"],
-        output_names=["logits", "embeddings"][: len(program.graph_signature.user_outputs)],
+        output_names=outputs,
         custom_translation_table={
             torch.ops.aten.sort.default: _sort,
             torch.ops.aten.sort.stable: _stable_sort,
