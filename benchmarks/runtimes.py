@@ -2,9 +2,10 @@
 
 The first row is plain timm in float32, as PyTorch runs it by itself; "speed" and "cost" are
 compared with it. "of degree 0" is the speed of a row over that of the same runtime at degree 0.
-With --run, the balanced accuracy of a run on its test images follows, the difference to PyTorch in
-float32 at the same degree with a paired 95 % interval, and the share of images whose answer
-changed.
+With --run, the balanced accuracy of a run on its test images follows. Each row is compared with
+PyTorch in float32 at the same degree: the difference with a paired 95 % interval, the share of
+images whose answer changed, and the share of the decisions about tokens that changed, which are
+merges and drops (see merges.py).
 """
 
 import tempfile
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 import tokendial as td
 from benchmarks.alternating import Runner
 from benchmarks.evidence_real.statistics import balanced_accuracy, interval, resampled_scores
+from benchmarks.merges import changed_decisions, origins
 from benchmarks.models import backbone, random_images
 from benchmarks.options import add_model, comma_separated, options, parse_options
 from benchmarks.plots import cost_figure
@@ -29,6 +31,7 @@ from benchmarks.speed import MEASURES, Contender, compare
 from tokendial.measure import Resampling
 from tokendial.runs import Run
 from tokendial.runs.evaluate import validation_set
+from tokendial.runs.training_images import calibration_images
 
 RUNTIMES = (
     td.Runtime(),
@@ -38,6 +41,7 @@ RUNTIMES = (
     td.Runtime("onnxruntime", "int8"),
     td.Runtime("openvino"),
     td.Runtime("openvino", "bf16"),
+    td.Runtime("openvino", "int8"),
 )
 COLUMNS = (
     Column("method", "method"),
@@ -52,6 +56,7 @@ SCORES = (
     Column("score", "balanced accuracy"),
     Column("difference", "minus PyTorch, fp32"),
     Column("changed", "changed answers", "{:.1%}"),
+    Column("decisions", "changed merges", "{:.1%}"),
 )
 
 
@@ -64,7 +69,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--run", type=Path, help="folder of a run on images with classes")
     asked = parse_options(parser, arguments, degrees=[0, 2], batch=2)
     if asked.run:
-        rows = scores(Run(asked.run), asked.degrees)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = scores(Run(asked.run), asked.degrees, Path(folder))
         Report("runtimes_scores", SCORES, rows, _score_figure(rows)).write(asked)
         return
     vit = backbone(asked.model, img_size=asked.img_size, device="cpu")
@@ -101,31 +107,47 @@ def _title(runtime: td.Runtime) -> str:
     return f"{runtime.name}, {runtime.precision}{optimized}"
 
 
-@torch.inference_mode()
-def scores(run: Run, degrees: Sequence[int]) -> list[Row]:
-    """Balanced accuracy of a run in each runtime and precision, paired with PyTorch in float32."""
+@torch.no_grad()
+def scores(run: Run, degrees: Sequence[int], folder: Path) -> list[Row]:
+    """Balanced accuracy of a run in each runtime and precision, paired with PyTorch in float32.
+
+    Args:
+        run: A run on images with classes.
+        degrees: Degrees to compare.
+        folder: An empty folder for files that give the tokens of each patch.
+    """
     model = run.model()
     _, loader = validation_set(run, model, 32)
     batches, targets = zip(*loader, strict=True)
     labels = torch.cat(targets).numpy()
     draws = Resampling(len(labels), 1)
     rows: list[Row] = []
-    known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    known: dict[int, tuple[np.ndarray, np.ndarray, Tensor]] = {}
+    calibration = partial(calibration_images, run)
     for runtime in RUNTIMES:
         if runtime.optimize:
             continue  # the same numbers as the plain model's, up to rounding
-        started = runtime.start(model, batches[0], degrees=degrees, folder=run.runtime_folder)
+        started = runtime.start(
+            model,
+            batches[0],
+            degrees=degrees,
+            folder=run.runtime_folder,
+            calibration=calibration,
+        )
         for degree in degrees:
             started.set_degree(degree)
+            model.set_degree(degree)
+            held = origins(model, torch.cat(batches), runtime, folder, calibration)
             logits = torch.cat([started(batch).float() for batch in batches]).numpy()
             found = resampled_scores(draws, balanced_accuracy, [logits], labels)
-            base_logits, base = known.setdefault(degree, (logits, found))
+            base_logits, base, base_held = known.setdefault(degree, (logits, found, held))
             row: dict[str, Any] = {"method": _title(runtime), "degree": degree}
             row["cost"] = model.cost(degree).macs / model.cost(0).macs
             row["accuracy"] = float(found[0])
             row["score"] = interval(found).percent()
             row["difference"] = interval(found - base).percent(sign=True)
             row["changed"] = float((logits.argmax(1) != base_logits.argmax(1)).mean())
+            row["decisions"] = changed_decisions(held, base_held) if degree else None
             rows.append(row)
     return rows
 

@@ -220,16 +220,11 @@ class _Outputs(nn.Module):
 def _export(
     model: DialViT, path: Path, batch: int | None, facts: Mapping[str, Any], outputs: Sequence[str]
 ) -> ExportedFile:
-    # With an example of one image, the exporter would treat the batch size as the constant 1.
-    example = _images(model, batch or 2)
-    any_number = {0: torch.export.Dim("batch", min=1, max=2**16)}
     module = _Outputs(model, outputs) if len(outputs) > 1 else model
     skipped = model.skip_unread_patches
     model.skip_unread_patches = True  # unless a feature map is among the outputs
     try:
-        program = torch.export.export(
-            module, (example,), dynamic_shapes=None if batch else {"images": any_number}
-        )
+        program = _traced(module, _images(model, batch or 2), any_number=batch is None)
     finally:
         model.skip_unread_patches = skipped
     contents = {**model_facts(model, outputs), "degree": model.degree, **facts}
@@ -262,6 +257,27 @@ def _export(
     return ExportedFile(path, model.degree, model.cost().gmacs, difference)
 
 
+def write_onnx(module: nn.Module, example: Tensor, path: Path, outputs: Sequence[str]) -> None:
+    """Write any function of images as ONNX, in the way of `export`; nothing is compared.
+
+    Args:
+        module: Takes images [B, 3, H, W].
+        example: At least two images.
+        path: File to write.
+        outputs: Names of the outputs.
+    """
+    _write_onnx(_traced(module, example, any_number=True), outputs, {}, path)
+
+
+def _traced(
+    module: nn.Module, example: Tensor, *, any_number: bool
+) -> torch.export.ExportedProgram:
+    """The graph of a function of images, for the number of the example or for any number."""
+    # With an example of one image, the exporter would treat the batch size as the constant 1.
+    sizes = {"images": {0: torch.export.Dim("batch", min=1, max=2**16)}} if any_number else None
+    return torch.export.export(module, (example,), dynamic_shapes=sizes)
+
+
 def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -274,7 +290,10 @@ def _images(model: DialViT, count: int) -> Tensor:
 
 
 def _write_onnx(
-    program: Any, outputs: Sequence[str], contents: Mapping[str, Any], path: Path
+    program: torch.export.ExportedProgram,
+    outputs: Sequence[str],
+    contents: Mapping[str, Any],
+    path: Path,
 ) -> None:
     written = torch.onnx.export(
         program,

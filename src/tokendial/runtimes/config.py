@@ -107,7 +107,7 @@ class Runtime:
             calibration: Called with the model if OpenVINO has no 8-bit files of it yet. Returns the
                 images [N, 3, H, W] that the ranges of activations are measured on, prepared like
                 those to come; about a hundred are enough. None: `images`.
-            quiet: Do not print that files are exported.
+            quiet: Do not print that files are exported or calibrated.
 
         Returns:
             The model itself if nothing is to be done, or something that is called like it and has

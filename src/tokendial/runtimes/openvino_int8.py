@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _BATCH = 8
 """Images of one forward pass while ranges are measured."""
 _VALUES = ("Constant", "Parameter", "Result")
-"""Types of nodes that compute nothing; NNCF knows no names of some of them."""
+"""Types of nodes that compute nothing."""
 
 
 def quantized(path: Path, images: "Callable[[], np.ndarray]", *, quiet: bool = False) -> Path:
@@ -71,7 +71,7 @@ def quantized(path: Path, images: "Callable[[], np.ndarray]", *, quiet: bool = F
 
 
 def _quantize(model: Any, images: "np.ndarray") -> Any:
-    # NNCF reports each use to a server of its makers, unless it runs in their own tests.
+    # NNCF reports its use to a server of its makers, unless this variable is set.
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
 
@@ -89,7 +89,8 @@ def _quantize(model: Any, images: "np.ndarray") -> Any:
             nncf.Dataset(batches),
             subset_size=len(batches),
             model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=others),
+            # Without a check that NNCF has every name: it leaves calculations of shapes out itself.
+            ignored_scope=nncf.IgnoredScope(names=others, validate=False),
         )
 
 
