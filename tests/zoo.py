@@ -152,7 +152,7 @@ _FIXED_SIZE = ("hf vitpose", *TORCHVISION)
 
 
 def backbone(name: str, *, square: bool = True, **kwargs: Any) -> tuple[nn.Module, tuple[int, int]]:
-    """A model of two blocks and the image size that it runs at."""
+    """A model, of two blocks by default, and the image size that it runs at."""
     torch.manual_seed(0)
     if name in HUGGING_FACE:
         cls, settings = HUGGING_FACE[name]
@@ -170,7 +170,7 @@ def backbone(name: str, *, square: bool = True, **kwargs: Any) -> tuple[nn.Modul
     patch = 14 if "patch14" in model else 32 if "patch32" in model else 16
     size = (70, 70) if patch == 14 else (64, 64)
     size = size if square else other
-    vit = timm.create_model(model, img_size=size, depth=2, **(arguments | kwargs))
+    vit = timm.create_model(model, img_size=size, **({"depth": 2} | arguments | kwargs))
     return perturbed(vit, std=0.02), size
 
 

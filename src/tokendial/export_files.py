@@ -127,7 +127,7 @@ def export_bundle(
     out: str | Path,
     degrees: Sequence[int],
     *,
-    to: Literal["onnx", "openvino"] = "onnx",
+    to: Literal["onnx", "openvino", "pt2"] = "onnx",
     batch: int | None = None,
     facts: Mapping[str, Any] | None = None,
     embeddings: bool = False,
@@ -146,8 +146,13 @@ def export_bundle(
         feature_map: See `export`.
 
     Raises:
-        ValueError: As `export` does, or if `to` is another format.
+        ValueError: As `export` does, or if `to` is another format, such as "pt2".
     """
+    if to == "pt2":
+        raise ValueError(
+            "degrees cannot share weights in pt2, whose files always hold their own: write each "
+            "degree to a file of its own."
+        )
     check_choice("to", to, tuple(_BUNDLED))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +191,7 @@ def write_bundle(
     if listed.exists():
         earlier = set(json.loads(listed.read_text())["files"].values())
         for name in earlier - set(names.values()):
-            (folder / name).unlink(missing_ok=True)
+            (folder / Path(name).name).unlink(missing_ok=True)
     with atomic_write(folder / _WEIGHTS) as shared, shared.open("wb") as file:
         weights = _SharedWeights(file)
         for name in names.values():

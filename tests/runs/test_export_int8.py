@@ -1,15 +1,18 @@
 """Files with 8-bit linear layers: what they compute in 8 bits, and when they are refused."""
 
 import collections
+import json
 import re
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 import tokendial as td
 from tokendial.runs import Run
-from tokendial.runs.export_int8 import export_int8
+from tokendial.runs.evaluate import validation_set
+from tokendial.runs.export_int8 import export_int8, export_int8_bundle
 
 # The exporter's own warnings are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,7 +46,29 @@ def test_a_file_in_8_bits_is_written_with_what_it_costs(cli, run, tmp_path):
     assert path.stat().st_size < whole.stat().st_size
 
 
-def test_a_file_that_loses_too_much_is_refused(run, tmp_path):
+def test_a_bundle_in_8_bits_comes_with_a_table(cli, run, tmp_path):
+    code, out, _ = cli("export", run.folder, "--int8", "--degrees", "0,8", "--out", tmp_path)
+    assert code == 0
+    row = r"(\d+) +\S +([\d.]+)% +\S +([\d.]+)% +\S +([-+\d.]+) \([-+\d., ]+\)"
+    rows = [[float(cell) for cell in found] for found in re.findall(row, out)]
+    names = json.loads((tmp_path / "bundle.json").read_text())["files"]
+    assert names == {"0": "degree_0.int8.onnx", "8": "degree_8.int8.onnx"}
+    assert [row[0] for row in rows] == [0, 8]
+    _, loader = validation_set(run, run.model(), 80)
+    ((images, labels),) = loader
+    for degree, before, after, lost in rows:
+        assert before - after == pytest.approx(lost, abs=0.06)
+        session = onnxruntime.InferenceSession(tmp_path / names[f"{degree:.0f}"])
+        logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+        right = (logits.argmax(dim=1) == labels).float().mean()
+        assert 100 * right == pytest.approx(after, abs=0.01)
+        assert products(tmp_path / names[f"{degree:.0f}"])["MatMulInteger"] > 1
+    weights = (tmp_path / "weights.bin").stat().st_size
+    linear = sum(p.numel() for p in run.model().parameters() if p.ndim == 2)
+    assert weights < 2 * linear  # a byte for each number of linear layers, and those once
+
+
+def test_files_that_lose_too_much_are_refused(run, tmp_path):
     # The same function, but with an outlier among the activations, which 8 bits cannot hold beside
     # the others.
     spoilt = Run(tmp_path / "run")
@@ -62,7 +87,9 @@ def test_a_file_that_loses_too_much_is_refused(run, tmp_path):
         ValueError, match=r"int8 loses [\d.]+ points of accuracy at degree .* \(1\)"
     ):
         export_int8(spoilt, out)
-    assert not out.exists()
+    with pytest.raises(ValueError, match=r"int8 loses .* at degree 0 .* nothing was written"):
+        export_int8_bundle(spoilt, [0, 8], tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     found = export_int8(spoilt, out, max_loss=1.0)
     assert found.before - found.after > 0.01
     assert found.accuracy_lost.low <= found.accuracy_lost.value <= found.accuracy_lost.high
@@ -71,8 +98,11 @@ def test_a_file_that_loses_too_much_is_refused(run, tmp_path):
 def test_mistakes_are_told(cli, run, tmp_path):
     with pytest.raises(ValueError, match=r"out must end in \.onnx for int8, got .*small\.pt2"):
         export_int8(run, tmp_path / "small.pt2")
-    code, _, err = cli("export", run.folder, "--int8", "--degrees", "0,8")
-    assert (code, err.strip()) == (
-        2,
-        "error: int8 writes one ONNX file: leave out --degrees, --batch, --to and --compensator.",
-    )
+    for arguments, message in (
+        (("--int8", "--embeddings"), "int8 writes ONNX files of logits for any batch: leave out"),
+        (("--degree", "2", "--degrees", "0,8"), "degrees writes a bundle of several degrees"),
+        (("--to", "pt2", "--degrees", "0,8"), "degrees cannot share weights in pt2"),
+    ):
+        code, _, err = cli("export", run.folder, *arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith(f"error: {message}")

@@ -217,3 +217,5 @@ def test_mistakes_are_told(kept):
     started = start(kept, "onnxruntime")
     with pytest.raises(ValueError, match="degree must be an integer in .*, got 4"):
         started.set_degree(4)
+    with pytest.raises(ValueError, match="feature_map is not among the outputs .*: logits, embe"):
+        started.feature_map(images(4))

@@ -433,11 +433,6 @@ def export(
             )
         _export_int8(opened, degree, degrees, max_loss, out)
         return
-    if degrees is not None and to == "pt2":
-        raise ValueError(
-            "degrees cannot share weights in pt2, whose files always hold their own: write each "
-            "degree by --degree."
-        )
     model, folder = load_compensated(opened, compensator), run / "export"
     facts = run_facts(opened, model)
     if degrees is None:

@@ -42,8 +42,8 @@ def find_or_export(
     Raises:
         ValueError: If the model cannot be exported.
     """
-    further = {"embeddings": not feature_map, "feature_map": feature_map}
-    revision, outputs = _revision(model), output_names(**further)
+    embeddings = not feature_map
+    revision, outputs = _revision(model), output_names(embeddings, feature_map)
     for bundle, contents in _bundles(folder):
         files = {int(degree): bundle / name for degree, name in contents["files"].items()}
         serves = set(degrees) <= set(files) and contents.get(_OUTPUTS) == outputs
@@ -58,7 +58,14 @@ def find_or_export(
     # A bundle appears whole under its name, or not at all.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
         new = Path(temporary, "bundle")
-        export_bundle(model, new, degrees, facts={_REVISION: revision}, **further)
+        export_bundle(
+            model,
+            new,
+            degrees,
+            facts={_REVISION: revision},
+            embeddings=embeddings,
+            feature_map=feature_map,
+        )
         for bundle, contents in list(_bundles(folder)):
             replaced = set(contents["files"]) <= set(map(str, degrees))
             # Bundles that an earlier version wrote do not say what they give.
