@@ -7,6 +7,7 @@ keys, scores, the input of attention. All methods take turns.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,9 +58,10 @@ def main(arguments: list[str]) -> None:
     vit = backbone(asked.model, img_size=asked.img_size, device=asked.device)
     check_layers(asked.layers)
     check_layers_exist(asked.layers, len(vit.blocks))
+    configs: dict[str, Any] = {name: METHODS[name] for name in ("tome", *asked.methods)}
     reducers = {
-        name: td.wrap(vit, reduce=replace(METHODS[name], r=asked.r)).eval().reducer
-        for name in dict.fromkeys(["tome", *asked.methods])
+        name: td.wrap(vit, reduce=replace(config, r=asked.r)).eval().reducer
+        for name, config in configs.items()
     }
     rows = []
     for layer in asked.layers:
