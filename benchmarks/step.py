@@ -7,6 +7,7 @@ keys, scores, the input of attention. All methods take turns.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,8 +58,9 @@ def main(arguments: list[str]) -> None:
     vit = backbone(asked.model, img_size=asked.img_size, device=asked.device)
     check_layers(asked.layers)
     check_layers_exist(asked.layers, len(vit.blocks))
+    configs: dict[str, Any] = METHODS
     reducers = {
-        name: td.wrap(vit, reduce=replace(METHODS[name], r=asked.r)).eval().reducer
+        name: td.wrap(vit, reduce=replace(configs[name], r=asked.r)).eval().reducer
         for name in dict.fromkeys(["tome", *asked.methods])
     }
     rows = []

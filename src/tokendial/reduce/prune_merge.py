@@ -15,7 +15,7 @@ attention that they receive from all tokens.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class PruneMerge(ScheduledConfig):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", freeze_removal(self.r))
-        shares: object = self.prune_share
+        shares: Any = self.prune_share
         each_share = shares if isinstance(shares, list | tuple) and shares else [shares]
         if not all(type(one) in (int, float) and 0.0 <= one <= 1.0 for one in each_share):
             raise ValueError(
