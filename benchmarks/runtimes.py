@@ -67,10 +67,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--degrees", type=comma_separated(int), default=[0, 8, 13])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--run", type=Path, help="folder of a run on images with classes")
+    parser.add_argument(
+        "--tome", type=int, metavar="R", help="with --run: ToMe in place of the run's reduction"
+    )
+    parser.add_argument(
+        "--images", type=int, help="with --run: so many random test images; by default all"
+    )
     asked = parse_options(parser, arguments, degrees=[0, 2], batch=2)
     if asked.run:
         with tempfile.TemporaryDirectory() as folder:
-            rows = scores(Run(asked.run), asked.degrees, Path(folder))
+            reduce = None if asked.tome is None else td.ToMe(r=asked.tome)
+            rows = scores(Run(asked.run), asked.degrees, Path(folder), reduce, asked.images)
         Report("runtimes_scores", SCORES, rows, _score_figure(rows)).write(asked)
         return
     vit = backbone(asked.model, img_size=asked.img_size, device="cpu")
@@ -108,18 +115,30 @@ def _title(runtime: td.Runtime) -> str:
 
 
 @torch.no_grad()
-def scores(run: Run, degrees: Sequence[int], folder: Path) -> list[Row]:
+def scores(
+    run: Run,
+    degrees: Sequence[int],
+    folder: Path,
+    reduce: td.ReducerConfig | None = None,
+    count: int | None = None,
+) -> list[Row]:
     """Balanced accuracy of a run in each runtime and precision, paired with PyTorch in float32.
 
     Args:
         run: A run on images with classes.
         degrees: Degrees to compare.
         folder: An empty folder for files that give the tokens of each patch.
+        reduce: Reduction method in place of the run's own one; None keeps that.
+        count: Number of random test images; None: all.
     """
-    model = run.model()
+    model = run.model(reduce)
     _, loader = validation_set(run, model, 32)
-    batches, targets = zip(*loader, strict=True)
-    labels = torch.cat(targets).numpy()
+    images, targets = map(torch.cat, zip(*loader, strict=True))
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    images, labels = images[chosen], targets[chosen].numpy()
+    batches = images.split(32)
+    # Files of another reduction would replace those that the run keeps.
+    kept = folder / "runtime" if reduce else run.runtime_folder
     draws = Resampling(len(labels), 1)
     rows: list[Row] = []
     known: dict[int, tuple[np.ndarray, np.ndarray, Tensor]] = {}
@@ -131,13 +150,13 @@ def scores(run: Run, degrees: Sequence[int], folder: Path) -> list[Row]:
             model,
             batches[0],
             degrees=degrees,
-            folder=run.runtime_folder,
+            folder=kept,
             calibration=calibration,
         )
         for degree in degrees:
             started.set_degree(degree)
             model.set_degree(degree)
-            held = origins(model, torch.cat(batches), runtime, folder, calibration)
+            held = origins(model, images, runtime, folder, calibration)
             logits = torch.cat([started(batch).float() for batch in batches]).numpy()
             found = resampled_scores(draws, balanced_accuracy, [logits], labels)
             base_logits, base, base_held = known.setdefault(degree, (logits, found, held))
