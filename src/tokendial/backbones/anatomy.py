@@ -50,6 +50,11 @@ class Anatomy(ABC):
 
     @classmethod
     @abstractmethod
+    def recognises(cls, vit: nn.Module) -> bool:
+        """Whether `vit` is of a class of this kind; `problem` says whether it can be run."""
+
+    @classmethod
+    @abstractmethod
     def problem(cls, vit: nn.Module) -> str | None:
         """Why `vit` cannot be run block by block; None: it can."""
 
@@ -123,6 +128,18 @@ class Anatomy(ABC):
         Raises:
             ValueError: If the size of the images or the number of frames does not fit the model.
         """
+
+    @property
+    def patch_convolution(self) -> nn.Module | None:
+        """The layer whose output [B, D, rows, columns] holds every patch of an image in its place.
+
+        None: the model has no such layer, or leaves patches out after it.
+        """
+        return None
+
+    def run_vit(self, images_B3HW: Tensor) -> Any:
+        """Run the model's own forward pass on images, or clips, of the configured size."""
+        return self.vit(images_B3HW)
 
     @property
     def num_suffix_tokens(self) -> int:

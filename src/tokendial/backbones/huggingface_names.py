@@ -41,6 +41,9 @@ class Names:
     """Name of the norm before attention."""
     norm2: str = "layernorm_after"
     """Name of the norm before the FFN."""
+    patch_convolution: str | None = "embeddings.patch_embeddings.projection"
+    """Path of the convolution that makes patches; None: there is none, or the ViT leaves patches
+    out after it."""
     pre_norm: str | None = None
     """Name of the norm between embedding and first block; None: there is none."""
     norm: str = "layernorm"
@@ -77,6 +80,7 @@ _DINOV3 = replace(
     trunk=None,
     blocks="model.layer",
     attention_dropout="dropout",
+    patch_convolution="embeddings.patch_embeddings",
     norm="norm",
     statistics=_IMAGENET,
 )
@@ -89,11 +93,13 @@ _CLIP = Names(
     ffn_branch=("mlp",),
     norm1="layer_norm1",
     norm2="layer_norm2",
+    patch_convolution="embeddings.patch_embedding",
     pre_norm="pre_layrnorm",
     norm="post_layernorm",
     classified="patches before norm",
 )
 _SIGLIP = replace(_CLIP, pre_norm=None, class_tokens=0, pooled="patches", classified="patches")
+_SIGLIP2 = replace(_SIGLIP, patch_convolution=None)
 _OWL = replace(_CLIP, pre_norm="pre_layernorm", statistics=_OPENAI)
 _IJEPA = replace(
     _VIT,
@@ -130,7 +136,7 @@ CLASSES = {
     "DeiTModel": replace(_VIT, trunk="deit", class_tokens=2),
     "DeiTForImageClassification": replace(_VIT, trunk="deit", class_tokens=2),
     "DeiTForImageClassificationWithTeacher": replace(_VIT, trunk="deit", class_tokens=2),
-    "ViTMAEModel": replace(_VIT, trunk=None, statistics=_IMAGENET),
+    "ViTMAEModel": replace(_VIT, trunk=None, patch_convolution=None, statistics=_IMAGENET),
     "IJepaModel": _IJEPA,
     "IJepaForImageClassification": _IJEPA,
     "Dinov2Model": _DINOV2,
@@ -146,8 +152,8 @@ CLASSES = {
     "CLIPForImageClassification": _CLIP,
     "SiglipVisionModel": _SIGLIP,
     "SiglipForImageClassification": _SIGLIP,
-    "Siglip2VisionModel": _SIGLIP,
-    "Siglip2ForImageClassification": _SIGLIP,
+    "Siglip2VisionModel": _SIGLIP2,
+    "Siglip2ForImageClassification": _SIGLIP2,
     "OwlViTVisionModel": _OWL,
     "Owlv2VisionModel": _OWL,
     "OwlViTVisionTransformer": _OWL,

@@ -58,6 +58,10 @@ class TimmNaFlex(TimmAnatomy):
         height, width = to_2tuple(size)
         return height, width
 
+    @property
+    def patch_convolution(self) -> None:
+        return None  # its input may be patches, each image with rows and columns of its own
+
     def grid(self, images_B3HW: Tensor) -> tuple[int, int]:
         if not isinstance(images_B3HW, Tensor) or images_B3HW.ndim != 4:
             raise ValueError(

@@ -28,9 +28,13 @@ class TimmAnatomy(Anatomy):
     attention_classes: tuple[type[nn.Module], ...]
 
     @classmethod
+    def recognises(cls, vit: nn.Module) -> bool:
+        return isinstance(vit, cls.model_class)
+
+    @classmethod
     def problem(cls, vit: Any) -> str | None:
         own: Any = cls.model_class
-        if not isinstance(vit, own):
+        if not cls.recognises(vit):
             return f"{type(vit).__name__} is of another class"
         if type(vit).forward_features is not own.forward_features:
             return f"{type(vit).__name__} has a forward pass of its own"
@@ -71,6 +75,11 @@ class TimmAnatomy(Anatomy):
     @property
     def in_chans(self) -> int:
         return int(self.vit.in_chans)
+
+    @property
+    def patch_convolution(self) -> nn.Module | None:
+        layer = self.vit.patch_embed.proj
+        return layer if isinstance(layer, nn.Conv2d) else None
 
     @property
     def heads(self) -> list[nn.Module]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokendial.adapt.base import Adapter
 from tokendial.attention import PYTORCH_KERNEL
-from tokendial.backbones import Anatomy
+from tokendial.backbones.anatomy import Anatomy, BlockInputs
 from tokendial.model.blocks import BlockRunner
 from tokendial.model.protect import protect
 from tokendial.model.tower_dial import DialedPart, TowerDial
@@ -40,10 +41,42 @@ class BlocksDial(TowerDial):
                 "reduce must be a method without weights of its own, such as ToMe, EViT or "
                 f"FFNMerge, got {type(reduce).__name__}: train it with td.wrap."
             )
+        reads_grid = reducer.reads_grid or reducer.reads_grid_shape
+        if reads_grid and anatomy.patch_convolution is None:
+            raise ValueError(
+                f"reduce: {type(reduce).__name__} needs the rows and columns of patches, which "
+                f"{type(anatomy.vit).__name__} does not tell its blocks: use another method, or "
+                "td.wrap."
+            )
         super().__init__(anatomy.vit, anatomy.blocks, reducer, anatomy.shape, anatomy.input_shape)
         self.anatomy = anatomy
         """The parts of the ViT."""
         self.passage = _Passage()
+        self._reads_grid = reads_grid
+        self._hook: RemovableHandle | None = None
+
+    def enter(self) -> None:
+        """Make the blocks run under this dial, in place."""
+        super().enter()
+        if self._reads_grid:
+            # Blocks get a sequence, so the shape of the image is read where patches are made.
+            convolution = self.anatomy.patch_convolution
+            assert convolution is not None
+            self._hook = convolution.register_forward_hook(self._note_grid)
+
+    def leave(self) -> None:
+        """Make the blocks as they were."""
+        super().leave()
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _note_grid(self, _layer: nn.Module, _args: Any, map_BDHW: Tensor) -> None:
+        rows, columns = map_BDHW.shape[-2:]
+        self.passage.grid = rows, columns
+
+    def run_vit(self, images_B3HW: Tensor) -> Any:
+        """Run the ViT's own forward pass on images of the configured size."""
+        return self.anatomy.run_vit(images_B3HW)
 
     def run(self, part: DialedPart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block on the reduced tokens, and return features of every position [B, P, D].
@@ -56,7 +89,7 @@ class BlocksDial(TowerDial):
         inputs = anatomy.read_call(*args, **kwargs)
         if layer == 1:
             _check_call(part, self.vit, kwargs)
-            tokens = self._entering(x, inputs.valid)
+            tokens = self._entering(x, inputs)
         elif passage.layer == layer - 1 and passage.tokens is not None:
             tokens = passage.tokens
             if x is not passage.shown:  # changed between the blocks, or moved to another device
@@ -77,14 +110,16 @@ class BlocksDial(TowerDial):
             passage.layer, passage.tokens, passage.shown = layer, tokens, shown
         return shown
 
-    def _entering(self, x_BPD: Tensor, valid_BP: Tensor | None) -> Tokens:
+    def _entering(self, x_BPD: Tensor, inputs: BlockInputs) -> Tokens:
         """Tokens that enter the first block."""
-        prefix = self.shape.num_prefix_tokens
-        # No method without weights reads rows and columns, and blocks do not know them.
-        grid = (1, x_BPD.shape[1] - prefix)
-        tokens = Tokens(self._patches_last(x_BPD), prefix, grid).with_tracking(follow_fused=False)
+        prefix, grids = self.shape.num_prefix_tokens, self.shape.num_grids
+        grid = self._grid((x_BPD.shape[1] - prefix) // grids)
+        # Methods that move patches have to find the table of positions, to move its rows as well.
+        tokens = Tokens(self._patches_last(x_BPD), prefix, grid, grids, rope=inputs.rope)
+        tokens = tokens.with_tracking(follow_fused=False)
         if self.protected is not None:
             tokens = protect(tokens, self.protected, self.reducer)
+        valid_BP = inputs.valid
         if valid_BP is None:
             return tokens
         if self.protected is not None:
@@ -98,6 +133,20 @@ class BlocksDial(TowerDial):
         # Padding stands for almost no patch: attention does not see it, and it changes no token
         # that absorbs it.
         return replace(tokens, size=torch.where(valid_BP, 1.0, _PADDING_SIZE))
+
+    def _grid(self, num_patches: int) -> tuple[int, int]:
+        """Rows and columns of patches; one row if the method does not read them."""
+        if not self._reads_grid:
+            return 1, num_patches
+        grid, self.passage.grid = self.passage.grid, None
+        if grid is None or grid[0] * grid[1] != num_patches:
+            seen = "none" if grid is None else f"{grid[0]} x {grid[1]}"
+            raise ValueError(
+                f"{type(self.reducer).__name__.removesuffix('Reducer')} needs all patches of an "
+                f"image: the first block got {num_patches}, and the embedding gave {seen}. Set the "
+                "degree to 0 for such calls."
+            )
+        return grid
 
     def _patches_last(self, x_BPD: Tensor) -> Tensor:
         """Move tokens that stand behind the patches before them. Attention ignores the order."""
@@ -125,6 +174,8 @@ class _Passage(threading.local):
     """The reduced tokens that left it."""
     shown: Tensor | None = None
     """The features of every position that it returned."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of patches that the embedding gave; None: not known, or not needed."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Passage":
         return _Passage()

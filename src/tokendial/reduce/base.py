@@ -61,6 +61,9 @@ class Reducer(nn.Module, ABC):
     """Whether all tokens leave every block, so that adapters can read the complete patch grid."""
     reads_grid: bool = False
     """Whether the method itself needs the complete patch grid in every block."""
+    reads_grid_shape: bool = False
+    """Whether the method reads how many rows and columns of patches the image has
+    (`Tokens.grid`)."""
     protects: bool = True
     """Whether the method can leave chosen patches alone: it reduces what follows the prefix tokens,
     wherever it stands, or reads `Tokens.protected`."""

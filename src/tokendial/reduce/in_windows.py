@@ -59,6 +59,7 @@ class InWindowsReducer(PartByPartReducer):
         self.windows = config.windows
         super().__init__(config.reduce, vit, self.windows[0] * self.windows[1])
         self.keeps_grid = False
+        self.reads_grid_shape = True
 
     def parts(self, tokens: Tokens) -> Tokens:
         """The tokens as those of as many images as there are windows."""

@@ -56,6 +56,7 @@ class PartByPartReducer(Reducer):
         self.needs, self.extra_passes = self.inner.needs, self.inner.extra_passes
         self.tracks_size = self.inner.tracks_size
         self.keeps_grid = self.inner.keeps_grid
+        self.reads_grid_shape = self.inner.reads_grid_shape
         self.protects = False
         self.proportional_attention = self.inner.proportional_attention
         self.degrees, self.degree = self.inner.degrees, self.inner.degree

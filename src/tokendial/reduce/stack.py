@@ -81,6 +81,7 @@ class StackReducer(Reducer):
         self.extra_passes = frozenset().union(*(method.extra_passes for method in reducers))
         self.tracks_size = any(method.tracks_size for method in reducers)
         self.keeps_grid = all(method.keeps_grid for method in reducers)
+        self.reads_grid_shape = any(method.reads_grid_shape for method in reducers)
         self.proportional_attention = any(m.proportional_attention for m in reducers)
         # Patches that are marked in place would be moved by the methods that drop and merge.
         self.protects = all(m.protects and not m.protects_in_place for m in reducers)
