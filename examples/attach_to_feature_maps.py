@@ -4,7 +4,9 @@ facebookresearch/ToMe issue 34 merges tokens and then needs the image's own grid
 In facebookresearch/dinov3 issue 291 a segmentation head that reads four layers of DINOv3 is too
 slow, and cannot be given fewer layers. With `td.attach` the backbone computes fewer tokens, and its
 four maps keep the grid of the image, so the head is used as it was trained: a merged patch has the
-features of its merged token.
+features of its merged token. In issue 263 the mean of the last map is the vector of an image, and
+the backbone is too slow. That needs one map, not those of all layers (`out_features=["stage12"]`),
+and the dial lowers the cost of the layers themselves; the last column is the cosine of that vector.
 
 The backbone and the head here are small and have random weights. For a trained backbone:
 `transformers.AutoBackbone.from_pretrained("facebook/dinov3-vits16-pretrain-lvd1689m")`. (The
@@ -46,6 +48,11 @@ class Segmenter(nn.Module):
         logits: Tensor = self.head(torch.cat(maps, dim=1))
         return logits
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Vectors [B, D] of images: the mean of the last map."""
+        vectors: Tensor = self.backbone(images).feature_maps[-1].mean(dim=(2, 3))
+        return vectors
+
 
 def load_images(count: int) -> Tensor:
     """Return images [N, 3, 256, 320], normalised."""
@@ -70,17 +77,18 @@ def main() -> None:
     torch.manual_seed(0)
     model, images = Segmenter().eval(), load_images(arguments.images)
     dial = td.attach(model, td.ToMe(r=8))
-    print("degree  GMACs  grid     same pixels")
+    print("degree  GMACs  grid     same pixels  same vector")
     with torch.no_grad():
         dial.set_degree(0)
-        whole = model(images).argmax(dim=1)
+        whole, vectors = model(images).argmax(dim=1), model.embed(images)
         for degree in (0, 8, 16, 20):
             dial.set_degree(degree)
             logits = model(images)
             same = (logits.argmax(dim=1) == whole).float().mean()
             gmacs = dial.cost_of_call(images[:1]) / 1e9
             grid = " x ".join(map(str, logits.shape[-2:]))
-            print(f"{degree:6}  {gmacs:5.2f}  {grid}  {same:11.1%}")
+            cosine = torch.cosine_similarity(model.embed(images), vectors).mean()
+            print(f"{degree:6}  {gmacs:5.2f}  {grid}  {same:11.1%}  {cosine:11.3f}")
 
 
 if __name__ == "__main__":

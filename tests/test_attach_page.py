@@ -1,5 +1,6 @@
 """What docs/attach.md promises about models and costs follows from tests and counts."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from tokendial.measure.cost import count_macs_in_parts
 from tokendial.model.tower_dial import DialedPart
 
 PAGE = (ROOT / "docs" / "attach.md").read_text()
-CALLED_BY = {"LLaVA": "`generate`"}
-"""Other callers of models in test_attach_in_pipelines.py than pipelines."""
+NOT_CALLED = {"ViTPose": 5, "MAE features": 6, "PaliGemma": 7}
+"""The note that says why no pipeline calls a model, where its class does not say it."""
 
 
 def table_below(heading: str) -> list[list[str]]:
@@ -25,37 +26,57 @@ def table_below(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
 
 
-def kinds_of(name: str) -> tuple[str, type[nn.Module]]:
+@cache
+def kinds_of(name: str) -> tuple[type[nn.Module], type[nn.Module]]:
     """The class of the ViT in a model of `WHOLE`, and that of the parts that run under the dial."""
     model, _ = whole_model(name)
     method = td.FFNMerge(r=12) if WHOLE[name].windowed else td.ToMe(r=6)
     with td.attach(model, method) as dial:
         (tower,) = dial.towers
         kind = next(type(part) for part in model.modules() if isinstance(part, DialedPart))
-        return type(tower.module).__name__, kind
+        return type(tower.module), kind
+
+
+def graph_of(name: str) -> str:
+    """Which model the tests compile for this one: itself, one with the same ViT, or the same
+    blocks."""
+    if name in COMPILED:
+        return "yes"
+    vit, part = kinds_of(name)
+    kinds = {other: kinds_of(other) for other in COMPILED}
+    if same := [other for other, kind in kinds.items() if kind == (vit, part)]:
+        return f"as {same[0]}"
+    return f"blocks as {next(other for other, kind in kinds.items() if kind[1] is part)}"
+
+
+def caller_of(name: str) -> str:
+    """What calls a model besides the tests: a pipeline; or the note why nothing does."""
+    if name in PIPELINES:
+        also = ", sentence-transformers" if name == "CLIP" else ""
+        return f"`{PIPELINES[name][0]}`{also}"
+    vit, _ = kinds_of(name)
+    note = 3
+    if vit.__module__.startswith("transformers."):
+        note = NOT_CALLED.get(name, 4)
+        assert name in NOT_CALLED or vit.__name__.endswith("Backbone")
+    return f"- [{note}]"
 
 
 def test_the_table_of_models_says_what_is_tested():
     """test_attach.py runs every model of `WHOLE` at degree 0, reduced, detached and in half
-    precision; it compiles those in `COMPILED`, one for each kind of block."""
-    compiled = {kinds_of(name)[1] for name in COMPILED}
+    precision, and compiles those in `COMPILED`."""
     expected = []
     for name, kind in WHOLE.items():
-        vit, part = kinds_of(name)
         methods = "ToMe, EViT, FFNMerge" if kind.has_class_token else "ToMe, FFNMerge [1]"
-        task = PIPELINES[name][0] if name in PIPELINES else ""
-        called = f"`{task}`" if task else CALLED_BY.get(name, "-")
-        if name == "CLIP":
-            called += ", sentence-transformers"
         expected.append(
             [
                 name,
-                f"`{vit}`",
+                f"`{kinds_of(name)[0].__name__}`",
                 *("yes", "yes", "yes"),
-                "yes" if part in compiled else "no",
+                graph_of(name),
                 "yes",
                 "FFNMerge [2]" if kind.windowed else methods,
-                called,
+                caller_of(name),
             ]
         )
     assert table_below("Models") == expected

@@ -256,20 +256,15 @@ def _call(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
 _WINDOWED = {**VISION, "window_size": 3}
 
 
-def _sam() -> nn.Module:
-    vision = transformers.SamVisionConfig(
-        **_WINDOWED, mlp_dim=96, num_pos_feats=8, output_channels=16, global_attn_indexes=[1]
-    )
-    prompts = transformers.SamPromptEncoderConfig(
-        hidden_size=16, image_size=SIDE, patch_size=PATCH, mask_input_channels=8
-    )
-    decoder = transformers.SamMaskDecoderConfig(
-        hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
-    )
-    return transformers.SamModel(
-        transformers.SamConfig(
-            vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder
-        )
+def _sam(family: str, **decoder: Any) -> Callable[[], nn.Module]:
+    vision = {"mlp_dim": 96, "num_pos_feats": 8, "output_channels": 16, "global_attn_indexes": [1]}
+    prompts = {"image_size": SIDE, "patch_size": PATCH, "mask_input_channels": 8}
+    decoder |= {"mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
+    return _of_config(
+        f"{family}Model",
+        vision_config=_WINDOWED | vision,
+        prompt_encoder_config=prompts | {"hidden_size": 16},
+        mask_decoder_config=decoder | {"hidden_size": 16},
     )
 
 
@@ -306,6 +301,7 @@ WHOLE: dict[str, WholeModel] = {
     "CLIP": WholeModel(
         _of_config("CLIPModel", vision_config=VISION, text_config=TEXT, projection_dim=24), _CLIP
     ),
+    "CLIP image features": WholeModel(_of_config("CLIPVisionModel", **VISION), _hidden()),
     "SigLIP": WholeModel(_of_config("SiglipModel", **_SIGLIP), _CLIP, has_class_token=False),
     "SigLIP 2": WholeModel(
         _of_config(
@@ -321,10 +317,10 @@ WHOLE: dict[str, WholeModel] = {
     "open_clip": WholeModel(_open_clip(), _encode_image),
     "open_clip with a timm tower": WholeModel(
         _open_clip(
-            timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="linear"
+            timm_model_name="test_vit", timm_pool="token", timm_proj="linear"
         ),
         _encode_image,
-        size=(224, 224),
+        size=(128, 128),
     ),
     "ViT features": WholeModel(_of_config("ViTModel", **VISION), _hidden()),
     "ViT classifier": WholeModel(
@@ -342,7 +338,18 @@ WHOLE: dict[str, WholeModel] = {
     "DINOv2 feature maps": WholeModel(
         lambda: transformers.Dinov2Backbone(_dinov2()), _outputs("feature_maps"), size=(SIDE, 48)
     ),
+    "DINOv2 with registers, feature maps": WholeModel(
+        lambda: transformers.Dinov2WithRegistersBackbone(
+            transformers.Dinov2WithRegistersConfig(**VISION, mlp_ratio=2, out_indices=[1, 3])
+        ),
+        _outputs("feature_maps"),
+    ),
     "DINOv3 features": WholeModel(_of_config("DINOv3ViTModel", **VISION), _hidden()),
+    "DINOv3 feature maps": WholeModel(
+        _of_config("DINOv3ViTBackbone", **VISION, out_indices=[1, 3]),
+        _outputs("feature_maps"),
+        size=(SIDE, 48),
+    ),
     "I-JEPA features": WholeModel(
         _of_config("IJepaModel", **VISION), _outputs("last_hidden_state"), has_class_token=False
     ),
@@ -354,6 +361,13 @@ WHOLE: dict[str, WholeModel] = {
     "UperNet": WholeModel(_upernet, _outputs("logits")),
     "ViTPose": WholeModel(
         _vit_pose, _outputs("heatmaps"), size=(SIDE, SIDE // 2), has_class_token=False
+    ),
+    "OWL-ViT image features": WholeModel(_of_config("OwlViTVisionModel", **VISION), _hidden()),
+    "OWL-ViT": WholeModel(
+        _of_config(
+            "OwlViTForObjectDetection", vision_config=VISION, text_config=TEXT, projection_dim=32
+        ),
+        _outputs("logits", "pred_boxes", input_ids=WORDS),
     ),
     "OWLv2": WholeModel(
         _of_config(
@@ -382,13 +396,25 @@ WHOLE: dict[str, WholeModel] = {
     "timm DINOv3": WholeModel(
         _timm("vit_small_patch16_dinov3", img_size=SIDE, patch_size=PATCH), _timm_answer
     ),
+    "timm NaFlexVit": WholeModel(
+        _timm("naflexvit_base_patch16_gap", patch_size=PATCH, img_size=SIDE, embed_dim=48,
+              num_heads=3),
+        _timm_answer,
+        has_class_token=False,
+    ),
     "torchvision": WholeModel(_torchvision, _call),
-    "SAM": WholeModel(_sam, _sam_answer, windowed=True),
+    "SAM": WholeModel(_sam("Sam"), _sam_answer, windowed=True),
+    "SAM-HQ": WholeModel(_sam("SamHQ", vit_dim=48), _sam_answer, windowed=True),
     "ViTDet": WholeModel(
         _of_config(
             "VitDetModel", **_WINDOWED, mlp_ratio=2, window_block_indices=[0, 2]
         ),
         _outputs("last_hidden_state"),
+        windowed=True,
+    ),
+    "ViTDet feature maps": WholeModel(
+        _of_config("VitDetBackbone", **_WINDOWED, mlp_ratio=2, out_indices=[1, 3]),
+        _outputs("feature_maps"),
         windowed=True,
     ),
     "timm SAM": WholeModel(
@@ -405,18 +431,43 @@ WHOLE: dict[str, WholeModel] = {
 COMPILED = (
     "CLIP", "SigLIP", "SigLIP 2", "open_clip", "ViT features", "DeiT features", "DINOv2 features",
     "DINOv2 with registers", "DINOv2 feature maps", "DINOv3 features", "I-JEPA features",
-    "MAE features", "ViTPose", "OWLv2", "YOLOS", "timm ViT", "timm Eva", "torchvision", "SAM",
-    "ViTDet", "timm SAM",
+    "MAE features", "ViTPose", "OWL-ViT", "OWLv2", "YOLOS", "timm ViT", "timm Eva",
+    "torchvision", "SAM", "SAM-HQ", "ViTDet", "timm SAM",
 )  # fmt: skip
 """Models whose ViT the tests compile: one for each kind of block."""
+_BOXES = {"candidate_labels": ["cat", "dog"], "threshold": 0.0}
+_MASKS = {"points_per_crop": 3, "pred_iou_thresh": -1e9, "stability_score_thresh": -1.0}
 PIPELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "CLIP": ("zero-shot-image-classification", {"candidate_labels": ["cat", "dog"]}),
     "SigLIP": ("zero-shot-image-classification", {"candidate_labels": ["cat", "dog"]}),
+    "SigLIP 2": ("zero-shot-image-classification", {"candidate_labels": ["cat", "dog"]}),
+    "ViT classifier": ("image-classification", {}),
     "DINOv2 classifier": ("image-classification", {}),
+    "CLIP image features": ("image-feature-extraction", {}),
+    "ViT features": ("image-feature-extraction", {}),
+    "DeiT features": ("image-feature-extraction", {}),
+    "DINOv2 with registers": ("image-feature-extraction", {}),
+    "OWL-ViT image features": ("image-feature-extraction", {}),
+    "ViTDet": ("image-feature-extraction", {}),
+    "I-JEPA features": ("image-feature-extraction", {}),
     "DINOv2 features": ("image-feature-extraction", {}),
     "DINOv3 features": ("image-feature-extraction", {}),
     "Depth Anything": ("depth-estimation", {}),
+    "DPT": ("depth-estimation", {}),
+    "UperNet": ("image-segmentation", {}),
+    "OWL-ViT": ("zero-shot-object-detection", _BOXES),
+    "OWLv2": ("zero-shot-object-detection", _BOXES),
     "YOLOS": ("object-detection", {"threshold": 0.0}),
+    "LLaVA": (
+        "image-text-to-text",
+        {
+            "text": "<image>a photo of",
+            "return_tensors": True,
+            "generate_kwargs": {"max_new_tokens": 4, "do_sample": False},
+        },
+    ),
+    "SAM": ("mask-generation", _MASKS),
+    "SAM-HQ": ("mask-generation", _MASKS),
 }
 """Models that the tests call through a pipeline of transformers: its task, and arguments."""
 

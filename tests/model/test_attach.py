@@ -12,7 +12,7 @@ import torch
 import transformers
 from examples import perturbed, tiny_vit
 from torch import Tensor, nn
-from whole_models import COMPILED, SIDE, VISION, WHOLE, whole_model
+from whole_models import COMPILED, PATCH, SIDE, VISION, WHOLE, whole_model
 
 import tokendial as td
 from tokendial.backbones import anatomy_of
@@ -35,6 +35,16 @@ CASES += [
     (name, method)
     for name in ("CLIP", "DINOv2 features", "open_clip", "timm ViT")
     for method in ("pitome", "prune_merge")
+]
+# What towers without a class token are offered instead of EViT's scores and sizes of one each.
+METHODS |= {
+    "evit_shift": td.EViT(r=6, score="shift"),
+    "tome_similarity": td.ToMe(r=6, sizes="similarity"),
+}
+CASES += [
+    (name, method)
+    for name in ("SigLIP", "ViTPose", "timm NaFlexVit")
+    for method in ("evit_shift", "tome_similarity")
 ]
 # It reads the rows and columns of patches, which blocks do not get.
 METHODS |= {"in_windows": td.InWindows(reduce=td.ToMe(r=2))}
@@ -113,6 +123,7 @@ def reduced_answers(
     dial = td.attach(model, reduce)
     (tower,) = dial.towers
     reduced = answers(name, model, images)
+    assert dial.cost().macs < dial.cost(0).macs
     assert all(isinstance(m, own) for m, own in zip(model.modules(), classes, strict=True))
     assert model.state_dict().keys() == weights.keys()
     dial.set_degree(0)
@@ -190,6 +201,8 @@ def test_ffns_of_windowed_encoders_run_on_merged_tokens(name):
     assert_equal(reduced, by_hand, atol=1e-4)
     with pytest.raises(ValueError, match="reduce must be FFNMerge .* got ToMe"):
         td.attach(model, td.ToMe(r=2))
+    with pytest.raises(ValueError, match=r"attention in windows, .*: use td.attach\(model, red"):
+        td.wrap(model.get_submodule(tower))
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -200,6 +213,15 @@ def test_the_vit_compiles_as_one_graph(name):
         vit = dial.towers[0].module
         compiled = torch.compile(WHOLE[name].of_vit, backend="eager", fullgraph=True)
         assert_equal(compiled(vit, images), WHOLE[name].of_vit(vit, images), atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_and_columns_are_read_in_one_graph():
+    torch.compiler.reset()
+    vit, images = tiny_vit(depth=1), torch.randn(1, 3, 32, 32)
+    td.attach(vit, METHODS["in_windows"])
+    compiled = torch.compile(vit, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), vit(images), atol=1e-5, rtol=0)
 
 
 def test_a_compiled_model_follows_the_dial():
@@ -215,14 +237,16 @@ def test_a_compiled_model_follows_the_dial():
     assert_equal(compiled(model, images), before)
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_a_model_in_half_precision_stays_in_it(name):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float16) for name in WHOLE), ("CLIP", torch.bfloat16)]
+)
+def test_a_model_in_half_precision_stays_in_it(name, dtype):
     model, images = whole_model(name)
     before = answers(name, model, images)
     with td.attach(model, method_of(name)):
-        model.half()
-        found = answers(name, model, images.half())
-        assert next(model.parameters()).dtype == torch.float16
+        model.to(dtype)
+        found = answers(name, model, images.to(dtype))
+        assert next(model.parameters()).dtype == dtype
     assert [x.shape for x in found] == [x.shape for x in before]
     assert all(x.isfinite().all() for x in found)
 
@@ -246,10 +270,41 @@ def test_only_the_chosen_towers_get_a_dial():
     assert (both.towers[0].degree, both.towers[1].degree) == (2, 0)
 
 
+def pooled() -> nn.Module:
+    """A ViT that no dial fits: it pools its first patch as if that were a class token."""
+    return transformers.IJepaModel(transformers.IJepaConfig(**VISION), add_pooling_layer=True)
+
+
+def experts() -> nn.Module:
+    """A model whose ViT no dial fits."""
+    backbone = transformers.VitPoseBackboneConfig(
+        **{**VISION, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]},
+        num_experts=2,
+        part_features=8,
+        mlp_ratio=2,
+        out_features=["stage3"],
+    )
+    config = transformers.VitPoseConfig(backbone_config=backbone, num_labels=6)
+    return transformers.VitPoseForPoseEstimation(config)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: td.attach(nn.Linear(2, 2), td.ToMe(r=2)), r"\(Linear\) holds no ViT that is"),
+        (
+            lambda: td.attach(nn.Sequential(tiny_vit(patch_drop_rate=0.1), pooled()), td.ToMe(r=2)),
+            r"no ViT that can have a dial: '0', VisionTransformer: it drops patches at random "
+            r"\(patch_drop_rate\); '1', IJepaModel: its pooler reads the first patch",
+        ),
+        (
+            lambda: td.attach(experts(), td.ToMe(r=2)),
+            r"no ViT that can have a dial: 'backbone', VitPoseBackbone: its layers are mixtures of",
+        ),
+        (
+            lambda: td.attach(nn.Sequential(tiny_vit(), pooled()), td.ToMe(r=2), towers="1"),
+            r"'0' \(VisionTransformer\), got '1', which cannot have a dial \(IJepaModel: its poo",
+        ),
         (lambda: td.attach(tiny_vit(), td.DyT()), "without weights of its own, .* got DyT"),
         (lambda: td.attach(tiny_vit(), None), "reduce must be a reduction method .* got None"),
         (lambda: td.attach(tiny_vit(), "tome"), r"reduce must be .* pass td.ToMe\(...\)"),
@@ -277,7 +332,9 @@ def test_what_does_not_fit_is_refused_in_one_line(make, message):
 @pytest.mark.parametrize("name", ["SigLIP 2", "MAE features"])
 def test_rows_and_columns_that_no_layer_knows_are_refused(name):
     model, _ = whole_model(name)
-    with pytest.raises(ValueError, match="InWindows needs the rows and columns") as e:
+    with pytest.raises(
+        ValueError, match="InWindows needs the rows and columns .* use another"
+    ) as e:
         td.attach(model, METHODS["in_windows"])
     assert "\n" not in str(e.value)
 
@@ -312,17 +369,20 @@ def test_a_refused_model_stays_as_it_was():
     assert not any("tower_dial" in vars(module) for module in model.modules())
 
 
-def test_a_copy_has_its_own_dial():
+@pytest.mark.parametrize("method", ["tome", "in_windows"])
+def test_a_copy_has_its_own_dial(method):
     model, images = whole_model("CLIP")
-    dial = td.attach(model, td.ToMe(r=6))
+    dial = td.attach(model, METHODS[method])
     reduced = answers("CLIP", model, images)
     twin = copy.deepcopy(model)
     td.attached(twin).set_degree(0)
-    assert dial.degree == 6
+    assert dial.degree > 0
     assert_equal(answers("CLIP", model, images), reduced)
-    td.attached(twin).set_degree(6)
+    td.attached(twin).set_degree(dial.degree)
     nn.init.zeros_(model.visual_projection.weight)  # the copy has weights of its own
     assert_equal(answers("CLIP", twin, images), reduced)
+    td.attached(twin).detach()
+    assert not twin.vision_model.embeddings.patch_embedding._forward_hooks
 
 
 def test_threads_share_a_model():
@@ -356,6 +416,23 @@ def test_replicas_of_data_parallel_use_their_own_weights(name):
     td.attach(model, td.ToMe(r=6))
     td.attach(halved, td.ToMe(r=6))
     assert_equal(answers(name, replica(model), images), answers(name, halved, images), atol=1e-5)
+
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@torch.no_grad()
+def test_a_model_with_a_dial_can_be_moved(device):
+    """To other weights, by themselves and in torch.nn.DataParallel, which has a replica per GPU."""
+    model, images = whole_model("torchvision")
+    with td.attach(model, td.InWindows(reduce=td.ToMe(r=2))):
+        expected = model(images)
+        model.to(device, torch.float64)
+        moved = images.to(device, torch.float64)
+        for found in (model(moved), nn.DataParallel(model)(moved)):
+            assert (found.device.type, found.dtype) == (device, torch.float64)
+            torch.testing.assert_close(found.float().cpu(), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("first", ["hooks", "dial"])

@@ -50,6 +50,11 @@ class Anatomy(ABC):
 
     @classmethod
     @abstractmethod
+    def recognises(cls, vit: nn.Module) -> bool:
+        """Whether `vit` is of a class of this kind; `problem` says whether it can be run."""
+
+    @classmethod
+    @abstractmethod
     def problem(cls, vit: nn.Module) -> str | None:
         """Why `vit` cannot be run block by block; None: it can."""
 
@@ -131,6 +136,10 @@ class Anatomy(ABC):
         None: the model has no such layer, or leaves patches out after it.
         """
         return None
+
+    def run_vit(self, images_B3HW: Tensor) -> Any:
+        """Run the model's own forward pass on images, or clips, of the configured size."""
+        return self.vit(images_B3HW)
 
     @property
     def num_suffix_tokens(self) -> int:

@@ -35,9 +35,13 @@ class HuggingFaceViT(Anatomy):
         return _trunk(self.vit, self.names)
 
     @classmethod
+    def recognises(cls, vit: nn.Module) -> bool:
+        return type(vit).__module__.startswith("transformers.") and type(vit).__name__ in CLASSES
+
+    @classmethod
     def problem(cls, vit: Any) -> str | None:
         name = type(vit).__name__
-        if not type(vit).__module__.startswith("transformers.") or name not in CLASSES:
+        if not cls.recognises(vit):
             return f"{name} is of another class"
         names = CLASSES[name]
         trunk = _trunk(vit, names)

@@ -18,6 +18,7 @@ from tokendial.backbones.timm_vit import TimmViT
 from tokendial.backbones.torchvision_vit import TorchvisionViT
 from tokendial.backbones.videomae import TubeletEmbed
 from tokendial.backbones.vit_mae import HuggingFaceMAE
+from tokendial.backbones.windowed import WindowedEncoder
 from tokendial.backbones.yolos import HuggingFaceYolos
 
 TRANSFORMERS = "transformers."
@@ -48,10 +49,21 @@ def anatomy_of(vit: nn.Module) -> Anatomy:
     Raises:
         ValueError: If the kind is not supported; the message lists the supported ones.
     """
+    if WindowedEncoder.of(vit):
+        raise ValueError(
+            f"{type(vit).__name__} has attention in windows, which need every token in its place: "
+            "use td.attach(model, reduce=td.FFNMerge(...))."
+        )
     kind = _kind_of(vit)
     if problem := kind.problem(vit):
         raise ValueError(f"This model is not supported: {problem}. Supported are {SUPPORTED}.")
     return kind(vit)
+
+
+def refusal(vit: nn.Module) -> str | None:
+    """Why a ViT of a known class cannot be run; None: it can, or its class is not known."""
+    kind = _kind_of(vit)
+    return kind.problem(vit) if kind.recognises(vit) else None
 
 
 def _kind_of(vit: nn.Module) -> type[Anatomy]:

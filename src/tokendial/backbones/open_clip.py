@@ -33,13 +33,20 @@ class OpenClipViT(Anatomy):
         return type(vit).__module__.startswith("open_clip.")
 
     @classmethod
+    def recognises(cls, vit: nn.Module) -> bool:
+        return cls.owns(vit) and type(vit).__name__ == "VisionTransformer"
+
+    @classmethod
     def problem(cls, vit: Any) -> str | None:
         name = type(vit).__name__
         if name == "TimmModel":
-            return "TimmModel of open_clip holds a model of timm: wrap its `trunk`"
+            return (
+                "TimmModel of open_clip holds a model of timm: wrap its `trunk`, or use td.attach, "
+                "which keeps its projection"
+            )
         if name in ("CLIP", "CoCa", "CustomTextCLIP"):
             return f"{name} of open_clip also has a text tower: wrap its `visual`"
-        if name != "VisionTransformer":
+        if not cls.recognises(vit):
             return f"{name} is of another class"
         for block in vit.transformer.resblocks:
             if type(block).__name__ != "ResidualAttentionBlock":

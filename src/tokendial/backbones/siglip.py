@@ -5,6 +5,7 @@
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.models.naflexvit import batch_patchify
 from torch import Tensor
@@ -45,6 +46,12 @@ class HuggingFaceSiglip2(HuggingFaceSiglip):
     def image_size(self) -> tuple[int, int]:
         (rows, columns), side = self.patch, self._side
         return side * rows, side * columns
+
+    def run_vit(self, images_B3HW: Tensor) -> Any:
+        patches, _ = batch_patchify(images_B3HW, self.patch, pad=False)
+        shapes = torch.tensor([self.grid(images_B3HW)] * len(images_B3HW), device="cpu")
+        # None: all patches are valid. A mask would be read, and costs are counted without values.
+        return self.vit(pixel_values=patches, pixel_attention_mask=None, spatial_shapes=shapes)
 
     @property
     def _side(self) -> int:

@@ -28,9 +28,13 @@ class TimmAnatomy(Anatomy):
     attention_classes: tuple[type[nn.Module], ...]
 
     @classmethod
+    def recognises(cls, vit: nn.Module) -> bool:
+        return isinstance(vit, cls.model_class)
+
+    @classmethod
     def problem(cls, vit: Any) -> str | None:
         own: Any = cls.model_class
-        if not isinstance(vit, own):
+        if not cls.recognises(vit):
             return f"{type(vit).__name__} is of another class"
         if type(vit).forward_features is not own.forward_features:
             return f"{type(vit).__name__} has a forward pass of its own"

@@ -49,8 +49,12 @@ class TorchvisionViT(Anatomy):
         ]
 
     @classmethod
+    def recognises(cls, vit: nn.Module) -> bool:
+        return (type(vit).__module__, type(vit).__name__) == _CLASS
+
+    @classmethod
     def problem(cls, vit: Any) -> str | None:
-        if (type(vit).__module__, type(vit).__name__) != _CLASS:
+        if not cls.recognises(vit):
             return f"{type(vit).__name__} is of another class"
         if not isinstance(vit.conv_proj, nn.Conv2d):
             return "several convolutions compute its patches (conv_stem_configs)"

@@ -29,7 +29,11 @@ def attach(
         ),
     ] = None,
     reduce: Annotated[
-        str, typer.Option(help="Reduction method without training: tome, evit or ffn_merge.")
+        str,
+        typer.Option(
+            help="Reduction method without weights of its own: tome, pitome, prune_merge, evit or "
+            "ffn_merge."
+        ),
     ] = "tome",
     degrees: Degrees = "all",
     tower: Annotated[

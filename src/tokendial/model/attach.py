@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokendial.backbones.anatomy import Anatomy
 from tokendial.backbones.kinds import SUPPORTED
-from tokendial.backbones.towers import find_towers
+from tokendial.backbones.towers import find_towers, refused_towers
 from tokendial.backbones.windowed import WINDOWED, WindowedEncoder
 from tokendial.measure.cost import Cost, count_macs_in_parts
 from tokendial.model.arguments import check_method
@@ -281,6 +281,12 @@ def _dial(tower: Anatomy | WindowedEncoder, reduce: ReducerConfig) -> TowerDial:
 
 def _chosen(found: dict[str, Any], towers: Any, model: nn.Module) -> list[str]:
     """Names of the ViTs that get a dial."""
+    refused = refused_towers(model)
+    if not found and refused:
+        listed = "; ".join(f"{name!r}, {reason}" for name, reason in refused.items())
+        raise ValueError(
+            f"model ({type(model).__name__}) holds no ViT that can have a dial: {listed}."
+        )
     if not found:
         raise ValueError(
             f"model ({type(model).__name__}) holds no ViT that is supported. Supported are "
@@ -299,5 +305,7 @@ def _chosen(found: dict[str, Any], towers: Any, model: nn.Module) -> list[str]:
     chosen = [towers] if isinstance(towers, str) else list(towers)
     if not chosen or (unknown := [name for name in chosen if name not in found]):
         got = repr(unknown[0]) if chosen else "none"
+        if chosen and unknown[0] in refused:
+            got += f", which cannot have a dial ({refused[unknown[0]]})"
         raise ValueError(f"towers must be names of ViTs in the model: {listed}, got {got}.")
     return chosen

@@ -74,6 +74,10 @@ class BlocksDial(TowerDial):
         rows, columns = map_BDHW.shape[-2:]
         self.passage.grid = rows, columns
 
+    def run_vit(self, images_B3HW: Tensor) -> Any:
+        """Run the ViT's own forward pass on images of the configured size."""
+        return self.anatomy.run_vit(images_B3HW)
+
     def run(self, part: DialedPart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block on the reduced tokens, and return features of every position [B, P, D].
 

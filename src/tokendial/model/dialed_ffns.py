@@ -46,6 +46,10 @@ class FFNsDial(TowerDial):
                 "in its place."
             )
 
+    def run_vit(self, images_B3HW: Tensor) -> Any:
+        """Run the encoder on images of the configured size."""
+        return self.vit(images_B3HW)
+
     def run(self, part: DialedPart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an FFN [B, H, W, D] on merged tokens, and return its output at every position."""
         x: Tensor = args[0]

@@ -60,6 +60,10 @@ class TowerDial(ABC):
             What the part returns; NotImplemented if its own code has to run.
         """
 
+    @abstractmethod
+    def run_vit(self, images_B3HW: Tensor) -> Any:
+        """Run the ViT's own forward pass on images of the configured size."""
+
     def set_degree(self, degree: int) -> None:
         """Turn the dial; raise a ValueError if there is no such degree."""
         check_degree(degree, self.reducer.degrees)
@@ -95,7 +99,7 @@ class TowerDial(ABC):
 
     def _run_on_meta(self, vit: nn.Module) -> None:
         dtype = next(vit.parameters()).dtype
-        vit(torch.empty(1, *self.input_shape, device="meta", dtype=dtype))
+        self.run_vit(torch.empty(1, *self.input_shape, device="meta", dtype=dtype))
 
     def enter(self) -> None:
         """Make the parts run under this dial, in place."""
