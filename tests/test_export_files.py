@@ -57,6 +57,7 @@ DECODERS = {
 BACKBONES = {
     "eva02": {},  # rotary: positions follow tokens into the second block
     "siglip": {"depth": 1},
+    "naflex": {"depth": 1},
     "hf vit": {"num_hidden_layers": 1},
     "torchvision": {"num_layers": 1},
     "open_clip": {"layers": 1},
