@@ -59,6 +59,8 @@ BACKBONES = {
     "siglip": {"depth": 1},
     "naflex": {"depth": 1},
     "hf vit": {"num_hidden_layers": 1},
+    "hf siglip": {"num_hidden_layers": 1},
+    "hf mae": {"num_hidden_layers": 1},
     "torchvision": {"num_layers": 1},
     "open_clip": {"layers": 1},
 }
