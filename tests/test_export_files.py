@@ -57,7 +57,6 @@ DECODERS = {
 BACKBONES = {
     "eva02": {},  # rotary: positions follow tokens into the second block
     "siglip": {"depth": 1},
-    "naflex": {"depth": 1},
     "hf vit": {"num_hidden_layers": 1},
     "hf siglip": {"num_hidden_layers": 1},
     "hf mae": {"num_hidden_layers": 1},
