@@ -58,6 +58,8 @@ BACKBONES = {
     "eva02": {},  # rotary: positions follow tokens into the second block
     "siglip": {"depth": 1},
     "hf vit": {"num_hidden_layers": 1},
+    "hf siglip": {"num_hidden_layers": 1},
+    "hf mae": {"num_hidden_layers": 1},
     "torchvision": {"num_layers": 1},
     "open_clip": {"layers": 1},
 }

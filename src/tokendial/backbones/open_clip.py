@@ -115,7 +115,7 @@ class OpenClipViT(Anatomy):
             )
         grid = self._grid(images_B3HW)
         patches = vit.conv1(images_B3HW).flatten(2).transpose(1, 2)
-        first = vit.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        first = vit.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         positions = vit.positional_embedding
         if grid != tuple(vit.grid_size):
             # As open_clip resizes them when it loads weights for another image size.
@@ -207,6 +207,6 @@ def _attend_all(pooler: Any, x_BND: Tensor, size_BN: Tensor | None = None) -> Te
     """Output of an AttentionalPooler, whose attention weighs tokens by their size."""
     bias = None if size_BN is None else size_BN.log().to(x_BND.dtype)
     keys = pooler.ln_k(x_BND)
-    queries = pooler.ln_q(pooler.query).expand(len(x_BND), -1, -1)
+    queries = pooler.ln_q(pooler.query).expand(x_BND.shape[0], -1, -1)
     out: Tensor = pooler.attn(queries, keys, keys, need_weights=False, key_padding_mask=bias)[0]
     return out

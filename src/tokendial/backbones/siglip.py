@@ -92,7 +92,7 @@ def pool_by_attention(head: Any, x_BND: Tensor, size_BN: Tensor | None) -> Tenso
     weights, biases = (
         p.split([width, 2 * width]) for p in (attn.in_proj_weight, attn.in_proj_bias)
     )
-    query = F.linear(head.probe.expand(len(x_BND), -1, -1), weights[0], biases[0])
+    query = F.linear(head.probe.expand(x_BND.shape[0], -1, -1), weights[0], biases[0])
     keys, values = F.linear(x_BND, weights[1], biases[1]).chunk(2, dim=-1)
     q, k, v = (split_heads(part, attn.num_heads) for part in (query, keys, values))
     bias = None if size_BN is None else size_BN.log().to(q.dtype)[:, None, None, :]

@@ -25,7 +25,7 @@ class TimmEva(TimmAnatomy):
 
     def embed(self, images_B3HW: Tensor) -> Tokens:
         vit = self.vit
-        if not len(images_B3HW):
+        if images_B3HW.shape[0] == 0:  # len() would fix the batch size of exported files
             return self.embed_none(images_B3HW)
         grid = self.grid(images_B3HW)
         x, rope = vit._pos_embed(vit.patch_embed(images_B3HW))

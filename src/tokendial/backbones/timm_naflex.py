@@ -80,7 +80,7 @@ class TimmNaFlex(TimmAnatomy):
 
     def embed(self, images_B3HW: Tensor) -> Tokens:
         grid = self.grid(images_B3HW)
-        if not len(images_B3HW):
+        if images_B3HW.shape[0] == 0:  # len() would fix the batch size of exported files
             return self.embed_none(images_B3HW)
         found: dict[str, Any] = self.vit._forward_embeds(images_B3HW, None, None, None)
         rope = found["rope_embeds"]

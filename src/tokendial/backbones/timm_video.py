@@ -48,7 +48,7 @@ class TimmTubelets(TimmViT):
 
     def embed(self, images_B3HW: Tensor) -> Tokens:
         check_clips(images_B3HW, self.frames)
-        if not len(images_B3HW):
+        if images_B3HW.shape[0] == 0:  # len() would fix the batch size of exported files
             return self.embed_none(images_B3HW)
         return replace(super().embed(images_B3HW), grids=self.time_steps)
 

@@ -115,7 +115,7 @@ class TorchvisionViT(Anatomy):
                 "with another image_size."
             )
         patches = vit.conv_proj(images_B3HW).flatten(2).transpose(1, 2)
-        x = torch.cat([vit.class_token.expand(len(patches), -1, -1), patches], dim=1)
+        x = torch.cat([vit.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         rows = side // vit.patch_size
         return Tokens(vit.encoder.dropout(x + vit.encoder.pos_embedding), 1, (rows, rows))
 

@@ -25,6 +25,6 @@ class HuggingFaceMAE(HuggingFaceViT):
         if self.resize_options(images_B3HW):
             height, width = images_B3HW.shape[-2:]
             positions = embeddings.interpolate_pos_encoding(patches, height, width)
-        first = (embeddings.cls_token + positions[:, :1]).expand(len(patches), -1, -1)
+        first = (embeddings.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
         x = torch.cat([first, patches + positions[:, 1:]], dim=1)
         return Tokens(x, self.num_prefix_tokens, grid)

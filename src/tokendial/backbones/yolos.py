@@ -47,9 +47,11 @@ class HuggingFaceYolos(HuggingFaceViT):
             return tokens
         prefix, patches = tokens.rope[layer - 2].tensor_split([self.num_prefix_tokens])
         # Prompts of an adapter are further prefix tokens, without a position.
-        prefix = F.pad(prefix, (0, 0, 0, tokens.prefix - len(prefix))).expand(len(tokens.x), -1, -1)
+        prefix = F.pad(prefix, (0, 0, 0, tokens.prefix - len(prefix))).expand(
+            tokens.x.shape[0], -1, -1
+        )
         if tokens.position is None:
-            patches = patches.expand(len(tokens.x), -1, -1)
+            patches = patches.expand(tokens.x.shape[0], -1, -1)
         else:
             patches = patches[tokens.position]
         return replace(tokens, x=tokens.x + torch.cat([prefix, patches], dim=1))
