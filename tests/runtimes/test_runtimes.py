@@ -3,6 +3,7 @@
 import pytest
 import torch
 from examples import images, tiny_vit
+from zoo import backbone
 
 import tokendial as td
 from tokendial.runtimes import PLAIN
@@ -61,6 +62,18 @@ def test_a_runtime_gives_the_models_answers_for_any_batch(name, precision, withi
     if precision != "fp32":
         assert difference > 1e-4  # it does compute in another precision
     assert (started.degrees, started.device.type) == (DEGREES, "cpu")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_models_that_openvino_computes_otherwise_are_refused(precision, tmp_path):
+    vit, size = backbone("naflex", depth=1)
+    model = td.wrap(vit.eval(), reduce=td.ToMe(r=2))
+    model.set_degree(2)
+    with pytest.raises(ValueError, match="openvino computes this model otherwise than torch"):
+        td.Runtime("openvino", precision).start(
+            model, torch.zeros(1, 3, *size), degrees=[0], folder=tmp_path
+        )
+    assert model.degree == 2
 
 
 def test_openvino_calibrates_once_on_the_images_that_it_is_given(tmp_path, monkeypatch, capsys):

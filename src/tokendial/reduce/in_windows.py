@@ -75,7 +75,7 @@ class InWindowsReducer(PartByPartReducer):
             return super().before_block(layer, degree, tokens)
         # Original positions have to stand in the order of the windows, too, while they are split.
         prefix = torch.arange(tokens.origin.shape[1] - order_BL.shape[1], device=order_BL.device)
-        order_BP = torch.cat([prefix.expand(len(order_BL), -1), len(prefix) + order_BL], dim=1)
+        order_BP = torch.cat([prefix.expand(order_BL.shape[0], -1), len(prefix) + order_BL], dim=1)
         prepared = super().before_block(layer, degree, _with_positions(tokens, order_BP))
         return _with_positions(prepared, order_BP.argsort(dim=1))
 

@@ -34,6 +34,8 @@ PRECISIONS: dict[RuntimeName, tuple[RuntimePrecision, ...]] = {
     "auto": ("fp32", "bf16", "fp16", "int8"),
 }
 """Precisions of each runtime."""
+_TOLERANCE = 1e-3
+"""Largest difference of outputs between OpenVINO and PyTorch, as a share of the largest output."""
 _EXPORT_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _OPENERS = {
     "onnxruntime": onnxruntime_sessions.open_file,
@@ -130,6 +132,8 @@ class Runtime:
                 model, degrees, folder or Path(temporary), feature_map=feature_map, quiet=quiet
             )
             given = images.cpu().float().numpy()
+            if self.name == "openvino":
+                _check_openvino(model, degrees[0], files[degrees[0]])
             if (self.name, self.precision) == ("openvino", "int8"):
                 read = partial(calibration, model) if calibration else lambda: images
                 files = _calibrated(files, read, quiet)
@@ -200,6 +204,30 @@ class Runtime:
             print(f"{name} {self.precision}: {1e3 * taken:.1f} ms{chosen}", file=sys.stderr)
         started[fastest].set_degree(_first(model, degrees))
         return started[fastest]
+
+
+@torch.no_grad()
+def _check_openvino(model: DialViT, degree: int, path: Path) -> None:
+    """Raise a ValueError if OpenVINO computes an exported file otherwise than PyTorch the model.
+
+    Files are compared in onnxruntime when they are written. OpenVINO computes some operators in
+    another way, such as those that resize the positions of timm's NaFlex models.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *model.anatomy.input_shape, generator=generator)
+    before, training = model.degree, model.training
+    try:
+        model.eval().set_degree(degree)
+        wanted = model(images.to(model.device)).float().cpu()
+    finally:
+        model.train(training).set_degree(before)
+    run = openvino_sessions.open_file(path, "fp32", images.numpy())
+    difference = float((torch.from_numpy(run(images.numpy())["logits"]) - wanted).abs().max())
+    if not difference <= _TOLERANCE * max(1.0, float(wanted.abs().max())):
+        raise ValueError(
+            f"openvino computes this model otherwise than torch (outputs differ by "
+            f"{difference:.1e} in float32): use torch or onnxruntime."
+        )
 
 
 PLAIN = Runtime()
