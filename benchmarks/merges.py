@@ -93,4 +93,4 @@ def origins(
     if (runtime.name, runtime.precision) == ("openvino", "int8"):
         path = openvino_int8.quantized(path, lambda: calibration(model).numpy(), quiet=True)
     session = open_file(path, runtime.precision, batches[0].numpy())
-    return torch.cat([torch.from_numpy(session(batch.numpy())[0]) for batch in batches])
+    return torch.cat([torch.from_numpy(session(batch.numpy())["origins"]) for batch in batches])
