@@ -73,9 +73,13 @@ def quantized(path: Path, images: "Callable[[], np.ndarray]", *, quiet: bool = F
 def _quantize(model: Any, images: "np.ndarray") -> Any:
     # NNCF reports its use to a server of its makers, unless this variable is set.
     os.environ.setdefault("NNCF_CI", "1")
+    kind = logging.getLoggerClass()
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    # Importing it makes every later logger of the process one of its own class, and its own
+    # function for levels changes handlers of others.
+    logging.setLoggerClass(kind)
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     others = [
         node.get_friendly_name()
         for node in model.get_ops()
