@@ -64,6 +64,17 @@ def test_a_runtime_gives_the_models_answers_for_any_batch(name, precision, withi
     assert (started.degrees, started.device.type) == (DEGREES, "cpu")
 
 
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+@torch.no_grad()
+def test_later_calls_are_as_right_as_the_first(name, tmp_path):
+    """OpenVINO would add to its constant token sizes where the first layer merges half of them."""
+    model = td.wrap(tiny_vit(depth=2, img_size=32), reduce=td.ToMe(r=32)).eval()
+    started = start(tmp_path, name, model=model, count=4, degrees=[32])
+    for seed in range(3):
+        batch = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(started(batch), model(batch), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_models_that_openvino_computes_otherwise_are_refused(precision, tmp_path):
     vit, size = backbone("naflex", depth=1)
