@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ from tokendial.runs.evaluate import (
     validation_set,
 )
 from tokendial.runs.run import Run
+from tokendial.runs.started_runtime import start_runtime
 from tokendial.runs.stored_logits import collect_logits, right_answers
-from tokendial.runs.training_images import calibration_images
 from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import Classification
 
@@ -121,13 +120,7 @@ def calibrate_cascade(
     between = tuple(d for d in model.degrees if degrees[-1] <= d <= degrees[0])
     fixed = sorted({*spread_degrees(model, _FIXED, between), *degrees})
     example = first_images(loader, model, batch_size).to(model.device)
-    fast = runtime.start(
-        model,
-        example,
-        degrees=fixed,
-        folder=run.runtime_folder,
-        calibration=partial(calibration_images, run),
-    )
+    fast = start_runtime(run, runtime, model, example, fixed)
     cascade = Cascade(fast, degrees, score=score, multi_label=task.multi_label)
     counter = StepCounter(progress, len(fixed) * len(loader))
 

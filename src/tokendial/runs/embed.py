@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -21,7 +20,7 @@ from tokendial.runs.model_source import ModelSource
 from tokendial.runs.on_ray import answers_on_ray, check_ray
 from tokendial.runs.predict import Source
 from tokendial.runs.run import Run
-from tokendial.runs.training_images import calibration_images
+from tokendial.runs.started_runtime import start_runtime
 from tokendial.runtimes import Runtime
 from tokendial.runtimes.config import RuntimeName, RuntimePrecision
 from tokendial.tune import DTYPES
@@ -89,13 +88,13 @@ class _DialModel:
                 "calibrated; this model is of no run."
             )
         shape = settings.batch_size, *self.model.anatomy.input_shape
-        self._started = Runtime(settings.runtime, settings.precision).start(
+        self._started = start_runtime(
+            run,
+            Runtime(settings.runtime, settings.precision),
             self.model,
             torch.zeros(shape, device=self.device),
-            degrees=[self.model.degree],
-            folder=run.runtime_folder if run else None,
+            [self.model.degree],
             feature_map=settings.features != "pooled",
-            calibration=partial(calibration_images, run) if run else None,
         )
 
     def embed(self, rows: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from tokendial.runs.degrees import degrees_to_show
 from tokendial.runs.device import default_device
 from tokendial.runs.loaders import eval_loader
 from tokendial.runs.run import Run
-from tokendial.runs.training_images import calibration_images
+from tokendial.runs.started_runtime import start_runtime
 from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import Classification, Task
 from tokendial.tune import OptimizedViT
@@ -151,13 +150,7 @@ def evaluate(
     wanted = degrees_to_show(model, degrees)
     task, loader = validation_set(run, model, batch_size)
     images = first_images(loader, model, batch_size)
-    fast = runtime.start(
-        model,
-        images.to(model.device),
-        degrees=wanted,
-        folder=run.runtime_folder,
-        calibration=partial(calibration_images, run),
-    )
+    fast = start_runtime(run, runtime, model, images.to(model.device), wanted)
     dial_vit = fast.model if isinstance(fast, OptimizedViT) else fast
     meter = ShareMeter(dial_vit) if ShareMeter.supports(dial_vit) else None
     counter = StepCounter(progress, len(wanted) * len(loader))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tokendial.runs.compensated import load_compensated
 from tokendial.runs.device import default_device
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.run import Run
-from tokendial.runs.training_images import calibration_images
+from tokendial.runs.started_runtime import start_runtime
 from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import Classification, Embeddings, VideoClassification
 
@@ -95,13 +94,7 @@ class ClassPredictor:
         self._transform = task.image_transform(model.anatomy)
         example = torch.zeros(self.batch_size, *model.anatomy.input_shape, device=self.device)
         degrees = self._cascade.degrees if self._cascade else (model.degree,)
-        self.model: InferenceModel = runtime.start(
-            model,
-            example,
-            degrees=degrees,
-            folder=run.runtime_folder,
-            calibration=partial(calibration_images, run),
-        )
+        self.model: InferenceModel = start_runtime(run, runtime, model, example, degrees)
         if self._cascade:
             self._cascade.model = self.model
         self._takes_videos = isinstance(task, VideoClassification)

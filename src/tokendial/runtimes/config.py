@@ -19,7 +19,7 @@ from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.runtimes import onnxruntime_sessions, openvino_int8, openvino_sessions
 from tokendial.runtimes.bundles import find_or_export
-from tokendial.runtimes.exported_vit import ExportedViT
+from tokendial.runtimes.exported_vit import ExportedViT, Session
 from tokendial.tune import DTYPES, OptimizedViT, optimize
 
 if TYPE_CHECKING:
@@ -132,15 +132,17 @@ class Runtime:
                 model, degrees, folder or Path(temporary), feature_map=feature_map, quiet=quiet
             )
             given = images.cpu().float().numpy()
+            sessions: dict[int, Session] = {}
             if self.name == "openvino":
-                _check_openvino(model, degrees[0], files[degrees[0]])
+                first = openvino_sessions.open_file(files[degrees[0]], "fp32", given)
+                _check_openvino(model, degrees[0], first, len(images))
+                if self.precision == "fp32":
+                    sessions[degrees[0]] = first
             if (self.name, self.precision) == ("openvino", "int8"):
                 read = partial(calibration, model) if calibration else lambda: images
                 files = _calibrated(files, read, quiet)
-            sessions = {
-                degree: _OPENERS[self.name](path, self.precision, given)
-                for degree, path in files.items()
-            }
+            for degree in files.keys() - sessions.keys():
+                sessions[degree] = _OPENERS[self.name](files[degree], self.precision, given)
         return ExportedViT(model.anatomy, sessions, _first(model, degrees))
 
     def _optimized(self, model: DialViT, images: Tensor, degrees: Sequence[int]) -> OptimizedViT:
@@ -207,21 +209,20 @@ class Runtime:
 
 
 @torch.no_grad()
-def _check_openvino(model: DialViT, degree: int, path: Path) -> None:
+def _check_openvino(model: DialViT, degree: int, run: Session, count: int) -> None:
     """Raise a ValueError if OpenVINO computes an exported file otherwise than PyTorch the model.
 
     Files are compared in onnxruntime when they are written. OpenVINO computes some operators in
     another way, such as those that resize the positions of timm's NaFlex models.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *model.anatomy.input_shape, generator=generator)
+    images = torch.randn(count, *model.anatomy.input_shape, generator=generator)
     before, training = model.degree, model.training
     try:
         model.eval().set_degree(degree)
         wanted = model(images.to(model.device)).float().cpu()
     finally:
         model.train(training).set_degree(before)
-    run = openvino_sessions.open_file(path, "fp32", images.numpy())
     difference = float((torch.from_numpy(run(images.numpy())["logits"]) - wanted).abs().max())
     if not difference <= _TOLERANCE * max(1.0, float(wanted.abs().max())):
         raise ValueError(
