@@ -39,7 +39,7 @@ from tokendial.cascade import Observations, choose_thresholds
 from tokendial.cascade.answers import answers, are_same, how_sure
 from tokendial.measure import time_in_rounds
 from tokendial.runs import Run
-from tokendial.runs.cascade import right_at_time
+from tokendial.runs.cascade import scores_at_time
 
 ALLOWED = 0.05
 """Share of the answers that may be others than those of degree 0."""
@@ -180,7 +180,7 @@ def _of_seed(
         "right": {
             "cascade": np.where(stages, right[0], right[question.cheap]),
             "whole": right[0],
-            "fixed": right_at_time(
+            "fixed": scores_at_time(
                 correct, {degree: seconds[degree] for degree in correct}, time_s
             ).numpy(),
             "random": sent_on * right[0] + (1 - sent_on) * right[question.cheap],

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.evidence_real import cascade
 from tokendial.cascade import Observations
-from tokendial.runs.cascade import right_at_time
+from tokendial.runs.cascade import scores_at_time
 
 RIGHT = {0: torch.tensor([1.0, 1.0]), 3: torch.tensor([1.0, 0.0]), 6: torch.tensor([0.0, 0.0])}
 SECONDS = {0: 4.0, 3: 2.0, 6: 1.0}
@@ -19,7 +19,7 @@ SECONDS = {0: 4.0, 3: 2.0, 6: 1.0}
     [(1.0, [0, 0]), (1.5, [0.5, 0]), (2.5, [1, 0.25]), (9.0, [1, 1]), (0.5, [0, 0])],
 )
 def test_two_fixed_degrees_share_the_images(time_s, expected):
-    assert right_at_time(RIGHT, SECONDS, time_s).tolist() == expected
+    assert scores_at_time(RIGHT, SECONDS, time_s).tolist() == expected
 
 
 def test_broken_promises_are_counted(monkeypatch):

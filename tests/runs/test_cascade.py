@@ -3,13 +3,16 @@ import io
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import tokendial as td
+from tokendial.data import find_sources
 from tokendial.runs.cascade import calibrate_cascade
 from tokendial.runs.evaluate import evaluate, validation_set
+from tokendial.runs.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,30 @@ def test_the_command_calibrates_and_predict_uses_it(run, digits, cli):
     assert json.loads(line[0])["degree"] in (0, 4)
 
 
+def test_eval_judges_the_cascade_beside_degrees(run, report, digits, cli):
+    found = td.Cascade.load(run.model(), run.cascade_file)
+    code, out, err = cli("eval", run.folder, "--cascade", "--degrees", "0,2", "--batch-size", 32)
+    assert code == 0, err
+    assert "answered early" in out
+    with (run.folder / "eval" / "cascade.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["degrees"] for row in rows] == ["4→0", "2", "0"]
+    fixed = {str(row.degree): row for row in evaluate(run, "0,2")}
+    for row in rows[1:]:
+        assert float(row["accuracy"]) == pytest.approx(fixed[row["degrees"]].accuracy)
+        assert row["early"] == ""
+    answers = list(predict(run, find_sources([digits / "val"]), cascade=True))
+    right = [Path(each.path).parent.name == each.classes[0] for each in answers]
+    assert float(rows[0]["accuracy"]) == pytest.approx(sum(right) / len(right))
+    early = [each.degree == found.degrees[0] for each in answers]
+    assert float(rows[0]["early"]) == pytest.approx(sum(early) / len(early))
+    assert float(rows[-1]["speedup"]) == 1
+    assert all(float(row["images_per_s"]) > 0 for row in rows)
+    for options in (("--compensator", "x"), ("--images", "x")):
+        code, _, err = cli("eval", run.folder, "--cascade", *options)
+        assert (code, "cannot be combined with --" in err, "ascade" in err) == (2, True, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,7 +130,7 @@ def test_predict_says_what_does_not_go_together(run, digits, cli, tmp_path):
     assert (code, err.strip()) == (2, "error: degree cannot be combined with cascade, got 2.")
     code, _, err = cli("predict", run.folder, digits / "val", "--cascade", "--ray")
     assert code == 2
-    assert "cascade are for classes, predicted by one process" in err
+    assert "ray predicts classes in PyTorch: leave out --runtime, " in err
     code, _, err = cli("predict", run.folder, digits / "val", "--cascade", "--precision", "bf16")
     assert (code, "calibrated in fp32, not in torch bf16: choose" in err) == (2, True)
     changed = tmp_path / "other"

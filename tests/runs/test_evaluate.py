@@ -253,11 +253,11 @@ def test_the_command_line_finds_the_fastest_way_first(cli, run, digits):
                 return [row["accuracy"] for row in csv.DictReader(file)]
 
         assert answers("--optimize") == answers()
-    code, _, err = cli("predict", run.folder, digits, "--compile", "--out", run.folder / "masks")
+    code, _, err = cli("predict", run.folder, digits, "--compile", "--ray")
     assert (code, err.strip()) == (
         2,
-        "error: runtime, precision, optimize, compile and cascade are for classes, predicted by "
-        "one process.",
+        "error: ray predicts classes in PyTorch: leave out --runtime, --precision, --optimize, "
+        "--compile and --cascade.",
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -33,14 +34,22 @@ def run(tmp_path_factory) -> Run:
     return written
 
 
-@pytest.fixture(scope="module")
-def server(run):
+@contextmanager
+def slow_at_0(name, run):
     """A server that takes degree 0 for so slow that even one request raises the dial."""
-    costs = CostModel({("pets", degree): {1: 0.001 if degree else 8.0} for degree in range(9)})
+    costs = CostModel({(name, degree): {1: 0.001 if degree else 8.0} for degree in range(9)})
     with (
         mock.patch.object(starting, "measure_costs", return_value=costs),
-        serving({"pets": run}, cascade=True, slo_ms=20_000) as running,
+        serving({name: run}, cascade=True, slo_ms=20_000) as running,
     ):
+        running.ask("/v1/predict", file(picture()), "image/png")  # an idle server takes degree 0
+        until(lambda: metric(running, "tokendial_degree") == 3)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(run):
+    with slow_at_0("pets", run) as running:
         yield running
 
 
@@ -54,8 +63,6 @@ def metric(server, name: str) -> float:
 
 
 def test_under_load_an_unsure_image_is_answered_at_both_degrees(server, run):
-    server.ask("/v1/predict", file(picture()), "image/png")  # an idle server takes degree 0
-    until(lambda: metric(server, "tokendial_degree") == 3)
     reply = server.ask("/v1/predict", file(picture()), "image/png")
     (found,) = reply.json["predictions"]
     assert (found["degree"], found["unsure_at"]) == (0, [3])
@@ -67,6 +74,16 @@ def test_under_load_an_unsure_image_is_answered_at_both_degrees(server, run):
     assert metric(server, "tokendial_second_answers_total") == 1
     assert metric(server, "tokendial_cascade_drifted") == 0
     assert 0 <= metric(server, "tokendial_sent_on_share") <= 1
+
+
+def test_an_unsure_mask_is_made_again(masks, tmp_path):
+    run = Run(shutil.copytree(masks.folder, tmp_path / "run"))
+    write_cascade(run)
+    with slow_at_0("masks", run) as server:
+        (found,) = server.predict(file(picture())).json["predictions"]
+        (whole,) = server.predict(file(picture()), query="?degree=0").json["predictions"]
+    assert (found["degree"], found["unsure_at"]) == (0, [3])
+    assert found["mask"] == whole["mask"]
 
 
 def test_degrees_that_the_cascade_spans_are_for_requests_only(server):

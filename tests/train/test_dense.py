@@ -3,6 +3,7 @@
 import csv
 import io
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +161,65 @@ def test_predict_writes_a_mask_of_each_images_size(request, pictures, tmp_path, 
         if kind == "semantic":
             assert values.max() <= 10
     assert sum(path.name.endswith(".overlay.png") for path in out.iterdir()) == 4
+
+
+def test_a_cascade_answers_for_masks(binary, semantic, pictures, tmp_path, cli):
+    run = Run(shutil.copytree(binary.folder, tmp_path / "run"))
+    recipe = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    recipe["data"]["val_size"] = 32
+    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    degree = run.model().degrees[-1]
+    options = ("--degrees", f"{degree},0", "--max-changed", 0.6)
+    code, out, err = cli("cascade", run.folder, *options)
+    assert code == 0, err
+    assert "IoU (%)" in out
+    assert "IoU minus sending on at random" in out
+    code, out, err = cli("eval", run.folder, "--cascade", "--batch-size", 8)
+    assert code == 0, err
+    by_cascade, *fixed = read_rows(run.folder / "eval" / "cascade.csv")
+    assert [row["degrees"] for row in (by_cascade, *fixed)] == [f"{degree}→0", str(degree), "0"]
+    assert "s_measure" in by_cascade
+    assert 0 < float(by_cascade["early"]) < 1
+    assert cli("eval", run.folder, "--degrees", f"0,{degree}")[0] == 0
+    last, cheap = read_rows(run.folder / "eval" / "degrees.csv")
+    for row, same in zip(fixed, (cheap, last), strict=True):
+        assert float(row["s_measure"]) == pytest.approx(float(same["s_measure"]), abs=1e-6)
+    expected = float(cheap["gmacs"]) + (1 - float(by_cascade["early"])) * float(last["gmacs"])
+    assert float(by_cascade["gmacs"]) == pytest.approx(expected, rel=1e-4)
+
+    def masks(*options):
+        out = tmp_path / "-".join(map(str, options))
+        printed = cli("predict", run.folder, pictures, "--out", out, *options)[1]
+        rows = csv.DictReader(io.StringIO(printed))
+        return {row["path"]: (row.get("degree"), Path(row["mask"]).read_bytes()) for row in rows}
+
+    of_degree = {str(each): masks("--degree", each) for each in (degree, 0)}
+    found = masks("--cascade")
+    assert len(found) == 4
+    assert all(of_degree[by][path][1] == mask for path, (by, mask) in found.items())
+    for asked, options, message in (
+        (run, ("predict", pictures, "--out", tmp_path / "m", "--cascade", "--tiles"), "with tiles"),
+        (semantic, ("cascade", "--degrees", "2,0", "--max-changed", 0.6), "slide: windows"),
+    ):
+        code, _, err = cli(options[0], asked.folder, *options[1:])
+        assert (code, message in err) == (2, True)
+
+
+def read_rows(path):
+    with path.open(newline="") as table:
+        return list(csv.DictReader(table))
+
+
+def test_masks_are_predicted_in_another_precision(semantic, pictures, tmp_path, cli):
+    masks = {}
+    for precision in ("fp32", "bf16"):
+        options = ("--out", tmp_path / precision, "--precision", precision)
+        code, printed, _ = cli("predict", semantic.folder, pictures / "a.png", *options)
+        assert code == 0
+        (row,) = csv.DictReader(io.StringIO(printed))
+        with Image.open(row["mask"]) as mask:
+            masks[precision] = np.asarray(mask)
+    assert 0.98 < (masks["fp32"] == masks["bf16"]).mean() < 1
 
 
 def test_a_photograph_of_24_megapixels_fits_in_memory(binary, semantic, tmp_path):

@@ -61,8 +61,7 @@ def answers(logits_BKS: Tensor, *, multi_label: bool = False) -> Tensor:
 def are_same(first: Tensor, second: Tensor) -> Tensor:
     """Whether each image has the same answer twice. [B], bool.
 
-    Masks are the same if they overlap by at least `SAME_IOU`: the mean over the classes that either
-    of them has, without class 0, the background, if there is another.
+    Masks are the same if they overlap by at least `SAME_IOU`, see `overlap`.
 
     Args:
         first: Answers as `answers` returns them: [B], [B, K] or [B, h, w].
@@ -70,10 +69,15 @@ def are_same(first: Tensor, second: Tensor) -> Tensor:
     """
     if first.dim() < 3:
         return (first == second).reshape(len(first), -1).all(dim=1)
-    return torch.tensor([_overlap(*pair) >= SAME_IOU for pair in zip(first, second, strict=True)])
+    return torch.tensor([overlap(*pair) >= SAME_IOU for pair in zip(first, second, strict=True)])
 
 
-def _overlap(first: Tensor, second: Tensor) -> float:
+def overlap(first: Tensor, second: Tensor) -> float:
+    """Overlap (IoU) of two masks of class numbers, of any equal shape.
+
+    It is the mean over the classes that either of them has, without class 0, the background, if
+    there is another.
+    """
     present = set(torch.cat([first, second]).flatten().tolist())
     inside = present - {0} or present
     shares = []

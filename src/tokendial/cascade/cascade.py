@@ -199,10 +199,7 @@ class Cascade:
             self.model.set_degree(before)
         if not found:
             raise ValueError("calibrate needs at least one batch of images, got none.")
-        return Observations(
-            torch.cat([each.sure for each in found], dim=1),
-            torch.cat([each.harmed for each in found], dim=1),
-        )
+        return Observations.joined(found)
 
     def compare(
         self, logits: Sequence[Tensor], labels: Tensor | None = None, harm: Harm = "changed"

@@ -4,7 +4,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +43,12 @@ class Observations:
     def of(self, images: Tensor) -> "Observations":
         """The same for some of the images."""
         return Observations(self.sure[:, images], self.harmed[:, images])
+
+    @classmethod
+    def joined(cls, batches: Sequence["Observations"]) -> "Observations":
+        """Those of several batches of images, in their order."""
+        sure = torch.cat([each.sure for each in batches], dim=1)
+        return cls(sure, torch.cat([each.harmed for each in batches], dim=1))
 
 
 @dataclass(frozen=True, slots=True)

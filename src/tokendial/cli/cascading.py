@@ -92,7 +92,8 @@ def cascade(
 
 
 def _table(report: "CascadeReport") -> Table:
-    table = Table("", "right (%)", "minus last degree", "GMACs", "ms", "p50", "p99")
+    title = "right (%)" if report.measure == "accuracy" else f"{report.measure} (%)"
+    table = Table("", title, "minus last degree", "GMACs", "ms", "p50", "p99")
     for row in report.rows:
         middle, high = row.percentiles_ms
         table.add_row(
@@ -114,11 +115,14 @@ def _lines(report: "CascadeReport") -> list[str]:
     )
     thresholds = ", ".join(f"{value:.3g}" for value in found.thresholds)
     what = "other answers" if found.harm == "changed" else "lost answers"
+    minus_fixed, minus_random = (
+        interval.percent(sign=True) for interval in (report.minus_fixed, report.minus_random)
+    )
     return [
         f"{what}: {found.harmed} of {found.images}; with {found.confidence:.0%} confidence at most "
         f"{100 * found.bound:.2f} % (allowed {100 * found.allowed:g} %)",
         f"sent on: {sent} of the images; answered early from {thresholds} on",
-        f"accuracy minus fixed degrees at the same time: {report.minus_fixed.percent(sign=True)}",
-        f"accuracy minus sending on at random: {report.minus_random.percent(sign=True)}",
+        f"{report.measure} minus fixed degrees at the same time: {minus_fixed}",
+        f"{report.measure} minus sending on at random: {minus_random}",
         "The promise holds for images like these. Another share sent on means other images.",
     ]

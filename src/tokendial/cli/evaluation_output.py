@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
     from tokendial.runs.evaluate import DegreeRow
     from tokendial.runs.evaluate_attached import AttachedRow
+    from tokendial.runs.evaluate_cascade import AnsweredRow
     from tokendial.runs.evaluate_compensator import CompensatedRow
+    from tokendial.runs.evaluation_tables import EvaluatedRow
     from tokendial.runs.export_int8 import Int8File
 
 _MAX_SCORES, _SHOWN_SCORES = 5, 3
@@ -26,9 +28,7 @@ def dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
     """Scores, cost and speed at each degree."""
     from tokendial.tasks.metric_titles import metric_title
 
-    shown = list(rows[0].scores)
-    if len(shown) > _MAX_SCORES:
-        shown = shown[:_SHOWN_SCORES]
+    shown = _shown_scores(rows[0].scores)
     names = [metric_title(name) for name in shown]
     # Methods that select tokens by threshold skip FFNs only: all tokens leave the last layer.
     tokens = "tokens left" if rows[0].share is None else "tokens processed"
@@ -41,6 +41,29 @@ def dial_table(rows: "Sequence[DegreeRow]", unit: str) -> Table:
             str(row.tokens) if row.share is None else f"{row.share:.1%}",
         )
     return table
+
+
+def cascade_table(rows: "Sequence[AnsweredRow]") -> Table:
+    """Scores, cost and speed of a cascade and of degrees beside it, relative to the last row."""
+    from tokendial.tasks.metric_titles import metric_title
+
+    shown, last = _shown_scores(rows[0].scores), rows[-1]
+    names = [metric_title(name) for name in shown]
+    table = Table("degree", *names, "answered early", "GMACs", "cost", "images/s", "speed")
+    for row in rows:
+        table.add_row(
+            row.degrees,
+            *(f"{row.scores[name]:.2%}" for name in shown),
+            "" if row.early is None else f"{row.early:.1%}",
+            *_cost_and_speed(row, last),
+        )
+    return table
+
+
+def _shown_scores(scores: dict[str, float]) -> list[str]:
+    """Names of the metrics to print."""
+    names = list(scores)
+    return names if len(names) <= _MAX_SCORES else names[:_SHOWN_SCORES]
 
 
 def attached_table(rows: "Sequence[AttachedRow]") -> Table:
@@ -75,11 +98,13 @@ def int8_table(files: "Sequence[Int8File]") -> Table:
     return table
 
 
-def _cost_and_speed(row: "DegreeRow | AttachedRow", first: "DegreeRow | AttachedRow") -> list[str]:
-    """Cells: GMACs, their share of the first row's, images per second, and speed."""
+def _cost_and_speed(
+    row: "DegreeRow | AttachedRow | AnsweredRow", whole: "DegreeRow | AttachedRow | AnsweredRow"
+) -> list[str]:
+    """Cells: GMACs, their share of the whole model's, images per second, and speed."""
     return [
         f"{row.gmacs:.4g}",
-        f"{row.gmacs / first.gmacs:.0%}",
+        f"{row.gmacs / whole.gmacs:.0%}",
         f"{row.images_per_s:.1f}" if row.images_per_s < 10 else f"{row.images_per_s:.0f}",
         f"{row.speedup:.2f}x" + " ?" * row.disturbed,
     ]
@@ -136,9 +161,7 @@ def compensator_table(rows: "Sequence[CompensatedRow]") -> Table:
     return table
 
 
-def warn_if_disturbed(
-    rows: "Sequence[DegreeRow] | Sequence[CompensatedRow] | Sequence[AttachedRow]",
-) -> None:
+def warn_if_disturbed(rows: "Sequence[EvaluatedRow]") -> None:
     """Print a line if times are not to be trusted; tables mark such rows with a question mark."""
     if any(row.disturbed for row in rows):
         print(
@@ -147,11 +170,7 @@ def warn_if_disturbed(
         )
 
 
-def write_evaluation(
-    rows: "Sequence[DegreeRow] | Sequence[CompensatedRow] | Sequence[AttachedRow]",
-    figure: "Figure",
-    stem: Path,
-) -> None:
+def write_evaluation(rows: "Sequence[EvaluatedRow]", figure: "Figure", stem: Path) -> None:
     """Write the rows as STEM.csv and their figure as STEM.png, and print the paths."""
     from tokendial.runs.evaluation_tables import write_rows
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from tokendial.cli.app import USE_PANEL, app
 from tokendial.cli.evaluation_output import (
+    cascade_table,
     class_table,
     compensator_table,
     dial_table,
@@ -38,6 +39,7 @@ from tokendial.cli.options import (
 if TYPE_CHECKING:
     from tokendial.runs import Run
     from tokendial.runs.model_source import ModelSource
+    from tokendial.runtimes import Runtime
 
 
 @app.command("eval", rich_help_panel=USE_PANEL)
@@ -51,6 +53,14 @@ def evaluate(
         ),
     ],
     degrees: Degrees = "all",
+    cascade: Annotated[
+        bool,
+        typer.Option(
+            "--cascade",
+            help="Evaluate the run's cascade (see tokendial cascade), beside its degrees or those "
+            "of --degrees.",
+        ),
+    ] = False,
     compensator: Annotated[
         str | None,
         typer.Option(help="Folder of a compensator: evaluate the runs without and with it."),
@@ -93,10 +103,10 @@ def evaluate(
     """
     chosen = runtime_of(runtime, precision, optimize, compile)
     if images:
-        if chosen or compensator is not None or sources is not None or len(runs) > 1:
+        if chosen or cascade or compensator is not None or sources is not None or len(runs) > 1:
             raise ValueError(
-                "images is for one model; it cannot be combined with --compensator, --sources, "
-                "--runtime, --precision, --optimize and --compile."
+                "images is for one model; it cannot be combined with --cascade, --compensator, "
+                "--sources, --runtime, --precision, --optimize and --compile."
             )
         from tokendial.runs.model_source import ModelSource
 
@@ -107,15 +117,19 @@ def evaluate(
         if value is not None:
             raise ValueError(f"{name} needs --images, got {value}.")
     if compensator is not None:
-        if chosen:
+        if chosen or cascade:
             raise ValueError(
-                "runtime, precision, optimize and compile cannot be combined with --compensator."
+                "cascade, runtime, precision, optimize and compile cannot be combined with "
+                "--compensator."
             )
         _evaluate_compensator(runs, degrees, compensator, sources, batch_size)
         return
     if len(runs) > 1 or sources is not None:
         raise ValueError("several runs, and --sources, need --compensator.")
     (run,) = runs
+    if cascade:
+        _evaluate_cascade(run, degrees, batch_size, chosen)
+        return
     from tokendial.runs import Run
     from tokendial.runs.evaluate import evaluate as run_evaluation
     from tokendial.runs.evaluation_tables import write_classes
@@ -144,6 +158,27 @@ def evaluate(
         write_classes(rows, classes, table)
         write_picture(confusion_figure(ends, classes, title=str(run)), picture)
         print(f"wrote {table} and {picture}")
+
+
+def _evaluate_cascade(run: Path, degrees: str, batch_size: int, runtime: "Runtime") -> None:
+    from tokendial.runs import Run
+    from tokendial.runs.evaluate_cascade import evaluate_cascade
+    from tokendial.runs.evaluation_tables import write_rows
+    from tokendial.runs.progress import progress_bar
+
+    with progress_bar(Console(stderr=True)) as shown:
+        rows = evaluate_cascade(
+            Run(run),
+            None if degrees == "all" else degrees,
+            batch_size=batch_size,
+            runtime=runtime,
+            progress=shown.update,
+        )
+    Console().print(cascade_table(rows))
+    warn_if_disturbed(rows)
+    path = run / "eval" / "cascade.csv"
+    write_rows(rows, path)
+    print(f"wrote {path}")
 
 
 def _evaluate_embeddings(
@@ -234,8 +269,8 @@ def predict(
         bool,
         typer.Option(
             "--cascade",
-            help="Classes: answer by the run's cascade (see tokendial cascade) instead of one "
-            "degree. The output names the degree that answered.",
+            help="Answer by the run's cascade (see tokendial cascade) instead of one degree. The "
+            "output names the degree that answered.",
         ),
     ] = False,
     ray: Annotated[
@@ -263,10 +298,10 @@ def predict(
     if out is not None and ray:
         raise ValueError("ray is for classes: masks are written by one process.")
     chosen = runtime_of(runtime, precision, optimize, compile)
-    if (chosen or cascade) and (out is not None or ray):
+    if (chosen or cascade) and ray:
         raise ValueError(
-            "runtime, precision, optimize, compile and cascade are for classes, predicted by one "
-            "process."
+            "ray predicts classes in PyTorch: leave out --runtime, --precision, --optimize, "
+            "--compile and --cascade."
         )
     opened = Run(run)
     answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
@@ -295,6 +330,8 @@ def predict(
             degree=degree,
             overlay=overlay,
             tiles=tiles,
+            runtime=chosen,
+            cascade=cascade,
             compensator=compensator,
         )
     failed = False
@@ -309,7 +346,8 @@ def predict(
         elif form == "jsonl":
             print(json.dumps(dataclasses.asdict(answer)))
         elif isinstance(answer, MaskFile):
-            writer.writerow([answer.path, answer.mask, f"{answer.share:.4f}"])
+            row = [answer.path, answer.mask, f"{answer.share:.4f}"]
+            writer.writerow([*row, *[answer.degree] * cascade])
         else:
             for name, probability in zip(answer.classes, answer.probabilities, strict=True):
                 row = [answer.path, name, f"{probability:.6f}"]

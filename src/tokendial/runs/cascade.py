@@ -3,12 +3,20 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from tokendial.cascade import Cascade, CascadeCalibration, ScoreName, choose_thresholds
-from tokendial.cascade.thresholds import read_promise
+from tokendial.cascade import (
+    Cascade,
+    CascadeCalibration,
+    Observations,
+    ScoreName,
+    choose_thresholds,
+)
+from tokendial.cascade.thresholds import Harm, read_promise
 from tokendial.measure import Interval, Timing, bootstrap_interval, mean_difference, time_in_rounds
 from tokendial.measure.timing import percentiles
 from tokendial.runs.degrees import spread_degrees
@@ -20,11 +28,12 @@ from tokendial.runs.evaluate import (
     no_progress,
     validation_set,
 )
+from tokendial.runs.image_scores import image_scores
 from tokendial.runs.run import Run
 from tokendial.runs.started_runtime import start_runtime
-from tokendial.runs.stored_logits import collect_logits, right_answers
 from tokendial.runtimes import PLAIN, Runtime
-from tokendial.tasks import Classification
+from tokendial.tasks import Classification, Embeddings, Task
+from tokendial.tasks.dense_prediction import DensePrediction
 
 _FIXED = 5
 """Number of fixed degrees beside the cascade."""
@@ -39,7 +48,8 @@ class CascadeRow:
     name: str
     """What answers: "cascade" or "degree N"."""
     accuracy: Interval
-    """Fraction of right answers. With several labels: of images with all labels right."""
+    """Fraction of right answers; with several labels, of images with all labels right. Of masks,
+    the mean overlap (IoU) with the true ones."""
     minus_last: Interval
     """Its difference to the last degree, paired by image."""
     gmacs: float
@@ -65,6 +75,8 @@ class CascadeReport:
 
     degrees: str
     """Its degrees, the cheapest first, such as "8→0"."""
+    measure: str
+    """What `CascadeRow.accuracy` is: "accuracy" or "IoU"."""
     calibration: CascadeCalibration
     """The thresholds and their bound."""
     rows: list[CascadeRow]
@@ -92,7 +104,7 @@ def calibrate_cascade(
     """Calibrate a cascade on the validation images of a run, compare it, and save it with the run.
 
     Args:
-        run: A run that classifies images.
+        run: A run that gives images classes or masks.
         degrees: Two or three degrees, the cheapest first.
         max_changed: Largest share of images that may get another answer than at the last degree.
         max_lost: Largest share of images that may get a wrong answer where the last one is right.
@@ -107,13 +119,11 @@ def calibrate_cascade(
         The report. The cascade is written to `run.cascade_file`.
 
     Raises:
-        ValueError: If the run does not classify images, there are too few validation images for the
-            bound, or `Cascade` or `Runtime.start` raises one.
+        ValueError: If the run has no cascades (see `check_has_cascades`), there are too few
+            validation images for the bound, or `Cascade` or `Runtime.start` raises one.
     """
     harm, allowed = read_promise(max_changed, max_lost)
-    task = run.task()
-    if not isinstance(task, Classification) or run.has_videos():
-        raise ValueError("a cascade of a run needs a run that classifies images.")
+    task = check_has_cascades(run)
     model = run.model().to(device or default_device())
     Cascade(model, degrees)  # refuses degrees before anything is exported
     _, loader = validation_set(run, model, batch_size)
@@ -121,63 +131,130 @@ def calibrate_cascade(
     fixed = sorted({*spread_degrees(model, _FIXED, between), *degrees})
     example = first_images(loader, model, batch_size).to(model.device)
     fast = start_runtime(run, runtime, model, example, fixed)
-    cascade = Cascade(fast, degrees, score=score, multi_label=task.multi_label)
+    multi_label = isinstance(task, Classification) and task.multi_label
+    cascade = Cascade(fast, degrees, score=score, multi_label=multi_label)
     counter = StepCounter(progress, len(fixed) * len(loader))
 
     def show(degree: int) -> None:
         counter.text = f"degree {degree}"
         counter.step()
 
-    logits, labels = collect_logits(fast, fixed, loader, task, before_batch=show)
-    observations = cascade.compare([logits[degree] for degree in degrees], labels, harm)
+    observations, scores = _observe(cascade, fixed, loader, task, harm, before_batch=show)
     found = choose_thresholds(observations, harm, allowed, confidence=confidence)
     cascade.calibration = found
     cascade.save(run.cascade_file, revision=run.revision(), numerics=runtime.numerics)
     counter.show("measuring the time of one image")
     one_by_one = torch.split(first_images(loader, model, _TIMED), 1)
     timings = time_cascade(cascade, fixed, one_by_one)
-    right = {degree: right_answers(task, each, labels) for degree, each in logits.items()}
     costs = {degree: model.cost(degree).gmacs for degree in fixed}
     stages = observations.stage_of(found.thresholds)
-    return _report(cascade, stages, right, costs, timings)
+    measure = "accuracy" if isinstance(task, Classification) else "IoU"
+    return _report(cascade, stages, scores, costs, timings, measure)
+
+
+def check_has_cascades(run: Run) -> Task:
+    """Return the task of a run.
+
+    Raises:
+        ValueError: If a cascade cannot answer for it: the run is on videos, gives embeddings, or
+            runs the model on windows of its images.
+    """
+    task = run.task()
+    if run.has_videos() or isinstance(task, Embeddings):
+        given = "videos" if run.has_videos() else "embeddings"
+        raise ValueError(f"a cascade needs a run that gives images classes or masks, not {given}.")
+    if isinstance(task, DensePrediction) and task.augment.test == "slide":
+        raise ValueError(
+            "a cascade answers whole images, but augment.test of this run is slide: windows."
+        )
+    return task
+
+
+@torch.no_grad()
+def _observe(
+    cascade: Cascade,
+    degrees: Sequence[int],
+    loader: DataLoader[Any],
+    task: Task,
+    harm: Harm,
+    *,
+    before_batch: Callable[[int], object],
+) -> tuple[Observations, dict[int, Tensor]]:
+    """What the stages of a cascade do with all images, and the score of each image [N] by degree.
+
+    Args:
+        cascade: The cascade.
+        degrees: Degrees to score; the cascade's are among them.
+        loader: Gives batches of images and targets.
+        task: What the model was trained for.
+        harm: What counts as a worse answer.
+        before_batch: Called with the degree before each forward pass.
+    """
+    model = cascade.model
+    model.eval()
+    found: list[Observations] = []
+    scores: dict[int, list[Tensor]] = {degree: [] for degree in degrees}
+    for images, targets in loader:
+        logits = {}
+        for degree, listed in scores.items():
+            before_batch(degree)
+            model.set_degree(degree)
+            logits[degree] = task.predict(model, images.to(model.device)).float().cpu()
+            listed.append(image_scores(task, logits[degree], targets))
+        labels = targets if isinstance(task, Classification) else None
+        found.append(cascade.compare([logits[each] for each in cascade.degrees], labels, harm))
+    return Observations.joined(found), {each: torch.cat(parts) for each, parts in scores.items()}
 
 
 def _report(
     cascade: Cascade,
     stages: Tensor,
-    right: dict[int, Tensor],
+    scores: dict[int, Tensor],
     gmacs: dict[int, float],
     timings: Sequence[Timing],
+    measure: str,
 ) -> CascadeReport:
     """Compare a calibrated cascade.
 
     Args:
         cascade: The cascade.
         stages: [N] the stage that answers each image.
-        right: Whether each image is right (1 or 0) [N], by fixed degree.
+        scores: Score of each image [N], by fixed degree.
         gmacs: Cost of an image by fixed degree, in the same order.
         timings: Of the cascade, then of the fixed degrees.
+        measure: What the scores are.
     """
     assert cascade.calibration is not None
-    of_stages = torch.stack([right[degree] for degree in cascade.degrees])
+    of_stages = torch.stack([scores[degree] for degree in cascade.degrees])
     answered = of_stages.gather(0, stages[None])[0]
     shares = stages.bincount(minlength=len(of_stages)) / len(stages)
-    reached = shares.flip(0).cumsum(0).flip(0).tolist()
     last = of_stages[-1]
-    cost = sum(part * gmacs[d] for part, d in zip(reached, cascade.degrees, strict=True))
+    cost = mean_gmacs([gmacs[degree] for degree in cascade.degrees], shares.tolist())
     first_row = _row("cascade", answered, last, cost, timings[0])
     rows = {
-        degree: _row(f"degree {degree}", right[degree], last, gmacs[degree], timing)
+        degree: _row(f"degree {degree}", scores[degree], last, gmacs[degree], timing)
         for degree, timing in zip(gmacs, timings[1:], strict=True)
     }
     mean_ms = {degree: row.mean_ms for degree, row in rows.items()}
     return CascadeReport(
         degrees="→".join(map(str, cascade.degrees)),
+        measure=measure,
         calibration=cascade.calibration,
         rows=[first_row, *(rows[degree] for degree in sorted(rows, reverse=True))],
-        minus_fixed=mean_difference(answered, right_at_time(right, mean_ms, first_row.mean_ms)),
+        minus_fixed=mean_difference(answered, scores_at_time(scores, mean_ms, first_row.mean_ms)),
         minus_random=mean_difference(answered, (shares[:, None] * of_stages).sum(dim=0)),
     )
+
+
+def mean_gmacs(gmacs: Sequence[float], answered: Sequence[float]) -> float:
+    """Mean multiply-accumulates of an image in a cascade, in 1e9.
+
+    Args:
+        gmacs: Those of each stage.
+        answered: Share of the images that each stage answers; earlier stages have run for these,
+            too.
+    """
+    return sum(share * sum(gmacs[: stage + 1]) for stage, share in enumerate(answered))
 
 
 @torch.no_grad()
@@ -218,18 +295,18 @@ def time_cascade(
     )
 
 
-def _row(name: str, right: Tensor, last: Tensor, gmacs: float, timing: Timing) -> CascadeRow:
-    accuracy = bootstrap_interval(torch.mean, right)
-    return CascadeRow(name, accuracy, mean_difference(right, last), gmacs, timing)
+def _row(name: str, scores: Tensor, last: Tensor, gmacs: float, timing: Timing) -> CascadeRow:
+    accuracy = bootstrap_interval(torch.mean, scores)
+    return CascadeRow(name, accuracy, mean_difference(scores, last), gmacs, timing)
 
 
-def right_at_time(right: dict[int, Tensor], times: dict[int, float], wanted: float) -> Tensor:
-    """How often each image is right [N] if two fixed degrees share the images to take a given time.
+def scores_at_time(scores: dict[int, Tensor], times: dict[int, float], wanted: float) -> Tensor:
+    """Mean score of each image [N] if two fixed degrees share the images to take a given time.
 
     Above the time of the slowest degree that one answers all, below that of the fastest this one.
 
     Args:
-        right: Whether each image is right (1 or 0) [N], by degree.
+        scores: Score of each image [N], by degree.
         times: Mean time of an image by degree, in any unit.
         wanted: Mean time of an image, in the same unit.
     """
@@ -239,5 +316,5 @@ def right_at_time(right: dict[int, Tensor], times: dict[int, float], wanted: flo
         low, high = times[faster], times[slower]
         if low <= wanted <= high and high > low:
             share = (wanted - low) / (high - low)
-            return share * right[slower] + (1 - share) * right[faster]
-    return right[by_time[-1]]
+            return share * scores[slower] + (1 - share) * scores[faster]
+    return scores[by_time[-1]]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +85,7 @@ def evaluate_loader(
     loader: DataLoader[Any],
     task: Task,
     *,
+    predict: Callable[[Tensor], Tensor] | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     confusion: "MulticlassConfusionMatrix | None" = None,
     after_batch: Callable[[], object] = lambda: None,
@@ -96,6 +98,7 @@ def evaluate_loader(
         model: The model. It is left in evaluation mode.
         loader: Gives batches of images and targets.
         task: What the model was trained for.
+        predict: Gives the logits of a batch. By default the task's prediction with the model.
         autocast: Makes the context of each forward pass, such as `Accelerator.autocast`. By
             default the model computes in the precision of its weights.
         confusion: Confusion matrix that is updated with every batch, in addition to the metrics.
@@ -107,12 +110,13 @@ def evaluate_loader(
     device = model.device
     metrics = task.metrics().to(device)
     model.eval()
+    predict = predict or partial(task.predict, model)
     for images, targets in loader:
         images = images.to(device)
         if isinstance(targets, Tensor):
             targets = targets.to(device).long()
         with autocast():
-            logits = task.predict(model, images)
+            logits = predict(images)
             targets = task.batch_targets(images, targets)
         metrics.update(logits.float(), targets)
         if confusion is not None:

@@ -12,12 +12,14 @@ from tokendial.atomic import atomic_write
 from tokendial.measure import Timing
 from tokendial.runs.evaluate import DegreeRow
 from tokendial.runs.evaluate_attached import AttachedRow
+from tokendial.runs.evaluate_cascade import AnsweredRow
 from tokendial.runs.evaluate_compensator import CompensatedRow
 
+EvaluatedRow = DegreeRow | CompensatedRow | AttachedRow | AnsweredRow
+"""A row of any evaluation."""
 
-def write_rows(
-    rows: Sequence[DegreeRow] | Sequence[CompensatedRow] | Sequence[AttachedRow], path: Path
-) -> None:
+
+def write_rows(rows: Sequence[EvaluatedRow], path: Path) -> None:
     """Write the rows of an evaluation as CSV, one line per degree."""
     _write_csv([_columns(row) for row in rows], path)
 
@@ -84,7 +86,7 @@ def class_scores(row: DegreeRow, classes: Sequence[str]) -> list[ClassScores]:
     ]
 
 
-def _columns(row: DegreeRow | CompensatedRow | AttachedRow) -> dict[str, Any]:
+def _columns(row: EvaluatedRow) -> dict[str, Any]:
     """The columns of a row: one per score, numbers with six digits, no confusion matrix."""
     columns: dict[str, Any] = {}
     for field in fields(row):

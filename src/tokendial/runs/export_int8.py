@@ -18,8 +18,9 @@ from tokendial.model.dial import InferenceModel
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.evaluate import evaluate_loader, main_score, validation_set
 from tokendial.runs.export_facts import run_facts
+from tokendial.runs.image_scores import right_answers
 from tokendial.runs.run import Run
-from tokendial.runs.stored_logits import collect_logits, right_answers, scores_of
+from tokendial.runs.stored_logits import collect_logits, scores_of
 from tokendial.runtimes import ExportedViT
 from tokendial.runtimes.onnxruntime_sessions import open_file, quantized
 from tokendial.tasks import Classification, Task

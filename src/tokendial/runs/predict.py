@@ -8,16 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokendial.cascade import Cascade
 from tokendial.data.readers.images import ImageError
 from tokendial.data.readers.video import VideoError, VideoFile
 from tokendial.data.sets.shards import ShardImage
-from tokendial.model.dial import InferenceModel
-from tokendial.runs.compensated import load_compensated
-from tokendial.runs.device import default_device
+from tokendial.runs.answering import AnsweringModel
 from tokendial.runs.inputs import ImageReader
 from tokendial.runs.run import Run
-from tokendial.runs.started_runtime import start_runtime
 from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import Classification, Embeddings, VideoClassification
 
@@ -64,22 +60,7 @@ class ClassPredictor:
                 where one is asked for, the compensator does not fit it, or `degree` or `top` is out
                 of range.
         """
-        self.device, self.top = device or default_device(), top
-        if cascade and compensator:
-            raise ValueError(
-                "a cascade is calibrated without a compensator: leave out one of both."
-            )
-        model = load_compensated(run, compensator, self.device)
-        if degree is not None:
-            if cascade:
-                raise ValueError(f"degree cannot be combined with cascade, got {degree}.")
-            model.set_degree(degree)
-        self._cascade: Cascade | None = None
-        if cascade:
-            self._cascade = Cascade.load(
-                model, run.cascade_file, revision=run.revision(), numerics=runtime.numerics
-            )
-        self.classes, task = run.classes(), run.task()
+        self.classes, self.top, task = run.classes(), top, run.task()
         if isinstance(task, Embeddings):
             raise ValueError(f"{run.folder} has no classes to predict: use tokendial embed.")
         if not isinstance(task, Classification):
@@ -91,30 +72,27 @@ class ClassPredictor:
         self.task = task
         self.batch_size = task.eval_batch_size(batch_size)
         """Images, or videos, in one forward pass."""
-        self._transform = task.image_transform(model.anatomy)
-        example = torch.zeros(self.batch_size, *model.anatomy.input_shape, device=self.device)
-        degrees = self._cascade.degrees if self._cascade else (model.degree,)
-        self.model: InferenceModel = start_runtime(run, runtime, model, example, degrees)
-        if self._cascade:
-            self._cascade.model = self.model
+        self._answer = AnsweringModel(
+            run,
+            degree=degree,
+            batch_size=self.batch_size,
+            device=device,
+            runtime=runtime,
+            cascade=cascade,
+            compensator=compensator,
+        )
+        self._transform = task.image_transform(self._answer.anatomy)
         self._takes_videos = isinstance(task, VideoClassification)
         self._read_image = ImageReader(self._transform, run.value_range())
 
-    @torch.no_grad()
     def __call__(self, sources: Sequence[Source]) -> list[Answer]:
         """Predict a batch: one answer per source, in their order."""
         inputs = [self._read(source) for source in sources]
         readable = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
         if not readable:
             return [entry for entry in inputs if not isinstance(entry, Tensor)]
-        images = torch.stack(readable).to(self.device)
-        if self._cascade:
-            found = self._cascade.answer(images)
-            logits, degrees = found.logits, found.degrees
-        else:
-            logits = self.task.predict(self.model, images)
-            degrees = (self.model.degree,) * len(readable)
-        highest = self.task.probabilities(logits.float()).topk(self.top)
+        logits, degrees = self._answer(torch.stack(readable))
+        highest = self.task.probabilities(logits).topk(self.top)
         top = iter(zip(*highest, degrees, strict=True))
         answers: list[Answer] = []
         for source, entry in zip(sources, inputs, strict=True):

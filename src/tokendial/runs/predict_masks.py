@@ -16,12 +16,11 @@ from tokendial.data.readers.images import (
     read_image,
     warn_of_multi_picture_files,
 )
-from tokendial.model.dial_vit import DialViT
 from tokendial.model.windows import predict_windows
-from tokendial.runs.compensated import load_compensated
-from tokendial.runs.device import default_device
+from tokendial.runs.answering import AnsweringModel
 from tokendial.runs.mask_images import mask_image, mask_share, overlay_mask
 from tokendial.runs.run import Run
+from tokendial.runtimes import PLAIN, Runtime
 from tokendial.tasks import BinaryMasks, Embeddings, Segmentation
 from tokendial.tasks.dense_prediction import input_format
 
@@ -41,6 +40,8 @@ class MaskFile:
     """Path of the PNG file that shows the image under its mask. None if it was not requested."""
     share: float
     """Fraction of the pixels inside the mask, or of any class but the first, in [0, 1]."""
+    degree: int
+    """Degree of the dial that answered."""
 
 
 @torch.no_grad()
@@ -53,6 +54,8 @@ def predict_masks(
     overlay: bool = False,
     tiles: bool = False,
     device: str | None = None,
+    runtime: Runtime = PLAIN,
+    cascade: bool = False,
     compensator: str | Path | None = None,
 ) -> Iterator[MaskFile | ImageError]:
     """Predict the masks of images and write them to `out`, one answer per file, in their order.
@@ -68,12 +71,15 @@ def predict_masks(
         tiles: Whether to run the model on overlapping windows of the image at its own resolution,
             instead of resizing it. Use this for small objects in large images.
         device: Device to compute on. None means the accelerator if there is one, else the CPU.
+        runtime: Where and how the model computes.
+        cascade: Answer by the run's cascade, which `calibrate_cascade` writes, at no one degree.
         compensator: Folder of a compensator, which adapts the model to the degree. None: without.
 
     Raises:
         ValueError: If the run predicts no masks, the compensator does not fit it, the degree is not
-            offered, images lie in `out` itself, or the logits of an image in windows would take
-            more than 2 GiB.
+            offered, the run has no cascade that fits where one is asked for, `tiles` are asked of
+            it, images lie in `out` itself, or the logits of an image in windows would take more
+            than 2 GiB.
     """
     task = run.task()
     if not isinstance(task, BinaryMasks | Segmentation):
@@ -85,12 +91,18 @@ def predict_masks(
         raise ValueError(
             f"out must be another folder than that of the images, {in_out[0]} is in it."
         )
-    device = device or default_device()
-    model = load_compensated(run, compensator, device)
-    if degree is not None:
-        model.set_degree(degree)
+    if tiles and cascade:
+        raise ValueError("cascade answers whole images: it cannot be combined with tiles.")
+    answer = AnsweringModel(
+        run,
+        degree=degree,
+        device=device,
+        runtime=runtime,
+        cascade=cascade,
+        compensator=compensator,
+    )
     out.mkdir(parents=True, exist_ok=True)
-    transform, value_range = task.image_transform(model.anatomy), run.value_range()
+    transform, value_range = task.image_transform(answer.anatomy), run.value_range()
     names: Counter[str] = Counter()
     for path in files:
         try:
@@ -100,9 +112,10 @@ def predict_masks(
             continue
         warn_of_multi_picture_files([(path, count_pictures(path))])
         if tiles:
-            logits = _logits_in_tiles(model, image, task.augment.stride, device)
+            logits = _logits_in_tiles(answer, image, task)
+            answered = answer.model.degree
         else:
-            logits = task.predict(model, transform(image).unsqueeze(0).to(device))[0].float()
+            (logits,), (answered,) = answer(transform(image).unsqueeze(0))
         mask = mask_image(task, logits, (image.height, image.width))
         names[path.stem] += 1
         stem = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
@@ -111,22 +124,26 @@ def predict_masks(
         if overlay:
             _write_png(overlay_mask(image, mask), overlay_path)
         share = mask_share(task, mask)
-        yield MaskFile(str(path), str(mask_path), str(overlay_path) if overlay else None, share)
+        shown = str(overlay_path) if overlay else None
+        yield MaskFile(str(path), str(mask_path), shown, share, answered)
 
 
-def _logits_in_tiles(model: DialViT, image: Image.Image, stride: float, device: str) -> Tensor:
+def _logits_in_tiles(
+    answer: AnsweringModel, image: Image.Image, task: BinaryMasks | Segmentation
+) -> Tensor:
     """Logits [K, H, W] at the resolution of the image, enlarged to one window if it is smaller."""
-    window = model.anatomy.image_size
+    window = answer.anatomy.image_size
     height, width = max(image.height, window[0]), max(image.width, window[1])
-    needed = 4 * model.num_classes * height * width
+    needed = 4 * task.num_classes * height * width
     if needed > _MAX_LOGIT_BYTES:
         raise ValueError(
-            f"tiles: the logits of {width} x {height} pixels and {model.num_classes} classes take "
+            f"tiles: the logits of {width} x {height} pixels and {task.num_classes} classes take "
             f"{needed / 2**30:.1f} GiB, at most {_MAX_LOGIT_BYTES / 2**30:.0f} are allowed; "
             "predict without tiles."
         )
-    pixels = input_format(model.anatomy).normalise(image.resize((width, height)))
-    return predict_windows(model, pixels.unsqueeze(0).to(device), window, stride)[0]
+    pixels = input_format(answer.anatomy).normalise(image.resize((width, height)))
+    images = pixels.unsqueeze(0).to(answer.device)
+    return predict_windows(answer.model, images, window, task.augment.stride)[0].float()
 
 
 def _write_png(image: Image.Image, path: Path) -> None:

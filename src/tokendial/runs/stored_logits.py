@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tokendial.cascade.answers import answers, are_same
 from tokendial.model.dial import InferenceModel
 from tokendial.tasks import Classification
 
@@ -47,9 +46,3 @@ def scores_of(task: Classification, logits: Tensor, labels: Tensor) -> dict[str,
     metrics = task.metrics()
     metrics.update(logits, labels.long())
     return {name: float(value) for name, value in metrics.compute().items()}
-
-
-def right_answers(task: Classification, logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image is right (1 or 0) [N]. With several labels: whether all of them are."""
-    given = answers(logits, multi_label=task.multi_label)
-    return are_same(given, labels.long()).float()

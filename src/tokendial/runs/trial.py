@@ -13,7 +13,8 @@ from tokendial.measure import Interval, mean_difference
 from tokendial.model.dial import InferenceModel
 from tokendial.runs.cascade import time_cascade
 from tokendial.runs.evaluate import evaluate_loader, main_score
-from tokendial.runs.stored_logits import collect_logits, right_answers, scores_of
+from tokendial.runs.image_scores import right_answers
+from tokendial.runs.stored_logits import collect_logits, scores_of
 from tokendial.runs.ways import Schedule, Way
 from tokendial.runtimes import Runtime
 from tokendial.tasks import Classification, Task, VideoClassification

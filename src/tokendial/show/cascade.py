@@ -8,7 +8,7 @@ _CASCADE, _FIXED, _RANDOM = "#c05621", "#2b6cb0", "#a0aec0"
 
 
 def cascade_figure(report: CascadeReport, *, title: str = "") -> matplotlib.figure.Figure:
-    """Draw the difference of accuracy to the last degree against the mean time of an image.
+    """Draw the difference of accuracy (or IoU) to the last degree against the time of an image.
 
     Bars are the paired intervals. The dashed line leads from the cheapest degree alone to sending
     all images on from it: sending them on at random lies on it.
@@ -53,7 +53,7 @@ def cascade_figure(report: CascadeReport, *, title: str = "") -> matplotlib.figu
             fontsize=9,
         )
     axis.set_xlabel("milliseconds per image, mean (less is faster)")
-    axis.set_ylabel("accuracy minus the last degree (points)")
+    axis.set_ylabel(f"{report.measure} minus the last degree (points)")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
