@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from examples import images, tiny_vit
+from examples import images, perturbed, tiny_vit
 
 import tokendial as td
 from tokendial.tune import FitResult
@@ -91,6 +91,34 @@ def test_the_schedules_of_the_method_are_compared_too():
     others = {point.removed for point in td.fit(model, images(8), **settings).searched}
     assert removed[1] > 1
     assert removed not in others
+
+
+@torch.no_grad()
+def test_a_learnt_metric_is_fitted_with_its_weights(tmp_path):
+    method = td.LearntMetric(r=2, dim=4)
+    model = perturbed(td.wrap(tiny_vit(depth=3), reduce=method)).eval()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = images(40)
+    fitted = td.fit(model, seen, gmacs=0.7 * model.cost(0).gmacs, minutes=0.05)
+    assert (model.reduce_config, model.degree) == (method, 2)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    (degree,) = fitted.degrees
+    schedules = td.LearntMetric(r=[list(degree.found.removed)], dim=4)
+    assert fitted.reduce == schedules
+    model.save_pretrained(tmp_path)
+    again = td.load(tmp_path, tiny_vit(depth=3), reduce=schedules)
+    others = seen[fitted.images :][: fitted.images_judged]
+    model.set_degree(0)
+    p, q = model(others).log_softmax(-1), again(others).log_softmax(-1)
+    divergence = float((p.exp() * (p - q)).sum(-1).mean())
+    assert degree.found.divergence == pytest.approx(divergence, rel=1e-3)
+    for own, other, message in (
+        (method, td.ToMe(), "reduce must be the model's own LearntMetric.*, got ToMe"),
+        (method, td.LearntMetric(), "own LearntMetric.*dim=4.*, got LearntMetric.*dim=64"),
+        (td.ToMe(), method, "LearntMetric has weights, so the model has to be trained with it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            td.fit(td.wrap(tiny_vit(depth=3), reduce=own), seen, gmacs=0.01, reduce=other)
 
 
 def vit_that_reads_no_dark_patch():
@@ -240,7 +268,7 @@ def test_budgets_that_make_no_sense_raise(vit, settings, message):
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({"reduce": td.DAR()}, "whose own reduction has no weights, got DAR"),
+        ({"reduce": td.DAR()}, "reduce must be a method that removes tokens by number, .* got DAR"),
         ({"reduce": td.FFNMerge(r=8)}, "reduce must be a method that removes tokens by number"),
         ({"adapt": td.ConvPass(dim=4)}, "ConvPass needs the tokens of all patches"),
     ],

@@ -31,15 +31,15 @@ def load(
         vit: The backbone with its weights; None: it is built from its name, with the weights that
             the model was trained on (timm's own are downloaded where needed).
         reduce: Replace the reduction method that the model was trained with, and run at the degree
-            that the new method describes. Neither method may have weights of its own. None: the
+            that the new method describes. Both must have the same weights, or none. None: the
             model's own method, at the degree that it was saved at.
         revision: Branch, tag or commit of the repository on the hub; None: its main branch.
         token: Access token of the hub; None: the one that `hf auth login` stored, if any.
 
     Raises:
         ValueError: If the folder does not hold a saved model, `vit` is not the backbone that it
-            was trained on, or one of the two reduction methods has weights. A `vit` that was passed
-            is then as it was.
+            was trained on, or the two reduction methods have different weights. A `vit` that was
+            passed is then as it was.
     """
     saved = SavedModel.read(directory, revision=revision, token=token)
     methods: dict[str, Any] = {

@@ -16,7 +16,7 @@ millionth, because attention reads their logarithm.
 # absorbed, E that absorb, K targets that a token may move to.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,13 @@ from torch import Tensor, nn
 from tokendial.attention import ByProducts
 from tokendial.checks import check_count
 from tokendial.methods import register
-from tokendial.reduce.base import Reducer, ReducerConfig
-from tokendial.reduce.schedules import freeze_removal, make_removal_dial, patches_after_layers
+from tokendial.reduce.base import Reducer
+from tokendial.reduce.schedules import (
+    ScheduledConfig,
+    freeze_removal,
+    make_removal_dial,
+    patches_after_layers,
+)
 from tokendial.reduce.tome import bipartite_matching, in_float32, max_merged
 from tokendial.shape import ViTShape
 from tokendial.tokens import Grouping, Tokens, take
@@ -35,7 +40,7 @@ _LEAST_SIZE = 1e-6
 
 @register("reduce", "learnt_metric")
 @dataclass(frozen=True, kw_only=True)
-class LearntMetric(ReducerConfig):
+class LearntMetric(ScheduledConfig):
     """LearntMetric: ToMe, with a similarity that is learnt while the backbone may stay frozen."""
 
     r: int | Sequence[int | float] | Sequence[Sequence[int | float]] = 8
@@ -61,6 +66,14 @@ class LearntMetric(ReducerConfig):
         ):
             raise ValueError(f"temperatures must be two numbers above 0, got {pair!r}.")
         object.__setattr__(self, "temperatures", tuple(map(float, pair)))
+
+    def max_removed(self, num_patches: int) -> int:
+        """Largest number of patch tokens that one layer can merge of `num_patches`."""
+        return max_merged(num_patches)
+
+    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "LearntMetric":
+        """The same method with these schedules as its degrees 1, 2, ..."""
+        return replace(self, r=[list(each) for each in schedules])
 
     def build(self, vit: ViTShape) -> "LearntMetricReducer":
         """Make the module. Raises a ValueError if lists do not fit, see `make_schedule_dial`."""

@@ -23,6 +23,8 @@ class ScheduledModel:
 
     def __init__(self, model: DialViT, space: ScheduleSpace) -> None:
         self.model, self.space = model, space
+        self._own = model.reducer
+        """The model's own reducer. Its weights, if any, serve every schedule."""
         self.method = space.reduce
         """The method that follows the schedules: that of the space, or a variant of it."""
 
@@ -31,8 +33,11 @@ class ScheduledModel:
         model = self.model
         reduces = any(schedule)
         if reduces:
-            # Such methods have neither weights nor state, so a new reducer is as good as any.
-            model.reducer = self.method.with_schedules([schedule]).build(self.space.shape).eval()
+            reducer = self.method.with_schedules([schedule]).build(self.space.shape)
+            if next(reducer.parameters(), None) is not None:
+                assert self._own is not None  # as `method_to_fit` checks
+                reducer.load_state_dict(self._own.state_dict(), assign=True)
+            model.reducer = reducer.eval()
         model.set_degree(int(reduces))
         return model
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokendial.model.dial_vit import DialViT
 from tokendial.reduce import ToMe
@@ -36,21 +36,31 @@ def method_to_fit(model: DialViT, reduce: ScheduledConfig | None) -> ScheduledCo
 
     Raises:
         ValueError: If it does not remove tokens by number, its schedules do not fit the model, or
-            the model's own method has weights.
+            it or the model's own method has weights that the other has not.
     """
-    own = model.reduce_config
-    if model.reducer and next(model.reducer.parameters(), None) is not None:
-        raise ValueError(
-            f"fit needs a model whose own reduction has no weights, got {type(own).__name__}."
-        )
+    own, shape = model.reduce_config, model.anatomy.shape
     method = reduce or own or ToMe()
     if not isinstance(method, ScheduledConfig):
         raise ValueError(
             f"reduce must be a method that removes tokens by number, such as ToMe or EViT, got "
             f"{type(method).__name__}."
         )
-    method.schedules(model.anatomy.shape)  # an error if they do not fit
+    method.schedules(shape)  # an error if they do not fit
+    needed = _weights(method.with_schedules([[0]]).build(shape))
+    if needed != (trained := _weights(model.reducer)):
+        raise ValueError(
+            f"reduce must be the model's own {own}, which has trained weights, got {method}."
+            if trained
+            else f"reduce: {type(method).__name__} has weights, so the model has to be trained "
+            "with it before its schedules are fitted."
+        )
     return method
+
+
+def _weights(reducer: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a reducer, by name."""
+    named = reducer.named_parameters() if reducer else ()
+    return {name: tuple(weight.shape) for name, weight in named}
 
 
 def check_runtime(runtime: RuntimeChoice | None, kind: str) -> None:

@@ -80,8 +80,9 @@ def fit(
     left unchanged. Of PruneMerge, the share of tokens that is dropped is searched, too.
 
     Args:
-        model: A classifier, a model without a head, or one with a decoder. Its own reduction method
-            must have no weights.
+        model: A classifier, a model without a head, or one with a decoder. If its own reduction
+            method has weights, as LearntMetric's, that method is fitted, with these weights:
+            `tokendial.load(folder, reduce=found.reduce)` keeps them.
         images: Normalised images [N, 3, H, W], or clips [N, T, 3, H, W] of a video model, like
             those of later use; a few hundred. The search uses as many as the time allows, at most
             half. The others decide between the best schedules that it finds: on its own images a
