@@ -4,8 +4,10 @@ Every method that removes tokens by number runs with the same number in each lay
 schedule that `tokendial.fit` found at the same cost on 128 training images without their labels.
 ToMe runs with the shipped preset, too, which was fitted on other pictures at another size. Beside
 them stands what anyone can do without a method: smaller images at degree 0. The test images are
-judged as in the table `zero_training`: "changed" are answers of nearest neighbours that
-are others than at degree 0. Speed is measured in turns, in bfloat16, when nothing else runs.
+judged as in the table `zero_training`: "changed" are answers of nearest neighbours, among training
+images at the same degree, that are others than at degree 0. "Probe" are those of a linear
+classifier that was trained on features of degree 0 only. Speed is measured in turns, in bfloat16,
+when nothing else runs.
 """
 
 import functools
@@ -16,6 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
@@ -53,11 +58,14 @@ METHODS: dict[str, ScheduledConfig] = {
 BASELINE = ("ToMe", "constant")
 _IMAGES, _MINUTES = 128, 30.0
 """Training images of a fit, and its time limit."""
+_PROBE_C = 0.1
+"""Inverse strength of the linear classifier's weight decay, not tuned."""
 _BATCH, _SECONDS = 8, 4.0
 """Images of a timed batch, and the time for each setting."""
 HEADER = ("data", "method", "schedule", *(f"{100 * cost:.0f} %: accuracy" for cost in COSTS),
           *(f"{100 * cost:.0f} %: changed" for cost in COSTS),
-          "60 %: changed / constant ToMe's",
+          "60 %: changed / constant ToMe's", "60 %: probe's changed",
+          "60 %: probe's changed / constant ToMe's",
           *(f"{100 * c:.0f} %: speed" for c in COSTS))  # fmt: skip
 
 
@@ -196,23 +204,34 @@ def speeds(options: Options) -> dict[str, float]:
     return cached(options.out / "compare_reducers" / "speeds.json", compute)
 
 
+def linear_probe(full: dict[str, np.ndarray]) -> Pipeline:
+    """A logistic regression on standardised training features at degree 0."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=_PROBE_C, max_iter=2000))
+    return probe.fit(full["train"], full["train labels"])
+
+
 def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
     """The rows of a data set."""
     full, draws = features(data, Reduction(), options), resampling(data, options)
     unreduced, fast = per_image(full, full), speeds(options)
+    probe, labels = linear_probe(full), full["test labels"]
+    whole = probe.predict(full["test"])
 
     def scores(of_images: np.ndarray) -> np.ndarray:
         return resampled_scores(draws, mean, [of_images], np.zeros(len(of_images)))
 
-    rows, changed = [], {}
+    rows, changed, probe_changed = [], dict[Any, np.ndarray](), dict[Any, np.ndarray]()
     for (method, schedule), cost in itertools.product(kinds(), COSTS):
-        setting = Setting(method, schedule, cost)
+        setting, key = Setting(method, schedule, cost), (method, schedule, cost)
         config = reduce_config(setting, data, options)
         found = values(setting, data, options)
-        each = per_image(found, full)
-        changed[method, schedule, cost] = scores(1 - each["agreement"])
+        each, answers = per_image(found, full), probe.predict(found["test"])
+        right = (answers == labels).astype(float) - (whole == labels)
+        changed[key] = scores(1 - each["agreement"])
+        probe_changed[key] = scores((answers != whole).astype(float))
         with np.errstate(divide="ignore", invalid="ignore"):  # draws without a changed answer
-            ratio = changed[method, schedule, cost] / changed[(*BASELINE, cost)]
+            ratio = changed[key] / changed[(*BASELINE, cost)]
+            probe_ratio = probe_changed[key] / probe_changed[(*BASELINE, cost)]
         rows.append(
             {
                 "data": data,
@@ -224,8 +243,11 @@ def rows_of(data: str, options: Options) -> list[dict[str, Any]]:
                 "accuracy minus degree 0": interval(
                     scores(each["same degree"] - unreduced["same degree"])
                 ),
-                "changed": interval(changed[method, schedule, cost]),
+                "changed": interval(changed[key]),
                 "changed / ToMe's": interval(ratio),
+                "probe minus degree 0": interval(scores(right)),
+                "probe changed": interval(probe_changed[key]),
+                "probe changed / ToMe's": interval(probe_ratio),
                 "cosine": interval(scores(each["cosine"])),
                 "speed": fast[setting.name],
                 "img_size": side_of(setting, options),
@@ -240,7 +262,8 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines = []
     for _, group in itertools.groupby(rows, key=lambda row: (row["method"], row["schedule"])):
         along = list(group)
-        ratio = next(row["changed / ToMe's"] for row in along if row["wanted"] == 0.6)
+        middle = next(row for row in along if row["wanted"] == 0.6)
+        ratio, probe_ratio = middle["changed / ToMe's"], middle["probe changed / ToMe's"]
         lines.append(
             (
                 along[0]["data"],
@@ -249,6 +272,8 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
                 *(row["accuracy minus degree 0"].percent(sign=True) for row in along),
                 *(row["changed"].percent() for row in along),
                 f"{ratio.value:.2f} ({ratio.low:.2f}, {ratio.high:.2f})",
+                middle["probe changed"].percent(),
+                f"{probe_ratio.value:.2f} ({probe_ratio.low:.2f}, {probe_ratio.high:.2f})",
                 *(f"{row['speed']:.2f}x" for row in along),
             )
         )

@@ -36,7 +36,7 @@ def options(monkeypatch, tmp_path):
     monkeypatch.setattr(zero_training, "SIDES", (28, 24, 20))
     monkeypatch.setattr(compare_reducers, "resampling", lambda data, options: Resampling(IMAGES, 1))
     monkeypatch.setattr(compare_reducers, "METHODS", {"ToMe": td.ToMe(), "PiToMe": td.PiToMe()})
-    monkeypatch.setattr(compare_reducers, "_MINUTES", 0.05)
+    monkeypatch.setattr(compare_reducers, "_MINUTES", 0.02)
     monkeypatch.setattr(compare_reducers, "_SECONDS", 0.0)
     return Options(out=tmp_path, jobs=1)
 
@@ -53,7 +53,15 @@ def test_every_method_is_compared_at_the_wanted_costs(options):
         assert row["speed"] > 0
     baseline = [row for row in rows if (row["method"], row["schedule"]) == ("ToMe", "constant")]
     for row in baseline:
-        assert row["changed / ToMe's"].value == 1.0 or row["changed"].value == 0.0
+        for what in ("changed", "probe changed"):
+            assert row[f"{what} / ToMe's"].value == 1.0 or row[what].value == 0.0
+    full, config = zero_training.features("elpv", zero_training.Reduction(), options), baseline[1]
+    probe = compare_reducers.linear_probe(full)
+    reduced = compare_reducers.values(Setting("ToMe", "constant", 0.6), "elpv", options)
+    answers, whole = probe.predict(reduced["test"]), probe.predict(full["test"])
+    assert 0 < config["probe changed"].value == pytest.approx((answers != whole).mean())
+    right = (answers == full["test labels"]).mean() - (whole == full["test labels"]).mean()
+    assert config["probe minus degree 0"].value == pytest.approx(right)
     assert all(row["cost"] <= row["wanted"] for row in rows if row["schedule"] == "fitted")
     lines = cells(rows)
     assert [line[1:3] for line in lines] == compare_reducers.kinds()
