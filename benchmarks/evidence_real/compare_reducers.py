@@ -118,8 +118,12 @@ def fitted(data: str, method: str, options: Options) -> dict[str, Any]:
 
 def share(config: ScheduledConfig | None, options: Options) -> float:
     """Cost at degree 1 or at its r, as a share of that at degree 0."""
-    model = td.wrap(backbone(IMG_SIZE, options), reduce=config)
-    return model.cost().macs / model.cost(0).macs
+    return _macs(config, options) / _macs(None, options)
+
+
+@functools.cache
+def _macs(config: ScheduledConfig | None, options: Options) -> int:
+    return td.wrap(backbone(IMG_SIZE, options), reduce=config).cost().macs
 
 
 @functools.cache

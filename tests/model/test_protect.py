@@ -1,8 +1,9 @@
 """Protected patches stay tokens of their own, whatever the method and the mask."""
 
 import pytest
+import timm
 import torch
-from examples import images, tiny_vit
+from examples import images, perturbed, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whole_models import WHOLE, whole_model
@@ -155,6 +156,25 @@ def test_patches_are_protected_in_training(method):
     assert (seen == 0).any()
 
 
+@torch.no_grad()
+def test_a_mask_protects_the_same_patches_in_each_time_step_of_a_clip():
+    sizes = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("videomae_small_patch16_224", frames=4, num_classes=3, **sizes)
+    model = td.wrap(perturbed(vit), reduce=td.ToMe(r=20)).eval()
+    clips = torch.randn(2, *model.anatomy.input_shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[1, 2:5] = True
+    reduced = model(clips)
+    with model.protecting(mask):
+        once = model(clips)
+    with model.protecting(torch.cat([mask, mask])):
+        torch.testing.assert_close(model(clips), once, atol=0, rtol=0)
+    assert not torch.equal(once, reduced)
+    message = r"must have 4 x 6 patches \(rows x columns\), got 6 x 4"
+    with model.protecting(mask.T), pytest.raises(ValueError, match=message):
+        model(clips)
+
+
 def test_attached_dials_protect_too():
     for name in ("CLIP", "DINOv2 features", "timm ViT", "open_clip"):
         model, pictures = whole_model(name)
@@ -189,7 +209,13 @@ def test_boxes_become_the_patches_that_they_touch():
         (td.ToMe(), None, torch.ones(8, 8), r"must be a bool tensor .* got torch.float32 \[8, 8\]"),
         (td.ToMe(), None, [[True]], "must be a bool tensor .* got list"),
         (td.ToMe(), None, torch.ones(64, dtype=torch.bool), r"got torch.bool \[64\]"),
-        (td.ToMe(), None, torch.ones(9, 9, dtype=torch.bool), "must have 64 patches for each of 2"),
+        (td.ToMe(), None, torch.ones(9, 9, dtype=torch.bool), r"must have 8 x 8 patches .* 9 x 9"),
+        (
+            td.ToMe(),
+            None,
+            torch.ones(4, 16, dtype=torch.bool),
+            r"must have 8 x 8 patches .* 4 x 16",
+        ),
         (td.ToMe(), None, torch.ones(3, 8, 8, dtype=torch.bool), r"2 images, got \[3, 64\]"),
         (
             td.FrameByFrame(reduce=td.ToMe(r=4)),

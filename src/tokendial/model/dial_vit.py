@@ -133,7 +133,8 @@ class DialViT(nn.Module):
 
         Args:
             mask: Bool, True for patches to protect: [rows, columns] for all images, or
-                [B, rows, columns]. `patches_in_boxes` makes one from boxes.
+                [B, rows, columns]. `patches_in_boxes` makes one from boxes. For clips those of one
+                time step, or of all of them one below the other.
 
         Raises:
             ValueError: If it is no such mask, the reduction method cannot protect patches, or an

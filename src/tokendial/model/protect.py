@@ -28,14 +28,22 @@ def protect(tokens: Tokens, mask: Tensor, reducer: Reducer | None) -> Tokens:
 
     Args:
         tokens: Tokens of B images.
-        mask: [rows, columns] for all images, or [B, rows, columns].
+        mask: [rows, columns] for all images, or [B, rows, columns]. For clips those of one time
+            step, or of all of them one below the other.
         reducer: The reduction method, which says where it looks for them.
 
     Raises:
         ValueError: If the mask does not have the patches of these images.
     """
-    images = tokens.x.shape[0]
+    images, (rows, columns) = tokens.x.shape[0], tokens.grid
     each = mask.expand(images, -1, -1) if mask.dim() == 2 else mask
+    if each.shape[1:] == (rows, columns):
+        each = each.repeat(1, tokens.grids, 1)
+    elif rows > 1 and each.shape[1:] != (tokens.grids * rows, columns):  # one row: not known
+        raise ValueError(
+            f"mask must have {rows} x {columns} patches (rows x columns), got "
+            f"{mask.shape[-2]} x {mask.shape[-1]}."
+        )
     in_place = reducer is not None and reducer.protects_in_place
     return tokens.with_protected(each.flatten(1), in_place=in_place)
 
