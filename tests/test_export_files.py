@@ -43,6 +43,7 @@ METHODS = {
     "learnt_metric": td.LearntMetric(r=4, dim=8),
     "pyra": td.PYRA(r=4),
     "in_windows": td.InWindows(reduce=td.ToMe(r=1)),
+    "in regions": td.InWindows(reduce=td.ToMe(r=4), regions=[[0, 0, 1, 1]] * 3 + [[1] * 4]),
     "frame_by_frame": td.FrameByFrame(reduce=td.ToMe(r=4)),
     "stack": td.Stack(methods=[td.ToMe(r=4), td.DyT(selection="topk")]),
 }

@@ -102,6 +102,7 @@ SETTINGS = {
     td.InWindows: {
         "reduce": st.sampled_from([td.ToMe(r=[8, 1]), {"name": "evit", "r": [[1], [2]]}]),
         "windows": st.lists(counts, min_size=2, max_size=2),
+        "regions": st.none(),  # they exclude other windows: see tests/reduce/test_in_windows.py
     },
     td.FrameByFrame: {
         "reduce": st.sampled_from([td.ToMe(r=[8, 1]), {"name": "evit", "r": [[1], [2]]}])

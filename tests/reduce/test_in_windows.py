@@ -95,6 +95,92 @@ def test_rotary_positions_follow_the_patches():
     assert torch.nn.functional.cosine_similarity(model(images(2, *size)), full).min() > 0.9
 
 
+IN_REGIONS = {
+    "tome": td.ToMe(r=12),
+    "tome similarity": td.ToMe(r=[[0.2, 0.1, 0.3]], sizes="similarity"),
+    "pitome": td.PiToMe(r=12),
+    "evit": td.EViT(r=12),
+    "drop": td.EViT(r=12, rest="drop"),
+    "prune_merge": td.PruneMerge(r=12),
+}
+# A frame, a disc in it that is one patch wide in places, and a single patch.
+SHAPES = [[int((row - 3) ** 2 + (column - 4) ** 2 < 7) for column in range(8)] for row in range(8)]
+SHAPES[7][7] = 5
+QUARTERS = [[2 * (row // 4) + column // 4 for column in range(8)] for row in range(8)]
+
+
+@pytest.mark.parametrize("method", IN_REGIONS)
+@torch.no_grad()
+def test_tokens_of_different_regions_never_merge_and_each_loses_its_share(method):
+    reduce = td.InWindows(reduce=IN_REGIONS[method], regions=SHAPES)
+    model = td.wrap(tiny_vit(), reduce=reduce).eval()
+    region = torch.tensor(SHAPES).flatten()
+    counts = [int((region == number).sum()) for number in (0, 1, 5)]
+    plain = td.wrap(tiny_vit(), reduce=IN_REGIONS[method]).eval()
+    whole = [step.tokens.x.shape[1] for step in plain.steps(images())]
+    for step, of_whole in zip(model.steps(images(), track=True), whole, strict=True):
+        assert step.tokens.x.shape[1] == pytest.approx(of_whole, abs=6)
+        for image in step.tokens.origin[:, 1:]:
+            tokens = [{*image[(region == n) & (image >= 0)].tolist()} for n in (0, 1, 5)]
+            assert len(set.union(*tokens)) == sum(map(len, tokens))
+            assert image[-1] == step.tokens.x.shape[1] - 1  # a patch alone has no partner
+            for count, left in zip(counts[:2], tokens, strict=False):
+                kept = (step.tokens.x.shape[1] - 1) / 64
+                if method not in ("drop", "prune_merge"):  # whose dropped patches have no token
+                    assert len(left) == pytest.approx(kept * count, abs=4)
+
+
+@pytest.mark.parametrize("method", IN_REGIONS)
+@torch.no_grad()
+def test_one_region_is_the_method_itself_and_quarters_are_windows(method):
+    def logits(reduce):
+        return td.wrap(tiny_vit(), reduce=reduce).eval()(images())
+
+    whole = td.InWindows(reduce=IN_REGIONS[method], regions=[[7] * 8] * 8)
+    torch.testing.assert_close(logits(whole), logits(IN_REGIONS[method]))
+    if method in METHODS:
+        quarters = td.InWindows(reduce=IN_REGIONS[method], regions=QUARTERS)
+        windows = td.InWindows(reduce=METHODS[method])
+        torch.testing.assert_close(logits(quarters), logits(windows))
+
+
+@torch.no_grad()
+def test_regions_compile_as_one_graph_and_keep_rotary_positions():
+    vit, size = backbone("dinov3")
+    rows, columns = td.wrap(vit).feature_map(images(1, *size)).shape[2:]
+    regions = [[int(column > row) for column in range(columns)] for row in range(rows)]
+    model = td.wrap(vit, reduce=td.InWindows(reduce=td.ToMe(r=2), regions=regions)).eval()
+    reduced = model(images(2, *size))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images(2, *size)), reduced)
+    model.set_degree(0)
+    full = model(images(2, *size))
+    assert not torch.equal(reduced, full)
+    assert torch.nn.functional.cosine_similarity(reduced, full).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"regions": [[0, 1], [0]]},
+            r"regions must be rows of as many integers each, .* \[\[0, 1\]",
+        ),
+        ({"regions": [[0.5]]}, "regions must be rows of as many integers"),
+        ({"regions": 3}, "regions must be rows of as many integers"),
+        ({"regions": SHAPES, "windows": (1, 2)}, "set windows or regions, not both"),
+        ({"regions": [[0] * 7] * 7}, "regions must number each of the 64 patches, got 7 x 7"),
+        ({"regions": [[0] * 16] * 4}, "regions must have the image's 8 x 8 patches, got 4 x 16"),
+        ({"regions": SHAPES, "reduce": td.EViT(keep_rate=0.7)}, "removes tokens by r, got EViT"),
+        ({"regions": SHAPES, "reduce": td.FFNMerge(r=4, step=4)}, "removes tokens by r, got FFNM"),
+        ({"regions": SHAPES, "reduce": td.LearntMetric()}, "without weights, got LearntMetric"),
+    ],
+)
+def test_regions_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        td.wrap(tiny_vit(), reduce=td.InWindows(**{"reduce": td.ToMe(r=2), **settings}))(images())
+
+
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="windows must be two integers of at least 1, got 2"):
         td.InWindows(reduce=td.ToMe(), windows=2)

@@ -1,5 +1,7 @@
 """Reduction in windows: a method reduces the tokens of each window of the image separately.
 
+Instead of equal windows there may be regions of any shape, see `in_regions`.
+
 Tokens of different windows never merge, and every window keeps the same number of tokens, so that
 no region of the image loses its detail to another one. Matching is cheaper, too: tokens are
 compared within their window only. Attention still reads the whole image.
@@ -7,6 +9,7 @@ compared within their window only. Attention still reads the whole image.
 Source: none; it is a variant of this library.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from tokendial.methods import register
 from tokendial.reduce.base import ReducerConfig
+from tokendial.reduce.in_regions import InRegionsReducer
 from tokendial.reduce.part_by_part import PartByPartReducer, read_inner
 from tokendial.shape import ViTShape
 from tokendial.tokens import Tokens, take
@@ -31,6 +35,11 @@ class InWindows(ReducerConfig):
     windows: tuple[int, int] = (2, 2)
     """Number of windows in a column and in a row. They must divide the rows and the columns of
     patches."""
+    regions: Sequence[Sequence[int]] | None = None
+    """Instead of `windows`: a number for each patch, as rows of columns. Patches of the same number
+    form a region of any shape and size. The method's `r` counts for the whole image then, and each
+    region loses the share of its patches that the image loses. Methods: ToMe, EViT by `r`, PiToMe
+    by `r`, PruneMerge."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reduce", read_inner(self.reduce, "in_windows"))
@@ -40,16 +49,35 @@ class InWindows(ReducerConfig):
         ):
             raise ValueError(f"windows must be two integers of at least 1, got {pair!r}.")
         object.__setattr__(self, "windows", tuple(pair))
+        if self.regions is not None:
+            if self.windows != (2, 2):
+                raise ValueError(f"set windows or regions, not both: got windows={self.windows}.")
+            object.__setattr__(self, "regions", _checked_regions(self.regions))
 
-    def build(self, vit: ViTShape) -> "InWindowsReducer":
+    def build(self, vit: ViTShape) -> "InWindowsReducer | InRegionsReducer":
         """Make the module.
 
         Raises:
-            ValueError: If the backbone takes clips, or the method does not fit one window.
+            ValueError: If the backbone takes clips, the method does not fit one window, or the
+                regions do not fit the backbone.
         """
         if vit.num_grids > 1:
             raise ValueError("in_windows is for images; for clips there is frame_by_frame.")
+        if self.regions is not None:
+            return InRegionsReducer(self.reduce, self.regions, vit)
         return InWindowsReducer(self, vit)
+
+
+def _checked_regions(rows: object) -> tuple[tuple[int, ...], ...]:
+    """The rows as tuples; a ValueError unless they are equally long lists of integers."""
+    if isinstance(rows, list | tuple) and rows and all(isinstance(r, list | tuple) for r in rows):
+        frozen = tuple(map(tuple, rows))
+        are_integers = all(type(number) is int for row in frozen for number in row)
+        if len({len(row) for row in frozen}) == 1 and frozen[0] and are_integers:
+            return frozen
+    raise ValueError(
+        f"regions must be rows of as many integers each, one for a patch, got {rows!r:.60}."
+    )
 
 
 class InWindowsReducer(PartByPartReducer):
