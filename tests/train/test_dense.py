@@ -199,6 +199,11 @@ def test_a_cascade_answers_for_masks(binary, semantic, pictures, tmp_path, cli):
     assert all(of_degree[by][path][1] == mask for path, (by, mask) in found.items())
     for asked, options, message in (
         (run, ("predict", pictures, "--out", tmp_path / "m", "--cascade", "--tiles"), "with tiles"),
+        (
+            run,
+            ("cascade", "--degrees", f"{degree},0", "--max-lost", 0.6),
+            "max_lost is for classes",
+        ),
         (semantic, ("cascade", "--degrees", "2,0", "--max-changed", 0.6), "slide: windows"),
     ):
         code, _, err = cli(options[0], asked.folder, *options[1:])

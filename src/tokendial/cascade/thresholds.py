@@ -113,6 +113,20 @@ def read_promise(max_changed: float | None, max_lost: float | None) -> tuple[Har
     raise ValueError("a cascade needs either max_changed or max_lost.")
 
 
+def check_promise(harm: Harm, allowed: float, confidence: float, count: int) -> None:
+    """Raise a ValueError if a number is out of range, or `count` images cannot show the bound."""
+    for name, value in ((f"max_{harm}", allowed), ("confidence", confidence)):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"{name} must lie in (0, 1), got {value}.")
+    needed, choosing = smallest_sample(allowed, confidence), round(_CHOOSING * count)
+    if count - choosing < needed or not choosing:
+        whole = math.ceil(needed / (1 - _CHOOSING)) + 1
+        raise ValueError(
+            f"max_{harm} {allowed:g} at confidence {confidence:g} needs at least {whole} images to "
+            f"calibrate on, got {count}."
+        )
+
+
 def choose_thresholds(
     observations: Observations,
     harm: Harm,
@@ -141,19 +155,10 @@ def choose_thresholds(
     Source:
         Fixed-sequence testing: Angelopoulos et al., "Learn then Test" (arXiv 2110.01052).
     """
-    for name, value in ((f"max_{harm}", allowed), ("confidence", confidence)):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"{name} must lie in (0, 1), got {value}.")
     count = observations.sure.shape[1]
+    check_promise(harm, allowed, confidence, count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     choosing, counting = order.tensor_split([round(_CHOOSING * count)])
-    needed = smallest_sample(allowed, confidence)
-    if len(counting) < needed or not len(choosing):
-        whole = math.ceil(needed / (1 - _CHOOSING)) + 1
-        raise ValueError(
-            f"max_{harm} {allowed:g} at confidence {confidence:g} needs at least {whole} images to "
-            f"calibrate on, got {count}."
-        )
     surest_first = observations.of(choosing).sure.sort(dim=1, descending=True).values
     counted = observations.of(counting)
     never = (math.inf,) * len(observations.sure)

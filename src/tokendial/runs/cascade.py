@@ -16,7 +16,7 @@ from tokendial.cascade import (
     ScoreName,
     choose_thresholds,
 )
-from tokendial.cascade.thresholds import Harm, read_promise
+from tokendial.cascade.thresholds import Harm, check_promise, read_promise
 from tokendial.measure import Interval, Timing, bootstrap_interval, mean_difference, time_in_rounds
 from tokendial.measure.timing import percentiles
 from tokendial.runs.degrees import spread_degrees
@@ -124,9 +124,13 @@ def calibrate_cascade(
     """
     harm, allowed = read_promise(max_changed, max_lost)
     task = check_has_cascades(run)
+    if harm == "lost" and not isinstance(task, Classification):
+        raise ValueError("max_lost is for classes, and this run gives masks: use max_changed.")
     model = run.model().to(device or default_device())
     Cascade(model, degrees)  # refuses degrees before anything is exported
     _, loader = validation_set(run, model, batch_size)
+    count = len(loader.dataset)  # type: ignore[arg-type]  # it has a length
+    check_promise(harm, allowed, confidence, count)  # before the images are run
     between = tuple(d for d in model.degrees if degrees[-1] <= d <= degrees[0])
     fixed = sorted({*spread_degrees(model, _FIXED, between), *degrees})
     example = first_images(loader, model, batch_size).to(model.device)
