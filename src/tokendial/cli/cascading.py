@@ -88,7 +88,8 @@ def cascade(
     print(f"wrote {plot}")
     options = "" if runtime == "torch" else f" --runtime {runtime}"
     options += "" if precision == "fp32" else f" --precision {precision}"
-    print(f"wrote {opened.cascade_file}: tokendial predict {run} IMAGES --cascade{options}")
+    masks = "" if report.measure == "accuracy" else " --out MASKS"
+    print(f"wrote {opened.cascade_file}: tokendial predict {run} IMAGES{masks} --cascade{options}")
 
 
 def _table(report: "CascadeReport") -> Table:
@@ -118,7 +119,7 @@ def _lines(report: "CascadeReport") -> list[str]:
     minus_fixed, minus_random = (
         interval.percent(sign=True) for interval in (report.minus_fixed, report.minus_random)
     )
-    return [
+    lines = [
         f"{what}: {found.harmed} of {found.images}; with {found.confidence:.0%} confidence at most "
         f"{100 * found.bound:.2f} % (allowed {100 * found.allowed:g} %)",
         f"sent on: {sent} of the images; answered early from {thresholds} on",
@@ -126,3 +127,9 @@ def _lines(report: "CascadeReport") -> list[str]:
         f"{report.measure} minus sending on at random: {minus_random}",
         "The promise holds for images like these. Another share sent on means other images.",
     ]
+    if found.sent_on[0] == 1.0:
+        lines.append(
+            f"No image is answered early, so this cascade only costs time: start at a degree below "
+            f"{report.degrees.partition('→')[0]}, or allow more."
+        )
+    return lines

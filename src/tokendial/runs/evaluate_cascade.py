@@ -24,8 +24,9 @@ from tokendial.runs.run import Run
 from tokendial.runs.started_runtime import start_runtime
 from tokendial.runtimes import PLAIN, Runtime
 
-_BATCHES = 20
-"""Batches that are timed. They hold other images, because those decide a cascade's time."""
+_TIMED, _MIN_BATCHES, _MAX_BATCHES = 200, 3, 100
+"""Images to time, and the fewest and the most batches of them. Other images in each batch, because
+they decide a cascade's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def evaluate_cascade(
     others = degrees_to_show(model, degrees) if degrees else cascade.degrees
     fixed = [*sorted({*others} - {last}, reverse=True), last]
     task, loader = validation_set(run, model, batch_size)
-    images = first_images(loader, model, _BATCHES * batch_size)
+    rounds = min(_MAX_BATCHES, max(_MIN_BATCHES, _TIMED // batch_size))
+    images = first_images(loader, model, rounds * batch_size)
     started = sorted({*fixed, *cascade.degrees})
     fast = start_runtime(run, runtime, model, images[:batch_size].to(model.device), started)
     cascade.model = fast
@@ -111,7 +113,7 @@ def evaluate_cascade(
     counter.show(f"measuring the speed of the cascade and {len(fixed)} degrees in turns")
     size = min(batch_size, len(images))
     batches = torch.split(images[: len(images) // size * size], size)
-    timings = time_cascade(cascade, fixed, batches * math.ceil(_BATCHES / len(batches)))
+    timings = time_cascade(cascade, fixed, batches * math.ceil(rounds / len(batches)))
     seconds = [sum(timing.times) / len(timing.times) for timing in timings]
     shares = [answered[degree] / answered.total() for degree in cascade.degrees]
     stages = [model.cost(degree).gmacs for degree in cascade.degrees]
