@@ -24,6 +24,7 @@ COMMANDS = {
     "answers": "answers of a server, compared with the offline model",
     "evidence_dense_adapter": "accuracy of Dense Adapters and of other methods, on real images",
     "evidence_tocom": "accuracy that ToCom recovers between degrees, trained on real images",
+    "evidence_all_degrees": "accuracy of models trained for all degrees at once, on real images",
     "evidence_fit": "agreement of fitted and of constant schedules at the same measured time",
     "evidence_fit_real": "the same on a real model, by nearest neighbours and by masks",
     "evidence_dar": "scores of DAR, DAR* and a linear decoder, trained on real objects",

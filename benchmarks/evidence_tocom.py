@@ -87,8 +87,12 @@ class FineTunedModel:
 
     def train(self, options: argparse.Namespace) -> None:
         """Fine-tune the model."""
+        command("train", "demo", self.settings(options))
+
+    def settings(self, options: argparse.Namespace) -> dict[str, Any]:
+        """Settings of its training."""
         epochs, lr = TASKS[self.task]
-        settings = {
+        return {
             "output": str(self.folder(options.out)),
             "seed": self.seed,
             "reduce": to_json("reduce", DIALS[self.dial]) if self.dial else None,
@@ -100,7 +104,6 @@ class FineTunedModel:
             "train.epochs": epochs,
             "train.lr": lr,
         }
-        command("train", "demo", settings)
 
 
 @dataclass(frozen=True)

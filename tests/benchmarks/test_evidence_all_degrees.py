@@ -3,10 +3,13 @@
 Scores are made here, one for each model and setting; whether they are right is for other tests.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from benchmarks import evidence_all_degrees as scenes
 from benchmarks.evidence_real import all_degrees
 from benchmarks.evidence_real.classifiers import Setting
 
@@ -43,6 +46,31 @@ def test_each_column_is_compared_with_the_model_that_was_trained_there(monkeypat
     assert [setting.compensator is None for setting in settings] == [True] * 2 + [False] + [
         True
     ] * 3
+
+
+def test_on_scenes_each_column_is_compared_with_the_model_that_was_trained_there(monkeypatch):
+    """Answers are made here: whether the right models give them is asked."""
+    asked = []
+
+    def right(kind, task, seed, dial, degree, out):
+        asked.append((kind, scenes.of_kind(kind, task, seed, dial, degree)))
+        share = {"trained there": 0.5, "ToCom": 0.4}.get(kind, 0.3)
+        return [number < share * scenes.TEST for number in range(scenes.TEST)]
+
+    monkeypatch.setattr(scenes, "right_answers", right)
+    row = scenes.row("count", "tome", 16, Path())
+    assert row["accuracy"] == pytest.approx(
+        {**dict.fromkeys(scenes.KINDS, 0.3), "trained there": 0.5, "ToCom": 0.4}
+    )
+    assert row["minus trained there"]["ToCom"].startswith("-10.0 (")
+    of_seed = {kind: model for kind, model in asked if model.seed == 1}
+    assert [of_seed[kind].source for kind in scenes.KINDS] == [16, 0, 0, 16, 16, 16]
+    options = argparse.Namespace(out=Path("out"), scenes=3000)
+    settings = {kind: of_seed[kind].settings(options) for kind in scenes.KINDS}
+    assert [each["data.train_size"] for each in settings.values()] == [3000] * 5 + [750]
+    assert settings["short sandwich"]["train.degrees"] == {"sandwich": 2}
+    assert "train.degrees" not in settings["trained there"]
+    assert len({each["output"] for each in settings.values()}) == 5  # ToCom's is trained at 0
 
 
 def test_a_compensator_adds_nothing_where_nothing_is_reduced():
