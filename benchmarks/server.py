@@ -21,7 +21,8 @@ from typing import Any
 from benchmarks.load import check_loopback, play_closed
 
 COMMAND = (sys.executable, "-m", "tokendial.cli", "serve")
-START_S, STOP_S = 120.0, 60.0
+START_S, STOP_S = 900.0, 60.0
+"""Seconds to wait for a server to start, which may export every degree first, and to end."""
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 _GAIN = 1.02
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))

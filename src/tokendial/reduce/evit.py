@@ -132,7 +132,7 @@ class EViT(ScheduledConfig):
         """
         return max(0, num_patches - 1 - (self.rest != "drop"))
 
-    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "EViT":
+    def with_schedules(self, schedules: Sequence[Sequence[int | float]]) -> "EViT":
         """The same method with these schedules as its degrees 1, 2, ..."""
         r = [list(schedule) for schedule in schedules]
         return replace(self, r=r, keep_rate=None, shrink=None)

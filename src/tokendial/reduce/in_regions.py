@@ -47,7 +47,7 @@ class InRegionsReducer(Reducer):
         sizes = [count for _, count in sorted(Counter(numbers).items())]
         self._sizes = [_sizes_of_region(reduce, size, shares, vit.depth) for size in sizes]
         """Patch tokens that enter each layer, and that leave the last: [R][degree][layer - 1]."""
-        each = reduce.with_schedules(shares)  # type: ignore[arg-type]  # shares are allowed, too
+        each = reduce.with_schedules(shares)
         self.inner = nn.ModuleList(each.build(replace(vit, num_patches=size)) for size in sizes)
         """The method in each region."""
         if any(True for _ in self.inner.parameters()):

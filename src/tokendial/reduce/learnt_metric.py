@@ -71,7 +71,7 @@ class LearntMetric(ScheduledConfig):
         """Largest number of patch tokens that one layer can merge of `num_patches`."""
         return max_merged(num_patches)
 
-    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "LearntMetric":
+    def with_schedules(self, schedules: Sequence[Sequence[int | float]]) -> "LearntMetric":
         """The same method with these schedules as its degrees 1, 2, ..."""
         return replace(self, r=[list(each) for each in schedules])
 

@@ -135,7 +135,7 @@ class PruneMerge(ScheduledConfig):
         """Largest number of patch tokens that one layer can remove: all but one."""
         return max(0, num_patches - 1)
 
-    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "PruneMerge":
+    def with_schedules(self, schedules: Sequence[Sequence[int | float]]) -> "PruneMerge":
         """The same method with these schedules as its degrees 1, 2, ...
 
         Of what a layer removes, the same share is dropped as before. Where `pruned` says how many

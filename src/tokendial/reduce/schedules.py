@@ -35,11 +35,12 @@ class ScheduledConfig(ReducerConfig):
         """Largest number of patch tokens that one layer can remove of `num_patches`."""
 
     @abstractmethod
-    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> Self:
+    def with_schedules(self, schedules: Sequence[Sequence[int | float]]) -> Self:
         """The same method with these schedules as its degrees 1, 2, ...
 
         Args:
-            schedules: Tokens to remove in each layer, from the most to the least expensive.
+            schedules: Tokens, or shares of the patches, to remove in each layer, from the most to
+                the least expensive.
         """
 
     def variants(self) -> dict[str, Self]:

@@ -88,7 +88,7 @@ class ToMe(ScheduledConfig):
         """Largest number of patch tokens that one layer can merge of `num_patches`."""
         return max_merged(num_patches, self.stride)
 
-    def with_schedules(self, schedules: Sequence[Sequence[int]]) -> "ToMe":
+    def with_schedules(self, schedules: Sequence[Sequence[int | float]]) -> "ToMe":
         """The same method with these schedules as its degrees 1, 2, ..."""
         return replace(self, r=[list(each) for each in schedules], inflection=0.0)
 
