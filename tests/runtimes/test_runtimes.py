@@ -1,5 +1,8 @@
 """Models in onnxruntime and OpenVINO: the same answers, files that are kept, the fastest one."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from examples import images, tiny_vit
@@ -159,9 +162,14 @@ def test_files_are_kept_until_the_weights_change(tmp_path, capsys):
     def times_exported():
         return capsys.readouterr().err.count("exporting")
 
+    for name in ("killed", "running"):
+        (tmp_path / f".{name}" / "bundle").mkdir(parents=True)
+    os.utime(tmp_path / ".killed" / "bundle", (0, 0))
     model = new_model()
     start(tmp_path, "openvino", model=model)
     assert times_exported() == 1
+    assert not (tmp_path / ".killed").exists()
+    shutil.rmtree(tmp_path / ".running")  # raises an error if it is gone
     start(tmp_path, "onnxruntime", model=model, degrees=[8])  # the other runtime, fewer degrees
     assert times_exported() == 0
     (bundle,) = tmp_path.iterdir()

@@ -165,7 +165,10 @@ def test_commands_take_the_run_or_say_what_to_use(run, photos, tmp_path, cli):
             ["predict", where, str(photos), "--out", f"{tmp_path}/masks"],
             "predicts embeddings, not masks.",
         ),
-        (["cascade", where, "--degrees", "4,0", "--max-changed", "0.1"], "classifies images"),
+        (
+            ["cascade", where, "--degrees", "4,0", "--max-changed", "0.1"],
+            "gives images classes or masks, not embeddings",
+        ),
     ):
         code, _, error = cli(*command)
         assert code == 2, error

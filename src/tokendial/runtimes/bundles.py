@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tokendial.model.dial_vit import DialViT
 from tokendial.weights import hash_tensors
 
 _REVISION, _OUTPUTS = "revision", "outputs"
+_ABANDONED_S = 3600.0
+"""Seconds after its last change from which on an unfinished bundle counts as abandoned."""
 
 
 def find_or_export(
@@ -53,6 +56,9 @@ def find_or_export(
     if not quiet:
         print(f"exporting the model at degree {listed}: once for these weights", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".*/bundle"):
+        if time.time() - unfinished.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
     key = f"{listed} {outputs}".encode()
     name = f"{revision}-{hashlib.sha256(key).hexdigest()[:6]}"
     # A bundle appears whole under its name, or not at all.
