@@ -25,26 +25,22 @@ from typing import Any
 import numpy as np
 import torch
 
-import tokendial as td
 from benchmarks.evidence_real.common import cached
 from benchmarks.evidence_real.statistics import interval, mean, resampled_scores
 from benchmarks.evidence_tocom import (
     DIALS,
-    SEARCH,
-    SEARCH_SEED,
     SEEDS,
-    SHARES,
     TEST,
     FineTunedModel,
+    Question,
     batches,
-    compensator_folder,
     degrees,
     fine_tuned_model,
+    scenes_parser,
     train_compensator,
 )
 from benchmarks.report import write_json
 from tokendial.measure import Resampling
-from tokendial.runs import Run
 
 WANTED = ("count", "which")
 """Tasks. "where" is hardly learnt by these short trainings."""
@@ -93,20 +89,10 @@ def right_answers(kind: str, task: str, seed: int, dial: str, degree: int, out: 
     path = out / "right" / f"{'-'.join(words)}.json"
 
     def compute() -> dict[str, list[bool]]:
-        torch.set_num_threads(1)
-        run = Run(fine_tuned.folder(out))
-        model = td.load(run.last, reduce=DIALS[dial]).eval()
-        if compensates:
-            plugin = td.Compensator.from_pretrained(compensator_folder(out, dial, "ToCom") / "last")
-            model.set_degree(0)
-            plugin.attach(model, 0)
-            searched = batches(run.folder, SEARCH_SEED + seed, SEARCH)
-            scales = [share * plugin.config.scale for share in SHARES]
-            plugin.search_scale(model, searched, degree, scales)
-        model.set_degree(degree)
-        answers = [
-            model(images).argmax(1) == labels for images, labels in batches(run.folder, seed, TEST)
-        ]
+        model, _ = Question(fine_tuned, dial, degree, "ToCom" if compensates else None).load(out)
+        model.eval()
+        test = batches(fine_tuned.folder(out), seed, TEST)
+        answers = [model(images).argmax(1) == labels for images, labels in test]
         return {"right": torch.cat(answers).tolist()}
 
     found: list[bool] = cached(path, compute)["right"]
@@ -140,16 +126,7 @@ def row(task: str, dial: str, degree: int, out: Path) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Train, predict, print the table, and write the result."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks evidence_all_degrees", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence_tocom"))
-    parser.add_argument("--scenes", type=int, default=3000, help="Training scenes of each task.")
-    parser.add_argument(
-        "--unlabelled", type=int, default=20000, help="Training scenes of a compensator."
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
-    options = parser.parse_args(arguments)
+    options = scenes_parser("evidence_all_degrees", __doc__).parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 
     asked = [

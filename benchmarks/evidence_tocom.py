@@ -128,11 +128,18 @@ class Question:
         return dict(json.loads(path.read_text()))
 
     def _measured(self, out: Path) -> dict[str, float]:
+        run = Run(self.fine_tuned_model.folder(out))
+        model, scale = self.load(out)
+        found = {} if scale is None else {"scale": scale}
+        test = batches(run.folder, self.fine_tuned_model.seed, TEST)
+        return found | {"accuracy": evaluate_loader(model, test, run.task())["accuracy"]}
+
+    def load(self, out: Path) -> tuple[td.DialViT, float | None]:
+        """The model at the degree, and the scale chosen for its compensator, if it has one."""
         torch.set_num_threads(1)
-        fine_tuned_model = self.fine_tuned_model
+        fine_tuned_model, scale = self.fine_tuned_model, None
         run = Run(fine_tuned_model.folder(out))
         model = td.load(run.last, reduce=DIALS[self.dial])
-        found = {}
         if self.compensator:
             folder = compensator_folder(out, self.dial, self.compensator)
             compensator = td.Compensator.from_pretrained(folder / "last")
@@ -144,10 +151,9 @@ class Question:
                 self.target,
                 [share * compensator.config.scale for share in SHARES],
             )
-            found["scale"] = compensator.scale
+            scale = compensator.scale
         model.set_degree(self.target)
-        test = batches(run.folder, fine_tuned_model.seed, TEST)
-        return found | {"accuracy": evaluate_loader(model, test, run.task())["accuracy"]}
+        return model, scale
 
 
 @functools.lru_cache(maxsize=2)
@@ -276,18 +282,24 @@ def ablation(dial: str, found: Answers) -> list[dict[str, Any]]:
     return rows
 
 
-def main(arguments: list[str]) -> None:
-    """Train, measure, print the tables, and write the result."""
+def scenes_parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """The options of a benchmark that trains on scenes."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks evidence_tocom", description=__doc__.splitlines()[0]
+        prog=f"python -m benchmarks {name}", description=doc.splitlines()[0]
     )
     parser.add_argument("--out", type=Path, default=Path("runs/evidence_tocom"))
     parser.add_argument("--scenes", type=int, default=3000, help="Training scenes of each task.")
     parser.add_argument(
         "--unlabelled", type=int, default=20000, help="Training scenes of a compensator."
     )
-    parser.add_argument("--ablate", nargs="*", choices=DIALS, default=["tome"])
     parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Train, measure, print the tables, and write the result."""
+    parser = scenes_parser("evidence_tocom", __doc__)
+    parser.add_argument("--ablate", nargs="*", choices=DIALS, default=["tome"])
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
 

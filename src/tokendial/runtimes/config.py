@@ -141,8 +141,9 @@ class Runtime:
             if (self.name, self.precision) == ("openvino", "int8"):
                 read = partial(calibration, model) if calibration else lambda: images
                 files = _calibrated(files, read, quiet)
-            for degree in files.keys() - sessions.keys():
-                sessions[degree] = _OPENERS[self.name](files[degree], self.precision, given)
+            for degree, path in files.items():
+                if degree not in sessions:
+                    sessions[degree] = _OPENERS[self.name](path, self.precision, given)
         return ExportedViT(model.anatomy, sessions, _first(model, degrees))
 
     def _optimized(self, model: DialViT, images: Tensor, degrees: Sequence[int]) -> OptimizedViT:
