@@ -32,8 +32,14 @@ CLASSES = {"elpv": 2, "stamps": 25}
 ALL_DEGREES: dict[str, dict[str, Any]] = {
     "random": {"train.degrees": {"random": True}},
     "sandwich": {"train.degrees": {"sandwich": 2}},
-    # An update of the sandwich runs four degrees, so this one takes the time of the others.
-    "short_sandwich": {"train.degrees": {"sandwich": 2}, "train.epochs": EPOCHS // 4},
+    # An update of the sandwich runs four degrees, so this one takes the time of the others. The
+    # learning rate rises over the first of the four epochs, and over the same share of a shorter
+    # training.
+    "short_sandwich": {
+        "train.degrees": {"sandwich": 2},
+        "train.epochs": EPOCHS // 4,
+        "train.warmup_epochs": 1 / 4,
+    },
 }
 """Trainings for all degrees at once."""
 RECIPES = {"dense_adapter": "sparse_tuning"}
