@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -144,6 +146,33 @@ def test_only_linear_layers_of_openvino_are_in_8_bits(kept):
     }
     # Nothing else reads rounded values: not attention, not the comparison of tokens, not gathers.
     assert readers == {node.get_friendly_name() for node in linear}
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_batches_of_many_sizes_give_the_same(kept, name):
+    model = new_model()
+    started = td.Runtime(name).start(
+        model, images(4), degrees=DEGREES, folder=kept, mixed_sizes=True
+    )
+    for count in (1, 4, 3, 6):
+        assert largest_difference(model, started, count) < 1e-4
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinities")
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_runtimes_leave_the_choice_of_cores_to_the_system(kept, name):
+    """A thread that may use one core only waits there while others idle."""
+    before = os.sched_getaffinity(0)
+    if len(before) == 1:
+        pytest.skip("this process may use one core only")
+    started, found = start(kept, name), set()
+    running = threading.Thread(target=lambda: [started(images(4)) for _ in range(100)])
+    running.start()
+    while running.is_alive():
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(ProcessLookupError):  # it has just ended
+                found.add(frozenset(os.sched_getaffinity(int(thread))))
+    assert found == {frozenset(before)}
 
 
 @torch.no_grad()

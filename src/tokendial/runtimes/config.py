@@ -91,6 +91,7 @@ class Runtime:
         folder: Path | None = None,
         feature_map: bool = False,
         calibration: Callable[[DialViT], Tensor] | None = None,
+        mixed_sizes: bool = False,
         quiet: bool = False,
     ) -> DialViT | OptimizedViT | ExportedViT:
         """Make a model ready for inference.
@@ -101,7 +102,7 @@ class Runtime:
             model: The model; it is left unchanged. onnxruntime and OpenVINO run exported files on
                 the CPU, which are exact copies: they follow no later change of the model.
             images: A batch [B, 3, H, W] like those to come, on the model's device. Batches of this
-                size are the fastest.
+                size are the fastest, unless `mixed_sizes` is set.
             degrees: Degrees to make ready; None: all.
             folder: Where exported files are kept for the next start; None: they are deleted.
             feature_map: Make `feature_map` of the result ready. Exported files then compute the map
@@ -109,6 +110,9 @@ class Runtime:
             calibration: Called with the model if OpenVINO has no 8-bit files of it yet. Returns the
                 images [N, 3, H, W] that the ranges of activations are measured on, prepared like
                 those to come; about a hundred are enough. None: `images`.
+            mixed_sizes: Batches come in many sizes, as in a server. OpenVINO then prepares for any
+                size instead of for that of `images`, which saves memory, and a batch takes no
+                longer than its own images need.
             quiet: Do not print that files are exported or calibrated.
 
         Returns:
@@ -123,7 +127,9 @@ class Runtime:
             return model
         degrees = sorted({*(model.degrees if degrees is None else degrees)})
         if self.name == "auto":
-            return self._fastest(model, images, degrees, folder, feature_map, calibration)
+            return self._fastest(
+                model, images, degrees, folder, feature_map, calibration, mixed_sizes
+            )
         if self.name == "torch":
             return self._optimized(model, images, degrees)
         check_installed(self.name, *_EXPORT_PACKAGES, self.name)
@@ -131,7 +137,7 @@ class Runtime:
             files = find_or_export(
                 model, degrees, folder or Path(temporary), feature_map=feature_map, quiet=quiet
             )
-            given = images.cpu().float().numpy()
+            given = None if mixed_sizes else images.cpu().float().numpy()
             sessions: dict[int, Session] = {}
             if self.name == "openvino":
                 first = openvino_sessions.open_file(files[degrees[0]], "fp32", given)
@@ -160,6 +166,7 @@ class Runtime:
         folder: Path | None,
         feature_map: bool,
         calibration: Callable[[DialViT], Tensor] | None,
+        mixed_sizes: bool,
     ) -> DialViT | OptimizedViT | ExportedViT:
         """Start each runtime that is installed, and keep the one that is fastest along the dial."""
         started: dict[RuntimeName, DialViT | OptimizedViT | ExportedViT] = {}
@@ -177,6 +184,7 @@ class Runtime:
                     folder=folder,
                     feature_map=feature_map,
                     calibration=calibration,
+                    mixed_sizes=mixed_sizes,
                 )
             except ValueError as error:
                 print(f"{name}: left out: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def open_file(path: Path, precision: str, images: "np.ndarray") -> Session:
+def open_file(path: Path, precision: str, images: "np.ndarray | None") -> Session:
     """Load an exported file.
 
     Args:

@@ -79,6 +79,7 @@ class LoadedModels:
             degrees=self.catalog.degrees,
             folder=folder,
             calibration=calibration,
+            mixed_sizes=True,
         )
 
     def _move(self) -> None:
