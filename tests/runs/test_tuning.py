@@ -88,6 +88,32 @@ def test_the_command_says_how_to_run_the_best_way(copied, digits, cli, monkeypat
     code, out, err = cli(*words.split())
     assert code == 0, err
     assert len(out.splitlines()) == 81
+    assert "as tuned" not in err  # it was the plain runtime
+
+
+def test_a_tuned_run_computes_as_it_was_tuned(tuned, copied, digits, cli, tmp_path):
+    folder = shutil.copytree(copied.folder / "tuned", tmp_path / "tuned")
+    record = json.loads((folder / "tuned.json").read_text())
+    chosen = record | {"runtime": "torch", "precision": "bf16"}
+    (folder / "tuned.json").write_text(json.dumps(chosen))
+
+    def predict(*options):
+        code, out, err = cli("predict", folder, digits / "val", *options)
+        assert code == 0, err
+        return out, "runtime torch, precision bf16, as tuned" in err
+
+    own, asked, whole = predict(), predict("--precision", "bf16"), predict("--runtime", "torch")
+    assert own == (asked[0], True)
+    assert not asked[1]
+    assert not whole[1]
+    assert whole[0] != own[0]
+    code, out, err = cli("eval", folder, "--degrees", "0")
+    assert code == 0, err
+    assert "as tuned" in err
+    (folder / "tuned.json").write_text(json.dumps(chosen | {"precision": "fp8"}))
+    code, _, err = cli("predict", folder, digits / "val")
+    assert code == 2
+    assert re.search(r"tuned.json is damaged: precision in torch must be .*, got 'fp8'", err)
 
 
 def test_a_compensator_is_tried(copied, digits, cli, monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from tokendial.cli.options import (
     PrecisionOption,
     RunFolder,
     RuntimeOption,
+    runtime_for,
     runtime_of,
 )
 
@@ -51,8 +52,8 @@ def cascade(
         typer.Option(help="How sure the model is: margin of the two likeliest classes, ..."),
     ] = "margin",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
-    runtime: RuntimeOption = "torch",
-    precision: PrecisionOption = "fp32",
+    runtime: RuntimeOption = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Let a cheap degree answer, and a better one for the images that it is unsure of.
 
@@ -77,7 +78,7 @@ def cascade(
             confidence=confidence,
             score=score,
             batch_size=batch_size,
-            runtime=runtime_of(runtime, precision, False, False),
+            runtime=runtime_for(run, runtime_of(runtime, precision)),
             progress=shown.update,
         )
     Console().print(_table(report))
@@ -86,8 +87,8 @@ def cascade(
     plot = run / "eval" / "cascade.png"
     write_picture(cascade_figure(report, title=str(run)), plot)
     print(f"wrote {plot}")
-    options = "" if runtime == "torch" else f" --runtime {runtime}"
-    options += "" if precision == "fp32" else f" --precision {precision}"
+    options = f" --runtime {runtime}" if runtime else ""
+    options += f" --precision {precision}" if precision else ""
     masks = "" if report.measure == "accuracy" else " --out MASKS"
     print(f"wrote {opened.cascade_file}: tokendial predict {run} IMAGES{masks} --cascade{options}")
 

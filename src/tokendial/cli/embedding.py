@@ -12,7 +12,7 @@ from tokendial.cli.options import (
     Degree,
     ImageSize,
     PlainPrecisionOption,
-    RuntimeOption,
+    PlainRuntimeOption,
     Weights,
 )
 
@@ -56,7 +56,7 @@ def embed(
     weights: Weights = None,
     img_size: ImageSize = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
-    runtime: RuntimeOption = "torch",
+    runtime: PlainRuntimeOption = "torch",
     precision: PlainPrecisionOption = "fp32",
     ray: Annotated[
         bool, typer.Option("--ray", help="Use all GPUs of a Ray cluster, by Ray Data.")

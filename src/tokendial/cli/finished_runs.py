@@ -33,6 +33,7 @@ from tokendial.cli.options import (
     RunFolder,
     RuntimeOption,
     Weights,
+    runtime_for,
     runtime_of,
 )
 
@@ -88,8 +89,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 64,
     optimize: Optimize = False,
     compile: Compile = False,
-    runtime: RuntimeOption = "torch",
-    precision: PrecisionOption = "fp32",
+    runtime: RuntimeOption = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Measure accuracy, cost and speed of a run at several degrees of the dial.
 
@@ -101,9 +102,9 @@ def evaluate(
     degree 0, nearest neighbours that stay the same, and accuracy by nearest neighbours if the
     images lie in a folder for each class.
     """
-    chosen = runtime_of(runtime, precision, optimize, compile)
+    asked = runtime_of(runtime, precision, optimize, compile)
     if images:
-        if chosen or cascade or compensator is not None or sources is not None or len(runs) > 1:
+        if asked or cascade or compensator is not None or sources is not None or len(runs) > 1:
             raise ValueError(
                 "images is for one model; it cannot be combined with --cascade, --compensator, "
                 "--sources, --runtime, --precision, --optimize and --compile."
@@ -117,7 +118,7 @@ def evaluate(
         if value is not None:
             raise ValueError(f"{name} needs --images, got {value}.")
     if compensator is not None:
-        if chosen or cascade:
+        if asked or cascade:
             raise ValueError(
                 "cascade, runtime, precision, optimize and compile cannot be combined with "
                 "--compensator."
@@ -127,6 +128,7 @@ def evaluate(
     if len(runs) > 1 or sources is not None:
         raise ValueError("several runs, and --sources, need --compensator.")
     (run,) = runs
+    chosen = runtime_for(run, asked)
     if cascade:
         _evaluate_cascade(run, degrees, batch_size, chosen)
         return
@@ -278,8 +280,8 @@ def predict(
     ] = False,
     optimize: Optimize = False,
     compile: Compile = False,
-    runtime: RuntimeOption = "torch",
-    precision: PrecisionOption = "fp32",
+    runtime: RuntimeOption = None,
+    precision: PrecisionOption = None,
 ) -> None:
     """Predict the class, or the mask, of images or videos.
 
@@ -292,18 +294,20 @@ def predict(
     from tokendial.runs.predict import predict as run_prediction
     from tokendial.runs.predict_masks import MaskFile, predict_masks
     from tokendial.runs.predict_ray import predict_on_ray
+    from tokendial.runtimes import PLAIN
 
     if out is None and (overlay or tiles):
         raise ValueError("overlay and tiles are for masks, which need a folder: --out.")
     if out is not None and ray:
         raise ValueError("ray is for classes: masks are written by one process.")
-    chosen = runtime_of(runtime, precision, optimize, compile)
-    if (chosen or cascade) and ray:
+    asked = runtime_of(runtime, precision, optimize, compile)
+    if (asked or cascade) and ray:
         raise ValueError(
             "ray predicts classes in PyTorch: leave out --runtime, --precision, --optimize, "
             "--compile and --cascade."
         )
     opened = Run(run)
+    chosen = PLAIN if ray else runtime_for(run, asked)
     answers: Iterator[Prediction | MaskFile | ImageError | VideoError]
     if out is None:
         sources = find_videos(paths) if opened.has_videos() else find_sources(paths)

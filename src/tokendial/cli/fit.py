@@ -14,7 +14,6 @@ from tokendial.cli.options import (
     PlainPrecisionOption,
     RuntimeChoice,
     Weights,
-    runtime_of,
 )
 
 if TYPE_CHECKING:
@@ -106,6 +105,7 @@ def fit(
     from tokendial.atomic import atomic_write
     from tokendial.runs.fit import fit_run
     from tokendial.runs.model_source import ModelSource
+    from tokendial.runtimes import Runtime
     from tokendial.show.plots import fit_figure
     from tokendial.show.report import png
 
@@ -125,7 +125,7 @@ def fit(
         images=images,
         seed=seed,
         batch_size=batch_size,
-        runtime=runtime_of(runtime, precision, optimize=False, compile=False),
+        runtime=Runtime(runtime, precision),
         minutes=minutes,
         note=lambda text: console.print(text, highlight=False),
     )

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -88,7 +89,7 @@ Compile = Annotated[
 ]
 RuntimeChoice = Literal["torch", "onnxruntime", "openvino", "auto"]
 PrecisionChoice = Literal["fp32", "bf16", "fp16", "int8"]
-RuntimeOption = Annotated[
+PlainRuntimeOption = Annotated[
     RuntimeChoice,
     typer.Option(
         "--runtime",
@@ -96,14 +97,24 @@ RuntimeOption = Annotated[
         "CPU, which are kept in RUN/runtime; auto measures which one is the fastest here.",
     ),
 ]
+RuntimeOption = Annotated[
+    RuntimeChoice | None,
+    typer.Option(
+        "--runtime",
+        help="Program that computes the model. onnxruntime and openvino run exported files on the "
+        "CPU, which are kept in RUN/runtime; auto measures which one is the fastest here (default: "
+        "torch; what `tokendial tune` chose, if neither this nor --precision is given).",
+    ),
+]
+"""Of commands on one run, which may be a tuned one."""
 PrecisionOption = Annotated[
-    PrecisionChoice,
+    PrecisionChoice | None,
     typer.Option(
         "--precision",
         help="Format of weights and activations. In torch, bf16 and fp16 imply --optimize, and "
         "need a processor that supports them. onnxruntime has fp32 and int8, openvino fp32, bf16 "
         "and int8. int8 computes linear layers in 8 bits; openvino calibrates it once, on training "
-        "images of the run.",
+        "images of the run (default: fp32; see --runtime).",
     ),
 ]
 PlainPrecisionOption = Annotated[
@@ -114,13 +125,34 @@ PlainPrecisionOption = Annotated[
         "onnxruntime, fp32, bf16 or int8 in openvino.",
     ),
 ]
-"""Of commands that run the plain model in torch, where a half precision is nothing more."""
+"""Of commands that run the plain model in torch, where a half precision is nothing more, unless
+another runtime is asked for."""
 
 
 def runtime_of(
-    runtime: RuntimeChoice, precision: PrecisionChoice, optimize: bool, compile: bool
-) -> "Runtime":
-    """The runtime that --runtime, --precision, --optimize and --compile stand for."""
+    runtime: RuntimeChoice | None,
+    precision: PrecisionChoice | None,
+    optimize: bool = False,
+    compile: bool = False,
+) -> "Runtime | None":
+    """The runtime that --runtime, --precision, --optimize and --compile stand for.
+
+    None: none of them is given.
+    """
     from tokendial.runtimes import Runtime
 
-    return Runtime(runtime, precision, optimize, compile)
+    if runtime is None and precision is None and not (optimize or compile):
+        return None
+    return Runtime(runtime or "torch", precision or "fp32", optimize, compile)
+
+
+def runtime_for(run: Path, asked: "Runtime | None") -> "Runtime":
+    """The runtime that is asked for, else that of a tuned run, which is then named, or PyTorch."""
+    from tokendial.runs import Run
+    from tokendial.runs.started_runtime import own_runtime
+
+    if asked is not None:
+        return asked
+    if own := own_runtime(Run(run)):
+        print(f"runtime {own.name}, precision {own.precision}, as tuned", file=sys.stderr)
+    return own

@@ -22,6 +22,7 @@ from tokendial.cli.options import (
     Optimize,
     PrecisionOption,
     RuntimeOption,
+    runtime_for,
     runtime_of,
 )
 
@@ -86,8 +87,8 @@ def _serve_command(
     ],
     optimize: Optimize = False,
     compile: Compile = False,
-    runtime: RuntimeOption = "torch",
-    precision: PrecisionOption = "fp32",
+    runtime: RuntimeOption = None,
+    precision: PrecisionOption = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(
@@ -118,13 +119,16 @@ def _serve_command(
     ] = 0,
     **options: Any,
 ) -> None:
+    from tokendial.runtimes import PLAIN
     from tokendial.serve.http.server import bind_socket
     from tokendial.serve.settings import check_settings, read_api_keys, readable_by_others
 
     folders = _folders_by_name(runs)
     # Settings that were not given keep their defaults; some of these depend on the machine.
     given = {name: value for name, value in options.items() if _is_given(context, name)}
-    chosen = runtime_of(runtime, precision, optimize, compile)
+    asked = runtime_of(runtime, precision, optimize, compile)
+    first, *others = folders.values()
+    chosen = asked or PLAIN if others else runtime_for(first, asked)
     settings = check_settings(given | {"runtime": chosen, "api_keys": read_api_keys(api_keys)})
     if api_keys is not None and readable_by_others(api_keys):
         print(f"api_keys: every user of this machine can read {api_keys}.", file=sys.stderr)

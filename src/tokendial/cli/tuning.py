@@ -70,11 +70,7 @@ def tune(
     words = ["--cascade"] if len(way.degrees) > 1 else []
     if way.schedule == "compensated":
         words += [f"--degree {way.degrees[0]} --compensator {compensator}"]
-    print(
-        f"wrote {folder}: tokendial predict {folder} IMAGES --runtime {way.runtime.name} "
-        f"--precision {way.runtime.precision}",
-        *words,
-    )
+    print(f"wrote {folder}: tokendial predict {folder} IMAGES", *words)
 
 
 def _table(found: "TunedRun") -> Table:

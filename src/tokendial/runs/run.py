@@ -60,6 +60,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.runtime_folder = self.folder / "runtime"
         self.cascade_file = self.folder / "cascade.json"
+        self.tuned_file = self.folder / "tuned.json"
         self.best, self.last = self.folder / "best", self.folder / "last"
         if (self.folder / CONFIG).is_file():  # `tokendial fit` writes run and model into one folder
             self.best = self.folder

@@ -1,16 +1,33 @@
 """Models of runs in the runtime that computes them."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
 
+from tokendial.errors import error_message
 from tokendial.model.dial_vit import DialViT
 from tokendial.runs.run import Run
 from tokendial.runs.training_images import calibration_images
-from tokendial.runtimes import Runtime
+from tokendial.runtimes import PLAIN, Runtime
 from tokendial.runtimes.exported_vit import ExportedViT
 from tokendial.tune import OptimizedViT
+
+
+def own_runtime(run: Run) -> Runtime:
+    """The runtime and precision that `tokendial tune` chose for a run; of other runs the plain one.
+
+    Raises:
+        ValueError: If tuned.json is damaged.
+    """
+    if not run.tuned_file.is_file():
+        return PLAIN
+    try:
+        record = json.loads(run.tuned_file.read_text(encoding="utf-8"))
+        return Runtime(record["runtime"], record["precision"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run.tuned_file} is damaged: {error_message(error)}") from None
 
 
 def start_runtime(

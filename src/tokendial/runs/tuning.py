@@ -24,7 +24,6 @@ from tokendial.runs.training_images import calibration_images
 from tokendial.runs.trial import Trial, TunedRow, evaluate_ways
 from tokendial.runs.ways import BASE, RUNTIMES, StartedRuntimes, Way
 
-TUNED_FILE = "tuned.json"
 """File in the folder of a tuned model: what was tried, and how to run the best of it."""
 _DEGREES = 7
 _TIMED = 20
@@ -162,7 +161,8 @@ def _check(speedup: float, max_loss: float, out: Path) -> None:
     for name, value in (("speedup", speedup), ("max_loss", max_loss)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least 0, got {value}.")
-    if out.exists() and not (out / TUNED_FILE).exists() and (out.is_file() or any(out.iterdir())):
+    is_tuned = Run(out).tuned_file.exists()
+    if out.exists() and not is_tuned and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"out: {out} exists and holds no tuned model.")
 
 
@@ -204,9 +204,9 @@ def _write(
         ],
         "left out": found.notes,
     }
-    files = {TUNED_FILE: json.dumps(record, indent=2) + "\n"}
-    write_derived_run(model, run, out, degree=degree, files=files)
     written = Run(out)
+    files = {written.tuned_file.name: json.dumps(record, indent=2) + "\n"}
+    write_derived_run(model, run, out, degree=degree, files=files)
     written.cascade_file.unlink(missing_ok=True)
     if cascade is not None:
         numerics = way.runtime.numerics
