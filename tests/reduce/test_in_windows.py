@@ -44,6 +44,20 @@ def test_every_window_keeps_as_many_tokens_and_none_merge_across(method):
             assert len(set.union(*tokens)) == sum(map(len, tokens))
 
 
+@pytest.mark.parametrize(("windows", "patches"), [((4, 4), 4), ((4, 2), 8), ((8, 4), 2)])
+@torch.no_grad()
+def test_no_token_holds_more_patches_than_a_window_has(windows, patches):
+    """Equal images merge all that they may: without windows one token would hold most of them."""
+
+    def largest(reduce):
+        model = td.wrap(tiny_vit(), reduce=reduce).eval()
+        sizes = [step.tokens.size for step in model.steps(torch.zeros_like(images()))]
+        return int(sizes[-1][:, 1:].max())
+
+    assert largest(td.ToMe(r=16)) > 8
+    assert largest(td.InWindows(reduce=td.ToMe(r=1), windows=windows)) <= patches
+
+
 @pytest.mark.parametrize("method", METHODS)
 @torch.no_grad()
 def test_one_window_is_the_method_itself(method):

@@ -107,7 +107,7 @@ def test_a_tuned_run_computes_as_it_was_tuned(tuned, copied, digits, cli, tmp_pa
     assert not asked[1]
     assert not whole[1]
     assert whole[0] != own[0]
-    code, out, err = cli("eval", folder, "--degrees", "0")
+    code, _, err = cli("eval", folder, "--degrees", "0")
     assert code == 0, err
     assert "as tuned" in err
     (folder / "tuned.json").write_text(json.dumps(chosen | {"precision": "fp8"}))
