@@ -244,6 +244,37 @@ def test_the_command_measures_mean_iou_at_each_degree(folders):
     assert "classes must be 21 for voc21, got 2" in str(wrong.exception)
 
 
+def test_the_commands_take_a_fine_tuned_tower(folders):
+    clip = load_clip(str(folders / "clip"))
+    tower = td.wrap(clip.visual, reduce=td.ToMe(r=4), adapt=td.DenseAdapter(dim=4)).eval()
+    perturbed(tower.adapter, std=0.3)
+    tower.save_pretrained(folders / "tower")
+    arguments = ["segment", str(folders / "images"), "--classes", ",".join(THINGS)]
+    arguments += ["--clip", str(folders / "clip"), "--proxy", "vit_tiny_patch16_224"]
+    arguments += ["--proxy-weights", str(folders / "proxy.safetensors")]
+
+    def mask(*options):
+        done = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+        assert done.exit_code == 0
+        return torch.from_numpy(np.array(Image.open(folders / "images" / "a.mask.png")))
+
+    def expected(degree):
+        proxy = load_proxy("vit_tiny_patch16_224", str(folders / "proxy.safetensors"))
+        model = td.ProxyCLIP(clip, proxy, clip_tower=tower)
+        model.set_degree(degree)
+        model.set_classes([name.split("|") for name in THINGS])
+        pixels = np.array(Image.open(folders / "images" / "a.jpg"))
+        return model.predict(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0]
+
+    tuned = mask("--clip-tower", str(folders / "tower"))
+    assert torch.equal(tuned, expected(4))  # the degree that it was saved at
+    assert not torch.equal(tuned, mask())
+    whole = mask("--clip-tower", str(folders / "tower"), "--degree", "0")
+    assert torch.equal(whole, expected(0))
+    wrong = CliRunner().invoke(app, [*arguments, "--clip-tower", str(folders / "images")])
+    assert "clip_tower: " in str(wrong.exception)
+
+
 @pytest.mark.parametrize(
     ("load", "message"),
     [

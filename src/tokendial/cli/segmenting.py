@@ -26,6 +26,13 @@ _ClipWeights = Annotated[
         "(default: openai; none for a folder)."
     ),
 ]
+_ClipTower = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the image tower of this CLIP, wrapped, fine-tuned and saved in Python by "
+        "save_pretrained (default: CLIP's own)."
+    ),
+]
 _Proxy = Annotated[
     str,
     typer.Option(
@@ -68,12 +75,17 @@ def segment(
     ],
     clip: _Clip = _CLIP,
     clip_weights: _ClipWeights = None,
+    clip_tower: _ClipTower = None,
     proxy: _Proxy = _PROXY,
     proxy_weights: _ProxyWeights = "pretrained",
     degree: Annotated[
-        int,
-        typer.Option(min=0, help="Tokens that ToMe merges in each block of CLIP's image tower."),
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens that ToMe merges in each block of CLIP's image tower, or the degree of "
+            "--clip-tower (default: 0, or the degree that it was trained at).",
+        ),
+    ] = None,
     proxy_degree: _ProxyDegree = 0,
     threshold: _Threshold = 0.0,
     out: Annotated[
@@ -95,8 +107,9 @@ def segment(
     files = [path for path in find_images(paths) if not path.name.endswith(MASK_ENDINGS)]
     if not files:
         raise ValueError("paths: there are no images but masks of an earlier run.")
-    model = _load_model(clip, clip_weights, proxy, proxy_weights, threshold)
-    model.set_degree(degree)
+    model = _load_model(clip, clip_weights, clip_tower, proxy, proxy_weights, threshold)
+    if degree is not None:
+        model.set_degree(degree)
     model.set_proxy_degree(proxy_degree)
     model.set_classes(names)
     failed = False
@@ -131,13 +144,14 @@ def segment_eval(
     ] = None,
     clip: _Clip = _CLIP,
     clip_weights: _ClipWeights = None,
+    clip_tower: _ClipTower = None,
     proxy: _Proxy = _PROXY,
     proxy_weights: _ProxyWeights = "pretrained",
     degrees: Annotated[
         str,
         typer.Option(
-            help="Tokens that ToMe merges in each block of CLIP's image tower, such as 0,4,8 or "
-            "0..16:4: one row for each."
+            help="Tokens that ToMe merges in each block of CLIP's image tower, or degrees of "
+            "--clip-tower, such as 0,4,8 or 0..16:4: one row for each."
         ),
     ] = "0",
     proxy_degree: _ProxyDegree = 0,
@@ -160,7 +174,7 @@ def segment_eval(
     if len(names) != pairs.num_classes:
         raise ValueError(f"classes must be {pairs.num_classes} for {data}, got {len(names)}.")
     images = pairs.val_set()
-    model = _load_model(clip, clip_weights, proxy, proxy_weights, threshold)
+    model = _load_model(clip, clip_weights, clip_tower, proxy, proxy_weights, threshold)
     wanted = parse_degrees(degrees, model.degrees)
     model.set_proxy_degree(proxy_degree)
     model.set_classes(names)
@@ -175,11 +189,16 @@ def segment_eval(
 
 
 def _load_model(
-    clip: str, clip_weights: str | None, proxy: str, proxy_weights: str, threshold: float
+    clip: str,
+    clip_weights: str | None,
+    clip_tower: Path | None,
+    proxy: str,
+    proxy_weights: str,
+    threshold: float,
 ) -> "ProxyCLIP":
-    """Load both models, with a dial at degree 0 in each."""
+    """Load both models, each with a dial: at degree 0, or where a fine-tuned tower was saved."""
     from tokendial.open_vocabulary import ProxyCLIP, ProxyCLIPConfig
-    from tokendial.open_vocabulary.loading import load_clip, load_proxy
+    from tokendial.open_vocabulary.loading import load_clip, load_clip_tower, load_proxy
     from tokendial.open_vocabulary.proxies import is_windowed
     from tokendial.reduce import FFNMerge, ToMe
     from tokendial.runs.device import default_device
@@ -187,11 +206,13 @@ def _load_model(
     config = ProxyCLIPConfig(threshold=threshold)
     if clip_weights is None and not Path(clip).is_dir():
         clip_weights = "openai"
-    proxy_model = load_proxy(proxy, proxy_weights)
+    clip_model, proxy_model = load_clip(clip, clip_weights), load_proxy(proxy, proxy_weights)
+    tower = load_clip_tower(clip_model, clip_tower) if clip_tower else None
     model = ProxyCLIP(
-        load_clip(clip, clip_weights),
+        clip_model,
         proxy_model,
-        reduce=ToMe(r=0),
+        reduce=None if tower else ToMe(r=0),
+        clip_tower=tower,
         proxy_reduce=FFNMerge(r=0) if is_windowed(proxy_model) else ToMe(r=0),
         config=config,
     )

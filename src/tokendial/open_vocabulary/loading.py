@@ -11,6 +11,9 @@ from torch import nn
 from tokendial.backbones import Backbone
 from tokendial.errors import error_message
 from tokendial.extras import check_installed
+from tokendial.model.dial_vit import DialViT
+from tokendial.model.loading import load
+from tokendial.open_vocabulary.clip_parts import clip_parts
 
 _WINDOWED = (
     *("SamModel", "SamVisionModel", "SamHQModel", "SamHQVisionModel"),
@@ -41,6 +44,22 @@ def load_clip(source: str, weights: str | None = None) -> nn.Module:
     if folder_config(folder).get("model_type") != "clip":
         raise ValueError(f"clip must be a folder of a CLIP model, {folder} holds another one.")
     return _load_transformers("clip", "CLIPModel", folder)
+
+
+def load_clip_tower(clip: nn.Module, folder: str | Path) -> DialViT:
+    """Load the fine-tuned image tower of a CLIP model, with its adapters and its dial.
+
+    Args:
+        clip: The CLIP model that the tower was fine-tuned in; its own tower is wrapped.
+        folder: What `save_pretrained` wrote of the wrapped tower.
+
+    Raises:
+        ValueError: If the folder holds no saved model, or one of another tower.
+    """
+    try:
+        return load(folder, vit=clip_parts(clip, None).tower)
+    except ValueError as error:
+        raise ValueError(f"clip_tower: {error_message(error)}") from error
 
 
 def load_proxy(source: str, weights: str = "pretrained") -> nn.Module:
