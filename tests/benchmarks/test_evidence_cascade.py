@@ -22,6 +22,13 @@ def test_two_fixed_degrees_share_the_images(time_s, expected):
     assert scores_at_time(RIGHT, SECONDS, time_s).tolist() == expected
 
 
+def test_fixed_degrees_that_are_slower_and_worse_do_not_count():
+    """A slow machine, or few tokens, may make a cheaper degree the slower one."""
+    seconds = {0: 2.0, 3: 4.0, 6: 1.0}
+    for time_s, expected in ((2.0, [1, 1]), (3.0, [1, 1]), (9.0, [1, 1]), (1.5, [0.5, 0.5])):
+        assert scores_at_time(RIGHT, seconds, time_s).tolist() == expected
+
+
 def test_broken_promises_are_counted(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     sure = torch.rand(1, 600, generator=draw)

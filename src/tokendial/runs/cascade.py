@@ -82,8 +82,8 @@ class CascadeReport:
     rows: list[CascadeRow]
     """The cascade first, then fixed degrees from the cheapest to the last one."""
     minus_fixed: Interval
-    """Accuracy minus that of fixed degrees at the same mean time: between the two nearest ones as
-    much of each as gives this time. Paired by image."""
+    """Accuracy minus the best that one fixed degree, or a mix of two, gives in the same mean time.
+    Paired by image."""
     minus_random: Interval
     """Accuracy minus that of sending on as many images at random. Paired by image."""
 
@@ -305,20 +305,21 @@ def _row(name: str, scores: Tensor, last: Tensor, gmacs: float, timing: Timing) 
 
 
 def scores_at_time(scores: dict[int, Tensor], times: dict[int, float], wanted: float) -> Tensor:
-    """Mean score of each image [N] if two fixed degrees share the images to take a given time.
+    """Mean score of each image [N] by the best that fixed degrees give within a time.
 
-    Above the time of the slowest degree that one answers all, below that of the fastest this one.
+    That is one degree, or two that share the images so that they take this time. If none is as
+    fast, the fastest one answers.
 
     Args:
         scores: Score of each image [N], by degree.
         times: Mean time of an image by degree, in any unit.
         wanted: Mean time of an image, in the same unit.
     """
-    by_time = sorted(times, key=times.__getitem__)
-    wanted = min(max(wanted, times[by_time[0]]), times[by_time[-1]])
-    for faster, slower in itertools.pairwise(by_time):
+    wanted = max(wanted, min(times.values()))
+    found = [scores[degree] for degree, time in times.items() if time <= wanted]
+    for faster, slower in itertools.permutations(times, 2):
         low, high = times[faster], times[slower]
-        if low <= wanted <= high and high > low:
+        if low <= wanted < high:
             share = (wanted - low) / (high - low)
-            return share * scores[slower] + (1 - share) * scores[faster]
-    return scores[by_time[-1]]
+            found.append(share * scores[slower] + (1 - share) * scores[faster])
+    return max(found, key=lambda each: float(each.mean()))
