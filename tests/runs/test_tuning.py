@@ -102,11 +102,16 @@ def test_a_tuned_run_computes_as_it_was_tuned(tuned, copied, digits, cli, tmp_pa
         assert code == 0, err
         return out, "runtime torch, precision bf16, as tuned" in err
 
+    def difference(printed, other):
+        texts = [csv.DictReader(io.StringIO(text)) for text in (printed, other)]
+        pairs = zip(*texts, strict=True)
+        return max(abs(float(a["probability"]) - float(b["probability"])) for a, b in pairs)
+
     own, asked, whole = predict(), predict("--precision", "bf16"), predict("--runtime", "torch")
-    assert own == (asked[0], True)
-    assert not asked[1]
-    assert not whole[1]
-    assert whole[0] != own[0]
+    assert (own[1], asked[1], whole[1]) == (True, False, False)
+    # Two starts may choose different layouts, which round to bfloat16 at different places.
+    assert difference(own[0], asked[0]) < 2e-3
+    assert difference(own[0], whole[0]) > 1e-5
     code, _, err = cli("eval", folder, "--degrees", "0")
     assert code == 0, err
     assert "as tuned" in err
