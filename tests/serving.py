@@ -143,7 +143,7 @@ class InProcessSupervisor:
 
     missing_s = 0.0
 
-    def __init__(self, start: Callable[[], Any], restart: object, *, spare: bool) -> None:
+    def __init__(self, start: Callable[[], Any], restart: object) -> None:
         (order,) = start.args
         self.models = order.load()
         self.catalog = self.models.catalog

@@ -32,6 +32,7 @@ TABLES = {
     "zero_training": "nearest neighbours and agreement of reduction methods without training",
     "embeddings": "embeddings along the dial, with a compensator or a trained adapter",
     "compare_reducers": "reduction methods with constant and with fitted schedules, untrained",
+    "compare_reducers_masks": "the same for the masks of a saliency model",
 }
 
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__)
-        print("\n".join(f"  {table:18}{text}" for table, text in TABLES.items()))
+        print("\n".join(f"  {table:24}{text}" for table, text in TABLES.items()))
         return
     if name not in TABLES:
         raise ValueError(f"TABLE must be one of {', '.join(TABLES)}, got {name}.")

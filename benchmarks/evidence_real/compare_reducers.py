@@ -12,6 +12,7 @@ when nothing else runs.
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ from benchmarks.evidence_real.zero_training import (
 from tokendial.measure.timing import time_in_rounds
 from tokendial.methods import to_json
 from tokendial.reduce.schedules import ScheduledConfig
+from tokendial.shape import ViTShape
 from tokendial.tune.schedules import ScheduleSpace
 
 COSTS = (0.8, 0.6, 0.4)
@@ -56,12 +58,14 @@ METHODS: dict[str, ScheduledConfig] = {
     "EViT in each layer, fuse": td.EViT(r=8),
 }
 BASELINE = ("ToMe", "constant")
+SECONDS = 4.0
+"""Time to spend on timing each setting."""
 _IMAGES, _MINUTES = 128, 30.0
 """Training images of a fit, and its time limit."""
 _PROBE_C = 0.1
 """Inverse strength of the linear classifier's weight decay, not tuned."""
-_BATCH, _SECONDS = 8, 4.0
-"""Images of a timed batch, and the time for each setting."""
+_BATCH = 8
+"""Images of a timed batch."""
 HEADER = ("data", "method", "schedule", *(f"{100 * cost:.0f} %: accuracy" for cost in COSTS),
           *(f"{100 * cost:.0f} %: changed" for cost in COSTS),
           "60 %: changed / constant ToMe's", "60 %: probe's changed",
@@ -73,12 +77,12 @@ HEADER = ("data", "method", "schedule", *(f"{100 * cost:.0f} %: accuracy" for co
 class Setting:
     """A method with a schedule of a wanted cost."""
 
-    method: str
-    """One of `METHODS`, or `SMALLER`."""
-    schedule: str
-    """"constant", "fitted" or "preset"; "none" for smaller images."""
-    cost: float
-    """One of `COSTS`."""
+    method: str = "none"
+    """One of `METHODS`, `SMALLER`, or "none"."""
+    schedule: str = "none"
+    """"constant", "fitted" or "preset"; "none" for smaller images and without a method."""
+    cost: float = 1.0
+    """One of `COSTS`; 1 without a method."""
 
     @property
     def name(self) -> str:
@@ -128,26 +132,37 @@ def _macs(config: ScheduledConfig | None, options: Options) -> int:
 
 @functools.cache
 def reduce_config(setting: Setting, data: str, options: Options) -> ScheduledConfig | None:
-    """A method with the schedule of a setting; None for smaller images."""
-    if setting.method == SMALLER:
+    """A method with the schedule of a setting; None for smaller images and without a method."""
+    if setting.method not in METHODS:
         return None
-    method = METHODS[setting.method]
     if setting.schedule == "fitted":
         found = fitted(data, setting.method, options)
-        return method.with_schedules([found[str(setting.cost)]])
-    space = ScheduleSpace(method, td.wrap(backbone(IMG_SIZE, options)).anatomy.shape)
+        return METHODS[setting.method].with_schedules([found[str(setting.cost)]])
+    shape = td.wrap(backbone(IMG_SIZE, options)).anatomy.shape
+    return unfitted_config(setting, shape, lambda config: share(config, options))
+
+
+def unfitted_config(
+    setting: Setting, shape: ViTShape, share: Callable[[ScheduledConfig], float]
+) -> ScheduledConfig:
+    """A method with the constant schedule, or the scaled preset, that is nearest to a cost.
+
+    Args:
+        setting: Its schedule is "constant" or "preset".
+        shape: Shape of the backbone.
+        share: Gives the cost of a method, as a share of that at degree 0.
+    """
+    method = METHODS[setting.method]
+    space = ScheduleSpace(method, shape)
     if setting.schedule == "constant":
         schedules = space.all_linear()[1:]
     else:
         speeds = td.preset(BACKBONE).r
-        near = min(
-            speeds, key=lambda r: abs(share(method.with_schedules([r]), options) - setting.cost)
-        )
-        patches = space.shape.num_patches
-        counts = space.normalise(near.counts(patches))
+        near = min(speeds, key=lambda r: abs(share(method.with_schedules([r])) - setting.cost))
+        counts = space.normalise(near.counts(shape.num_patches))
         schedules = [space.scaled(counts, percent / 100) for percent in range(20, 200)]
     configs = [method.with_schedules([schedule]) for schedule in schedules]
-    best = nearest(lambda i: share(configs[i], options), len(configs), setting.cost)
+    best = nearest(lambda position: share(configs[position]), len(configs), setting.cost)
     return configs[best]
 
 
@@ -182,30 +197,35 @@ def side_of(setting: Setting, options: Options) -> int:
 
 def speeds(options: Options) -> dict[str, float]:
     """Speed of every setting (with the schedules of solar cells) as a multiple of degree 0's."""
+    full = load_data("elpv", options)["test"][0][:_BATCH] / 255
+
+    def prepare(setting: Setting) -> tuple[td.DialViT, Tensor]:
+        side, config = side_of(setting, options), reduce_config(setting, "elpv", options)
+        model = td.wrap(backbone(side, options), reduce=config).eval()
+        return model, tvf.resize(full, [side, side], antialias=True)
+
+    return cached(options.out / "compare_reducers" / "speeds.json", lambda: compare_speeds(prepare))
+
+
+def compare_speeds(prepare: Callable[[Setting], tuple[td.DialViT, Tensor]]) -> dict[str, float]:
+    """Speed of every setting as a multiple of degree 0's, in bfloat16; all take turns.
+
+    Args:
+        prepare: Makes the model of a setting and its batch.
+    """
     settings = [Setting(*kind, cost) for kind in kinds() for cost in COSTS]
 
-    def compute() -> dict[str, float]:
-        full = load_data("elpv", options)["test"][0][:_BATCH] / 255
-        ways: list[tuple[int, ScheduledConfig | None]] = [(IMG_SIZE, None)]
-        for setting in settings:
-            ways.append((side_of(setting, options), reduce_config(setting, "elpv", options)))
+    @torch.inference_mode()
+    def run(prepared: tuple[td.DialViT, Tensor]) -> None:
+        model, images = prepared
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images)
 
-        def prepare(way: tuple[int, ScheduledConfig | None]) -> tuple[td.DialViT, Tensor]:
-            side, config = way
-            model = td.wrap(backbone(side, options), reduce=config).eval()
-            return model, tvf.resize(full, [side, side], antialias=True)
-
-        @torch.inference_mode()
-        def run(prepared: tuple[td.DialViT, Tensor]) -> None:
-            model, images = prepared
-            with torch.autocast("cpu", torch.bfloat16):
-                model(images)
-
-        timings = time_in_rounds(ways, prepare, run, device=full.device, seconds=_SECONDS)
-        first, *others = (timing.seconds for timing in timings)
-        return {s.name: first / seconds for s, seconds in zip(settings, others, strict=True)}
-
-    return cached(options.out / "compare_reducers" / "speeds.json", compute)
+    timings = time_in_rounds(
+        [Setting(), *settings], prepare, run, device=torch.device("cpu"), seconds=SECONDS
+    )
+    first, *others = (timing.seconds for timing in timings)
+    return {s.name: first / seconds for s, seconds in zip(settings, others, strict=True)}
 
 
 def linear_probe(full: dict[str, np.ndarray]) -> Pipeline:
@@ -284,8 +304,16 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def figure_of(by_data: list[list[dict[str, Any]]]) -> Figure:
-    """Changed answers over the cost, a plot for each data set; fitted schedules are solid lines."""
+def figure_of(
+    by_data: list[list[dict[str, Any]]], what: str = "changed", label: str = "changed answers (%)"
+) -> Figure:
+    """A value over the cost, a plot for each data set; fitted schedules are solid lines.
+
+    Args:
+        by_data: The rows of each data set.
+        what: Name of the value in a row.
+        label: What the axis says.
+    """
     figure = Figure(figsize=(1 + 4 * len(by_data), 5.4), layout="constrained")
     axes = figure.subplots(1, len(by_data), squeeze=False)[0]
     colors = {SMALLER: "black"} | {m: f"C{number}" for number, m in enumerate(METHODS)}
@@ -295,13 +323,13 @@ def figure_of(by_data: list[list[dict[str, Any]]]) -> Figure:
             rows, key=lambda row: (row["method"], row["schedule"])
         ):
             along = list(group)
-            changed = [row["changed"] for row in along]
+            found = [row[what] for row in along]
             axis.errorbar(
                 [100 * row["cost"] for row in along],
-                [100 * each.value for each in changed],
+                [100 * each.value for each in found],
                 [
-                    [100 * (each.value - each.low) for each in changed],
-                    [100 * (each.high - each.value) for each in changed],
+                    [100 * (each.value - each.low) for each in found],
+                    [100 * (each.high - each.value) for each in found],
                 ],
                 color=colors[method],
                 linestyle=styles[schedule],
@@ -312,7 +340,7 @@ def figure_of(by_data: list[list[dict[str, Any]]]) -> Figure:
             )
         axis.set(title=rows[0]["data"], xlabel="cost (% of degree 0)")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("changed answers (%)")
+    axes[0].set_ylabel(label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
     return figure
 

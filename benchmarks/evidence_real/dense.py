@@ -22,6 +22,7 @@ from benchmarks.evidence_real.common import (
     run_tokendial,
 )
 from benchmarks.evidence_real.masks import (
+    IMG_SIZE,
     MEASURES,
     SQUARES,
     over_pictures,
@@ -43,12 +44,18 @@ HEADER = ("method", "cost", "IoU with degree 0", "IoU, photographs", "S", "minus
           "mean F", "minus degree 0")  # fmt: skip
 
 
-def focus_run(options: Options) -> Path:
-    """Folder of the run with the saliency model, which is converted if it is missing."""
-    folder = options.out / "runs" / "focus"
+def focus_run(options: Options, side: int = IMG_SIZE) -> Path:
+    """Folder of the run with the saliency model, which is converted if it is missing.
+
+    Args:
+        options: The options.
+        side: Side of the pictures in pixels.
+    """
+    folder = options.out / "runs" / ("focus" if side == IMG_SIZE else f"focus-{side}")
     if not Run(folder).best.exists():
         words = ["weights", "convert", str(options.onnx), "--recipe", "real/focus"]
         words += ["--out", str(folder), f"model.weights={options.weights.resolve()}"]
+        words += [f"model.img_size={side}"]
         run_tokendial(*words, f"data.root={options.cutouts.resolve()}")
     return folder
 

@@ -54,8 +54,17 @@ def squares() -> Iterator[Image.Image]:
 
 def test_pairs(options: Options) -> Any:
     """Test pictures of Cutouts with their masks; objects and backgrounds are those of no other."""
+    return _splits(options).val
+
+
+def training_pairs(options: Options) -> Any:
+    """Training pictures of Cutouts with their masks."""
+    return _splits(options).train
+
+
+def _splits(options: Options) -> Any:
     data = check_method("data", {"name": "pairs", "root": str(options.cutouts), "val": "test"})
-    return data.build(0).val
+    return data.build(0)
 
 
 @torch.inference_mode()
@@ -71,7 +80,7 @@ def predict_masks(
 
     Returns:
         scores: [pictures, MEASURES], NaN without a mask; masks: [pictures, bytes], 1 bit for each
-        pixel of the model's input.
+        pixel of `IMG_SIZE` x `IMG_SIZE`.
     """
     model.eval()
     transform = task.image_transform(model.anatomy)
@@ -80,7 +89,7 @@ def predict_masks(
         images = torch.stack([transform(image) for image, _ in batch])
         logits = task.predict(model, images).float()
         scores += [_scores(logits[i : i + 1], target) for i, (_, target) in enumerate(batch)]
-        inside = resize_maps(logits, images.shape[-2:])[:, 0] > 0
+        inside = resize_maps(logits, (IMG_SIZE, IMG_SIZE))[:, 0] > 0
         masks.append(np.packbits(inside.flatten(1).numpy(), axis=1))
     return {"scores": np.array(scores), "masks": np.concatenate(masks)}
 

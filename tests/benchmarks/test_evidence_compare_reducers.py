@@ -37,7 +37,7 @@ def options(monkeypatch, tmp_path):
     monkeypatch.setattr(compare_reducers, "resampling", lambda data, options: Resampling(IMAGES, 1))
     monkeypatch.setattr(compare_reducers, "METHODS", {"ToMe": td.ToMe(), "PiToMe": td.PiToMe()})
     monkeypatch.setattr(compare_reducers, "_MINUTES", 0.02)
-    monkeypatch.setattr(compare_reducers, "_SECONDS", 0.0)
+    monkeypatch.setattr(compare_reducers, "SECONDS", 0.0)
     return Options(out=tmp_path, jobs=1)
 
 

@@ -106,8 +106,9 @@ def test_masks_of_pictures_come_with_scores_where_there_is_a_target():
     picture = Image.fromarray(rng.integers(256, size=(40, 56, 3), dtype=np.uint8))
     target = np.zeros((40, 56), np.uint8)
     target[10:20, 10:30] = 1
+    side = masks.IMG_SIZE
     found = masks.predict_masks(model, task, [(picture, target), (picture, None)])
-    assert found["masks"].shape == (2, 64 * 64 // 8)
+    assert found["masks"].shape == (2, side * side // 8)
     assert (found["masks"][0] == found["masks"][1]).all()
     with torch.inference_mode():
         logits = model(task.image_transform(model.anatomy)(picture)[None])
@@ -116,8 +117,8 @@ def test_masks_of_pictures_come_with_scores_where_there_is_a_target():
     expected = [float(metrics.compute()[name]) for name in masks.MEASURES]
     np.testing.assert_allclose(found["scores"][0], expected, rtol=1e-6)
     assert np.isnan(found["scores"][1]).all()
-    inside = np.unpackbits(found["masks"][0]).reshape(64, 64)
-    enlarged = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear")[0, 0]
+    inside = np.unpackbits(found["masks"][0]).reshape(side, side)
+    enlarged = torch.nn.functional.interpolate(logits, (side, side), mode="bilinear")[0, 0]
     assert 0 < inside.mean() < 1
     assert (inside != (enlarged > 0).numpy()).mean() < 0.01
 

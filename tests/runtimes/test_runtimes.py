@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from examples import images, tiny_vit
 from zoo import backbone
 
 import tokendial as td
-from tokendial.runtimes import PLAIN
+from tokendial.runtimes import PLAIN, config
 
 # The exporter's own warnings are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -241,6 +242,29 @@ def test_the_fastest_runtime_is_chosen(kept, capsys):
     assert times[chosen] == min(times.values())
     assert isinstance(started, td.OptimizedViT) == (chosen == "torch")
     assert largest_difference(new_model(), started, 4) < 1e-3
+
+
+@pytest.mark.parametrize("fastest", ["torch", "onnxruntime", "openvino"])
+def test_the_chosen_runtime_has_all_degrees(kept, fastest, monkeypatch):
+    """Times are given here, so that each is chosen once. Only the ends of the dial are tried."""
+    tried = set()
+
+    def times(turns, *_, **__):
+        tried.update(degree for _, degree in turns)
+        return [SimpleNamespace(seconds=1.0 + (name != fastest)) for name, _ in turns]
+
+    monkeypatch.setattr(config, "time_in_rounds", times)
+    model = new_model()
+    runtime, started = td.Runtime("auto").choose_and_start(
+        model, images(4), degrees=(0, 4, 8), folder=kept
+    )
+    assert runtime == td.Runtime(fastest, optimize=fastest == "torch")
+    assert tried == {0, 8}
+    for degree in (4, 0, 8):
+        for each in (model, started):
+            each.set_degree(degree)
+        with torch.no_grad():
+            torch.testing.assert_close(started(images(4)), model(images(4)), rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_to_do_leaves_the_model_as_it_is():

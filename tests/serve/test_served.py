@@ -14,8 +14,10 @@ from processes import model_processes
 from served_runs import alone, pictures, write_run
 from serving import at_once, until
 
+import tokendial as td
 from tokendial.model.files import CONFIG
 from tokendial.runs import Run
+from tokendial.runtimes import Runtime
 from tokendial.serve.scheduling.controller import ControllerRules
 from tokendial.serve.scheduling.engine import WorkerLostError
 from tokendial.serve.scheduling.requests import RequestRefusedError
@@ -209,3 +211,25 @@ def test_models_are_loaded_again_when_their_folders_are_gone(served, runs, tmp_p
     torch.testing.assert_close(found[0], wanted)
     assert served.supervisor.catalog.models["cars"].revision == revision
     assert "the models are loaded again" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_only_the_first_process_measures_which_runtime_is_the_fastest(pets, tmp_path, capfd):
+    run = Run(shutil.copytree(pets.folder, tmp_path / "pets"))
+    # Two degrees, because the export of each takes seconds.
+    td.load(run.best, reduce=td.ToMe(r=[[4]])).save_pretrained(run.best)
+    served = ServedRuns({"pets": run}, Settings(max_batch=2, threads=1, runtime=Runtime("auto")))
+    supervisor, (image,) = served.supervisor, pictures(1)
+    prepared = supervisor.catalog.models["pets"].transform(image)
+    try:
+        found = [supervisor.run("pets", 0, [prepared])]
+        served.keep_spare()
+        until(lambda: supervisor._spare)
+        first = supervisor._current
+        first.kill()
+        until(lambda: supervisor._current is not first)
+        found += [supervisor.run("pets", 0, [prepared])]
+    finally:
+        served.close()
+    torch.testing.assert_close(*found)
+    assert capfd.readouterr().err.count("(chosen)") == 1

@@ -26,14 +26,14 @@ class Clock:
 class Process(ModelProcess):
     """Works until a test says why it does not."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, runtime: str | None) -> None:
+        self.number, self.asked = number, runtime
         self.why: str | None = None
         self.silent_s, self.killed = 0.0, 0
         self.loses_batches = False
 
     def wait(self) -> None:
-        pass
+        self.runtime = self.asked or f"chosen by {self.number}"
 
     def run(self, name: str, degree: int, images: list[int], limit_s: float | None = None):
         if self.loses_batches:
@@ -67,8 +67,8 @@ class Forks(SimpleNamespace):
     def wait(self) -> None:
         pass
 
-    def fork(self) -> Process:
-        process = Process(len(self.made))
+    def fork(self, runtime: str | None = None) -> Process:
+        process = Process(len(self.made), runtime)
         if not self.lives and self.made:
             process.why = "has ended"
         self.made.append(process)
@@ -92,7 +92,9 @@ def supervise(clock):
     made = []
 
     def make(forks: Forks, *, spare: bool = False) -> Supervisor:
-        made.append(Supervisor(lambda: forks, lambda: forks, spare=spare, clock=clock))
+        made.append(Supervisor(lambda: forks, lambda: forks, clock=clock))
+        if spare:
+            made[-1].keep_spare()
         return made[-1]
 
     yield make
@@ -111,6 +113,29 @@ def test_a_spare_process_replaces_a_lost_one_at_once(supervise):
         supervisor.run("pets", 0, [1])
     assert supervisor.run("pets", 0, [1, 2]) == [1, 1]
     until(lambda: len(forks.made) == 3 and forks.made[0].killed)
+
+
+def test_processes_compute_in_the_runtime_that_the_first_one_chose(supervise):
+    """To choose again would take the cores of a server that answers."""
+    forks = Forks()
+    supervisor = supervise(forks, spare=True)
+    until(lambda: supervisor._spare)
+    forks.made[0].why = "has ended"
+    until(lambda: len(forks.made) == 3)
+    assert [process.asked for process in forks.made] == [None, *["chosen by 0"] * 2]
+    others = Forks()
+    supervisor.replace_processes(lambda: others, *supervisor.start_processes(lambda: others))
+    until(lambda: len(others.made) == 2)
+    assert [process.asked for process in others.made] == [None, "chosen by 0"]
+
+
+def test_a_spare_process_starts_when_it_is_asked_for(supervise):
+    forks = Forks()
+    supervisor = supervise(forks)
+    forks.wait_for_looks()
+    assert len(forks.made) == 1
+    supervisor.keep_spare()
+    until(lambda: len(forks.made) == 2)
 
 
 def test_pauses_grow_between_processes_that_die_at_once(supervise, clock):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 RuntimeName = Literal["torch", "onnxruntime", "openvino", "auto"]
 RuntimePrecision = Literal["fp32", "bf16", "fp16", "int8"]
+StartedModel = DialViT | OptimizedViT | ExportedViT
+"""What a runtime starts."""
 PRECISIONS: dict[RuntimeName, tuple[RuntimePrecision, ...]] = {
     "torch": ("fp32", "bf16", "fp16"),
     "onnxruntime": ("fp32", "int8"),
@@ -93,7 +95,7 @@ class Runtime:
         calibration: Callable[[DialViT], Tensor] | None = None,
         mixed_sizes: bool = False,
         quiet: bool = False,
-    ) -> DialViT | OptimizedViT | ExportedViT:
+    ) -> StartedModel:
         """Make a model ready for inference.
 
         What was tried and measured is printed to standard error.
@@ -123,15 +125,39 @@ class Runtime:
             ValueError: If a degree is not offered, a package is missing, the model cannot be
                 exported, or all values of the images to calibrate on are equal.
         """
+        return self.choose_and_start(
+            model,
+            images,
+            degrees=degrees,
+            folder=folder,
+            feature_map=feature_map,
+            calibration=calibration,
+            mixed_sizes=mixed_sizes,
+            quiet=quiet,
+        )[1]
+
+    def choose_and_start(
+        self,
+        model: DialViT,
+        images: Tensor,
+        *,
+        degrees: Sequence[int] | None = None,
+        folder: Path | None = None,
+        feature_map: bool = False,
+        calibration: Callable[[DialViT], Tensor] | None = None,
+        mixed_sizes: bool = False,
+        quiet: bool = False,
+    ) -> "tuple[Runtime, StartedModel]":
+        """As `start`; returns the runtime, too, which is the fastest one if this one is "auto"."""
         if not self:
-            return model
+            return self, model
         degrees = sorted({*(model.degrees if degrees is None else degrees)})
         if self.name == "auto":
             return self._fastest(
                 model, images, degrees, folder, feature_map, calibration, mixed_sizes
             )
         if self.name == "torch":
-            return self._optimized(model, images, degrees)
+            return self, self._optimized(model, images, degrees)
         check_installed(self.name, *_EXPORT_PACKAGES, self.name)
         with tempfile.TemporaryDirectory() as temporary:
             files = find_or_export(
@@ -150,7 +176,7 @@ class Runtime:
             for degree, path in files.items():
                 if degree not in sessions:
                     sessions[degree] = _OPENERS[self.name](path, self.precision, given)
-        return ExportedViT(model.anatomy, sessions, _first(model, degrees))
+        return self, ExportedViT(model.anatomy, sessions, _first(model, degrees))
 
     def _optimized(self, model: DialViT, images: Tensor, degrees: Sequence[int]) -> OptimizedViT:
         dtype = None if self.precision == "fp32" else DTYPES[self.precision]
@@ -167,25 +193,32 @@ class Runtime:
         feature_map: bool,
         calibration: Callable[[DialViT], Tensor] | None,
         mixed_sizes: bool,
-    ) -> DialViT | OptimizedViT | ExportedViT:
+    ) -> "tuple[Runtime, StartedModel]":
         """Start each runtime that is installed, and keep the one that is fastest along the dial."""
-        started: dict[RuntimeName, DialViT | OptimizedViT | ExportedViT] = {}
+        runtimes: dict[RuntimeName, Runtime] = {}
+        started: dict[RuntimeName, StartedModel] = {}
+        ends = sorted({degrees[0], degrees[-1]})
         name: RuntimeName
+
+        def start(name: RuntimeName, degrees: Sequence[int]) -> StartedModel:
+            return runtimes[name].start(
+                model,
+                images,
+                degrees=degrees,
+                folder=folder,
+                feature_map=feature_map,
+                calibration=calibration,
+                mixed_sizes=mixed_sizes,
+            )
+
         for name, precisions in PRECISIONS.items():
             if name == "auto" or self.precision not in precisions or not _is_installed(name):
                 continue
             in_torch = name == "torch"
-            runtime = Runtime(name, self.precision, in_torch, in_torch and self.compile)
+            runtimes[name] = Runtime(name, self.precision, in_torch, in_torch and self.compile)
             try:
-                started[name] = runtime.start(
-                    model,
-                    images,
-                    degrees=degrees,
-                    folder=folder,
-                    feature_map=feature_map,
-                    calibration=calibration,
-                    mixed_sizes=mixed_sizes,
-                )
+                # The other runtimes take seconds and memory for each degree.
+                started[name] = start(name, degrees if in_torch else ends)
             except ValueError as error:
                 print(f"{name}: left out: {error}", file=sys.stderr)
         if not started:
@@ -193,7 +226,7 @@ class Runtime:
                 f"precision {self.precision} needs onnxruntime, which is not installed."
             )
         turns: list[tuple[RuntimeName, int]] = [
-            (name, degree) for name in started for degree in {degrees[0], degrees[-1]}
+            (name, degree) for name in started for degree in ends
         ]
 
         def switch(turn: tuple[RuntimeName, int]) -> InferenceModel:
@@ -213,8 +246,12 @@ class Runtime:
         for name, taken in seconds.items():
             chosen = " (chosen)" if name == fastest else ""
             print(f"{name} {self.precision}: {1e3 * taken:.1f} ms{chosen}", file=sys.stderr)
-        started[fastest].set_degree(_first(model, degrees))
-        return started[fastest]
+        fast = started.pop(fastest)
+        started.clear()
+        if fastest != "torch" and ends != degrees:
+            fast = start(fastest, degrees)
+        fast.set_degree(_first(model, degrees))
+        return runtimes[fastest], fast
 
 
 @torch.no_grad()

@@ -56,7 +56,10 @@ def start_engine(
     try:
         offered = _offered_degrees(served.supervisor, settings)
         settings = choose_objective(served.supervisor, settings, offered)
-        return served, _start_engine(served.supervisor, settings, offered), settings
+        engine = _start_engine(served.supervisor, settings, offered)
+        # Not earlier: its start would slow down the batches whose times the engine goes by.
+        served.keep_spare()
+        return served, engine, settings
     except BaseException:
         served.close()
         raise

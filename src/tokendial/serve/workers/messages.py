@@ -38,7 +38,7 @@ class LoadModels:
     load: "Callable[[], LoadedModels]"
     """Function that loads them; it is called in the fork server."""
     runtime: Runtime
-    """Where and how each model process computes."""
+    """Where and how model processes compute."""
     runtime_folder: Path | None
     """Where exported files are kept for the next start; None: they are not kept."""
     calibration: "Callable[[DialViT], Tensor] | None"
@@ -60,6 +60,9 @@ class ModelsLoaded:
 @dataclass(frozen=True, slots=True)
 class ForkProcess:
     """Fork a model process. Its two sockets follow this message."""
+
+    runtime: Runtime | None
+    """Where and how it computes; None: as `LoadModels` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,9 @@ class ProcessExited:
 @dataclass(frozen=True, slots=True)
 class ProcessReady:
     """A model process can run batches."""
+
+    runtime: Runtime
+    """Where and how it computes."""
 
 
 @dataclass(frozen=True, slots=True)

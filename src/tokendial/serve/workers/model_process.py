@@ -25,6 +25,7 @@ from multiprocessing.reduction import send_handle
 import torch
 from torch import Tensor
 
+from tokendial.runtimes import Runtime
 from tokendial.serve.scheduling.engine import WorkerLostError
 from tokendial.serve.workers.catalog import ModelCatalog
 from tokendial.serve.workers.messages import (
@@ -97,8 +98,11 @@ class ForkServer:
         """Whether the process runs."""
         return self._process.poll() is None
 
-    def fork(self) -> "ModelProcess":
+    def fork(self, runtime: Runtime | None = None) -> "ModelProcess":
         """Fork a model process, which is not ready yet.
+
+        Args:
+            runtime: Where and how it computes; None: as `order` says.
 
         Raises:
             WorkerLostError: If the fork server has ended or does not answer.
@@ -107,7 +111,7 @@ class ForkServer:
         heartbeats, sender = socket.socketpair()
         with theirs, sender, self._lock:
             try:
-                send(self._pipe, ForkProcess())
+                send(self._pipe, ForkProcess(runtime))
                 for end in (theirs, sender):
                     send_handle(self._pipe, end.fileno(), self._process.pid)
                 pid = self._answer(ProcessForked, _FORK_TIMEOUT_S).pid
@@ -149,6 +153,9 @@ class ModelProcess:
     through a pair of sockets.
     """
 
+    runtime: Runtime
+    """Where and how it computes, known when it is ready."""
+
     def __init__(
         self,
         fork_server: ForkServer,
@@ -174,7 +181,7 @@ class ModelProcess:
             ValueError: If a setting does not fit the models.
             WorkerLostError: If the process has ended.
         """
-        self._answer(ProcessReady)
+        self.runtime = self._answer(ProcessReady).runtime
         self._ready = True
 
     def run(

@@ -47,7 +47,7 @@ class LoadedModels:
         device: str | None = None,
         folder: Path | None = None,
         calibration: Callable[[DialViT], Tensor] | None = None,
-    ) -> None:
+    ) -> Runtime:
         """Move the models to their device and start the runtime.
 
         Args:
@@ -56,6 +56,9 @@ class LoadedModels:
             device: Device to run on; None: the accelerator if there is one, else the CPU.
             folder: Where exported files are kept for the next start; None: they are not kept.
             calibration: Reads the images that 8-bit files are calibrated on, see `Runtime.start`.
+
+        Returns:
+            The runtime that computes, which is the fastest one if `runtime` is "auto".
 
         Raises:
             ValueError: If a runtime is asked for and there are several runs, it cannot start, or it
@@ -73,7 +76,7 @@ class LoadedModels:
         if self.device != "cpu":
             self._move()
         example = torch.zeros(batch, *self.catalog.input_shape, device=self.device)
-        self.fast_model = runtime.start(
+        chosen, self.fast_model = runtime.choose_and_start(
             self.model,
             example,
             degrees=self.catalog.degrees,
@@ -81,6 +84,7 @@ class LoadedModels:
             calibration=calibration,
             mixed_sizes=True,
         )
+        return chosen
 
     def _move(self) -> None:
         if self.bridge:

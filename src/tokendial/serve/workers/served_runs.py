@@ -33,8 +33,7 @@ class ServedRuns:
 
         Args:
             runs: The runs by the names that they are served under.
-            settings: Compensator, optimisation, threads, the largest batch, and whether to keep a
-                spare process.
+            settings: Compensator, optimisation, threads and the largest batch.
 
         Raises:
             ValueError: If the runs cannot be loaded; see `load_models`.
@@ -46,7 +45,6 @@ class ServedRuns:
             self.supervisor = Supervisor(
                 partial(ForkServer, self._source.first),
                 partial(ForkServer, self._source.again),
-                spare=_needs_spare(settings),
             )
         except WorkerLostError as error:
             self._source.close()
@@ -54,6 +52,13 @@ class ServedRuns:
         except BaseException:
             self._source.close()
             raise
+
+    def keep_spare(self) -> None:
+        """Keep a spare model process from now on, if one is wanted."""
+        # A model process takes long to become ready where it has something to prepare.
+        slow = bool(self._settings.runtime) or default_device() != "cpu"
+        if self._settings.spare and slow:
+            self.supervisor.keep_spare()
 
     def reload(
         self, call_between_batches: Callable[[Callable[[], None]], Future[None]]
@@ -164,11 +169,6 @@ def _load_open_files(
         runs = {name: Run(folder) for name, folder in zip(names, linked, strict=False)}
         compensator = linked[len(names)] if linked[len(names) :] else None
         return load_models(runs, compensator=compensator, cascade=cascade)
-
-
-def _needs_spare(settings: Settings) -> bool:
-    """Whether a new model process takes long to become ready, and a spare one is wanted."""
-    return settings.spare and (bool(settings.runtime) or default_device() != "cpu")
 
 
 def _interface(catalog: ModelCatalog, name: str) -> tuple[Any, ...]:

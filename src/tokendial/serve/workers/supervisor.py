@@ -50,7 +50,6 @@ class Supervisor:
         start: Callable[[], ForkServer],
         restart: Callable[[], ForkServer],
         *,
-        spare: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the processes, and wait until one can run batches.
@@ -58,14 +57,13 @@ class Supervisor:
         Args:
             start: Starts a fork server.
             restart: Starts a fork server with the same models when the first one is lost.
-            spare: Whether to keep a second model process ready.
             clock: Returns the time in seconds; must never go back.
 
         Raises:
             ValueError: If models cannot be loaded, or a setting does not fit them.
             WorkerLostError: If a process ended meanwhile.
         """
-        self._restart, self._with_spare, self._clock = restart, spare, clock
+        self._restart, self._with_spare, self._clock = restart, False, clock
         self._changed = threading.Condition()
         self._check_now, self._closed = threading.Event(), False
         self._starting: list[ForkServer | ModelProcess] = []
@@ -79,6 +77,9 @@ class Supervisor:
         self._starter: threading.Thread | None = None
         fork_server, self._current = self.start_processes(start)
         self._fork_server, self.catalog = fork_server, fork_server.catalog
+        self._runtime = self._current.runtime
+        """What the first model process chose. Those that replace it do not measure again beside a
+        server that answers."""
         self._watcher = threading.Thread(target=self._watch, name="tokendial-watch", daemon=True)
         self._watcher.start()
 
@@ -90,6 +91,12 @@ class Supervisor:
                 return self._clock() - self._missing_since
             silence_s = self._current.silence_s if self._current else 0.0
             return silence_s if silence_s > _SUSPICIOUS_SILENCE_S else 0.0
+
+    def keep_spare(self) -> None:
+        """Keep a second model process ready from now on. To start it takes time of all cores."""
+        with self._changed:
+            self._with_spare = True
+        self._check_now.set()
 
     def run(
         self,
@@ -157,6 +164,7 @@ class Supervisor:
             self._restart, self._fork_server = restart, fork_server
             self.catalog = fork_server.catalog
             self._current, self._spare, self._missing_since = process, None, None
+            self._runtime = process.runtime
             self._changed.notify_all()
         _end(*old)
 
@@ -265,7 +273,8 @@ class Supervisor:
                 _log.error("the fork server was lost: the models are loaded again.")
                 self._take_fork_server(self._wait_until_ready(self._restart()))
             else:
-                self._take_process(fork_server, self._wait_until_ready(fork_server.fork()))
+                process = self._wait_until_ready(fork_server.fork(self._runtime))
+                self._take_process(fork_server, process)
         except (ValueError, OSError, RuntimeError) as error:
             _log.error("no process could be started: %s", error_message(error))
             with self._changed:

@@ -4,6 +4,7 @@ The fork server must have exactly one thread at all times. A lock that another t
 moment of a fork (OpenMP's, above all) would stay locked for ever in the new process.
 """
 
+import dataclasses
 import gc
 import os
 import signal
@@ -23,6 +24,7 @@ from torch import Tensor
 from tokendial.serve.workers.messages import (
     BatchLogits,
     Failed,
+    ForkProcess,
     LoadModels,
     ModelsLoaded,
     ProcessExited,
@@ -71,6 +73,7 @@ def main(pipe: Connection, memory: int) -> None:
             if isinstance(message, WaitForExit):
                 send(pipe, ProcessExited(_exit_code(message.pid)))
                 continue
+            assert isinstance(message, ForkProcess)
             requests, heartbeats = (recv_handle(pipe) for _ in range(2))
             if pid := _fork():
                 os.close(requests)
@@ -80,6 +83,7 @@ def main(pipe: Connection, memory: int) -> None:
             try:
                 pipe.close()
                 torch.set_num_threads(order.threads or default_threads)
+                order = dataclasses.replace(order, runtime=message.runtime or order.runtime)
                 run_model_process(Connection(requests), heartbeats, models, order, images)
             except BaseException:
                 traceback.print_exc()
@@ -102,7 +106,7 @@ def run_model_process(
     threading.Thread(target=_send_heartbeats, args=(heartbeats,), daemon=True).start()
     with suppress(EOFError, ConnectionError):  # the server has ended
         try:
-            models.prepare(
+            runtime = models.prepare(
                 order.runtime, folder=order.runtime_folder, calibration=order.calibration
             )
             # The first pass allocates memory, so it is made before a request waits for it.
@@ -111,7 +115,7 @@ def run_model_process(
         except Exception as error:
             send(pipe, Failed(_portable_error(error)))
             return
-        send(pipe, ProcessReady())
+        send(pipe, ProcessReady(runtime))
         while True:
             message = receive(pipe)
             try:
