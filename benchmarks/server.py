@@ -171,5 +171,10 @@ def server_options(asked: argparse.Namespace) -> list[str]:
     return ["--threads", str(asked.server_threads), *shlex.split(asked.serve)]
 
 
+def at_degree(degree: int, told: Sequence[str]) -> list[str]:
+    """The options of a server that answers everything at one degree, so without a cascade."""
+    return [*(word for word in told if word != "--cascade"), "--degree", str(degree)]
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

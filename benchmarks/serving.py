@@ -17,7 +17,7 @@ from benchmarks.options import comma_separated, options, parse_options
 from benchmarks.played import Load, LoadOutcome, parse_outcome
 from benchmarks.plots import policy_figure
 from benchmarks.report import Column, Report, Row
-from benchmarks.server import add_load, add_server, capacity, serve, server_options
+from benchmarks.server import add_load, add_server, at_degree, capacity, serve, server_options
 from benchmarks.workload import Workload
 from tokendial.runs import Run
 
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
     workload = Workload(run, asked.images)
     groups = workload.groups(each)
     bodies = [workload.body(group, top=workload.top) for group in groups]
-    with serve([asked.run], *told, "--degree", "0") as server:
+    with serve([asked.run], *at_degree(0, told)) as server:
         slo, degrees = server.slo, server.degrees
         found = capacity(server, bodies, each, asked.probe)
     print(f"degree 0 answers {found:.0f} images/s", flush=True)

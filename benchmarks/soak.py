@@ -21,7 +21,7 @@ from benchmarks.options import options, parse_options
 from benchmarks.played import REFUSED, Load, parse_outcome
 from benchmarks.plots import soak_figure
 from benchmarks.report import Column, Report
-from benchmarks.server import add_load, add_server, capacity, serve, server_options
+from benchmarks.server import add_load, add_server, at_degree, capacity, serve, server_options
 from benchmarks.workload import Workload
 from tokendial.runs import Run
 
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     each, told, seconds = asked.images_per_request, server_options(asked), 60 * asked.minutes
     workload = Workload(Run(asked.run), asked.images)
     bodies = [workload.body(group, top=workload.top) for group in workload.groups(each)]
-    with serve([asked.run], *told, "--degree", "0") as server:
+    with serve([asked.run], *at_degree(0, told)) as server:
         slo = server.slo
         found = capacity(server, bodies, each, asked.probe)
     times = arrivals.poisson(rate=asked.load * found / each, seconds=seconds, seed=asked.seed)

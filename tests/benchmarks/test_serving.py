@@ -14,7 +14,7 @@ from local_server import local_server
 from benchmarks import answers, serving, soak
 from benchmarks.load import Exchange
 from benchmarks.outage import longest_outage
-from benchmarks.server import Server, capacity, serve
+from benchmarks.server import Server, at_degree, capacity, serve
 from benchmarks.workload import Workload
 from tokendial.runs import Run
 
@@ -124,6 +124,11 @@ def test_a_cascade_and_a_runtime_get_servers_of_their_own():
     assert list(dials)[:4] == ["degree 0", "degree 2", "degree 4", "controller"]
     assert dials["cascade"] == ["--cascade"]
     assert dials["controller, auto"] == ["--runtime", "auto"]
+
+
+def test_a_capacity_at_one_degree_is_that_without_the_cascade():
+    told = ["--threads", "1", "--cascade", "--slo-ms", "500"]
+    assert at_degree(0, told) == ["--threads", "1", "--slo-ms", "500", "--degree", "0"]
 
 
 def test_capacity_is_not_above_what_the_server_can_do(scenes):

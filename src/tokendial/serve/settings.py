@@ -104,9 +104,12 @@ class Settings(BaseModel):
 def check_settings(values: Mapping[str, Any]) -> Settings:
     """Build settings from a mapping; raise a ValueError of one line for a wrong value."""
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         raise ValueError(_error_line(error.errors()[0])) from None
+    if settings.cascade and settings.degree is not None:
+        raise ValueError(f"degree cannot be combined with cascade, got {settings.degree}.")
+    return settings
 
 
 def _error_line(error: ErrorDetails) -> str:

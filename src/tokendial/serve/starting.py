@@ -102,8 +102,6 @@ def _offered_degrees(supervisor: Supervisor, settings: Settings) -> tuple[int, .
     if settings.degree is not None and settings.degree not in offered:
         raise ValueError(f"degree must be one of {listed}, got {settings.degree}.")
     if settings.cascade:
-        if settings.degree is not None:
-            raise ValueError(f"degree cannot be combined with cascade, got {settings.degree}.")
         for degree in _stages(supervisor).degrees:
             if degree not in offered:
                 raise ValueError(f"cascade: degree {degree} is not offered; it must be {listed}.")
