@@ -18,9 +18,7 @@ Results go to benchmarks/results/evidence_dar_HARDWARE_DATE.json.
 import argparse
 import functools
 import json
-import os
 import statistics
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -31,6 +29,7 @@ from typing import Any
 import torch
 
 import tokendial as td
+from benchmarks.evidence_real.common import run_tokendial
 from benchmarks.report import write_json
 from tokendial.measure import ShareMeter
 from tokendial.runs import Run
@@ -62,12 +61,10 @@ class TrainingRun:
 
     def train(self, options: argparse.Namespace) -> None:
         """Train the run, or resume it; a finished one is left as it is."""
-        command = [
-            *("tokendial", "train", "dar/cutouts", f"output={self.folder(options.out)}"),
+        run_tokendial(
+            *("train", "dar/cutouts", f"output={self.folder(options.out)}"),
             *(f"seed={self.seed}", f"data.root={options.data}", *METHODS[self.method]),
-        ]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=one_thread, check=True, stdout=subprocess.DEVNULL)
+        )
         print(self.folder(options.out), flush=True)
 
     def measured(self, out: Path) -> list[dict[str, float]]:

@@ -15,14 +15,13 @@ Results go to benchmarks/results/evidence_dense_adapter_HARDWARE_DATE.json.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.evidence_real.common import run_tokendial
 from benchmarks.report import write_json
 from tokendial.runs import Run
 
@@ -51,13 +50,11 @@ class Training:
     def accuracy(self, out: Path, epochs: int) -> float:
         """Train or resume the run, and return its accuracy after the last epoch."""
         name = f"{self.method}-{self.task}-{self.seed}-{self.lr:g}".lower().replace(" ", "_")
-        command = [
-            *("tokendial", "train", "demo", f"output={out / name}", f"seed={self.seed}"),
+        run_tokendial(
+            *("train", "demo", f"output={out / name}", f"seed={self.seed}"),
             *(f"adapt={METHODS[self.method]}", f"data.task={self.task}", "data.val_size=2000"),
             *(f"train.lr={self.lr}", f"train.epochs={epochs}", "train.checkpoint_every=1000"),
-        ]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=one_thread, check=True, stdout=subprocess.DEVNULL)
+        )
         found = float(Run(out / name).metrics()[-1]["val_accuracy"])
         print(f"{name}: {found:.2%}", flush=True)
         return found

@@ -24,9 +24,7 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +35,7 @@ import torch
 from torch import Tensor
 
 import tokendial as td
+from benchmarks.evidence_real.common import run_tokendial
 from benchmarks.report import write_json
 from tokendial.atomic import atomic_write
 from tokendial.methods import to_json
@@ -64,11 +63,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def command(kind: str, recipe: str, settings: dict[str, Any]) -> None:
-    """Run a command of Tokendial with one thread; it resumes an interrupted run."""
-    words = ["tokendial", kind, recipe]
-    words += [f"{name}={json.dumps(value)}" for name, value in settings.items()]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(words, env=one_thread, check=True, stdout=subprocess.DEVNULL)
+    """Run a command of Tokendial; it resumes an interrupted run."""
+    run_tokendial(kind, recipe, *(f"{name}={json.dumps(v)}" for name, v in settings.items()))
     print(settings["output"], flush=True)
 
 
