@@ -83,7 +83,8 @@ def main(pipe: Connection, memory: int) -> None:
             try:
                 pipe.close()
                 torch.set_num_threads(order.threads or default_threads)
-                order = dataclasses.replace(order, runtime=message.runtime or order.runtime)
+                if message.runtime is not None:  # the plain runtime is falsy
+                    order = dataclasses.replace(order, runtime=message.runtime)
                 run_model_process(Connection(requests), heartbeats, models, order, images)
             except BaseException:
                 traceback.print_exc()
